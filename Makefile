@@ -1,0 +1,88 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+# Needed beforehand: make and a Python >= 3.10 with its venv module. No compiler, no git, no GPU.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.calm-fast-ready
+LOG := $(VENV)/set-up.log
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint codegen wheel-check bench clean
+
+help:
+	@echo "make demo         set up, then run the main job: calm-fast demo (about 6 minutes on 2 cores)"
+	@echo "make test         set up, then run the whole test suite (under 15 minutes on 2 cores)"
+	@echo "make lint         ruff check and ruff format --check"
+	@echo "make codegen      compile every Triton kernel for sm_80, sm_90, sm_100 and check the machine code (no GPU)"
+	@echo "make wheel-check  build sdist and wheel, check what they hold and that they install"
+	@echo "make bench        speed against strong baselines on this machine"
+	@echo "make setup        only the set-up (done once, again when pyproject.toml or setup.py change)"
+	@echo "make clean        remove $(VENV) and build leftovers"
+	@echo
+	@echo "ARGS='...'        extra arguments for demo, test, codegen, bench, e.g. make demo ARGS='--seed 1'"
+	@echo "PYTHON=$(PYTHON)    the Python that $(VENV) is made from"
+	@echo "TORCH='$(TORCH)'    what pip installs where torch is absent"
+
+setup: $(STAMP)
+
+# pip's output goes to a log: a good run stays readable, a bad one shows the end of the log.
+$(STAMP): pyproject.toml setup.py
+	@set -e; begin=$$(date +%s); \
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "[set-up] $(PYTHON) is missing or older than 3.10; say which one to use: make PYTHON=python3.12 ..."; exit 1; }; \
+	if [ ! -x "$(PY)" ]; then \
+	  flags=""; from="$(PYTHON)"; \
+	  if "$(PYTHON)" -c 'import torch; v = torch.__version__.split("."); assert (int(v[0]), int(v[1])) >= (2, 11)' \
+	    >/dev/null 2>&1; then flags="--system-site-packages"; from="$(PYTHON), sharing its installed torch"; fi; \
+	  echo "[set-up 1/4] creating $(VENV) from $$from (seconds)"; \
+	  "$(PYTHON)" -m venv $$flags "$(VENV)" || { rm -rf "$(VENV)"; \
+	    echo "[set-up] the venv module does not work here (Debian and Ubuntu: install python3-venv)"; exit 1; }; \
+	else echo "[set-up 1/4] $(VENV) exists"; fi; \
+	: > "$(LOG)"; \
+	try() { if ! "$(PY)" -m pip install "$$@" >>"$(LOG)" 2>&1; then tail -n 25 "$(LOG)"; \
+	  echo "[set-up] pip install failed; the end of $(LOG) is above"; exit 1; fi; }; \
+	echo "[set-up 2/4] installing the build tools (seconds)"; \
+	try 'setuptools>=77' wheel; \
+	if "$(PY)" -c 'import torch' >/dev/null 2>&1; then \
+	  echo "[set-up 3/4] torch is here: $$("$(PY)" -c 'import torch; print(torch.__version__)')"; \
+	else \
+	  echo "[set-up 3/4] installing $(TORCH) (about a minute for the CPU build; a CUDA build is several GB:"; \
+	  echo "             where pip would fetch that unwanted, name the CPU wheel index in TORCH='... --index-url ...')"; \
+	  try $(TORCH); \
+	fi; \
+	echo "[set-up 4/4] installing calm_fast (editable) and its dependencies (about a minute)"; \
+	try --no-build-isolation -e '.[test]'; \
+	touch "$(STAMP)"; \
+	echo "[set-up] done in $$(( $$(date +%s) - begin )) s; not repeated until pyproject.toml or setup.py change"
+
+demo: $(STAMP)
+	@echo "[demo] composing two small language models: key-value arithmetic on keys the composition never saw"
+	@"$(VENV)/bin/calm-fast" demo $(ARGS)
+
+test: $(STAMP)
+	@echo "[test] the whole suite, two processes; GPU tests skip themselves where there is no GPU"
+	@"$(PY)" -m pytest -n 2 $(ARGS)
+
+lint: $(STAMP)
+	@echo "[lint] ruff check, ruff format --check"
+	@"$(PY)" -m ruff check . && "$(PY)" -m ruff format --check .
+
+codegen: $(STAMP)
+	@echo "[codegen] compiling every Triton kernel for each GPU architecture and checking the machine code"
+	@"$(PY)" tests/codegen/check.py $(ARGS)
+
+wheel-check: $(STAMP)
+	@echo "[wheel-check] building sdist and wheel, checking their contents, installing the wheel elsewhere"
+	@"$(PY)" -m pytest tests/test_packaging.py $(ARGS)
+
+bench: $(STAMP)
+	@echo "[bench] measuring against strong baselines on this machine"
+	@"$(VENV)/bin/calm-fast" bench $(ARGS)
+
+clean:
+	@echo "[clean] removing $(VENV), build/, dist/ and egg-info"
+	@rm -rf "$(VENV)" build dist *.egg-info

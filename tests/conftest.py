@@ -1,0 +1,63 @@
+"""Shared test set-up: where the kernels run, how many threads, which tests need a GPU.
+
+Environment variables are set here, before anything imports torch or Triton: Triton reads TRITON_INTERPRET when a kernel
+is decorated, and OpenMP reads OMP_NUM_THREADS when it is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # two workers on two cores; subprocesses of tests inherit it
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
+    if "triton" in sys.modules:
+        raise RuntimeError("Triton was imported before tests/conftest.py could turn its interpreter on")
+    os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_GPU_REASON = f"needs a CUDA GPU: torch {torch.__version__} sees none"
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    where = torch.cuda.get_device_name() if HAS_GPU else "CPU, Triton kernels in the interpreter"
+    return f"calm_fast: torch {torch.__version__}, {torch.get_num_threads()} torch threads, {where}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NO_GPU_REASON))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def kernel_device() -> torch.device:
+    """Where Triton kernels run in this session: the GPU, or the CPU through the interpreter."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the checkout; tests that use it skip where it is absent."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("real data is not here: no ../shared/data beside the checkout")
+    return folder
