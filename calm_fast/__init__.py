@@ -1,0 +1,40 @@
+"""calm_fast: fused kernels for composing language models, dual LoRA and self-consistency scoring.
+
+Importing this package defines names and nothing else: torch ops, Triton, the compiled library and
+transformers are imported when the name that needs them is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from calm_fast._version import __version__
+
+# public name -> module that defines it; the module is imported at the name's first use
+_LAZY = {
+    "CrossAttention": "calm_fast.modules.cross_attention",
+    "ComposedConfig": "calm_fast.hf",
+    "ComposedForCausalLM": "calm_fast.hf",
+    "compose": "calm_fast.hf",
+    "explain": "calm_fast._dispatch",
+    "validate_values": "calm_fast._validate",
+}
+_SUBMODULES = ("ops", "modules", "reference", "hf")
+
+__all__ = ["__version__", *_LAZY, *_SUBMODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"calm_fast.{name}")
+    else:
+        raise AttributeError(f"module 'calm_fast' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

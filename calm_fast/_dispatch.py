@@ -1,0 +1,105 @@
+"""How an op chooses its implementation, and how a user asks why.
+
+An op module in `calm_fast.ops` offers `decide(*args, **kwargs) -> Decision`, a pure function of device,
+dtype and shape. The only environment variable the package reads is Triton's own TRITON_INTERPRET, here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+IMPLS = ("auto", "reference", "torch", "triton", "native")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The implementation that a call runs, and why; `str()` gives one readable line."""
+
+    op: str
+    impl: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op}: {self.impl} ({self.reason})"
+
+
+def check_impl(op: str, impl: str) -> None:
+    """Raise ValueError unless `impl` is one of IMPLS."""
+    if impl not in IMPLS:
+        raise ValueError(f"{op}: `impl` must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+
+
+def refuse(op: str, impl: str, why: str) -> RuntimeError:
+    """The error for an explicit `impl` that cannot run: it is never replaced by another one."""
+    return RuntimeError(f"{op}: impl={impl!r} cannot run here: {why}. Use impl='auto' to let the op choose.")
+
+
+def triton_interpreted() -> bool:
+    """True where Triton runs its kernels in the CPU interpreter (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except ValueError:  # a blocked module has no spec
+        found = False
+    return None if found else "the package `triton` is not installed"
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@torch.compiler.assume_constant_result
+def _triton_obstacle(device_type: str, index: int) -> str | None:
+    if missing := _triton_missing():
+        return missing
+    if device_type == "cuda":
+        if triton_interpreted():
+            return None
+        if torch.version.hip is None and _capability(index) < (8, 0):
+            return f"Triton kernels need compute capability 8.0 or newer, this GPU has {_capability(index)}"
+        return None
+    if device_type == "cpu":
+        return None if triton_interpreted() else "CPU tensors need TRITON_INTERPRET=1 in the environment"
+    return f"no Triton kernels for device type {device_type!r}"
+
+
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on `device`; None where they can."""
+    index = device.index if device.index is not None else 0
+    return _triton_obstacle(device.type, index)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
+    """What `calm_fast.ops.<op>(*args, **kwargs)` would run, and why.
+
+    Args:
+        op: name of a public op, for instance "cross_attention".
+        *args, **kwargs: exactly what the op would be called with.
+    Returns:
+        a Decision(op, impl, reason).
+    Raises:
+        ValueError for an unknown op, and whatever the op itself would raise for these arguments.
+    """
+    known = importlib.import_module("calm_fast.ops").OPS
+    if op not in known:
+        raise ValueError(f"explain: `op` must be one of {', '.join(map(repr, known))}, got {op!r}")
+    return importlib.import_module(f"calm_fast.ops.{op}").decide(*args, **kwargs)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warn with `message`, once per process."""
+    warnings.warn(message, stacklevel=3)

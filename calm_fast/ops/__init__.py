@@ -1,0 +1,8 @@
+"""The public ops. One file per op: public function -> validate -> choose implementation -> run it."""
+
+from calm_fast.ops.cross_attention import cross_attention
+
+# every op of the package, by its stem
+OPS = ("cross_attention",)
+
+__all__ = ["OPS", "cross_attention"]

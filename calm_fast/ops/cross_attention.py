@@ -1,0 +1,229 @@
+"""Cross-attention with one interval of visible keys per query: the core of CALM composition."""
+
+from __future__ import annotations
+
+import torch
+
+from calm_fast import _native
+from calm_fast._dispatch import Decision, check_impl, refuse, triton_obstacle
+from calm_fast._validate import bad_type, bad_value, check_bool, check_finite_number, check_tensor, values_checked
+from calm_fast.reference.cross_attention import cross_attention_reference
+from calm_fast.torch_impl.cross_attention import cross_attention_torch
+
+_OP = "cross_attention"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TRITON_MAX_HEAD_DIM = 256
+
+
+def cross_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    lo: torch.Tensor | None = None,
+    hi: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Multi-head attention where query i sees the keys lo[i] <= j < hi[i].
+
+        out_i = sum_j softmax_j(scale * q_i . k_j) v_j,    lse_i = log sum_j exp(scale * q_i . k_j),    lo_i <= j < hi_i
+
+    The interval expresses full, causal, padded, packed, sliding-window and cross-tokenizer attention alike. A query
+    with an empty interval gives exactly 0 and lse -inf. Intervals need not be monotone; where they are, whole blocks
+    of keys are skipped.
+
+    Args:
+        q: (B, M, H, D) float32, bfloat16 or float16 (float64 with impl "reference" or "torch").
+        k, v: (B, N, Hkv, D), q's dtype and device; H % Hkv == 0, query head h reads KV head h // (H / Hkv).
+        lo: (B, M) or (M,) int32, first visible key, 0 <= lo <= N; None = 0.
+        hi: (B, M) or (M,) int32, one past the last visible key, 0 <= hi <= N; None = N.
+        causal: shorthand for lo = 0, hi = clamp(i + 1 + (N - M), 0, N); excludes lo and hi.
+        scale: multiplies the scores; default 1 / sqrt(D).
+        return_lse: also return the log-sum-exp.
+        impl: "auto", "reference", "torch", "triton" or "native"; an explicit choice is honoured or refused.
+    Returns:
+        out (B, M, H, D) in q's dtype; with return_lse (out, lse), lse (B, H, M) float32.
+        Both are differentiable in q, k and v. Accumulation is in float32.
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
+        RuntimeError: an explicit `impl` cannot run here.
+    Deterministic, forward and backward. float32 products are IEEE unless torch's float32 matmul precision allows
+    TF32. Double backward works with "reference" and "torch". Source: CALM (arXiv 2401.02412) section 3.
+    """
+    decision = decide(q, k, v, lo=lo, hi=hi, causal=causal, scale=scale, return_lse=return_lse, impl=impl)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if decision.impl == "reference":
+        out, lse = cross_attention_reference(q, k, v, lo, hi, causal, scale)
+    elif decision.impl == "torch":
+        out, lse = cross_attention_torch(q, k, v, lo, hi, causal, scale, return_lse)
+    else:
+        lo, hi = (t if t is None else t.expand(q.shape[0], q.shape[1]) for t in (lo, hi))
+        if scale <= 0:  # the kernels take the row maximum before scaling
+            q, scale = q * scale, 1.0
+        out, lse = torch.ops.calm_fast.cross_attention_fwd(q, k, v, lo, hi, causal, scale)
+    return (out, lse) if return_lse else out
+
+
+def decide(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    lo: torch.Tensor | None = None,
+    hi: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Decision:
+    """Which implementation the same call of `cross_attention` runs, and why; raises what that call would raise.
+
+    auto: float64 and CPU tensors -> torch; on a GPU intervals and lse -> triton, plainly causal or full -> torch
+    (SDPA); torch wherever Triton cannot run.
+    """
+    check_impl(_OP, impl)
+    _check(q, k, v, lo, hi, causal, scale)
+    check_bool(_OP, "return_lse", return_lse)
+    if impl in ("reference", "torch"):
+        return Decision(_OP, impl, "asked for")
+    if impl == "native":
+        raise refuse(_OP, impl, _native.obstacle(_OP))
+    obstacle = _triton_cannot(q)
+    if impl == "triton":
+        if obstacle:
+            raise refuse(_OP, impl, obstacle)
+        return Decision(_OP, impl, "asked for")
+    if q.device.type == "cpu":
+        return Decision(_OP, "torch", "CPU tensors: torch's SDPA is the fast path")
+    if obstacle:
+        return Decision(_OP, "torch", f"Triton cannot run: {obstacle}")
+    square = causal and q.shape[1] == k.shape[1]
+    if (square or (lo is None and hi is None and not causal)) and not return_lse:
+        return Decision(_OP, "torch", "plainly causal or full attention on a GPU: SDPA has a kernel for it")
+    return Decision(_OP, "triton", "an interval mask or lse: SDPA would store an (M, N) mask or the scores")
+
+
+def _triton_cannot(q: torch.Tensor) -> str | None:
+    if q.dtype == torch.float64:
+        return "the kernels compute in float32, q is float64"
+    if q.shape[-1] > _TRITON_MAX_HEAD_DIM:
+        return f"head dim {q.shape[-1]} is larger than {_TRITON_MAX_HEAD_DIM}"
+    return triton_obstacle(q.device)
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lo: torch.Tensor | None,
+    hi: torch.Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> None:
+    check_tensor(_OP, "q", q, "(B, M, H, D)", _DTYPES)
+    check_tensor(_OP, "k", k, "(B, N, Hkv, D)", _DTYPES, q.device)
+    check_tensor(_OP, "v", v, "(B, N, Hkv, D)", _DTYPES, q.device)
+    batch, m, heads, d = q.shape
+    n, kv_heads = k.shape[1], k.shape[2]
+    for name, t in (("k", k), ("v", v)):
+        if t.dtype != q.dtype:
+            raise TypeError(f"{_OP}: `{name}` must have q's dtype {q.dtype}, got {t.dtype}")
+        if t.shape[0] != batch:
+            raise bad_value(_OP, name, f"of q's batch size {batch}", f"shape {tuple(t.shape)}")
+        if t.shape[3] != d:
+            raise bad_value(_OP, name, f"of q's head dim {d}", f"shape {tuple(t.shape)}")
+    if v.shape != k.shape:
+        raise bad_value(_OP, "v", f"of k's shape {tuple(k.shape)}", f"shape {tuple(v.shape)}")
+    if heads < 1 or d < 1:
+        raise bad_value(_OP, "q", "of at least one head and head dim 1", f"shape {tuple(q.shape)}")
+    if kv_heads < 1 or heads % kv_heads != 0:
+        raise bad_value(_OP, "k", f"of a number of heads that divides q's {heads}", f"{kv_heads} heads")
+    check_bool(_OP, "causal", causal)
+    for name, bound in (("lo", lo), ("hi", hi)):
+        if bound is None:
+            continue
+        if causal:
+            raise bad_value(_OP, name, "None where causal=True (causal is shorthand for lo and hi)", "a tensor")
+        _check_bound(name, bound, batch, m, n, q.device)
+    if scale is not None:
+        check_finite_number(_OP, "scale", scale)
+
+
+def _check_bound(name: str, bound: torch.Tensor, batch: int, m: int, n: int, device: torch.device) -> None:
+    shapes = f"of shape (B, M) = ({batch}, {m}) or (M,) = ({m},)"
+    if not isinstance(bound, torch.Tensor):
+        raise bad_type(_OP, name, f"an int32 tensor {shapes}", bound)
+    if bound.dtype != torch.int32:
+        raise TypeError(f"{_OP}: `{name}` must have dtype int32, got {bound.dtype}")
+    if tuple(bound.shape) not in ((batch, m), (m,)):
+        raise bad_value(_OP, name, shapes, f"shape {tuple(bound.shape)}")
+    if bound.device != device:
+        raise bad_value(_OP, name, f"on {device} like q", f"device {bound.device}")
+    if bound.numel() and values_checked(bound):
+        least, most = (int(x) for x in torch.aminmax(bound))
+        if least < 0 or most > n:
+            raise bad_value(_OP, name, f"within 0 and N = {n}", f"values from {least} to {most}")
+
+
+# ---- the registered ops: what torch.compile, export, FSDP and opcheck see -------------------------------------------
+
+_lib = torch.library.Library("calm_fast", "FRAGMENT")
+_lib.define(
+    "cross_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, bool causal, float scale)"
+    " -> (Tensor out, Tensor lse)"
+)
+_lib.define(
+    "cross_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " Tensor? lo, Tensor? hi, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+
+
+@torch.library.impl(_lib, "cross_attention_fwd", "CompositeExplicitAutograd")
+def _fwd(q, k, v, lo, hi, causal, scale):
+    from calm_fast.kernels import cross_attention as kernels  # imports triton: only where it is used
+
+    return kernels.launch_cross_attention_fwd(q, k, v, lo, hi, causal, scale)
+
+
+@torch.library.impl(_lib, "cross_attention_bwd", "CompositeExplicitAutograd")
+def _bwd(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale):
+    from calm_fast.kernels import cross_attention as kernels
+
+    return kernels.launch_cross_attention_bwd(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale)
+
+
+@torch.library.register_fake("calm_fast::cross_attention_fwd", lib=_lib)
+def _fwd_fake(q, k, v, lo, hi, causal, scale):
+    batch, m, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((batch, heads, m), dtype=torch.float32)
+
+
+@torch.library.register_fake("calm_fast::cross_attention_bwd", lib=_lib)
+def _bwd_fake(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, lo, hi, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, lo, hi, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, lo, hi, out, lse = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return (None,) * 7
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = torch.ops.calm_fast.cross_attention_bwd(dout, dlse, q, k, v, out, lse, lo, hi, ctx.causal, ctx.scale)
+    return (*grads, None, None, None, None)
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError(f"{_OP}: impl='triton' has no double backward. Use impl='torch' or 'reference' for it.")
+
+
+torch.library.register_autograd("calm_fast::cross_attention_fwd", _backward, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd("calm_fast::cross_attention_bwd", _no_double_backward, lib=_lib)

@@ -1,0 +1,1 @@
+"""Implementations from torch's own ops: the fast path on a CPU, the fallback everywhere."""
