@@ -1,11 +1,13 @@
 """Package layout. Everything declarative is in pyproject.toml; this file only says where the packages lie.
 
-``kernels/fused`` is installed as ``calm_fast.kernels`` and ``benchmarks`` as ``calm_fast.benchmarks``. The container
-``kernels/`` has no ``__init__.py`` on purpose: Hugging Face publishes a package named ``kernels`` that transformers
-imports, and a regular package of that name at the repository root would shadow it.
+``kernels/fused`` is installed as ``calm_fast.kernels`` and ``benchmarks`` as ``calm_fast.benchmarks``.
+The container ``kernels/`` has no ``__init__.py`` on purpose: Hugging Face publishes a package named
+``kernels`` that transformers imports, and a regular package of that name at the repository root would
+shadow it.
 
-Seam for the compiled library: its extensions belong in ``ext_modules`` below, built from ``csrc/`` against LibTorch's
-stable ABI (one cp310-abi3 wheel). Until ``csrc/`` exists the distribution is pure Python and needs no compiler.
+Seam for the compiled library: its extensions belong in ``ext_modules`` below, built from ``csrc/`` against
+LibTorch's stable ABI (one cp310-abi3 wheel). Until ``csrc/`` exists the distribution is pure Python and needs
+no compiler.
 """
 
 from pathlib import Path

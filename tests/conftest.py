@@ -1,7 +1,7 @@
 """Shared test set-up: where the kernels run, how many threads, which tests need a GPU.
 
-Environment variables are set here, before anything imports torch or Triton: Triton reads TRITON_INTERPRET when a kernel
-is decorated, and OpenMP reads OMP_NUM_THREADS when it is loaded.
+Environment variables are set here, before anything imports torch or Triton: Triton reads TRITON_INTERPRET
+when a kernel is decorated, and OpenMP reads OMP_NUM_THREADS when it is loaded.
 """
 
 from __future__ import annotations

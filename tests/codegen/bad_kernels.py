@@ -1,0 +1,73 @@
+"""Kernels that are wrong on purpose, one per fact the codegen tool must catch, and one that is right."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _product_kernel(
+    a, b, out, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr
+):
+    i, j, k = tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, DEPTH)
+    x = tl.load(a + i[:, None] * DEPTH + k[None, :])
+    y = tl.load(b + k[:, None] * COLS + j[None, :])
+    tl.store(out + i[:, None] * COLS + j[None, :], tl.dot(x, y, input_precision=PRECISION))
+
+
+@triton.jit
+def _float64_kernel(a, out, ROWS: tl.constexpr):
+    i = tl.arange(0, ROWS)
+    tl.store(out + i, (tl.load(a + i).to(tl.float64) * 0.1 + 1.0).to(tl.float32))
+
+
+@triton.jit
+def _pipelined_kernel(a, b, out, steps, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr):
+    i, j, k = tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, DEPTH)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for step in range(steps):
+        x = tl.load(a + step * DEPTH + i[:, None] * 4096 + k[None, :])
+        y = tl.load(b + (step * DEPTH + k[:, None]) * COLS + j[None, :])
+        total += tl.dot(x, y)
+    tl.store(out + i[:, None] * COLS + j[None, :], total)
+
+
+@triton.jit
+def _broken_kernel(a, out, ROWS: tl.constexpr):
+    tl.static_assert(ROWS == 0, "this kernel never compiles")
+
+
+def _spec(
+    name: str, fn: object, dtype: str, shape: dict, tensor_core: bool | str, **options: int
+) -> SimpleNamespace:
+    pointers = [arg for arg in fn.arg_names if arg in ("a", "b", "out")]
+    signature = {arg: "constexpr" if arg in shape else "i32" for arg in fn.arg_names}
+    signature |= {arg: f"*{dtype}" for arg in pointers} | {"out": "*fp32"}
+    return SimpleNamespace(
+        name=name,
+        fn=fn,
+        signature=signature,
+        constexprs=shape,
+        attrs={(fn.arg_names.index(arg),): [["tt.divisibility", 16]] for arg in pointers},
+        num_warps=options.get("num_warps", 4),
+        num_stages=options.get("num_stages", 2),
+        expectations={"tensor_core": tensor_core},
+    )
+
+
+def codegen_specs() -> list[SimpleNamespace]:
+    tile = {"ROWS": 128, "COLS": 64, "DEPTH": 64}
+    ieee, tf32 = tile | {"PRECISION": "ieee"}, tile | {"PRECISION": "tf32"}
+    wide = {"ROWS": 128, "COLS": 128, "DEPTH": 128}
+    return [
+        _spec("good", _product_kernel, "bf16", tf32, True),
+        _spec("spilling", _product_kernel, "fp32", ieee, False),
+        _spec("tf32_unasked", _product_kernel, "fp32", tf32, False),
+        _spec("no_tensor_core", _float64_kernel, "bf16", {"ROWS": 128}, True),
+        _spec("float64", _float64_kernel, "fp32", {"ROWS": 128}, False),
+        _spec("too_much_shared", _pipelined_kernel, "bf16", wide, True, num_warps=8, num_stages=5),
+        _spec("uncompilable", _broken_kernel, "fp32", {"ROWS": 16}, False),
+    ]

@@ -1,0 +1,191 @@
+"""Compile every Triton kernel for several GPU architectures, without a GPU, and check the machine code.
+
+    python tests/codegen/check.py                 all kernels, sm_80 sm_90 sm_100
+    python tests/codegen/check.py --arch 90       one architecture
+    python tests/codegen/check.py --only decode   kernels whose name contains a word
+    python tests/codegen/check.py --update        record today's sizes for the installed Triton
+
+Each op's `calm_fast.kernels.<op>.codegen_specs()` names the kernels and representative arguments. Hard facts
+(no spills, no float64, tensor cores where promised, shared memory within the limit) hold for every Triton;
+registers, SASS size and shared memory are compared with golden/triton-<version>.json where that exists.
+Exit 1 on any problem.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import golden
+from machine_code import SHARED_LIMIT, Facts, compile_cubin, hard_problems, read_facts
+
+PROCESSES = 2
+
+
+def clean_environment(cache: str) -> None:
+    """The facts must not depend on the caller's settings: no interpreter, no old cache, no other ptxas."""
+    if "triton" in sys.modules:
+        raise RuntimeError("Triton was imported before its settings could be cleared")
+    for name in [name for name in os.environ if name.startswith("TRITON_")]:
+        del os.environ[name]
+    os.environ["TRITON_CACHE_DIR"] = cache
+
+
+def import_specs_module(source: str) -> ModuleType:
+    """A module by dotted name, or by path if `source` ends in .py."""
+    if not source.endswith(".py"):
+        return importlib.import_module(source)
+    spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def kernel_modules() -> Iterator[str]:
+    """The kernel module of every registered op that has Triton kernels."""
+    from calm_fast.ops import OPS
+
+    for stem in OPS:
+        name = f"calm_fast.kernels.{stem}"
+        if importlib.util.find_spec(name) is None:
+            print(f"{stem}: no Triton kernels")
+        else:
+            yield name
+
+
+def named_specs(source: str) -> dict[str, Any]:
+    """name -> spec of one module; a name that occurs twice would hide a kernel."""
+    module = import_specs_module(source)
+    specs = list(module.codegen_specs())
+    by_name = {spec.name: spec for spec in specs}
+    if not specs or len(by_name) != len(specs):
+        raise ValueError(f"{source}.codegen_specs() must return at least one spec, with distinct names")
+    return by_name
+
+
+def examine(source: str, name: str, arch: int) -> tuple[Facts | None, list[str], float]:
+    """Runs in a worker process: compile one kernel for one architecture and collect what is wrong with it."""
+    begin = time.perf_counter()
+    spec = named_specs(source)[name]
+    try:
+        cubin, shared, tensor_memory = compile_cubin(spec, arch)
+    except Exception as error:  # a kernel that does not compile is a finding, not a crash of the tool
+        text = str(error).strip() or repr(error)
+        return None, [f"does not compile: {type(error).__name__}: {text[-400:]}"], time.perf_counter() - begin
+    facts = read_facts(cubin, arch, shared, tensor_memory)
+    return facts, hard_problems(facts, spec.expectations["tensor_core"]), time.perf_counter() - begin
+
+
+def describe(facts: Facts) -> str:
+    matrix = ",".join(sorted({op.split(".")[0] for op in facts.tensor_core})) or "-"
+    size = f"{facts.registers:4d} registers {facts.instructions:6d} instructions {facts.shared:7d} B shared"
+    return f"{size}  {matrix}"
+
+
+def compare(name: str, facts: Facts, record: golden.Golden) -> list[str]:
+    then = record.get(name, {}).get(str(facts.arch))
+    if then is None:
+        return ["not in the golden record; look at the numbers, then run with --update"]
+    return golden.growth(golden.numbers(facts), then)
+
+
+def run_all(jobs: list[tuple[str, str, int]], record: golden.Golden | None) -> tuple[golden.Golden, int]:
+    """Examine all jobs in parallel, a line each; returns today's numbers and how many jobs failed."""
+    today: golden.Golden = {}
+    failed = 0
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
+        futures = {pool.submit(examine, *job): job for job in jobs}
+        for done, future in enumerate(as_completed(futures), 1):
+            _, name, arch = futures[future]
+            facts, problems, seconds = future.result()
+            if facts:
+                today.setdefault(name, {})[str(arch)] = golden.numbers(facts)
+                problems = problems + (compare(name, facts, record) if record is not None else [])
+            failed += bool(problems)
+            text = describe(facts) if facts else ""
+            print(f"[{done}/{len(jobs)}] {name} sm_{arch} {seconds:5.1f} s {text}", flush=True)
+            for problem in problems:
+                print(f"    PROBLEM {name} sm_{arch}: {problem}", flush=True)
+    return today, failed
+
+
+def update_record(version: str, today: golden.Golden, kept: golden.Golden, failed: int) -> None:
+    """Write today's numbers over `kept`, unless a hard fact is broken."""
+    if failed:
+        print("not recorded: a record is made only when all hard facts hold")
+        return
+    for name, rows in today.items():
+        kept[name] = kept.get(name, {}) | rows
+    print(f"recorded in {golden.save(version, kept).name}")
+
+
+def report_stale(record: golden.Golden, today: golden.Golden) -> int:
+    stale = sorted(set(record) - set(today))
+    for name in stale:
+        print(f"    PROBLEM {name}: in the golden record but no longer a kernel; run with --update")
+    return len(stale)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=sorted(SHARED_LIMIT), default=sorted(SHARED_LIMIT)
+    )
+    parser.add_argument("--only", metavar="WORD", help="kernels whose name contains WORD")
+    parser.add_argument("--update", action="store_true", help="record today's sizes instead of comparing")
+    parser.add_argument("--list", action="store_true", help="print the kernels' names and stop")
+    parser.add_argument(
+        "--specs", metavar="MODULE", help="take codegen_specs() from this module or .py file only"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="calm-fast-codegen-") as cache:
+        clean_environment(cache)
+        import triton
+
+        sources = [arguments.specs] if arguments.specs else list(kernel_modules())
+        named = [(source, name) for source in sources for name in named_specs(source)]
+        if arguments.list:
+            print("\n".join(name for _, name in named))
+            return 0
+        chosen = [(source, name) for source, name in named if not arguments.only or arguments.only in name]
+        jobs = [(source, name, arch) for source, name in chosen for arch in arguments.arch]
+        full = chosen == named and set(arguments.arch) == set(SHARED_LIMIT)
+        own = arguments.specs is None  # other people's kernels have no record
+        record = golden.load(triton.__version__) if own else None
+        print(f"{len(jobs)} compilations, Triton {triton.__version__}, {PROCESSES} processes", flush=True)
+        today, failed = run_all(jobs, None if arguments.update else record)
+
+    if own and arguments.update:
+        update_record(triton.__version__, today, {} if full else record or {}, failed)
+    elif own and record is None:
+        print(f"golden comparison not available: nothing recorded for Triton {triton.__version__}")
+    elif own and full:
+        failed += report_stale(record, today)
+    verdict = "all facts hold" if not failed else f"{failed} with problems"
+    print(f"codegen: {len(jobs)} compilations in {time.perf_counter() - begin:.0f} s, {verdict}")
+    return 1 if failed or not jobs else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

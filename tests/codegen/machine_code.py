@@ -1,0 +1,120 @@
+"""Compile one Triton kernel for one GPU architecture, without a GPU, and read facts off its machine code."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KIB = 1024
+# the most dynamic shared memory one block can opt in to (the 1 KiB the driver keeps is already taken off)
+SHARED_LIMIT = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
+TENSOR_MEMORY_LIMIT = 512  # columns per multiprocessor on sm_100
+# what a large matrix product turns into: warp-level, warpgroup-level, and the tcgen05 unit
+MATRIX_OPCODE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|UTCHMMA|IMMA|IGMMA|QMMA|QGMMA|UTC[A-Z]*MMA|OMMA|BMMA)\b")
+FLOAT64 = re.compile(r"^D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|\.F64\b|\.(RCP|RSQ)64H\b")
+LOCAL_MEMORY = re.compile(r"^(LDL|STL)\b")
+# one line of nvdisasm: /*0040*/  @!P0 LDL.64 R2, [R1] ;
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the machine code of one kernel on one architecture looks like."""
+
+    arch: int
+    registers: int
+    instructions: int  # size of the SASS
+    shared: int  # bytes of dynamic shared memory per block
+    tensor_memory: int  # columns, 0 before sm_100
+    stack: int  # bytes of local memory per thread
+    local_accesses: int  # LDL and STL instructions: spills or indexed private arrays
+    float64: tuple[str, ...]  # opcodes
+    tensor_core: tuple[str, ...]  # opcodes
+
+
+def tool(name: str) -> str:
+    """Path of an NVIDIA binary tool: the one shipped inside Triton, else from a CUDA toolkit on the PATH."""
+    import triton
+
+    shipped = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    found = str(shipped) if shipped.is_file() else shutil.which(name)
+    if not found:
+        raise FileNotFoundError(f"{name} is neither shipped with triton {triton.__version__} nor on the PATH")
+    return found
+
+
+def compile_cubin(spec: Any, arch: int) -> tuple[bytes, int, int]:
+    """Compile `spec`, an entry of codegen_specs(), for sm_<arch>; also its shared bytes and tensor memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(fn=spec.fn, signature=spec.signature, constexprs=spec.constexprs, attrs=spec.attrs)
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return kernel.asm["cubin"], kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", None) or 0
+
+
+def read_facts(cubin: bytes, arch: int, shared: int, tensor_memory: int) -> Facts:
+    """Disassemble a cubin that holds one kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = {"capture_output": True, "text": True, "check": True}
+        sass = subprocess.run([tool("nvdisasm"), "-c", file.name], **run).stdout
+        usage = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], **run)
+    resources = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+    opcodes = Counter(INSTRUCTION.findall(sass))
+    if not resources or not opcodes:
+        raise RuntimeError(f"cannot read the disassembly for sm_{arch}: its format has changed")
+
+    def matching(pattern: re.Pattern[str]) -> tuple[str, ...]:
+        return tuple(sorted(op for op in opcodes if pattern.search(op)))
+
+    return Facts(
+        arch=arch,
+        registers=int(resources[1]),
+        instructions=sum(opcodes.values()),
+        shared=shared,
+        tensor_memory=tensor_memory,
+        stack=int(resources[2]),
+        local_accesses=sum(opcodes[op] for op in matching(LOCAL_MEMORY)),
+        float64=matching(FLOAT64),
+        tensor_core=matching(TENSOR_CORE),
+    )
+
+
+def hard_problems(facts: Facts, tensor_core: bool | str) -> list[str]:
+    """Facts that are wrong whatever the Triton version.
+
+    tensor_core: True = the architecture's own large matrix instruction must be there; "warp" = any tensor
+    core instruction will do (tiles too small for the large ones); False = there must be none (IEEE float32).
+    """
+    found = []
+    if facts.local_accesses or facts.stack:
+        found.append(f"spills: {facts.local_accesses} LDL/STL instructions, {facts.stack} bytes of stack")
+    if facts.float64:
+        found.append(f"float64 instructions: {', '.join(facts.float64)}")
+    if facts.shared > SHARED_LIMIT[facts.arch]:
+        found.append(f"shared memory {facts.shared} bytes > {SHARED_LIMIT[facts.arch]}: could never launch")
+    if facts.tensor_memory > TENSOR_MEMORY_LIMIT:
+        found.append(
+            f"tensor memory {facts.tensor_memory} columns > {TENSOR_MEMORY_LIMIT}: could never launch"
+        )
+    wanted = MATRIX_OPCODE[facts.arch]
+    if tensor_core is True and not any(op.split(".")[0] == wanted for op in facts.tensor_core):
+        found.append(
+            f"no {wanted} instruction (tensor-core opcodes: {', '.join(facts.tensor_core) or 'none'})"
+        )
+    elif tensor_core == "warp" and not facts.tensor_core:
+        found.append("no tensor-core instruction")
+    elif tensor_core is False and facts.tensor_core:
+        found.append(f"unexpected tensor-core instructions: {', '.join(facts.tensor_core)}")
+    return found

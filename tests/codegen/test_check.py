@@ -1,0 +1,127 @@
+"""The codegen tool itself: it must catch what it claims to, whatever the caller's Triton settings are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # the tool is a script with helpers beside it, not a package
+
+import golden  # noqa: E402
+from machine_code import Facts, hard_problems  # noqa: E402
+
+GOOD = Facts(90, 100, 240, 24576, 0, 0, 0, (), ("HGMMA.64x64x16.F32.BF16",))
+
+
+def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(HERE / "check.py"), *arguments]
+    settings = {"TRITON_INTERPRET": "1", "TRITON_PTXAS_PATH": "/nonexistent", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def bad_run() -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("triton", reason="the machine-code checks need Triton, which is not installed")
+    return run_tool("--specs", str(HERE / "bad_kernels.py"), "--arch", "90")
+
+
+def problems_of(output: str, name: str) -> list[str]:
+    mark = f"PROBLEM {name} sm_90: "
+    return [line.split(mark)[1] for line in output.splitlines() if mark in line]
+
+
+def test_tool_fails_on_bad_kernels(bad_run):
+    assert bad_run.returncode == 1, bad_run.stdout + bad_run.stderr
+    assert "6 with problems" in bad_run.stdout
+
+
+def test_tool_passes_a_good_kernel(bad_run):
+    assert problems_of(bad_run.stdout, "good") == []
+    assert "good sm_90" in bad_run.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("spilling", "spills:"),
+        ("float64", "float64 instructions: D"),
+        ("too_much_shared", "shared memory 327680 bytes > 232448"),
+        ("tf32_unasked", "unexpected tensor-core instructions: HGMMA"),
+        ("uncompilable", "does not compile: CompileTimeAssertionFailure"),
+    ],
+)
+def test_tool_catches_each_fault_alone(bad_run, name, problem):
+    found = problems_of(bad_run.stdout, name)
+    assert len(found) == 1 and found[0].startswith(problem), bad_run.stdout
+
+
+def test_tool_catches_a_missing_matrix_instruction(bad_run):
+    assert any("no HGMMA instruction" in p for p in problems_of(bad_run.stdout, "no_tensor_core"))
+
+
+def test_no_kernels_is_a_failure(bad_run):
+    run = run_tool("--specs", str(HERE / "bad_kernels.py"), "--arch", "90", "--only", "no such kernel")
+    assert run.returncode == 1, run.stdout
+
+
+def test_hard_problems_of_good_facts_is_empty():
+    assert hard_problems(GOOD, True) == hard_problems(GOOD, "warp") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "tensor_core", "word"),
+    [
+        ({"stack": 8}, True, "spills"),
+        ({"local_accesses": 1}, True, "spills"),
+        ({"float64": ("DFMA",)}, True, "float64"),
+        ({"shared": 227 * 1024 + 1}, True, "shared memory"),
+        ({"arch": 80, "tensor_core": ("HMMA.16816.F32",), "shared": 163 * 1024 + 1}, True, "shared memory"),
+        ({"arch": 100, "tensor_core": ("UTCHMMA",), "tensor_memory": 513}, True, "tensor memory"),
+        ({"tensor_core": ("HMMA.16816.F32",)}, True, "no HGMMA"),
+        ({"tensor_core": ()}, "warp", "no tensor-core"),
+        ({}, False, "unexpected tensor-core"),
+    ],
+)
+def test_hard_problems_names_the_one_that_is_wrong(change, tensor_core, word):
+    facts = Facts(**{**GOOD.__dict__, **change})
+    (problem,) = hard_problems(facts, tensor_core)
+    assert word in problem
+
+
+def test_growth_is_reported_beyond_the_slack_only():
+    then = {"registers": 100, "instructions": 1000, "shared": 4096}
+    assert golden.growth(then, then) == []
+    assert golden.growth({"registers": 108, "instructions": 1100, "shared": 4096}, then) == []
+    assert golden.growth({"registers": 60, "instructions": 10, "shared": 0}, then) == []
+    grown = golden.growth({"registers": 109, "instructions": 1101, "shared": 4097}, then)
+    assert [text.split()[0] for text in grown] == ["registers", "instructions", "shared"]
+
+
+def test_record_survives_a_round_trip(tmp_path, monkeypatch):
+    monkeypatch.setattr(golden, "FOLDER", tmp_path / "golden")
+    assert golden.load("0.0.0") is None
+    record = {
+        "b": {"90": golden.numbers(GOOD), "100": golden.numbers(GOOD)},
+        "a": {"80": golden.numbers(GOOD)},
+    }
+    path = golden.save("0.0.0", record)
+    assert golden.load("0.0.0") == record
+    assert path.read_text().index('"a"') < path.read_text().index('"b"')
+
+
+def test_record_covers_every_kernel(bad_run):
+    """A new kernel cannot join without its sizes being recorded (where a record for this Triton exists)."""
+    import triton
+
+    record = golden.load(triton.__version__)
+    if record is None:
+        pytest.skip(f"no golden record for Triton {triton.__version__}")
+    run = run_tool("--list")
+    assert run.returncode == 0, run.stderr
+    assert sorted(line for line in run.stdout.splitlines() if ": no Triton" not in line) == sorted(record)
+    assert all(set(rows) == {"80", "90", "100"} for rows in record.values())
