@@ -33,7 +33,7 @@ setup(
     package_dir=MAPPED,
     package_data={
         "calm_fast": ["py.typed"],
-        "calm_fast.kernels": ["tuned/*/*.json"],
-        "calm_fast.benchmarks": ["*.sh", "results/*.jsonl"],
+        "calm_fast.kernels": ["**/*.json"],
+        "calm_fast.benchmarks": ["*.sh", "results/**"],
     },
 )

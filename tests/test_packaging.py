@@ -1,0 +1,246 @@
+"""What an installed calm_fast holds and what importing it does, in fresh Python processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from packaging.requirements import Requirement
+
+import calm_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+MAPPED = {
+    "kernels/fused": "calm_fast/kernels",
+    "benchmarks": "calm_fast/benchmarks",
+    "calm_fast": "calm_fast",
+}
+NOT_SOURCE = shutil.ignore_patterns(
+    ".git",
+    ".venv",
+    "build",
+    "dist",
+    "__pycache__",
+    "*.egg-info",
+    ".pytest_cache",
+    ".ruff_cache",
+    ".benchmarks",
+)
+
+
+def run_python(code: str, cwd: Path, **env: str) -> str:
+    """Run `code` in a fresh interpreter and return what it printed."""
+    base = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")
+    }
+    settings = base | {"OMP_NUM_THREADS": "1"} | env
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=settings, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, f"{code}\n--- failed with\n{done.stdout}{done.stderr}"
+    return done.stdout.strip()
+
+
+def source_files(folder: str) -> set[str]:
+    """Files of one source folder, relative to it, build leftovers aside."""
+    top = ROOT / folder
+    paths = (path.relative_to(top) for path in top.rglob("*") if path.is_file())
+    return {path.as_posix() for path in paths if "__pycache__" not in path.parts and path.suffix != ".pyc"}
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built through the sdist from a copy of the tree, once for all test processes."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    dist = shared / "dist"
+    with FileLock(shared / "dist.lock"):
+        if not dist.exists():
+            copy = shared / "source"
+            shutil.copytree(ROOT, copy, ignore=NOT_SOURCE)
+            command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(shared / "building")]
+            done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=240)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+            (shared / "building").rename(dist)
+    (path,) = dist.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def wheel_names(wheel: Path) -> set[str]:
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.fixture(scope="session")
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return Parser().parsestr(archive.read(name).decode())
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel installed into an empty folder, without its dependencies."""
+    target = tmp_path_factory.mktemp("installed")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        target,
+    ]
+    subprocess.run([*command, wheel], check=True, capture_output=True, timeout=240)
+    return target
+
+
+@pytest.mark.parametrize("folder", MAPPED)
+def test_wheel_holds_every_source_file(wheel_names, folder):
+    files = source_files(folder)
+    assert files, f"{folder} is empty"
+    missing = {name for name in files if f"{MAPPED[folder]}/{name}" not in wheel_names}
+    assert not missing, f"not in the wheel from {folder}: {sorted(missing)}"
+
+
+def test_wheel_holds_nothing_beside_calm_fast(wheel_names):
+    tops = {name.split("/")[0] for name in wheel_names}
+    assert tops == {"calm_fast", f"calm_fast-{calm_fast.__version__}.dist-info"}
+
+
+def test_wheel_is_pure_and_carries_version_and_licence(wheel, wheel_names, metadata):
+    assert wheel.name == f"calm_fast-{calm_fast.__version__}-py3-none-any.whl"
+    assert metadata["Version"] == calm_fast.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert any(name.endswith("licenses/LICENSE") for name in wheel_names)
+
+
+def test_dependencies_have_no_upper_pin(metadata):
+    required = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
+    core = {r.name: r for r in required if "extra ==" not in str(r.marker or "")}
+    assert {"torch", "transformers", "triton", "safetensors", "math-verify", "matplotlib"} <= set(core)
+    assert str(core["torch"].specifier) == ">=2.11"
+    assert str(core["triton"].marker) == 'platform_system == "Linux"'
+    bounded = [str(r) for r in required if any(s.operator != ">=" for s in r.specifier)]
+    assert not bounded
+
+
+def test_installed_wheel_imports_from_elsewhere(installed, tmp_path):
+    code = """
+import importlib, sys
+from importlib.metadata import distribution
+# the development install must not lend the wheel what it lacks
+sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+import calm_fast, calm_fast.kernels, calm_fast.benchmarks, calm_fast.ops, calm_fast.modules, calm_fast.hf
+for module in (calm_fast, calm_fast.kernels, calm_fast.benchmarks):
+    print(module.__file__)
+(script,) = [e for e in distribution("calm-fast").entry_points if e.name == "calm-fast"]
+assert callable(script.load())
+import calm_fast.benchmarks.registry
+"""
+    printed = run_python(code, tmp_path, PYTHONPATH=str(installed)).splitlines()
+    assert len(printed) == 3
+    assert all(Path(line).is_relative_to(installed) for line in printed), printed
+
+
+@pytest.mark.parametrize("place", ["root", "elsewhere"])
+def test_editable_install_maps_both_folders(place, tmp_path):
+    code = "import calm_fast.kernels as k, calm_fast.benchmarks as b; print(k.__file__); print(b.__file__)"
+    kernels, benchmarks = run_python(code, ROOT if place == "root" else tmp_path).splitlines()
+    if not Path(kernels).is_relative_to(ROOT):
+        pytest.skip("calm_fast is installed from a wheel here, not editable")
+    assert Path(kernels) == ROOT / "kernels/fused/__init__.py"
+    assert Path(benchmarks) == ROOT / "benchmarks/__init__.py"
+
+
+def test_transformers_runs_a_model_with_the_repository_as_working_directory():
+    code = """
+import importlib.util, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+spec = importlib.util.find_spec("kernels")
+assert spec is None or spec.origin is None or ROOT not in spec.origin, spec
+config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                     num_attention_heads=2, num_key_value_heads=2)
+print(tuple(LlamaForCausalLM(config)(torch.arange(5)[None]).logits.shape))
+"""
+    assert run_python(code.replace("ROOT", repr(str(ROOT))), ROOT).endswith("(1, 5, 32)")
+
+
+def test_a_package_named_kernels_wins_over_our_folder(tmp_path):
+    """The working directory comes first on sys.path; our kernels/ must yield all the same."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("OWNER = 'installed'\n")
+    assert run_python("import kernels; print(kernels.OWNER)", ROOT, PYTHONPATH=str(tmp_path)) == "installed"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+WATCH = """
+import sys
+started = []
+def hook(event, args):
+    if event in ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec"):
+        started.append((event, args[0]))
+sys.addaudithook(hook)
+"""
+HEAVY = (
+    "triton",
+    "transformers",
+    "torch._inductor",
+    "torch.utils.cpp_extension",
+    "matplotlib",
+    "math_verify",
+)
+
+
+@pytest.mark.parametrize(
+    ("statement", "forbidden"),
+    [("import calm_fast", ("torch", *HEAVY)), ("import calm_fast.ops, calm_fast.kernels", HEAVY)],
+)
+def test_import_is_light(tmp_path, statement, forbidden):
+    code = f"{WATCH}\n{statement}\nprint([m for m in {forbidden!r} if m in sys.modules], started)"
+    assert run_python(code, tmp_path) == "[] []"
+
+
+BLOCKED = """
+import sys
+sys.modules["triton"] = None
+import torch, calm_fast
+q, k, v = (torch.randn(1, 5, 2, 8, requires_grad=True) for _ in range(3))
+attend = calm_fast.ops.cross_attention
+outs = [attend(q, k, v, causal=True, impl=impl) for impl in ("auto", "torch", "reference")]
+outs[0].sum().backward()
+torch.testing.assert_close(outs[0], outs[2])
+try:
+    calm_fast.ops.cross_attention(q, k, v, impl="triton")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_everything_but_triton_works_without_triton(tmp_path):
+    printed = run_python(BLOCKED, tmp_path, TRITON_INTERPRET="1").lower()
+    assert "triton" in printed and "error" in printed, "an explicit impl that cannot run must say why"
+
+
+def test_module_works_without_triton(tmp_path):
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, calm_fast
+layer = calm_fast.CrossAttention(16, 12, 2)
+anchor = torch.randn(2, 4, 16)
+print(torch.equal(layer(anchor, torch.randn(2, 6, 12)), anchor))
+"""
+    assert run_python(code, tmp_path) == "True"
