@@ -1,0 +1,24 @@
+"""Composition of transformers models; importing it registers them with transformers' Auto classes."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from calm_fast.hf.cache import ComposedCache
+from calm_fast.hf.compose import compose
+from calm_fast.hf.composed import ComposedForCausalLM
+from calm_fast.hf.config import ComposedConfig
+from calm_fast.hf.connections import resolve_connections
+from calm_fast.hf.layers import find_layers
+
+AutoConfig.register(ComposedConfig.model_type, ComposedConfig, exist_ok=True)
+AutoModelForCausalLM.register(ComposedConfig, ComposedForCausalLM, exist_ok=True)
+
+__all__ = [
+    "ComposedCache",
+    "ComposedConfig",
+    "ComposedForCausalLM",
+    "compose",
+    "find_layers",
+    "resolve_connections",
+]

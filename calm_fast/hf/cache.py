@@ -1,0 +1,62 @@
+"""One cache for a composed model: the anchor's, every augmenter's, and the cross keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+
+class ComposedCache(Cache):
+    """The caches of the parts behind one ``Cache``.
+
+    ``layers`` is computed on every access: the anchor's layers, then each augmenter's, then one DynamicLayer
+    per connection with cross keys and values (B, Hkv, N, D). The inherited reorder_cache, crop, reset and
+    batch operations walk it, so beams and num_return_sequences reorder every part together. Lengths and mask
+    sizes are the anchor's. Never compileable, which keeps attention masks two-dimensional up to the parts.
+    """
+
+    def __init__(self, anchor: Cache, augmenters: Sequence[Cache], connections: int) -> None:
+        # Cache.__init__ would assign `layers`, which is computed here
+        self.anchor = anchor
+        self.augmenters = list(augmenters)
+        self.cross = [DynamicLayer() for _ in range(connections)]
+        self.layer_class_to_replicate = None
+        self.offloading = False
+
+    @property
+    def layers(self) -> list[Any]:
+        parts = [*self.anchor.layers]
+        for cache in self.augmenters:
+            parts.extend(cache.layers)
+        return [*parts, *self.cross]
+
+    def __repr__(self) -> str:
+        return (
+            f"ComposedCache(anchor={self.anchor!r}, augmenters={self.augmenters!r}, cross={len(self.cross)})"
+        )
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("ComposedCache: its parts are updated by their own models, not through it")
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far; an int also where the anchor's own cache is static or recurrent."""
+        return self.cross[0].get_seq_length() if layer_idx == 0 else self.anchor.get_seq_length(layer_idx)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self.anchor.get_max_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.anchor.get_mask_sizes(query_length, layer_idx)
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+def augmenter_cache(config: Any, depth: int) -> DynamicCache:
+    """An empty cache for the first ``depth`` layers of a model (recurrent families ask the last one)."""
+    cache = DynamicCache(config=config.get_text_config(decoder=True))
+    del cache.layers[depth:]
+    return cache

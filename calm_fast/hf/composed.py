@@ -1,0 +1,246 @@
+"""ComposedForCausalLM: a frozen anchor that reads frozen augmenters through trained cross-attention."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from calm_fast.hf.cache import ComposedCache, augmenter_cache
+from calm_fast.hf.config import ComposedConfig
+from calm_fast.hf.hooks import ANCHOR, Frame, checkpoint_in_eval, install
+from calm_fast.hf.inputs import AugmenterCall, Signature, augmenter_calls, part_inputs, with_cache
+from calm_fast.hf.layers import device_of, find_layers, hidden_size, run_decoder, truncated_view
+from calm_fast.hf.saving import CompositionFiles
+from calm_fast.modules.cross_attention import CrossAttention
+
+
+class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
+    """Composition of language models by cross-attention (CALM, arXiv 2401.02412, section 3).
+
+    After anchor layer b of every connection (a, b):  H_B <- H_B + CrossAttention(H_B, H_A),  where H_A is the
+    state after augmenter layer a for the same tokens. Connections that end at one layer, also of several
+    augmenters, all read H_B as that layer left it and their residuals add. Both models are frozen and stay in
+    eval mode; gradients flow through the anchor from its first connection up. Build one with
+    ``calm_fast.compose``.
+
+    anchor: a causal LM, kept whole and shared with the caller; augmenters: causal LMs, kept as views without
+    layers past the last connected one and without LM head. ``connections[i]`` is the CrossAttention of
+    ``pairs[i]`` = (augmenter, augmenter layer, anchor layer). Not safe for concurrent forward calls of one
+    instance.
+    """
+
+    config_class = ComposedConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: ComposedConfig,
+        anchor: PreTrainedModel | None = None,
+        augmenters: list[PreTrainedModel] | None = None,
+    ) -> None:
+        super().__init__(config)
+        if anchor is None:
+            anchor = AutoModelForCausalLM.from_config(config.anchor_config)
+        if augmenters is None:
+            augmenters = [AutoModelForCausalLM.from_config(sub) for sub in config.augmenter_configs]
+        self.signatures = [Signature.of(model) for model in (anchor, *augmenters)]
+        self.pairs = [(i, a, b) for i, pairs in enumerate(config.connections) for a, b in pairs]
+        self.depths = [max(1, 1 + max(a for a, _ in pairs)) for pairs in config.connections]
+
+        config.anchor_layers, anchor_layers = find_layers(anchor, config.anchor_layers)
+        found = [find_layers(m, path) for m, path in zip(augmenters, config.augmenter_layers, strict=True)]
+        config.augmenter_layers = [path for path, _ in found]
+        for model in (anchor, *augmenters):
+            model.requires_grad_(False).eval()
+        self.anchor = anchor
+        self.augmenters = nn.ModuleList(
+            truncated_view(model, path, depth)
+            for model, (path, _), depth in zip(augmenters, found, self.depths, strict=True)
+        )
+        self.connections = nn.ModuleList(
+            self._connection(i, anchor_layers[max(b, 0)]) for i, _, b in self.pairs
+        )
+        self.by_layer = {
+            b: [c for c, pair in enumerate(self.pairs) if pair[2] == b] for _, _, b in self.pairs
+        }
+        self.frame = Frame()
+        install(self, self.frame, anchor_layers, [layers for _, layers in found])
+
+        self.generation_config = copy.deepcopy(getattr(anchor, "generation_config", self.generation_config))
+        # the config object is the composition's own record; the parts keep their own attention implementation
+        config._attn_implementation_internal = anchor.config._attn_implementation
+        self.post_init()
+        own = {f"connections.{name}" for name in self.connections.state_dict()}
+        self._keys_to_ignore_on_save = {name for name in self.state_dict() if name not in own}
+
+    def _connection(self, augmenter: int, anchor_layer: nn.Module) -> CrossAttention:
+        widths = hidden_size(self.anchor), hidden_size(self.augmenters[augmenter])
+        module = CrossAttention(*widths, **self.config.cross_attention)
+        dtype = getattr(torch, self.config.composition_dtype)
+        return module.to(device=device_of(anchor_layer), dtype=dtype)
+
+    def init_weights(self) -> None:
+        """Nothing to do: the parts come initialised, and CrossAttention initialises itself."""
+
+    initialize_weights = init_weights
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.anchor.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.anchor.get_output_embeddings()
+
+    def train(self, mode: bool = True) -> ComposedForCausalLM:
+        """Training mode of the connections only: the frozen parts never use dropout."""
+        super().train(mode)
+        for part in (self.anchor, *self.augmenters):
+            part.eval()
+        for layer in self._layers_with_gradient():
+            layer.training = mode and layer.gradient_checkpointing
+        return self
+
+    def _layers_with_gradient(self) -> list[nn.Module]:
+        first = min(b for _, _, b in self.pairs)
+        return list(find_layers(self.anchor, self.config.anchor_layers)[1])[first + 1 :]
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        for index, layer in enumerate(self._layers_with_gradient()):
+            layer.gradient_checkpointing = enable and index % every_n_layers == 0
+            layer._gradient_checkpointing_func = partial(
+                checkpoint_in_eval, layer, gradient_checkpointing_func
+            )
+        self.train(self.training)
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do: the connections make states require grad; inputs would replay frozen layers."""
+
+    def disable_input_require_grads(self) -> None:
+        """Nothing to do, as in enable_input_require_grads."""
+
+    def new_cache(self, anchor_cache: Any = None) -> ComposedCache:
+        """An empty cache for generation, around ``anchor_cache`` (default: a DynamicCache)."""
+        if anchor_cache is None:
+            anchor_cache = DynamicCache(config=self.config.get_text_config())
+        own = [
+            augmenter_cache(m.config, depth) for m, depth in zip(self.augmenters, self.depths, strict=True)
+        ]
+        return ComposedCache(anchor_cache, own, len(self.pairs))
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and not isinstance(cache, ComposedCache):
+            if getattr(cache, "_is_user_defined", False):
+                raise ValueError(f"past_key_values: expected a ComposedCache, got {type(cache).__name__}")
+            model_kwargs["past_key_values"] = self.new_cache(cache)
+
+    def _add_residuals(
+        self, calls: list[AugmenterCall], cache: ComposedCache | None, layer: int, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden (B, M, DB) after anchor layer ``layer``, plus the residual of each of its connections."""
+        total = None
+        for index in self.by_layer[layer]:
+            augmenter, a, _ = self.pairs[index]
+            state = self.frame.states[augmenter, a].to(hidden.device)
+            lo, hi, causal = calls[augmenter].visibility
+            keys = None if cache is None else cache.cross[index]
+            out = self.connections[index](hidden, state, lo, hi, keys, causal=causal)
+            total = out if total is None else total + (out - hidden)
+        return total
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: ComposedCache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        augmenter_input_ids: Any = None,
+        augmenter_attention_mask: Any = None,
+        augmenter_position_ids: Any = None,
+        lo: Any = None,
+        hi: Any = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the composed model, with the anchor's own loss, hidden states and attentions.
+
+        input_ids (B, M) int64; attention_mask (B, past + M), 1 = real, one block of ones per row;
+        position_ids (1 or B, M), whose restarts separate documents without a mask and cache, as in
+        transformers; labels (B, M), shifted by the anchor's loss; past_key_values: a ComposedCache, returned
+        under the same name. By default a cache is kept in eval mode without labels. The remaining arguments
+        go to the anchor.
+
+        Per augmenter (a tensor for all of them, or a list with an entry or None for each): lo, hi (B, M)
+        int32 say which augmenter tokens each token may read instead of the aligned causal rule;
+        augmenter_input_ids (B, N) with its mask and positions are read instead of input_ids, and need hi.
+        Raises ValueError naming the argument.
+        """
+        if input_ids is None or kwargs.pop("inputs_embeds", None) is not None:
+            raise ValueError(
+                "input_ids: expected token ids, which every part embeds itself; inputs_embeds is not taken"
+            )
+        if past_key_values is not None and not isinstance(past_key_values, ComposedCache):
+            raise ValueError(
+                f"past_key_values: expected a ComposedCache, got {type(past_key_values).__name__}"
+            )
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        external = {
+            "augmenter_input_ids": augmenter_input_ids,
+            "augmenter_attention_mask": augmenter_attention_mask,
+            "augmenter_position_ids": augmenter_position_ids,
+            "lo": lo,
+            "hi": hi,
+        }
+        separable = past_key_values is None and not use_cache
+        calls, packed = augmenter_calls(len(self.augmenters), inputs, external, past, separable)
+        if use_cache is None:
+            by_default = self.config.use_cache and not self.training and labels is None and not packed
+            use_cache = past_key_values is not None or by_default
+        cache = past_key_values if past_key_values is not None or not use_cache else self.new_cache()
+
+        if labels is not None:
+            kwargs["labels"] = labels
+        if self.signatures[0].logits_to_keep:
+            kwargs["logits_to_keep"] = logits_to_keep
+        try:
+            self._read_augmenters(calls, cache, past)
+            self.frame.residual = partial(self._add_residuals, calls, cache)
+            self.frame.stage = ANCHOR
+            own = None if cache is None else cache.anchor
+            prepared = part_inputs(self.anchor, self.signatures[0], inputs, own, past)
+            outputs = self.anchor(**prepared, return_dict=True, **kwargs)
+        finally:
+            self.frame.clear()
+        outputs = with_cache(outputs, cache)
+        return outputs if return_dict is None or return_dict else outputs.to_tuple()
+
+    def _read_augmenters(self, calls: list[AugmenterCall], cache: ComposedCache | None, past: int) -> None:
+        """Run every augmenter up to its last connected layer; the hooks leave its states in the frame."""
+        for index, (model, call) in enumerate(zip(self.augmenters, calls, strict=True)):
+            self.frame.stage = index
+            own = None if cache is None else cache.augmenters[index]
+            with torch.no_grad():
+                run_decoder(model, part_inputs(model, self.signatures[index + 1], call.inputs, own, past))

@@ -1,0 +1,117 @@
+"""The arguments each part of a composed model is called with."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
+
+from calm_fast.hf.cache import ComposedCache
+from calm_fast.hf.masks import Visibility, aligned_visibility
+
+CACHE_ARGUMENTS = ("past_key_values", "cache_params")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a family's forward names: its cache argument, and if it takes positions and logits_to_keep."""
+
+    cache: str
+    position_ids: bool
+    logits_to_keep: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Signature:
+        """Read it from the model; ValueError for families with state outside a transformers Cache."""
+        names = set(inspect.signature(model.forward).parameters)
+        cache = next((name for name in CACHE_ARGUMENTS if name in names), None)
+        takes_cache = getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+        if cache is None or not takes_cache or model.config.is_encoder_decoder:
+            raise ValueError(
+                f"{type(model).__name__} cannot be composed: expected a decoder-only model whose forward "
+                f"takes a transformers Cache ({' or '.join(CACHE_ARGUMENTS)})"
+            )
+        return cls(cache, "position_ids" in names, "logits_to_keep" in names)
+
+
+class AugmenterCall(NamedTuple):
+    """One augmenter's token arguments and what the anchor's tokens may read of them."""
+
+    inputs: dict[str, torch.Tensor | None]
+    visibility: Visibility
+
+
+def _per_augmenter(name: str, value: Any, count: int) -> list[torch.Tensor | None]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    if len(values) != count or not all(v is None or isinstance(v, torch.Tensor) for v in values):
+        raise ValueError(
+            f"{name}: expected a tensor, or a list with a tensor or None for each of {count} augmenters"
+        )
+    return values
+
+
+def augmenter_calls(
+    count: int, inputs: dict[str, torch.Tensor | None], external: dict[str, Any], past: int, separable: bool
+) -> tuple[list[AugmenterCall], bool]:
+    """The call of every augmenter, and whether the rows hold several documents.
+
+    inputs: the anchor's input_ids, attention_mask, position_ids; external: the same of the augmenters' own,
+    and lo, hi, each None, a tensor or a list per augmenter; past: tokens in the cache; separable: whether the
+    anchor itself separates documents by restarting positions here (transformers does so without a cache).
+    """
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    positions = inputs["position_ids"] if separable else None
+    aligned = aligned_visibility(mask, positions, ids.shape[0], past, ids.shape[1])
+    packed = mask is None and aligned.lo is not None
+
+    own = {name: _per_augmenter(name, value, count) for name, value in external.items()}
+    calls = []
+    for index in range(count):
+        given = {name: values[index] for name, values in own.items()}
+        lo, hi = given.pop("lo"), given.pop("hi")
+        if hi is None and any(value is not None for value in (lo, *given.values())):
+            raise ValueError(
+                "hi: required with lo or an augmenter's own tokens, to say what each token may read"
+            )
+        tokens = {name.removeprefix("augmenter_"): value for name, value in given.items()}
+        if tokens["input_ids"] is None:
+            if any(value is not None for value in tokens.values()):
+                raise ValueError("augmenter_input_ids: required with an augmenter's own mask or positions")
+            tokens = inputs
+        calls.append(AugmenterCall(tokens, aligned if hi is None else Visibility(lo, hi, False)))
+    return calls, packed
+
+
+def part_inputs(
+    model: PreTrainedModel,
+    signature: Signature,
+    inputs: dict[str, torch.Tensor | None],
+    cache: Cache | None,
+    past: int,
+) -> dict[str, Any]:
+    """Keyword arguments of one part, on its device; with a cache, as the family prepares its own decoding."""
+    inputs = {name: None if value is None else value.to(model.device) for name, value in inputs.items()}
+    if not signature.position_ids:
+        del inputs["position_ids"]
+    if cache is None:
+        return {**inputs, "use_cache": False}
+    inputs |= {signature.cache: cache, "use_cache": True}
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        return inputs
+    return model.prepare_inputs_for_generation(**inputs, is_first_iteration=past == 0)
+
+
+def with_cache(outputs: ModelOutput, cache: ComposedCache | None) -> ModelOutput:
+    """The anchor's outputs with the composed cache as ``past_key_values`` (families differ in the name)."""
+    if "cache_params" in type(outputs).__dataclass_fields__:
+        outputs = CausalLMOutputWithPast(
+            loss=outputs.loss, logits=outputs.logits, hidden_states=outputs.get("hidden_states")
+        )
+    if cache is not None:
+        outputs["past_key_values"] = cache
+    return outputs
