@@ -61,7 +61,6 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-@torch.compiler.assume_constant_result
 def _triton_obstacle(device_type: str, index: int) -> str | None:
     if missing := _triton_missing():
         return missing
@@ -74,6 +73,10 @@ def _triton_obstacle(device_type: str, index: int) -> str | None:
     if device_type == "cpu":
         return None if triton_interpreted() else "CPU tensors need TRITON_INTERPRET=1 in the environment"
     return f"no Triton kernels for device type {device_type!r}"
+
+
+# what torch.compiler.assume_constant_result sets; calling that here would import dynamo, and Triton with it
+_triton_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def triton_obstacle(device: torch.device) -> str | None:

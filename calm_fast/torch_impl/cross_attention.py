@@ -12,7 +12,7 @@ _ROWS = 256
 
 
 def plain_form(lo: torch.Tensor | None, hi: torch.Tensor | None, causal: bool, m: int, n: int) -> str | None:
-    """"full" or "causal" where the intervals say just that, None where they need a mask.
+    """ "full" or "causal" where the intervals say just that, None where they need a mask.
 
     Values are read on CPU tensors only, and never while tracing; elsewhere only what the types say is used.
     """
@@ -85,10 +85,10 @@ def cross_attention_torch(
     """
     m, n = q.shape[1], k.shape[1]
     query, key, value = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, tokens, D), a view
-    if n == 0:  # nothing to see: 0 (whatever q holds), still connected to q, k and v so that gradients exist
+    if n == 0:  # nothing to see: 0 and -inf (whatever q holds), still connected to q, k and v so that gradients exist
         everything = torch.ones((), dtype=torch.bool, device=q.device)
         out = query.masked_fill(everything, 0.0) + (key.sum() + value.sum())
-        lse = torch.full(query.shape[:3], float("-inf"), device=q.device, dtype=torch.float32)
+        lse = out[..., 0].to(torch.promote_types(q.dtype, torch.float32)).masked_fill(everything, float("-inf"))
         return out.transpose(1, 2), lse if return_lse else None
     form = plain_form(lo, hi, causal, m, n)
     mask = None if form == "full" else _mask(lo, hi, causal, m, n, q.device)
@@ -98,9 +98,7 @@ def cross_attention_torch(
 
     gqa = key.shape[1] != query.shape[1]
     if form is not None:
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=form == "causal", scale=scale, enable_gqa=gqa
-        )
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=form == "causal", scale=scale, enable_gqa=gqa)
         return out.transpose(1, 2), None
     # SDPA backends disagree on rows that see nothing: show them everything, then erase what they got
     empty = ~mask.any(dim=-1, keepdim=True)  # (1 or B, 1, M, 1)

@@ -1,0 +1,119 @@
+"""Which order of a chain of products costs less, and keeping a folded weight until its factors change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+# time per FLOP relative to a bf16 product on the same device. A GPU's float32 product without TF32 runs outside the
+# tensor cores (H100/H200 class: about 60 against 800 TFLOP/s); CPUs without AMX do both at one rate.
+_GPU_SLOWNESS = {torch.bfloat16: 1.0, torch.float16: 1.0, torch.float32: 14.0, torch.float64: 14.0}
+_GPU_TF32_SLOWNESS = 2.0
+
+
+def slowness(dtype: torch.dtype, device_type: str) -> float:
+    """Time per FLOP of a matrix product in `dtype`, relative to bfloat16 on the same device."""
+    if device_type != "cuda":
+        return 2.0 if dtype == torch.float64 else 1.0
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return _GPU_TF32_SLOWNESS
+    return _GPU_SLOWNESS.get(dtype, 14.0)
+
+
+@dataclass(frozen=True)
+class KeyValueCost:
+    """Relative cost of the two association orders of k = W_k (P h) and v = W_v (P h); see `key_value_cost`."""
+
+    folded: float
+    unfolded: float
+
+    @property
+    def fold(self) -> bool:
+        return self.folded <= self.unfolded
+
+
+def key_value_cost(
+    tokens: int,
+    augmenter_dim: int,
+    inner_dim: int,
+    kv_dim: int,
+    *,
+    training: bool,
+    augmenter_grad: bool,
+    cached: bool,
+    param_slowness: float = 1.0,
+    compute_slowness: float = 1.0,
+) -> KeyValueCost:
+    """FLOPs of both orders, weighted by the rate of the dtype each product runs in (SPEC: folding).
+
+    Folded: h [(W_k P); (W_v P)]^T, the fold in the parameter dtype. Unfolded: (h P^T) W_k^T, (h P^T) W_v^T.
+    A GEMM costs once forward, once more for the gradient of its weight, once more for that of its input.
+
+    Args:
+        tokens: B * N tokens of the augmenter. augmenter_dim (DA), inner_dim (DB, P's output), kv_dim (Hkv * D).
+        training: the factors need gradients. augmenter_grad: h needs one.
+        cached: the folded weight is kept between calls, so that folding costs nothing per call.
+    """
+    train, into_h = float(training), float(augmenter_grad)
+    per_call = 4.0 * tokens * augmenter_dim * kv_dim * (1 + train + into_h) * compute_slowness
+    fold = 0.0 if cached else 4.0 * kv_dim * inner_dim * augmenter_dim * (1 + 2 * train) * param_slowness
+    project = 2.0 * tokens * augmenter_dim * inner_dim * (1 + train + into_h)
+    into_inner = float(training or augmenter_grad)
+    keys_values = 4.0 * tokens * inner_dim * kv_dim * (1 + train + into_inner)
+    return KeyValueCost(per_call + fold, (project + keys_values) * compute_slowness)
+
+
+class FoldedWeights:
+    """Tensors computed from parameters, kept for inference and recomputed when any parameter has changed.
+
+    A change is seen by the parameter's identity, its storage and its version counter, which every in-place operation
+    and every optimizer step moves. Writes through `parameter.data` move no counter: call `clear()` after them
+    (a forward pass with gradients enabled clears as well).
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything kept."""
+        self._seen: tuple = ()
+        self._key: tuple = ()
+        self._value: tuple[torch.Tensor | None, ...] | None = None
+
+    def get(
+        self,
+        params: tuple[torch.Tensor | None, ...],
+        extra: tuple,
+        compute: Callable[[], tuple[torch.Tensor | None, ...]],
+    ) -> tuple[torch.Tensor | None, ...]:
+        """`compute()`, or what it gave before for the same `params` (same values) and the same `extra` key."""
+        key = (extra, tuple(None if p is None else (p._version, p.data_ptr(), p.dtype, p.device) for p in params))
+        same = len(self._seen) == len(params) and all(
+            (p is None and kept is None) or (kept is not None and kept[0] is p)
+            for p, kept in zip(params, self._seen, strict=True)
+        )
+        if self._value is None or not same or key != self._key:
+            with torch.no_grad():
+                self._value = compute()
+            self._key = key
+            # the detached alias keeps the storage alive, so that its address can't come to mean other values
+            self._seen = tuple(None if p is None else (p, p.detach()) for p in params)
+        return self._value
+
+    def __deepcopy__(self, memo: dict) -> FoldedWeights:
+        return FoldedWeights()
+
+    def __reduce__(self) -> tuple:
+        return (FoldedWeights, ())
+
+
+def may_cache(params: tuple[torch.Tensor | None, ...]) -> bool:
+    """True where folded weights may be kept: no gradient can flow to `params`, their changes can be seen."""
+    if torch.compiler.is_compiling():
+        return False
+    present = [p for p in params if p is not None]
+    if any(p.is_inference() or p.device.type == "meta" for p in present):  # inference tensors have no version counter
+        return False
+    return not torch.is_grad_enabled() or not any(p.requires_grad for p in present)
