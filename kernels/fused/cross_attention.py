@@ -1,0 +1,357 @@
+"""Launchers of the Triton kernels of cross_attention, and what the code generation checks compile.
+
+The public op (calm_fast.ops.cross_attention) has validated the arguments; here tensors get strides the kernels
+can address, each launch gets its numbers, and kernels run on the tensors' device and its current stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from .cross_attention_bwd import _cross_attention_bwd_dq_kernel, _cross_attention_bwd_rows_kernel
+from .cross_attention_bwd_keys import _cross_attention_bwd_dkdv_kernel, _cross_attention_query_ranges_kernel
+from .cross_attention_configs import BackwardConfig, LaunchConfig, codegen_specs, pick_config
+from .cross_attention_decode import _cross_attention_combine_kernel, _cross_attention_decode_kernel
+from .cross_attention_fwd import _cross_attention_fwd_kernel
+
+__all__ = [
+    "BackwardConfig",
+    "LaunchConfig",
+    "codegen_specs",
+    "launch_cross_attention_bwd",
+    "launch_cross_attention_fwd",
+]
+
+_LOG2_E = 1.4426950408889634
+_MAX_HEAD_DIM = 256
+_MAX_STRIDE = 2**22  # 512 rows of a tile times this stay below 2**31
+_DECODE_ROWS = 64  # the split-key kernel takes over at this many query rows of a KV head ...
+_DECODE_M = 16  # ... or at this many queries, whatever the group
+_ROW_TILE = 64  # query rows per program of the row terms kernel
+_RANGE_TILES = 16  # query tiles a step of the range kernel looks at
+
+# True where TRITON_INTERPRET made the kernels Python functions
+_INTERPRETED = not isinstance(_cross_attention_fwd_kernel, triton.runtime.JITFunction)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """One call's inputs as the kernels take them; shape letters as in the op."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    lo: torch.Tensor | None
+    hi: torch.Tensor | None
+    causal: bool
+    scale: float
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """B, M, N, H, Hkv, D."""
+        batch, m, heads, d = self.q.shape
+        return batch, m, self.k.shape[1], heads, self.k.shape[2], d
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """(b, row, head) strides of q, k and v."""
+        return tuple(s for t in (self.q, self.k, self.v) for s in t.stride()[:3])
+
+    @property
+    def interval_strides(self) -> tuple[int, ...]:
+        """(b, m) strides of lo and hi, 0 where there is none."""
+        return tuple(s for t in (self.lo, self.hi) for s in (t.stride() if t is not None else (0, 0)))
+
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments that every attention kernel takes."""
+        d = self.q.shape[3]
+        return {
+            "D": d,
+            "BLOCK_D": _padded(d),
+            "HAS_LO": self.lo is not None,
+            "HAS_HI": self.hi is not None,
+            "CAUSAL": self.causal,
+            "PRECISION": _float32_precision(self.q.dtype),
+            "INTERPRET": _INTERPRETED,
+        }
+
+    def config(self, part: str) -> LaunchConfig:
+        _, m, n, heads, kv_heads, d = self.sizes
+        shape = {"M": m, "N": n, "H": heads, "Hkv": kv_heads}
+        return pick_config(part, self.q.device, self.q.dtype, _padded(d), shape, _INTERPRETED)
+
+
+def _padded(d: int) -> int:
+    """The head dim a tile has: a power of two, and at least what a matrix product needs."""
+    return max(16, triton.next_power_of_2(d))
+
+
+def _float32_precision(dtype: torch.dtype) -> str:
+    """IEEE products, unless the user allowed TF32 for float32 matrix products."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def _addressable(t: torch.Tensor) -> torch.Tensor:
+    """t (B, rows, heads, D) itself if the kernels can address it: unit last stride, tile offsets in 32 bits."""
+    if (t.stride(3) == 1 or t.shape[3] == 1) and t.stride(1) < _MAX_STRIDE:
+        return t
+    return t.contiguous()
+
+
+def _problem(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lo: torch.Tensor | None,
+    hi: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+) -> _Problem:
+    if q.shape[3] > _MAX_HEAD_DIM:
+        raise ValueError(
+            f"cross_attention: `q` must have a head dim of at most {_MAX_HEAD_DIM}, got {q.shape[3]}"
+        )
+    if not scale > 0:
+        raise ValueError(f"cross_attention: `scale` must be positive in the Triton kernels, got {scale}")
+    return _Problem(_addressable(q), _addressable(k), _addressable(v), lo, hi, causal, scale)
+
+
+def _launch(kernel: Any, programs: int, device: torch.device, *args: Any, **kwargs: Any) -> None:
+    """Start `programs` programs on the device's current stream."""
+    on_device: Callable[..., Any] = (
+        torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    )
+    with on_device:
+        kernel[(programs,)](*args, **kwargs)
+
+
+def _compiler(config: LaunchConfig) -> dict[str, Any]:
+    """Compiler options; fused multiply-adds make the exponent one instruction and one rounding."""
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+
+
+def launch_cross_attention_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lo: torch.Tensor | None,
+    hi: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    config: LaunchConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Interval attention: out_i = sum_j softmax_j(scale * q_i . k_j) v_j over lo_i <= j < hi_i, and its lse.
+
+    Args:
+        q: (B, M, H, D) float32, bfloat16 or float16, any strides. k, v: (B, N, Hkv, D), same dtype.
+        lo, hi: (B, M) int32 or None (0 and N); values outside 0..N are clamped. causal: hi_i = i + 1 + N - M.
+        scale: positive. config: launch numbers; with split_keys > 0 the split-key (decode) kernel runs.
+    Returns:
+        out (B, M, H, D) in q's dtype and lse (B, H, M) float32, both contiguous; a row that sees nothing has 0
+        and -inf.
+    Raises:
+        ValueError: the head dim is above 256 or the scale is not positive.
+    Deterministic. Without `config`, a row's bits do not depend on the batch size or on keys outside its interval
+    on its right.
+    """
+    p = _problem(q, k, v, lo, hi, causal, scale)
+    batch, m, n, heads, kv_heads, d = p.sizes
+    out = torch.empty((batch, m, heads, d), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, m), dtype=torch.float32, device=q.device)
+    if out.numel() == 0 or n == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    if config is None:
+        few = m <= _DECODE_M or m * (heads // kv_heads) <= _DECODE_ROWS
+        config = p.config("decode" if few else "fwd")
+    if config.split_keys:
+        _launch_decode(p, out, lse, config)
+        return out, lse
+    _launch(
+        _cross_attention_fwd_kernel,
+        triton.cdiv(m, config.block_m) * heads * batch,
+        q.device,
+        *(p.q, p.k, p.v, lo, hi, out, lse),
+        *p.strides,
+        *p.interval_strides,
+        *(scale * _LOG2_E, m, n, heads, heads // kv_heads),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        **p.constants(),
+        **_compiler(config),
+    )
+    return out, lse
+
+
+def _launch_decode(p: _Problem, out: torch.Tensor, lse: torch.Tensor, config: LaunchConfig) -> None:
+    """Fill out and lse by splitting the keys over programs and combining the parts."""
+    batch, m, n, heads, kv_heads, d = p.sizes
+    group = heads // kv_heads
+    splits = triton.cdiv(n, config.split_keys)
+    part, part_lse = out, lse
+    if splits > 1:
+        part = torch.empty((batch, m, heads, splits, d), dtype=torch.float32, device=out.device)
+        part_lse = torch.empty((batch, heads, m, splits), dtype=torch.float32, device=out.device)
+    _launch(
+        _cross_attention_decode_kernel,
+        splits * triton.cdiv(m * group, config.block_m) * kv_heads * batch,
+        out.device,
+        *(p.q, p.k, p.v, p.lo, p.hi, part, part_lse),
+        *p.strides,
+        *p.interval_strides,
+        *(p.scale * _LOG2_E, m, n, heads, group, splits),
+        BLOCK_R=config.block_m,
+        BLOCK_N=config.block_n,
+        SPLIT_KEYS=config.split_keys,
+        DIRECT=splits == 1,
+        **p.constants(),
+        **_compiler(config),
+    )
+    if splits > 1:
+        _launch(
+            _cross_attention_combine_kernel,
+            batch * m * heads,
+            out.device,
+            *(part, part_lse, out, lse, m, heads, splits),
+            D=d,
+            BLOCK_D=_padded(d),
+            BLOCK_S=16,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+
+
+def launch_cross_attention_bwd(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    lo: torch.Tensor | None,
+    hi: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    config: BackwardConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of interval attention: ds = p * (dout . v - rowsum(dout * out) + dlse), p recomputed from lse.
+
+    Args:
+        dout: (B, M, H, D) q's dtype, any strides. dlse: (B, H, M) float32 or None (zero).
+        out, lse: what the forward pass returned; the rest as there.
+    Returns:
+        dq (B, M, H, D), dk and dv (B, N, Hkv, D), contiguous, in the inputs' dtype. A row that sees nothing gets
+        and gives zero.
+    Raises:
+        ValueError: as the forward pass.
+    Deterministic: no atomics; dk and dv sum the query heads of a KV head inside one program.
+    """
+    p = _problem(q, k, v, lo, hi, causal, scale)
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    if dq.numel() == 0 or dk.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    config = config or BackwardConfig(dkdv=p.config("dkdv"), dq=p.config("dq"))
+    dout = _addressable(dout)
+    lse2, delta = _launch_rows(p, out, dout, lse, dlse)
+    _launch_dkdv(p, dout, (lse2, delta), dk, dv, config.dkdv)
+    _launch_dq(p, dout, (lse2, delta), dq, config.dq)
+    return dq, dk, dv
+
+
+def _launch_rows(
+    p: _Problem, out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two numbers the backward pass needs of each row: lse in log2 units, rowsum(dout * out) - dlse."""
+    batch, m, _, heads, _, d = p.sizes
+    out = _addressable(out)
+    lse2, delta = (torch.empty((batch, heads, m), dtype=torch.float32, device=out.device) for _ in range(2))
+    _launch(
+        _cross_attention_bwd_rows_kernel,
+        triton.cdiv(m, _ROW_TILE) * heads * batch,
+        out.device,
+        *(out, dout, lse.contiguous(), dlse if dlse is None else dlse.contiguous(), lse2, delta),
+        *out.stride()[:3],
+        *dout.stride()[:3],
+        *(m, heads),
+        D=d,
+        BLOCK_D=_padded(d),
+        BLOCK_M=_ROW_TILE,
+        HAS_DLSE=dlse is not None,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return lse2, delta
+
+
+def _launch_dkdv(
+    p: _Problem,
+    dout: torch.Tensor,
+    rows: tuple[torch.Tensor, torch.Tensor],
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    config: LaunchConfig,
+) -> None:
+    batch, m, n, heads, kv_heads, _ = p.sizes
+    key_blocks = triton.cdiv(n, config.block_n)
+    ranges = None
+    if p.lo is not None or p.hi is not None:
+        ranges = torch.empty((batch, key_blocks, 4), dtype=torch.int32, device=dk.device)
+        _launch(
+            _cross_attention_query_ranges_kernel,
+            key_blocks * batch,
+            dk.device,
+            *(p.lo, p.hi, ranges),
+            *p.interval_strides,
+            *(m, n),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            TILES=_RANGE_TILES,
+            HAS_LO=p.lo is not None,
+            HAS_HI=p.hi is not None,
+            num_warps=4,
+        )
+    _launch(
+        _cross_attention_bwd_dkdv_kernel,
+        key_blocks * kv_heads * batch,
+        dk.device,
+        *(p.q, p.k, p.v, dout, *rows, p.lo, p.hi, ranges, dk, dv),
+        *p.strides,
+        *dout.stride()[:3],
+        *p.interval_strides,
+        *(p.scale, p.scale * _LOG2_E, m, n, heads, heads // kv_heads),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        **p.constants(),
+        **_compiler(config),
+    )
+
+
+def _launch_dq(
+    p: _Problem,
+    dout: torch.Tensor,
+    rows: tuple[torch.Tensor, torch.Tensor],
+    dq: torch.Tensor,
+    config: LaunchConfig,
+) -> None:
+    batch, m, n, heads, kv_heads, _ = p.sizes
+    _launch(
+        _cross_attention_bwd_dq_kernel,
+        triton.cdiv(m, config.block_m) * heads * batch,
+        dq.device,
+        *(p.q, p.k, p.v, dout, *rows, p.lo, p.hi, dq),
+        *p.strides,
+        *dout.stride()[:3],
+        *p.interval_strides,
+        *(p.scale, p.scale * _LOG2_E, m, n, heads, heads // kv_heads),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        **p.constants(),
+        **_compiler(config),
+    )

@@ -1,0 +1,252 @@
+"""Backward kernels of cross_attention that belong to keys: the queries a key block visits, and dk and dv.
+
+Nothing is accumulated with atomics, so the gradients are the same bits every time. Derivation:
+docs/kernels/cross_attention.md.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .cross_attention_common import (
+    load_interval,
+    load_rows,
+    mask_scores,
+    matmul,
+    matmul_add,
+)
+
+
+@triton.jit(do_not_specialize=["M", "N"])
+def _cross_attention_query_ranges_kernel(
+    lo_ptr,  # (B, M) int32 or None
+    hi_ptr,  # (B, M) int32 or None
+    ranges_ptr,  # (B, cdiv(N, BLOCK_N), 4) int32, written, in rows: first, full_first, full_last, last
+    stride_lob,
+    stride_lom,
+    stride_hib,
+    stride_him,
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,  # query tiles looked at together
+    HAS_LO: tl.constexpr,
+    HAS_HI: tl.constexpr,
+):
+    """Which query tiles a key block visits: tiles outside [first, last) see none of it.
+
+    [full_first, full_last) is the first run of tiles whose rows all see the whole block (for monotone intervals
+    there is only one); they need no mask. Correct for any intervals, because all other visited tiles are masked.
+    """
+    key_block = tl.program_id(0) % tl.cdiv(N, BLOCK_N)
+    b = (tl.program_id(0) // tl.cdiv(N, BLOCK_N)).to(tl.int64)
+    key_first = key_block * BLOCK_N
+    key_last = tl.minimum(key_first + BLOCK_N, N)
+    tiles = tl.cdiv(M, BLOCK_M)
+
+    first = tiles
+    last = tiles * 0
+    run_first = tiles  # the run [run_first, run_last) of full tiles, found in one pass from left to right
+    run_last = tiles
+    for start in tl.range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES)
+        rows = tile[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        lo, hi, seen = load_interval(
+            lo_ptr + b * stride_lob if HAS_LO else lo_ptr,
+            hi_ptr + b * stride_hib if HAS_HI else hi_ptr,
+            stride_lom,
+            stride_him,
+            rows,
+            M,
+            N,
+            HAS_LO,
+            HAS_HI,
+            False,
+        )
+        touched = tl.max((seen & (lo < key_last) & (hi > key_first)).to(tl.int32), 1) > 0
+        broken = tl.max((seen & ((lo > key_first) | (hi < key_last))).to(tl.int32), 1) > 0
+        first = tl.minimum(first, tl.min(tl.where(touched, tile, tiles), 0))
+        last = tl.maximum(last, tl.max(tl.where(touched, tile + 1, 0), 0))
+        run_first = tl.minimum(run_first, tl.min(tl.where(touched & (broken == 0), tile, tiles), 0))
+        run_last = tl.minimum(run_last, tl.min(tl.where(broken & (tile > run_first), tile, tiles), 0))
+
+    first = tl.minimum(first, last)
+    run_first = tl.minimum(run_first, last)
+    run_last = tl.maximum(tl.minimum(run_last, last), run_first)
+    at = ranges_ptr + tl.program_id(0) * 4
+    tl.store(at, first * BLOCK_M)
+    tl.store(at + 1, run_first * BLOCK_M)
+    tl.store(at + 2, run_last * BLOCK_M)
+    tl.store(at + 3, last * BLOCK_M)
+
+
+@triton.jit
+def _collect_key_grads(
+    dk,
+    dv,
+    k,
+    v,
+    q_base,
+    dout_base,
+    lse2_base,
+    delta_base,
+    lo_ptr,
+    hi_ptr,
+    stride_qm,
+    stride_gm,
+    stride_lom,
+    stride_him,
+    key_first,
+    first,
+    last,
+    scale_log2,
+    M,
+    N,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    HAS_HI: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """dk and dv (both still without the scale) of one key block, over the query tiles in [first, last)."""
+    for start in tl.range(first, last, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        inside = rows < M
+        # rows beyond M get +inf and drop out like rows that see nothing
+        lse2 = tl.load(lse2_base + rows, mask=inside, other=float("inf"))
+        delta = tl.load(delta_base + rows, mask=inside, other=0.0)
+        q = load_rows(q_base, start, stride_qm, M, D, BLOCK_M, BLOCK_D, True)
+        dout = load_rows(dout_base, start, stride_gm, M, D, BLOCK_M, BLOCK_D, True)
+        # everything is transposed, (keys, queries): p and ds then feed their products straight from registers
+        p = tl.exp2(matmul(k, tl.trans(q), PRECISION, INTERPRET) * scale_log2 - lse2[None, :])
+        if MASKED:
+            lo, hi, _ = load_interval(
+                lo_ptr, hi_ptr, stride_lom, stride_him, rows, M, N, HAS_LO, HAS_HI, CAUSAL
+            )
+            keys = key_first + tl.arange(0, BLOCK_N)
+            p = mask_scores(p, lo[None, :], hi[None, :], keys[:, None], 0.0, HAS_LO)
+        dv = matmul_add(p.to(dout.dtype), dout, dv, PRECISION, INTERPRET)
+        dp = matmul(v, tl.trans(dout), PRECISION, INTERPRET)
+        ds = p * (dp - delta[None, :])
+        dk = matmul_add(ds.to(q.dtype), q, dk, PRECISION, INTERPRET)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["M", "N", "H", "GROUP"])
+def _cross_attention_bwd_dkdv_kernel(
+    q_ptr,  # (B, M, H, D)
+    k_ptr,  # (B, N, H // GROUP, D)
+    v_ptr,  # (B, N, H // GROUP, D)
+    dout_ptr,  # (B, M, H, D)
+    lse2_ptr,  # (B, H, M) float32
+    delta_ptr,  # (B, H, M) float32
+    lo_ptr,  # (B, M) int32 or None
+    hi_ptr,  # (B, M) int32 or None
+    ranges_ptr,  # (B, cdiv(N, BLOCK_N), 4) int32, or None where there are no intervals
+    dk_ptr,  # (B, N, H // GROUP, D) contiguous
+    dv_ptr,  # (B, N, H // GROUP, D) contiguous
+    stride_qb,
+    stride_qm,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_gb,
+    stride_gm,
+    stride_gh,
+    stride_lob,
+    stride_lom,
+    stride_hib,
+    stride_him,
+    scale,
+    scale_log2,
+    M,
+    N,
+    H,
+    GROUP,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    HAS_HI: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    key_blocks = tl.cdiv(N, BLOCK_N)
+    kv_heads = H // GROUP
+    key_block = tl.program_id(0) % key_blocks
+    kv_head = tl.program_id(0) // key_blocks % kv_heads
+    b = (tl.program_id(0) // key_blocks // kv_heads).to(tl.int64)
+    key_first = key_block * BLOCK_N
+    kv_head64 = kv_head.to(tl.int64)
+
+    if HAS_LO or HAS_HI:
+        at = ranges_ptr + (b * key_blocks + key_block) * 4
+        first = tl.load(at)
+        full_first = tl.load(at + 1)
+        full_last = tl.load(at + 2)
+        last = tl.load(at + 3)
+    elif CAUSAL:  # row i sees the keys j <= i + N - M
+        last = tl.cdiv(M, BLOCK_M) * BLOCK_M
+        first = tl.minimum(tl.maximum(key_first - (N - M), 0) // BLOCK_M * BLOCK_M, last)
+        whole = tl.maximum(tl.minimum(key_first + BLOCK_N, N) - 1 - (N - M), 0)
+        full_first = tl.minimum(tl.cdiv(whole, BLOCK_M) * BLOCK_M, last)
+        full_last = last
+    else:
+        last = tl.cdiv(M, BLOCK_M) * BLOCK_M
+        first = last * 0
+        full_first = first
+        full_last = last
+
+    k_base = k_ptr + b * stride_kb + kv_head64 * stride_kh
+    v_base = v_ptr + b * stride_vb + kv_head64 * stride_vh
+    k = load_rows(k_base, key_first, stride_kn, N, D, BLOCK_N, BLOCK_D, True)
+    v = load_rows(v_base, key_first, stride_vn, N, D, BLOCK_N, BLOCK_D, True)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    lo_base = lo_ptr + b * stride_lob if HAS_LO else lo_ptr
+    hi_base = hi_ptr + b * stride_hib if HAS_HI else hi_ptr
+
+    for head in tl.range(kv_head * GROUP, (kv_head + 1) * GROUP):
+        head64 = tl.cast(head, tl.int64)
+        q_base = q_ptr + b * stride_qb + head64 * stride_qh
+        dout_base = dout_ptr + b * stride_gb + head64 * stride_gh
+        lse2_base = lse2_ptr + (b * H + head64) * M
+        delta_base = delta_ptr + (b * H + head64) * M
+        if HAS_LO or HAS_HI or CAUSAL:
+            dk, dv = _collect_key_grads(
+                dk, dv, k, v, q_base, dout_base, lse2_base, delta_base, lo_base, hi_base,
+                stride_qm, stride_gm, stride_lom, stride_him, key_first, first, full_first, scale_log2, M, N,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_LO, HAS_HI, CAUSAL, PRECISION, INTERPRET,
+            )  # fmt: skip
+        dk, dv = _collect_key_grads(
+            dk, dv, k, v, q_base, dout_base, lse2_base, delta_base, lo_base, hi_base,
+            stride_qm, stride_gm, stride_lom, stride_him, key_first, full_first, full_last, scale_log2, M, N,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, False, HAS_LO, HAS_HI, CAUSAL, PRECISION, INTERPRET,
+        )  # fmt: skip
+        if HAS_LO or HAS_HI:
+            dk, dv = _collect_key_grads(
+                dk, dv, k, v, q_base, dout_base, lse2_base, delta_base, lo_base, hi_base,
+                stride_qm, stride_gm, stride_lom, stride_him, key_first, full_last, last, scale_log2, M, N,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_LO, HAS_HI, CAUSAL, PRECISION, INTERPRET,
+            )  # fmt: skip
+
+    keys = key_first + tl.arange(0, BLOCK_N)
+    cols = tl.arange(0, BLOCK_D)
+    inside = (keys < N)[:, None] & (cols < D)[None, :]
+    tile = (b * N + key_first) * kv_heads * D + kv_head64 * D
+    offsets = tl.arange(0, BLOCK_N)[:, None] * (kv_heads * D) + cols[None, :]
+    tl.store(dk_ptr + tile + offsets, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + tile + offsets, dv.to(dv_ptr.dtype.element_ty), mask=inside)
