@@ -33,9 +33,7 @@ class ComposedCache(Cache):
         return [*parts, *self.cross]
 
     def __repr__(self) -> str:
-        return (
-            f"ComposedCache(anchor={self.anchor!r}, augmenters={self.augmenters!r}, cross={len(self.cross)})"
-        )
+        return f"ComposedCache(anchor={self.anchor!r}, augmenters={self.augmenters!r}, cross={len(self.cross)})"
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("ComposedCache: its parts are updated by their own models, not through it")

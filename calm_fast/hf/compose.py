@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from calm_fast.hf.composed import ComposedForCausalLM
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.connections import resolve_connections
-from calm_fast.hf.layers import find_layers, hidden_size
+from calm_fast.hf.inputs import Signature
+from calm_fast.hf.layers import find_layers
 from calm_fast.hf.saving import reference
 
 Model = PreTrainedModel | str | os.PathLike
@@ -29,9 +30,7 @@ def _embedding_rows(model: PreTrainedModel) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def _check_vocabulary(
-    anchor: PreTrainedModel, augmenters: list[PreTrainedModel], vocab_size: int | None
-) -> None:
+def _check_vocabulary(anchor: PreTrainedModel, augmenters: list[PreTrainedModel], vocab_size: int | None) -> None:
     needed = _embedding_rows(anchor) if vocab_size is None else vocab_size
     for index, augmenter in enumerate(augmenters):
         rows = _embedding_rows(augmenter)
@@ -46,9 +45,7 @@ def _check_vocabulary(
 def _anchor_heads(anchor: PreTrainedModel) -> int:
     heads = getattr(anchor.config.get_text_config(decoder=True), "num_attention_heads", None)
     if not isinstance(heads, int):
-        raise ValueError(
-            f"num_heads: required, {type(anchor).__name__} has no single number of attention heads"
-        )
+        raise ValueError(f"num_heads: required, {type(anchor).__name__} has no single number of attention heads")
     return heads
 
 
@@ -94,13 +91,11 @@ def compose(
     models = [_load("augmenters", model, kwargs) for model in given]
     if not anchor.can_generate():
         raise ValueError(f"anchor: expected a causal language model, got {type(anchor).__name__}")
+    for model in (anchor, *models):
+        Signature.of(model)
     _check_vocabulary(anchor, models, vocab_size)
 
-    paths = (
-        list(augmenter_layers)
-        if isinstance(augmenter_layers, (list, tuple))
-        else [augmenter_layers] * len(models)
-    )
+    paths = list(augmenter_layers) if isinstance(augmenter_layers, (list, tuple)) else [augmenter_layers] * len(models)
     if len(paths) != len(models):
         raise ValueError(f"augmenter_layers: expected {len(models)} paths, got {len(paths)}")
     depths = [len(find_layers(model, path)[1]) for model, path in zip(models, paths, strict=True)]
@@ -119,13 +114,14 @@ def compose(
         connections=pairs,
         cross_attention={
             "num_heads": num_heads,
-            "head_dim": hidden_size(anchor) // num_heads if head_dim is None else head_dim,
-            "num_kv_heads": num_heads if num_kv_heads is None else num_kv_heads,
+            "head_dim": head_dim,
+            "num_kv_heads": num_kv_heads,
             "pre_norm": pre_norm,
             "post_norm": post_norm,
             "bias": bias,
             "proj": proj,
         },
         composition_dtype=str(dtype or anchor.dtype).removeprefix("torch."),
+        use_cache=getattr(anchor.config.get_text_config(decoder=True), "use_cache", True),
     )
-    return ComposedForCausalLM(config, anchor, models)
+    return ComposedForCausalLM(config, anchor, models).eval()

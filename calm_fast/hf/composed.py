@@ -17,7 +17,7 @@ from calm_fast.hf.cache import ComposedCache, augmenter_cache
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.hooks import ANCHOR, Frame, checkpoint_in_eval, install
 from calm_fast.hf.inputs import AugmenterCall, Signature, augmenter_calls, part_inputs, with_cache
-from calm_fast.hf.layers import device_of, find_layers, hidden_size, run_decoder, truncated_view
+from calm_fast.hf.layers import device_of, find_layers, headless, hidden_size, truncated_view
 from calm_fast.hf.saving import CompositionFiles
 from calm_fast.modules.cross_attention import CrossAttention
 
@@ -72,12 +72,8 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
             truncated_view(model, path, depth)
             for model, (path, _), depth in zip(augmenters, found, self.depths, strict=True)
         )
-        self.connections = nn.ModuleList(
-            self._connection(i, anchor_layers[max(b, 0)]) for i, _, b in self.pairs
-        )
-        self.by_layer = {
-            b: [c for c, pair in enumerate(self.pairs) if pair[2] == b] for _, _, b in self.pairs
-        }
+        self.connections = nn.ModuleList(self._connection(i, anchor_layers[max(b, 0)]) for i, _, b in self.pairs)
+        self.by_layer = {b: [c for c, pair in enumerate(self.pairs) if pair[2] == b] for _, _, b in self.pairs}
         self.frame = Frame()
         install(self, self.frame, anchor_layers, [layers for _, layers in found])
 
@@ -123,9 +119,7 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
     ) -> None:
         for index, layer in enumerate(self._layers_with_gradient()):
             layer.gradient_checkpointing = enable and index % every_n_layers == 0
-            layer._gradient_checkpointing_func = partial(
-                checkpoint_in_eval, layer, gradient_checkpointing_func
-            )
+            layer._gradient_checkpointing_func = partial(checkpoint_in_eval, layer, gradient_checkpointing_func)
         self.train(self.training)
 
     def enable_input_require_grads(self) -> None:
@@ -138,9 +132,7 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         """An empty cache for generation, around ``anchor_cache`` (default: a DynamicCache)."""
         if anchor_cache is None:
             anchor_cache = DynamicCache(config=self.config.get_text_config())
-        own = [
-            augmenter_cache(m.config, depth) for m, depth in zip(self.augmenters, self.depths, strict=True)
-        ]
+        own = [augmenter_cache(m.config, depth) for m, depth in zip(self.augmenters, self.depths, strict=True)]
         return ComposedCache(anchor_cache, own, len(self.pairs))
 
     def _prepare_cache_for_generation(
@@ -202,9 +194,7 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
                 "input_ids: expected token ids, which every part embeds itself; inputs_embeds is not taken"
             )
         if past_key_values is not None and not isinstance(past_key_values, ComposedCache):
-            raise ValueError(
-                f"past_key_values: expected a ComposedCache, got {type(past_key_values).__name__}"
-            )
+            raise ValueError(f"past_key_values: expected a ComposedCache, got {type(past_key_values).__name__}")
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         external = {
@@ -231,7 +221,7 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
             self.frame.stage = ANCHOR
             own = None if cache is None else cache.anchor
             prepared = part_inputs(self.anchor, self.signatures[0], inputs, own, past)
-            outputs = self.anchor(**prepared, return_dict=True, **kwargs)
+            outputs = self.anchor(**(prepared | kwargs), return_dict=True)
         finally:
             self.frame.clear()
         outputs = with_cache(outputs, cache)
@@ -239,8 +229,9 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
 
     def _read_augmenters(self, calls: list[AugmenterCall], cache: ComposedCache | None, past: int) -> None:
         """Run every augmenter up to its last connected layer; the hooks leave its states in the frame."""
-        for index, (model, call) in enumerate(zip(self.augmenters, calls, strict=True)):
+        paths = self.config.augmenter_layers
+        for index, (model, call, path) in enumerate(zip(self.augmenters, calls, paths, strict=True)):
             self.frame.stage = index
             own = None if cache is None else cache.augmenters[index]
             with torch.no_grad():
-                run_decoder(model, part_inputs(model, self.signatures[index + 1], call.inputs, own, past))
+                headless(model, path)(**part_inputs(model, self.signatures[index + 1], call.inputs, own, past))

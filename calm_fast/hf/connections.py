@@ -72,9 +72,7 @@ def resolve_connections(spec: Any, augmenter_depths: Sequence[int], anchor_depth
     depth. -1 is the embedding output on either side. Raises ValueError for anything else, naming
     ``connections``.
     """
-    shared = isinstance(spec, str) or (
-        isinstance(spec, (list, tuple)) and all(_is_pair(item) for item in spec)
-    )
+    shared = isinstance(spec, str) or (isinstance(spec, (list, tuple)) and all(_is_pair(item) for item in spec))
     if shared:
         specs = [spec] * len(augmenter_depths)
     elif isinstance(spec, (list, tuple)) and not any(_is_pair(item) or _is_index(item) for item in spec):
@@ -85,6 +83,4 @@ def resolve_connections(spec: Any, augmenter_depths: Sequence[int], anchor_depth
             )
     else:
         raise ValueError(f"connections: expected {EXPECTED}, or one of these per augmenter, got {spec!r}")
-    return [
-        _resolve_one(one, depth, anchor_depth) for one, depth in zip(specs, augmenter_depths, strict=True)
-    ]
+    return [_resolve_one(one, depth, anchor_depth) for one, depth in zip(specs, augmenter_depths, strict=True)]

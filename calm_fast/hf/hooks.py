@@ -36,8 +36,7 @@ def _checked(hidden: Any, layer: nn.Module) -> torch.Tensor:
     if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
         shape = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
         raise ValueError(
-            f"{type(layer).__name__} cannot be connected: expected hidden states (batch, tokens, width), "
-            f"got {shape}"
+            f"{type(layer).__name__} cannot be connected: expected hidden states (batch, tokens, width), got {shape}"
         )
     return hidden
 
@@ -98,9 +97,7 @@ def install(
             hook = partial(read_entering, frame, (augmenter, a))
             handles.append(layer.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
         else:
-            handles.append(
-                layer.register_forward_hook(partial(read_leaving, frame, (augmenter, a)), prepend=True)
-            )
+            handles.append(layer.register_forward_hook(partial(read_leaving, frame, (augmenter, a)), prepend=True))
     for b in sorted({pair[2] for pair in owner.pairs}):
         layer = anchor_layers[max(b, 0)]
         if b == EMBEDDING:

@@ -15,6 +15,8 @@ from calm_fast.hf.cache import ComposedCache
 from calm_fast.hf.masks import Visibility, aligned_visibility
 
 CACHE_ARGUMENTS = ("past_key_values", "cache_params")
+# families that name the argument and still keep their state inside the model
+STATE_INSIDE = ("recurrent_gemma",)
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Signature:
         names = set(inspect.signature(model.forward).parameters)
         cache = next((name for name in CACHE_ARGUMENTS if name in names), None)
         takes_cache = getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+        takes_cache = takes_cache and model.config.model_type not in STATE_INSIDE
         if cache is None or not takes_cache or model.config.is_encoder_decoder:
             raise ValueError(
                 f"{type(model).__name__} cannot be composed: expected a decoder-only model whose forward "
@@ -49,9 +52,7 @@ class AugmenterCall(NamedTuple):
 def _per_augmenter(name: str, value: Any, count: int) -> list[torch.Tensor | None]:
     values = list(value) if isinstance(value, (list, tuple)) else [value] * count
     if len(values) != count or not all(v is None or isinstance(v, torch.Tensor) for v in values):
-        raise ValueError(
-            f"{name}: expected a tensor, or a list with a tensor or None for each of {count} augmenters"
-        )
+        raise ValueError(f"{name}: expected a tensor, or a list with a tensor or None for each of {count} augmenters")
     return values
 
 
@@ -75,9 +76,7 @@ def augmenter_calls(
         given = {name: values[index] for name, values in own.items()}
         lo, hi = given.pop("lo"), given.pop("hi")
         if hi is None and any(value is not None for value in (lo, *given.values())):
-            raise ValueError(
-                "hi: required with lo or an augmenter's own tokens, to say what each token may read"
-            )
+            raise ValueError("hi: required with lo or an augmenter's own tokens, to say what each token may read")
         tokens = {name.removeprefix("augmenter_"): value for name, value in given.items()}
         if tokens["input_ids"] is None:
             if any(value is not None for value in tokens.values()):
@@ -103,7 +102,9 @@ def part_inputs(
     inputs |= {signature.cache: cache, "use_cache": True}
     if not hasattr(model, "prepare_inputs_for_generation"):
         return inputs
-    return model.prepare_inputs_for_generation(**inputs, is_first_iteration=past == 0)
+    prepared = model.prepare_inputs_for_generation(**inputs, is_first_iteration=past == 0)
+    prepared.pop("logits_to_keep", None)  # some families fill in their own; the caller's counts
+    return prepared
 
 
 def with_cache(outputs: ModelOutput, cache: ComposedCache | None) -> ModelOutput:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,9 +24,7 @@ def find_layers(model: PreTrainedModel, path: str | None = None) -> tuple[str, n
     if path is not None:
         layers = dict(model.named_modules(remove_duplicate=False)).get(path)
         if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
-            raise ValueError(
-                f"layers_path: expected the path of a non-empty ModuleList of {name}, got {path!r}"
-            )
+            raise ValueError(f"layers_path: expected the path of a non-empty ModuleList of {name}, got {path!r}")
         return path, layers
 
     found: dict[str, nn.ModuleList] = {}
@@ -69,9 +65,7 @@ def truncated_view(model: PreTrainedModel, layers_path: str, depth: int) -> PreT
     """
     view = _shallow_copy(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    view._modules = {
-        name: child for name, child in view._modules.items() if head is None or child is not head
-    }
+    view._modules = {name: child for name, child in view._modules.items() if head is None or child is not head}
     parent = view
     *containers, last = layers_path.split(".")
     for name in containers:
@@ -82,9 +76,10 @@ def truncated_view(model: PreTrainedModel, layers_path: str, depth: int) -> PreT
     return view
 
 
-def run_decoder(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
-    """Run a decoder below its LM head; the states of interest leave through hooks."""
-    _decoder(model)(**inputs)
+def headless(model: PreTrainedModel, layers_path: str) -> nn.Module:
+    """The innermost transformers model around the layers: the decoder without its LM head."""
+    parents = [".".join(layers_path.split(".")[:n]) for n in range(layers_path.count(".") + 1)]
+    return next(m for m in map(model.get_submodule, reversed(parents)) if isinstance(m, PreTrainedModel))
 
 
 def device_of(module: nn.Module) -> torch.device:

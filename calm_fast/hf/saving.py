@@ -35,13 +35,9 @@ def reference(model: PreTrainedModel) -> str:
     return os.path.abspath(path) if os.path.isdir(path) else path
 
 
-def _load_part(
-    name: str, path: str, revision: str | None, folder: str, kwargs: dict[str, Any]
-) -> PreTrainedModel:
+def _load_part(name: str, path: str, revision: str | None, folder: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     if not path:
-        raise ValueError(
-            f"{name}: this composition was made from a model without a path; pass the loaded model"
-        )
+        raise ValueError(f"{name}: this composition was made from a model without a path; pass the loaded model")
     beside = os.path.join(folder, path)
     where = beside if not os.path.isdir(path) and os.path.isdir(beside) else path
     return AutoModelForCausalLM.from_pretrained(where, revision=revision or "main", **kwargs)
@@ -81,11 +77,7 @@ class CompositionFiles:
         os.makedirs(save_directory, exist_ok=True)
         state_dict = self.state_dict() if state_dict is None else state_dict
         # a clone each: safetensors refuses tensors that share memory
-        own = {
-            name: t.detach().cpu().contiguous().clone()
-            for name, t in state_dict.items()
-            if PREFIX in name[:12]
-        }
+        own = {name: t.detach().cpu().contiguous().clone() for name, t in state_dict.items() if PREFIX in name[:12]}
         metadata = {"format": "pt", VERSION_KEY: str(FORMAT_VERSION)}
         save_file(own, os.path.join(save_directory, SAFE_WEIGHTS_NAME), metadata=metadata)
         self.config.architectures = [type(self).__name__]
@@ -121,9 +113,7 @@ class CompositionFiles:
         augmenters = list(augmenters) if isinstance(augmenters, (list, tuple)) else [augmenters]
         _check_part("anchor", anchor, config.anchor_config)
         if len(augmenters) != len(config.augmenter_configs):
-            raise ValueError(
-                f"augmenters: expected {len(config.augmenter_configs)} models, got {len(augmenters)}"
-            )
+            raise ValueError(f"augmenters: expected {len(config.augmenter_configs)} models, got {len(augmenters)}")
         for model, sub in zip(augmenters, config.augmenter_configs, strict=True):
             _check_part("augmenters", model, sub)
 
@@ -139,8 +129,7 @@ class CompositionFiles:
             version = (opened.metadata() or {}).get(VERSION_KEY, "none")
             if version not in {str(v) for v in range(1, FORMAT_VERSION + 1)}:
                 raise ValueError(
-                    f"{file}: this release of calm_fast reads tensors of format 1 to {FORMAT_VERSION}, "
-                    f"got {version}"
+                    f"{file}: this release of calm_fast reads tensors of format 1 to {FORMAT_VERSION}, got {version}"
                 )
             tensors = {name.removeprefix(PREFIX): opened.get_tensor(name) for name in opened.keys()}
         self.connections.load_state_dict(tensors)
