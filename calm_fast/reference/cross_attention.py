@@ -45,7 +45,7 @@ def cross_attention_reference(
         lo, hi, causal: see `interval_mask`. scale: default 1 / sqrt(D).
     Returns:
         out (B, M, H, D) in q's dtype; lse (B, H, M) float32 (float64 for float64 input).
-    Differentiable by autograd in any order. Source: CALM (arXiv 2401.02412) section 3, equation for the cross-attention.
+    Differentiable by autograd in any order. Source: CALM (arXiv 2401.02412) section 3.
     """
     _, m, heads, d = q.shape
     n, kv_heads = k.shape[1], k.shape[2]
