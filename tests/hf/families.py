@@ -24,7 +24,8 @@ class Family:
     depth: str = "num_hidden_layers"
     heads: str = "num_attention_heads"
     extra: dict[str, Any] = field(default_factory=dict)
-    positions: bool = True  # documents packed by restarting positions are separated
+    positions: bool = True  # the family separates documents packed by restarting positions
+    static_chunks: bool = True  # transformers sizes its static cache right for prefill in chunks
 
     def model(self, seed: int = 0, width: int = 32, depth: int = 3, vocab: int = VOCAB) -> Any:
         """A randomly initialised causal LM in eval mode."""
@@ -57,9 +58,24 @@ FAMILIES = {
         Family("gpt2", "n_embd", "n_layer", "n_head", _GPT),
         Family("opt", extra={"ffn_dim": 48, "word_embed_proj_dim": 16, "max_position_embeddings": 64}, positions=False),
         Family("gpt_neox", extra={"intermediate_size": 48, "max_position_embeddings": 64}),
-        Family("falcon", extra={"ffn_hidden_size": 48, "hidden_dropout": 0.1, "attention_dropout": 0.1}),
+        Family(
+            "falcon",
+            extra={"ffn_hidden_size": 48, "hidden_dropout": 0.1, "attention_dropout": 0.1},
+            static_chunks=False, positions=False,
+        ),
         Family("bloom", "hidden_size", "n_layer", "n_head", positions=False),
         Family("mixtral", extra=_ROPE | {"num_local_experts": 3, "num_experts_per_tok": 2}),
+    )
+}
+
+OTHERS = {
+    family.model_type: family
+    for family in (
+        Family("mamba", heads="", extra={"state_size": 4, "intermediate_size": 64}),
+        Family("mpt", "d_model", "n_layers", "n_heads", {"max_seq_len": 64}),
+        Family("rwkv", heads="", extra={"attention_hidden_size": 32}),
+        Family("recurrent_gemma", extra={"intermediate_size": 48, "lru_width": 32, "num_key_value_heads": 1}),
+        Family("ctrl", "n_embd", "n_layer", "n_head", {"dff": 48}),
     )
 }
 

@@ -1,0 +1,252 @@
+"""What a composition computes, and that it leaves its parts alone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, composed_model, prompts, randomize
+from torch import nn
+
+from calm_fast.hf import ComposedCache, ComposedForCausalLM, compose, find_layers
+
+PACKED = [name for name, family in FAMILIES.items() if family.positions]
+
+
+def llama_pair(depth: int = 4) -> tuple[nn.Module, nn.Module]:
+    return FAMILIES["llama"].model(0), FAMILIES["llama"].model(1, width=24, depth=depth)
+
+
+@torch.no_grad()
+def states(model: nn.Module, ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    return model(ids, output_hidden_states=True, **kwargs).hidden_states
+
+
+def entering(composed: ComposedForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """What layer 0 of the anchor is called with (some families record hidden_states[0] before that)."""
+    seen: list[torch.Tensor] = []
+    layer = find_layers(composed.anchor)[1][0]
+    handle = layer.register_forward_hook(lambda _, args, output: seen.append(args[0]))
+    composed(ids)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("pair", [(-1, -1), (-1, 0), (0, -1), (1, 1)])
+@torch.no_grad()
+def test_a_connection_computes_its_module_on_the_two_hidden_states(name: str, pair: tuple[int, int]) -> None:
+    composed, ids = composed_model(name, [pair]), prompts()
+    augmenter = FAMILIES[name].model(1)
+    read = states(augmenter, ids)[pair[0] + 1]
+    written = states(composed.anchor, ids)[pair[1] + 1]
+    expected = composed.connections[0](written, read, causal=True)
+    got = entering(composed, ids) if pair[1] == -1 else states(composed, ids)[pair[1] + 1]
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_residuals_of_several_augmenters_at_one_layer_add() -> None:
+    anchor, first = llama_pair()
+    second = FAMILIES["gpt2"].model(2, width=16)
+    ids = prompts()
+    both = randomize(compose(anchor, [first, second], [[(3, 1)], [(-1, 1), (2, 1)]]))
+    plain = states(anchor, ids)[2]
+    alone = []
+    for index, (model, pair) in enumerate([(first, (3, 1)), (second, (-1, 1)), (second, (2, 1))]):
+        one = compose(anchor, model, [pair])
+        one.connections[0].load_state_dict(both.connections[index].state_dict())
+        alone.append(states(one, ids)[2] - plain)
+    torch.testing.assert_close(states(both, ids)[2], plain + sum(alone), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
+def test_several_augmenters_generate_as_recomputed(kwargs: dict[str, Any]) -> None:
+    anchor, first = llama_pair()
+    augmenters = [first, FAMILIES["bloom"].model(2, width=16), FAMILIES["gemma3_text"].model(3)]
+    composed = randomize(compose(anchor, augmenters, ["uniform:2", [(0, -1), (1, 0)], "uniform:3"]))
+    ids = prompts()
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    cached = composed.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, **kwargs)
+    kwargs = {key: value for key, value in kwargs.items() if key != "cache_implementation"}
+    again = composed.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, use_cache=False, **kwargs)
+    assert torch.equal(cached, again)
+
+
+def test_prompt_lookup_crops_every_part_of_the_cache() -> None:
+    composed = composed_model("llama")
+    ids = prompts(1, 4).repeat(1, 3)
+    greedy = composed.generate(ids, max_new_tokens=12, do_sample=False)
+    assert torch.equal(composed.generate(ids, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3), greedy)
+
+
+@torch.no_grad()
+def test_anchor_and_augmenter_used_alone_are_untouched() -> None:
+    anchor, augmenter = llama_pair()
+    ids = prompts()
+    before = anchor(ids).logits, augmenter(ids).logits
+    generated = anchor.generate(ids, max_new_tokens=5, do_sample=False)
+    keys = list(anchor.state_dict()), list(augmenter.state_dict())
+    composed = randomize(compose(anchor, augmenter, [(-1, -1), (3, 0), (1, 2)]))
+    assert not torch.equal(composed(ids).logits, before[0])
+    assert torch.equal(anchor(ids).logits, before[0]) and torch.equal(augmenter(ids).logits, before[1])
+    assert torch.equal(anchor.generate(ids, max_new_tokens=5, do_sample=False), generated)
+    assert (list(anchor.state_dict()), list(augmenter.state_dict())) == keys
+    assert anchor.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_two_compositions_share_an_anchor() -> None:
+    anchor, augmenter = llama_pair()
+    ids = prompts()
+    first = randomize(compose(anchor, augmenter, [(0, 0), (3, 2)]), 1)
+    alone = first(ids).logits
+    second = randomize(compose(anchor, augmenter, [(1, 0), (-1, -1)]), 2)
+    assert torch.equal(first(ids).logits, alone)
+    assert not torch.equal(second(ids).logits, alone)
+    assert first.anchor is second.anchor
+    mirrored = randomize(compose(augmenter, anchor, [(1, 1)]), 3)  # the roles swapped, on the same layers
+    assert torch.isfinite(mirrored(ids).logits).all() and torch.equal(first(ids).logits, alone)
+
+
+@torch.no_grad()
+def test_a_model_composes_with_itself() -> None:
+    anchor, _ = llama_pair()
+    composed, ids = randomize(compose(anchor, anchor, [(2, 0), (-1, 1)])), prompts()
+    plain = anchor(ids).logits
+    assert not torch.equal(composed(ids).logits, plain) and torch.equal(anchor(ids).logits, plain)
+
+
+@torch.no_grad()
+def test_deepcopy_is_a_composition_of_its_own() -> None:
+    composed, ids = composed_model("llama"), prompts()
+    expected = composed(ids).logits
+    twin = copy.deepcopy(composed)
+    assert torch.equal(twin(ids).logits, expected)
+    for parameter in composed.connections.parameters():
+        parameter.zero_()
+    assert torch.equal(twin(ids).logits, expected) and not torch.equal(composed(ids).logits, expected)
+    anchor = copy.deepcopy(twin.anchor)
+    assert torch.equal(anchor(ids).logits, twin.anchor(ids).logits)
+
+
+def test_hooks_go_with_the_composition() -> None:
+    anchor, augmenter = llama_pair()
+    composed = compose(anchor, augmenter, [(-1, -1), (3, 0), (1, 2)])
+    layers = [*anchor.model.layers, *augmenter.model.layers]
+    assert sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers) == 6
+    del composed
+    gc.collect()
+    assert sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in layers) == 0
+
+
+@torch.no_grad()
+def test_an_error_inside_a_forward_leaves_no_hook_active() -> None:
+    composed, ids = composed_model("llama"), prompts()
+    plain, expected = composed.anchor(ids).logits, composed(ids).logits
+    handle = composed.anchor.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        composed(ids)
+    handle.remove()
+    assert torch.equal(composed.anchor(ids).logits, plain) and torch.equal(composed(ids).logits, expected)
+
+
+def test_augmenter_stops_after_its_last_connected_layer() -> None:
+    anchor, augmenter = llama_pair(depth=4)
+    composed = randomize(compose(anchor, augmenter, [(-1, 0), (1, 2)]))
+    ran = []
+    for index, layer in enumerate(augmenter.model.layers):
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+    augmenter.lm_head.register_forward_hook(lambda *_: ran.append("head"))
+    composed(prompts())
+    assert ran == [0, 1]
+    kept = {name for name, _ in composed.augmenters[0].named_parameters()}
+    assert not any(name.startswith(("lm_head", "model.layers.2", "model.layers.3")) for name in kept)
+    assert composed.augmenters[0].model.layers[1] is augmenter.model.layers[1]
+
+
+@pytest.mark.parametrize("name", PACKED)
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(name: str) -> None:
+    composed, ids = composed_model(name), prompts(1, 11)
+    positions = torch.cat([torch.arange(4), torch.arange(7)])[None]
+    packed = composed(ids, position_ids=positions)
+    apart = torch.cat([composed(ids[:, :4]).logits, composed(ids[:, 4:]).logits], 1)
+    torch.testing.assert_close(packed.logits, apart, rtol=0, atol=1e-4)
+    assert packed.past_key_values is None
+
+
+@torch.no_grad()
+def test_intervals_and_tokens_from_outside() -> None:
+    composed, ids, other = composed_model("llama", [(1, 1)]), prompts(), prompts(2, 6, seed=8)
+    causal = torch.arange(1, 10, dtype=torch.int32).expand(2, 9)
+    expected = composed(ids).logits
+    torch.testing.assert_close(composed(ids, hi=causal).logits, expected, rtol=0, atol=1e-5)
+    hi = torch.tensor([[0, 0, 1, 1, 3, 3, 4, 6, 6], [0, 2, 2, 2, 2, 5, 5, 5, 6]], dtype=torch.int32)
+    read = states(FAMILIES["llama"].model(1), other)[2]
+    written = states(composed.anchor, ids)[2]
+    outside = states(composed, ids, augmenter_input_ids=[other], hi=[hi])[2]
+    torch.testing.assert_close(outside, composed.connections[0](written, read, None, hi), rtol=0, atol=1e-5)
+    assert torch.equal(outside[0, :2], written[0, :2])  # an empty interval adds nothing
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float32_composition_over_bfloat16_models(autocast: bool) -> None:
+    anchor, augmenter = (model.to(torch.bfloat16) for model in llama_pair())
+    composed = randomize(compose(anchor, augmenter, "uniform:2", dtype=torch.float32))
+    ids = prompts()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs = composed(ids, labels=ids)
+    outputs.loss.backward()
+    assert outputs.logits.dtype == torch.bfloat16
+    for parameter in composed.connections.parameters():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32 and parameter.grad.abs().sum() > 0
+
+
+def test_cache_reports_and_resets_every_part() -> None:
+    composed, ids = composed_model("llama"), prompts()
+    cache = composed(ids).past_key_values
+    assert isinstance(cache, ComposedCache) and not cache.is_compileable
+    assert len(cache.layers) == 3 + 3 + 3 and all(layer.get_seq_length() == 9 for layer in cache.layers)
+    cache.crop(-2)
+    assert cache.get_seq_length() == cache.anchor.get_seq_length() == 7
+    cache.batch_select_indices(torch.tensor([1]))
+    assert all(layer.keys.shape[0] == 1 for layer in cache.layers)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(composed(ids, past_key_values=cache).logits, composed(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mpt"])
+def test_families_that_name_things_differently(name: str) -> None:
+    from families import OTHERS
+
+    family = OTHERS[name]
+    composed = randomize(compose(family.model(0), family.model(1), [(-1, -1), (0, 1)], num_heads=4))
+    ids = prompts()
+    cached = composed.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
+    assert torch.equal(cached, composed.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_forward_compiles_as_one_graph(backend: str) -> None:
+    composed, ids = composed_model("llama", [(-1, -1), (2, 2)]), prompts()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    torch.compiler.reset()
+    compiled = torch.compile(composed, fullgraph=True, backend=backend)
+    for kwargs in ({}, {"attention_mask": mask}):
+        expected = composed(ids, labels=ids, **kwargs)
+        outputs = compiled(ids, labels=ids, **kwargs)
+        torch.testing.assert_close(outputs.logits, expected.logits, rtol=0, atol=5e-5)
+    outputs.loss.backward()
+    got = [p.grad.clone() for p in composed.connections.parameters()]
+    composed.zero_grad()
+    expected.loss.backward()
+    for gradient, parameter in zip(got, composed.connections.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-5)
+    assert isinstance(composed, ComposedForCausalLM) and composed.frame.stage is None
