@@ -61,8 +61,8 @@ def cross_attention(
         out, lse = cross_attention_torch(q, k, v, lo, hi, causal, scale, return_lse)
     else:
         lo, hi = (t if t is None else t.expand(q.shape[0], q.shape[1]) for t in (lo, hi))
-        if scale <= 0:  # the kernels take the row maximum before scaling
-            q, scale = q * scale, 1.0
+        if scale <= 0:  # the kernels take the row maximum before scaling; a sign costs no rounding, a product would
+            q, scale = (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
         out, lse = torch.ops.calm_fast.cross_attention_fwd(q, k, v, lo, hi, causal, scale)
     return (out, lse) if return_lse else out
 
