@@ -1,0 +1,166 @@
+"""Bad input names the argument, what was expected and what came; layers are found by one rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, OTHERS, composed_model, prompts
+
+from calm_fast.hf import compose, find_layers, resolve_connections
+from calm_fast.hf.masks import CAUSAL, aligned_visibility
+
+
+@pytest.mark.parametrize(
+    ("spec", "depths", "expected"),
+    [
+        ("uniform:1", [3], [[(0, 0)]]),
+        ("uniform:2", [3], [[(0, 0), (2, 7)]]),
+        ("uniform:3", [4], [[(0, 0), (2, 4), (3, 7)]]),  # 1.5 and 3.5 round half to even
+        ("uniform:4", [8], [[(0, 0), (2, 2), (5, 5), (7, 7)]]),
+        ("uniform:6", [2], [[(0, 0), (0, 1), (0, 3), (1, 4), (1, 6), (1, 7)]]),
+        ("uniform:2", [3, 5], [[(0, 0), (2, 7)], [(0, 0), (4, 7)]]),
+        ([(2, 7), (-1, -1)], [3], [[(2, 7), (-1, -1)]]),
+        ([[2, 7], [0, 0]], [3], [[(2, 7), (0, 0)]]),
+        ([(0, 0), (1, 1)], [3, 3], [[(0, 0), (1, 1)]] * 2),
+        (["uniform:1", [(2, 7)]], [3, 3], [[(0, 0)], [(2, 7)]]),
+        ([[(0, 0)], [(1, 1), (2, 2)]], [3, 3], [[(0, 0)], [(1, 1), (2, 2)]]),
+    ],
+)
+def test_connections_resolve(spec: Any, depths: list[int], expected: list[Any]) -> None:
+    assert resolve_connections(spec, depths, 8) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("uniform", "got 'uniform'"),
+        ("uniform:0", "n >= 1, got 'uniform:0'"),
+        ("uniform:-2", "got 'uniform:-2'"),
+        ("uniform:2.5", "got 'uniform:2.5'"),
+        ("every:2", "got 'every:2'"),
+        ("uniform:9", "more pairs than the deeper model has layers"),
+        ([], "at least one pair"),
+        ([(3, 0)], r"augmenter layer of pair \(3, 0\) must be in \[-1, 3\).*got 3"),
+        ([(0, 8)], r"anchor layer of pair \(0, 8\) must be in \[-1, 8\).*got 8"),
+        ([(-2, 0)], r"must be in \[-1, 3\).*got -2"),
+        ([(0, -2)], "anchor layer .* got -2"),
+        ([(0, 1), (2, 2), (0, 1)], r"pair \(0, 1\) is given twice"),
+        ([(0.0, 1)], "got"),
+        ([(True, 1)], "got"),
+        ([(0, 1, 2)], "got"),
+        ([(0, 1), "uniform:2"], "got"),
+        ([0, 1], r"or one of these per augmenter, got \[0, 1\]"),
+        (3, "got 3"),
+        (None, "got None"),
+        (["uniform:2", "uniform:2"], r"one entry per augmenter \(1\), got 2"),
+        ([[("0", 1)]], "got"),
+    ],
+)
+def test_bad_connections_are_refused(spec: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"connections: .*{message}"):
+        resolve_connections(spec, [3], 8)
+
+
+def llama(**kwargs: Any) -> Any:
+    return FAMILIES["llama"].model(0, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda: (llama(), []), "augmenters: expected at least one model"),
+        (lambda: (llama(), torch.nn.Linear(2, 2)), "augmenters: expected a transformers model or a path, got Linear"),
+        (lambda: (None, llama()), "anchor: expected a transformers model or a path, got NoneType"),
+        (lambda: (llama().model, llama()), "anchor: expected a causal language model, got LlamaModel"),
+        (lambda: (llama(), llama(vocab=90)), "augmenters: augmenter 0 .* embeds 90 token ids.* go up to 96"),
+        (lambda: (llama(), [llama(), llama(vocab=64)]), "augmenters: augmenter 1 .* embeds 64"),
+        (lambda: (llama(), OTHERS["rwkv"].model()), "RwkvForCausalLM cannot be composed: .* Cache"),
+        (lambda: (OTHERS["rwkv"].model(), llama()), "RwkvForCausalLM cannot be composed"),
+        (lambda: (llama(), OTHERS["recurrent_gemma"].model()), "RecurrentGemmaForCausalLM cannot be composed"),
+        (lambda: (llama(), OTHERS["ctrl"].model()), "layers_path: CTRLLMHeadModel has 0 lists"),
+        (lambda: (OTHERS["mamba"].model(), llama()), "num_heads: required, MambaForCausalLM"),
+    ],
+)
+def test_models_that_cannot_be_composed_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compose(*arguments(), "uniform:2")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"anchor_layers": "model.norm"}, "layers_path: .* LlamaForCausalLM, got 'model.norm'"),
+        ({"augmenter_layers": "model.blocks"}, "layers_path: .*'model.blocks'"),
+        ({"augmenter_layers": ["model.layers", None]}, "augmenter_layers: expected 1 paths, got 2"),
+        ({"num_heads": 5}, "num_heads"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads"),
+        ({"connections": [(7, 0)]}, "connections: "),
+    ],
+)
+def test_bad_compose_arguments_are_refused(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        compose(llama(), llama(), **({"connections": "uniform:2"} | kwargs))
+
+
+def test_a_smaller_vocabulary_is_accepted_where_its_ids_suffice() -> None:
+    composed = compose(llama(), llama(vocab=90), "uniform:1", vocab_size=90)
+    assert composed(prompts().clamp(max=89)).logits.shape[-1] == 97
+
+
+def ones(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"input_ids": None}, "input_ids: expected token ids"),
+        ({"inputs_embeds": torch.zeros(2, 9, 32)}, "input_ids: .* inputs_embeds is not taken"),
+        ({"attention_mask": ones(2, 8)}, r"attention_mask: expected shape \(2, 9\).*got \(2, 8\)"),
+        ({"attention_mask": ones(2, 1, 9, 9)}, r"attention_mask: .*got \(2, 1, 9, 9\)"),
+        ({"attention_mask": ones(2, 9) - torch.eye(9)[3:5].int()}, "attention_mask: .*zeros between ones"),
+        ({"past_key_values": object()}, "past_key_values: expected a ComposedCache, got object"),
+        ({"augmenter_input_ids": prompts()}, "hi: required"),
+        ({"lo": ones(2, 9)}, "hi: required"),
+        ({"augmenter_attention_mask": ones(2, 9), "hi": ones(2, 9)}, "augmenter_input_ids: required"),
+        ({"hi": [ones(2, 9), ones(2, 9)]}, "hi: expected a tensor, or a list .* 1 augmenters"),
+        ({"hi": [3]}, "hi: expected a tensor"),
+        ({"hi": ones(2, 8)}, "hi"),
+    ],
+)
+def test_bad_forward_arguments_are_refused(kwargs: dict[str, Any], message: str) -> None:
+    composed = composed_model("llama")
+    with pytest.raises((ValueError, TypeError), match=message):
+        composed(**({"input_ids": prompts()} | kwargs))
+    assert composed.frame.stage is None
+
+
+def test_a_foreign_cache_is_refused_by_generate() -> None:
+    from transformers import DynamicCache
+
+    with pytest.raises(ValueError, match="past_key_values: expected a ComposedCache, got DynamicCache"):
+        composed_model("llama").generate(prompts(), past_key_values=DynamicCache(), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_are_found_by_the_generic_rule(name: str) -> None:
+    model = FAMILIES[name].model()
+    path, layers = find_layers(model)
+    assert model.get_submodule(path) is layers and len(layers) == 3
+    assert find_layers(model, path) == (path, layers)
+
+
+def test_visibility_of_padding_documents_and_steps() -> None:
+    assert aligned_visibility(None, None, 2, 0, 3) is CAUSAL
+    assert aligned_visibility(ones(2, 3), None, 2, 0, 3) is CAUSAL
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    lo, hi, causal = aligned_visibility(mask, None, 2, 0, 4)
+    assert not causal and lo.dtype == hi.dtype == torch.int32
+    assert lo.tolist() == [[2] * 4, [0] * 4]
+    assert hi.tolist() == [[2, 2, 3, 4], [1, 2, 3, 0]]
+    lo, hi, _ = aligned_visibility(mask[:1], None, 1, 3, 1)
+    assert (lo.tolist(), hi.tolist()) == ([[2]], [[4]])
+    lo, hi, _ = aligned_visibility(None, torch.tensor([[0, 1, 0, 1, 2]]), 2, 0, 5)
+    assert lo.tolist() == [[0, 0, 2, 2, 2]] * 2 and hi.tolist() == [[1, 2, 3, 4, 5]] * 2

@@ -1,0 +1,158 @@
+"""Saving a composition: its own tensors and references; loading it back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, prompts, randomize
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from calm_fast.hf import ComposedConfig, ComposedForCausalLM, compose
+from calm_fast.hf.config import FORMAT_VERSION
+
+SETTINGS: dict[str, Any] = {"num_heads": 2, "head_dim": 12, "num_kv_heads": 1, "post_norm": True, "bias": True}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two saved base models and a saved composition of them."""
+    FAMILIES["llama"].model(0).save_pretrained(tmp_path / "anchor")
+    FAMILIES["gpt2"].model(1, width=24, depth=4).save_pretrained(tmp_path / "augmenter")
+    composed = compose(tmp_path / "anchor", str(tmp_path / "augmenter"), [(-1, -1), (2, 1)], **SETTINGS)
+    randomize(composed).save_pretrained(tmp_path / "composed")
+    return tmp_path
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(prompts()).logits
+
+
+def rebuilt(folder: Path) -> ComposedForCausalLM:
+    """The composition in the folder, made again without loading it."""
+    return randomize(compose(folder / "anchor", folder / "augmenter", [(-1, -1), (2, 1)], **SETTINGS))
+
+
+def test_only_composition_tensors_are_saved(folder: Path) -> None:
+    files = {f.name for f in (folder / "composed").iterdir()}
+    assert files == {"config.json", "generation_config.json", "model.safetensors"}
+    tensors = load_file(folder / "composed" / "model.safetensors")
+    assert set(tensors) == {f"connections.{n}" for n in rebuilt(folder).connections.state_dict()}
+    with safe_open(folder / "composed" / "model.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt", "calm_fast_format": str(FORMAT_VERSION)}
+
+
+def test_loading_from_references_gives_the_same_model(folder: Path) -> None:
+    expected = logits(rebuilt(folder))
+    for loader in (ComposedForCausalLM, AutoModelForCausalLM):
+        model = loader.from_pretrained(folder / "composed")
+        assert isinstance(model, ComposedForCausalLM) and not model.training
+        assert torch.equal(logits(model), expected)
+        model.connections[0].o_proj.weight.requires_grad_(True)
+        assert [n for n, p in model.named_parameters() if p.requires_grad][0].startswith("connections.")
+
+
+def test_loading_onto_given_models_shares_them(folder: Path) -> None:
+    source = rebuilt(folder)
+    anchor, augmenter = source.anchor, AutoModelForCausalLM.from_pretrained(folder / "augmenter")
+    shutil.rmtree(folder / "anchor")
+    model = ComposedForCausalLM.from_pretrained(folder / "composed", anchor=anchor, augmenters=augmenter)
+    assert model.anchor is anchor and torch.equal(logits(model), logits(source))
+
+
+def test_a_folder_moved_with_its_models_still_loads(folder: Path) -> None:
+    expected = logits(rebuilt(folder))
+    config = json.loads((folder / "composed" / "config.json").read_text())
+    for name in ("anchor", "augmenter"):
+        shutil.move(folder / name, folder / "composed" / name)
+    config |= {"anchor_path": "anchor", "augmenter_paths": ["augmenter"]}
+    (folder / "composed" / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(ComposedForCausalLM.from_pretrained(folder / "composed")), expected)
+
+
+def test_saving_again_gives_the_same_files(folder: Path) -> None:
+    ComposedForCausalLM.from_pretrained(folder / "composed").save_pretrained(folder / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (folder / "again" / name).read_bytes() == (folder / "composed" / name).read_bytes()
+
+
+def test_config_survives_and_speaks_for_the_anchor(folder: Path) -> None:
+    config = AutoConfig.from_pretrained(folder / "composed")
+    assert isinstance(config, ComposedConfig) and config.format_version == FORMAT_VERSION
+    assert config.connections == [[(-1, -1), (2, 1)]] and config.cross_attention["head_dim"] == 12
+    assert config.get_text_config(decoder=True) is config.anchor_config
+    assert config.anchor_config.model_type == "llama" and config.augmenter_configs[0].n_embd == 24
+    assert config.anchor_path == str(folder / "anchor") and config.augmenter_paths == [str(folder / "augmenter")]
+
+
+def test_dtype_goes_to_the_parts_and_composition_keeps_its_own(folder: Path) -> None:
+    model = ComposedForCausalLM.from_pretrained(folder / "composed", dtype=torch.bfloat16)
+    assert model.anchor.dtype == model.augmenters[0].dtype == torch.bfloat16
+    assert {p.dtype for p in model.connections.parameters()} == {torch.float32}
+    assert logits(model).dtype == torch.bfloat16
+
+
+def edit_config(folder: Path, **changes: Any) -> Path:
+    file = folder / "composed" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder / "composed"
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, "1.5"])
+def test_unknown_config_format_is_refused(folder: Path, version: Any) -> None:
+    with pytest.raises(ValueError, match=f"format_version.*{version}"):
+        ComposedForCausalLM.from_pretrained(edit_config(folder, format_version=version))
+
+
+@pytest.mark.parametrize("metadata", [{"calm_fast_format": str(FORMAT_VERSION + 1)}, None])
+def test_unknown_tensor_format_is_refused(folder: Path, metadata: dict[str, str] | None) -> None:
+    file = folder / "composed" / "model.safetensors"
+    save_file(load_file(file), file, metadata=metadata)
+    with pytest.raises(ValueError, match="tensors of format 1 to"):
+        ComposedForCausalLM.from_pretrained(folder / "composed")
+
+
+def test_missing_tensors_are_refused(folder: Path) -> None:
+    file = folder / "composed" / "model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("connections.1.q_proj.weight")
+    save_file(tensors, file, metadata={"calm_fast_format": "1"})
+    with pytest.raises(RuntimeError, match="1.q_proj.weight"):
+        ComposedForCausalLM.from_pretrained(folder / "composed")
+
+
+def test_wrong_or_missing_parts_are_refused(folder: Path) -> None:
+    where, load = folder / "composed", ComposedForCausalLM.from_pretrained
+    llama, gpt2 = FAMILIES["llama"].model(0), FAMILIES["gpt2"].model(1, width=24, depth=4)
+    with pytest.raises(ValueError, match=r"anchor: expected \(family, layers, width\) \('llama', 3, 32\)"):
+        load(where, anchor=FAMILIES["llama"].model(0, width=48))
+    with pytest.raises(ValueError, match="augmenters: expected .*'gpt2', 4, 24.*got.*'llama'"):
+        load(where, augmenters=llama)
+    with pytest.raises(ValueError, match="augmenters: expected 1 models, got 2"):
+        load(where, augmenters=[gpt2, gpt2])
+    with pytest.raises(ValueError, match="anchor: expected a loaded transformers model, got str"):
+        load(where, anchor="llama")
+
+
+def test_models_without_a_path_must_be_passed(tmp_path: Path) -> None:
+    anchor, augmenter = FAMILIES["llama"].model(0), FAMILIES["llama"].model(1)
+    composed = randomize(compose(anchor, augmenter, "uniform:2"))
+    composed.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="anchor: .* without a path; pass the loaded model"):
+        ComposedForCausalLM.from_pretrained(tmp_path, augmenters=augmenter)
+    loaded = ComposedForCausalLM.from_pretrained(tmp_path, anchor=anchor, augmenters=[augmenter])
+    assert torch.equal(logits(loaded), logits(composed))
+    with pytest.raises(ValueError, match="push_to_hub"):
+        composed.save_pretrained(tmp_path, push_to_hub=True)
+
+
+def test_from_config_builds_random_parts(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "composed"))
+    assert isinstance(model, ComposedForCausalLM) and logits(model).shape == (2, 9, 97)
