@@ -1,0 +1,1 @@
+"""One file per op: what is measured, against what, and what it must cost."""

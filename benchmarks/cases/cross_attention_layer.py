@@ -1,0 +1,251 @@
+"""X4 and X5: the whole composition layer, and one decoding step of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from calm_fast.benchmarks.baselines.cross_attention import (
+    EPS,
+    FixedCache,
+    ReleasedHook,
+    explicit_attention,
+    init_weights,
+    rms_norm,
+    unfolded_layer,
+    visible,
+)
+from calm_fast.benchmarks.graphs import graphed
+from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Thunk, Values
+
+OP = "cross_attention"
+WEIGHTS = ("norm", "proj", "q", "k", "v", "o")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """B sequences of M anchor and N augmenter tokens; `cached` = keys already in the cache (a decoding step)."""
+
+    b: int
+    m: int
+    n: int
+    da: int
+    db: int
+    h: int
+    d: int
+    causal: bool = False
+    train: bool = False
+    cached: bool = False
+
+    def sizes(self) -> dict[str, int]:
+        names = {"B": self.b, "M": self.m, "N": self.n, "DA": self.da, "DB": self.db, "H": self.h, "D": self.d}
+        return names | {"causal": int(self.causal)}
+
+    def flops(self) -> int:
+        """The folded layer's, the least known: backward costs two more of each product (no gradient goes to H_A),
+        of attention two and a half (the scores are recomputed, as by every attention that does not store them)."""
+        hd, rows, keys = self.h * self.d, self.b * self.m, self.b * (1 if self.cached else self.n)
+        pairs = self.b * (self.m * (self.m + 1) // 2 if self.causal else self.m * self.n)
+        ends, core = 4 * rows * self.db * hd, 4 * pairs * hd
+        folded, once = 4 * keys * self.da * hd, 4 * hd * self.db * self.da
+        unfolded = 2 * keys * self.da * self.db + 4 * keys * self.db * hd
+        if not self.train:
+            return ends + core + folded
+        return 3 * ends + 7 * core // 2 + min(2 * folded + 3 * once, 3 * unfolded)
+
+    def bytes(self, itemsize: int) -> int:
+        """Inputs read once, results written once; in inference the folded weight, in training the factors and their
+        gradients; with a cache its keys and values read once."""
+        hd, rows = self.h * self.d, self.b * self.m
+        ends = 2 * hd * self.db
+        if self.cached:
+            return itemsize * (2 * rows * self.db + self.b * self.da + 2 * self.b * self.n * hd + ends + 2 * hd * self.da)
+        states = rows * self.db + self.b * self.n * self.da
+        if not self.train:
+            return itemsize * (states + rows * self.db + ends + 2 * hd * self.da)
+        factors = ends + self.db * self.da + 2 * hd * self.db + self.db
+        return itemsize * (states + 3 * rows * self.db + 2 * factors)
+
+
+def _make(s: LayerShape, dtype: torch.dtype, device: torch.device) -> Callable[[int], Inputs]:
+    def make(seed: int) -> Inputs:
+        g = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=g).to(device, dtype)
+
+        inputs = {
+            "hb": draw(s.b, s.m, s.db),
+            "ha": draw(s.b, 1 if s.cached else s.n, s.da),
+            "weights": init_weights(s.da, s.db, s.h, s.d, dtype, device, seed + 1),
+        }
+        if s.train:
+            inputs["dout"] = draw(s.b, s.m, s.db)
+        if s.cached:
+            inputs["keys"], inputs["values"] = (draw(s.b, s.h, s.n, s.d) for _ in range(2))
+        return inputs
+
+    return make
+
+
+def _thunk(
+    forward: Callable[..., torch.Tensor], parameters: Sequence[tuple[str, torch.Tensor]], inputs: Inputs, s: LayerShape
+) -> Thunk:
+    """Inference, or a training step: forward, then the gradients of the parameters and of H_B."""
+    hb, ha = inputs["hb"], inputs["ha"]
+    if not s.train:
+
+        def infer() -> Values:
+            with torch.no_grad():
+                return {"out": forward(hb, ha)}
+
+        return infer
+    hb = hb.detach().requires_grad_()
+    leaves = [hb, *(p for _, p in parameters)]
+    names = ["hb", *(name for name, _ in parameters)]
+
+    def step() -> Values:
+        out = forward(hb, ha)
+        grads = torch.autograd.grad(out, leaves, inputs["dout"])
+        return {"out": out.detach(), **{f"d_{name}": g for name, g in zip(names, grads, strict=True)}}
+
+    return step
+
+
+def _leaves(inputs: Inputs, s: LayerShape) -> dict[str, torch.Tensor]:
+    return {name: t.detach().clone().requires_grad_(s.train) for name, t in inputs["weights"].items()}
+
+
+def _cache(inputs: Inputs, s: LayerShape) -> FixedCache | None:
+    return FixedCache(inputs["keys"], inputs["values"]) if s.cached else None
+
+
+def _baseline(s: LayerShape, sdpa: bool, compiled: bool = False, graph: bool = False) -> Callable[[Inputs], Thunk]:
+    def prepare(inputs: Inputs) -> Thunk:
+        w, cache = _leaves(inputs, s), _cache(inputs, s)
+        mask = None if sdpa else visible(s.m, s.n, inputs["hb"].device, None, None, s.causal)
+
+        def forward(hb: torch.Tensor, ha: torch.Tensor) -> torch.Tensor:
+            return unfolded_layer(w, hb, ha, s.h, sdpa=sdpa, causal=s.causal, mask=mask, cache=cache)
+
+        thunk = _thunk(torch.compile(forward) if compiled else forward, [(n, w[n]) for n in WEIGHTS], inputs, s)
+        return graphed(thunk) if graph else thunk
+
+    return prepare
+
+
+def _ours(s: LayerShape, graph: bool = False) -> Callable[[Inputs], Thunk]:
+    def prepare(inputs: Inputs) -> Thunk:
+        from calm_fast import CrossAttention
+
+        layer = CrossAttention(s.db, s.da, s.h, head_dim=s.d, eps=EPS).to(inputs["hb"])
+        parts = {
+            "norm": layer.norm, "proj": layer.proj, "q": layer.q_proj,
+            "k": layer.k_proj, "v": layer.v_proj, "o": layer.o_proj,
+        }  # fmt: skip
+        with torch.no_grad():
+            for name, part in parts.items():
+                part.weight.copy_(inputs["weights"][name])
+        cache = _cache(inputs, s)
+
+        def forward(hb: torch.Tensor, ha: torch.Tensor) -> torch.Tensor:
+            return layer(hb, ha, cache=cache, causal=s.causal)
+
+        thunk = _thunk(forward, [(name, parts[name].weight) for name in WEIGHTS], inputs, s)
+        return graphed(thunk) if graph else thunk
+
+    return prepare
+
+
+def _hook(s: LayerShape) -> Callable[[Inputs], Thunk]:
+    def prepare(inputs: Inputs) -> Thunk:
+        hook = ReleasedHook(inputs["weights"], s.h)
+        return _thunk(hook, list(hook.named_parameters()), inputs, s)
+
+    return prepare
+
+
+def _in(dtype: torch.dtype, inputs: Inputs) -> Inputs:
+    def convert(value: object) -> object:
+        if isinstance(value, dict):
+            return {name: convert(v) for name, v in value.items()}
+        return value.to(dtype) if isinstance(value, torch.Tensor) else value
+
+    return convert(dict(inputs))
+
+
+class _PlainHook(nn.Module):
+    """`ReleasedHook` from our own attention instead of torch's module, under the same parameter names."""
+
+    def __init__(self, hook: ReleasedHook, heads: int) -> None:
+        super().__init__()
+        self.hook, self.heads = hook, heads
+
+    def forward(self, hb: torch.Tensor, ha: torch.Tensor) -> torch.Tensor:
+        mha = self.hook.cross_attention
+        weights, biases = mha.in_proj_weight.chunk(3), mha.in_proj_bias.chunk(3)
+        projected = ha @ self.hook.proj.weight.T + self.hook.proj.bias
+        q, k, v = (
+            (x @ w.T + b).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for x, w, b in zip((hb, projected, projected), weights, biases, strict=True)
+        )
+        attended = explicit_attention(q, k, v, None, q.shape[-1] ** -0.5).transpose(1, 2).flatten(-2)
+        return hb + rms_norm(attended @ mha.out_proj.weight.T + mha.out_proj.bias, self.hook.norm)
+
+
+def _hook_definition(s: LayerShape) -> Definition:
+    def values(inputs: Inputs, dtype: torch.dtype) -> Values:
+        converted = _in(dtype, inputs)
+        hook = ReleasedHook(converted["weights"], s.h)
+        return _thunk(_PlainHook(hook, s.h), list(hook.named_parameters()), converted, s)()
+
+    return values
+
+
+def _definition(s: LayerShape) -> Definition:
+    def values(inputs: Inputs, dtype: torch.dtype) -> Values:
+        return _baseline(s, sdpa=False)(_in(dtype, inputs))()
+
+    return values
+
+
+def layer_case(
+    name: str,
+    s: LayerShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    targets: dict[str, float],
+    *,
+    compiled: bool = False,
+    check_batch: int | None = None,
+    note: str = "",
+) -> Case:
+    """One layer measurement.
+
+    Args:
+        compiled: also torch.compile of both baselines (it takes a while), on a GPU's decoding step as CUDA graphs.
+        check_batch: sequences in the correctness check, where float64 over all of them costs too much.
+    """
+    contestants = [Contestant("calm_fast", _ours(s), ours=True)]
+    graph = s.cached and device.type == "cuda"
+    if graph:
+        contestants.append(Contestant("calm_fast_graph", _ours(s, graph=True), ours=True))
+    contestants += [Contestant("eager", _baseline(s, sdpa=False)), Contestant("unfolded_sdpa", _baseline(s, sdpa=True))]
+    if not (s.causal or s.cached):  # the released layer has neither a mask nor a cache of keys
+        contestants.append(Contestant("released_hook", _hook(s), definition=_hook_definition(s)))
+    if compiled:
+        tail = "_graph" if graph else ""
+        contestants += [
+            Contestant(f"compiled_{base}{tail}", _baseline(s, sdpa=base != "eager", compiled=True, graph=graph))
+            for base in ("eager", "unfolded_sdpa")
+        ]
+    small = None
+    if check_batch is not None and check_batch < s.b:
+        small = _make(LayerShape(**{**vars(s), "b": check_batch}), dtype, device)
+    return Case(
+        OP, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(contestants),
+        _definition(s), "calm_fast_graph" if graph else "calm_fast", small, targets, note,
+    )  # fmt: skip

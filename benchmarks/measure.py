@@ -1,0 +1,149 @@
+"""One case measured: prepare every contestant, check it against float64, then time those that are right."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from calm_fast.benchmarks.registry import CannotRunError, Case, Contestant, Inputs, Values
+from calm_fast.benchmarks.timing import Budget, Ceilings, interleave, peak_bytes
+
+Say = Callable[[str], None]
+
+ROW_FIELDS = (
+    "op", "case", "impl", "device", "dtype", "shape", "ms", "p20", "p80", "peak_bytes", "flops", "bytes", "floor_ms",
+    "error", "versions", "commit", "date", "ours", "bound", "failure", "rounds",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every row of a run shares."""
+
+    device: torch.device
+    device_name: str
+    versions: dict[str, str]
+    commit: str | None
+    budget: Budget
+    seed: int = 0
+
+
+def relative_error(actual: Values, truth: Values) -> float:
+    """The largest |actual - truth| / |truth| (Frobenius norms) over the named values; inf for what is missing or NaN."""
+    worst = 0.0
+    for name, expected in truth.items():
+        if name not in actual or actual[name].shape != expected.shape:
+            return math.inf
+        difference = torch.linalg.vector_norm(actual[name].double() - expected.double())
+        size = torch.linalg.vector_norm(expected.double())
+        error = float(difference / size) if size > 0 else (0.0 if difference == 0 else math.inf)
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
+
+
+def error_bound(eager_error: float, dtype: torch.dtype) -> float:
+    """Twice what the plain computation errs in the same dtype on the same inputs, plus one rounding of the result."""
+    return 2 * eager_error + torch.finfo(dtype).eps / 2
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far a contestant is from float64, and how far it may be."""
+
+    error: float
+    bound: float
+
+
+def _judge(case: Case, contestant: Contestant, inputs: Inputs, known: dict[Any, tuple[Values, float]]) -> Verdict:
+    """`known` keeps each definition's truth and bound: most contestants share one."""
+    definition = contestant.definition or case.definition
+    if definition not in known:
+        truth = {name: t.cpu() for name, t in definition(inputs, torch.float64).items()}
+        plain = {name: t.cpu() for name, t in definition(inputs, case.dtype).items()}
+        known[definition] = truth, error_bound(relative_error(plain, truth), case.dtype)
+    truth, bound = known[definition]
+    return Verdict(relative_error({name: t.cpu() for name, t in contestant.prepare(inputs)().items()}, truth), bound)
+
+
+def measure(case: Case, setting: Setting, ceilings: Ceilings, say: Say = lambda _: None) -> list[dict[str, Any]]:
+    """One row for every contestant of `case`, in the case's order.
+
+    A contestant whose values are wrong, or that cannot run, gets no time: `ms` and its relatives are None and
+    `failure` says why. Rows of this package's implementations that fail make the run red; see `is_red`.
+    """
+    verdicts, failures = _check_all(case, setting, say)
+    thunks, peaks = {}, {}
+    inputs = case.make(setting.seed)
+    for contestant in case.contestants:
+        name = contestant.name
+        if name in failures:
+            continue
+        v = verdicts[name]
+        if not v.error <= v.bound:
+            failures[name] = f"wrong: error {v.error:.3g} against float64 exceeds the bound {v.bound:.3g}"
+            continue
+        say(f"{case.name}: preparing {name}")
+        thunk = _attempt(lambda c=contestant: c.prepare(inputs), name, failures)
+        if thunk is not None and _attempt(lambda t=thunk: t(), name, failures) is not None:
+            thunks[name], peaks[name] = thunk, peak_bytes(thunk, setting.device)
+    say(f"{case.name}: timing {len(thunks)} contestants in turns")
+    times = interleave(thunks, setting.device, setting.budget)
+    rows = []
+    for contestant in case.contestants:
+        name, t = contestant.name, times.get(contestant.name)
+        v = verdicts.get(name, Verdict(math.inf, math.inf))
+        values = {
+            "op": case.op, "case": case.name, "impl": name, "device": setting.device_name,
+            "dtype": str(case.dtype).removeprefix("torch."), "shape": dict(case.shape),
+            "ms": t and t.ms, "p20": t and t.p20, "p80": t and t.p80, "peak_bytes": peaks.get(name),
+            "flops": case.flops, "bytes": case.bytes, "floor_ms": ceilings.floor_ms(case.flops, case.bytes),
+            "error": v.error if math.isfinite(v.error) else None, "versions": setting.versions,
+            "commit": setting.commit, "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
+            "ours": contestant.ours, "bound": v.bound if math.isfinite(v.bound) else None,
+            "failure": failures.get(name), "rounds": t.rounds if t else 0,
+        }  # fmt: skip
+        assert tuple(values) == ROW_FIELDS
+        rows.append(values)
+    return rows
+
+
+def _check_all(case: Case, setting: Setting, say: Say) -> tuple[dict[str, Verdict], dict[str, str]]:
+    """Verdicts on those that ran, and why the others did not."""
+    inputs = (case.check_make or case.make)(setting.seed + 1)
+    verdicts: dict[str, Verdict] = {}
+    failures: dict[str, str] = {}
+    known: dict[Any, tuple[Values, float]] = {}
+    for contestant in case.contestants:
+        say(f"{case.name}: checking {contestant.name} against float64")
+        verdict = _attempt(lambda c=contestant: _judge(case, c, inputs, known), contestant.name, failures)
+        if verdict is not None:
+            verdicts[contestant.name] = verdict
+    return verdicts, failures
+
+
+def _attempt(work: Callable[[], Any], name: str, failures: dict[str, str]) -> Any:
+    """work(), or None with the reason in `failures`: one contestant that breaks must not take the others with it."""
+    try:
+        return work()
+    except CannotRunError as reason:
+        failures[name] = f"cannot run: {reason}"
+    except Exception as failure:  # noqa: BLE001 - whatever a baseline or a compiler throws
+        text = " ".join(str(failure).split())
+        failures[name] = f"failed: {type(failure).__name__}: {text[:300]}"
+    return None
+
+
+def is_red(row: dict[str, Any]) -> bool:
+    """True for a row that makes the run fail: wrong values from anyone, or one of ours that broke.
+
+    A baseline that cannot run, or runs out of memory, is a fact worth a row, not a failure of the run.
+    """
+    failure = row["failure"]
+    if failure is None or failure.startswith("cannot run"):
+        return False
+    return row["ours"] or failure.startswith("wrong")

@@ -1,0 +1,85 @@
+"""What can be measured: one case file per op, listed in REGISTRY; a case is inputs, contestants, truth and costs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Inputs = Mapping[str, Any]
+Values = Mapping[str, torch.Tensor]  # named outputs and gradients
+Thunk = Callable[[], Values]
+Definition = Callable[[Inputs, torch.dtype], Values]
+
+# op stem -> module with `cases(device, suite) -> Sequence[Case]`
+REGISTRY: dict[str, str] = {
+    "cross_attention": "calm_fast.benchmarks.cases.cross_attention",
+}
+
+SUITES = ("quick", "full")
+
+
+class CannotRunError(RuntimeError):
+    """A contestant that this machine cannot run; the message says why. It gets a row without a time."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to compute a case.
+
+    prepare(inputs) does everything a user does once (build the layer, compile, capture a graph) and returns the
+    thunk that is timed; the thunk returns what it computed, for the correctness check.
+
+    ours: an implementation of this package (must be correct and must run); otherwise a baseline.
+    definition: as Case.definition, where this contestant computes something else than the case does.
+    """
+
+    name: str
+    prepare: Callable[[Inputs], Thunk]
+    ours: bool = False
+    definition: Definition | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: the same inputs for every contestant.
+
+    shape: named sizes. flops: what must be computed (the least known form). bytes: each input read once, each
+    output written once.
+    make(seed): fresh random inputs. definition(inputs, dtype): the plain computation with every step in `dtype`; in
+    float64 it is the truth, and its error in the case's dtype is the measure of everybody's error.
+    check_make(seed): smaller inputs for the correctness check, where float64 at full size costs too much.
+    targets: {baseline: ratio that `headline` is meant to reach}. headline: the contestant of ours that targets speak of.
+    """
+
+    op: str
+    name: str
+    shape: Mapping[str, int]
+    dtype: torch.dtype
+    flops: int
+    bytes: int
+    make: Callable[[int], Inputs]
+    contestants: Sequence[Contestant]
+    definition: Definition
+    headline: str
+    check_make: Callable[[int], Inputs] | None = None
+    targets: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+def cases(op: str, device: torch.device, suite: str) -> Sequence[Case]:
+    """The cases of `op` for `device`.
+
+    Args:
+        op: a key of REGISTRY. device: where to measure; shapes fit the device. suite: "quick" or "full".
+    Raises:
+        ValueError: an unknown op or suite.
+    """
+    if op not in REGISTRY:
+        raise ValueError(f"bench: `op` must be one of {', '.join(map(repr, REGISTRY))}, got {op!r}")
+    if suite not in SUITES:
+        raise ValueError(f"bench: `suite` must be one of {', '.join(map(repr, SUITES))}, got {suite!r}")
+    return importlib.import_module(REGISTRY[op]).cases(device, suite)

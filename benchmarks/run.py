@@ -1,0 +1,117 @@
+"""Measure ops against strong baselines on this machine: `python -m calm_fast.benchmarks.run --op cross_attention`.
+
+Writes results.jsonl (one row per case and implementation), report.md and report.html, prints a table with ratios.
+Exit 1 if an implementation computes something wrong: it then has no speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calm_fast.benchmarks import machine
+from calm_fast.benchmarks.measure import Setting, is_red, measure
+from calm_fast.benchmarks.registry import REGISTRY, SUITES, Case, cases
+from calm_fast.benchmarks.timing import Budget, Ceilings, measure_ceilings
+
+_SECONDS = {"quick": 15.0, "full": 40.0}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; `calm-fast bench` passes its options on to it."""
+    p = argparse.ArgumentParser(prog="python -m calm_fast.benchmarks.run", description=__doc__.splitlines()[0])
+    p.add_argument("--op", action="append", choices=list(REGISTRY), help="an op; repeat for several (default: all)")
+    p.add_argument("--suite", choices=SUITES, default="quick", help="quick: minutes; full: more cases and baselines")
+    p.add_argument("--case", action="append", help="only cases whose name contains this; repeat for several")
+    p.add_argument("--out", type=Path, default=Path("bench_out"), help="folder for results (default: bench_out)")
+    p.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument("--seconds", type=float, help="timing budget of one case (default: 15 quick, 40 full)")
+    p.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    p.add_argument("--commit", help="what is measured, where the files are not a git checkout")
+    p.add_argument("--list", action="store_true", help="print the cases and end")
+    return p
+
+
+def select(ops: Sequence[str] | None, device: torch.device, suite: str, words: Sequence[str] | None) -> list[Case]:
+    """The cases of `ops` (None: all) whose name contains one of `words` (None: all)."""
+    found = [case for op in ops or REGISTRY for case in cases(op, device, suite)]
+    return [case for case in found if not words or any(word in case.name for word in words)]
+
+
+def run(chosen: Sequence[Case], setting: Setting, out: Path) -> tuple[list[dict[str, Any]], dict[str, Ceilings]]:
+    """Measure `chosen`, appending each row to out/results.jsonl as soon as it exists.
+
+    Returns:
+        all rows, and the ceilings of each dtype measured in this run.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    ceilings: dict[str, Ceilings] = {}
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with (
+        (out / "results.jsonl").open("w") as sink,
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+    ):
+        bar = progress.add_task("", total=len(chosen))
+        for case in chosen:
+            dtype = str(case.dtype).removeprefix("torch.")
+            if dtype not in ceilings:
+                progress.update(bar, description=f"ceilings: a large copy, a large {dtype} product")
+                ceilings[dtype] = measure_ceilings(setting.device, case.dtype)
+            fresh = measure(
+                case, setting, ceilings[dtype], lambda text: progress.update(bar, description=text, refresh=True)
+            )
+            for row in fresh:
+                sink.write(json.dumps(row, allow_nan=False) + "\n")
+            sink.flush()
+            rows += fresh
+            progress.advance(bar)
+    return rows, ceilings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (None: sys.argv); returns the exit code."""
+    args = parser().parse_args(argv)
+    has_gpu = torch.cuda.is_available()
+    if args.device == "cuda" and not has_gpu:
+        print(f"bench: --device cuda: torch {torch.__version__} sees no GPU", file=sys.stderr)
+        return 2
+    device = torch.device("cuda" if has_gpu and args.device != "cpu" else "cpu")
+    torch.set_num_threads(args.threads)
+    chosen = select(args.op, device, args.suite, args.case)
+    if args.list or not chosen:
+        for case in chosen:
+            print(f"{case.op}  {case.name}  {dict(case.shape)}  {', '.join(c.name for c in case.contestants)}")
+        if not chosen:
+            print(f"bench: no case fits --case {args.case} on {device.type}", file=sys.stderr)
+        return 0 if chosen else 2
+    budget = Budget(seconds=args.seconds if args.seconds is not None else _SECONDS[args.suite])
+    setting = Setting(
+        device, machine.device_name(device), machine.versions(), args.commit or machine.commit(), budget, args.seed
+    )
+    rows, ceilings = run(chosen, setting, args.out)
+
+    from calm_fast.benchmarks import report
+
+    targets = {case.name: (case.headline, dict(case.targets)) for case in chosen}
+    report.write(args.out, rows, ceilings, targets)
+    report.show(rows, ceilings, targets)
+    print(f"rows: {args.out / 'results.jsonl'}   report: {args.out / 'report.html'}")
+    red = [row for row in rows if is_red(row)]
+    for row in red:
+        print(f"RED {row['case']} {row['impl']}: {row['failure']}", file=sys.stderr)
+    return 1 if red else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
