@@ -106,20 +106,23 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         super().train(mode)
         for part in (self.anchor, *self.augmenters):
             part.eval()
-        for layer in self._layers_with_gradient():
+        for layer in self._checkpointable():
             layer.training = mode and layer.gradient_checkpointing
         return self
 
-    def _layers_with_gradient(self) -> list[nn.Module]:
-        first = min(b for _, _, b in self.pairs)
+    def _checkpointable(self) -> list[nn.Module]:
+        """Anchor layers whose input needs a gradient whether or not their own residual is added before them."""
+        first = max(0, min(b for _, _, b in self.pairs))
         return list(find_layers(self.anchor, self.config.anchor_layers)[1])[first + 1 :]
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
     ) -> None:
-        for index, layer in enumerate(self._layers_with_gradient()):
+        for index, layer in enumerate(self._checkpointable()):
             layer.gradient_checkpointing = enable and index % every_n_layers == 0
-            layer._gradient_checkpointing_func = partial(checkpoint_in_eval, layer, gradient_checkpointing_func)
+            layer._gradient_checkpointing_func = partial(
+                checkpoint_in_eval, layer, self.frame, gradient_checkpointing_func
+            )
         self.train(self.training)
 
     def enable_input_require_grads(self) -> None:

@@ -31,6 +31,12 @@ class Frame:
         self.states: dict[tuple[int, int], torch.Tensor] = {}
         self.residual: Callable[[int, torch.Tensor], torch.Tensor] | None = None
 
+    def snapshot(self) -> tuple[Any, ...]:
+        return self.stage, self.states, self.residual
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        self.stage, self.states, self.residual = snapshot
+
 
 def _checked(hidden: Any, layer: nn.Module) -> torch.Tensor:
     if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
@@ -108,18 +114,22 @@ def install(
     weakref.finalize(owner, _remove, handles)
 
 
-def checkpoint_in_eval(layer: nn.Module, checkpoint: Callable, run: Callable, *args: Any) -> Any:
-    """Checkpoint a frozen layer without its dropout.
+def checkpoint_in_eval(layer: nn.Module, frame: Frame, checkpoint: Callable, run: Callable, *args: Any) -> Any:
+    """Checkpoint a frozen layer without its dropout, in the forward and in the replay.
 
-    transformers checkpoints a layer only while ``layer.training``; the layer itself must still compute as in
-    eval, in the forward and in the replay.
+    transformers checkpoints a layer only while ``layer.training``. In some releases the hooks run inside the
+    checkpoint: a replay comes after the forward has ended and needs the frame as it was.
     """
+    active = frame.snapshot()
 
     def run_in_eval(*inputs: Any) -> Any:
         training, layer.training = layer.training, False
+        current = frame.snapshot()
+        frame.restore(active)
         try:
             return run(*inputs)
         finally:
             layer.training = training
+            frame.restore(current)
 
     return checkpoint(run_in_eval, *args)
