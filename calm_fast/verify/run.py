@@ -1,0 +1,181 @@
+"""`calm-fast verify`: every op x every implementation that can run here, against the float64 reference.
+
+Where there is no GPU, Triton's part runs in a fresh process with TRITON_INTERPRET=1, because Triton reads that
+variable when it is imported; it sends its rows back as JSON lines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from calm_fast._dispatch import triton_obstacle
+from calm_fast.ops import OPS
+from calm_fast.verify.cases import op_cases
+from calm_fast.verify.numerics import Case, OpCases, Row, judge, truth_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """One op with one implementation on one device; `skipped` says why it does not run."""
+
+    op: str
+    impl: str
+    device: str
+    skipped: str = ""
+    interpreted: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.op} x {self.impl} ({self.device}{', Triton interpreter' if self.interpreted else ''})"
+
+
+def plan(ops: Sequence[str] = OPS, impls: Sequence[str] = ()) -> list[Part]:
+    """What there is to verify here.
+
+    Args:
+        ops: names of ops. impls: names of implementations; () = all that an op's cases name.
+    Raises:
+        ValueError for a name that no op has.
+    """
+    for op in ops:
+        if op not in OPS:
+            raise ValueError(f"verify: `op` must be one of {', '.join(map(repr, OPS))}, got {op!r}")
+    known = sorted({name for op in ops for name in op_cases(op).impls} | {"reference"})
+    for impl in impls:
+        if impl not in known:
+            raise ValueError(f"verify: `impl` must be one of {', '.join(map(repr, known))}, got {impl!r}")
+    gpu = torch.cuda.is_available()
+    parts = []
+    for op in ops:
+        for impl in impls or op_cases(op).impls:
+            if impl == "triton":
+                parts.append(_triton_part(op, gpu))
+            elif impl == "native":
+                from calm_fast import _native
+
+                parts.append(Part(op, impl, "cpu", _native.obstacle(op) or ""))
+            else:
+                parts += [Part(op, impl, device) for device in (["cpu", "cuda"] if gpu else ["cpu"])]
+    return parts
+
+
+def _triton_part(op: str, gpu: bool) -> Part:
+    why = triton_obstacle(torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")) or ""
+    if not gpu and "TRITON_INTERPRET" in why:
+        why = ""  # the fresh process sets it
+    return Part(op, "triton", "cuda" if gpu else "cpu", why, interpreted=not gpu)
+
+
+def case_count(part: Part) -> int:
+    """How many cases the part runs."""
+    return 0 if part.skipped else len(op_cases(part.op).cases())
+
+
+def run_part(part: Part) -> Iterator[Row]:
+    """The rows of one part, as they come; a crash of the implementation is a failed row, not an exception here."""
+    if part.skipped:
+        return
+    if part.interpreted and os.environ.get("TRITON_INTERPRET") != "1":
+        yield from _in_fresh_process(part)
+        return
+    ops, device = op_cases(part.op), torch.device(part.device)
+    for case in ops.cases():
+        yield from _run_case(ops, case, part.impl, device)
+
+
+def _run_case(ops: OpCases, case: Case, impl: str, device: torch.device) -> list[Row]:
+    inputs = ops.build(case, device)
+    truth = truth_of(ops, inputs, case.dtype)
+    try:
+        actual = ops.run(inputs, impl)
+    except Exception as problem:  # whatever an implementation raises is a verdict on it
+        rows = judge(case, impl, device, {}, truth)
+        return [replace(row, note=f"{type(problem).__name__}: {str(problem)[:200]}") for row in rows]
+    return judge(case, impl, device, actual, truth)
+
+
+def _in_fresh_process(part: Part) -> Iterator[Row]:
+    command = [sys.executable, "-m", "calm_fast.verify.run", part.op, part.impl]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env) as process:
+            for line in process.stdout:
+                if line.startswith("{"):
+                    yield Row(**json.loads(line))
+        if process.returncode != 0:
+            errors.seek(0)
+            last = (errors.read().strip().splitlines() or ["no message"])[-1]
+            note = f"the fresh process ended with exit code {process.returncode}: {last}"
+            yield Row(part.op, "-", part.impl, part.device, "-", "-", math.inf, 0.0, False, note)
+
+
+def worker(op: str, impl: str) -> None:
+    """The fresh process: one JSON line per row on stdout."""
+    for row in run_part(Part(op, impl, "cpu", interpreted=impl == "triton")):
+        print(json.dumps(asdict(row)), flush=True)
+
+
+def summary(parts: Sequence[Part], rows: Sequence[Row]) -> list[dict]:
+    """One record per part: verdict, cases, failures, and the row that came closest to its bound (or broke it)."""
+    records = []
+    for part in parts:
+        own = [r for r in rows if (r.op, r.impl, r.device) == (part.op, part.impl, part.device)]
+        worst = max(own, key=lambda r: (not r.ok, r.ratio), default=None)
+        failed = sum(not r.ok for r in own)
+        # a part that ran and gave nothing has proven nothing
+        verdict = "not run" if part.skipped else "FAIL" if failed or not own else "ok"
+        records.append(
+            {"op": part.op, "impl": part.impl, "device": part.device, "verdict": verdict, "why": part.skipped,
+             "cases": len({(r.case, r.dtype) for r in own}), "rows": len(own), "failed": failed, "worst": worst}
+        )  # fmt: skip
+    return records
+
+
+def verify(
+    ops: Sequence[str] = OPS, impls: Sequence[str] = (), json_file: Path | None = None, every_row: bool = True
+) -> int:
+    """Run everything, print the tables, and return the exit code: 0 where all rows hold, else 1."""
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from calm_fast.verify.report import console, print_rows, print_summary
+
+    begin = time.perf_counter()
+    parts, rows = plan(ops, impls), []
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console(), transient=True) as progress:
+        for part in parts:
+            task, seen = progress.add_task(str(part), total=case_count(part)), set()
+            for row in run_part(part):
+                rows.append(row)
+                seen.add((row.case, row.dtype))
+                progress.update(task, completed=len(seen))
+    records = summary(parts, rows)
+    if json_file is not None:
+        write_rows(json_file, rows)
+    print_rows(rows if every_row else [r for r in rows if not r.ok])
+    print_summary(records, time.perf_counter() - begin)
+    ran = [r for r in records if r["verdict"] != "not run"]
+    if not ran:
+        console().print("[red]nothing ran: nothing is proven[/red]")
+    return 0 if ran and all(r["verdict"] == "ok" for r in ran) else 1
+
+
+def write_rows(file: Path, rows: Sequence[Row]) -> None:
+    """All rows as a JSON list; an infinite error is null (JSON knows no infinity)."""
+    plain = [{k: None if v == math.inf else v for k, v in asdict(row).items()} for row in rows]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(plain, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    worker(*sys.argv[1:3])
