@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 
 class ComposedCache(Cache):
@@ -51,10 +51,3 @@ class ComposedCache(Cache):
     @property
     def is_compileable(self) -> bool:
         return False
-
-
-def augmenter_cache(config: Any, depth: int) -> DynamicCache:
-    """An empty cache for the first ``depth`` layers of a model (recurrent families ask the last one)."""
-    cache = DynamicCache(config=config.get_text_config(decoder=True))
-    del cache.layers[depth:]
-    return cache

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from calm_fast.hf.cache import ComposedCache, augmenter_cache
+from calm_fast.hf.cache import ComposedCache
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.hooks import ANCHOR, Frame, checkpoint_in_eval, install
 from calm_fast.hf.inputs import AugmenterCall, Signature, augmenter_calls, part_inputs, with_cache
@@ -133,10 +133,9 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
 
     def new_cache(self, anchor_cache: Any = None) -> ComposedCache:
         """An empty cache for generation, around ``anchor_cache`` (default: a DynamicCache)."""
-        if anchor_cache is None:
-            anchor_cache = DynamicCache(config=self.config.get_text_config())
-        own = [augmenter_cache(m.config, depth) for m, depth in zip(self.augmenters, self.depths, strict=True)]
-        return ComposedCache(anchor_cache, own, len(self.pairs))
+        texts = [part.config.get_text_config(decoder=True) for part in (self.anchor, *self.augmenters)]
+        anchor_cache = DynamicCache(config=texts[0]) if anchor_cache is None else anchor_cache
+        return ComposedCache(anchor_cache, [DynamicCache(config=text) for text in texts[1:]], len(self.pairs))
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

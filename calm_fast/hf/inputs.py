@@ -97,6 +97,10 @@ def part_inputs(
     inputs = {name: None if value is None else value.to(model.device) for name, value in inputs.items()}
     if not signature.position_ids:
         del inputs["position_ids"]
+    elif past > 0 and inputs["position_ids"] is None:
+        # a truncated part cannot count on its cache: the layer it asks for the length may be one that never runs
+        ids = inputs["input_ids"]
+        inputs["position_ids"] = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
     if cache is None:
         return {**inputs, "use_cache": False}
     inputs |= {signature.cache: cache, "use_cache": True}

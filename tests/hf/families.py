@@ -74,6 +74,15 @@ OTHERS = {
     for family in (
         Family("mamba", heads="", extra={"state_size": 4, "intermediate_size": 64}),
         Family("mpt", "d_model", "n_layers", "n_heads", {"max_seq_len": 64}),
+        Family("gptj", "n_embd", "n_layer", "n_head", {"rotary_dim": 4, "n_positions": 64}),
+        Family(
+            "qwen3_next",
+            extra=_ROPE
+            | {"head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+            | {"linear_value_head_dim": 8, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+            | {"shared_expert_intermediate_size": 16}
+            | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+        ),
         Family("rwkv", heads="", extra={"attention_hidden_size": 32}),
         Family("recurrent_gemma", extra={"intermediate_size": 48, "lru_width": 32, "num_key_value_heads": 1}),
         Family("ctrl", "n_embd", "n_layer", "n_head", {"dff": 48}),

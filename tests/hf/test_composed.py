@@ -158,7 +158,9 @@ def test_an_error_inside_a_forward_leaves_no_hook_active() -> None:
 
 def test_augmenter_stops_after_its_last_connected_layer() -> None:
     anchor, augmenter = llama_pair(depth=4)
+    expected = augmenter(prompts()).logits
     composed = randomize(compose(anchor, augmenter, [(-1, 0), (1, 2)]))
+    assert torch.equal(augmenter(prompts()).logits, expected) and len(augmenter.model.layers) == 4
     ran = []
     for index, layer in enumerate(augmenter.model.layers):
         layer.register_forward_hook(lambda *_, index=index: ran.append(index))
@@ -224,15 +226,24 @@ def test_cache_reports_and_resets_every_part() -> None:
     assert all(layer.get_seq_length() == plain.get_seq_length() for layer in cache.layers)
 
 
-@pytest.mark.parametrize("name", ["mamba", "mpt"])
+@pytest.mark.parametrize("name", ["mamba", "mpt", "gptj", "qwen3_next"])
 def test_families_that_name_things_differently(name: str) -> None:
     from families import OTHERS
 
-    family = OTHERS[name]
-    composed = randomize(compose(family.model(0), family.model(1), [(-1, -1), (0, 1)], num_heads=4))
-    ids = prompts()
-    cached = composed.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
-    assert torch.equal(cached, composed.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False))
+    family, ids = OTHERS[name], prompts()
+    composed = compose(family.model(0), family.model(1), [(-1, -1), (0, 1)], num_heads=4)
+    with torch.no_grad():
+        assert torch.equal(composed(ids).logits, composed.anchor(ids).logits)
+    randomize(composed)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    how = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(composed.generate(ids, use_cache=True, **how), composed.generate(ids, use_cache=False, **how))
+    with torch.no_grad():
+        full = composed(ids, use_cache=False).logits
+        first = composed(ids[:, :8], use_cache=True)  # one token left: all that Mamba itself can continue with
+        rest = composed(ids[:, 8:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), full, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
