@@ -1,0 +1,163 @@
+"""What is installed, which device there is, which implementations load, and why others don't.
+
+Standard library first: every fact is asked for on its own, so the report also comes out where torch or Triton are
+missing or broken. `calm-fast env`, `python -m calm_fast.env_report`, `python -m calm_fast.env_report --json`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from calm_fast._version import __version__
+
+_PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "math-verify", "matplotlib", "typer", "rich")
+_VARIABLES = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+
+
+def _brief(problem: BaseException) -> str:
+    """One line for an exception, the home folder written as ~."""
+    text = (str(problem).strip().splitlines() or [""])[0]
+    text = text.replace(os.path.expanduser("~"), "~") if os.path.expanduser("~") not in ("/", "~") else text
+    return f"{type(problem).__name__}: {text}" if text else type(problem).__name__
+
+
+def _ask(question: Callable[[], Any]) -> Any:
+    """The answer, or why there is none: one broken package must not hide the others."""
+    try:
+        return question()
+    except Exception as problem:
+        return f"unknown ({_brief(problem)})"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _load(module: str) -> tuple[Any, str]:
+    """The module and "", or None and why it cannot be imported."""
+    try:
+        return importlib.import_module(module), ""
+    except Exception as problem:
+        return None, _brief(problem)
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            found = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        found = []
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{found[0] if found else platform.processor() or platform.machine()}, {usable} usable cores"
+
+
+def _devices(torch: Any) -> dict[str, str]:
+    """What torch computes on: CPU features and threads, CUDA build, one entry per GPU."""
+    found = {
+        "CPU features": _ask(torch.backends.cpu.get_cpu_capability),
+        "torch threads": str(_ask(torch.get_num_threads)),
+        "float32 matmul precision": str(_ask(torch.get_float32_matmul_precision)),
+        "torch built for": _ask(lambda: _built_for(torch)),
+    }
+    if _ask(torch.cuda.is_available) is not True:
+        return {**found, "GPU": "none that torch can use"}
+    for index in range(torch.cuda.device_count()):
+        found[f"GPU {index}"] = _ask(lambda index=index: _gpu(torch.cuda.get_device_properties(index)))
+    return found
+
+
+def _built_for(torch: Any) -> str:
+    if torch.version.cuda:
+        return f"CUDA {torch.version.cuda}"
+    return f"ROCm {torch.version.hip}" if torch.version.hip else "CPU only"
+
+
+def _gpu(properties: Any) -> str:
+    memory = properties.total_memory / 2**30
+    return f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
+
+
+def _implementations(torch: Any, torch_problem: str) -> dict[str, dict[str, str]]:
+    """For each op and implementation: "yes", or why it does not run here."""
+    if torch is None:
+        why = f"no: torch cannot be imported ({torch_problem})"
+        return {"every op": dict.fromkeys(("reference", "torch", "triton", "native"), why)}
+    ops, problem = _load("calm_fast.ops")
+    if ops is None:
+        return {"every op": {"every implementation": f"no: calm_fast.ops cannot be imported ({problem})"}}
+    return {op: {impl: _ask(lambda op=op, impl=impl: _runs(torch, op, impl)) for impl in
+                 ("reference", "torch", "triton", "native")} for op in ops.OPS}  # fmt: skip
+
+
+def _runs(torch: Any, op: str, impl: str) -> str:
+    from calm_fast import _dispatch, _native
+
+    if impl == "native":
+        why = _native.obstacle(op)
+        return f"no: {why}" if why else "yes"
+    if impl != "triton":
+        return "yes"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    why = _dispatch.triton_obstacle(device)
+    if why:
+        return f"no: {why}"
+    _, problem = _load(f"calm_fast.kernels.{op}")
+    if problem:
+        return f"no: its kernels cannot be imported ({problem})"
+    return "yes, in Triton's CPU interpreter" if _dispatch.triton_interpreted() else "yes"
+
+
+def collect() -> dict[str, Any]:
+    """The whole report as plain data: versions, imports that fail, devices, implementations, variables."""
+    torch, torch_problem = _load("torch")
+    _, triton_problem = _load("triton")
+    problems = {"torch": torch_problem, "triton": triton_problem}
+    versions = {name: _ask(lambda name=name: _version(name)) for name in _PACKAGES}
+    return {
+        "calm_fast": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _ask(_cpu),
+        "versions": versions,
+        "broken imports": {n: p for n, p in problems.items() if p and versions[n] != "not installed"},
+        "devices": {} if torch is None else _devices(torch),
+        "implementations": _implementations(torch, torch_problem),
+        "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+    }
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """The report for a person."""
+    found = [f"calm_fast {report['calm_fast']}, Python {report['python']}, {report['system']}", report["cpu"]]
+    for title in ("versions", "broken imports", "devices", "environment"):
+        if report[title]:
+            found += ["", title, *(f"  {name:<26}{value}" for name, value in report[title].items())]
+    found += ["", "implementations that run here"]
+    for op, impls in report["implementations"].items():
+        found += [f"  {op}", *(f"    {name:<24}{value}" for name, value in impls.items())]
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report; --json prints it as JSON. Exit code 2 for any other argument."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv not in ([], ["--json"]):
+        print("usage: python -m calm_fast.env_report [--json]", file=sys.stderr)
+        return 2
+    report = collect()
+    print(json.dumps(report, indent=1) if argv else "\n".join(lines(report)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
