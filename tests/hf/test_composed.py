@@ -40,10 +40,10 @@ def entering(composed: ComposedForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("pair", [(-1, -1), (-1, 0), (0, -1), (1, 1)])
 @torch.no_grad()
 def test_a_connection_computes_its_module_on_the_two_hidden_states(name: str, pair: tuple[int, int]) -> None:
-    composed, ids = composed_model(name, [pair]), prompts()
-    augmenter = FAMILIES[name].model(1)
-    read = states(augmenter, ids)[pair[0] + 1]
-    written = states(composed.anchor, ids)[pair[1] + 1]
+    anchor, augmenter, ids = FAMILIES[name].model(0), FAMILIES[name].model(1), prompts()
+    # asked for before composing: transformers' own recording hooks are in place first
+    read, written = states(augmenter, ids)[pair[0] + 1], states(anchor, ids)[pair[1] + 1]
+    composed = randomize(compose(anchor, augmenter, [pair]))
     expected = composed.connections[0](written, read, causal=True)
     got = entering(composed, ids) if pair[1] == -1 else states(composed, ids)[pair[1] + 1]
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
