@@ -193,9 +193,9 @@ def mixture_composition(world: World) -> Mixture:
     """The composition's training data: only `train_keys`; numeric rows keep B's own skill."""
     pool = world.train_keys
     return [
-        (0.5, lambda n, rng: kv_arithmetic(world, pool, n, rng)),
-        (0.2, lambda n, rng: mixed_arithmetic(world, pool, n, rng)),
-        (0.15, lambda n, rng: substitution(world, pool, n, rng)),
+        (0.4, lambda n, rng: kv_arithmetic(world, pool, n, rng)),
+        (0.15, lambda n, rng: mixed_arithmetic(world, pool, n, rng)),
+        (0.3, lambda n, rng: substitution(world, pool, n, rng)),
         (0.15, lambda n, rng: numeric(world, n, rng)),
     ]
 

@@ -1,0 +1,210 @@
+"""The CALM key-value arithmetic experiment (arXiv 2401.02412, section 4.1) through the public API, end to end.
+
+Read `data` (tasks), `training` (models, recipe), `evaluation`, then `run` here; `report` and `speed` only tell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from torch import nn
+from tqdm import tqdm
+
+import calm_fast
+from calm_fast.experiments.key_value_arithmetic import report, speed
+from calm_fast.experiments.key_value_arithmetic.data import ROW, World, mixture_a, mixture_b, mixture_composition
+from calm_fast.experiments.key_value_arithmetic.evaluation import accuracies, examples
+from calm_fast.experiments.key_value_arithmetic.training import (
+    Recipe,
+    add_tokens,
+    seeds,
+    tiny_llama,
+    token_world,
+    train,
+)
+
+__all__ = ["Recipe", "run"]
+
+
+Bars = Callable[[str, int], Callable[[range], tqdm]]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for torch: matrices this small gain little from two, and lose much on a busy machine.
+
+    It also makes a seed's numbers independent of the machine's number of cores.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 2)
+
+
+def _train_alone(*args: Any) -> list[float]:
+    """train() on one torch thread: the count belongs to the thread that computes."""
+    with _one_thread():
+        return train(*args)
+
+
+def _bars(enabled: bool) -> Bars:
+    def bar(title: str, line: int) -> Callable[[range], tqdm]:
+        return lambda steps: tqdm(
+            steps, desc=f"{title:<18}", position=line, disable=not enabled, mininterval=0.5, unit="step"
+        )
+
+    return bar
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "calm_fast": calm_fast.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _what_ran(recipe: Recipe) -> list[tuple[str, str]]:
+    tokens, size = ROW - 1, recipe.width // recipe.heads
+    q = torch.empty(recipe.composition.rows, tokens, recipe.heads, size)
+    return [
+        ("composition's attention", str(calm_fast.explain("cross_attention", q, q, q, causal=True))),
+        (
+            "shape of one training batch",
+            f"{q.shape[0]} rows x {tokens} tokens, {recipe.heads} heads of {size}, float32",
+        ),
+        ("A and B", "transformers LlamaForCausalLM, trained at the same time on one thread each"),
+        ("composition", "calm_fast.compose and torch's AdamW, one thread"),
+        (
+            "machine",
+            f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}; everything on the CPU",
+        ),
+    ]
+
+
+def _recipe_rows(recipe: Recipe) -> list[tuple[str, str]]:
+    train_keys = round(recipe.keys * recipe.train_fraction)
+    unseen = recipe.keys - train_keys
+    runs = {"A": recipe.a, "B": recipe.b, "composition": recipe.composition}
+    return [
+        (
+            "keys",
+            f"{recipe.keys}, values 0 to {recipe.max_value}; {train_keys} in composition, {unseen} unseen",
+        ),
+        ("models", f"{recipe.layers}-layer Llama, width {recipe.width}, {recipe.heads} heads"),
+        *((f"training of {name}", f"{s.steps} steps of {s.rows} rows") for name, s in runs.items()),
+        (
+            "connections (A's layer, B's layer)",
+            ", ".join(map(str, recipe.connections)) + "; -1 = embedding output",
+        ),
+        (
+            "evaluation",
+            f"{recipe.eval_rows} rows of unseen keys per task, every answer token and the end exact",
+        ),
+    ]
+
+
+def _train_parts(recipe: Recipe, seed: int, bar: Bars) -> tuple[World, dict[str, nn.Module], dict[str, list[float]]]:
+    """The keys, A and B trained side by side, and their losses."""
+    streams, world = seeds(seed), token_world(recipe, seed)
+    a = tiny_llama(recipe, world.vocab_size, streams["init_a"])
+    b = tiny_llama(recipe, world.key_offset, streams["init_b"])  # B's own vocabulary: everything but keys
+    jobs = {
+        "A": (a, mixture_a(world), recipe.a, streams["train_a"], bar("A: keys to values", 0)),
+        "B": (b, mixture_b(world), recipe.b, streams["train_b"], bar("B: arithmetic", 1)),
+    }
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        running = {name: pool.submit(_train_alone, *job) for name, job in jobs.items()}
+        losses = {name: job.result() for name, job in running.items()}
+    add_tokens(b, world.vocab_size)
+    return world, {"A": a, "B": b}, losses
+
+
+def _train_composition(
+    recipe: Recipe, seed: int, world: World, parts: dict[str, nn.Module], bar: Bars
+) -> tuple[nn.Module, list[float]]:
+    """A and B composed by the public API and trained on the keys of `world.train_keys`, and the losses."""
+    streams = seeds(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(streams["init_ab"])
+        composed = calm_fast.compose(
+            parts["B"], parts["A"], connections=list(recipe.connections), num_heads=recipe.heads
+        )
+    mixture, progress = mixture_composition(world), bar("A+B: composition", 0)
+    return composed, train(composed, mixture, recipe.composition, streams["train_ab"], progress)
+
+
+def _write(out: Path, story: report.Story, console: Console) -> None:
+    results = story.results
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (out / "report.html").write_text(report.html(story), encoding="utf-8")
+    report.print_table(results["accuracy"], console)
+    for m in story.speed:
+        console.print(
+            f"Composition layer, {m.case.name}: {m.ratio:.2f}x eager ({m.ours_ms:.1f} ms against {m.eager_ms:.1f} ms)"
+        )
+    console.print(f"{results['seconds']['total']:.0f} s; wrote {out / 'results.json'} and {out / 'report.html'}")
+
+
+def run(
+    out_dir: str | os.PathLike[str],
+    seed: int = 0,
+    *,
+    recipe: Recipe | None = None,
+    progress: bool = True,
+    measure_speed: bool = True,
+) -> dict[str, Any]:
+    """Train A, B and their composition, evaluate all three, write results.json and report.html to `out_dir`.
+
+    seed: decides keys, values, the split, every initial weight and every batch; the same seed gives the same losses
+    and accuracies on one machine with one torch version. recipe: other numbers than the default's.
+    progress: progress bars and the table on the terminal. measure_speed: time the composition layer for the report.
+    Returns what results.json holds: {"accuracy": {task: {"A", "B", "AB"}} in percent, "seconds", "seed", "versions"}.
+    Raises ValueError for a negative seed.
+    """
+    if seed < 0:
+        raise ValueError(f"seed: expected a non-negative int, got {seed}")
+    recipe = Recipe() if recipe is None else recipe
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    console, bar, seconds = Console(quiet=not progress), _bars(progress), {}
+
+    with _one_thread(), _timed(seconds, "total"):
+        console.print(f"Key-value arithmetic, seed {seed}: training A (keys) and B (numbers) at the same time")
+        with _timed(seconds, "train_a_and_b"):
+            world, models, losses = _train_parts(recipe, seed, bar)
+        trained, links = len(world.train_keys), len(recipe.connections)
+        console.print(f"Composing: A and B are frozen, {links} connections train on {trained} of {recipe.keys} keys")
+        with _timed(seconds, "train_composition"):
+            models["AB"], losses["A+B"] = _train_composition(recipe, seed, world, models, bar)
+        stream = seeds(seed)["eval"]
+        with _timed(seconds, "evaluate"):
+            accuracy = accuracies(models, world, world.unseen_keys, recipe.eval_rows, stream)
+            shown = examples(models["AB"], world, world.unseen_keys, stream)
+        with _timed(seconds, "measure_speed"):
+            measured = [speed.measure(case) for case in speed.CASES] if measure_speed else []
+
+    results = {"accuracy": accuracy, "seconds": seconds, "seed": seed, "versions": _versions()}
+    _write(out, report.Story(results, losses, _what_ran(recipe), shown, measured, _recipe_rows(recipe)), console)
+    return results
