@@ -1,0 +1,295 @@
+"""A frozen linear layer with a positive and a negative LoRA and the gate that integrates them (NAT)."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from calm_fast._validate import bad_type, bad_value
+from calm_fast.modules.folding import FoldedWeights, may_cache
+from calm_fast.ops.dual_lora import dual_lora_folded
+from calm_fast.torch_impl.dual_lora import Folded, fold_dual_lora, negative_share, project
+
+_NAME = "DualLoRALinear"
+MODES = ("neg", "pos", "mix")
+VARIANTS = ("paper", "released")
+GATE_BINS = 20
+
+
+@dataclass(frozen=True)
+class GateStatistics:
+    """How much of the negative LoRA a layer used: p_neg over all tokens seen, 1/2 = undecided.
+
+    tokens: how many. mean, std: of p_neg (NaN without tokens). histogram: counts in GATE_BINS equal bins of [0, 1].
+    """
+
+    tokens: int
+    mean: float
+    std: float
+    histogram: tuple[int, ...]
+
+
+class DualLoRALinear(nn.Module):
+    """A frozen linear layer `base` plus a positive and a negative LoRA; a gate decides what each contributes.
+
+        mode "mix": calm_fast.ops.dual_lora of base(x), in the form `variant` ("paper" or "released")
+        mode "pos": base(x) + s_pos B_pos A_pos x        mode "neg": base(x) + s_neg B_neg A_neg x
+
+    A mode is also what trains: "neg" the negative LoRA, "pos" the positive one, "mix" the positive LoRA, the gate and
+    the value with the negative LoRA frozen. A new layer is in mode "mix" and equals its base exactly, whatever the
+    negative LoRA holds: C2 (or the full W_v) starts at zero. B_pos starts at zero in "released"; in "paper" it must
+    not (B_pos = 0 and C2 = 0 together make every gradient zero), so that mode "pos" of a new "paper" layer is not its
+    base. After two optimizer steps every trainable factor has a gradient.
+
+    Parameters (and their names in the state dict): lora_a_pos (R_pos, d_in), lora_b_pos (d_out, R_pos), lora_a_neg,
+    lora_b_neg, gate_q (G, d_in), gate_k (G, d_out), and value_down C1 (m, d_out) with value_up C2 (d_out, m), or
+    value_full W_v (d_out, d_out). lora_a_* and lora_b_* are PEFT's lora_A.weight and lora_B.weight, the scaling
+    alpha / rank is PEFT's.
+
+    Args:
+        base: maps (..., d_in) to (..., d_out): nn.Linear or a quantised linear. Its parameters are frozen here.
+        rank, alpha: of the positive LoRA, s = alpha / rank. rank_neg, alpha_neg: of the negative one, default the same.
+        gate_dim: G. value_dim: m, the width of the value bottleneck; None = a full W_v ("paper" only).
+        variant: "paper" (gate and value on h, no activation) or "released" (on base(x) + h, exact gelu).
+        dropout: on what the two LoRAs read, while training; the gate's query reads x itself.
+        in_features, out_features: d_in, d_out where `base` has no such attributes.
+        dtype: of the parameters; default float32 (float64 over a float64 base). device: default the base's.
+    Raises:
+        TypeError, ValueError: an argument is wrong, named.
+    Source: NAT (arXiv 2312.12832) section 3.2 and its released code.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        alpha: float,
+        *,
+        rank_neg: int | None = None,
+        alpha_neg: float | None = None,
+        gate_dim: int = 128,
+        value_dim: int | None = 128,
+        variant: str = "paper",
+        dropout: float = 0.0,
+        in_features: int | None = None,
+        out_features: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(base, nn.Module):
+            raise bad_type(_NAME, "base", "an nn.Module that maps (..., d_in) to (..., d_out)", base)
+        d_in, d_out = _width(base, "in_features", in_features), _width(base, "out_features", out_features)
+        rank_neg = rank if rank_neg is None else rank_neg
+        alpha_neg = alpha if alpha_neg is None else alpha_neg
+        for name, size in (("rank", rank), ("rank_neg", rank_neg), ("gate_dim", gate_dim)):
+            _check_size(name, size)
+        for name, number in (("alpha", alpha), ("alpha_neg", alpha_neg), ("dropout", dropout)):
+            _check_number(name, number)
+        if variant not in VARIANTS:
+            raise bad_value(_NAME, "variant", "'paper' or 'released'", repr(variant))
+        if value_dim is not None:
+            _check_size("value_dim", value_dim)
+        elif variant == "released":
+            raise bad_value(_NAME, "value_dim", "a positive int where variant='released'", "None")
+        if not 0 <= dropout < 1:
+            raise bad_value(_NAME, "dropout", "in [0, 1)", str(dropout))
+
+        self.in_features, self.out_features, self.rank, self.rank_neg = d_in, d_out, rank, rank_neg
+        self.alpha, self.alpha_neg, self.variant, self.dropout = alpha, alpha_neg, variant, float(dropout)
+        self.gate_dim, self.value_dim = gate_dim, value_dim
+        self.base = base.requires_grad_(False)
+        like = next((p for p in base.parameters() if p.is_floating_point()), None)
+        device = device or getattr(next(base.parameters(), next(base.buffers(), None)), "device", None)
+        dtype = dtype or (torch.float64 if like is not None and like.dtype == torch.float64 else torch.float32)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+
+        self.lora_a_pos, self.lora_b_pos = parameter(rank, d_in), parameter(d_out, rank)
+        self.lora_a_neg, self.lora_b_neg = parameter(rank_neg, d_in), parameter(d_out, rank_neg)
+        self.gate_q, self.gate_k = parameter(gate_dim, d_in), parameter(gate_dim, d_out)
+        if value_dim is None:
+            self.value_full = parameter(d_out, d_out)
+        else:
+            self.value_down, self.value_up = parameter(value_dim, d_out), parameter(d_out, value_dim)
+        self.record_gates = False
+        self._gate_sums: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._folded = FoldedWeights()
+        self.reset_parameters()
+        self.set_mode("mix")
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A, W_q, W_k, C1 (and B_pos in "paper") kaiming-uniform, B_neg, C2 or W_v (and B_pos in "released") zero."""
+        zero = {"lora_b_neg", "value_up", "value_full"} | ({"lora_b_pos"} if self.variant == "released" else set())
+        for name, p in self.named_parameters(recurse=False):
+            if name in zero:
+                nn.init.zeros_(p)
+            else:
+                nn.init.kaiming_uniform_(p, a=math.sqrt(5))
+
+    def set_mode(self, mode: str) -> DualLoRALinear:
+        """Choose what forward computes and which parameters train: "neg", "pos" or "mix". Returns the layer."""
+        if mode not in MODES:
+            raise bad_value(_NAME, "mode", ", ".join(map(repr, MODES)), repr(mode))
+        self._mode = mode
+        for name, p in self.named_parameters(recurse=False):
+            negative = name.endswith("_neg")
+            p.requires_grad_(negative if mode == "neg" else not negative and (mode == "mix" or name.endswith("_pos")))
+        return self
+
+    @property
+    def mode(self) -> str:
+        """The mode `set_mode` chose."""
+        return self._mode
+
+    @property
+    def scaling(self) -> tuple[float, float]:
+        """(s_pos, s_neg) = alpha / rank of the two LoRAs."""
+        return self.alpha / self.rank, self.alpha_neg / self.rank_neg
+
+    @property
+    def value(self) -> tuple[torch.Tensor, ...]:
+        """(W_v,) or (C1, C2), as `calm_fast.ops.dual_lora` takes them."""
+        return (self.value_full,) if self.value_dim is None else (self.value_down, self.value_up)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"rank_neg={self.rank_neg}, gate_dim={self.gate_dim}, value_dim={self.value_dim}, "
+            f"variant={self.variant!r}, mode={self._mode!r}, dropout={self.dropout}"
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's output in its mode.
+
+        Args:
+            x: (..., d_in), any float dtype, on the parameters' device.
+        Returns:
+            (..., d_out) in the dtype of base(x). The LoRA part is computed in this dtype, whatever the parameters'
+            dtype and autocast say: under autocast an nn.Linear gives autocast's dtype.
+        Raises:
+            TypeError, ValueError: a wrong width, dtype or device of x or of base's output, named.
+        """
+        self._check(x)
+        y = self.base(x)
+        self._check_output(x, y)
+        with torch.autocast(x.device.type, enabled=False):  # every cast below is explicit
+            x = x.to(y.dtype)
+            lora_x = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
+            if self._mode != "mix":
+                return self._plain(x if lora_x is None else lora_x, y)
+            folded = self._fold(y.dtype)
+            zg = project(x, folded, lora_x)
+            if self.record_gates:
+                self._record(zg)
+            return dual_lora_folded(zg, y, folded, self.rank)
+
+    def clear_folded(self) -> None:
+        """Forget folded weights; only needed after writing to a parameter through `.data` without gradients."""
+        self._folded.clear()
+
+    def gate_statistics(self) -> GateStatistics:
+        """p_neg over the tokens seen in mode "mix" while `record_gates` was True, since `clear_gates`.
+
+        Every token counts, padding and a second forward pass of gradient checkpointing included. Synchronises.
+        """
+        if self._gate_sums is None:
+            return GateStatistics(0, math.nan, math.nan, (0,) * GATE_BINS)
+        moments, histogram = (t.tolist() for t in self._gate_sums)
+        tokens = sum(histogram)
+        mean = moments[0] / tokens if tokens else math.nan
+        # moments are taken around 1/2, where an untrained gate sits
+        std = math.sqrt(max(moments[1] / tokens - mean**2, 0.0)) if tokens else math.nan
+        return GateStatistics(tokens, mean + 0.5, std, tuple(histogram))
+
+    def clear_gates(self) -> None:
+        """Start the gate statistics afresh."""
+        self._gate_sums = None
+
+    def _plain(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y + s B A x of one LoRA, the residual inside the second product."""
+        a, b = (self.lora_a_pos, self.lora_b_pos) if self._mode == "pos" else (self.lora_a_neg, self.lora_b_neg)
+        z = F.linear(x, a.to(x.dtype)).reshape(-1, a.shape[0]) * self.scaling[self._mode == "neg"]
+        return torch.addmm(y.reshape(-1, y.shape[-1]), z, b.to(x.dtype).mT).view(y.shape)
+
+    def _fold(self, dtype: torch.dtype) -> Folded:
+        """The folded factors: multiplied in the parameters' dtype, rounded once; kept while nothing trains."""
+        factors = (self.lora_a_pos, self.lora_b_pos, self.lora_a_neg, self.lora_b_neg, self.gate_q, self.gate_k)
+        value, scaling = self.value, self.scaling
+        activation = "none" if self.variant == "paper" else "gelu"
+
+        def fold() -> Folded:
+            return fold_dual_lora(*factors, value, scaling, activation).to(dtype)
+
+        def fold_to_keep() -> Folded:
+            with torch.inference_mode(False), torch.no_grad():  # usable in every later mode
+                return fold()
+
+        if may_cache((*factors, *value)):
+            return self._folded.get((*factors, *value), (dtype, scaling), fold_to_keep)
+        self._folded.clear()
+        return fold()
+
+    @torch.no_grad()
+    def _record(self, zg: torch.Tensor) -> None:
+        """Add this batch's p_neg to the sums, on its device and without synchronising."""
+        share = negative_share(zg.detach()).flatten()
+        away = share.double() - 0.5
+        moments = torch.stack((away.sum(), away.square().sum()))
+        bins = (share * GATE_BINS).nan_to_num(0.0).long().clamp(0, GATE_BINS - 1)
+        histogram = torch.zeros(GATE_BINS, dtype=torch.int64, device=zg.device).index_add_(
+            0, bins, torch.ones_like(bins)
+        )
+        old = self._gate_sums
+        same = old is not None and old[0].device == zg.device
+        self._gate_sums = (old[0] + moments, old[1] + histogram) if same else (moments, histogram)
+
+    def _check(self, x: torch.Tensor) -> None:
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            raise bad_type(_NAME, "x", "a floating-point tensor (..., d_in)", x)
+        if x.dim() < 1 or x.shape[-1] != self.in_features:
+            raise bad_value(_NAME, "x", f"(..., d_in) of width {self.in_features}", f"shape {tuple(x.shape)}")
+        if x.device != self.lora_a_pos.device:
+            raise bad_value(
+                _NAME, "x", f"on {self.lora_a_pos.device} like the layer's parameters", f"device {x.device}"
+            )
+
+    def _check_output(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        if not isinstance(y, torch.Tensor) or not y.is_floating_point():
+            raise bad_type(_NAME, "base", "a module that returns a floating-point tensor (..., d_out)", y)
+        if y.shape != (*x.shape[:-1], self.out_features):
+            wanted = (*x.shape[:-1], self.out_features)
+            raise bad_value(_NAME, "base", f"a module that returns {tuple(wanted)} here", f"shape {tuple(y.shape)}")
+
+
+def _width(base: nn.Module, name: str, given: int | None) -> int:
+    own = getattr(base, name, None)
+    if given is None:
+        if own is None:
+            raise bad_value(_NAME, name, "given where base has no attribute of this name", "None")
+        given = own
+    _check_size(name, given)
+    if own is not None and own != given:
+        raise bad_value(_NAME, name, f"base's {own}", str(given))
+    return given
+
+
+def _check_size(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise bad_type(_NAME, name, "a positive int", value)
+    if value < 1:
+        raise bad_value(_NAME, name, "a positive int", str(value))
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise bad_type(_NAME, name, "a finite number", value)
+    if not math.isfinite(value):
+        raise bad_value(_NAME, name, "finite", str(value))

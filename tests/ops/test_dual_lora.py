@@ -1,0 +1,294 @@
+"""dual_lora: every implementation against the float64 definition, the released layer's equations, bad input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from calm_fast._dispatch import triton_obstacle
+from calm_fast.ops.dual_lora import decide, dual_lora
+from calm_fast.reference.dual_lora import dual_lora_reference
+from calm_fast.torch_impl.dual_lora import dual_lora_torch, fold_dual_lora, negative_share, project
+from calm_fast.verify.cases.dual_lora import CASES, Spec
+from calm_fast.verify.numerics import Case, check
+
+NAMES = ("x", "y", "a_pos", "b_pos", "a_neg", "b_neg", "w_q", "w_k")
+FORMS = ("plain", "full-value", "plain gelu")
+
+
+def call(inputs, impl="auto", **changes):
+    """dual_lora of a case's inputs; `changes` replace arguments by name."""
+    value = tuple(inputs[f"value{i}"] for i in (0, 1) if f"value{i}" in inputs)
+    arguments = {name: inputs[name] for name in (*NAMES, "scaling", "activation")} | {"value": value, "impl": impl}
+    return dual_lora(**arguments | changes)
+
+
+def build(name="plain", dtype=torch.float32, device="cpu", **changes):
+    return CASES.build(CASES.case(name, dtype, **changes), torch.device(device))
+
+
+def leaves(inputs):
+    return [t.requires_grad_() for t in inputs.values() if isinstance(t, torch.Tensor) and t is not inputs["dout"]]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request, kernel_device):
+    if request.param == "triton" and (why := triton_obstacle(kernel_device)):
+        pytest.skip(f"Triton cannot run: {why}")
+    return request.param
+
+
+@pytest.mark.parametrize("case", CASES.cases(), ids=str)
+def test_output_and_gradients_within_the_error_rule(case: Case, impl, kernel_device):
+    device = kernel_device if impl == "triton" else "cpu"
+    wrong = [row for row in check(CASES, case, impl, device) if not row.ok]
+    assert not wrong
+
+
+def test_gelu_form_is_the_released_layer():
+    """The released layer, written as attention of one query over two keys whose values pass a bottleneck."""
+    tokens, d, rank, gate, bottleneck, alpha = 9, 20, 4, 6, 5, 12.0
+    gen = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=gen, dtype=torch.float64) / 3
+
+    x, weight, bias = draw(tokens, d), draw(d, d), draw(d)
+    lora_a, lora_b = draw(2, rank, d), draw(2, d, rank)
+    to_q, to_k, down, up = draw(gate, d), draw(gate, d), draw(bottleneck, d), draw(d, bottleneck)
+
+    result = x @ weight.T + bias
+    hidden = result[:, None] + torch.einsum("lor,lri,ti->tlo", lora_b, lora_a, x) * (alpha / rank)  # (T, 2, d)
+    scores = torch.einsum("tg,tlg->tl", x @ to_q.T, hidden @ to_k.T)
+    attention = torch.exp(scores) / torch.exp(scores).sum(1, keepdim=True) + torch.tensor([0.5, -0.5])
+    inner = hidden @ down.T
+    values = (inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))) @ up.T
+    expected = result + (attention[:, :, None] * values).sum(1)
+
+    for impl in ("reference", "torch"):
+        out = dual_lora(
+            *(x, result, lora_a[0], lora_b[0], lora_a[1], lora_b[1], to_q, to_k, (down, up)),
+            scaling=alpha / rank,
+            activation="gelu",
+            impl=impl,
+        )
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_folding_is_exact_algebra(name):
+    inputs = build(name, torch.float64, scaling=(1.7, -0.6))
+    torch.testing.assert_close(call(inputs, "torch"), call(inputs, "reference"), rtol=1e-11, atol=1e-11)
+
+
+def test_gate_shares_sum_to_the_softmax():
+    """p_neg from the folded logits is the softmax of the unfolded ones."""
+    inputs = build("plain", torch.float64)
+    x, _, a_pos, b_pos, a_neg, b_neg, w_q, w_k = (inputs[name] for name in NAMES)
+    folded = fold_dual_lora(a_pos, b_pos, a_neg, b_neg, w_q, w_k, (torch.eye(40).double(),), (2.0, 2.0), "none")
+    logits = [((x @ w_q.T) * (2.0 * x @ a.T @ b.T @ w_k.T)).sum(-1) for a, b in ((a_pos, b_pos), (a_neg, b_neg))]
+    expected = torch.stack(logits, -1).softmax(-1)[:, 1:]
+    torch.testing.assert_close(negative_share(project(x, folded)), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_lora_reads_its_own_input_where_given(name):
+    """After dropout the two LoRAs read another x than the gate's query: compared with the equations."""
+    inputs = build(name, torch.float64)
+    x, y, a_pos, b_pos, a_neg, b_neg, w_q, w_k = (inputs[name] for name in NAMES)
+    value = tuple(inputs[f"value{i}"] for i in (0, 1) if f"value{i}" in inputs)
+    dropped = F.dropout(x, 0.4)
+    folded = fold_dual_lora(a_pos, b_pos, a_neg, b_neg, w_q, w_k, value, (2.0, 2.0), inputs["activation"])
+    out = dual_lora_torch(project(x, folded, dropped), y, folded, a_pos.shape[0])
+    # the definition reads one x: give it both side by side, each factor blind to the other half
+    both = torch.cat((dropped, x), -1)
+    a_pos, a_neg = (torch.cat((a, torch.zeros_like(a)), -1) for a in (a_pos, a_neg))
+    w_q = torch.cat((torch.zeros_like(w_q), w_q), -1)
+    expected = dual_lora_reference(
+        both, y, a_pos, b_pos, a_neg, b_neg, w_q, w_k, value, (2.0, 2.0), inputs["activation"]
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("which", ["reference", "torch"])
+def test_gradients_are_derivatives(name, which):
+    inputs = build(name, torch.float64, lead=(3,), d_in=4, d_out=5, r_pos=2, r_neg=1, g=2)
+    if "value1" in inputs:
+        inputs |= {"value0": inputs["value0"][:2].clone(), "value1": inputs["value1"][:, :2].clone()}
+    tensors = leaves(inputs)
+
+    def function(*_):
+        return call(inputs, which)
+
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
+def test_frozen_factors_get_no_gradient(impl, kernel_device):
+    """Only what asks for a gradient gets one, and it is the one it gets when everything asks."""
+    for name in FORMS:
+        inputs = build(name, device=kernel_device)
+        everything = leaves(inputs)
+        grads = torch.autograd.grad(call(inputs, impl), everything, inputs["dout"])
+        for i, tensor in enumerate(everything):
+            for t in everything:
+                t.requires_grad_(t is tensor)
+            (grad,) = torch.autograd.grad(call(inputs, impl), tensor, inputs["dout"])
+            assert torch.equal(grad, grads[i])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_nan_row_stays_in_its_row(name, impl, kernel_device):
+    inputs = build(name, device=kernel_device, lead=(37,))
+    clean = call(inputs, impl)
+    for poisoned in ("x", "y"):
+        dirty = inputs[poisoned].clone()
+        dirty[5] = float("nan")
+        out = call(inputs, impl, **{poisoned: dirty})
+        assert out[5].isnan().all()
+        keep = torch.arange(37) != 5
+        assert torch.equal(out[keep], clean[keep])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_twenty_runs_give_the_same_bits(name, impl, kernel_device):
+    inputs = build(name, device=kernel_device)
+    tensors = leaves(inputs)
+
+    def once():
+        out = call(inputs, impl)
+        return out, *torch.autograd.grad(out, tensors, inputs["dout"])
+
+    first = once()
+    assert all(torch.equal(a, b) for _ in range(19) for a, b in zip(first, once(), strict=True))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_compile_without_graph_breaks(name, impl, kernel_device):
+    inputs = build(name, device=kernel_device)
+    tensors = leaves(inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: call(inputs, impl), fullgraph=True, backend="aot_eager")
+    grads = torch.autograd.grad(compiled(), tensors, inputs["dout"])
+    expected = torch.autograd.grad(call(inputs, impl), tensors, inputs["dout"])
+    for grad, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, wanted)
+
+
+def test_autocast_is_ignored(impl, kernel_device):
+    inputs = build("plain gelu", device=kernel_device)
+    with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
+        out = call(inputs, impl)
+    assert out.dtype == torch.float32 and torch.equal(out, call(inputs, impl))
+
+
+def test_auto_on_cpu_is_torch_and_says_why():
+    inputs = build()
+    arguments = {name: inputs[name] for name in NAMES} | {"value": (inputs["value0"], inputs["value1"])}
+    decision = decide(**arguments, scaling=1.0)
+    assert decision.impl == "torch" and "CPU" in decision.reason
+    assert torch.equal(call(inputs), call(inputs, "torch"))
+
+
+def test_explicit_impl_is_refused_with_the_reason(monkeypatch):
+    inputs = build()
+    with pytest.raises(RuntimeError, match="dual_lora: impl='native' cannot run here: .*compiled library"):
+        call(inputs, "native")
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run here: the kernels compute in float32"):
+        call(build(dtype=torch.float64), "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="CPU tensors need TRITON_INTERPRET=1"):
+        call(inputs, "triton")
+
+
+def _half(name):
+    return lambda i: {name: i[name].half()}
+
+
+BAD = {
+    "x is a list": (TypeError, "`x` must be a tensor", lambda i: {"x": [1.0]}),
+    "x is a scalar": (ValueError, "`x` must be .*width at least 1", lambda i: {"x": torch.tensor(1.0)}),
+    "x is int": (TypeError, "`x` must have dtype", lambda i: {"x": i["x"].int()}),
+    "x has width 0": (ValueError, "`x` must be .*width at least 1", lambda i: {"x": i["x"][:, :0]}),
+    "x is sparse": (ValueError, "`x` must be a dense", lambda i: {"x": i["x"].to_sparse()}),
+    "x too narrow": (
+        ValueError,
+        r"`a_pos` must be of shape \(R_pos, d_in\) = \(5, 23\)",
+        lambda i: {"x": i["x"][:, :23]},
+    ),
+    "y is None": (TypeError, "`y` must be a tensor", lambda i: {"y": None}),
+    "y has other tokens": (ValueError, "`y` must be of x's leading", lambda i: {"y": i["y"][:5]}),
+    "y has another rank": (ValueError, "`y` must be of x's leading", lambda i: {"y": i["y"][None]}),
+    "y has another dtype": (TypeError, "`y` must have x's dtype", _half("y")),
+    "y on another device": (ValueError, "`y` must be on cpu", lambda i: {"y": i["y"].to("meta")}),
+    "y too narrow": (ValueError, "`b_pos` must be of shape", lambda i: {"y": i["y"][:, :7]}),
+    "a_pos is 1-d": (ValueError, "`a_pos` must be 2-dimensional", lambda i: {"a_pos": i["a_pos"][0]}),
+    "a_pos has another dtype": (TypeError, "`a_pos` must have x's dtype", _half("a_pos")),
+    "rank 0": (
+        ValueError,
+        "`a_pos` must be .*at least 1",
+        lambda i: {"a_pos": i["a_pos"][:0], "b_pos": i["b_pos"][:, :0]},
+    ),
+    "ranks differ": (ValueError, "`b_pos` must be of shape", lambda i: {"b_pos": i["b_pos"][:, :4]}),
+    "negative ranks differ": (ValueError, "`b_neg` must be of shape", lambda i: {"a_neg": i["a_neg"][:2]}),
+    "a_neg too wide": (ValueError, "`a_neg` must be of shape", lambda i: {"a_neg": i["w_k"]}),
+    "b_neg transposed": (ValueError, "`b_neg` must be of shape", lambda i: {"b_neg": i["b_neg"].mT}),
+    "b_neg is None": (TypeError, "`b_neg` must be a tensor", lambda i: {"b_neg": None}),
+    "w_q transposed": (ValueError, "`w_q` must be of shape", lambda i: {"w_q": i["w_q"].mT}),
+    "gate dims differ": (ValueError, "`w_k` must be of shape", lambda i: {"w_k": i["w_k"][:3]}),
+    "gate dim 0": (ValueError, "`w_q` must be .*at least 1", lambda i: {"w_q": i["w_q"][:0], "w_k": i["w_k"][:0]}),
+    "w_k on another device": (ValueError, "`w_k` must be on cpu", lambda i: {"w_k": i["w_k"].to("meta")}),
+    "value is a tensor": (TypeError, "`value` must be a tuple", lambda i: {"value": i["value0"]}),
+    "value is empty": (ValueError, "`value` must be a tuple", lambda i: {"value": ()}),
+    "three factors": (ValueError, "`value` must be a tuple", lambda i: {"value": (i["value0"],) * 3}),
+    "w_v not square": (
+        ValueError,
+        r"`value\[0\]` must be of shape \(d_out, d_out\)",
+        lambda i: {"value": (i["value0"],)},
+    ),
+    "factors differ": (
+        ValueError,
+        r"`value\[1\]` must be of shape",
+        lambda i: {"value": (i["value0"][:4], i["value1"])},
+    ),
+    "a factor is None": (TypeError, r"`value\[1\]` must be a tensor", lambda i: {"value": (i["value0"], None)}),
+    "a factor is half": (TypeError, r"`value\[0\]` must have", lambda i: {"value": (i["value0"].half(), i["value1"])}),
+    "gelu with w_v": (
+        ValueError,
+        "`value` must be two factors",
+        lambda i: {"value": (torch.eye(40),), "activation": "gelu"},
+    ),
+    "activation unknown": (
+        ValueError,
+        "`activation` must be 'none' or 'gelu', got 'relu'",
+        lambda i: {"activation": "relu"},
+    ),
+    "activation None": (ValueError, "`activation` must be", lambda i: {"activation": None}),
+    "scaling nan": (ValueError, "`scaling` must be finite", lambda i: {"scaling": float("nan")}),
+    "scaling inf in the pair": (ValueError, r"`scaling\[1\]` must be finite", lambda i: {"scaling": (1.0, math.inf)}),
+    "scaling of three": (ValueError, "`scaling` must be a number or a pair", lambda i: {"scaling": (1.0, 1.0, 1.0)}),
+    "scaling a string": (TypeError, "`scaling` must be a number or a pair", lambda i: {"scaling": "1"}),
+    "scaling a bool": (TypeError, "`scaling` must be a finite number", lambda i: {"scaling": True}),
+    "scaling a tensor": (TypeError, "`scaling` must be a number", lambda i: {"scaling": torch.tensor(1.0)}),
+    "impl unknown": (ValueError, "`impl` must be one of .*'cuda'", lambda i: {"impl": "cuda"}),
+}
+
+
+@pytest.mark.parametrize("which", BAD)
+def test_bad_input_is_named(which):
+    kind, message, change = BAD[which]
+    inputs = build()
+    with pytest.raises(kind, match="^dual_lora: " + message):
+        call(inputs, **change(inputs))
+
+
+def test_cases_cover_what_they_name():
+    specs = [case.spec for case in CASES.cases()]
+    assert any(s.d_in != s.d_out for s in specs) and any(s.r_pos != s.r_neg for s in specs)
+    assert {s.gelu for s in specs if s.strided} == {True, False}
+    assert any(0 in s.lead for s in specs) and any(s.m is None for s in specs)
+    assert Spec().d_in % 2 == 0 and any(s.r_pos % 2 for s in specs)
