@@ -51,7 +51,8 @@ def cross_attention(
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
         RuntimeError: an explicit `impl` cannot run here.
     Deterministic, forward and backward. float32 products are IEEE unless torch's float32 matmul precision allows
-    TF32. Double backward works with "reference" and "torch". Source: CALM (arXiv 2401.02412) section 3.
+    TF32. Double backward works with "reference", and with "torch" where return_lse avoids SDPA. Source: CALM
+    (arXiv 2401.02412) section 3.
     """
     decision = decide(q, k, v, lo=lo, hi=hi, causal=causal, scale=scale, return_lse=return_lse, impl=impl)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -222,7 +223,7 @@ def _backward(ctx, dout, dlse):
 
 
 def _no_double_backward(ctx, *grads):
-    raise RuntimeError(f"{_OP}: impl='triton' has no double backward. Use impl='torch' or 'reference' for it.")
+    raise RuntimeError(f"{_OP}: impl='triton' has no double backward. Use impl='reference' for it.")
 
 
 torch.library.register_autograd("calm_fast::cross_attention_fwd", _backward, setup_context=_setup_context, lib=_lib)
