@@ -95,15 +95,20 @@ def _collect_key_grads(
     lo_ptr,
     hi_ptr,
     stride_qm,
+    stride_qh,
     stride_gm,
+    stride_gh,
     stride_lom,
     stride_him,
     key_first,
     first,
+    gap_first,
+    gap_last,
     last,
     scale_log2,
     M,
     N,
+    GROUP,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -115,15 +120,24 @@ def _collect_key_grads(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """dk and dv (both still without the scale) of one key block, over the query tiles in [first, last)."""
-    for start in tl.range(first, last, BLOCK_M):
+    """dk and dv (both still without the scale) of one key block, over the query tiles outside of the gap.
+
+    Visited are the rows [first, gap_first) and [gap_last, last) of every head of the group, in one loop: a loop
+    per head or per side would fill the load pipeline anew, and costs registers that this kernel does not have.
+    """
+    left = (gap_first - first) // BLOCK_M
+    tiles = left + (last - gap_last) // BLOCK_M
+    for step in tl.range(0, tiles * GROUP):
+        head = (step // tiles).to(tl.int64)
+        tile = step % tiles
+        start = tl.where(tile < left, first, gap_last - left * BLOCK_M) + tile * BLOCK_M
         rows = start + tl.arange(0, BLOCK_M)
         inside = rows < M
         # rows beyond M get +inf and drop out like rows that see nothing
-        lse2 = tl.load(lse2_base + rows, mask=inside, other=float("inf"))
-        delta = tl.load(delta_base + rows, mask=inside, other=0.0)
-        q = load_rows(q_base, start, stride_qm, M, D, BLOCK_M, BLOCK_D, True)
-        dout = load_rows(dout_base, start, stride_gm, M, D, BLOCK_M, BLOCK_D, True)
+        lse2 = tl.load(lse2_base + head * M + rows, mask=inside, other=float("inf"))
+        delta = tl.load(delta_base + head * M + rows, mask=inside, other=0.0)
+        q = load_rows(q_base + head * stride_qh, start, stride_qm, M, D, BLOCK_M, BLOCK_D, True)
+        dout = load_rows(dout_base + head * stride_gh, start, stride_gm, M, D, BLOCK_M, BLOCK_D, True)
         # everything is transposed, (keys, queries): p and ds then feed their products straight from registers
         p = tl.exp2(matmul(k, tl.trans(q), PRECISION, INTERPRET) * scale_log2 - lse2[None, :])
         if MASKED:
@@ -219,29 +233,24 @@ def _cross_attention_bwd_dkdv_kernel(
     lo_base = lo_ptr + b * stride_lob if HAS_LO else lo_ptr
     hi_base = hi_ptr + b * stride_hib if HAS_HI else hi_ptr
 
-    for head in tl.range(kv_head * GROUP, (kv_head + 1) * GROUP):
-        head64 = tl.cast(head, tl.int64)
-        q_base = q_ptr + b * stride_qb + head64 * stride_qh
-        dout_base = dout_ptr + b * stride_gb + head64 * stride_gh
-        lse2_base = lse2_ptr + (b * H + head64) * M
-        delta_base = delta_ptr + (b * H + head64) * M
-        if HAS_LO or HAS_HI or CAUSAL:
-            dk, dv = _collect_key_grads(
-                dk, dv, k, v, q_base, dout_base, lse2_base, delta_base, lo_base, hi_base,
-                stride_qm, stride_gm, stride_lom, stride_him, key_first, first, full_first, scale_log2, M, N,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_LO, HAS_HI, CAUSAL, PRECISION, INTERPRET,
-            )  # fmt: skip
+    head64 = kv_head64 * GROUP  # the first query head of the group
+    q_base = q_ptr + b * stride_qb + head64 * stride_qh
+    dout_base = dout_ptr + b * stride_gb + head64 * stride_gh
+    lse2_base = lse2_ptr + (b * H + head64) * M
+    delta_base = delta_ptr + (b * H + head64) * M
+    if HAS_LO or HAS_HI or CAUSAL:
         dk, dv = _collect_key_grads(
-            dk, dv, k, v, q_base, dout_base, lse2_base, delta_base, lo_base, hi_base,
-            stride_qm, stride_gm, stride_lom, stride_him, key_first, full_first, full_last, scale_log2, M, N,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, False, HAS_LO, HAS_HI, CAUSAL, PRECISION, INTERPRET,
+            dk, dv, k, v, q_base, dout_base, lse2_base, delta_base, lo_base, hi_base, stride_qm, stride_qh,
+            stride_gm, stride_gh, stride_lom, stride_him, key_first, first, full_first, full_last, last,
+            scale_log2, M, N, GROUP,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_LO, HAS_HI, CAUSAL, PRECISION, INTERPRET,
         )  # fmt: skip
-        if HAS_LO or HAS_HI:
-            dk, dv = _collect_key_grads(
-                dk, dv, k, v, q_base, dout_base, lse2_base, delta_base, lo_base, hi_base,
-                stride_qm, stride_gm, stride_lom, stride_him, key_first, full_last, last, scale_log2, M, N,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_LO, HAS_HI, CAUSAL, PRECISION, INTERPRET,
-            )  # fmt: skip
+    dk, dv = _collect_key_grads(
+        dk, dv, k, v, q_base, dout_base, lse2_base, delta_base, lo_base, hi_base, stride_qm, stride_qh,
+        stride_gm, stride_gh, stride_lom, stride_him, key_first, full_first, full_last, full_last, full_last,
+        scale_log2, M, N, GROUP,
+        D, BLOCK_D, BLOCK_M, BLOCK_N, False, HAS_LO, HAS_HI, CAUSAL, PRECISION, INTERPRET,
+    )  # fmt: skip
 
     keys = key_first + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
