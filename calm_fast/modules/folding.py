@@ -95,7 +95,7 @@ class FoldedWeights:
             for p, kept in zip(params, self._seen, strict=True)
         )
         if self._value is None or not same or key != self._key:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # usable outside of inference mode later
                 self._value = compute()
             self._key = key
             # the detached alias keeps the storage alive, so that its address can't come to mean other values

@@ -148,3 +148,13 @@ def test_may_cache_only_where_no_gradient_flows_and_changes_can_be_seen() -> Non
         assert not may_cache((made_here,))
     p.requires_grad_(False)
     assert may_cache((p,))
+
+
+def test_weights_kept_under_inference_mode_serve_gradients_later() -> None:
+    layer = CrossAttention(8, 8, 2).requires_grad_(False)
+    h = torch.randn(1, 3, 8)
+    with torch.inference_mode():
+        layer(h, h)
+    leaf = h.clone().requires_grad_()
+    layer(leaf, h).sum().backward()
+    assert leaf.grad is not None
