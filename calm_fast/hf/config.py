@@ -30,6 +30,7 @@ class ComposedConfig(PreTrainedConfig):
     model_type = "calm_fast_composed"
     sub_configs = {"anchor_config": AutoConfig}
     has_no_defaults_at_init = True
+    keys_to_ignore_at_inference = ["past_key_values"]  # Trainer would gather the cache as a prediction
 
     def __init__(
         self,

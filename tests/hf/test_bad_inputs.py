@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, OTHERS, composed_model, prompts
+from families import FAMILIES, OTHERS, composed_model, prompts, randomize
+from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 
 from calm_fast.hf import compose, find_layers, resolve_connections
 from calm_fast.hf.masks import CAUSAL, aligned_visibility
@@ -67,6 +68,10 @@ def llama(**kwargs: Any) -> Any:
     return FAMILIES["llama"].model(0, **kwargs)
 
 
+def encoder_decoder() -> Any:
+    return T5ForConditionalGeneration(T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -81,6 +86,8 @@ def llama(**kwargs: Any) -> Any:
         (lambda: (llama(), OTHERS["recurrent_gemma"].model()), "RecurrentGemmaForCausalLM cannot be composed"),
         (lambda: (llama(), OTHERS["ctrl"].model()), "layers_path: CTRLLMHeadModel has 0 lists"),
         (lambda: (OTHERS["mamba"].model(), llama()), "num_heads: required, MambaForCausalLM"),
+        (lambda: (llama(), encoder_decoder()), "T5ForConditionalGeneration cannot be composed: .* decoder-only"),
+        (lambda: (composed_model("llama"), llama()), "layers_path: ComposedForCausalLM has 2 lists"),
     ],
 )
 def test_models_that_cannot_be_composed_are_refused(arguments: Any, message: str) -> None:
@@ -138,10 +145,16 @@ def test_bad_forward_arguments_are_refused(kwargs: dict[str, Any], message: str)
 
 
 def test_a_foreign_cache_is_refused_by_generate() -> None:
-    from transformers import DynamicCache
-
     with pytest.raises(ValueError, match="past_key_values: expected a ComposedCache, got DynamicCache"):
         composed_model("llama").generate(prompts(), past_key_values=DynamicCache(), max_new_tokens=2)
+
+
+def test_layers_named_by_path_are_used() -> None:
+    path = "transformer.h"  # CTRL's layers are plain modules, which the generic rule does not take
+    anchor, augmenter = OTHERS["ctrl"].model(0), OTHERS["ctrl"].model(1)
+    composed = randomize(compose(anchor, augmenter, "uniform:2", anchor_layers=path, augmenter_layers=path))
+    ids, how = prompts(), {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(composed.generate(ids, **how), composed.generate(ids, use_cache=False, **how))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, composed_model, prompts, randomize
+from families import FAMILIES, OTHERS, composed_model, prompts, randomize
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
@@ -228,8 +228,6 @@ def test_cache_reports_and_resets_every_part() -> None:
 
 @pytest.mark.parametrize("name", ["mamba", "mpt", "gptj", "qwen3_next"])
 def test_families_that_name_things_differently(name: str) -> None:
-    from families import OTHERS
-
     family, ids = OTHERS[name], prompts()
     composed = compose(family.model(0), family.model(1), [(-1, -1), (0, 1)], num_heads=4)
     with torch.no_grad():

@@ -165,3 +165,11 @@ def test_trainer_never_trains_the_frozen_parts(tmp_path: Path) -> None:
     run.add_callback(seen)
     run.train()
     assert seen.modes == [(True, False)] * 2
+
+
+def test_trainer_evaluates_and_predicts(tmp_path: Path) -> None:
+    model = fresh()
+    run = trainer(model, tmp_path, 1, per_device_eval_batch_size=ROWS)
+    assert abs(run.evaluate(dataset())["eval_loss"] - mean_loss(model)) < 1e-5
+    unlabelled = [{"input_ids": row["input_ids"]} for row in dataset()]
+    assert run.predict(unlabelled).predictions.shape == (ROWS, 10, 97)
