@@ -9,9 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _product_kernel(
-    a, b, out, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr
-):
+def _product_kernel(a, b, out, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
     i, j, k = tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, DEPTH)
     x = tl.load(a + i[:, None] * DEPTH + k[None, :])
     y = tl.load(b + k[:, None] * COLS + j[None, :])
@@ -40,9 +38,7 @@ def _broken_kernel(a, out, ROWS: tl.constexpr):
     tl.static_assert(ROWS == 0, "this kernel never compiles")
 
 
-def _spec(
-    name: str, fn: object, dtype: str, shape: dict, tensor_core: bool | str, **options: int
-) -> SimpleNamespace:
+def _spec(name: str, fn: object, dtype: str, shape: dict, tensor_core: bool | str, **options: int) -> SimpleNamespace:
     pointers = [arg for arg in fn.arg_names if arg in ("a", "b", "out")]
     signature = {arg: "constexpr" if arg in shape else "i32" for arg in fn.arg_names}
     signature |= {arg: f"*{dtype}" for arg in pointers} | {"out": "*fp32"}

@@ -76,6 +76,12 @@ def named_specs(source: str) -> dict[str, Any]:
     return by_name
 
 
+def jobs_of(source: str) -> list[tuple[str, str, int]]:
+    """(module, kernel name, architecture) for all a spec is meant for: its `archs`, or every one."""
+    specs = named_specs(source)
+    return [(source, n, arch) for n, spec in specs.items() for arch in getattr(spec, "archs", SHARED_LIMIT)]
+
+
 def examine(source: str, name: str, arch: int) -> tuple[Facts | None, list[str], float]:
     """Runs in a worker process: compile one kernel for one architecture and collect what is wrong with it."""
     begin = time.perf_counter()
@@ -134,25 +140,19 @@ def update_record(version: str, today: golden.Golden, kept: golden.Golden, faile
 
 
 def report_stale(record: golden.Golden, today: golden.Golden) -> int:
-    stale = sorted(set(record) - set(today))
-    for name in stale:
-        print(f"    PROBLEM {name}: in the golden record but no longer a kernel; run with --update")
+    stale = sorted(f"{name} sm_{arch}" for name in record for arch in record[name] if arch not in today.get(name, {}))
+    for kernel in stale:
+        print(f"    PROBLEM {kernel}: in the golden record but no longer compiled; run with --update")
     return len(stale)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--arch", type=int, nargs="+", choices=sorted(SHARED_LIMIT), default=sorted(SHARED_LIMIT)
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_LIMIT), default=sorted(SHARED_LIMIT))
     parser.add_argument("--only", metavar="WORD", help="kernels whose name contains WORD")
     parser.add_argument("--update", action="store_true", help="record today's sizes instead of comparing")
     parser.add_argument("--list", action="store_true", help="print the kernels' names and stop")
-    parser.add_argument(
-        "--specs", metavar="MODULE", help="take codegen_specs() from this module or .py file only"
-    )
+    parser.add_argument("--specs", metavar="MODULE", help="take codegen_specs() from this module or .py file only")
     return parser.parse_args(argv)
 
 
@@ -164,13 +164,13 @@ def main(argv: list[str] | None = None) -> int:
         import triton
 
         sources = [arguments.specs] if arguments.specs else list(kernel_modules())
-        named = [(source, name) for source in sources for name in named_specs(source)]
+        every = [job for source in sources for job in jobs_of(source)]
         if arguments.list:
-            print("\n".join(name for _, name in named))
+            print("\n".join(f"{name} {arch}" for _, name, arch in every))
             return 0
-        chosen = [(source, name) for source, name in named if not arguments.only or arguments.only in name]
-        jobs = [(source, name, arch) for source, name in chosen for arch in arguments.arch]
-        full = chosen == named and set(arguments.arch) == set(SHARED_LIMIT)
+        word = arguments.only or ""
+        jobs = [job for job in every if word in job[1] and job[2] in arguments.arch]
+        full = jobs == every
         own = arguments.specs is None  # other people's kernels have no record
         record = golden.load(triton.__version__) if own else None
         print(f"{len(jobs)} compilations, Triton {triton.__version__}, {PROCESSES} processes", flush=True)

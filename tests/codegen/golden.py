@@ -32,10 +32,7 @@ def save(version: str, golden: Golden) -> Path:
     """Write one line per kernel and architecture, sorted, so that a diff shows what changed."""
     blocks = []
     for name in sorted(golden):
-        rows = [
-            f"  {json.dumps(arch)}: {json.dumps(golden[name][arch])}"
-            for arch in sorted(golden[name], key=int)
-        ]
+        rows = [f"  {json.dumps(arch)}: {json.dumps(golden[name][arch])}" for arch in sorted(golden[name], key=int)]
         blocks.append(f"{json.dumps(name)}: {{\n" + ",\n".join(rows) + "\n}")
     FOLDER.mkdir(exist_ok=True)
     path = path_for(version)

@@ -105,14 +105,10 @@ def hard_problems(facts: Facts, tensor_core: bool | str) -> list[str]:
     if facts.shared > SHARED_LIMIT[facts.arch]:
         found.append(f"shared memory {facts.shared} bytes > {SHARED_LIMIT[facts.arch]}: could never launch")
     if facts.tensor_memory > TENSOR_MEMORY_LIMIT:
-        found.append(
-            f"tensor memory {facts.tensor_memory} columns > {TENSOR_MEMORY_LIMIT}: could never launch"
-        )
+        found.append(f"tensor memory {facts.tensor_memory} columns > {TENSOR_MEMORY_LIMIT}: could never launch")
     wanted = MATRIX_OPCODE[facts.arch]
     if tensor_core is True and not any(op.split(".")[0] == wanted for op in facts.tensor_core):
-        found.append(
-            f"no {wanted} instruction (tensor-core opcodes: {', '.join(facts.tensor_core) or 'none'})"
-        )
+        found.append(f"no {wanted} instruction (tensor-core opcodes: {', '.join(facts.tensor_core) or 'none'})")
     elif tensor_core == "warp" and not facts.tensor_core:
         found.append("no tensor-core instruction")
     elif tensor_core is False and facts.tensor_core:

@@ -123,5 +123,5 @@ def test_record_covers_every_kernel(bad_run):
         pytest.skip(f"no golden record for Triton {triton.__version__}")
     run = run_tool("--list")
     assert run.returncode == 0, run.stderr
-    assert sorted(line for line in run.stdout.splitlines() if ": no Triton" not in line) == sorted(record)
-    assert all(set(rows) == {"80", "90", "100"} for rows in record.values())
+    kernels = [line for line in run.stdout.splitlines() if ": no Triton" not in line]
+    assert sorted(kernels) == sorted(f"{name} {arch}" for name in record for arch in record[name])

@@ -1,0 +1,165 @@
+"""The floors of the house: imports only point down. Read off the syntax tree, so nothing has to be importable."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import calm_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+HELPERS = ("_version", "_dispatch", "_validate", "_tuning", "_native")
+# floor -> what it may import of calm_fast besides itself (a helper may import the helpers)
+IMPLEMENTATIONS = ("kernels", "torch_impl", "reference")
+OPS = ("ops", *IMPLEMENTATIONS, *HELPERS)
+MODULES = ("modules", *OPS)
+HF = ("hf", *MODULES)
+DOORS = ("experiments", "verify", "benchmarks", "env_report", "cli", *HF)
+USERS = ("experiments", "benchmarks", "cli")  # they may `import calm_fast` as anybody else does
+FLOORS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(HELPERS, HELPERS),
+    "reference": (),
+    "torch_impl": HELPERS,
+    "kernels": ("_tuning",),
+    "ops": (*IMPLEMENTATIONS, *HELPERS),
+    "modules": OPS,
+    "hf": MODULES,
+    "env_report": OPS,
+    "experiments": DOORS,
+    "verify": DOORS,
+    "benchmarks": DOORS,
+    "cli": DOORS,
+    "__main__": ("cli",),
+    "__init__": ("_version",),
+}
+# The dispatcher names ops and modules by string, the package by lazy import: strings are checked as well.
+LAZY_DOORS = {"__init__": ("", *DOORS), "_dispatch": ("ops",)}
+
+
+def sources() -> dict[str, Path]:
+    """Dotted module name under calm_fast -> file, the mapped folders included."""
+    found = {}
+    for folder, prefix in (("calm_fast", ""), ("kernels/fused", "kernels."), ("benchmarks", "benchmarks.")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = prefix + ".".join(path.relative_to(ROOT / folder).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+SOURCES = sources()
+# a public name counts as the module that defines it
+PUBLIC = {**calm_fast._LAZY, "__version__": "calm_fast._version"}
+
+
+def floor_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def imported(tree: ast.Module, module: str, is_package: bool) -> Iterator[str]:
+    """Absolute dotted names of everything imported, at any depth of the file, relative imports resolved."""
+    parts = ["calm_fast", *module.split(".")] if module != "__init__" else ["calm_fast"]
+    package = parts if is_package else parts[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            if stem == "calm_fast":  # `from calm_fast import _native` names a module, not an attribute
+                yield from (PUBLIC.get(alias.name, f"calm_fast.{alias.name}") for alias in node.names)
+            else:
+                yield stem
+        elif isinstance(node, ast.Call):
+            yield from lazily_imported(node)
+
+
+def lazily_imported(call: ast.Call) -> Iterator[str]:
+    """import_module("calm_fast....") with a literal or an f-string that begins with one."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name not in ("import_module", "__import__") or not call.args:
+        return
+    first = call.args[0]
+    if isinstance(first, ast.JoinedStr) and first.values:
+        first = first.values[0]
+    if isinstance(first, ast.Constant) and isinstance(first.value, str):
+        yield first.value.rstrip(".")
+
+
+def broken_rules(module: str, source: str, is_package: bool) -> list[str]:
+    floor = floor_of(module)
+    allowed = {floor, *FLOORS[floor], *LAZY_DOORS.get(floor, ())}
+    if floor in USERS:
+        allowed.add("")
+    wrong = []
+    for name in imported(ast.parse(source), module, is_package):
+        top, _, rest = name.partition(".")
+        if top == "calm_fast" and rest.split(".")[0] not in allowed:
+            wrong.append(f"{module} imports {name}: {floor}/ may import {', '.join(FLOORS[floor]) or 'nothing'}")
+    return wrong
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_point_down(module):
+    path = SOURCES[module]
+    assert floor_of(module) in FLOORS, f"{module} stands on no floor: add it to FLOORS with what it may import"
+    wrong = broken_rules(module, path.read_text(), path.name == "__init__.py")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if floor_of(name) == "reference"])
+def test_reference_imports_only_torch(module):
+    tree = ast.parse(SOURCES[module].read_text())
+    tops = {name.split(".")[0] for name in imported(tree, module, SOURCES[module].name == "__init__.py")}
+    assert tops <= {"torch", "math", "__future__", "collections", "typing", "calm_fast"}
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("torch_impl.")])
+def test_implementations_do_not_know_each_other(module):
+    names = set(imported(ast.parse(SOURCES[module].read_text()), module, False))
+    assert not any(name.split(".")[:2] in (["calm_fast", "kernels"], ["triton"]) for name in names)
+    assert not any(name == "triton" or name.startswith("triton.") for name in names)
+
+
+@pytest.mark.parametrize(
+    "module", [name for name in SOURCES if floor_of(name) not in ("kernels", "verify", "benchmarks")]
+)
+def test_only_kernels_import_triton(module):
+    names = imported(ast.parse(SOURCES[module].read_text()), module, SOURCES[module].name == "__init__.py")
+    assert not [name for name in names if name.split(".")[0] == "triton"]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("reference.x", "from calm_fast.ops import x"),
+        ("reference.x", "from calm_fast import _validate"),
+        ("kernels.x", "from calm_fast import _dispatch"),
+        ("ops.x", "from calm_fast import CrossAttention"),
+        ("kernels.x", "from ..torch_impl.x import y"),
+        ("torch_impl.x", "import calm_fast.reference.x"),
+        ("ops.x", "def f():\n    from calm_fast.modules import y"),
+        ("modules.x", "import importlib\nimportlib.import_module('calm_fast.hf')"),
+        ("modules.x", "import importlib\nimportlib.import_module(f'calm_fast.hf.{name}')"),
+        ("hf.x", "from calm_fast.cli import main"),
+        ("hf.x", "import calm_fast"),
+        ("_validate", "from calm_fast.ops.x import y"),
+        ("__main__", "from calm_fast import hf"),
+    ],
+)
+def test_rule_sees_an_import_that_points_up(module, source):
+    assert len(broken_rules(module, source, False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("kernels.x", "from calm_fast._tuning import y\nfrom calm_fast.kernels.z import w\nfrom . import v"),
+        ("ops.x", "from calm_fast import _native\nfrom calm_fast.reference.x import y"),
+        ("hf.x", "import torch, transformers\nfrom .layers import y\nfrom ..modules.x import z"),
+    ],
+)
+def test_rule_allows_an_import_that_points_down(module, source):
+    assert broken_rules(module, source, False) == []
