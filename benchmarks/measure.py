@@ -34,7 +34,7 @@ class Setting:
 
 
 def relative_error(actual: Values, truth: Values) -> float:
-    """The largest |actual - truth| / |truth| (Frobenius norms) over the named values; inf for what is missing or NaN."""
+    """The largest |actual - truth| / |truth| (Frobenius norms) over the named values; inf for NaN or a missing one."""
     worst = 0.0
     for name, expected in truth.items():
         if name not in actual or actual[name].shape != expected.shape:

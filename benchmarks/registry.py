@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +44,19 @@ class Contestant:
 
 
 @dataclass(frozen=True)
+class Target:
+    """`impl` is meant to need 1 / `least` of what `baseline` needs, of `quantity` ("ms" or "peak_bytes").
+
+    baseline "best": whichever baseline needs least. Targets are reported, they never fail a run.
+    """
+
+    impl: str
+    baseline: str
+    least: float
+    quantity: str = "ms"
+
+
+@dataclass(frozen=True)
 class Case:
     """One measurement: the same inputs for every contestant.
 
@@ -52,7 +65,7 @@ class Case:
     make(seed): fresh random inputs. definition(inputs, dtype): the plain computation with every step in `dtype`; in
     float64 it is the truth, and its error in the case's dtype is the measure of everybody's error.
     check_make(seed): smaller inputs for the correctness check, where float64 at full size costs too much.
-    targets: {baseline: ratio that `headline` is meant to reach}. headline: the contestant of ours that targets speak of.
+    headline: the contestant of ours that the table compares everybody with.
     """
 
     op: str
@@ -66,8 +79,7 @@ class Case:
     definition: Definition
     headline: str
     check_make: Callable[[int], Inputs] | None = None
-    targets: Mapping[str, float] = field(default_factory=dict)
-    note: str = ""
+    targets: Sequence[Target] = ()
 
 
 def cases(op: str, device: torch.device, suite: str) -> Sequence[Case]:

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from calm_fast.benchmarks import report
 
-    targets = {case.name: (case.headline, dict(case.targets)) for case in chosen}
+    targets = {case.name: (case.headline, case.targets) for case in chosen}
     report.write(args.out, rows, ceilings, targets)
     report.show(rows, ceilings, targets)
     print(f"rows: {args.out / 'results.jsonl'}   report: {args.out / 'report.html'}")

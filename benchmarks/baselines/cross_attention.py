@@ -19,12 +19,12 @@ Weights = Mapping[str, torch.Tensor]
 
 def init_weights(da: int, db: int, h: int, d: int, dtype: torch.dtype, device: torch.device, seed: int) -> Weights:
     """Random weights of a layer that is past its first steps: W_o is not zero."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
 
     def linear(rows: int, cols: int) -> torch.Tensor:
-        return (torch.randn(rows, cols, generator=g) * cols**-0.5).to(device, dtype)
+        return (torch.randn(rows, cols, generator=g, device=device) * cols**-0.5).to(dtype)
 
-    norm = (1 + 0.1 * torch.randn(db, generator=g)).to(device, dtype)
+    norm = (1 + 0.1 * torch.randn(db, generator=g, device=device)).to(dtype)
     shapes = {"proj": (db, da), "q": (h * d, db), "k": (h * d, db), "v": (h * d, db), "o": (db, h * d)}
     return {"norm": norm, **{name: linear(*shape) for name, shape in shapes.items()}}
 

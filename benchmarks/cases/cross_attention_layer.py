@@ -19,7 +19,7 @@ from calm_fast.benchmarks.baselines.cross_attention import (
     visible,
 )
 from calm_fast.benchmarks.graphs import graphed
-from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Thunk, Values
+from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Target, Thunk, Values
 
 OP = "cross_attention"
 WEIGHTS = ("norm", "proj", "q", "k", "v", "o")
@@ -62,7 +62,9 @@ class LayerShape:
         hd, rows = self.h * self.d, self.b * self.m
         ends = 2 * hd * self.db
         if self.cached:
-            return itemsize * (2 * rows * self.db + self.b * self.da + 2 * self.b * self.n * hd + ends + 2 * hd * self.da)
+            return itemsize * (
+                2 * rows * self.db + self.b * self.da + 2 * self.b * self.n * hd + ends + 2 * hd * self.da
+            )
         states = rows * self.db + self.b * self.n * self.da
         if not self.train:
             return itemsize * (states + rows * self.db + ends + 2 * hd * self.da)
@@ -72,10 +74,10 @@ class LayerShape:
 
 def _make(s: LayerShape, dtype: torch.dtype, device: torch.device) -> Callable[[int], Inputs]:
     def make(seed: int) -> Inputs:
-        g = torch.Generator().manual_seed(seed)
+        g = torch.Generator(device).manual_seed(seed)
 
         def draw(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=g).to(device, dtype)
+            return torch.randn(*shape, generator=g, device=device).to(dtype)
 
         inputs = {
             "hb": draw(s.b, s.m, s.db),
@@ -217,11 +219,10 @@ def layer_case(
     s: LayerShape,
     dtype: torch.dtype,
     device: torch.device,
-    targets: dict[str, float],
+    targets: Sequence[Target] = (),
     *,
     compiled: bool = False,
     check_batch: int | None = None,
-    note: str = "",
 ) -> Case:
     """One layer measurement.
 
@@ -247,5 +248,5 @@ def layer_case(
         small = _make(LayerShape(**{**vars(s), "b": check_batch}), dtype, device)
     return Case(
         OP, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(contestants),
-        _definition(s), "calm_fast_graph" if graph else "calm_fast", small, targets, note,
+        _definition(s), "calm_fast_graph" if graph else "calm_fast", small, targets,
     )  # fmt: skip
