@@ -68,7 +68,7 @@ def check_tensor(
         raise bad_type(op, name, f"a tensor {dims}", value)
     if value.layout != torch.strided:
         raise bad_value(op, name, "a dense (strided) tensor", f"layout {value.layout}")
-    rank = len(dims.strip("()").split(","))
+    rank = len(dims.strip("(,)").split(","))  # "(T,)" has one
     if value.dim() != rank:
         raise bad_value(op, name, f"{rank}-dimensional {dims}", f"shape {tuple(value.shape)}")
     if value.dtype not in dtypes:

@@ -1,0 +1,254 @@
+"""The NCE loss from hidden states and the LM head they share, without logits in memory."""
+
+from __future__ import annotations
+
+import torch
+
+from calm_fast import _native
+from calm_fast._dispatch import Decision, check_impl, refuse, triton_obstacle
+from calm_fast._validate import bad_type, bad_value, check_finite_number, check_tensor, values_checked
+from calm_fast.reference.linear_nce import linear_nce_reference
+
+_OP = "linear_nce"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def linear_nce(
+    student: torch.Tensor,
+    nat: torch.Tensor,
+    neg: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    seq_ids: torch.Tensor,
+    *,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    offset: float = 0.5,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Negative calibrated enhancement: cross-entropy plus distillation weighted by what the negative teacher knows.
+
+        KL_s = mean over the tokens of sequence s of KL(p_neg || p_nat);   beta_s = tanh(KL_s)
+        L    = (1 - alpha) mean_t(-log p_student(target_t)) + alpha tau^2 mean_t((offset + beta_s(t)) H_t)
+        H_t  = cross-entropy of p_student at temperature tau under p_nat at temperature tau
+
+    with p = softmax(softcap(hidden weight^T + bias)). KL_s is at temperature 1. The vocabulary is swept in blocks:
+    forward and backward keep a few numbers a token and never (T, V) logits.
+
+    Args:
+        student, nat, neg: (T, d) float32, bfloat16 or float16 (float64 with impl "reference" or "torch"); hidden
+            states of the student, the NAT teacher and the negative teacher for the same tokens.
+        weight: (V, d), student's dtype and device.
+        targets: (T,) int64, 0 <= target < V or ignore_index: such a token takes no part at all.
+        seq_ids: (T,) int64, 0 <= id < T; tokens of one sequence carry the same id, in any order.
+        alpha: share of the distillation. temperature: tau > 0. offset: added to beta.
+        bias: (V,) in weight's dtype, or None. softcap: logits become softcap * tanh(logits / softcap); None = not.
+        ignore_index: the target that marks a token to ignore.
+        impl: "auto", "reference", "torch", "triton" or "native"; an explicit choice is honoured or refused.
+    Returns:
+        a scalar, float32 (float64 for float64 input); 0 if no target is valid. Differentiable in student, weight and
+        bias, in these two through the student's logits only: the teachers are constants.
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
+        RuntimeError: an explicit `impl` cannot run here.
+    Deterministic. Double backward works with "reference" only. Source: NAT/NCE (arXiv 2312.12832) section 3.3; the
+    defaults are those of its released code.
+    """
+    numbers = {"alpha": alpha, "temperature": temperature, "offset": offset}
+    decision = decide(
+        student, nat, neg, weight, targets, seq_ids,
+        **numbers, bias=bias, softcap=softcap, ignore_index=ignore_index, impl=impl,
+    )  # fmt: skip
+    alpha, temperature, offset = (float(x) for x in (alpha, temperature, offset))
+    softcap = None if softcap is None else float(softcap)
+    options = (alpha, temperature, offset)
+    if decision.impl == "reference":
+        return linear_nce_reference(student, nat, neg, weight, targets, seq_ids, *options, bias, softcap, ignore_index)
+    return torch.ops.calm_fast.linear_nce_fwd(
+        student, nat, neg, weight, bias, targets, seq_ids, *options, softcap, ignore_index, decision.impl
+    )[0]
+
+
+def decide(
+    student: torch.Tensor,
+    nat: torch.Tensor,
+    neg: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    seq_ids: torch.Tensor,
+    *,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    offset: float = 0.5,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    impl: str = "auto",
+) -> Decision:
+    """Which implementation the same call of `linear_nce` runs, and why; raises what that call would raise.
+
+    auto: Triton on a GPU where it can run; the blocked torch implementation everywhere else.
+    """
+    check_impl(_OP, impl)
+    _check_tensors(student, nat, neg, weight, bias)
+    for name, value in (("alpha", alpha), ("temperature", temperature), ("offset", offset)):
+        check_finite_number(_OP, name, value)
+    _check_positive("temperature", temperature)
+    if softcap is not None:
+        check_finite_number(_OP, "softcap", softcap)
+        _check_positive("softcap", softcap)
+    _check_indices(targets, seq_ids, student, weight.shape[0], ignore_index)
+    if impl in ("reference", "torch"):
+        return Decision(_OP, impl, "asked for")
+    if impl == "native":
+        raise refuse(_OP, impl, _native.obstacle(_OP))
+    obstacle = (
+        "the kernels compute in float32, student is float64"
+        if student.dtype == torch.float64
+        else triton_obstacle(student.device)
+    )
+    if impl == "triton":
+        if obstacle:
+            raise refuse(_OP, impl, obstacle)
+        return Decision(_OP, impl, "asked for")
+    if student.device.type == "cpu":
+        return Decision(_OP, "torch", "CPU tensors: blocked products are the fast path")
+    if obstacle:
+        return Decision(_OP, "torch", f"Triton cannot run: {obstacle}")
+    return Decision(_OP, "triton", "a GPU: products and running sums in one kernel")
+
+
+def _check_tensors(
+    student: torch.Tensor, nat: torch.Tensor, neg: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    check_tensor(_OP, "student", student, "(T, d)", _DTYPES)
+    for name, t, dims in (("nat", nat, "(T, d)"), ("neg", neg, "(T, d)"), ("weight", weight, "(V, d)")):
+        check_tensor(_OP, name, t, dims, _DTYPES, student.device)
+        _check_dtype(name, t, student.dtype)
+    for name, t in (("nat", nat), ("neg", neg)):
+        if t.shape != student.shape:
+            raise bad_value(_OP, name, f"of student's shape {tuple(student.shape)}", f"shape {tuple(t.shape)}")
+    if student.shape[1] < 1:
+        raise bad_value(_OP, "student", "of hidden size d >= 1", f"shape {tuple(student.shape)}")
+    if weight.shape[0] < 1 or weight.shape[1] != student.shape[1]:
+        raise bad_value(
+            _OP, "weight", f"of shape (V, d) with V >= 1 and d = {student.shape[1]}", f"shape {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        check_tensor(_OP, "bias", bias, "(V,)", _DTYPES, student.device)
+        _check_dtype("bias", bias, student.dtype)
+        if bias.shape[0] != weight.shape[0]:
+            raise bad_value(_OP, "bias", f"of shape (V,) = ({weight.shape[0]},)", f"shape {tuple(bias.shape)}")
+
+
+def _check_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{_OP}: `{name}` must have student's dtype {dtype}, got {tensor.dtype}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise bad_value(_OP, name, "positive", str(value))
+
+
+def _check_indices(
+    targets: torch.Tensor, seq_ids: torch.Tensor, student: torch.Tensor, vocabulary: int, ignore_index: int
+) -> None:
+    tokens = student.shape[0]
+    for name, t in (("targets", targets), ("seq_ids", seq_ids)):
+        check_tensor(_OP, name, t, "(T,)", (torch.int64,), student.device)
+        if t.shape[0] != tokens:
+            raise bad_value(_OP, name, f"of shape (T,) = ({tokens},)", f"shape {tuple(t.shape)}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise bad_type(_OP, "ignore_index", "an int", ignore_index)
+    if tokens and values_checked(targets):
+        used = targets[targets != ignore_index]
+        if used.numel() and (int(used.min()) < 0 or int(used.max()) >= vocabulary):
+            got = f"values from {int(used.min())} to {int(used.max())}"
+            raise bad_value(
+                _OP, "targets", f"ignore_index ({ignore_index}) or within 0 <= target < V = {vocabulary}", got
+            )
+    if tokens and values_checked(seq_ids):
+        least, most = (int(x) for x in torch.aminmax(seq_ids))
+        if least < 0 or most >= tokens:
+            raise bad_value(_OP, "seq_ids", f"within 0 <= id < T = {tokens}", f"values from {least} to {most}")
+
+
+# ---- the registered ops: what torch.compile, export, FSDP and opcheck see -------------------------------------------
+
+_lib = torch.library.Library("calm_fast", "FRAGMENT")
+_lib.define(
+    "linear_nce_fwd(Tensor student, Tensor nat, Tensor neg, Tensor weight, Tensor? bias, Tensor targets,"
+    " Tensor seq_ids, float alpha, float temperature, float offset, float? softcap, int ignore_index, str impl)"
+    " -> (Tensor loss, Tensor lse, Tensor coefficients)"
+)
+_lib.define(
+    "linear_nce_bwd(Tensor dloss, Tensor student, Tensor nat, Tensor weight, Tensor? bias, Tensor targets,"
+    " Tensor lse, Tensor coefficients, float temperature, float? softcap, int ignore_index, bool[] needs, str impl)"
+    " -> (Tensor dstudent, Tensor dweight, Tensor dbias)"
+)
+
+
+@torch.library.impl(_lib, "linear_nce_fwd", "CompositeExplicitAutograd")
+def _fwd(*args):
+    *args, impl = args
+    if impl == "triton":
+        from calm_fast.kernels import linear_nce as kernels  # imports triton: only where it is used
+
+        return kernels.launch_linear_nce_fwd(*args)
+    from calm_fast.torch_impl.linear_nce import linear_nce_torch_fwd
+
+    return linear_nce_torch_fwd(*args)
+
+
+@torch.library.impl(_lib, "linear_nce_bwd", "CompositeExplicitAutograd")
+def _bwd(*args):
+    *args, needs, impl = args
+    if impl == "triton":
+        from calm_fast.kernels import linear_nce as kernels
+
+        return kernels.launch_linear_nce_bwd(*args, tuple(needs))
+    from calm_fast.torch_impl.linear_nce import linear_nce_torch_bwd
+
+    return linear_nce_torch_bwd(*args, tuple(needs))
+
+
+@torch.library.register_fake("calm_fast::linear_nce_fwd", lib=_lib)
+def _fwd_fake(student, nat, neg, weight, bias, targets, *options):
+    compute, tokens = torch.promote_types(student.dtype, torch.float32), student.shape[0]
+    return tuple(student.new_empty(shape, dtype=compute) for shape in ((), (3, tokens), (2, tokens)))
+
+
+@torch.library.register_fake("calm_fast::linear_nce_bwd", lib=_lib)
+def _bwd_fake(dloss, student, nat, weight, bias, targets, lse, coefficients, *options):
+    needs = options[-2]
+    shapes = (student.shape, weight.shape, (weight.shape[0],))
+    return tuple(student.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True))
+
+
+def _setup_context(ctx, inputs, output):
+    student, nat, _, weight, bias, targets, _, _, ctx.temperature, _, ctx.softcap, ctx.ignore_index, ctx.impl = inputs
+    ctx.save_for_backward(student, nat, weight, bias, targets, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * 13
+    needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+    options = (ctx.temperature, ctx.softcap, ctx.ignore_index, needs, ctx.impl)
+    grads = torch.ops.calm_fast.linear_nce_bwd(dloss, *ctx.saved_tensors, *options)
+    dstudent, dweight, dbias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return dstudent, None, None, dweight, dbias, *(None,) * 8
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError(f"{_OP}: no double backward through impl='torch' or 'triton'. Use impl='reference' for it.")
+
+
+torch.library.register_autograd("calm_fast::linear_nce_fwd", _backward, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd("calm_fast::linear_nce_bwd", _no_double_backward, lib=_lib)

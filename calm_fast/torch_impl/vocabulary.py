@@ -1,0 +1,185 @@
+"""One tile of logits at a time: what the blocked linear_nce and linear_logprob share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+
+# elements of a tile: its float32 copy is 1 MiB, and stays in a core's L2 cache from the product to the last sum
+_TILE = 1 << 18
+_COLUMNS = 1024
+# elements of a chunk of logit gradients between the tiles and the products that consume it: 16 MiB in bfloat16
+_CHUNK = 1 << 23
+
+
+class LogitTiles:
+    """Tiles of z = softcap(rows weight^T + bias), recomputed whenever they are asked for; no (T, V) tensor anywhere.
+
+    A tile is one product in the inputs' dtype (float32 accumulation inside), handed out in the compute dtype, float32
+    (float64 for float64 inputs), in a buffer that the next tile of the same stream overwrites.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, tokens: int, streams: int = 1
+    ) -> None:
+        """weight: (V, d). bias: (V,) or None. tokens: T. streams: how many hidden states meet the same columns."""
+        self.weight, self.softcap = weight, softcap
+        compute = torch.promote_types(weight.dtype, torch.float32)
+        self.bias = None if bias is None else bias.to(compute)
+        self.columns = max(1, min(_COLUMNS, weight.shape[0]))
+        self.rows = max(1, min(tokens, _TILE // self.columns))
+        size = self.rows * self.columns
+        self._tiles = [weight.new_empty(size, dtype=compute) for _ in range(streams)]
+        self._spare = [weight.new_empty(size, dtype=compute) for _ in range(2)]
+        self._product = None if weight.dtype == compute else weight.new_empty(size)
+
+    def row_blocks(self, rows: slice) -> Iterator[slice]:
+        return blocks(rows.start, rows.stop, self.rows)
+
+    def column_blocks(self, columns: slice | None = None) -> Iterator[slice]:
+        """Blocks of `columns`; None = the whole vocabulary."""
+        columns = slice(0, self.weight.shape[0]) if columns is None else columns
+        return blocks(columns.start, columns.stop, self.columns)
+
+    def spare(self, like: torch.Tensor, index: int = 0) -> torch.Tensor:
+        """Scratch of the tile's shape, in the compute dtype; index 0 or 1."""
+        return self._spare[index][: like.numel()].view(like.shape)
+
+    def logits(self, rows: torch.Tensor, columns: slice, stream: int = 0) -> torch.Tensor:
+        """The tile of `rows` (t, d) and `columns`, with bias and softcap: (t, columns) in the compute dtype."""
+        weight = self.weight[columns]
+        shape = (rows.shape[0], weight.shape[0])
+        size = shape[0] * shape[1]
+        tile = self._tiles[stream][:size].view(shape)
+        if self._product is None:
+            torch.mm(rows, weight.T, out=tile)
+        else:
+            tile.copy_(torch.mm(rows, weight.T, out=self._product[:size].view(shape)))
+        if self.bias is not None:
+            tile += self.bias[columns]
+        if self.softcap is not None:
+            tile.div_(self.softcap).tanh_().mul_(self.softcap)
+        return tile
+
+    def through_softcap(self, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The gradient of the capped logits turned, in place, into that of the logits before the cap."""
+        if self.softcap is not None:
+            slope = torch.mul(logits, logits, out=self.spare(logits, 1))
+            gradient.addcmul_(gradient, slope, value=-1.0 / self.softcap**2)
+        return gradient
+
+
+class RunningSum:
+    """Per row, sum exp(scale * logits) over the tiles seen so far, and one sum weighted by the same exponentials.
+
+    Kept in base 2, relative to a running maximum (torch.exp2 is three times as fast as torch.exp on a CPU).
+    """
+
+    def __init__(self, rows: int, like: torch.Tensor, scale: float = 1.0) -> None:
+        """rows: t. like: gives device and dtype (the compute dtype)."""
+        self.scale = scale * LOG2_E
+        self.max = like.new_full((rows, 1), float("-inf"))
+        self.total = like.new_zeros(rows)
+        self.weighted = like.new_zeros(rows)
+
+    def add(self, logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Account for a tile; returns exp2(scale * logits - max) in `out`, for `weigh`."""
+        top = torch.maximum(self.max, logits.amax(dim=1, keepdim=True) * self.scale)
+        # a row of nothing but -inf keeps a finite reference, so that no inf - inf comes up
+        reference = top.masked_fill(top == float("-inf"), 0.0)
+        shrink = torch.exp2(self.max - reference).squeeze(1)
+        torch.add(-reference, logits, alpha=self.scale, out=out).exp2_()
+        self.max = top
+        self.total.mul_(shrink).add_(out.sum(dim=1))
+        self.weighted.mul_(shrink)
+        return out
+
+    def weigh(self, weights: torch.Tensor, values: torch.Tensor) -> None:
+        """Add sum_j weights_j values_j, `weights` being what `add` returned for this tile; overwrites `weights`."""
+        self.weighted += weights.mul_(values).sum(dim=1)
+
+    def log_sum(self) -> torch.Tensor:
+        """(t,) log sum exp(scale * logits), a natural logarithm."""
+        return (self.max.squeeze(1) + self.total.log2()) * LN_2
+
+    def mean(self) -> torch.Tensor:
+        """(t,) the weighted sum over the sum of the weights."""
+        return self.weighted / self.total
+
+
+def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
+    """start .. stop in slices of at most `size`."""
+    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+def probabilities(logits: torch.Tensor, log_sum: torch.Tensor, scale: float, out: torch.Tensor) -> torch.Tensor:
+    """exp(scale * logits - log_sum) in `out`; log_sum (t,)."""
+    return torch.add(log_sum.unsqueeze(1) * -LOG2_E, logits, alpha=scale * LOG2_E, out=out).exp2_()
+
+
+def subtract_at(gradient: torch.Tensor, targets: torch.Tensor, amount: torch.Tensor, columns: slice) -> None:
+    """gradient[i, targets_i - columns.start] -= amount_i for the targets inside `columns`; targets, amount (t,)."""
+    local = targets - columns.start
+    inside = (local >= 0) & (local < gradient.shape[1])
+    index = local.clamp(0, gradient.shape[1] - 1).unsqueeze(1)
+    gradient.scatter_add_(1, index, torch.where(inside, -amount, 0.0).unsqueeze(1))
+
+
+class Gradients:
+    """Turns logit gradients, a chunk at a time, into those of hidden states, weight and bias.
+
+    Without a weight gradient a chunk is some rows and all columns: each row of dhidden is one whole product, rounded
+    once. With one, a chunk is all rows and some columns: each row of dweight is one whole product, and dhidden sums
+    the chunks' products in the compute dtype. Either way no (V, d) accumulator is needed.
+    """
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, needs: tuple[bool, bool, bool]) -> None:
+        """hidden: (T, d). weight: (V, d). needs: whether the gradients of hidden, weight and bias are wanted."""
+        self.hidden, self.weight = hidden, weight
+        need_hidden, need_weight, need_bias = needs
+        self.compute = torch.promote_types(weight.dtype, torch.float32)
+        self.by_columns = need_weight
+        accumulate = self.compute if need_weight else hidden.dtype
+        self.dhidden = hidden.new_zeros(hidden.shape, dtype=accumulate) if need_hidden else None
+        self.dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None
+        self.dbias = weight.new_zeros(weight.shape[0], dtype=self.compute) if need_bias else None
+
+    def chunks(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """(rows, columns, buffer): fill the buffer (rows, columns) with logit gradients, then call `add`."""
+        tokens, vocabulary = self.hidden.shape[0], self.weight.shape[0]
+        if tokens == 0:
+            return
+        if self.by_columns:
+            rows, columns = tokens, max(1, min(vocabulary, _CHUNK // tokens))
+        else:
+            rows, columns = max(1, min(tokens, _CHUNK // vocabulary)), vocabulary
+        buffer = self.weight.new_empty(rows * columns)
+        for r in blocks(0, tokens, rows):
+            for c in blocks(0, vocabulary, columns):
+                shape = (r.stop - r.start, c.stop - c.start)
+                yield r, c, buffer[: shape[0] * shape[1]].view(shape)
+
+    def add(self, rows: slice, columns: slice, dlogits: torch.Tensor) -> None:
+        """Account for a chunk (rows, columns) in the inputs' dtype."""
+        if self.dhidden is not None:
+            if self.by_columns:
+                self.dhidden[rows] += dlogits @ self.weight[columns]
+            else:
+                torch.mm(dlogits, self.weight[columns], out=self.dhidden[rows])
+        if self.dweight is not None:
+            torch.mm(dlogits.T, self.hidden[rows], out=self.dweight[columns])
+        if self.dbias is not None:
+            self.dbias[columns] += dlogits.sum(dim=0, dtype=self.compute)
+
+    def results(self, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(dhidden, dweight, dbias) in the inputs' dtypes; an empty tensor for what was not wanted."""
+        nothing = self.weight.new_empty(0)
+        return (
+            nothing if self.dhidden is None else self.dhidden.to(self.hidden.dtype),
+            nothing if self.dweight is None else self.dweight,
+            nothing if self.dbias is None or bias is None else self.dbias.to(bias.dtype),
+        )
