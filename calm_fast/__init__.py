@@ -18,7 +18,16 @@ _LAZY = {
     "ComposedConfig": "calm_fast.hf",
     "ComposedForCausalLM": "calm_fast.hf",
     "compose": "calm_fast.hf",
+    "DualLoRALinear": "calm_fast.modules.dual_lora",
+    "add_dual_lora": "calm_fast.hf.dual_lora",
     "explain": "calm_fast._dispatch",
+    "get_gates": "calm_fast.hf.dual_lora",
+    "load_dual_lora": "calm_fast.hf.dual_lora",
+    "record_gates": "calm_fast.hf.dual_lora",
+    "remove_dual_lora": "calm_fast.hf.dual_lora",
+    "save_dual_lora": "calm_fast.hf.dual_lora",
+    "save_lora_adapter": "calm_fast.hf.dual_lora",
+    "set_dual_lora_mode": "calm_fast.hf.dual_lora",
     "validate_values": "calm_fast._validate",
 }
 _SUBMODULES = ("ops", "modules", "reference", "hf")
