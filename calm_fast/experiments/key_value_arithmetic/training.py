@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -49,16 +49,6 @@ class Recipe:
     composition: Schedule = Schedule(steps=2500, rows=128, weight_decay=0.1)
     connections: tuple[tuple[int, int], ...] = ((1, -1), (1, 0), (1, 1))
     eval_rows: int = 2000
-
-    def shortened(self, a: int, b: int, composition: int, eval_rows: int) -> Recipe:
-        """The same recipe with other numbers of steps and evaluation rows, for tests of the pipeline."""
-        return replace(
-            self,
-            a=replace(self.a, steps=a),
-            b=replace(self.b, steps=b),
-            composition=replace(self.composition, steps=composition),
-            eval_rows=eval_rows,
-        )
 
 
 def tiny_llama(recipe: Recipe, vocab_size: int, seed: int) -> LlamaForCausalLM:
