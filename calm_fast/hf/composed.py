@@ -218,7 +218,7 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         if self.signatures[0].logits_to_keep:
             kwargs["logits_to_keep"] = logits_to_keep
         try:
-            self._read_augmenters(calls, cache, past)
+            self._read_augmenters(calls, cache)
             self.frame.residual = partial(self._add_residuals, calls, cache)
             self.frame.stage = ANCHOR
             own = None if cache is None else cache.anchor
@@ -229,11 +229,14 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         outputs = with_cache(outputs, cache)
         return outputs if return_dict is None or return_dict else outputs.to_tuple()
 
-    def _read_augmenters(self, calls: list[AugmenterCall], cache: ComposedCache | None, past: int) -> None:
+    def _read_augmenters(self, calls: list[AugmenterCall], cache: ComposedCache | None) -> None:
         """Run every augmenter up to its last connected layer; the hooks leave its states in the frame."""
         paths = self.config.augmenter_layers
         for index, (model, call, path) in enumerate(zip(self.augmenters, calls, paths, strict=True)):
             self.frame.stage = index
-            own = None if cache is None else cache.augmenters[index]
+            own, past = None, 0
+            if cache is not None:
+                first = next(c for c, pair in enumerate(self.pairs) if pair[0] == index)
+                own, past = cache.augmenters[index], cache.cross[first].get_seq_length()
             with torch.no_grad():
                 headless(model, path)(**part_inputs(model, self.signatures[index + 1], call.inputs, own, past))

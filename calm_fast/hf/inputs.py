@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from calm_fast.hf.cache import ComposedCache
@@ -86,6 +86,17 @@ def augmenter_calls(
     return calls, packed
 
 
+def _knows_length(cache: Cache | None, past: int) -> bool:
+    """Whether a family that asks this cache how many tokens came before gets the right answer.
+
+    A truncated hybrid may ask an attention layer that never runs.
+    """
+    if not isinstance(cache, DynamicCache):
+        return True
+    attention = next((layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)), None)
+    return attention is None or attention.get_seq_length() == past
+
+
 def part_inputs(
     model: PreTrainedModel,
     signature: Signature,
@@ -97,8 +108,7 @@ def part_inputs(
     inputs = {name: None if value is None else value.to(model.device) for name, value in inputs.items()}
     if not signature.position_ids:
         del inputs["position_ids"]
-    elif past > 0 and inputs["position_ids"] is None:
-        # a truncated part cannot count on its cache: the layer it asks for the length may be one that never runs
+    elif inputs["position_ids"] is None and not _knows_length(cache, past):
         ids = inputs["input_ids"]
         inputs["position_ids"] = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
     if cache is None:

@@ -54,6 +54,21 @@ def test_logits_at_init_are_the_anchors_bit_for_bit(name: str) -> None:
     assert all(torch.equal(value, state[key]) for key, value in anchor.state_dict().items())
 
 
+def stepwise(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Logits of a left-padded batch in two cached pieces, positions left to the model."""
+    first = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True)
+    return model(ids[:, 6:], attention_mask=mask, past_key_values=first.past_key_values).logits
+
+
+@each_family
+@torch.no_grad()
+def test_cached_steps_at_init_are_the_anchors_bit_for_bit(name: str) -> None:
+    anchor, augmenter = FAMILIES[name].model(0), FAMILIES[name].model(1)
+    padded, mask = left_padded(prompts())
+    expected = stepwise(anchor, padded, mask)
+    assert torch.equal(stepwise(compose(anchor, augmenter, [(0, 1), (1, -1)]), padded, mask), expected)
+
+
 @each_family
 @torch.no_grad()
 def test_a_future_token_never_moves_earlier_logits(name: str) -> None:
