@@ -1,0 +1,204 @@
+#!/usr/bin/env bash
+# Everything a GPU is needed for, in one call: GPU tests, compute-sanitizer, benchmarks, launch-config tuning.
+#
+#   benchmarks/gpu.sh [--part NAME]... [--dry-run]        parts: tests sanitizer core layer tune (default: all)
+#
+# Needs Python >= 3.11 with torch (CUDA), triton, transformers, pytest, rich and matplotlib; installs nothing, fetches
+# nothing. Each part has a time limit, all of them together stay under ten minutes. Results go to ${OUT:-build/gpu}.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "${root}"
+
+readonly PARTS=(tests sanitizer core layer tune)
+readonly -A LIMIT=([tests]=130 [sanitizer]=90 [core]=110 [layer]=110 [tune]=80)
+readonly -A WHAT=(
+  [tests]="pytest -m gpu"
+  [sanitizer]="memcheck, racecheck and initcheck on one small case of every kernel"
+  [core]="benchmark cases X1 to X3: the attention core"
+  [layer]="benchmark cases X4 and X5: the composition layer, a decoding step"
+  [tune]="launch configs, written to kernels/fused/tuned/<op>/<gpu>.json"
+)
+
+usage() {
+  sed -n '2,8p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
+}
+
+dry=0
+chosen=()
+while (($#)); do
+  case "$1" in
+    --part)
+      if [[ $# -lt 2 || ! -v "LIMIT[${2:-}]" ]]; then
+        echo "gpu.sh: --part takes one of: ${PARTS[*]}" >&2
+        exit 2
+      fi
+      chosen+=("$2")
+      shift 2
+      ;;
+    --dry-run)
+      dry=1
+      shift
+      ;;
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    *)
+      echo "gpu.sh: unknown argument $1" >&2
+      usage >&2
+      exit 2
+      ;;
+  esac
+done
+((${#chosen[@]})) || chosen=("${PARTS[@]}")
+
+out="${OUT:-build/gpu}"
+python="${PYTHON:-python3}"
+failed=()
+summary=()
+
+# Run a command under a time limit with its output in a log; the log's end is shown, a failure is remembered.
+# With --dry-run only say what would run.
+step() {
+  local name="$1" limit="$2" begin=${SECONDS} rc=0
+  shift 2
+  if ((dry)); then
+    printf '  would run (at most %s s): %s\n' "${limit}" "$*"
+    return 0
+  fi
+  echo "--- ${name}: $*"
+  timeout --kill-after=10 "${limit}" "$@" >"${out}/${name}.log" 2>&1 || rc=$?
+  tail -n 40 "${out}/${name}.log"
+  case "${rc}" in
+    0) summary+=("${name}: ok, $((SECONDS - begin)) s") ;;
+    124 | 137) summary+=("${name}: STOPPED at its limit of ${limit} s") && failed+=("${name}") ;;
+    *) summary+=("${name}: FAILED (exit ${rc}), $((SECONDS - begin)) s") && failed+=("${name}") ;;
+  esac
+}
+
+# calm_fast is spread over three folders (setup.py); a folder of links is importable without installing anything.
+stage() {
+  local site="$1" entry
+  mkdir -p "${site}/calm_fast"
+  for entry in "${root}"/calm_fast/*; do
+    [[ "${entry##*/}" == __pycache__ ]] || ln -sfn "${entry}" "${site}/calm_fast/${entry##*/}"
+  done
+  ln -sfn "${root}/kernels/fused" "${site}/calm_fast/kernels"
+  ln -sfn "${root}/benchmarks" "${site}/calm_fast/benchmarks"
+}
+
+check_needs() {
+  "${python}" - <<'PY'
+import importlib
+import sys
+
+problems = []
+if sys.version_info < (3, 11):
+    problems.append(f"Python >= 3.11 is needed, this is {sys.version.split()[0]}")
+for name in ("torch", "triton", "transformers", "pytest", "pytest_benchmark", "rich", "matplotlib"):
+    try:
+        module = importlib.import_module(name)
+        print(f"{name} {getattr(module, '__version__', '')}")
+    except ImportError as failure:
+        problems.append(f"{name} is missing: {failure}")
+if not problems:
+    import torch
+
+    import calm_fast.kernels  # the folder of links works
+
+    if torch.cuda.is_available():
+        print(f"GPU: {torch.cuda.get_device_name()}, capability {torch.cuda.get_device_capability()}")
+    else:
+        problems.append(f"torch {torch.__version__} sees no GPU")
+for problem in problems:
+    print(f"gpu.sh: {problem}", file=sys.stderr)
+sys.exit(bool(problems))
+PY
+}
+
+part_tests() {
+  step tests "$1" "${python}" -m pytest -m gpu -q -p no:cacheprovider --junitxml "${out}/tests.xml"
+}
+
+part_sanitizer() {
+  local sanitizer tool each=$(($1 / 3))
+  sanitizer="$(command -v compute-sanitizer || true)"
+  if [[ -z "${sanitizer}" ]]; then
+    for tool in /usr/local/cuda*/bin/compute-sanitizer; do
+      [[ -x "${tool}" ]] && sanitizer="${tool}"
+    done
+  fi
+  if [[ -z "${sanitizer}" ]]; then
+    if ((dry)); then
+      sanitizer=compute-sanitizer
+    else
+      echo "gpu.sh: compute-sanitizer is neither on the PATH nor in /usr/local/cuda*/bin" >&2
+      summary+=("sanitizer: NOT RUN, compute-sanitizer is missing")
+      failed+=("sanitizer")
+      return
+    fi
+  fi
+  for tool in memcheck racecheck initcheck; do
+    # torch's caching allocator would hide an access beyond a tensor inside its own pool
+    step "sanitizer-${tool}" "${each}" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+      "${sanitizer}" --tool "${tool}" --error-exitcode 9 "${python}" -m calm_fast.benchmarks.sanitize
+  done
+}
+
+bench() {
+  local name="$1" limit="$2"
+  shift 2
+  local filters=() word
+  for word in "$@"; do filters+=(--case "${word}"); done
+  step "bench-${name}" "${limit}" "${python}" -m calm_fast.benchmarks.run --op cross_attention --device cuda \
+    --seconds 3 --threads 8 --commit "${commit}" "${filters[@]}" --out "${out}/${name}"
+}
+
+part_core() { bench core "$1" x1_ x2_ x3_; }
+
+part_layer() { bench layer "$1" x4_ x5_; }
+
+part_tune() {
+  step tune "$1" "${python}" -m calm_fast.benchmarks.tune --op cross_attention --seconds "$(($1 - 20))" \
+    --out kernels/fused/tuned
+  ((dry)) || find kernels/fused/tuned -name '*.json' -newer "${out}/started" -exec cp {} "${out}/" \;
+}
+
+commit="$(git rev-parse HEAD 2>/dev/null || echo unknown)"
+if ((dry)); then
+  echo "gpu.sh --dry-run: nothing below is run. Results would go to ${out}; commit ${commit}."
+  echo "needs: Python >= 3.11 with torch (CUDA), triton, transformers, pytest, pytest-benchmark, rich, matplotlib;" \
+    "compute-sanitizer for its part"
+  echo "import: a temporary folder of links to calm_fast/, kernels/fused and benchmarks/, on PYTHONPATH"
+else
+  mkdir -p "${out}"
+  out="$(cd "${out}" && pwd)"
+  touch "${out}/started"
+  site="$(mktemp -d)"
+  trap 'rm -rf "${site}"' EXIT
+  stage "${site}"
+  export PYTHONPATH="${site}${PYTHONPATH:+:${PYTHONPATH}}"
+  export PYTHONSAFEPATH=1 # the checkout's own calm_fast/ lacks the mapped folders: keep it off sys.path
+  export PYTHONUNBUFFERED=1
+  check_needs 2>&1 | tee "${out}/needs.log"
+fi
+
+begin=${SECONDS}
+for part in "${chosen[@]}"; do
+  echo "=== ${part}: ${WHAT[${part}]}"
+  "part_${part}" "${LIMIT[${part}]}"
+done
+if ((dry)); then
+  exit 0
+fi
+
+echo "=== summary, $((SECONDS - begin)) s, commit ${commit}, results in ${out}"
+for line in "${summary[@]}"; do echo "${line}"; done
+for file in "${out}"/*/report.md; do
+  if [[ -f "${file}" ]]; then grep -E '^[|-]' "${file}" || true; fi
+done
+if ((${#failed[@]})); then
+  echo "gpu.sh: failed: ${failed[*]}" >&2
+  exit 1
+fi
