@@ -16,7 +16,8 @@ import triton
 
 from .cross_attention_bwd import _cross_attention_bwd_dq_kernel, _cross_attention_bwd_rows_kernel
 from .cross_attention_bwd_keys import _cross_attention_bwd_dkdv_kernel, _cross_attention_query_ranges_kernel
-from .cross_attention_configs import BackwardConfig, LaunchConfig, codegen_specs, pick_config
+from .cross_attention_codegen import codegen_specs
+from .cross_attention_configs import BackwardConfig, LaunchConfig, pick_config
 from .cross_attention_decode import _cross_attention_combine_kernel, _cross_attention_decode_kernel
 from .cross_attention_fwd import _cross_attention_fwd_kernel
 

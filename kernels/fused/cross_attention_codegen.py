@@ -108,20 +108,23 @@ def codegen_specs() -> list[CodegenSpec]:
     cases = [("fwd", bf16, d, "causal") for d in (64, 128, 256)]
     cases += [("fwd", bf16, 128, "interval"), ("fwd", bf16, 128, "hi"), ("fwd", bf16, 80, "causal")]
     cases += [(part, bf16, d, "causal") for part in ("dkdv", "dq") for d in (64, 128, 256)]
-    cases += [(part, bf16, 128, "interval") for part in ("dkdv", "dq")]
+    cases += [(part, bf16, d, "interval") for part in ("dkdv", "dq") for d in (64, 128)]
     cases += [(part, fp32, 64, "causal") for part in ("fwd", "dkdv", "dq")]
+    cases += [(part, fp32, d, "interval") for part in ("fwd", "dkdv", "dq") for d in (128, 256)]
+    cases += [(part, bf16, 256, "interval") for part in ("fwd", "dkdv", "dq")]
     cases += [("decode", bf16, 64, "full"), ("decode", bf16, 128, "interval"), ("decode", bf16, 128, "hi")]
     for arch in (80, 90, 100):
         for part, dtype, d, mask in cases:
             config = default_config(part, arch, dtype, max(16, 1 << (d - 1).bit_length()))
-            # tiles of 16 rows are too small for warpgroup instructions; IEEE float32 must not touch the units
-            expected: bool | str = False if dtype == fp32 else "warp" if part == "decode" else True
+            # tiles of 16 or 32 rows are too small for warpgroup instructions; IEEE float32 uses no tensor core
+            small = part == "decode" or (part != "fwd" and d == 256)
+            expected: bool | str = False if dtype == fp32 else "warp" if small else True
             specs.append(attention_spec(part, dtype, d, mask, config, expected, (arch,)))
-    small = LaunchConfig(64, 64, 4, 3)
+    plain = LaunchConfig(64, 64, 4, 3)
     rows = {"D": 128, "BLOCK_D": 128, "BLOCK_M": 64, "HAS_DLSE": True}
-    specs.append(make_spec("rows_bf16_d128", _cross_attention_bwd_rows_kernel, bf16, rows, small, False))
+    specs.append(make_spec("rows_bf16_d128", _cross_attention_bwd_rows_kernel, bf16, rows, plain, False))
     combine = {"D": 128, "BLOCK_D": 128, "BLOCK_S": 16}
-    specs.append(make_spec("combine_bf16_d128", _cross_attention_combine_kernel, bf16, combine, small, False))
+    specs.append(make_spec("combine_bf16_d128", _cross_attention_combine_kernel, bf16, combine, plain, False))
     ranges = {"BLOCK_M": 64, "BLOCK_N": 128, "TILES": 16, "HAS_LO": True, "HAS_HI": True}
-    specs.append(make_spec("ranges", _cross_attention_query_ranges_kernel, bf16, ranges, small, False))
+    specs.append(make_spec("ranges", _cross_attention_query_ranges_kernel, bf16, ranges, plain, False))
     return specs

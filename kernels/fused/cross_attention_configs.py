@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -35,8 +34,51 @@ def _gpu(index: int) -> tuple[str, int]:
     return properties.name, 10 * properties.major + properties.minor
 
 
+# (block_m, block_n, num_warps, num_stages) by architecture and head dim, for 16-bit inputs: the largest tiles that
+# compile to zero spills for every kind of mask (the table of docs/kernels/cross_attention.md), not measured speeds.
+_Tiles = dict[int, tuple[int, int, int, int]]
+_HALF: dict[int, dict[str, _Tiles]] = {
+    80: {  # also within the 99 KiB of shared memory of sm_86 and sm_89
+        "fwd": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
+        "dkdv": {64: (32, 64, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 1)},
+        "dq": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 1)},
+    },
+    90: {
+        "fwd": {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
+        "dkdv": {64: (64, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
+        "dq": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+    },
+    100: {
+        "fwd": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "dkdv": {64: (64, 128, 8, 2), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
+        "dq": {64: (128, 64, 8, 2), 128: (128, 64, 8, 1), 256: (64, 32, 8, 1)},
+    },
+}
+# IEEE float32 products run on the ordinary cores: small tiles, whose operands fit in registers
+_FLOAT32: dict[str, _Tiles] = {
+    "fwd": {64: (32, 32, 8, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+    "dkdv": {64: (16, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "dq": {64: (16, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+}
+_DECODE_HALF: _Tiles = {64: (16, 64, 4, 3), 128: (16, 64, 4, 3), 256: (16, 32, 4, 3)}
+_DECODE_FLOAT32: _Tiles = {64: (16, 16, 4, 2), 128: (16, 16, 4, 2), 256: (16, 16, 4, 2)}
+_SPLIT_KEYS = 256  # a constant: were it to follow the batch size, a row's bits would too
+
+
 def default_config(part: str, arch: int, dtype: torch.dtype, block_d: int) -> LaunchConfig:
-    raise NotImplementedError
+    """Launch numbers that fit the architecture without spills; unknown architectures get the smallest tiles.
+
+    Args:
+        part: "fwd", "dkdv", "dq" or "decode". arch: 10 * major + minor. block_d: padded head dim, at most 256.
+    """
+    d = max(64, block_d)
+    if part == "decode":
+        tiles = _DECODE_FLOAT32 if dtype == torch.float32 else _DECODE_HALF
+        return LaunchConfig(*tiles[d], split_keys=_SPLIT_KEYS)
+    if dtype == torch.float32:
+        return LaunchConfig(*_FLOAT32[part][d])
+    family = 90 if arch == 90 else 100 if arch in (100, 103) else 80  # consumer Blackwell (120) has 99 KiB
+    return LaunchConfig(*_HALF[family][part][d])
 
 
 def pick_config(
@@ -49,6 +91,3 @@ def pick_config(
     tuned = tuned_config(_TUNED, name, part, str(dtype).removeprefix("torch."), block_d, shape)
     return tuned or default_config(part, arch, dtype, block_d)
 
-
-def codegen_specs():
-    return []
