@@ -67,7 +67,7 @@ def run(chosen: Sequence[Case], setting: Setting, out: Path) -> tuple[list[dict[
             dtype = str(case.dtype).removeprefix("torch.")
             if dtype not in ceilings:
                 progress.update(bar, description=f"ceilings: a large copy, a large {dtype} product")
-                ceilings[dtype] = measure_ceilings(setting.device, case.dtype)
+                ceilings[dtype] = measure_ceilings(setting.device, case.dtype, min(2.0, setting.budget.seconds))
             fresh = measure(
                 case, setting, ceilings[dtype], lambda text: progress.update(bar, description=text, refresh=True)
             )

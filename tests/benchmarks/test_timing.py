@@ -1,0 +1,76 @@
+"""What the numbers are made of: quantiles, turns, floors, peak memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calm_fast.benchmarks.timing import Budget, Ceilings, interleave, measure_ceilings, peak_bytes, summarise
+
+CPU = torch.device("cpu")
+
+
+def test_summarise_gives_median_and_quantiles():
+    t = summarise([5.0, 1.0, 4.0, 2.0, 3.0, 100.0])
+    assert (t.ms, t.p20, t.p80, t.rounds) == (3.5, 2.0, 5.0, 6)
+    one = summarise([7.0])
+    assert (one.ms, one.p20, one.p80, one.rounds) == (7.0, 7.0, 7.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("flops", "moved", "expected"),
+    [(2_000_000_000, 0, 2.0), (0, 3_000_000, 30.0), (2_000_000_000, 3_000_000, 30.0), (0, 0, 0.0)],
+)
+def test_floor_is_the_larger_of_arithmetic_and_movement(flops, moved, expected):
+    assert Ceilings(flops_per_s=1e12, bytes_per_s=1e8).floor_ms(flops, moved) == pytest.approx(expected)
+
+
+def test_interleave_takes_turns_and_rotates_the_order():
+    calls = []
+    thunks = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    times = interleave(thunks, CPU, Budget(seconds=0.0, min_rounds=4, max_rounds=9, warmup=2))
+    assert calls[:6] == list("aabbcc")
+    assert calls[6:] == list("abcbcacababc")
+    assert {t.rounds for t in times.values()} == {4}
+
+
+def test_interleave_ends_after_the_last_round():
+    times = interleave({"a": lambda: None}, CPU, Budget(seconds=100.0, min_rounds=1, max_rounds=3))
+    assert times["a"].rounds == 3
+
+
+def test_interleave_with_nothing_to_measure():
+    assert interleave({}, CPU, Budget()) == {}
+
+
+def test_peak_counts_what_is_held_at_once():
+    x = torch.randn(256, 1024)  # 1 MiB
+
+    def two_at_once():
+        y = x * 2
+        z = y * 2
+        del y
+        return z * 2  # z and the result
+
+    def one_after_another():
+        for _ in range(5):
+            (x * 2).sum()
+
+    mib = 2**20
+    assert 2 * mib <= peak_bytes(two_at_once, CPU) < 2 * mib + 4096
+    assert mib <= peak_bytes(one_after_another, CPU) < mib + 4096
+
+
+def test_peak_counts_what_autograd_keeps():
+    x = torch.randn(256, 1024, requires_grad=True)
+
+    def step():
+        return torch.autograd.grad(x.exp().exp().sum(), x)
+
+    assert peak_bytes(step, CPU) >= 3 * 2**20  # both exponentials kept, and a gradient
+
+
+def test_ceilings_are_measured():
+    c = measure_ceilings(CPU, torch.float32, seconds=0.0)
+    assert 1e8 < c.flops_per_s < 1e15
+    assert 1e8 < c.bytes_per_s < 1e14
