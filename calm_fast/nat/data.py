@@ -1,0 +1,128 @@
+"""Rows of sampled rationales, split into right and wrong ones, as training examples."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from calm_fast.consistency.answers import equivalent, extract_answer
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question and one rationale to learn."""
+
+    question: str
+    rationale: str
+
+
+def read_rows(file: str | os.PathLike, limit: int | None = None) -> list[dict[str, Any]]:
+    """Rows of a JSONL file (.gz or plain): question (str), answer (str), generated_answer (list of str).
+
+    Raises:
+        ValueError: a line is not such a row; the message names the line and the field.
+    """
+    opener = gzip.open if str(file).endswith(".gz") else open
+    rows = []
+    with opener(file, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if limit is not None and len(rows) >= limit:
+                break
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as problem:
+                raise ValueError(f"{Path(file).name}, line {number}: not JSON ({problem})") from problem
+            _check_row(row, f"{Path(file).name}, line {number}")
+            rows.append(row)
+    return rows
+
+
+def _check_row(row: Any, where: str) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object with question, answer and generated_answer")
+    for field in ("question", "answer"):
+        if not isinstance(row.get(field), str):
+            raise ValueError(f"{where}: `{field}` must be a string, got {type(row.get(field)).__name__}")
+    samples = row.get("generated_answer")
+    if not isinstance(samples, list) or not all(isinstance(s, str) for s in samples):
+        raise ValueError(f"{where}: `generated_answer` must be a list of strings")
+
+
+def split_rationales(rows: Iterable[dict[str, Any]], *, progress: bool = True) -> tuple[list[Example], list[Example]]:
+    """(right, wrong) rationales: right ones reach the gold answer (math-verify after cheaper tests), wrong ones do not.
+
+    A rationale without an answer is wrong; a row whose own answer cannot be found is left out. Each question's
+    rationales are kept once.
+    """
+    right: list[Example] = []
+    wrong: list[Example] = []
+    rows = list(rows)
+    for row in tqdm(rows, desc="grading rationales", unit="question", disable=not progress):
+        gold = extract_answer(row["answer"])
+        if gold is None:
+            continue
+        for rationale in dict.fromkeys(row["generated_answer"]):
+            side = right if equivalent(extract_answer(rationale), gold) else wrong
+            side.append(Example(row["question"], rationale))
+    return right, wrong
+
+
+class RationaleDataset(Dataset):
+    """Examples as token ids; the loss covers the rationale and the end token, not the question."""
+
+    def __init__(self, examples: Sequence[Example], tokenizer: Any, max_length: int = 512) -> None:
+        if not examples:
+            raise ValueError("RationaleDataset: `examples` must hold at least one rationale")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("RationaleDataset: `tokenizer` must have an end-of-sequence token")
+        self.items = [self._encode(e, tokenizer, max_length) for e in examples]
+
+    @staticmethod
+    def _encode(example: Example, tokenizer: Any, max_length: int) -> dict[str, list[int]]:
+        prompt = tokenizer(f"{example.question}\n", add_special_tokens=True)["input_ids"]
+        if prompt and prompt[-1] == tokenizer.eos_token_id:
+            prompt = prompt[:-1]
+        answer = tokenizer(example.rationale, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        # a long question loses its beginning, so that at least half of the window is left for the rationale
+        prompt = prompt[-max(max_length - len(answer), max_length // 2) :]
+        ids = (prompt + answer)[:max_length]
+        return {"input_ids": ids, "labels": ([IGNORE] * len(prompt) + answer)[:max_length]}
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.items[index]
+
+
+@dataclass(frozen=True)
+class RightPadding:
+    """Collate examples to a batch: input_ids, attention_mask, labels (B, longest) int64."""
+
+    pad_id: int
+
+    def __call__(self, items: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        longest = max(len(item["input_ids"]) for item in items)
+
+        def padded(key: str, value: int) -> torch.Tensor:
+            return torch.tensor([item[key] + [value] * (longest - len(item[key])) for item in items])
+
+        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        return {
+            "input_ids": padded("input_ids", self.pad_id),
+            "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+            "labels": padded("labels", IGNORE),
+        }

@@ -1,0 +1,182 @@
+"""The three stages, one function each: each trains in place and returns its Trainer's history."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from calm_fast.hf.dual_lora import add_dual_lora, dual_lora_layers
+from calm_fast.nat.data import RationaleDataset, RightPadding
+from calm_fast.nat.trainer import DualLoRATrainer, DualTeacher, NCETrainer
+
+History = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all stages share. steps: optimizer steps of a stage; save_every: steps between checkpoints (0 = none)."""
+
+    steps: int = 300
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    warmup: int = 20
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    variant: str = "paper"
+    gate_dim: int = 128
+    value_dim: int | None = 128
+    dropout: float = 0.0
+    nce_alpha: float = 0.5
+    nce_temperature: float = 1.0
+    nce_offset: float = 0.5
+    save_every: int = 100
+    seed: int = 0
+    progress: bool = True
+
+    def arguments(self, out: str | os.PathLike) -> TrainingArguments:
+        """These settings as transformers' TrainingArguments."""
+        return TrainingArguments(
+            output_dir=os.fspath(out),
+            max_steps=self.steps,
+            per_device_train_batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            warmup_steps=self.warmup,
+            lr_scheduler_type="cosine",
+            weight_decay=0.0,
+            logging_steps=max(1, self.steps // 20),
+            save_strategy="steps" if self.save_every else "no",
+            save_steps=self.save_every or 500,
+            save_total_limit=1,
+            seed=self.seed,
+            data_seed=self.seed,
+            report_to=[],
+            disable_tqdm=not self.progress,
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+
+    def layer_options(self) -> dict[str, Any]:
+        """Options of DualLoRALinear."""
+        names = ("rank", "alpha", "variant", "gate_dim", "value_dim", "dropout")
+        return {name: getattr(self, name) for name in names}
+
+
+def train_negative(
+    model: PreTrainedModel, wrong: RationaleDataset, pad_id: int, out: str | os.PathLike, settings: Settings
+) -> History:
+    """Stage 1: put dual LoRA layers into `model` and train their negative LoRA on wrong rationales.
+
+    Args:
+        model: a causal language model without dual LoRA; changed in place. wrong: tokenised wrong rationales.
+        out: folder of checkpoints; an interrupted stage resumes from the last one there.
+    Returns:
+        the logged losses.
+    Source: arXiv 2312.12832, section 3.2.
+    """
+    _seed(settings)
+    add_dual_lora(model, settings.target_modules, mode="neg", **settings.layer_options())
+    return _fit(DualLoRATrainer, model, wrong, pad_id, out, settings)
+
+
+def train_nat(
+    model: PreTrainedModel,
+    right: RationaleDataset,
+    negative: str | os.PathLike | Mapping[str, torch.Tensor],
+    pad_id: int,
+    out: str | os.PathLike,
+    settings: Settings,
+) -> History:
+    """Stage 2 (NAT): positive LoRA, gate and value on right rationales, over the frozen negative LoRA `negative`.
+
+    Args:
+        model: a causal language model without dual LoRA; changed in place. negative: a PEFT adapter (stage 1's).
+    Source: arXiv 2312.12832, section 3.2.
+    """
+    _seed(settings)
+    add_dual_lora(model, settings.target_modules, negative, mode="mix", **settings.layer_options())
+    return _fit(DualLoRATrainer, model, right, pad_id, out, settings)
+
+
+def distil_nce(
+    teacher: PreTrainedModel, right: RationaleDataset, pad_id: int, out: str | os.PathLike, settings: Settings
+) -> tuple[PreTrainedModel, History]:
+    """Stage 3 (NCE): distil the NAT model into one LoRA with the negative calibrated enhancement loss.
+
+    Args:
+        teacher: the NAT model (dual LoRA layers of stage 2). Its frozen base is shared with the student, not copied.
+    Returns:
+        (student, losses): the student is the base model with dual LoRA layers in mode "pos".
+    Source: arXiv 2312.12832, section 3.3.
+    """
+    _seed(settings)
+    student = _student(teacher, settings)
+    options = {
+        "alpha": settings.nce_alpha,
+        "temperature": settings.nce_temperature,
+        "offset": settings.nce_offset,
+        "teachers": DualTeacher(teacher),
+    }
+    return student, _fit(NCETrainer, student, right, pad_id, out, settings, **options)
+
+
+def plain_lora(
+    model: PreTrainedModel, right: RationaleDataset, pad_id: int, out: str | os.PathLike, settings: Settings
+) -> History:
+    """The baseline: one LoRA on right rationales with cross-entropy alone (dual LoRA layers in mode "pos")."""
+    _seed(settings)
+    add_dual_lora(model, settings.target_modules, mode="pos", **_single_lora(settings))
+    return _fit(DualLoRATrainer, model, right, pad_id, out, settings)
+
+
+def _single_lora(settings: Settings) -> dict[str, Any]:
+    # "released" starts B_pos at zero, as a plain LoRA does; gate and value play no part in mode "pos"
+    options = settings.layer_options() | {"variant": "released", "gate_dim": 1, "value_dim": 1}
+    return options | {"rank_neg": 1}
+
+
+def _student(teacher: PreTrainedModel, settings: Settings) -> PreTrainedModel:
+    """A copy of the teacher's base model that shares every frozen tensor, with fresh layers in mode "pos"."""
+    layers = dual_lora_layers(teacher)
+    own = {id(p) for layer in layers.values() for p in layer.parameters(recurse=False)}
+    shared = {id(t): t for t in (*teacher.parameters(), *teacher.buffers()) if id(t) not in own}
+    student = copy.deepcopy(teacher, memo=shared)
+    for path, layer in dual_lora_layers(student).items():
+        parent, _, name = path.rpartition(".")
+        setattr(student.get_submodule(parent), name, layer.base)
+    student.__dict__.pop("_dual_lora_restore", None)
+    return add_dual_lora(student, settings.target_modules, mode="pos", **_single_lora(settings))
+
+
+def _seed(settings: Settings) -> None:
+    torch.manual_seed(settings.seed)
+
+
+def _fit(
+    trainer_class: type[DualLoRATrainer],
+    model: nn.Module,
+    dataset: RationaleDataset,
+    pad_id: int,
+    out: str | os.PathLike,
+    settings: Settings,
+    **options: Any,
+) -> History:
+    trainer = trainer_class(
+        model=model,
+        args=settings.arguments(out),
+        train_dataset=dataset,
+        data_collator=RightPadding(pad_id),
+        **options,
+    )
+    last = get_last_checkpoint(os.fspath(out)) if Path(out).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    return [entry for entry in trainer.state.log_history if "loss" in entry]

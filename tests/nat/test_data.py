@@ -1,0 +1,90 @@
+"""Rows, grading and tokenised examples."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+import torch
+
+from calm_fast.nat import Example, RationaleDataset, read_rows, split_rationales
+from calm_fast.nat.data import IGNORE, RightPadding
+
+
+def test_rows_are_read_plain_and_gzipped(tmp_path, rows_file) -> None:
+    plain = read_rows(rows_file)
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(rows_file.read_bytes()))
+    assert read_rows(packed) == plain and len(plain) == 24
+    assert read_rows(rows_file, limit=3) == plain[:3]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[]", "line 2: expected an object"),
+        (json.dumps({"question": "q", "answer": 3, "generated_answer": []}), "line 2: `answer` must be a string"),
+        (json.dumps({"question": "q", "answer": "a"}), "`generated_answer` must be a list of strings"),
+        (json.dumps({"question": "q", "answer": "a", "generated_answer": [1]}), "`generated_answer`"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, line, message) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text(json.dumps({"question": "q", "answer": "a", "generated_answer": []}) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_rows(file)
+
+
+def test_rationales_are_split_by_their_answer_once_each() -> None:
+    row = {
+        "question": "q",
+        "answer": r"so \boxed{\frac{1}{2}}",
+        "generated_answer": [r"\boxed{0.5}", r"\boxed{0.5}", r"\boxed{2}", "no answer at all"],
+    }
+    unanswerable = {"question": "p", "answer": "?", "generated_answer": [r"\boxed{1}"]}
+    right, wrong = split_rationales([row, unanswerable], progress=False)
+    assert right == [Example("q", r"\boxed{0.5}")]
+    assert wrong == [Example("q", r"\boxed{2}"), Example("q", "no answer at all")]
+
+
+def test_the_loss_covers_the_rationale_and_the_end(tiny) -> None:
+    _, tok, rows = tiny
+    example = Example(rows[5]["question"], rows[5]["generated_answer"][0])
+    item = RationaleDataset([example], tok)[0]
+    covered = [i for i, label in zip(item["input_ids"], item["labels"], strict=True) if label != IGNORE]
+    assert tok.decode(covered[:-1]) == example.rationale and covered[-1] == tok.eos_token_id
+    assert tok.decode(item["input_ids"][: -len(covered)]) == example.question + "\n"
+    assert all(label in (IGNORE, i) for i, label in zip(item["input_ids"], item["labels"], strict=True))
+
+
+def test_long_examples_keep_half_the_window_for_the_question(tiny) -> None:
+    _, tok, _ = tiny
+    item = RationaleDataset([Example("What is " * 50, "We add: " * 50)], tok, max_length=20)[0]
+    assert len(item["input_ids"]) == len(item["labels"]) == 20
+    assert item["labels"][:10] == [IGNORE] * 10 and IGNORE not in item["labels"][10:]
+
+
+def test_batches_are_padded_on_the_right(tiny) -> None:
+    _, tok, rows = tiny
+    data = RationaleDataset([Example("What", "We"), Example(rows[0]["question"], "We add")], tok)
+    batch = RightPadding(tok.pad_token_id)([data[0], data[1]])
+    lengths = [len(data[0]["input_ids"]), len(data[1]["input_ids"])]
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, max(lengths))
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    padded = ~batch["attention_mask"].bool()
+    assert padded.any() and (batch["input_ids"][padded] == tok.pad_token_id).all()
+    assert (batch["labels"][padded] == IGNORE).all() and batch["input_ids"].dtype == torch.int64
+
+
+def test_empty_data_and_tokenizers_without_end_are_refused(tiny) -> None:
+    _, tok, _ = tiny
+    with pytest.raises(ValueError, match="`examples` must hold"):
+        RationaleDataset([], tok)
+
+    class NoEnd:
+        eos_token_id = None
+
+    with pytest.raises(ValueError, match="end-of-sequence"):
+        RationaleDataset([Example("q", "r")], NoEnd())

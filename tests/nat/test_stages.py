@@ -1,0 +1,181 @@
+"""The three stages train what they should, on tiny models, and survive interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from calm_fast import nat
+from calm_fast.hf.dual_lora import add_dual_lora, dual_lora_layers, save_lora_adapter
+from calm_fast.nat import stages
+from calm_fast.nat.data import IGNORE, RationaleDataset, RightPadding, split_rationales
+from calm_fast.nat.trainer import DualTeacher, NCETrainer, head_of, hidden_states
+from calm_fast.reference.linear_nce import linear_nce_reference
+
+FAST = nat.Settings(
+    steps=12, batch_size=4, learning_rate=5e-3, warmup=2, rank=2, gate_dim=4, value_dim=4, save_every=5, progress=False
+)
+
+
+@pytest.fixture
+def datasets(tiny):
+    _, tok, rows = tiny
+    return [RationaleDataset(side, tok) for side in split_rationales(rows, progress=False)]
+
+
+def _frozen(model) -> dict[str, torch.Tensor]:
+    own = {f"{path}.{n}" for path, layer in dual_lora_layers(model).items()
+           for n, _ in layer.named_parameters(recurse=False)}  # fmt: skip
+    return {n.replace(".base.", "."): p.detach().clone() for n, p in model.named_parameters() if n not in own}
+
+
+def _same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_each_stage_trains_its_part_and_nothing_else(tiny, datasets, tmp_path) -> None:
+    make, tok, _ = tiny
+    right, wrong = datasets
+    base = _frozen(make())
+
+    negative = make()
+    losses = stages.train_negative(negative, wrong, tok.pad_token_id, tmp_path / "1", FAST)
+    assert losses[-1]["loss"] < losses[0]["loss"]
+    assert _same(_frozen(negative), base)
+    stages_adapter = tmp_path / "negative"
+    save_lora_adapter(negative, stages_adapter, "neg")
+    trained_neg = {p: layer.lora_b_neg.detach().clone() for p, layer in dual_lora_layers(negative).items()}
+    assert all(b.abs().max() > 0 for b in trained_neg.values())
+
+    teacher = make()
+    losses = stages.train_nat(teacher, right, stages_adapter, tok.pad_token_id, tmp_path / "2", FAST)
+    assert losses[-1]["loss"] < losses[0]["loss"]
+    assert _same(_frozen(teacher), base)
+    for path, layer in dual_lora_layers(teacher).items():
+        assert torch.equal(layer.lora_b_neg, trained_neg[path])  # the negative LoRA stays frozen
+        assert layer.value_up.abs().max() > 0  # integration was trained
+
+    before = {n: p.detach().clone() for n, p in teacher.named_parameters()}
+    student, losses = stages.distil_nce(teacher, right, tok.pad_token_id, tmp_path / "3", FAST)
+    assert losses[-1]["loss"] < losses[0]["loss"]
+    assert _same({n: p.detach() for n, p in teacher.named_parameters()}, before)
+    assert all(layer.mode == "pos" and layer.lora_b_pos.abs().max() > 0 for layer in dual_lora_layers(student).values())
+    head, teachers_head = (m.get_output_embeddings().weight for m in (student, teacher))
+    assert head is teachers_head  # the frozen base is shared
+
+
+def test_the_nce_loss_is_the_definition_on_the_models_logits(tiny, datasets, tmp_path) -> None:
+    make, tok, _ = tiny
+    right, _ = datasets
+    teacher = add_dual_lora(make(), FAST.target_modules, rank=2, gate_dim=4, value_dim=4)
+    torch.manual_seed(4)
+    for layer in dual_lora_layers(teacher).values():
+        for p in layer.parameters(recurse=False):
+            torch.nn.init.normal_(p, std=0.3)
+    student = stages._student(teacher, FAST)
+    batch = RightPadding(tok.pad_token_id)(right.items[:5])
+    options = {"alpha": 0.3, "temperature": 2.0, "offset": 0.7}
+    trainer = NCETrainer(
+        model=student, args=FAST.arguments(tmp_path), train_dataset=right, teachers=DualTeacher(teacher), **options
+    )
+    got = trainer.compute_loss(student, batch)
+
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        streams = {"student": hidden_states(student, ids, mask)}
+        for mode in ("mix", "neg"):
+            for layer in dual_lora_layers(teacher).values():
+                layer.set_mode(mode)
+            streams[mode] = hidden_states(teacher, ids, mask)
+    flat = [streams[k][:, :-1].reshape(-1, 32).double() for k in ("student", "mix", "neg")]
+    targets = batch["labels"][:, 1:].reshape(-1)
+    seq_ids = torch.arange(5).repeat_interleave(ids.shape[1] - 1)
+    weight, bias, softcap = head_of(student)
+    want = linear_nce_reference(*flat, weight.double(), targets, seq_ids, *options.values(), bias, softcap, IGNORE)
+    torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
+    got.backward()
+    assert all(layer.lora_a_pos.grad is not None for layer in dual_lora_layers(student).values())
+
+
+def test_an_interrupted_stage_resumes_to_the_same_weights(tiny, datasets, tmp_path, monkeypatch) -> None:
+    make, tok, _ = tiny
+    _, wrong = datasets
+
+    def weights(model):
+        return {n: p.detach().clone() for n, p in model.named_parameters() if "_neg" in n}
+
+    whole = make()
+    stages.train_negative(whole, wrong, tok.pad_token_id, tmp_path / "whole", FAST)
+
+    original, calls = stages.DualLoRATrainer.training_step, []
+
+    def dies(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(stages.DualLoRATrainer, "training_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        stages.train_negative(make(), wrong, tok.pad_token_id, tmp_path / "cut", FAST)
+    monkeypatch.setattr(stages.DualLoRATrainer, "training_step", original)
+    saved = load_file(tmp_path / "cut" / "checkpoint-5" / "dual_lora.safetensors")
+    assert saved and all(".base." not in name and "embed" not in name for name in saved)
+    resumed = make()
+    stages.train_negative(resumed, wrong, tok.pad_token_id, tmp_path / "cut", FAST)
+    assert _same(weights(resumed), weights(whole))
+
+
+def test_run_does_all_stages_and_repeats_none(model_folder, rows_file, tmp_path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr("calm_fast.nat.pipeline.train_nat", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        nat.run(rows_file, model_folder, out, FAST)
+    monkeypatch.undo()
+    first = (out / "negative" / "adapter_model.safetensors").stat().st_mtime_ns
+    results = nat.run(rows_file, model_folder, out, FAST)
+    assert (out / "negative" / "adapter_model.safetensors").stat().st_mtime_ns == first
+    assert set(results["losses"]) == {"negative", "nat", "student"}
+    assert results["examples"] == {"right": 24, "wrong": 24}
+    assert len(results["gates"]) == 4 and all(0 < g["mean"] < 1 for g in results["gates"].values())
+    assert json.loads((out / "results.json").read_text()) == results
+    for file in ("negative/adapter_config.json", "nat/dual_lora.safetensors", "student/adapter_model.safetensors"):
+        assert (out / file).is_file()
+    again = tmp_path / "again"
+    assert nat.run(rows_file, model_folder, again, FAST)["losses"] == results["losses"]
+    for file in (
+        "negative/adapter_model.safetensors",
+        "nat/dual_lora.safetensors",
+        "student/adapter_model.safetensors",
+    ):
+        assert _same(load_file(out / file), load_file(again / file)), file
+
+
+def test_run_refuses_another_runs_folder_and_one_sided_data(model_folder, rows_file, tmp_path) -> None:
+    out = tmp_path / "out"
+    one_sided = tmp_path / "right.jsonl"
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    one_sided.write_text("".join(json.dumps(r | {"generated_answer": r["generated_answer"][:1]}) + "\n" for r in rows))
+    with pytest.raises(ValueError, match="holds no wrong rationale"):
+        nat.run(one_sided, model_folder, out, FAST)
+    with pytest.raises(ValueError, match="`out` holds a run with other settings, data"):
+        nat.run(rows_file, model_folder, out, dataclasses.replace(FAST, seed=1))
+
+
+def test_a_head_that_scales_its_logits_is_refused(tiny) -> None:
+    make, _, _ = tiny
+    model = make()
+    forward = model.forward
+
+    def scaled(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        outputs.logits = outputs.logits * 3
+        return outputs
+
+    model.forward = scaled
+    with pytest.raises(ValueError, match="not its LM head's product"):
+        head_of(model)
