@@ -60,7 +60,7 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
             augmenters = [AutoModelForCausalLM.from_config(sub) for sub in config.augmenter_configs]
         self.signatures = [Signature.of(model) for model in (anchor, *augmenters)]
         self.pairs = [(i, a, b) for i, pairs in enumerate(config.connections) for a, b in pairs]
-        self.depths = [max(1, 1 + max(a for a, _ in pairs)) for pairs in config.connections]
+        depths = [max(1, 1 + max(a for a, _ in pairs)) for pairs in config.connections]
 
         config.anchor_layers, anchor_layers = find_layers(anchor, config.anchor_layers)
         found = [find_layers(m, path) for m, path in zip(augmenters, config.augmenter_layers, strict=True)]
@@ -70,7 +70,7 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         self.anchor = anchor
         self.augmenters = nn.ModuleList(
             truncated_view(model, path, depth)
-            for model, (path, _), depth in zip(augmenters, found, self.depths, strict=True)
+            for model, (path, _), depth in zip(augmenters, found, depths, strict=True)
         )
         self.connections = nn.ModuleList(self._connection(i, anchor_layers[max(b, 0)]) for i, _, b in self.pairs)
         self.by_layer = {b: [c for c, pair in enumerate(self.pairs) if pair[2] == b] for _, _, b in self.pairs}

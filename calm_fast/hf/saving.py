@@ -77,7 +77,7 @@ class CompositionFiles:
         os.makedirs(save_directory, exist_ok=True)
         state_dict = self.state_dict() if state_dict is None else state_dict
         # a clone each: safetensors refuses tensors that share memory
-        own = {name: t.detach().cpu().contiguous().clone() for name, t in state_dict.items() if PREFIX in name[:12]}
+        own = {name: t.detach().cpu().contiguous().clone() for name, t in state_dict.items() if name.startswith(PREFIX)}
         metadata = {"format": "pt", VERSION_KEY: str(FORMAT_VERSION)}
         save_file(own, os.path.join(save_directory, SAFE_WEIGHTS_NAME), metadata=metadata)
         self.config.architectures = [type(self).__name__]
