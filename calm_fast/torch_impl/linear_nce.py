@@ -135,7 +135,7 @@ def linear_nce_torch_bwd(
                 dz = _dlogits(tiles, (student[r], nat[r]), c, lse[:, r], hard[r], soft[r], temperature, targets[r])
                 chunk[_within(r, chunk_rows), _within(c, chunk_columns)] = dz
         gradients.add(chunk_rows, chunk_columns, chunk)
-    dstudent, dweight, dbias = gradients.results(bias)
+    dstudent, dweight, dbias = gradients.results()
     if rows is not None and needs[0]:
         dstudent = dstudent.new_zeros(full.shape).index_copy_(0, rows, dstudent)
     return dstudent, dweight, dbias

@@ -175,11 +175,8 @@ class Gradients:
         if self.dbias is not None:
             self.dbias[columns] += dlogits.sum(dim=0, dtype=self.compute)
 
-    def results(self, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(dhidden, dweight, dbias) in the inputs' dtypes; an empty tensor for what was not wanted."""
-        nothing = self.weight.new_empty(0)
-        return (
-            nothing if self.dhidden is None else self.dhidden.to(self.hidden.dtype),
-            nothing if self.dweight is None else self.dweight,
-            nothing if self.dbias is None or bias is None else self.dbias.to(bias.dtype),
-        )
+    def results(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(dhidden, dweight, dbias) in the inputs' dtype; an empty tensor for what was not wanted."""
+        found = (self.dhidden, self.dweight, self.dbias)
+        dhidden, dweight, dbias = (self.weight.new_empty(0) if g is None else g.to(self.weight.dtype) for g in found)
+        return dhidden, dweight, dbias
