@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from calm_fast import ops
 from calm_fast.hf.dual_lora import dual_lora_layers, save_dual_lora
 from calm_fast.nat.data import IGNORE
+from calm_fast.ops.linear_nce import linear_nce
 
 _WEIGHTS = "dual_lora.safetensors"
 
@@ -118,7 +118,7 @@ class NCETrainer(DualLoRATrainer):
         weight, bias, softcap = self.head
         kept_rows = rows[keep]
         _, seq_ids = torch.unique(kept_rows, return_inverse=True)
-        loss = ops.linear_nce(*streams, weight, targets[keep], seq_ids, bias=bias, softcap=softcap, **self.options)
+        loss = linear_nce(*streams, weight, targets[keep], seq_ids, bias=bias, softcap=softcap, **self.options)
         return (loss, {"loss": loss}) if return_outputs else loss
 
 
