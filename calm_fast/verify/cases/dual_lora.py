@@ -106,7 +106,7 @@ class DualLoRACases:
         return found | options | {"dout": dout}
 
     def run(self, inputs: Inputs, impl: str) -> Values:
-        from calm_fast.ops.dual_lora import dual_lora
+        from calm_fast.ops import dual_lora
 
         def call(*tensors: torch.Tensor) -> torch.Tensor:
             options = {"scaling": inputs["scaling"], "activation": inputs["activation"]}

@@ -1,0 +1,125 @@
+"""Backward kernels of dual_lora: through the gate, and through the released form's two gelus.
+
+R = R_pos + R_neg columns, positive first; zg (T, 2R) = [z, g]. Derivation: docs/kernels/dual_lora.md.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .dual_lora_fwd import load_tile, lora_hidden, negative_share, normal_cdf, sigmoid
+
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _dual_lora_gate_bwd_kernel(
+    dmix_ptr,  # (T, R): gradient of the gated z; of z itself, past the gate, where dlogit is given
+    dlogit_ptr,  # (T,) float32 gradient of the gate's logit, or None
+    zg_ptr,  # (T, 2R)
+    dzg_ptr,  # (T, 2R), written
+    mix_ptr,  # (T, R), written: z weighted by the gate; None where dlogit is given
+    stride_dmix,
+    stride_zg,
+    T,
+    R: tl.constexpr,
+    R_POS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_DLOGIT: tl.constexpr,
+):
+    """dz = weight dmix + dlogit g, dg = dlogit z, with dlogit = p (1 - p) (dmix_neg . z_neg - dmix_pos . z_pos)."""
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    inside = first_row + rows < T
+    zg_base = zg_ptr + first_row * stride_zg
+    dmix_base = dmix_ptr + first_row * stride_dmix
+    dzg_base = dzg_ptr + first_row * (2 * R)
+
+    if HAS_DLOGIT:
+        dlogit = tl.load(dlogit_ptr + first_row + rows, mask=inside, other=0.0)
+    else:
+        logit = tl.zeros((BLOCK_M,), tl.float32)
+        dp = tl.zeros((BLOCK_M,), tl.float32)
+        for first in tl.range(0, R, BLOCK_R):
+            cols = first + tl.arange(0, BLOCK_R)
+            z = load_tile(zg_base, rows, stride_zg, inside, cols, R).to(tl.float32)
+            g = load_tile(zg_base + R, rows, stride_zg, inside, cols, R).to(tl.float32)
+            dmix = load_tile(dmix_base, rows, stride_dmix, inside, cols, R).to(tl.float32)
+            logit += tl.sum(z * g, 1)
+            dp += tl.sum(tl.where((cols < R_POS)[None, :], -dmix * z, dmix * z), 1)
+        p_neg = sigmoid(logit)
+        dlogit = p_neg * (1.0 - p_neg) * dp
+
+    for first in tl.range(0, R, BLOCK_R):
+        cols = first + tl.arange(0, BLOCK_R)
+        stored = inside[:, None] & (cols < R)[None, :]
+        z = load_tile(zg_base, rows, stride_zg, inside, cols, R).to(tl.float32)
+        g = load_tile(zg_base + R, rows, stride_zg, inside, cols, R).to(tl.float32)
+        dz = load_tile(dmix_base, rows, stride_dmix, inside, cols, R).to(tl.float32)
+        if not HAS_DLOGIT:
+            weight = tl.where((cols < R_POS)[None, :], 1.5 - p_neg[:, None], p_neg[:, None] - 0.5)
+            dz *= weight
+            mix_ptrs = mix_ptr + first_row * R + rows[:, None] * R + cols[None, :]
+            tl.store(mix_ptrs, (weight * z).to(mix_ptr.dtype.element_ty), mask=stored)
+        dz += dlogit[:, None] * g
+        dg = dlogit[:, None] * z
+        ptrs = dzg_base + rows[:, None] * (2 * R) + cols[None, :]
+        tl.store(ptrs, dz.to(dzg_ptr.dtype.element_ty), mask=stored)
+        tl.store(ptrs + R, dg.to(dzg_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _dual_lora_gelu_bwd_kernel(
+    dmix_ptr,  # (T, H)
+    zg_ptr,  # (T, 2R)
+    u_ptr,  # (T, H)
+    up_ptr,  # (H, R)
+    dpos_ptr,  # (T, H), written: gradient of what the positive gelu saw
+    dneg_ptr,  # (T, H), written
+    dlogit_ptr,  # (T,) float32, written
+    stride_dmix,
+    stride_zg,
+    stride_u,
+    stride_up,
+    T,
+    H,
+    R: tl.constexpr,
+    R_POS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Through mix = (3/2 - p) gelu(h_pos) + (p - 1/2) gelu(h_neg), h_* = u + z_* up_*^T recomputed."""
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    inside = first_row + rows < T
+    zg_base = zg_ptr + first_row * stride_zg
+    p_neg = negative_share(zg_base, rows, stride_zg, inside, R, BLOCK_R)
+    dp = tl.zeros((BLOCK_M,), tl.float32)
+    for start in tl.range(0, H, BLOCK_N):
+        hidden = start + tl.arange(0, BLOCK_N)
+        u = load_tile(u_ptr + first_row * stride_u, rows, stride_u, inside, hidden, H).to(tl.float32)
+        dmix = load_tile(dmix_ptr + first_row * stride_dmix, rows, stride_dmix, inside, hidden, H).to(tl.float32)
+        stored = inside[:, None] & (hidden < H)[None, :]
+        offsets = first_row * H + rows[:, None] * H + hidden[None, :]
+
+        pos = lora_hidden(
+            zg_base, up_ptr, rows, stride_zg, inside, hidden, stride_up, H, u, 0, R_POS, BLOCK_R, PRECISION, INTERPRET
+        )
+        cdf = normal_cdf(pos)
+        dp -= tl.sum(dmix * pos * cdf, 1)
+        dpos = (1.5 - p_neg)[:, None] * dmix * (cdf + pos * INV_SQRT_2PI * tl.exp(-0.5 * pos * pos))
+        tl.store(dpos_ptr + offsets, dpos.to(dpos_ptr.dtype.element_ty), mask=stored)
+
+        neg = lora_hidden(
+            zg_base, up_ptr, rows, stride_zg, inside, hidden, stride_up, H, u, R_POS, R, BLOCK_R, PRECISION, INTERPRET
+        )
+        cdf = normal_cdf(neg)
+        dp += tl.sum(dmix * neg * cdf, 1)
+        dneg = (p_neg - 0.5)[:, None] * dmix * (cdf + neg * INV_SQRT_2PI * tl.exp(-0.5 * neg * neg))
+        tl.store(dneg_ptr + offsets, dneg.to(dneg_ptr.dtype.element_ty), mask=stored)
+    tl.store(dlogit_ptr + first_row + rows, p_neg * (1.0 - p_neg) * dp, mask=inside)

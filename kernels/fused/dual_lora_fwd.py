@@ -1,0 +1,189 @@
+"""Forward kernels of dual_lora: the gated mix of the released form, and the rank update with gate and residual.
+
+R = R_pos + R_neg columns, positive first; zg (T, 2R) = [z, g]. Derivation: docs/kernels/dual_lora.md.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .cross_attention_common import matmul_add
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+
+
+@triton.jit
+def load_tile(base, rows, stride, inside, cols, last_col):
+    """Elements (rows, cols) of a matrix with unit column stride, 0 outside `inside` rows and from last_col on."""
+    return tl.load(
+        base + rows[:, None] * stride + cols[None, :], mask=inside[:, None] & (cols < last_col)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) without an overflow on the way."""
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0.0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def negative_share(zg_base, rows, stride, inside, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """p_neg (rows,) float32: the sigmoid of z . g."""
+    logit = tl.zeros_like(rows).to(tl.float32)
+    for first in tl.range(0, R, BLOCK_R):
+        cols = first + tl.arange(0, BLOCK_R)
+        z = load_tile(zg_base, rows, stride, inside, cols, R).to(tl.float32)
+        g = load_tile(zg_base + R, rows, stride, inside, cols, R).to(tl.float32)
+        logit += tl.sum(z * g, 1)
+    return sigmoid(logit)
+
+
+@triton.jit
+def lora_hidden(
+    zg_base,
+    up_base,
+    rows,
+    stride_zg,
+    inside,
+    hidden,  # row of `up`: a unit of the bottleneck
+    stride_up,
+    H,
+    acc,  # C1 y, (rows, hidden) float32
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """acc + z[:, FIRST:LAST] up[:, FIRST:LAST]^T: what gelu sees of one LoRA."""
+    for first in tl.range(FIRST, LAST, BLOCK_R):
+        cols = first + tl.arange(0, BLOCK_R)
+        z = load_tile(zg_base, rows, stride_zg, inside, cols, LAST)
+        up = load_tile(up_base, hidden, stride_up, hidden < H, cols, LAST)
+        acc = matmul_add(z, tl.trans(up), acc, PRECISION, INTERPRET)
+    return acc
+
+
+@triton.jit
+def normal_cdf(x):
+    return 0.5 + 0.5 * tl.erf(x * SQRT_HALF)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _dual_lora_mix_kernel(
+    zg_ptr,  # (T, 2R)
+    u_ptr,  # (T, H) = C1 y
+    up_ptr,  # (H, R)
+    mix_ptr,  # (T, H), written
+    stride_zg,
+    stride_u,
+    stride_up,
+    stride_mix,
+    T,
+    H,
+    R: tl.constexpr,
+    R_POS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """mix = (p_pos + 1/2) gelu(u + z_pos up_pos^T) + (p_neg - 1/2) gelu(u + z_neg up_neg^T)."""
+    blocks = tl.cdiv(H, BLOCK_N)
+    first_row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M
+    hidden = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
+    inside = first_row + rows < T
+    zg_base = zg_ptr + first_row * stride_zg
+
+    p_neg = negative_share(zg_base, rows, stride_zg, inside, R, BLOCK_R)[:, None]
+    u = load_tile(u_ptr + first_row * stride_u, rows, stride_u, inside, hidden, H).to(tl.float32)
+    pos = lora_hidden(
+        zg_base, up_ptr, rows, stride_zg, inside, hidden, stride_up, H, u, 0, R_POS, BLOCK_R, PRECISION, INTERPRET
+    )
+    neg = lora_hidden(
+        zg_base, up_ptr, rows, stride_zg, inside, hidden, stride_up, H, u, R_POS, R, BLOCK_R, PRECISION, INTERPRET
+    )
+    mix = (1.5 - p_neg) * pos * normal_cdf(pos) + (p_neg - 0.5) * neg * normal_cdf(neg)
+    ptrs = mix_ptr + first_row * stride_mix + rows[:, None] * stride_mix + hidden[None, :]
+    tl.store(ptrs, mix.to(mix_ptr.dtype.element_ty), mask=inside[:, None] & (hidden < H)[None, :])
+
+
+@triton.jit
+def load_mix(
+    a_base,
+    rows,
+    stride,
+    inside,
+    first,
+    p_neg,
+    K: tl.constexpr,
+    R_POS: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Columns first .. first + BLOCK_K of what the rank update multiplies: a itself, or z weighted by the gate."""
+    cols = first + tl.arange(0, BLOCK_K)
+    a = load_tile(a_base, rows, stride, inside, cols, K)
+    if GATED:
+        weight = tl.where((cols < R_POS)[None, :], 1.5 - p_neg[:, None], p_neg[:, None] - 0.5)
+        a = (a.to(tl.float32) * weight).to(a_base.dtype.element_ty)
+    return a
+
+
+@triton.jit(do_not_specialize=["T"])
+def _dual_lora_update_kernel(
+    a_ptr,  # (T, K) the mix, or (T, 2K) = [z, g] where GATED
+    y_ptr,  # (T, N)
+    w_ptr,  # (N, K)
+    out_ptr,  # (T, N), written
+    stride_a,
+    stride_y,
+    stride_w,
+    stride_out,
+    T,
+    N,
+    N_STEP,  # columns of out per program, a multiple of BLOCK_N
+    K: tl.constexpr,
+    R_POS: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """out = y + mix w^T; the mix is read, or made of z and the gate (once per program)."""
+    parts = tl.cdiv(N, N_STEP)
+    first_row = (tl.program_id(0) // parts).to(tl.int64) * BLOCK_M
+    start = tl.program_id(0) % parts * N_STEP
+    rows = tl.arange(0, BLOCK_M)
+    inside = first_row + rows < T
+    a_base = a_ptr + first_row * stride_a
+    y_base = y_ptr + first_row * stride_y
+    out_base = out_ptr + first_row * stride_out
+
+    p_neg = tl.zeros((BLOCK_M,), tl.float32)
+    if GATED:
+        p_neg = negative_share(a_base, rows, stride_a, inside, K, BLOCK_R)
+    if K <= BLOCK_K:  # one chunk: it stays where it is for all columns of out
+        a = load_mix(a_base, rows, stride_a, inside, 0, p_neg, K, R_POS, GATED, BLOCK_K)
+    for first in tl.range(start, tl.minimum(start + N_STEP, N), BLOCK_N):
+        cols = first + tl.arange(0, BLOCK_N)
+        w_base = w_ptr + tl.cast(first, tl.int64) * stride_w
+        w_rows = tl.arange(0, BLOCK_N)
+        acc = load_tile(y_base, rows, stride_y, inside, cols, N).to(tl.float32)
+        if K <= BLOCK_K:
+            w = load_tile(w_base, w_rows, stride_w, cols < N, tl.arange(0, BLOCK_K), K)
+            acc = matmul_add(a, tl.trans(w), acc, PRECISION, INTERPRET)
+        else:
+            for k in tl.range(0, K, BLOCK_K):
+                a = load_mix(a_base, rows, stride_a, inside, k, p_neg, K, R_POS, GATED, BLOCK_K)
+                w = load_tile(w_base, w_rows, stride_w, cols < N, k + tl.arange(0, BLOCK_K), K)
+                acc = matmul_add(a, tl.trans(w), acc, PRECISION, INTERPRET)
+        ptrs = out_base + rows[:, None] * stride_out + cols[None, :]
+        tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (cols < N)[None, :])
