@@ -154,13 +154,17 @@ def _check(
 
 
 def _check_bound(name: str, bound: torch.Tensor, batch: int, m: int, n: int, device: torch.device) -> None:
-    shapes = f"of shape (B, M) = ({batch}, {m}) or (M,) = ({m},)"
+    def shapes() -> str:  # only for a message: under torch.compile, formatting a length makes it a constant
+        return f"of shape (B, M) = ({batch}, {m}) or (M,) = ({m},)"
+
     if not isinstance(bound, torch.Tensor):
-        raise bad_type(_OP, name, f"an int32 tensor {shapes}", bound)
+        raise bad_type(_OP, name, f"an int32 tensor {shapes()}", bound)
     if bound.dtype != torch.int32:
         raise TypeError(f"{_OP}: `{name}` must have dtype int32, got {bound.dtype}")
-    if tuple(bound.shape) not in ((batch, m), (m,)):
-        raise bad_value(_OP, name, shapes, f"shape {tuple(bound.shape)}")
+    # dimension by dimension: comparing whole tuples goes wrong where torch.compile holds lengths as symbols
+    fits = bound.dim() in (1, 2) and bound.shape[-1] == m and (bound.dim() == 1 or bound.shape[0] == batch)
+    if not fits:
+        raise bad_value(_OP, name, shapes(), f"shape {tuple(bound.shape)}")
     if bound.device != device:
         raise bad_value(_OP, name, f"on {device} like q", f"device {bound.device}")
     if bound.numel() and values_checked(bound):

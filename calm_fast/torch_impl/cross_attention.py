@@ -57,10 +57,13 @@ def _with_lse(
     kt = k.to(compute).repeat_interleave(group, dim=1).mT
     vf = v.to(compute).repeat_interleave(group, dim=1)
     outs, lses = [], []
-    for start in range(0, max(q.shape[2], 1), _ROWS):
-        scores = (q[:, :, start : start + _ROWS].to(compute) * scale) @ kt
+    # torch.compile would unroll a loop over blocks, one graph per length: there all rows are one block
+    one_block = torch.compiler.is_compiling() or q.shape[2] <= _ROWS
+    for start in (0,) if one_block else range(0, q.shape[2], _ROWS):
+        rows = slice(None) if one_block else slice(start, start + _ROWS)
+        scores = (q[:, :, rows].to(compute) * scale) @ kt
         if mask is not None:
-            scores = scores.masked_fill(~mask[:, :, start : start + _ROWS], float("-inf"))
+            scores = scores.masked_fill(~mask[:, :, rows], float("-inf"))
         lse = scores.logsumexp(dim=-1)
         # exp(-inf - 0) = 0: a row without keys has weights 0, and no inf - inf on the way
         weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)).exp()
@@ -96,7 +99,7 @@ def cross_attention_torch(
         out, lse = _with_lse(query, key, value, mask, scale)
         return out.transpose(1, 2), lse
 
-    gqa = key.shape[1] != query.shape[1]
+    gqa = True if key.shape[1] != query.shape[1] else False  # SDPA wants a bool, no symbol of torch.compile
     if form is not None:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=form == "causal", scale=scale, enable_gqa=gqa)
         return out.transpose(1, 2), None
