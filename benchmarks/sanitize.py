@@ -41,7 +41,7 @@ def run_call(name: str, device: torch.device, dtype: torch.dtype = torch.float16
         found += torch.autograd.grad(out, leaves, dout)
         expected += torch.autograd.grad(truth, wide, dout.double())
     pairs = zip(found, expected, strict=True)
-    return max(float((a.double() - t).norm() / t.norm()) for a, t in pairs)
+    return max(float((a.detach().double() - t.detach()).norm() / t.detach().norm()) for a, t in pairs)
 
 
 def main() -> int:

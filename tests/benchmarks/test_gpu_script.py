@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from calm_fast._tuning import LaunchConfig
-from calm_fast.benchmarks import tune
+from calm_fast.benchmarks import sanitize, tune
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -71,6 +71,12 @@ def test_without_a_gpu_it_says_so_and_ends(tmp_path):
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_script_passes_shellcheck():
     subprocess.run(["shellcheck", str(SCRIPT)], check=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sanitize.CALLS)
+def test_sanitizer_calls_are_right(name):
+    assert sanitize.run_call(name, torch.device("cuda")) < 1e-2
 
 
 @pytest.mark.parametrize("part", ["fwd", "dkdv", "dq", "decode"])
