@@ -1,4 +1,4 @@
-"""The command line: `calm-fast demo | verify | bench | env`. Heavy imports happen inside the commands."""
+"""The command line: `calm-fast demo | verify | bench | nat | env`. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -108,6 +108,43 @@ def bench(
 
     chosen = [word for name in op or () for word in ("--op", name)]
     raise typer.Exit(run_main(["--suite", suite.value, "--out", str(out), *chosen]))
+
+
+@app.command()
+def nat(
+    data: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="JSONL rows, .gz or plain.")],
+    model: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of a causal language model.")],
+    out: Annotated[Path, typer.Option(help="Folder for adapters, checkpoints and results.json.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each stage.")] = 300,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    rank: Annotated[int, typer.Option(min=1, help="Of both LoRAs.")] = 8,
+    variant: Annotated[str, typer.Option(help="paper or released.")] = "paper",
+    target: Annotated[list[str] | None, typer.Option(help="A layer name; repeat. Default: q_proj, v_proj.")] = None,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens of an example.")] = 512,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many rows.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Learn from wrong rationales: negative LoRA, NAT, then NCE into one LoRA (arXiv 2312.12832).
+
+    Rows have question, answer and generated_answer (list). Rationales count as right if they reach the row's answer.
+    Writes negative/ and student/ (PEFT adapters), nat/ and results.json; the same call goes on where it was stopped.
+    """
+    _folder(out)
+    from calm_fast.nat import Settings, run
+
+    settings = Settings(
+        steps=steps, batch_size=batch_size, learning_rate=lr, rank=rank, variant=variant, seed=seed,
+        target_modules=tuple(target or ("q_proj", "v_proj")),
+    )  # fmt: skip
+    try:
+        results = run(data, model, out, settings, limit=limit, max_length=max_length)
+    except ValueError as problem:
+        raise typer.BadParameter(str(problem)) from problem
+    for stage, losses in results["losses"].items():
+        typer.echo(f"{stage:10} loss {losses[0]['loss']:.4f} -> {losses[-1]['loss']:.4f}")
+    for path, gate in results["gates"].items():
+        typer.echo(f"{path:50} negative share {gate['mean']:.3f} +- {gate['std']:.3f}")
 
 
 @app.command()

@@ -17,7 +17,9 @@ IMPLEMENTATIONS = ("kernels", "torch_impl", "reference")
 OPS = ("ops", *IMPLEMENTATIONS, *HELPERS)
 MODULES = ("modules", *OPS)
 HF = ("hf", *MODULES)
-DOORS = ("experiments", "verify", "benchmarks", "env_report", "cli", *HF)
+CONSISTENCY = ("consistency", *HF)
+NAT = ("nat", *CONSISTENCY)
+DOORS = ("experiments", "verify", "benchmarks", "env_report", "cli", *NAT)
 USERS = ("experiments", "benchmarks", "cli")  # they may `import calm_fast` as anybody else does
 FLOORS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(HELPERS, HELPERS),
@@ -27,6 +29,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "ops": (*IMPLEMENTATIONS, *HELPERS),
     "modules": OPS,
     "hf": MODULES,
+    "consistency": HF,
+    "nat": CONSISTENCY,
     "env_report": OPS,
     "experiments": DOORS,
     "verify": DOORS,
