@@ -74,7 +74,7 @@ BAD = {
     "v dim": ({"v": lambda t: t[..., :6]}, ValueError, "`v` must be of q's head dim 8, got shape (2, 7, 2, 6)"),
     "v keys": ({"v": lambda t: t[:, :6]}, ValueError, "`v` must be of k's shape (2, 7, 2, 8), got shape (2, 6, 2, 8)"),
     "v heads": ({"v": lambda t: t[:, :, :1]}, ValueError, "`v` must be of k's shape (2, 7, 2, 8), got shape"),
-    "no heads": ({"q": lambda t: t[:, :, :0]}, ValueError, "`q` must be of at least one head and head dim 1, got shape"),
+    "no heads": ({"q": lambda t: t[:, :, :0]}, ValueError, "`q` must be of at least one head and head dim 1, got"),
     "no dim": (
         {n: lambda t: t[..., :0] for n in "qkv"},
         ValueError,

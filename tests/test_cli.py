@@ -1,0 +1,182 @@
+"""The command line: help, errors in one line, exit codes, lazy imports; the environment report on broken machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import calm_fast
+from calm_fast import env_report
+from calm_fast.cli import app
+
+COMMANDS = ("demo", "verify", "bench", "env")
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, list(args))
+
+
+def fresh(*args, **kwargs):
+    env = {**os.environ, **kwargs.pop("env", {})}
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=120, env=env, **kwargs)
+
+
+def test_help_lists_every_command():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert all(f"\n  {name} " in result.output for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0 and result.output.startswith("Usage: ")
+
+
+def test_version():
+    result = invoke("--version")
+    assert (result.exit_code, result.output.strip()) == (0, f"calm_fast {calm_fast.__version__}")
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["nonsense"], "nonsense"),
+        (["demo", "--seed", "one"], "--seed"),
+        (["demo", "--seed", "-1"], "--seed"),
+        (["demo", "extra"], "extra"),
+        (["bench", "--suite", "huge"], "--suite"),
+        (["bench", "--op", "attention"], "attention"),
+        (["env", "--yaml"], "--yaml"),
+    ],
+)
+def test_bad_usage_is_one_readable_error_and_exit_2(args, named):
+    result = invoke(*args)
+    assert result.exit_code == 2
+    errors = [line for line in result.output.splitlines() if "rror: " in line]
+    assert len(errors) == 1 and named in errors[0]
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_out_that_cannot_be_a_folder_is_refused_before_the_work(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = invoke(command, "--out", str(tmp_path / "file" / "out"))
+    assert result.exit_code == 2 and "--out: cannot create the folder" in result.output
+
+
+def test_no_command_shows_the_help_and_exits_2():
+    result = invoke()
+    assert result.exit_code == 2 and "Commands:" in result.output
+
+
+def test_demo_passes_its_options_on(monkeypatch, tmp_path):
+    from calm_fast.experiments import key_value_arithmetic
+
+    seen = []
+    monkeypatch.setattr(key_value_arithmetic, "run", lambda out, seed: seen.append((out, seed)))
+    assert invoke("demo", "--out", str(tmp_path / "a" / "b"), "--seed", "7").exit_code == 0
+    assert seen == [(tmp_path / "a" / "b", 7)] and seen[0][0].is_dir()
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_bench_passes_its_options_and_exit_code_on(code, monkeypatch, tmp_path):
+    from calm_fast.benchmarks import run
+
+    seen = []
+    monkeypatch.setattr(run, "main", lambda argv: seen.append(argv) or code)
+    args = ["--suite", "full", "--op", "cross_attention", "--op", "vote", "--out", str(tmp_path)]
+    assert invoke("bench", *args).exit_code == code
+    assert seen == [["--suite", "full", "--out", str(tmp_path), "--op", "cross_attention", "--op", "vote"]]
+    run.parser().parse_args(seen[0][:-2])  # the options exist
+
+
+def test_python_m_calm_fast_is_the_same_program():
+    result = fresh("-m", "calm_fast", "--version")
+    assert (result.returncode, result.stdout.strip()) == (0, f"calm_fast {calm_fast.__version__}")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom calm_fast.cli import app\n"
+        "assert CliRunner().invoke(app, ['demo', '--help']).exit_code == 0\n"
+        "print([m for m in ('torch', 'triton', 'transformers', 'matplotlib') if m in sys.modules])"
+    )
+    result = fresh("-c", code)
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+# ---- the environment report -----------------------------------------------------------------------------------------
+
+
+def test_env_reports_versions_devices_and_implementations():
+    import torch
+
+    report = json.loads(invoke("env", "--json").output)
+    assert report["versions"]["torch"] == torch.__version__
+    assert set(report["implementations"]["cross_attention"]) == {"reference", "torch", "triton", "native"}
+    assert report["implementations"]["cross_attention"]["torch"] == "yes"
+    assert "no compiled library" in report["implementations"]["cross_attention"]["native"]
+    text = invoke("env")
+    assert text.exit_code == 0
+    assert all(word in text.output for word in ("versions", "devices", "implementations that run here", "triton"))
+    assert str(Path.home()) + "/" not in text.output
+
+
+def test_env_says_why_triton_does_not_run_here(monkeypatch):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("Triton does run here: there is a GPU")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    report = env_report.collect()["implementations"]["cross_attention"]
+    assert report["triton"] == "no: CPU tensors need TRITON_INTERPRET=1 in the environment"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    report = env_report.collect()["implementations"]["cross_attention"]
+    assert report["triton"] == "yes, in Triton's CPU interpreter"
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Makes packages that fail to import, ahead of the real ones on the path."""
+
+    def make(*names):
+        for name in names:
+            (tmp_path / name).mkdir()
+            home = Path.home()
+            (tmp_path / name / "__init__.py").write_text(f'raise OSError("{home}/lib/{name}.so: undefined symbol")')
+        root = Path(calm_fast.__file__).parents[1]
+        return {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+
+    return make
+
+
+def test_env_survives_a_broken_torch(broken):
+    result = fresh("-m", "calm_fast.env_report", env=broken("torch"))
+    assert result.returncode == 0, result.stderr
+    assert "torch cannot be imported (OSError: " in result.stdout
+    assert "undefined symbol" in result.stdout and "Traceback" not in result.stderr
+    if str(Path.home()) != "/":
+        assert str(Path.home()) + "/lib" not in result.stdout and "~/lib/torch.so" in result.stdout
+
+
+def test_env_survives_a_broken_triton(broken):
+    env = {**broken("triton"), "TRITON_INTERPRET": "1"}
+    result = fresh("-m", "calm_fast.env_report", "--json", env=env)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert "undefined symbol" in report["broken imports"]["triton"]
+    impls = report["implementations"]["cross_attention"]
+    assert impls["torch"] == "yes"
+    assert impls["triton"].startswith("no: its kernels cannot be imported (OSError")
+
+
+def test_env_module_refuses_unknown_arguments(capsys):
+    assert env_report.main(["--yaml"]) == 2
+    assert "usage: python -m calm_fast.env_report [--json]" in capsys.readouterr().err
