@@ -17,6 +17,7 @@ Definition = Callable[[Inputs, torch.dtype], Values]
 # op stem -> module with `cases(device, suite) -> Sequence[Case]`
 REGISTRY: dict[str, str] = {
     "cross_attention": "calm_fast.benchmarks.cases.cross_attention",
+    "dual_lora": "calm_fast.benchmarks.cases.dual_lora",
 }
 
 SUITES = ("quick", "full")

@@ -1,0 +1,36 @@
+"""What dual_lora is compared with: the released layer's and the paper's formula step by step, and one plain LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+Weights = Mapping[str, torch.Tensor]
+
+
+def formula(w: Weights, x: torch.Tensor, y: torch.Tensor, scale: float, variant: str) -> torch.Tensor:
+    """The layer's output from x (T, d_in) and the base layer's y (T, d_out), every step of the equations a product.
+
+    w: a_pos, b_pos, a_neg, b_neg, w_q, w_k, and w_v or c1 and c2. variant: "released" or "paper".
+    """
+    h_pos = scale * F.linear(F.linear(x, w["a_pos"]), w["b_pos"])
+    h_neg = scale * F.linear(F.linear(x, w["a_neg"]), w["b_neg"])
+    if variant == "released":
+        h_pos, h_neg = y + h_pos, y + h_neg
+    query = F.linear(x, w["w_q"])
+    logits = torch.stack([(query * F.linear(h, w["w_k"])).sum(-1) for h in (h_pos, h_neg)], -1)
+    p_pos, p_neg = logits.softmax(-1).unsqueeze(-2).unbind(-1)
+    if variant == "released":
+        f_pos, f_neg = (F.linear(F.gelu(F.linear(h, w["c1"])), w["c2"]) for h in (h_pos, h_neg))
+        return y + (p_pos + 0.5) * f_pos + (p_neg - 0.5) * f_neg
+    mixed = (p_pos + 0.5) * h_pos + (p_neg - 0.5) * h_neg
+    if "w_v" in w:
+        return y + F.linear(mixed, w["w_v"])
+    return y + F.linear(F.linear(mixed, w["c1"]), w["c2"])
+
+
+def single_lora(w: Weights, x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
+    """What PEFT computes for one LoRA: y + s B (A x)."""
+    return y + F.linear(F.linear(x, w["a_pos"]), w["b_pos"]) * scale

@@ -1,0 +1,252 @@
+"""D1 and D2: a layer with dual LoRA, what it adds to its base layer, and one decoding step of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from calm_fast.benchmarks.baselines.dual_lora import formula, single_lora
+from calm_fast.benchmarks.graphs import graphed
+from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Target, Thunk, Values
+
+OP = "dual_lora"
+SCALE = 2.0
+FROZEN = ("a_neg", "b_neg")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """T tokens of width d, rank R (twice), gate G, value bottleneck m (0: a full W_v).
+
+    added: base's output is an input: what the LoRAs cost on top of it. train: forward and backward.
+    """
+
+    t: int
+    d: int
+    r: int
+    variant: str
+    m: int = 128
+    g: int = 128
+    added: bool = False
+    train: bool = False
+
+    def sizes(self) -> dict[str, int]:
+        return {"T": self.t, "d": self.d, "R": self.r, "G": self.g, "m": self.m}
+
+    def _products(self) -> tuple[int, int]:
+        """FLOPs of the base layer and of the folded rest."""
+        skinny, tail = 8 * self.t * self.d * self.r, 4 * self.t * self.d * self.r
+        if self.variant == "released":
+            tail = 4 * self.t * self.d * self.m + 4 * self.t * self.m * self.r
+        return 0 if self.added else 2 * self.t * self.d**2, skinny + tail
+
+    def flops(self) -> int:
+        base, rest = self._products()
+        return 2 * base + 3 * rest if self.train else base + rest
+
+    def bytes(self, itemsize: int) -> int:
+        """Tokens in and out, the folded factors and, not added, base's weight; training moves them all twice."""
+        tokens = self.t * self.d * (3 if self.added else 2)
+        factors = 6 * self.r * self.d + (2 * self.m * self.d if self.variant == "released" else 0)
+        once = tokens + factors + (0 if self.added else self.d**2)
+        return itemsize * once * (2 if self.train else 1)
+
+
+def _make(s: Shape, dtype: torch.dtype, device: torch.device) -> Callable[[int], Inputs]:
+    def make(seed: int) -> Inputs:
+        g = torch.Generator(device).manual_seed(seed)
+
+        def draw(*shape: int, size: float = 1.0) -> torch.Tensor:
+            return (torch.randn(*shape, generator=g, device=device) * size).to(dtype)
+
+        def weight(rows: int, columns: int) -> torch.Tensor:
+            return draw(rows, columns, size=columns**-0.5)
+
+        d, r = s.d, s.r
+        inputs = {"x": draw(s.t, d), "a_pos": weight(r, d), "b_pos": weight(d, r)}
+        inputs |= {"a_neg": weight(r, d), "b_neg": weight(d, r), "w_k": weight(s.g, d)}
+        inputs["w_q"] = draw(s.g, d, size=(d * s.g) ** -0.5)  # gates that are not all 0 or 1
+        inputs |= {"c1": weight(s.m, d), "c2": weight(d, s.m)} if s.m else {"w_v": weight(d, d)}
+        inputs["y" if s.added else "base"] = draw(s.t, d) if s.added else weight(d, d)
+        if s.train:
+            inputs["dout"] = draw(s.t, d)
+        return inputs
+
+    return make
+
+
+def _thunk(forward: Callable[[torch.Tensor], torch.Tensor], factors: dict[str, nn.Parameter], inputs: Inputs) -> Thunk:
+    """Inference, or a training step: forward, then the gradients of x and of the trained factors."""
+    x = inputs["x"]
+    if "dout" not in inputs:
+
+        def infer() -> Values:
+            with torch.no_grad():
+                return {"out": forward(x)}
+
+        return infer
+    x = x.detach().requires_grad_()
+    leaves = {"x": x} | factors
+
+    def step() -> Values:
+        out = forward(x)
+        grads = torch.autograd.grad(out, list(leaves.values()), inputs["dout"])
+        return {"out": out.detach(), **{f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+
+    return step
+
+
+def _trained(inputs: Inputs, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(inputs[name].detach().clone()) for name in names}
+
+
+def _plain(s: Shape, which: str, compiled: bool = False, graph: bool = False) -> Callable[[Inputs], Thunk]:
+    """The formula of the variant, one LoRA, or nothing but the base layer, from torch's own ops."""
+
+    def prepare(inputs: Inputs) -> Thunk:
+        everything = [n for n in ("a_pos", "b_pos", "w_q", "w_k", "c1", "c2", "w_v") if n in inputs]
+        names = {"formula": everything, "single_lora": ["a_pos", "b_pos"], "base_linear": []}[which]
+        factors = _trained(inputs, names)
+        w = dict(inputs) | factors
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            y = inputs["y"] if s.added else F.linear(x, inputs["base"])
+            if which == "base_linear":
+                return y
+            return single_lora(w, x, y, SCALE) if which == "single_lora" else formula(w, x, y, SCALE, s.variant)
+
+        thunk = _thunk(torch.compile(forward) if compiled else forward, factors, inputs)
+        return graphed(thunk) if graph else thunk
+
+    return prepare
+
+
+class _Given(nn.Module):
+    """A base layer whose output is known."""
+
+    def __init__(self, y: torch.Tensor, d_in: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = d_in, y.shape[-1]
+        self.register_buffer("y", y)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.y
+
+
+def _ours(s: Shape, graph: bool = False) -> Callable[[Inputs], Thunk]:
+    def prepare(inputs: Inputs) -> Thunk:
+        from calm_fast import DualLoRALinear
+
+        x = inputs["x"]
+        if s.added:
+            base: nn.Module = _Given(inputs["y"], s.d)
+        else:
+            base = nn.Linear(s.d, s.d, bias=False, device=x.device, dtype=x.dtype)
+            with torch.no_grad():
+                base.weight.copy_(inputs["base"])
+        layer = DualLoRALinear(
+            base, s.r, SCALE * s.r, gate_dim=s.g, value_dim=s.m or None, variant=s.variant,
+            dtype=x.dtype, device=x.device,
+        )  # fmt: skip
+        parts = {"a_pos": layer.lora_a_pos, "b_pos": layer.lora_b_pos, "a_neg": layer.lora_a_neg}
+        parts |= {"b_neg": layer.lora_b_neg, "w_q": layer.gate_q, "w_k": layer.gate_k}
+        parts |= dict(zip(("c1", "c2") if s.m else ("w_v",), layer.value, strict=True))
+        with torch.no_grad():
+            for name, part in parts.items():
+                part.copy_(inputs[name])
+        thunk = _thunk(layer, {name: part for name, part in parts.items() if name not in FROZEN}, inputs)
+        return graphed(thunk) if graph else thunk
+
+    return prepare
+
+
+def _definition(s: Shape, which: str) -> Definition:
+    def values(inputs: Inputs, dtype: torch.dtype) -> Values:
+        return _plain(s, which)({name: t.to(dtype) for name, t in inputs.items()})()
+
+    return values
+
+
+def layer_case(
+    name: str,
+    s: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    targets: Sequence[Target] = (),
+    *,
+    compiled: bool = False,
+    graph: bool = False,
+    check_tokens: int = 64,
+) -> Case:
+    """One measurement; the baselines next to the formula are the bare base layer and one LoRA (not where `added`).
+
+    Args:
+        compiled: also torch.compile of the formula. graph: everybody as a CUDA graph too (a decoding step).
+        check_tokens: tokens of the correctness check.
+    """
+    kinds = [("formula", _definition(s, "formula"))]
+    if not s.added:
+        kinds += [(which, _definition(s, which)) for which in ("base_linear", "single_lora")]
+    contestants = [Contestant("calm_fast", _ours(s), ours=True)]
+    contestants += [Contestant(which, _plain(s, which), definition=d) for which, d in kinds]
+    if compiled:
+        contestants.append(Contestant("compiled_formula", _plain(s, "formula", compiled=True), definition=kinds[0][1]))
+    if graph:
+        contestants.append(Contestant("calm_fast_graph", _ours(s, graph=True), ours=True))
+        contestants += [Contestant(f"{which}_graph", _plain(s, which, graph=True), definition=d) for which, d in kinds]
+    small = replace(s, t=min(s.t, check_tokens))
+    return Case(
+        OP, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(contestants),
+        kinds[0][1], "calm_fast_graph" if graph else "calm_fast", _make(small, dtype, device), targets,
+    )  # fmt: skip
+
+
+def cases(device: torch.device, suite: str) -> list[Case]:
+    """The cases for `device` in `suite`; the full one adds ranks, whole layers and compiled baselines."""
+    return (_gpu if device.type == "cuda" else _cpu)(device, suite == "full")
+
+
+def _cpu(device: torch.device, full: bool) -> list[Case]:
+    fp32, d1 = torch.float32, {"t": 256, "d": 4096, "r": 8}
+    found = [
+        layer_case(
+            f"d1_added_{name}", Shape(**d1, **kind, added=True), fp32, device, (Target("calm_fast", "formula", least),)
+        )
+        for name, kind, least in (
+            ("released", {"variant": "released"}, 4.0),
+            ("paper", {"variant": "paper"}, 5.0),
+            ("paper_full_value", {"variant": "paper", "m": 0}, 15.0),
+        )
+    ]
+    small = {"t": 1024, "d": 768, "r": 8}
+    for variant in ("released", "paper"):
+        s = Shape(**small, variant=variant, train=True)
+        found.append(layer_case(f"d1_training_{variant}", s, fp32, device, compiled=full))
+        if full:
+            found.append(layer_case(f"d1_layer_{variant}", Shape(**d1, variant=variant), fp32, device, compiled=True))
+            found.append(layer_case(f"d2_decode_{variant}", Shape(**d1 | {"t": 1}, variant=variant), fp32, device))
+    return found
+
+
+def _gpu(device: torch.device, full: bool) -> list[Case]:
+    bf16, found = torch.bfloat16, []
+    layer = (Target("calm_fast", "base_linear", 1 / 1.10), Target("calm_fast", "single_lora", 1.0))
+    step = (
+        Target("calm_fast_graph", "base_linear_graph", 1 / 1.15),
+        Target("calm_fast_graph", "single_lora_graph", 1.0),
+    )
+    for variant in ("released", "paper"):
+        for r in (8, 16, 64) if full else (16,):
+            s = Shape(8192, 4096, r, variant)
+            found.append(layer_case(f"d1_{variant}_r{r}", s, bf16, device, layer, compiled=True))
+            train = replace(s, train=True)
+            faster = (Target("calm_fast", "compiled_formula", 1.0), Target("calm_fast", "single_lora", 1.0))
+            found.append(layer_case(f"d1_training_{variant}_r{r}", train, bf16, device, faster, compiled=True))
+        for t in (1, 16, 64) if full else (1, 64):
+            s = Shape(t, 4096, 16, variant)
+            found.append(layer_case(f"d2_decode_{variant}_t{t}", s, bf16, device, step, graph=True))
+    return found
