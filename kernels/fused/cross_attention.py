@@ -116,9 +116,7 @@ def _problem(
     scale: float,
 ) -> _Problem:
     if q.shape[3] > _MAX_HEAD_DIM:
-        raise ValueError(
-            f"cross_attention: `q` must have a head dim of at most {_MAX_HEAD_DIM}, got {q.shape[3]}"
-        )
+        raise ValueError(f"cross_attention: `q` must have a head dim of at most {_MAX_HEAD_DIM}, got {q.shape[3]}")
     if not scale > 0:
         raise ValueError(f"cross_attention: `scale` must be positive in the Triton kernels, got {scale}")
     return _Problem(_addressable(q), _addressable(k), _addressable(v), lo, hi, causal, scale)
@@ -126,9 +124,7 @@ def _problem(
 
 def _launch(kernel: Any, programs: int, device: torch.device, *args: Any, **kwargs: Any) -> None:
     """Start `programs` programs on the device's current stream."""
-    on_device: Callable[..., Any] = (
-        torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    )
+    on_device: Callable[..., Any] = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device:
         kernel[(programs,)](*args, **kwargs)
 

@@ -141,9 +141,7 @@ def _collect_key_grads(
         # everything is transposed, (keys, queries): p and ds then feed their products straight from registers
         p = tl.exp2(matmul(k, tl.trans(q), PRECISION, INTERPRET) * scale_log2 - lse2[None, :])
         if MASKED:
-            lo, hi, _ = load_interval(
-                lo_ptr, hi_ptr, stride_lom, stride_him, rows, M, N, HAS_LO, HAS_HI, CAUSAL
-            )
+            lo, hi, _ = load_interval(lo_ptr, hi_ptr, stride_lom, stride_him, rows, M, N, HAS_LO, HAS_HI, CAUSAL)
             keys = key_first + tl.arange(0, BLOCK_N)
             p = mask_scores(p, lo[None, :], hi[None, :], keys[:, None], 0.0, HAS_LO)
         dv = matmul_add(p.to(dout.dtype), dout, dv, PRECISION, INTERPRET)

@@ -90,4 +90,3 @@ def pick_config(
     name, arch = _gpu(device.index if device.index is not None else torch.cuda.current_device())
     tuned = tuned_config(_TUNED, name, part, str(dtype).removeprefix("torch."), block_d, shape)
     return tuned or default_config(part, arch, dtype, block_d)
-

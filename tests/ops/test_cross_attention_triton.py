@@ -1,0 +1,260 @@
+"""cross_attention's Triton kernels against the float64 definition: in the interpreter here, on a GPU where one is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from calm_fast.reference.cross_attention import cross_attention_reference
+from calm_fast.verify.cases import op_cases
+from calm_fast.verify.cases.cross_attention import Spec, causal, full, scattered, window
+from calm_fast.verify.numerics import Case, check
+
+pytest.importorskip("triton", reason="the kernels need Triton; it has wheels for Linux only")
+from calm_fast.kernels import cross_attention as kernels
+
+OPS = op_cases("cross_attention")
+LaunchConfig = kernels.LaunchConfig
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALF)
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, kernel_device):
+    """The CPU through the interpreter, or the GPU: one session compiles kernels or interprets them, never both."""
+    if request.param == "interpreter" and kernel_device.type != "cpu":
+        pytest.skip("this session has a GPU: its kernels are compiled")
+    return kernel_device
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fresh memory is full of NaN (or of an absurd integer), so whatever a kernel leaves unwritten shows."""
+    empty = torch.empty
+
+    def filled(*args, **kwargs):
+        t = empty(*args, **kwargs)
+        return t.fill_(math.nan if t.is_floating_point() else -(2**30))
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+def judged(case, device):
+    rows = check(OPS, case, "triton", device)
+    assert len(rows) >= 4
+    wrong = [f"{r.quantity}: error {r.error:.3g} > bound {r.bound:.3g} {r.note}" for r in rows if not r.ok]
+    assert not wrong, f"{case}: {wrong}"
+
+
+def case(name, dtype=torch.float32, **spec):
+    return Case("cross_attention", name, dtype, Spec(**spec))
+
+
+def inputs(device, m=20, n=45, b=2, h=4, hkv=2, d=16, mask=scattered, dtype=torch.float32):
+    return OPS.build(case("", dtype, b=b, m=m, n=n, h=h, hkv=hkv, d=d, mask=mask), device)
+
+
+def forward(i, config=None, **changes):
+    i = {**i, **changes}
+    scale = i["q"].shape[-1] ** -0.5
+    return kernels.launch_cross_attention_fwd(i["q"], i["k"], i["v"], i["lo"], i["hi"], i["causal"], scale, config)
+
+
+def backward(i, out, lse, config=None, **changes):
+    i = {**i, **changes}
+    return kernels.launch_cross_attention_bwd(
+        i["dout"], i["dlse"], i["q"], i["k"], i["v"], out, lse, i["lo"], i["hi"], i["causal"],
+        i["q"].shape[-1] ** -0.5, config,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", OPS.cases(), ids=str)
+def test_triton_meets_the_error_rule_on_the_shared_cases(shared, device):
+    judged(shared, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [16, 24, 64, 80, 128])
+def test_every_head_dim_and_dtype(d, dtype, device):
+    judged(case(f"d{d}", dtype, b=1, m=19, n=37, h=2, hkv=1, d=d, mask=scattered), device)
+
+
+@pytest.mark.parametrize("d", [1, 3, 256])
+def test_extreme_head_dims(d, device):
+    judged(case(f"d{d}", b=1, m=17, n=35, h=1, d=d, mask=causal), device)
+
+
+@pytest.mark.parametrize("m, n", [(1, 1), (1, 53), (53, 1), (17, 31), (67, 71), (71, 67)])
+@pytest.mark.parametrize("mask", [full, causal, scattered, window], ids=lambda f: f.__name__)
+def test_prime_and_single_sizes(m, n, mask, device):
+    judged(case(f"{m}x{n}", b=1, m=m, n=n, h=1, d=16, mask=mask), device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", [full, causal, scattered], ids=lambda f: f.__name__)
+def test_decode_over_several_splits(mask, dtype, device):
+    judged(case("decode", dtype, b=2, m=3, n=211, h=6, hkv=2, d=24, mask=mask), device)
+
+
+def only(side):
+    def make(b, m, n, g):
+        return {side: scattered(b, m, n, g)[side]}
+
+    make.__name__ = f"only {side}"
+    return make
+
+
+@pytest.mark.parametrize("side", ["lo", "hi"])
+@pytest.mark.parametrize("m", [1, 40])
+def test_one_sided_intervals(side, m, device):
+    judged(case(side, b=2, m=m, n=99, h=4, hkv=2, d=16, mask=only(side)), device)
+
+
+def blocks_apart(b, m, n, g):
+    """Tiles that see everything between tiles that see little: the unmasked run of a key block ends and resumes."""
+    tile = torch.arange(m) // 16
+    lo = torch.where(tile % 3 == 1, n // 2, 0).expand(b, m)
+    hi = torch.where(tile % 3 == 2, n // 3, n).expand(b, m)
+    return {"lo": lo.int(), "hi": hi.int()}
+
+
+def test_full_query_tiles_that_do_not_adjoin(device):
+    judged(case("apart", b=1, m=130, n=100, h=2, hkv=1, d=16, mask=blocks_apart), device)
+
+
+def test_sharp_scores_do_not_overflow(device):
+    spec = replace(case("", b=1, m=20, n=70, h=1, d=16, mask=full).spec, magnitude=40.0)
+    judged(Case("cross_attention", "sharp", torch.float32, spec), device)
+
+
+@pytest.mark.parametrize("m", [2, 20])
+def test_rows_without_keys_give_exact_zeros(m, device):
+    i = inputs(device, m=m)
+    i["lo"], i["hi"] = torch.full_like(i["lo"], 7), torch.full_like(i["hi"], 7)
+    out, lse = forward(i)
+    assert torch.equal(out, torch.zeros_like(out)) and bool((lse == -math.inf).all())
+    # whatever arrives at such rows through lse (log of an empty sum has no finite derivative) goes no further
+    grads = backward(i, out, lse, dlse=torch.full_like(lse, math.nan))
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+
+
+def test_rows_without_keys_beside_rows_that_see_everything(device):
+    """Inside an unmasked block the empty row must not count, forward or backward."""
+    i = inputs(device, b=1, m=20, n=64)
+    lo, hi = torch.zeros_like(i["lo"]), torch.full_like(i["hi"], 64)
+    hi[0, 5] = 0
+    i |= {"lo": lo, "hi": hi}
+    out, lse = forward(i)
+    assert bool((out[0, 5] == 0).all()) and bool((lse[0, :, 5] == -math.inf).all())
+    dq, dk, dv = backward(i, out, lse)
+    keep = torch.arange(20, device=device) != 5
+    j = {name: i[name][:, keep] for name in ("q", "dout", "lo", "hi")} | {"dlse": i["dlse"][..., keep]}
+    _, dk_without, dv_without = backward(i, out[:, keep], lse[..., keep].contiguous(), **j)
+    assert bool((dq[0, 5] == 0).all())
+    torch.testing.assert_close(dk, dk_without)
+    torch.testing.assert_close(dv, dv_without)
+
+
+@pytest.mark.parametrize("m", [3, 20])
+def test_empty_tensors(m, device):
+    i = inputs(device, m=m)
+    none = {name: i[name][:, :0] for name in ("k", "v")} | {"lo": None, "hi": None}
+    out, lse = forward(i, **none)
+    assert bool((out == 0).all()) and bool((lse == -math.inf).all())
+    assert bool((backward(i, out, lse, **none)[0] == 0).all())
+    none = {name: i[name][:, :0] for name in ("q", "dout", "lo", "hi")} | {"dlse": i["dlse"][..., :0]}
+    out, lse = forward(i, **none)
+    assert out.shape[1] == 0 and lse.shape[2] == 0
+    assert all(bool((g == 0).all()) for g in backward(i, out, lse, **none))
+
+
+@pytest.mark.parametrize("m", [3, 20])
+def test_a_nan_query_stays_in_its_row(m, device):
+    i = inputs(device, m=m, mask=full)
+    clean, clean_lse = forward(i)
+    i["q"][1, 2, 3, 0] = math.nan
+    out, lse = forward(i)
+    assert bool(out[1, 2, 3].isnan().all()) and bool(lse[1, 3, 2].isnan())
+    out[1, 2, 3], lse[1, 3, 2] = clean[1, 2, 3], clean_lse[1, 3, 2]
+    assert torch.equal(out, clean) and torch.equal(lse, clean_lse)
+
+
+@pytest.mark.parametrize("m", [3, 20])
+def test_strides_do_not_change_a_bit(m, device):
+    i = inputs(device, m=m)
+    out, lse = forward(i)
+    grads = backward(i, out, lse)
+    last = {name: i[name].transpose(1, 3).contiguous().transpose(1, 3) for name in ("q", "k", "v", "dout")}
+    wide = {name: torch.stack([i[name], i[name]], 3)[..., 0, :] for name in ("q", "k", "v", "dout")}
+    bounds = {name: i[name].t().contiguous().t() for name in ("lo", "hi")}
+    for changes in (last, wide, bounds):
+        again = forward(i, **changes)
+        assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+        assert all(torch.equal(a, b) for a, b in zip(backward(i, *again, **changes), grads, strict=True))
+
+
+def test_expanded_inputs(device):
+    i = inputs(device, b=1, hkv=1, n=30)
+    shared = {name: i[name].expand(2, *i[name].shape[1:]) for name in ("q", "k", "v", "lo", "hi")}
+    shared["dout"] = torch.ones((), device=device).expand(2, 20, 4, 16)  # what out.sum() sends back
+    out, lse = forward(i, **shared)
+    grads = backward(i, out, lse, **shared, dlse=torch.ones((), device=device).expand(2, 4, 20))
+    assert torch.equal(out[0], out[1]) and all(torch.equal(g[0], g[1]) for g in grads)
+    truth, _ = cross_attention_reference(*(i[x].double() for x in ("q", "k", "v")), i["lo"], i["hi"])
+    torch.testing.assert_close(out[:1].double(), truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("m", [3, 20])
+def test_the_same_bits_every_time(m, device):
+    i = inputs(device, m=m, dtype=torch.bfloat16)
+    repeats = 20 if device.type == "cuda" else 3
+    first = forward(i)
+    grads = backward(i, *first)
+    for _ in range(repeats):
+        again = forward(i)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(backward(i, *again), grads, strict=True))
+
+
+@pytest.mark.parametrize("m", [2, 20])
+def test_a_row_does_not_depend_on_batch_neighbours_or_unseen_keys(m, device):
+    i = inputs(device, m=m)
+    out, lse = forward(i)
+    alone = {name: i[name][1:] for name in ("q", "k", "v", "lo", "hi")}
+    assert torch.equal(forward(i, **alone)[0], out[1:])
+    # keys behind every interval, and other intervals for the other rows of the tile
+    longer = {name: torch.cat([i[name], torch.randn_like(i[name])], 1) for name in ("k", "v")}
+    assert torch.equal(forward(i, **longer)[0], out)
+    lo, hi = i["lo"].clone(), i["hi"].clone()
+    lo[:, 1:], hi[:, 1:] = 0, 45
+    again, again_lse = forward(i, lo=lo, hi=hi)
+    assert torch.equal(again[:, 0], out[:, 0]) and torch.equal(again_lse[..., 0], lse[..., 0])
+
+
+CONFIGS = [LaunchConfig(16, 16, 4, 1), LaunchConfig(64, 32, 4, 2), LaunchConfig(32, 64, 8, 1)]
+CONFIGS += [LaunchConfig(32, 16, 4, 1, split_keys=32)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_other_tiles_give_the_same_attention(config, device):
+    i = inputs(device)
+    out, lse = forward(i)
+    other, other_lse = forward(i, config)
+    torch.testing.assert_close(other, out, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(other_lse, lse, rtol=1e-5, atol=1e-6)
+    if not config.split_keys:
+        grads = backward(i, out, lse, kernels.BackwardConfig(dkdv=config, dq=config))
+        for a, b in zip(grads, backward(i, out, lse), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_launchers_refuse(device):
+    i = inputs(device)
+    with pytest.raises(ValueError, match="`scale` must be positive"):
+        kernels.launch_cross_attention_fwd(i["q"], i["k"], i["v"], None, None, False, 0.0)
+    wide = torch.zeros(1, 2, 1, 257, device=device)
+    with pytest.raises(ValueError, match="at most 256, got 257"):
+        kernels.launch_cross_attention_fwd(wide, wide, wide, None, None, False, 1.0)
