@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from calm_fast.benchmarks.registry import CannotRunError, Case, Contestant, Inputs, Values
-from calm_fast.benchmarks.timing import Budget, Ceilings, interleave, peak_bytes
+from calm_fast.benchmarks.timing import Budget, Ceilings, ceiling_work, interleave, peak_bytes
 
 Say = Callable[[str], None]
 
@@ -70,8 +70,8 @@ def _judge(case: Case, contestant: Contestant, inputs: Inputs, known: dict[Any, 
     return Verdict(relative_error({name: t.cpu() for name, t in contestant.prepare(inputs)().items()}, truth), bound)
 
 
-def measure(case: Case, setting: Setting, ceilings: Ceilings, say: Say = lambda _: None) -> list[dict[str, Any]]:
-    """One row for every contestant of `case`, in the case's order.
+def measure(case: Case, setting: Setting, say: Say = lambda _: None) -> tuple[list[dict[str, Any]], Ceilings]:
+    """One row for every contestant of `case`, in the case's order, and the ceilings while it was measured.
 
     A contestant whose values are wrong, or that cannot run, gets no time: `ms` and its relatives are None and
     `failure` says why. Rows of this package's implementations that fail make the run red; see `is_red`.
@@ -92,7 +92,9 @@ def measure(case: Case, setting: Setting, ceilings: Ceilings, say: Say = lambda 
         if thunk is not None and _attempt(lambda t=thunk: t(), name, failures) is not None:
             thunks[name], peaks[name] = thunk, peak_bytes(thunk, setting.device)
     say(f"{case.name}: timing {len(thunks)} contestants in turns")
-    times = interleave(thunks, setting.device, setting.budget)
+    plain = ceiling_work(setting.device, case.dtype)
+    times = interleave({**thunks, **plain.thunks}, setting.device, setting.budget)
+    ceilings = plain.ceilings(times)
     rows = []
     for contestant in case.contestants:
         name, t = contestant.name, times.get(contestant.name)
@@ -109,7 +111,7 @@ def measure(case: Case, setting: Setting, ceilings: Ceilings, say: Say = lambda 
         }  # fmt: skip
         assert tuple(values) == ROW_FIELDS
         rows.append(values)
-    return rows
+    return rows, ceilings
 
 
 def _check_all(case: Case, setting: Setting, say: Say) -> tuple[dict[str, Verdict], dict[str, str]]:

@@ -82,9 +82,9 @@ def setting_lines(rows: Sequence[Row], ceilings: Mapping[str, Ceilings]) -> list
         "versions: " + ", ".join(f"{name} {version}" for name, version in first["versions"].items()),
         f"commit: {first['commit'] or 'unknown (not a git checkout)'}, {first['date']}",
     ]
-    for dtype, c in ceilings.items():
+    for name, c in ceilings.items():
         product, copy = f"{c.flops_per_s / 1e9:.0f} GFLOP/s", f"{c.bytes_per_s / 1e9:.1f} GB/s"
-        lines.append(f"ceilings in this run: {dtype} product {product}, copy {copy}")
+        lines.append(f"ceilings beside {name}: product {product}, copy {copy}")
     return lines
 
 
@@ -120,10 +120,11 @@ def markdown(rows: Sequence[Row], ceilings: Mapping[str, Ceilings], targets: Tar
 
 
 _HOW = (
-    'Times are medians of calls that took turns in one process. "vs headline": the row\'s time over that of our '
-    "headline implementation of the case, so above 1 the headline is faster. Floor: the larger of FLOPs / measured "
-    "product rate and least bytes / measured copy rate. Peak: memory one call held beyond its inputs. An "
-    "implementation whose values are wrong has no time."
+    "Times are medians of calls that took turns in one process; with one CPU thread, less the time the thread waited "
+    'for a core that other programs held. "vs headline": the row\'s time over that of our headline implementation of '
+    "the case, so above 1 the headline is faster. Floor: the larger of FLOPs / measured product rate and least bytes / "
+    "measured copy rate, both measured in turns with the contestants. Peak: memory one call held beyond its inputs. "
+    "An implementation whose values are wrong has no time."
 )
 
 

@@ -18,7 +18,7 @@ import torch
 from calm_fast.benchmarks import machine
 from calm_fast.benchmarks.measure import Setting, is_red, measure
 from calm_fast.benchmarks.registry import REGISTRY, SUITES, Case, cases
-from calm_fast.benchmarks.timing import Budget, Ceilings, measure_ceilings
+from calm_fast.benchmarks.timing import Budget, Ceilings
 
 _SECONDS = {"quick": 15.0, "full": 40.0}
 
@@ -49,7 +49,7 @@ def run(chosen: Sequence[Case], setting: Setting, out: Path) -> tuple[list[dict[
     """Measure `chosen`, appending each row to out/results.jsonl as soon as it exists.
 
     Returns:
-        all rows, and the ceilings of each dtype measured in this run.
+        all rows, and each case's ceilings.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -64,12 +64,8 @@ def run(chosen: Sequence[Case], setting: Setting, out: Path) -> tuple[list[dict[
     ):
         bar = progress.add_task("", total=len(chosen))
         for case in chosen:
-            dtype = str(case.dtype).removeprefix("torch.")
-            if dtype not in ceilings:
-                progress.update(bar, description=f"ceilings: a large copy, a large {dtype} product")
-                ceilings[dtype] = measure_ceilings(setting.device, case.dtype, min(2.0, setting.budget.seconds))
-            fresh = measure(
-                case, setting, ceilings[dtype], lambda text: progress.update(bar, description=text, refresh=True)
+            fresh, ceilings[case.name] = measure(
+                case, setting, lambda text: progress.update(bar, description=text, refresh=True)
             )
             for row in fresh:
                 sink.write(json.dumps(row, allow_nan=False) + "\n")

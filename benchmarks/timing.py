@@ -1,7 +1,8 @@
 """Measuring: interleaved times, peak memory, and the machine's two ceilings.
 
 Contestants of a case take turns, one call each, in an order that rotates every round: drift of a shared machine
-(clock, other load) hits all of them alike, so ratios of their medians hold although absolute times may not.
+(clock, memory traffic of others) hits all of them alike, so ratios of their medians hold although absolute times may
+not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 import torch
 
 _FLUSH_BYTES = 256 << 20  # larger than any L2
+_CEILING_SIZES = {"cuda": (8192, 1 << 30), "cpu": (1536, 1 << 24)}  # width of the product, elements of the copy
+_PRODUCT, _COPY = "ceiling: product", "ceiling: copy"
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,28 @@ def summarise(samples: list[float]) -> Times:
     return Times(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))
 
 
+def _queued_ns() -> int | None:
+    """Nanoseconds this thread has been ready to run while others had the core; None where the system does not say."""
+    try:
+        with open("/proc/thread-self/schedstat") as stat:
+            return int(stat.read().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def _call_cpu(thunk: Callable[[], object]) -> float:
+    """Milliseconds of one call, less the time its thread stood in the scheduler's queue because of other programs.
+
+    With several threads only the calling thread's queue is known, so nothing is taken off.
+    """
+    alone = torch.get_num_threads() == 1
+    before = _queued_ns() if alone else None
     begin = time.perf_counter()
     thunk()
-    return 1e3 * (time.perf_counter() - begin)
+    took = time.perf_counter() - begin
+    after = _queued_ns() if alone else None
+    queued = 0.0 if before is None or after is None else (after - before) / 1e9
+    return 1e3 * (took - queued if queued < took else took)
 
 
 def _call_cuda(thunk: Callable[[], object], flush: torch.Tensor | None) -> float:
@@ -129,15 +150,29 @@ def peak_bytes(thunk: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 2.0) -> Ceilings:
-    """A large copy (bytes read plus written) and a large square product in `dtype`, on random data."""
-    cuda = device.type == "cuda"
-    size, elements = (8192, 1 << 30) if cuda else (1536, 1 << 24)
+@dataclass(frozen=True)
+class CeilingWork:
+    """A large square product in `dtype` and a large copy, on random data: what the machine reaches on plain work.
+
+    They are timed in turns with a case's contestants, so that a floor knows the same conditions as what stands on it.
+    """
+
+    thunks: Mapping[str, Callable[[], object]]
+    flops: int
+    bytes: int
+
+    def ceilings(self, times: Mapping[str, Times]) -> Ceilings:
+        """From what `interleave` found for `thunks`."""
+        product, copy = (times[name].ms / 1e3 for name in (_PRODUCT, _COPY))
+        return Ceilings(self.flops / product, self.bytes / copy)
+
+
+def ceiling_work(device: torch.device, dtype: torch.dtype) -> CeilingWork:
+    """Buffers and thunks; sizes beyond any cache."""
+    size, elements = _CEILING_SIZES[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     source = torch.randn(elements, device=device)
     target = torch.empty_like(source)
-    work = {"matmul": lambda: torch.mm(a, b, out=out), "copy": lambda: target.copy_(source)}
-    best = interleave(work, device, Budget(seconds, min_rounds=5, max_rounds=50), cold=False)
-    # the 20th percentile: a ceiling is what the machine can do, not what it does while others disturb it
-    return Ceilings(2 * size**3 / (best["matmul"].p20 / 1e3), 2 * source.nbytes / (best["copy"].p20 / 1e3))
+    thunks = {_PRODUCT: lambda: torch.mm(a, b, out=out), _COPY: lambda: target.copy_(source)}
+    return CeilingWork(thunks, 2 * size**3, 2 * source.nbytes)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from calm_fast.benchmarks import timing
 from calm_fast.benchmarks.baselines.cross_attention import FixedCache, explicit_attention, visible
 from calm_fast.benchmarks.cases.alignment import aligned_intervals
 from calm_fast.benchmarks.cases.cross_attention_core import CoreShape, core_case
 from calm_fast.benchmarks.cases.cross_attention_layer import LayerShape, layer_case
 from calm_fast.benchmarks.measure import Setting, measure
 from calm_fast.benchmarks.registry import REGISTRY, cases
-from calm_fast.benchmarks.timing import Budget, Ceilings
+from calm_fast.benchmarks.timing import Budget
 from calm_fast.ops import OPS
 from calm_fast.reference.cross_attention import interval_mask
 
@@ -38,11 +39,17 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _small_ceilings(monkeypatch):
+    monkeypatch.setitem(timing._CEILING_SIZES, "cpu", (128, 1 << 16))  # what they are is tested in test_timing
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_every_contestant_is_right_and_timed(name):
-    rows = measure(TINY[name], SETTING, Ceilings(1e12, 1e11))
+    rows, ceilings = measure(TINY[name], SETTING)
     assert [row["failure"] for row in rows] == [None] * len(rows)
     assert all(row["ms"] > 0 for row in rows)
+    assert all(row["floor_ms"] == ceilings.floor_ms(row["flops"], row["bytes"]) for row in rows)
     assert {row["ours"] for row in rows} == {True, False}
 
 

@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from calm_fast.benchmarks import registry
+from calm_fast.benchmarks import registry, timing
 from calm_fast.benchmarks.measure import ROW_FIELDS, error_bound, relative_error
 from calm_fast.benchmarks.registry import CannotRunError, Case, Contestant, Target
 from calm_fast.benchmarks.run import main
@@ -72,6 +72,11 @@ def breaks_when_called(inputs):
 def make(seed, size=48):
     g = torch.Generator().manual_seed(seed)
     return {"a": torch.randn(size, 32, generator=g), "b": torch.randn(32, 16, generator=g)}
+
+
+@pytest.fixture(autouse=True)
+def _small_ceilings(monkeypatch):
+    monkeypatch.setitem(timing._CEILING_SIZES, "cpu", (128, 1 << 16))  # what they are is tested in test_timing
 
 
 @pytest.fixture

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 
-from calm_fast.benchmarks.timing import Budget, Ceilings, interleave, measure_ceilings, peak_bytes, summarise
+from calm_fast.benchmarks import timing
+from calm_fast.benchmarks.timing import Budget, Ceilings, ceiling_work, interleave, peak_bytes, summarise
 
 CPU = torch.device("cpu")
 
@@ -71,6 +77,39 @@ def test_peak_counts_what_autograd_keeps():
 
 
 def test_ceilings_are_measured():
-    c = measure_ceilings(CPU, torch.float32, seconds=0.0)
+    work = ceiling_work(CPU, torch.float32)
+    c = work.ceilings(interleave(work.thunks, CPU, Budget(seconds=0.0, min_rounds=2)))
     assert 1e8 < c.flops_per_s < 1e15
     assert 1e8 < c.bytes_per_s < 1e14
+
+
+def spin(seconds):
+    end = time.thread_time() + seconds  # this thread's own work, however long it takes on a busy machine
+    while time.thread_time() < end:
+        pass
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/thread-self/schedstat"), reason="the system does not say who waited")
+def test_time_lost_to_other_programs_does_not_count(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    rivals = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3 * os.cpu_count())]
+    try:
+        begin = time.perf_counter()
+        took = timing._call_cpu(lambda: spin(0.5))
+        wall = 1e3 * (time.perf_counter() - begin)
+    finally:
+        for rival in rivals:
+            rival.kill()
+            rival.wait()
+    assert 490 < took < 700 < wall
+
+
+def test_sleeping_counts():
+    assert timing._call_cpu(lambda: time.sleep(0.05)) > 45
+
+
+def test_queue_longer_than_the_call_takes_nothing_off(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    answers = iter([0, 10**12])
+    monkeypatch.setattr(timing, "_queued_ns", lambda: next(answers))
+    assert timing._call_cpu(lambda: time.sleep(0.01)) >= 10
