@@ -92,16 +92,19 @@ def spin(seconds):
 @pytest.mark.skipif(not os.path.exists("/proc/thread-self/schedstat"), reason="the system does not say who waited")
 def test_time_lost_to_other_programs_does_not_count(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    rivals = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3 * os.cpu_count())]
+    rival = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    rivals = [subprocess.Popen(rival, stdout=subprocess.PIPE) for _ in range(2 * os.cpu_count())]
     try:
+        for process in rivals:
+            process.stdout.readline()  # it runs
         begin = time.perf_counter()
-        took = timing._call_cpu(lambda: spin(0.5))
+        took = timing._call_cpu(lambda: spin(0.2))
         wall = 1e3 * (time.perf_counter() - begin)
     finally:
-        for rival in rivals:
-            rival.kill()
-            rival.wait()
-    assert 490 < took < 700 < wall
+        for process in rivals:
+            process.kill()
+            process.communicate()
+    assert 195 < took < 300 < wall
 
 
 def test_sleeping_counts():
