@@ -208,12 +208,28 @@ def _fwd(*args):
 def _bwd(*args):
     *args, needs, impl = args
     if impl == "triton":
-        from calm_fast.kernels import linear_nce as kernels
-
-        return kernels.launch_linear_nce_bwd(*args, tuple(needs))
+        return _triton_bwd(*args, tuple(needs))
     from calm_fast.torch_impl.linear_nce import linear_nce_torch_bwd
 
     return linear_nce_torch_bwd(*args, tuple(needs))
+
+
+def _triton_bwd(
+    dloss, student, nat, weight, bias, targets, lse, coefficients, temperature, softcap, ignore_index, needs
+):
+    """Logit gradients by a kernel, a chunk at a time; the products that consume them are torch's."""
+    from calm_fast.kernels.linear_nce import launch_linear_nce_dlogits
+    from calm_fast.torch_impl.vocabulary import Gradients
+
+    hidden = student
+    if needs[1]:  # a product with dlogits: 0 times whatever an ignored row holds must be 0
+        hidden = student.masked_fill((targets == ignore_index).unsqueeze(1), 0.0)
+    gradients = Gradients(hidden, weight, needs)
+    tensors = (dloss, hidden, nat, weight, bias, targets, lse, coefficients)
+    for rows, columns, chunk in gradients.chunks():
+        launch_linear_nce_dlogits(*tensors, temperature, softcap, rows, columns, chunk)
+        gradients.add(rows, columns, chunk)
+    return gradients.results()
 
 
 @torch.library.register_fake("calm_fast::linear_nce_fwd", lib=_lib)

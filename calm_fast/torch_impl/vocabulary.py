@@ -12,8 +12,10 @@ LN_2 = 0.6931471805599453
 # elements of a tile: its float32 copy is 1 MiB, and stays in a core's L2 cache from the product to the last sum
 _TILE = 1 << 18
 _COLUMNS = 1024
-# elements of a chunk of logit gradients between the tiles and the products that consume it: 16 MiB in bfloat16
+# elements of a chunk of logit gradients between the tiles and the products that consume it: 16 MiB in bfloat16 on a
+# CPU, 128 MiB on a GPU, whose products need more rows to pay for reading the weight
 _CHUNK = 1 << 23
+_CHUNK_GPU = 1 << 26
 
 
 class LogitTiles:
@@ -129,6 +131,18 @@ def subtract_at(gradient: torch.Tensor, targets: torch.Tensor, amount: torch.Ten
     gradient.scatter_add_(1, index, torch.where(inside, -amount, 0.0).unsqueeze(1))
 
 
+def _aligned(size: int, most: int) -> int:
+    """At most `most` rows or columns; whole tiles of 128 where there are that many."""
+    return max(1, min(most, size // 128 * 128 if size >= 128 else size))
+
+
+def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, not rounded to the inputs' dtype where torch offers that (16-bit inputs on a GPU)."""
+    if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)
+
+
 class Gradients:
     """Turns logit gradients, a chunk at a time, into those of hidden states, weight and bias.
 
@@ -153,10 +167,11 @@ class Gradients:
         tokens, vocabulary = self.hidden.shape[0], self.weight.shape[0]
         if tokens == 0:
             return
+        size = _CHUNK if self.weight.device.type == "cpu" else _CHUNK_GPU
         if self.by_columns:
-            rows, columns = tokens, max(1, min(vocabulary, _CHUNK // tokens))
+            rows, columns = tokens, _aligned(size // tokens, vocabulary)
         else:
-            rows, columns = max(1, min(tokens, _CHUNK // vocabulary)), vocabulary
+            rows, columns = _aligned(size // vocabulary, tokens), vocabulary
         buffer = self.weight.new_empty(rows * columns)
         for r in blocks(0, tokens, rows):
             for c in blocks(0, vocabulary, columns):
@@ -167,7 +182,7 @@ class Gradients:
         """Account for a chunk (rows, columns) in the inputs' dtype."""
         if self.dhidden is not None:
             if self.by_columns:
-                self.dhidden[rows] += dlogits @ self.weight[columns]
+                self.dhidden[rows] += _wide_product(dlogits, self.weight[columns])
             else:
                 torch.mm(dlogits, self.weight[columns], out=self.dhidden[rows])
         if self.dweight is not None:

@@ -1,0 +1,97 @@
+"""Backward kernel of linear_nce: the gradient of a chunk of logits, from logits computed again."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .vocabulary import LOG2_E, cap, load_block, matmul_add, row_pointers, tile_position
+
+
+@triton.jit
+def share(z, lse, coefficient, scale):
+    """coefficient * exp(scale * z - lse), for a tile z and one lse and coefficient a row."""
+    return coefficient[:, None] * tl.exp2(z * (scale * LOG2_E) - (lse * LOG2_E)[:, None])
+
+
+@triton.jit(do_not_specialize=["first_row", "end_row", "first_column", "end_column", "T", "blocks"])
+def _linear_nce_dlogits_kernel(
+    student_ptr,  # (T, d)
+    nat_ptr,  # (T, d)
+    weight_ptr,  # (V, d)
+    bias_ptr,  # (V,) or None
+    targets_ptr,  # (T,) int64
+    lse_ptr,  # (3, T) float32
+    coefficients_ptr,  # (2, T) float32
+    dloss_ptr,  # () float32
+    chunk_ptr,  # (end_row - first_row, end_column - first_column) contiguous
+    stride_s,
+    stride_p,
+    stride_w,
+    first_row,
+    end_row,
+    first_column,
+    end_column,
+    T,
+    V,
+    blocks,  # of columns
+    tau,
+    softcap,
+    PLAIN: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """dz = dloss (hard (softmax z - 1_target) + soft tau (softmax(tau z) - softmax(tau z_nat))); tau = 1 / temperature.
+
+    Rows whose coefficients are 0 (ignored tokens) get 0, and a tile of nothing else is not computed.
+    """
+    tile, block = tile_position(end_row - first_row, blocks, BLOCK_T, GROUP)
+    first = first_row + tile * BLOCK_T
+    start = first_column + block * BLOCK_V
+    rows = first + tl.arange(0, BLOCK_T)
+    cols = start + tl.arange(0, BLOCK_V)
+    inside = rows < end_row
+    dloss = tl.load(dloss_ptr)
+    hard = tl.load(coefficients_ptr + rows, mask=inside, other=0.0)
+    soft = tl.load(coefficients_ptr + T + rows, mask=inside, other=0.0)
+    counts = (hard != 0.0) | (soft != 0.0)
+    dz = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+    if tl.max(counts.to(tl.int32), 0) > 0:
+        student = row_pointers(student_ptr, first, end_row, stride_s, BLOCK_T)
+        nat = row_pointers(nat_ptr, first, end_row, stride_p, BLOCK_T)
+        weight = row_pointers(weight_ptr, start, end_column, stride_w, BLOCK_V)
+        z = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+        z_nat = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+        for k in range(0, D, BLOCK_D):
+            w = tl.trans(load_block(weight, k, D, BLOCK_D))
+            z = matmul_add(load_block(student, k, D, BLOCK_D), w, z, PRECISION, INTERPRET)
+            z_nat = matmul_add(load_block(nat, k, D, BLOCK_D), w, z_nat, PRECISION, INTERPRET)
+        z = cap(z, bias_ptr, cols, V, softcap, HAS_BIAS, HAS_SOFTCAP)
+        z_nat = cap(z_nat, bias_ptr, cols, V, softcap, HAS_BIAS, HAS_SOFTCAP)
+
+        hard = hard * dloss
+        soft = soft * dloss * tau
+        lse_soft = tl.load(lse_ptr + T + rows, mask=inside, other=0.0)
+        lse_nat = tl.load(lse_ptr + 2 * T + rows, mask=inside, other=0.0)
+        targets = tl.load(targets_ptr + rows, mask=inside, other=0)
+        if PLAIN:
+            dz = share(z, lse_soft, hard + soft, 1.0)
+        else:
+            lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
+            dz = share(z, lse_soft, soft, tau) + share(z, lse, hard, 1.0)
+        dz -= share(z_nat, lse_nat, soft, tau)
+        dz = tl.where(cols[None, :] == targets[:, None], dz - hard[:, None], dz)
+        if HAS_SOFTCAP:
+            bent = z / softcap
+            dz *= 1.0 - bent * bent
+        dz = tl.where(counts[:, None], dz, 0.0)
+    width = (end_column - first_column).to(tl.int64)
+    out = chunk_ptr + (rows - first_row).to(tl.int64)[:, None] * width + (cols - first_column)[None, :]
+    tl.store(out, dz.to(chunk_ptr.dtype.element_ty), mask=inside[:, None] & (cols < end_column)[None, :])

@@ -1,0 +1,98 @@
+"""Device helpers that the kernels of linear_nce and linear_logprob share: tiles of logits and running sums over them.
+
+Shape letters: T tokens, d hidden size, V vocabulary. A tile is BLOCK_T tokens x BLOCK_V columns.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .cross_attention_common import LN_2, LOG2_E, NEG_HUGE, matmul_add
+
+__all__ = [
+    "LN_2", "LOG2_E", "NEG_HUGE", "any_valid", "cap", "load_block", "matmul_add", "product", "row_pointers",
+    "running_sum", "tile_position",
+]  # fmt: skip
+
+
+@triton.jit
+def tile_position(T, splits, BLOCK_T: tl.constexpr, GROUP: tl.constexpr):
+    """(token tile, split) of this program: programs that run together share rows of weight and hidden states in L2.
+
+    GROUP token tiles walk through all splits side by side before the next GROUP starts.
+    """
+    tiles = tl.cdiv(T, BLOCK_T)
+    group = tl.program_id(0) // (GROUP * splits)
+    inside = tl.program_id(0) % (GROUP * splits)
+    size = tl.minimum(tiles - group * GROUP, GROUP)
+    return group * GROUP + inside % size, inside // size
+
+
+@triton.jit
+def row_pointers(base, first, end, stride, BLOCK: tl.constexpr):
+    """Pointers to rows first .. first + BLOCK of a matrix; from `end` on they repeat the last row (no mask needed)."""
+    relative = tl.minimum(tl.arange(0, BLOCK), end - 1 - first)
+    return base + tl.cast(first, tl.int64) * stride + relative * stride
+
+
+@triton.jit
+def load_block(rows, k, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Columns k .. k + BLOCK_D of the rows; 0 from D on."""
+    cols = k + tl.arange(0, BLOCK_D)
+    ptrs = rows[:, None] + cols[None, :]
+    if D % BLOCK_D == 0:
+        return tl.load(ptrs)
+    return tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)
+
+
+@triton.jit
+def product(
+    hidden,
+    weight,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """hidden rows x weight rows, (BLOCK_T, BLOCK_V) float32; arguments from `row_pointers`."""
+    acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+    for k in range(0, D, BLOCK_D):
+        a = load_block(hidden, k, D, BLOCK_D)
+        b = load_block(weight, k, D, BLOCK_D)
+        acc = matmul_add(a, tl.trans(b), acc, PRECISION, INTERPRET)
+    return acc
+
+
+@triton.jit
+def cap(z, bias_ptr, cols, V, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """softcap * tanh((z + bias) / softcap)."""
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + tl.minimum(cols, V - 1)).to(tl.float32)[None, :]
+    if HAS_SOFTCAP:
+        z = softcap * (2.0 * tl.sigmoid(z * (2.0 / softcap)) - 1.0)
+    return z
+
+
+@triton.jit
+def running_sum(row_max, row_sum, z, inside, scale_log2):
+    """Account for a tile in sum exp2(scale_log2 * z - row_max); returns (row_max, row_sum, weights, shrink).
+
+    weights are the tile's exponentials, 0 for columns that are not `inside`; sums weighted by earlier ones are to be
+    multiplied by shrink. row_max starts at NEG_HUGE: finite, so that no inf - inf comes up.
+    """
+    z2 = tl.where(inside[None, :], z * scale_log2, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(z2, 1))
+    weights = tl.exp2(z2 - new_max[:, None])
+    shrink = tl.exp2(row_max - new_max)
+    return new_max, row_sum * shrink + tl.sum(weights, 1), weights, shrink
+
+
+@triton.jit
+def any_valid(targets_ptr, rows, T, ignore_index):
+    """The targets of a tile's rows, which of them count, and whether any does."""
+    targets = tl.load(targets_ptr + rows, mask=rows < T, other=0)
+    valid = (rows < T) & (targets != ignore_index)
+    return targets, valid, tl.max(valid.to(tl.int32), 0) > 0
