@@ -14,7 +14,6 @@ from calm_fast._version import __version__
 # public name -> module that defines it; the module is imported at the name's first use
 _LAZY = {
     "CrossAttention": "calm_fast.modules.cross_attention",
-    "DualLoRALinear": "calm_fast.modules.dual_lora",
     "ComposedConfig": "calm_fast.hf",
     "ComposedForCausalLM": "calm_fast.hf",
     "compose": "calm_fast.hf",
