@@ -106,7 +106,8 @@ def _run_case(ops: OpCases, case: Case, impl: str, device: torch.device) -> list
 
 def _in_fresh_process(part: Part) -> Iterator[Row]:
     command = [sys.executable, "-m", "calm_fast.verify.run", part.op, part.impl]
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    # one thread: the interpreter works on tiny tensors, where a second thread only waits
+    env = {"OMP_NUM_THREADS": "1", **os.environ, "TRITON_INTERPRET": "1"}
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env) as process:
             for line in process.stdout:
