@@ -53,7 +53,7 @@ def case(name, dtype=torch.float32, **spec):
     return Case("cross_attention", name, dtype, Spec(**spec))
 
 
-def inputs(device, m=20, n=45, b=2, h=4, hkv=2, d=16, mask=scattered, dtype=torch.float32):
+def inputs(device, m=20, n=45, b=2, h=2, hkv=1, d=16, mask=scattered, dtype=torch.float32):
     return OPS.build(case("", dtype, b=b, m=m, n=n, h=h, hkv=hkv, d=d, mask=mask), device)
 
 
@@ -71,7 +71,11 @@ def backward(i, out, lse, config=None, **changes):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("shared", OPS.cases(), ids=str)
+# a case without lse differs in one branch of one kernel: a few prove it
+SHARED = [c for c in OPS.cases() if c.spec.lse or c.dtype != torch.float32 or c.name in ("full, no lse", "gqa, no lse")]
+
+
+@pytest.mark.parametrize("shared", SHARED, ids=str)
 def test_triton_meets_the_error_rule_on_the_shared_cases(shared, device):
     judged(shared, device)
 
@@ -79,7 +83,7 @@ def test_triton_meets_the_error_rule_on_the_shared_cases(shared, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [16, 24, 64, 80, 128])
 def test_every_head_dim_and_dtype(d, dtype, device):
-    judged(case(f"d{d}", dtype, b=1, m=19, n=37, h=2, hkv=1, d=d, mask=scattered), device)
+    judged(case(f"d{d}", dtype, b=1, m=17, n=33, h=1, d=d, mask=scattered), device)
 
 
 @pytest.mark.parametrize("d", [1, 3, 256])
@@ -87,8 +91,8 @@ def test_extreme_head_dims(d, device):
     judged(case(f"d{d}", b=1, m=17, n=35, h=1, d=d, mask=causal), device)
 
 
-@pytest.mark.parametrize("m, n", [(1, 1), (1, 53), (53, 1), (17, 31), (67, 71), (71, 67)])
-@pytest.mark.parametrize("mask", [full, causal, scattered, window], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("m, n", [(1, 1), (1, 53), (19, 1), (37, 41), (41, 37)])
+@pytest.mark.parametrize("mask", [full, causal, window], ids=lambda f: f.__name__)
 def test_prime_and_single_sizes(m, n, mask, device):
     judged(case(f"{m}x{n}", b=1, m=m, n=n, h=1, d=16, mask=mask), device)
 
@@ -96,7 +100,7 @@ def test_prime_and_single_sizes(m, n, mask, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", [full, causal, scattered], ids=lambda f: f.__name__)
 def test_decode_over_several_splits(mask, dtype, device):
-    judged(case("decode", dtype, b=2, m=3, n=211, h=6, hkv=2, d=24, mask=mask), device)
+    judged(case("decode", dtype, b=1, m=2, n=151, h=6, hkv=2, d=24, mask=mask), device)
 
 
 def only(side):
@@ -110,7 +114,7 @@ def only(side):
 @pytest.mark.parametrize("side", ["lo", "hi"])
 @pytest.mark.parametrize("m", [1, 40])
 def test_one_sided_intervals(side, m, device):
-    judged(case(side, b=2, m=m, n=99, h=4, hkv=2, d=16, mask=only(side)), device)
+    judged(case(side, b=1, m=m, n=75, h=2, hkv=1, d=16, mask=only(side)), device)
 
 
 def blocks_apart(b, m, n, g):
@@ -122,7 +126,7 @@ def blocks_apart(b, m, n, g):
 
 
 def test_full_query_tiles_that_do_not_adjoin(device):
-    judged(case("apart", b=1, m=130, n=100, h=2, hkv=1, d=16, mask=blocks_apart), device)
+    judged(case("apart", b=1, m=110, n=66, h=1, d=16, mask=blocks_apart), device)
 
 
 def test_sharp_scores_do_not_overflow(device):
@@ -175,10 +179,10 @@ def test_empty_tensors(m, device):
 def test_a_nan_query_stays_in_its_row(m, device):
     i = inputs(device, m=m, mask=full)
     clean, clean_lse = forward(i)
-    i["q"][1, 2, 3, 0] = math.nan
+    i["q"][1, 2, 1, 0] = math.nan
     out, lse = forward(i)
-    assert bool(out[1, 2, 3].isnan().all()) and bool(lse[1, 3, 2].isnan())
-    out[1, 2, 3], lse[1, 3, 2] = clean[1, 2, 3], clean_lse[1, 3, 2]
+    assert bool(out[1, 2, 1].isnan().all()) and bool(lse[1, 1, 2].isnan())
+    out[1, 2, 1], lse[1, 1, 2] = clean[1, 2, 1], clean_lse[1, 1, 2]
     assert torch.equal(out, clean) and torch.equal(lse, clean_lse)
 
 
@@ -199,9 +203,9 @@ def test_strides_do_not_change_a_bit(m, device):
 def test_expanded_inputs(device):
     i = inputs(device, b=1, hkv=1, n=30)
     shared = {name: i[name].expand(2, *i[name].shape[1:]) for name in ("q", "k", "v", "lo", "hi")}
-    shared["dout"] = torch.ones((), device=device).expand(2, 20, 4, 16)  # what out.sum() sends back
+    shared["dout"] = torch.ones((), device=device).expand(2, 20, 2, 16)  # what out.sum() sends back
     out, lse = forward(i, **shared)
-    grads = backward(i, out, lse, **shared, dlse=torch.ones((), device=device).expand(2, 4, 20))
+    grads = backward(i, out, lse, **shared, dlse=torch.ones((), device=device).expand(2, 2, 20))
     assert torch.equal(out[0], out[1]) and all(torch.equal(g[0], g[1]) for g in grads)
     truth, _ = cross_attention_reference(*(i[x].double() for x in ("q", "k", "v")), i["lo"], i["hi"])
     torch.testing.assert_close(out[:1].double(), truth, rtol=1e-5, atol=1e-6)
@@ -210,7 +214,7 @@ def test_expanded_inputs(device):
 @pytest.mark.parametrize("m", [3, 20])
 def test_the_same_bits_every_time(m, device):
     i = inputs(device, m=m, dtype=torch.bfloat16)
-    repeats = 20 if device.type == "cuda" else 3
+    repeats = 20 if device.type == "cuda" else 2
     first = forward(i)
     grads = backward(i, *first)
     for _ in range(repeats):
