@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from calm_fast.hf.dual_lora import add_dual_lora, dual_lora_layers
@@ -177,6 +177,8 @@ def _fit(
         data_collator=RightPadding(pad_id),
         **options,
     )
+    if not settings.progress:
+        trainer.remove_callback(PrinterCallback)  # without a bar Trainer prints every log line instead
     last = get_last_checkpoint(os.fspath(out)) if Path(out).is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     return [entry for entry in trainer.state.log_history if "loss" in entry]
