@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not chosen:
             print(f"bench: no case fits --case {args.case} on {device.type}", file=sys.stderr)
         return 0 if chosen else 2
-    budget = Budget(seconds=args.seconds if args.seconds is not None else _SECONDS[args.suite])
+    seconds = args.seconds if args.seconds is not None else _SECONDS[args.suite]
+    budget = Budget(seconds, warmup=3 if device.type == "cuda" else 0)  # each was called for its peak memory already
     setting = Setting(
         device, machine.device_name(device), machine.versions(), args.commit or machine.commit(), budget, args.seed
     )
