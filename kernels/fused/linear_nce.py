@@ -40,25 +40,38 @@ _INTERPRETER = {"sweep": LaunchConfig(16, 32, 4, 1, split_keys=64), "dlogits": L
 _SMALL = LaunchConfig(64, 64, 4, 1)  # combine and calibrate: BLOCK_T, BLOCK_J
 
 
-def default_config(part: str, arch: int, dtype: torch.dtype) -> LaunchConfig:
-    """Launch numbers that compile without spills; three accumulators (two backwards) share a tile of weight.
+# (BLOCK_T, BLOCK_V, warps, stages) for 16-bit inputs by architecture: the largest tiles that compile to zero spills
+# (three accumulators, two backwards, share a tile of weight); the second for temperatures, biases and softcaps
+_TILES = {
+    80: {"sweep": ((64, 64, 8, 2), (64, 64, 8, 2)), "dlogits": ((64, 128, 8, 3), (64, 128, 8, 3))},
+    90: {"sweep": ((64, 128, 8, 3), (64, 64, 8, 3)), "dlogits": ((128, 128, 8, 3), (128, 128, 8, 3))},
+    100: {"sweep": ((64, 128, 8, 3), (64, 128, 8, 3)), "dlogits": ((128, 128, 8, 3), (128, 64, 8, 3))},
+}
+
+
+def default_config(part: str, arch: int, dtype: torch.dtype, plain: bool) -> LaunchConfig:
+    """Launch numbers that fit the architecture without spills; unknown architectures get the smallest tiles.
 
     Args:
         part: "sweep" or "dlogits". arch: 10 * major + minor. dtype: of the tensors.
+        plain: temperature 1, no bias and no softcap.
     """
     split = _SPLIT if part == "sweep" else 0
     if dtype == torch.float32:  # IEEE products run on the ordinary cores
         return LaunchConfig(16, 32, 4, 1, split_keys=split)
-    if part == "sweep":
-        return LaunchConfig(64, 128, 8, 3 if arch in (90, 100, 103) else 2, split_keys=split)
-    return LaunchConfig(128, 128, 8, 3 if arch in (90, 100, 103) else 2)
+    family = 90 if arch == 90 else 100 if arch in (100, 103) else 80  # consumer Blackwell (120) has 99 KiB
+    return LaunchConfig(*_TILES[family][part][0 if plain else 1], split_keys=split)
 
 
-def _pick(part: str, weight: torch.Tensor, tokens: int) -> LaunchConfig:
+def _pick(part: str, weight: torch.Tensor, tokens: int, plain: bool) -> LaunchConfig:
     if _INTERPRETED:
         return _INTERPRETER[part]  # small tiles, so that small tests cross tile edges
     tuned, arch = gpu_config("linear_nce", part, weight, tokens)
-    return tuned or default_config(part, arch, weight.dtype)
+    return tuned if tuned and plain else default_config(part, arch, weight.dtype, plain)
+
+
+def _plain(temperature: float, bias: torch.Tensor | None, softcap: float | None) -> bool:
+    return temperature == 1.0 and bias is None and softcap is None
 
 
 def launch_linear_nce_fwd(
@@ -89,7 +102,7 @@ def launch_linear_nce_fwd(
     lse, terms, coefficients = (torch.empty((n, tokens), dtype=torch.float32, device=device) for n in (3, 3, 2))
     if tokens == 0:
         return lse.new_zeros(()), lse, coefficients
-    config = config or _pick("sweep", weight, tokens)
+    config = config or _pick("sweep", weight, tokens, _plain(temperature, bias, softcap))
     plain, tau = temperature == 1.0, 1.0 / temperature
     splits = triton.cdiv(v, config.split_keys)
     part = lse.new_empty((PARTS_PLAIN if plain else PARTS_SOFT, splits, tokens))
@@ -149,7 +162,7 @@ def launch_linear_nce_dlogits(
     """
     if out.numel() == 0:
         return
-    config = config or _pick("dlogits", weight, student.shape[0])
+    config = config or _pick("dlogits", weight, student.shape[0], _plain(temperature, bias, softcap))
     student, nat, weight = (addressable(t) for t in (student, nat, weight))
     blocks = triton.cdiv(columns.stop - columns.start, config.block_n)
     launch(
@@ -179,8 +192,8 @@ def codegen_specs() -> list[CodegenSpec]:
     for arch in (80, 90, 100):
         for dtype in (torch.bfloat16, torch.float32):
             for part, fn in (("sweep", _linear_nce_sweep_kernel), ("dlogits", _linear_nce_dlogits_kernel)):
-                config = default_config(part, arch, dtype)
                 for plain in (True, False):
+                    config = default_config(part, arch, dtype, plain)
                     constant = {
                         "D": 4096 if plain else 576, "BLOCK_T": config.block_m, "BLOCK_V": config.block_n,
                         "BLOCK_D": block_d(dtype, False), "GROUP": GROUP, "SPLIT_V": config.split_keys,
