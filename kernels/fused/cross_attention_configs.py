@@ -56,7 +56,7 @@ _HALF: dict[int, dict[str, _Tiles]] = {
 }
 # IEEE float32 products run on the ordinary cores: small tiles, whose operands fit in registers
 _FLOAT32: dict[str, _Tiles] = {
-    "fwd": {64: (32, 32, 8, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+    "fwd": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     "dkdv": {64: (16, 16, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     "dq": {64: (16, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
 }
