@@ -41,11 +41,29 @@ def leaves(inputs):
     return [t.requires_grad_() for t in inputs.values() if isinstance(t, torch.Tensor) and t is not inputs["dout"]]
 
 
-@pytest.fixture(params=["torch", "triton"])
-def impl(request, kernel_device):
-    if request.param == "triton" and (why := triton_obstacle(kernel_device)):
+GPU = pytest.mark.gpu
+
+
+def interpreter_or_gpu(which, kernel_device):
+    """One session compiles kernels or interprets them, never both."""
+    if which == "interpreter" and kernel_device.type != "cpu":
+        pytest.skip("this session has a GPU: its kernels are compiled")
+    if why := triton_obstacle(kernel_device):
         pytest.skip(f"Triton cannot run: {why}")
-    return request.param
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=GPU)])
+def triton_device(request, kernel_device):
+    interpreter_or_gpu(request.param, kernel_device)
+    return kernel_device
+
+
+@pytest.fixture(params=["torch", "triton-interpreter", pytest.param("triton-cuda", marks=GPU)])
+def impl(request, kernel_device):
+    name, _, where = request.param.partition("-")
+    if where:
+        interpreter_or_gpu(where, kernel_device)
+    return name
 
 
 @pytest.mark.parametrize("case", CASES.cases(), ids=str)
@@ -192,13 +210,11 @@ def test_compile_without_graph_breaks(name, impl, kernel_device):
 
 
 @pytest.mark.parametrize("strided", [False, True])
-def test_registered_ops_keep_their_promises(strided, kernel_device):
+def test_registered_ops_keep_their_promises(strided, triton_device):
     """Schemas, fakes, autograd registration and compiled gradients of the four torch ops."""
-    if why := triton_obstacle(kernel_device):
-        pytest.skip(f"Triton cannot run: {why}")
 
     def draw(*shape):
-        t = torch.randn(shape[::-1] if strided else shape, device=kernel_device)
+        t = torch.randn(shape[::-1] if strided else shape, device=triton_device)
         return t.mT if strided else t
 
     t, n, h, r_pos, r = 5, 18, 6, 3, 4
@@ -217,22 +233,18 @@ def test_registered_ops_keep_their_promises(strided, kernel_device):
     torch.library.opcheck(ops.dual_lora_gelu_bwd, (draw(t, h), zg, draw(t, h), up, r_pos), test_utils=without_autograd)
 
 
-def test_triton_says_that_it_has_no_double_backward(kernel_device):
-    if why := triton_obstacle(kernel_device):
-        pytest.skip(f"Triton cannot run: {why}")
+def test_triton_says_that_it_has_no_double_backward(triton_device):
     for name in FORMS:
-        inputs = build(name, device=kernel_device)
+        inputs = build(name, device=triton_device)
         tensors = leaves(inputs)
         grads = torch.autograd.grad(call(inputs, "triton"), tensors, inputs["dout"], create_graph=True)
         with pytest.raises(RuntimeError, match="no double backward"):
             torch.autograd.grad(sum(g.sum() for g in grads), tensors, allow_unused=True)
 
 
-def test_triton_rows_do_not_depend_on_their_company(kernel_device):
-    if why := triton_obstacle(kernel_device):
-        pytest.skip(f"Triton cannot run: {why}")
+def test_triton_rows_do_not_depend_on_their_company(triton_device):
     for name in FORMS:
-        inputs = build(name, device=kernel_device, lead=(49,))
+        inputs = build(name, device=triton_device, lead=(49,))
         whole = call(inputs, "triton")
         part = call(inputs, "triton", x=inputs["x"][16:33], y=inputs["y"][16:33])
         torch.testing.assert_close(part, whole[16:33], rtol=1e-5, atol=1e-5)
