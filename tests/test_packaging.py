@@ -38,9 +38,7 @@ NOT_SOURCE = shutil.ignore_patterns(
 
 def run_python(code: str, cwd: Path, **env: str) -> str:
     """Run `code` in a fresh interpreter and return what it printed."""
-    base = {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")
-    }
+    base = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
     settings = base | {"OMP_NUM_THREADS": "1"} | env
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, env=settings, capture_output=True, text=True, timeout=240
