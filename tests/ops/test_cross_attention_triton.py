@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
+from calm_fast._tuning import tuned_config
 from calm_fast.reference.cross_attention import cross_attention_reference
 from calm_fast.verify.cases import op_cases
 from calm_fast.verify.cases.cross_attention import Spec, causal, full, scattered, window
@@ -15,6 +17,7 @@ from calm_fast.verify.numerics import Case, check
 
 pytest.importorskip("triton", reason="the kernels need Triton; it has wheels for Linux only")
 from calm_fast.kernels import cross_attention as kernels
+from calm_fast.kernels.cross_attention_configs import default_config
 
 OPS = op_cases("cross_attention")
 LaunchConfig = kernels.LaunchConfig
@@ -263,3 +266,24 @@ def test_what_the_launchers_refuse(device):
     wide = torch.zeros(1, 2, 1, 257, device=device)
     with pytest.raises(ValueError, match="at most 256, got 257"):
         kernels.launch_cross_attention_fwd(wide, wide, wide, None, None, False, 1.0)
+
+
+def test_every_default_config_exists_and_the_nearest_measured_one_wins(tmp_path):
+    for arch in (80, 86, 89, 90, 100, 103, 120):
+        for dtype in DTYPES:
+            for part in ("fwd", "dkdv", "dq", "decode"):
+                found = [default_config(part, arch, dtype, d) for d in (16, 32, 64, 128, 256)]
+                assert all((c.split_keys > 0) == (part == "decode") for c in found)
+    small, large = LaunchConfig(64, 32, 4, 2), LaunchConfig(128, 64, 8, 3)
+    entries = [
+        {"part": "fwd", "dtype": "bfloat16", "head_dim": 128, "shape": {"M": m}, "config": asdict(c)}
+        for m, c in ((512, small), (8192, large))
+    ]
+    (tmp_path / "nvidia_h200.json").write_text(json.dumps({"entries": entries}))
+    for m, expected in ((1, small), (1000, small), (5000, large), (10**6, large)):
+        shape = {"M": m, "N": 4096}
+        assert tuned_config(tmp_path, "NVIDIA H200", "fwd", "bfloat16", 128, shape) == expected
+    assert tuned_config(tmp_path, "NVIDIA H200", "fwd", "float16", 128, {"M": 1}) is None
+    assert tuned_config(tmp_path, "NVIDIA H100", "fwd", "bfloat16", 128, {"M": 1}) is None
+    with pytest.raises(ValueError, match="`block_m` must be a power of two, got 48"):
+        LaunchConfig(48, 32, 4, 1)
