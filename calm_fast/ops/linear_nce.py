@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from calm_fast import _native
-from calm_fast._dispatch import Decision, check_impl, refuse, triton_obstacle
-from calm_fast._validate import bad_type, bad_value, check_finite_number, check_tensor, values_checked
+from calm_fast._dispatch import Decision, check_impl
+from calm_fast._validate import bad_value, check_finite_number, check_tensor, values_checked
+from calm_fast.ops.vocabulary import (
+    DTYPES,
+    check_dtype,
+    check_head,
+    check_indices,
+    check_numbers,
+    check_targets,
+    choose,
+)
 from calm_fast.reference.linear_nce import linear_nce_reference
 
 _OP = "linear_nce"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def linear_nce(
@@ -93,84 +100,27 @@ def decide(
     auto: Triton on a GPU where it can run; the blocked torch implementation everywhere else.
     """
     check_impl(_OP, impl)
-    _check_tensors(student, nat, neg, weight, bias)
-    for name, value in (("alpha", alpha), ("temperature", temperature), ("offset", offset)):
+    check_head(_OP, "student", student, weight, bias)
+    _check_teachers(student, nat, neg)
+    check_numbers(_OP, temperature, softcap, ignore_index)
+    for name, value in (("alpha", alpha), ("offset", offset)):
         check_finite_number(_OP, name, value)
-    _check_positive("temperature", temperature)
-    if softcap is not None:
-        check_finite_number(_OP, "softcap", softcap)
-        _check_positive("softcap", softcap)
-    _check_indices(targets, seq_ids, student, weight.shape[0], ignore_index)
-    if impl in ("reference", "torch"):
-        return Decision(_OP, impl, "asked for")
-    if impl == "native":
-        raise refuse(_OP, impl, _native.obstacle(_OP))
-    obstacle = (
-        "the kernels compute in float32, student is float64"
-        if student.dtype == torch.float64
-        else triton_obstacle(student.device)
-    )
-    if impl == "triton":
-        if obstacle:
-            raise refuse(_OP, impl, obstacle)
-        return Decision(_OP, impl, "asked for")
-    if student.device.type == "cpu":
-        return Decision(_OP, "torch", "CPU tensors: blocked products are the fast path")
-    if obstacle:
-        return Decision(_OP, "torch", f"Triton cannot run: {obstacle}")
-    return Decision(_OP, "triton", "a GPU: products and running sums in one kernel")
+    check_targets(_OP, targets, student, weight.shape[0], ignore_index)
+    _check_sequences(seq_ids, student)
+    return choose(_OP, impl, student)
 
 
-def _check_tensors(
-    student: torch.Tensor, nat: torch.Tensor, neg: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> None:
-    check_tensor(_OP, "student", student, "(T, d)", _DTYPES)
-    for name, t, dims in (("nat", nat, "(T, d)"), ("neg", neg, "(T, d)"), ("weight", weight, "(V, d)")):
-        check_tensor(_OP, name, t, dims, _DTYPES, student.device)
-        _check_dtype(name, t, student.dtype)
+def _check_teachers(student: torch.Tensor, nat: torch.Tensor, neg: torch.Tensor) -> None:
     for name, t in (("nat", nat), ("neg", neg)):
+        check_tensor(_OP, name, t, "(T, d)", DTYPES, student.device)
+        check_dtype(_OP, name, t, "student", student.dtype)
         if t.shape != student.shape:
             raise bad_value(_OP, name, f"of student's shape {tuple(student.shape)}", f"shape {tuple(t.shape)}")
-    if student.shape[1] < 1:
-        raise bad_value(_OP, "student", "of hidden size d >= 1", f"shape {tuple(student.shape)}")
-    if weight.shape[0] < 1 or weight.shape[1] != student.shape[1]:
-        raise bad_value(
-            _OP, "weight", f"of shape (V, d) with V >= 1 and d = {student.shape[1]}", f"shape {tuple(weight.shape)}"
-        )
-    if bias is not None:
-        check_tensor(_OP, "bias", bias, "(V,)", _DTYPES, student.device)
-        _check_dtype("bias", bias, student.dtype)
-        if bias.shape[0] != weight.shape[0]:
-            raise bad_value(_OP, "bias", f"of shape (V,) = ({weight.shape[0]},)", f"shape {tuple(bias.shape)}")
 
 
-def _check_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    if tensor.dtype != dtype:
-        raise TypeError(f"{_OP}: `{name}` must have student's dtype {dtype}, got {tensor.dtype}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise bad_value(_OP, name, "positive", str(value))
-
-
-def _check_indices(
-    targets: torch.Tensor, seq_ids: torch.Tensor, student: torch.Tensor, vocabulary: int, ignore_index: int
-) -> None:
+def _check_sequences(seq_ids: torch.Tensor, student: torch.Tensor) -> None:
     tokens = student.shape[0]
-    for name, t in (("targets", targets), ("seq_ids", seq_ids)):
-        check_tensor(_OP, name, t, "(T,)", (torch.int64,), student.device)
-        if t.shape[0] != tokens:
-            raise bad_value(_OP, name, f"of shape (T,) = ({tokens},)", f"shape {tuple(t.shape)}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise bad_type(_OP, "ignore_index", "an int", ignore_index)
-    if tokens and values_checked(targets):
-        used = targets[targets != ignore_index]
-        if used.numel() and (int(used.min()) < 0 or int(used.max()) >= vocabulary):
-            got = f"values from {int(used.min())} to {int(used.max())}"
-            raise bad_value(
-                _OP, "targets", f"ignore_index ({ignore_index}) or within 0 <= target < V = {vocabulary}", got
-            )
+    check_indices(_OP, "seq_ids", seq_ids, tokens, student.device)
     if tokens and values_checked(seq_ids):
         least, most = (int(x) for x in torch.aminmax(seq_ids))
         if least < 0 or most >= tokens:

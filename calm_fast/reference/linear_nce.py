@@ -4,22 +4,7 @@ from __future__ import annotations
 
 import torch
 
-
-def logits_reference(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None
-) -> torch.Tensor:
-    """z = hidden weight^T + bias, then softcap * tanh(z / softcap) if there is a softcap.
-
-    Args:
-        hidden: (T, d), any float dtype. weight: (V, d). bias: (V,) or None. softcap: positive or None.
-    Returns:
-        (T, V) float32 (float64 for float64 input).
-    """
-    compute = torch.promote_types(hidden.dtype, torch.float32)
-    z = hidden.to(compute) @ weight.to(compute).T
-    if bias is not None:
-        z = z + bias.to(compute)
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+from calm_fast.reference.vocabulary import logits_reference
 
 
 def linear_nce_reference(

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from calm_fast.torch_impl.vocabulary import Gradients, LogitTiles, RunningSum, probabilities, subtract_at
+from calm_fast.torch_impl.vocabulary import (
+    Gradients,
+    LogitTiles,
+    RunningSum,
+    TargetLogits,
+    probabilities,
+    put,
+    subtract_at,
+    take,
+    valid_rows,
+    within,
+)
 
 Stats = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _valid_rows(targets: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
-    """Indices of the tokens that count; None = all of them."""
-    valid = targets != ignore_index
-    return None if bool(valid.all()) else valid.nonzero().squeeze(1)
-
-
-def _take(rows: torch.Tensor | None, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tensors if rows is None else tuple(t[rows] for t in tensors)
 
 
 def _sweep(
@@ -34,14 +35,10 @@ def _sweep(
     plain = temperature == 1.0
     student, nat, neg = (RunningSum(t, like) for _ in range(3))
     soft_student, soft_nat = (student, nat) if plain else (RunningSum(t, like, tau), RunningSum(t, like, tau))
-    at_target = like.new_zeros(t)
+    at_target = TargetLogits(targets, tiles.columns, like)
     for columns in tiles.column_blocks():
         z, z_nat, z_neg = (tiles.logits(h, columns, i) for i, h in enumerate(streams))
-        local = targets - columns.start
-        inside = (local >= 0) & (local < z.shape[1])
-        picked = z.gather(1, local.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
-        at_target = torch.where(inside, picked, at_target)
-
+        at_target.add(z, columns)
         spare = tiles.spare(z)
         student.add(z, spare)
         if not plain:
@@ -51,7 +48,7 @@ def _sweep(
         neg.weigh(neg.add(z_neg, spare), z_neg.sub_(z_nat))
     lse, lse_soft, lse_nat = student.log_sum(), soft_student.log_sum(), soft_nat.log_sum()
     kl = neg.mean() - neg.log_sum() + nat.log_sum()
-    return torch.stack((lse, lse_soft, lse_nat)), lse - at_target, lse_soft - tau * soft_nat.mean(), kl
+    return torch.stack((lse, lse_soft, lse_nat)), lse - at_target.values, lse_soft - tau * soft_nat.mean(), kl
 
 
 def linear_nce_torch_fwd(
@@ -76,8 +73,8 @@ def linear_nce_torch_fwd(
     """
     tokens, compute = targets.shape[0], torch.promote_types(student.dtype, torch.float32)
     lse, coefficients = (student.new_zeros((n, tokens), dtype=compute) for n in (3, 2))
-    rows = _valid_rows(targets, ignore_index)
-    student, nat, neg, targets, seq_ids = _take(rows, student, nat, neg, targets, seq_ids)
+    rows = valid_rows(targets, ignore_index)
+    student, nat, neg, targets, seq_ids = take(rows, student, nat, neg, targets, seq_ids)
     count = targets.shape[0]
     if count == 0:
         return lse.new_zeros(()), lse, coefficients
@@ -121,8 +118,8 @@ def linear_nce_torch_bwd(
     Returns:
         (T, d), (V, d) and (V,) in the inputs' dtypes; an empty tensor for what is not wanted.
     """
-    rows, full = _valid_rows(targets, ignore_index), student
-    student, nat, targets = _take(rows, student, nat, targets)
+    rows, tokens = valid_rows(targets, ignore_index), student.shape[0]
+    student, nat, targets = take(rows, student, nat, targets)
     lse, coefficients = (t if rows is None else t[:, rows] for t in (lse, coefficients))
     hard, soft = coefficients * dloss
     soft = soft / temperature
@@ -133,16 +130,10 @@ def linear_nce_torch_bwd(
         for r in tiles.row_blocks(chunk_rows):
             for c in tiles.column_blocks(chunk_columns):
                 dz = _dlogits(tiles, (student[r], nat[r]), c, lse[:, r], hard[r], soft[r], temperature, targets[r])
-                chunk[_within(r, chunk_rows), _within(c, chunk_columns)] = dz
+                chunk[within(r, chunk_rows), within(c, chunk_columns)] = dz
         gradients.add(chunk_rows, chunk_columns, chunk)
     dstudent, dweight, dbias = gradients.results()
-    if rows is not None and needs[0]:
-        dstudent = dstudent.new_zeros(full.shape).index_copy_(0, rows, dstudent)
-    return dstudent, dweight, dbias
-
-
-def _within(block: slice, chunk: slice) -> slice:
-    return slice(block.start - chunk.start, block.stop - chunk.start)
+    return put(rows, dstudent, tokens) if needs[0] else dstudent, dweight, dbias
 
 
 def _dlogits(

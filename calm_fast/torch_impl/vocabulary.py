@@ -113,6 +113,44 @@ class RunningSum:
         return self.weighted / self.total
 
 
+class TargetLogits:
+    """Picks z[t, targets_t] out of the tiles as they go by."""
+
+    def __init__(self, targets: torch.Tensor, columns: int, like: torch.Tensor) -> None:
+        """targets: (t,). columns: of a tile. like: gives device and dtype (the compute dtype)."""
+        self.block, self.offset = targets // columns, (targets % columns).unsqueeze(1)
+        self.columns = columns
+        self.values = like.new_zeros(targets.shape[0])
+
+    def add(self, logits: torch.Tensor, columns: slice) -> torch.Tensor:
+        """Account for a tile; returns which of its rows have their target in it, (t,) bool."""
+        here = self.block == columns.start // self.columns
+        # the last tile may be narrower than an offset of some other block
+        offset = self.offset if logits.shape[1] == self.columns else self.offset.clamp(max=logits.shape[1] - 1)
+        self.values = torch.where(here, logits.gather(1, offset).squeeze(1), self.values)
+        return here
+
+
+def valid_rows(targets: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
+    """Indices of the tokens that count; None = all of them."""
+    valid = targets != ignore_index
+    return None if bool(valid.all()) else valid.nonzero().squeeze(1)
+
+
+def take(rows: torch.Tensor | None, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tensors if rows is None else tuple(t[rows] for t in tensors)
+
+
+def put(rows: torch.Tensor | None, values: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The inverse of `take`: values of the tokens that count at their places among all, 0 elsewhere."""
+    return values if rows is None else values.new_zeros((tokens, *values.shape[1:])).index_copy_(0, rows, values)
+
+
+def within(block: slice, chunk: slice) -> slice:
+    """Where a block of tokens or columns lies in a chunk."""
+    return slice(block.start - chunk.start, block.stop - chunk.start)
+
+
 def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
     """start .. stop in slices of at most `size`."""
     return (slice(i, min(i + size, stop)) for i in range(start, stop, size))

@@ -1,0 +1,81 @@
+"""Checks and the choice of implementation that linear_nce and linear_logprob share."""
+
+from __future__ import annotations
+
+import torch
+
+from calm_fast import _native
+from calm_fast._dispatch import Decision, refuse, triton_obstacle
+from calm_fast._validate import bad_type, bad_value, check_finite_number, check_tensor, values_checked
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def choose(op: str, impl: str, hidden: torch.Tensor) -> Decision:
+    """Triton on a GPU where it can run, blocked torch everywhere else; `impl` if it was asked for."""
+    if impl in ("reference", "torch"):
+        return Decision(op, impl, "asked for")
+    if impl == "native":
+        raise refuse(op, impl, _native.obstacle(op))
+    obstacle = triton_obstacle(hidden.device)
+    if hidden.dtype == torch.float64:
+        obstacle = "the kernels compute in float32, the hidden states are float64"
+    if impl == "triton":
+        if obstacle:
+            raise refuse(op, impl, obstacle)
+        return Decision(op, impl, "asked for")
+    if hidden.device.type == "cpu":
+        return Decision(op, "torch", "CPU tensors: blocked products are the fast path")
+    if obstacle:
+        return Decision(op, "torch", f"Triton cannot run: {obstacle}")
+    return Decision(op, "triton", "a GPU: products and running sums in one kernel")
+
+
+def check_dtype(op: str, name: str, tensor: torch.Tensor, like: str, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{op}: `{name}` must have {like}'s dtype {dtype}, got {tensor.dtype}")
+
+
+def check_head(op: str, name: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Check hidden (T, d), called `name`, weight (V, d) and bias (V,) or None: rank, dtype, device, sizes."""
+    check_tensor(op, name, hidden, "(T, d)", DTYPES)
+    check_tensor(op, "weight", weight, "(V, d)", DTYPES, hidden.device)
+    check_dtype(op, "weight", weight, name, hidden.dtype)
+    d = hidden.shape[1]
+    if d < 1:
+        raise bad_value(op, name, "of hidden size d >= 1", f"shape {tuple(hidden.shape)}")
+    if weight.shape[0] < 1 or weight.shape[1] != d:
+        raise bad_value(op, "weight", f"of shape (V, d) with V >= 1 and d = {d}", f"shape {tuple(weight.shape)}")
+    if bias is not None:
+        check_tensor(op, "bias", bias, "(V,)", DTYPES, hidden.device)
+        check_dtype(op, "bias", bias, name, hidden.dtype)
+        if bias.shape[0] != weight.shape[0]:
+            raise bad_value(op, "bias", f"of shape (V,) = ({weight.shape[0]},)", f"shape {tuple(bias.shape)}")
+
+
+def check_numbers(op: str, temperature: float, softcap: float | None, ignore_index: int) -> None:
+    for name, value in (("temperature", temperature), ("softcap", softcap)):
+        if value is None and name == "softcap":
+            continue
+        check_finite_number(op, name, value)
+        if not value > 0:
+            raise bad_value(op, name, "positive", str(value))
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise bad_type(op, "ignore_index", "an int", ignore_index)
+
+
+def check_indices(op: str, name: str, indices: torch.Tensor, tokens: int, device: torch.device) -> None:
+    """Check an int64 tensor (T,)."""
+    check_tensor(op, name, indices, "(T,)", (torch.int64,), device)
+    if indices.shape[0] != tokens:
+        raise bad_value(op, name, f"of shape (T,) = ({tokens},)", f"shape {tuple(indices.shape)}")
+
+
+def check_targets(op: str, targets: torch.Tensor, hidden: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
+    check_indices(op, "targets", targets, hidden.shape[0], hidden.device)
+    if not targets.numel() or not values_checked(targets):
+        return
+    used = targets[targets != ignore_index]
+    if used.numel() and (int(used.min()) < 0 or int(used.max()) >= vocabulary):
+        expected = f"ignore_index ({ignore_index}) or within 0 <= target < V = {vocabulary}"
+        raise bad_value(op, "targets", expected, f"values from {int(used.min())} to {int(used.max())}")

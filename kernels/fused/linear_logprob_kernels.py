@@ -1,0 +1,245 @@
+"""Kernels of linear_logprob: sweep the vocabulary, combine its splits, and the gradient of a chunk of logits.
+
+Derivation: docs/kernels/linear_logprob.md.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .vocabulary import (
+    LN_2,
+    LOG2_E,
+    NEG_HUGE,
+    any_valid,
+    cap,
+    load_block,
+    product,
+    row_pointers,
+    running_sum,
+    tile_position,
+)
+
+
+@triton.jit(do_not_specialize=["T", "ignore_index"])
+def _linear_logprob_target_kernel(
+    hidden_ptr,  # (T, d)
+    weight_ptr,  # (V, d)
+    bias_ptr,  # (V,) or None
+    targets_ptr,  # (T,) int64
+    at_target_ptr,  # (T,) float32
+    stride_h,
+    stride_w,
+    T,
+    V,
+    softcap,
+    ignore_index,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """The logits of the targets alone: what a rank is counted against."""
+    first = tl.program_id(0) * BLOCK_T
+    rows = first + tl.arange(0, BLOCK_T)
+    targets, valid, some = any_valid(targets_ptr, rows, T, ignore_index)
+    targets = tl.where(valid, targets, 0)
+    hidden = row_pointers(hidden_ptr, first, T, stride_h, BLOCK_T)
+    weight = weight_ptr + targets * stride_w  # int64, as the targets are
+    z = tl.zeros((BLOCK_T,), tl.float32)
+    for k in range(0, D, BLOCK_D):
+        a = load_block(hidden, k, D, BLOCK_D).to(tl.float32)
+        z += tl.sum(a * load_block(weight, k, D, BLOCK_D).to(tl.float32), 1)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + targets).to(tl.float32)
+    if HAS_SOFTCAP:
+        z = softcap * (2.0 * tl.sigmoid(z * (2.0 / softcap)) - 1.0)
+    tl.store(at_target_ptr + rows, z, mask=valid)
+
+
+@triton.jit(do_not_specialize=["T", "ignore_index", "splits"])
+def _linear_logprob_sweep_kernel(
+    hidden_ptr,  # (T, d)
+    weight_ptr,  # (V, d)
+    bias_ptr,  # (V,) or None
+    targets_ptr,  # (T,) int64
+    alone_ptr,  # (T,) float32, only where ranks are wanted
+    part_ptr,  # (1 + HAS_ENTROPY, splits, T) float32: log-sum-exps in log2 units, means
+    above_ptr,  # (splits, T) int32, only where ranks are wanted
+    at_target_ptr,  # (T,) float32
+    stride_h,
+    stride_w,
+    T,
+    V,
+    splits,
+    tau,
+    softcap,
+    ignore_index,
+    SPLIT_V: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_RANK: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """One tile of tokens against SPLIT_V columns; tau is 1 / temperature. A tile without valid tokens is left out."""
+    tile, split = tile_position(T, splits, BLOCK_T, GROUP)
+    first = tile * BLOCK_T
+    rows = first + tl.arange(0, BLOCK_T)
+    targets, valid, some = any_valid(targets_ptr, rows, T, ignore_index)
+    if not some:
+        return
+    hidden = row_pointers(hidden_ptr, first, T, stride_h, BLOCK_T)
+    nothing = tl.zeros((BLOCK_T,), tl.float32)
+    row_max, row_sum, mean, at_target = nothing + NEG_HUGE, nothing, nothing, nothing
+    above = tl.zeros((BLOCK_T,), tl.int32)
+    if HAS_RANK:
+        alone = tl.load(alone_ptr + rows, mask=valid, other=0.0)
+    begin = split * SPLIT_V
+    for start in range(begin, tl.minimum(begin + SPLIT_V, V), BLOCK_V):
+        weight = row_pointers(weight_ptr, start, V, stride_w, BLOCK_V)
+        z = product(hidden, weight, D, BLOCK_T, BLOCK_V, BLOCK_D, PRECISION, INTERPRET)
+        cols = start + tl.arange(0, BLOCK_V)
+        inside = cols < V
+        z = cap(z, bias_ptr, cols, V, softcap, HAS_BIAS, HAS_SOFTCAP)
+        own = cols[None, :] == targets[:, None]
+        at_target += tl.sum(tl.where(own, z, 0.0), 1)
+        row_max, row_sum, weights, shrink = running_sum(row_max, row_sum, z, inside, tau * LOG2_E)
+        if HAS_ENTROPY:
+            mean = mean * shrink + tl.sum(weights * z, 1)
+        if HAS_RANK:  # the target's own logit, computed twice, may differ by a rounding: it never counts
+            above += tl.sum(
+                ((z > alone[:, None]) & inside[None, :] & (cols[None, :] != targets[:, None])).to(tl.int32), 1
+            )
+    part = part_ptr + tl.cast(split, tl.int64) * T + rows
+    tl.store(part, row_max + tl.log2(row_sum), mask=valid)
+    if HAS_ENTROPY:
+        tl.store(part + tl.cast(splits, tl.int64) * T, mean / row_sum, mask=valid)
+    if HAS_RANK:
+        tl.store(above_ptr + tl.cast(split, tl.int64) * T + rows, above, mask=valid)
+    own_split = (targets >= begin) & (targets < begin + SPLIT_V)
+    tl.store(at_target_ptr + rows, at_target, mask=valid & own_split)
+
+
+@triton.jit(do_not_specialize=["T", "ignore_index", "splits"])
+def _linear_logprob_combine_kernel(
+    part_ptr,  # (1 + HAS_ENTROPY, splits, T) float32
+    above_ptr,  # (splits, T) int32 or None
+    at_target_ptr,  # (T,) float32
+    targets_ptr,  # (T,) int64
+    logprob_ptr,  # (T,) float32
+    entropy_ptr,  # (T,) float32 or None
+    rank_ptr,  # (T,) int64 or None
+    lse_ptr,  # (T,) float32
+    T,
+    splits,
+    tau,
+    ignore_index,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_RANK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """What one token's splits add up to; zeros for tokens that do not count."""
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    targets, valid, some = any_valid(targets_ptr, rows, T, ignore_index)
+    row_max = tl.zeros((BLOCK_T,), tl.float32) + NEG_HUGE
+    row_sum = tl.zeros((BLOCK_T,), tl.float32)
+    mean = tl.zeros((BLOCK_T,), tl.float32)
+    rank = tl.zeros((BLOCK_T,), tl.int64) + 1
+    for split in range(0, splits):
+        place = tl.cast(split, tl.int64) * T + rows
+        lse = tl.load(part_ptr + place, mask=valid, other=0.0)
+        new_max = tl.maximum(row_max, lse)
+        shrink = tl.exp2(row_max - new_max)
+        share = tl.exp2(lse - new_max)
+        row_sum = row_sum * shrink + share
+        row_max = new_max
+        if HAS_ENTROPY:
+            more = tl.load(part_ptr + tl.cast(splits, tl.int64) * T + place, mask=valid, other=0.0)
+            mean = mean * shrink + share * more
+        if HAS_RANK:
+            rank += tl.load(above_ptr + place, mask=valid, other=0)
+    lse = (row_max + tl.log2(row_sum)) * LN_2
+    logprob = tl.load(at_target_ptr + rows, mask=valid, other=0.0) * tau - lse
+    inside = rows < T
+    tl.store(logprob_ptr + rows, tl.where(valid, logprob, 0.0), mask=inside)
+    tl.store(lse_ptr + rows, tl.where(valid, lse, 0.0), mask=inside)
+    if HAS_ENTROPY:
+        tl.store(entropy_ptr + rows, tl.where(valid, lse - tau * mean / row_sum, 0.0), mask=inside)
+    if HAS_RANK:
+        tl.store(rank_ptr + rows, tl.where(valid, rank, 0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_row", "end_row", "first_column", "end_column", "ignore_index", "blocks"])
+def _linear_logprob_dlogits_kernel(
+    hidden_ptr,  # (T, d)
+    weight_ptr,  # (V, d)
+    bias_ptr,  # (V,) or None
+    targets_ptr,  # (T,) int64
+    lse_ptr,  # (T,) float32
+    entropy_ptr,  # (T,) float32, only with dentropy
+    dlogprob_ptr,  # (T,) float32
+    dentropy_ptr,  # (T,) float32 or None
+    chunk_ptr,  # (end_row - first_row, end_column - first_column) contiguous
+    stride_h,
+    stride_w,
+    first_row,
+    end_row,
+    first_column,
+    end_column,
+    V,
+    blocks,  # of columns
+    tau,
+    softcap,
+    ignore_index,
+    HAS_DENTROPY: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """dz = tau (dlogprob (1_target - p) - dentropy p (log p + entropy)), tau = 1 / temperature; 0 for ignored rows."""
+    tile, block = tile_position(end_row - first_row, blocks, BLOCK_T, GROUP)
+    first = first_row + tile * BLOCK_T
+    start = first_column + block * BLOCK_V
+    rows = first + tl.arange(0, BLOCK_T)
+    cols = start + tl.arange(0, BLOCK_V)
+    inside = rows < end_row
+    targets, valid, some = any_valid(targets_ptr, rows, end_row, ignore_index)
+    dz = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+    if some:
+        hidden = row_pointers(hidden_ptr, first, end_row, stride_h, BLOCK_T)
+        weight = row_pointers(weight_ptr, start, end_column, stride_w, BLOCK_V)
+        z = product(hidden, weight, D, BLOCK_T, BLOCK_V, BLOCK_D, PRECISION, INTERPRET)
+        z = cap(z, bias_ptr, cols, V, softcap, HAS_BIAS, HAS_SOFTCAP)
+        lse = tl.load(lse_ptr + rows, mask=valid, other=0.0)
+        dlogprob = tl.load(dlogprob_ptr + rows, mask=valid, other=0.0) * tau
+        p = tl.exp2(z * (tau * LOG2_E) - (lse * LOG2_E)[:, None])
+        if HAS_DENTROPY:
+            dentropy = tl.load(dentropy_ptr + rows, mask=valid, other=0.0) * tau
+            entropy = tl.load(entropy_ptr + rows, mask=valid, other=0.0)
+            constant = dentropy * (lse - entropy) - dlogprob
+            dz = p * (constant[:, None] - (dentropy * tau)[:, None] * z)
+        else:
+            dz = p * (-dlogprob)[:, None]
+        dz = tl.where(cols[None, :] == targets[:, None], dz + dlogprob[:, None], dz)
+        if HAS_SOFTCAP:
+            bent = z / softcap
+            dz *= 1.0 - bent * bent
+        dz = tl.where(valid[:, None], dz, 0.0)
+    width = (end_column - first_column).to(tl.int64)
+    out = chunk_ptr + (rows - first_row).to(tl.int64)[:, None] * width + (cols - first_column)[None, :]
+    tl.store(out, dz.to(chunk_ptr.dtype.element_ty), mask=inside[:, None] & (cols < end_column)[None, :])
