@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from calm_fast.verify.numerics import Case, Inputs, Rounding, Values, sum_variance
+from calm_fast.verify.numerics import Case, Inputs, Rounding, Values
 
 _TENSORS = ("x", "y", "a_pos", "b_pos", "a_neg", "b_neg", "w_q", "w_k", "value0", "value1")
 
@@ -170,6 +170,17 @@ _STEP = 1e-6  # a difference quotient in float64: truncation and cancellation bo
 _ULPS = 4.0  # float32 exp, erf and division on any device
 
 
+def _order_variance(length: int, total: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """Mean, over the orders of addition, of the sum of the squared partial sums of `length` products, and of the
+    squared products: what rounding each of them once contributes. total: their sum; squares: of their squares.
+
+    The k-th partial sum has mean k / n total and variance k (n - k) / (n (n - 1)) (squares - total^2 / n).
+    """
+    n = length
+    spread = (squares - total.square() / n).clamp(min=0.0)
+    return squares + (n + 1) * (2 * n + 1) / (6 * n) * total.square() + (n + 1) / 6 * spread
+
+
 class _Probe:
     """Moves every value that an implementation rounds by _STEP x its rounding's size x a random sign.
 
@@ -183,39 +194,53 @@ class _Probe:
         sign = torch.randint(0, 2, t.shape, generator=self.generator).to(t) * 2 - 1
         return t + _STEP * sign * size
 
-    def product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def product(self, a: torch.Tensor, b: torch.Tensor, stored: bool = True) -> torch.Tensor:
         out = a @ b
         if self.kind == "inputs":
-            return self.move(out, out)
-        return self.move(out, sum_variance(a.shape[-1], a.abs() @ b.abs()).sqrt())
+            return self.move(out, out) if stored else out
+        return self.move(out, _order_variance(max(a.shape[-1], 1), out, a.square() @ b.square()).sqrt())
 
 
 class _Product(torch.autograd.Function):
-    """a b^T whose result, and both of whose gradients, are rounded."""
+    """a b^T, rounded where it is stored by itself; both of its gradients are."""
 
     @staticmethod
-    def forward(ctx, a, b, probe):
+    def forward(ctx, a, b, probe, stored):
         ctx.save_for_backward(a, b)
         ctx.probe = probe
-        return probe.product(a, b.mT)
+        return probe.product(a, b.mT, stored)
 
     @staticmethod
     def backward(ctx, grad):
         a, b = ctx.saved_tensors
-        return ctx.probe.product(grad, b), ctx.probe.product(grad.mT, a), None
+        return ctx.probe.product(grad, b), ctx.probe.product(grad.mT, a), None, None
 
 
 class _Rounded(torch.autograd.Function):
-    """A value that is rounded, and its gradient; to float32 only where `wide`."""
+    """A value of which `ulps` roundings of this kind are made, and one of its gradient."""
 
     @staticmethod
-    def forward(ctx, t, probe, wide):
-        ctx.probe, ctx.skip = probe, wide and probe.kind == "inputs"
-        return t if ctx.skip else probe.move(t, _ULPS * t if probe.kind == "accumulate" else t)
+    def forward(ctx, t, probe, kind, ulps):
+        ctx.probe, ctx.moves = probe, kind == probe.kind
+        return probe.move(t, ulps * t) if ctx.moves else t.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        return grad if ctx.skip else ctx.probe.move(grad, grad), None, None
+        return ctx.probe.move(grad, grad) if ctx.moves else grad, None, None, None
+
+
+class _Sigmoid(torch.autograd.Function):
+    """p of a logit, whose gradient p (1 - p) is made from the rounded p: absolutely accurate, as p is near 1."""
+
+    @staticmethod
+    def forward(ctx, logit, probe):
+        ctx.probe, ctx.p = probe, logit.sigmoid()
+        return ctx.p if probe.kind == "inputs" else probe.move(ctx.p, _ULPS * ctx.p)
+
+    @staticmethod
+    def backward(ctx, grad):
+        out = grad * ctx.p * (1 - ctx.p)
+        return out if ctx.probe.kind == "inputs" else ctx.probe.move(out, _ULPS * grad * ctx.p), None
 
 
 class _Gelu(torch.autograd.Function):
@@ -241,36 +266,44 @@ def _probed(inputs: Inputs, probe: _Probe) -> Values:
     """The folded computation of dual_lora with every rounding moved."""
     (pos, neg), gelu = _pair(inputs), inputs["activation"] == "gelu"
 
-    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return _Product.apply(a, b, probe)
+    def product(a: torch.Tensor, b: torch.Tensor, stored: bool = True) -> torch.Tensor:
+        return _Product.apply(a, b, probe, stored)
 
-    def rounded(t: torch.Tensor, wide: bool = False) -> torch.Tensor:
-        return _Rounded.apply(t, probe, wide)
+    def stored(t: torch.Tensor) -> torch.Tensor:
+        return _Rounded.apply(t, probe, "inputs", 1.0)
+
+    def fork(t: torch.Tensor) -> torch.Tensor:  # read twice: the sum of two gradients is rounded
+        return _Rounded.apply(t, probe, "inputs", 0.0)
+
+    def wide(t: torch.Tensor) -> torch.Tensor:
+        return _Rounded.apply(t, probe, "accumulate", 1.0)
 
     def call(x, y, a_pos, b_pos, a_neg, b_neg, w_q, w_k, *value) -> torch.Tensor:
         shape, r_pos, r_neg = y.shape, a_pos.shape[0], a_neg.shape[0]
-        # a tensor read twice adds up two rounded gradients: `rounded` at the fork is that sum's rounding
-        x, y = (rounded(t.reshape(-1, t.shape[-1])) for t in (x, y))
-        b = rounded(torch.cat((pos * b_pos, neg * b_neg), 1))
+        x, y = (fork(t.reshape(-1, t.shape[-1])) for t in (x, y))
+        b = stored(torch.cat((pos * b_pos, neg * b_neg), 1))
         keys_pos, keys_neg = product(w_k, b.mT).split((r_pos, r_neg), 1)
         gate = product(torch.cat((-keys_pos, keys_neg), 1).mT, w_q.mT)
-        z, g = (rounded(t) for t in product(x, torch.cat((a_pos, a_neg, gate))).chunk(2, -1))
-        logit = (z * g).sum(-1, keepdim=True)
+        z, g = (fork(t) for t in product(x, torch.cat((a_pos, a_neg, gate))).chunk(2, -1))
+        terms = z * g
+        logit = terms.sum(-1, keepdim=True)
         if probe.kind == "accumulate":
-            logit = probe.move(logit, sum_variance(r_pos + r_neg, (z * g).abs().sum(-1, keepdim=True)).sqrt().detach())
-        p_neg = rounded(logit.sigmoid(), wide=True)
-        weight_pos, weight_neg = rounded(1.5 - p_neg, wide=True), rounded(p_neg - 0.5, wide=True)
+            squares = terms.square().sum(-1, keepdim=True)
+            logit = probe.move(logit, _order_variance(r_pos + r_neg, logit, squares).sqrt().detach())
+        p_neg = _Sigmoid.apply(logit, probe)
+        weight_pos, weight_neg = wide(1.5 - p_neg), wide(p_neg - 0.5)
         z_pos, z_neg = z.split((r_pos, r_neg), 1)
         if not gelu:
             for factor in value:
                 b = product(factor, b.mT)
-            mixed = rounded(torch.cat((weight_pos * z_pos, weight_neg * z_neg), 1))
-            return (y + product(mixed, b)).view(shape)
-        up_pos, up_neg = product(value[0], b.mT).split((r_pos, r_neg), 1)
-        u = rounded(product(y, value[0]))
-        h_pos, h_neg = (rounded(u + product(z_pos, up_pos)), rounded(u + product(z_neg, up_neg)))
-        mixed = rounded(weight_pos * _Gelu.apply(h_pos, probe) + weight_neg * _Gelu.apply(h_neg, probe))
-        return (y + product(mixed, value[1])).view(shape)
+            mixed = stored(torch.cat((weight_pos * z_pos, weight_neg * z_neg), 1))
+            return (y + product(mixed, b, stored=False)).view(shape)
+        c1 = fork(value[0])
+        up_pos, up_neg = product(c1, b.mT).split((r_pos, r_neg), 1)
+        u = fork(product(y, c1))
+        h_pos, h_neg = (stored(u + product(t, up, stored=False)) for t, up in ((z_pos, up_pos), (z_neg, up_neg)))
+        mixed = stored(weight_pos * _Gelu.apply(h_pos, probe) + weight_neg * _Gelu.apply(h_neg, probe))
+        return (y + product(mixed, value[1], stored=False)).view(shape)
 
     return _with_gradients(call, inputs)
 
