@@ -39,12 +39,13 @@ def run(
     Returns:
         what results.json holds.
     Raises:
-        ValueError: a bad row, no right or no wrong rationale, or `out` belongs to other settings.
+        ValueError: a bad row, no right or no wrong rationale, or `out` belongs to other settings, data or model.
     """
     settings = settings or Settings()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     identity = {"settings": asdict(settings), "limit": limit, "max_length": max_length, "data": _digest(data)}
+    identity["model"] = _model_digest(Path(model))
     results = _resume(out / _RESULTS, json.loads(json.dumps(identity)))
 
     right, wrong = _graded(out / "graded.json", data, limit, settings.progress)
@@ -130,6 +131,19 @@ def _resume(file: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 def _digest(file: str | os.PathLike) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _model_digest(folder: Path, edge: int = 1 << 20) -> str:
+    """Tells models apart without reading all of them: config, and name, size and both ends of every weight file."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*")):
+        if file.name == "config.json" or file.suffix in (".safetensors", ".bin"):
+            digest.update(f"{file.name} {file.stat().st_size} ".encode())
+            with file.open("rb") as content:
+                digest.update(content.read(edge))
+                content.seek(max(0, file.stat().st_size - edge))
+                digest.update(content.read(edge))
+    return digest.hexdigest()
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
