@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml setup.py
 	    echo "[set-up] the venv module does not work here (Debian and Ubuntu: install python3-venv)"; exit 1; }; \
 	else echo "[set-up 1/4] $(VENV) exists"; fi; \
 	: > "$(LOG)"; \
-	try() { if ! "$(PY)" -m pip install "$$@" >>"$(LOG)" 2>&1; then tail -n 25 "$(LOG)"; \
+	try() { if ! "$(PY)" -m pip install --no-compile --disable-pip-version-check "$$@" >>"$(LOG)" 2>&1; then tail -n 25 "$(LOG)"; \
 	  echo "[set-up] pip install failed; the end of $(LOG) is above"; exit 1; fi; }; \
 	echo "[set-up 2/4] installing the build tools (seconds)"; \
 	try 'setuptools>=77' wheel; \
