@@ -164,10 +164,10 @@ def _bwd_fake(dlogprob, dentropy, hidden, weight, *options):
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, targets, ctx.temperature, ctx.softcap, ctx.ignore_index, _, _, ctx.impl = inputs
+    hidden, weight, bias, targets, ctx.temperature, ctx.softcap, ctx.ignore_index, want_entropy, _, ctx.impl = inputs
     logprob, entropy, rank, lse = output
     ctx.save_for_backward(hidden, weight, bias, targets, lse, entropy)
-    ctx.mark_non_differentiable(rank, lse)
+    ctx.mark_non_differentiable(rank, lse, *(() if want_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
 
 

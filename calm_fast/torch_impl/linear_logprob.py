@@ -84,9 +84,9 @@ def _sweep(
         weights = running.add(z, tiles.spare(z) if want_entropy else z)
         if want_entropy:
             running.weigh(weights, z)
-    lse = running.log_sum()
-    entropy = lse - tau * running.mean() if want_entropy else like.new_zeros(0)
-    return at_target.values * tau - lse, entropy, rank, lse
+    # relative to the maximum, so that a certain token loses nothing to the size of its logit
+    entropy = running.entropy() if want_entropy else like.new_zeros(0)
+    return running.log_share(at_target.values), entropy, rank, running.log_sum()
 
 
 def linear_logprob_torch_bwd(

@@ -108,6 +108,17 @@ class RunningSum:
         """(t,) log sum exp(scale * logits), a natural logarithm."""
         return (self.max.squeeze(1) + self.total.log2()) * LN_2
 
+    def log_share(self, logits: torch.Tensor) -> torch.Tensor:
+        """log(exp(scale * logits) / sum) of one logit a row (t,); never above 0."""
+        # by the same operation as in `add`, so that the rounding of the maximum cancels
+        share = torch.add(-self.max.squeeze(1), logits, alpha=self.scale)
+        return ((share - self.total.log2()) * LN_2).clamp_(max=0.0)
+
+    def entropy(self) -> torch.Tensor:
+        """(t,) the entropy of the softmax, the logits themselves having been weighed; never below 0."""
+        spread = self.max.squeeze(1) - self.mean() * self.scale
+        return ((self.total.log2() + spread) * LN_2).clamp_(min=0.0)
+
     def mean(self) -> torch.Tensor:
         """(t,) the weighted sum over the sum of the weights."""
         return self.weighted / self.total

@@ -42,8 +42,8 @@ _TARGET = LaunchConfig(16, 64, 4, 1)  # logits of the targets alone: tokens, dep
 # the second for entropies, ranks, biases and softcaps
 _TILES = {
     80: {"sweep": ((128, 128, 8, 3), (128, 64, 8, 3)), "dlogits": ((128, 128, 8, 3), (128, 64, 8, 3))},
-    90: {"sweep": ((128, 256, 8, 3), (128, 128, 8, 3)), "dlogits": ((128, 256, 8, 3), (128, 128, 8, 3))},
-    100: {"sweep": ((128, 256, 8, 3), (128, 128, 8, 3)), "dlogits": ((128, 128, 8, 3), (128, 128, 8, 3))},
+    90: {"sweep": ((128, 256, 8, 3), (128, 64, 8, 3)), "dlogits": ((128, 256, 8, 3), (128, 128, 8, 3))},
+    100: {"sweep": ((128, 128, 8, 4), (128, 64, 8, 3)), "dlogits": ((128, 128, 8, 3), (128, 128, 8, 3))},
 }
 
 
@@ -56,7 +56,7 @@ def default_config(part: str, arch: int, dtype: torch.dtype, plain: bool) -> Lau
     """
     split = _SPLIT if part == "sweep" else 0
     if dtype == torch.float32:  # IEEE products run on the ordinary cores
-        return LaunchConfig(32, 32, 4, 1, split_keys=split)
+        return LaunchConfig(16, 32, 4, 1, split_keys=split)
     family = 90 if arch == 90 else 100 if arch in (100, 103) else 80  # consumer Blackwell (120) has 99 KiB
     return LaunchConfig(*_TILES[family][part][0 if plain else 1], split_keys=split)
 
@@ -97,7 +97,7 @@ def launch_linear_logprob_fwd(
     plain = bias is None and softcap is None and not want_entropy and not want_rank
     config = config or _pick("sweep", weight, tokens, plain)
     splits, tau = triton.cdiv(v, config.split_keys), 1.0 / temperature
-    part = logprob.new_empty((1 + want_entropy, splits, tokens))
+    part = logprob.new_empty((2 + want_entropy, splits, tokens))
     above = torch.empty((splits, tokens), dtype=torch.int32, device=device) if want_rank else None
     at_target, alone = logprob.new_empty(tokens), logprob.new_empty(tokens) if want_rank else None
     hidden, weight, targets = addressable(hidden), addressable(weight), targets.contiguous()

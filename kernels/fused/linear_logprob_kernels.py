@@ -66,7 +66,7 @@ def _linear_logprob_sweep_kernel(
     bias_ptr,  # (V,) or None
     targets_ptr,  # (T,) int64
     alone_ptr,  # (T,) float32, only where ranks are wanted
-    part_ptr,  # (1 + HAS_ENTROPY, splits, T) float32: log-sum-exps in log2 units, means
+    part_ptr,  # (2 + HAS_ENTROPY, splits, T) float32: maxima in log2 units, sums, means
     above_ptr,  # (splits, T) int32, only where ranks are wanted
     at_target_ptr,  # (T,) float32
     stride_h,
@@ -120,9 +120,11 @@ def _linear_logprob_sweep_kernel(
                 ((z > alone[:, None]) & inside[None, :] & (cols[None, :] != targets[:, None])).to(tl.int32), 1
             )
     part = part_ptr + tl.cast(split, tl.int64) * T + rows
-    tl.store(part, row_max + tl.log2(row_sum), mask=valid)
+    plane = tl.cast(splits, tl.int64) * T
+    tl.store(part, row_max, mask=valid)
+    tl.store(part + plane, row_sum, mask=valid)
     if HAS_ENTROPY:
-        tl.store(part + tl.cast(splits, tl.int64) * T, mean / row_sum, mask=valid)
+        tl.store(part + 2 * plane, mean / row_sum, mask=valid)
     if HAS_RANK:
         tl.store(above_ptr + tl.cast(split, tl.int64) * T + rows, above, mask=valid)
     own_split = (targets >= begin) & (targets < begin + SPLIT_V)
@@ -131,7 +133,7 @@ def _linear_logprob_sweep_kernel(
 
 @triton.jit(do_not_specialize=["T", "ignore_index", "splits"])
 def _linear_logprob_combine_kernel(
-    part_ptr,  # (1 + HAS_ENTROPY, splits, T) float32
+    part_ptr,  # (2 + HAS_ENTROPY, splits, T) float32
     above_ptr,  # (splits, T) int32 or None
     at_target_ptr,  # (T,) float32
     targets_ptr,  # (T,) int64
@@ -154,26 +156,31 @@ def _linear_logprob_combine_kernel(
     row_sum = tl.zeros((BLOCK_T,), tl.float32)
     mean = tl.zeros((BLOCK_T,), tl.float32)
     rank = tl.zeros((BLOCK_T,), tl.int64) + 1
+    plane = tl.cast(splits, tl.int64) * T
     for split in range(0, splits):
         place = tl.cast(split, tl.int64) * T + rows
-        lse = tl.load(part_ptr + place, mask=valid, other=0.0)
-        new_max = tl.maximum(row_max, lse)
+        part_max = tl.load(part_ptr + place, mask=valid, other=0.0)
+        new_max = tl.maximum(row_max, part_max)
         shrink = tl.exp2(row_max - new_max)
-        share = tl.exp2(lse - new_max)
+        share = tl.exp2(part_max - new_max) * tl.load(part_ptr + plane + place, mask=valid, other=1.0)
         row_sum = row_sum * shrink + share
         row_max = new_max
         if HAS_ENTROPY:
-            more = tl.load(part_ptr + tl.cast(splits, tl.int64) * T + place, mask=valid, other=0.0)
-            mean = mean * shrink + share * more
+            mean = mean * shrink + share * tl.load(part_ptr + 2 * plane + place, mask=valid, other=0.0)
         if HAS_RANK:
             rank += tl.load(above_ptr + place, mask=valid, other=0)
+    # relative to the maximum, so that a certain token loses nothing to the size of its logit; never above 0
     lse = (row_max + tl.log2(row_sum)) * LN_2
-    logprob = tl.load(at_target_ptr + rows, mask=valid, other=0.0) * tau - lse
+    at_target = tl.load(at_target_ptr + rows, mask=valid, other=0.0) * (tau * LOG2_E)
+    logprob = ((at_target - row_max) - tl.log2(row_sum)) * LN_2
+    logprob = tl.where(logprob > 0.0, 0.0, logprob)
     inside = rows < T
     tl.store(logprob_ptr + rows, tl.where(valid, logprob, 0.0), mask=inside)
     tl.store(lse_ptr + rows, tl.where(valid, lse, 0.0), mask=inside)
     if HAS_ENTROPY:
-        tl.store(entropy_ptr + rows, tl.where(valid, lse - tau * mean / row_sum, 0.0), mask=inside)
+        entropy = (tl.log2(row_sum) + (row_max - mean / row_sum * (tau * LOG2_E))) * LN_2
+        entropy = tl.where(entropy < 0.0, 0.0, entropy)
+        tl.store(entropy_ptr + rows, tl.where(valid, entropy, 0.0), mask=inside)
     if HAS_RANK:
         tl.store(rank_ptr + rows, tl.where(valid, rank, 0), mask=inside)
 
