@@ -18,6 +18,8 @@ Definition = Callable[[Inputs, torch.dtype], Values]
 REGISTRY: dict[str, str] = {
     "cross_attention": "calm_fast.benchmarks.cases.cross_attention",
     "dual_lora": "calm_fast.benchmarks.cases.dual_lora",
+    "linear_nce": "calm_fast.benchmarks.cases.linear_nce",
+    "linear_logprob": "calm_fast.benchmarks.cases.linear_logprob",
 }
 
 SUITES = ("quick", "full")

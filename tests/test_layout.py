@@ -16,10 +16,11 @@ STEM_FILES = (
     "calm_fast/reference/{op}.py",
     "calm_fast/torch_impl/{op}.py",
     "calm_fast/ops/{op}.py",
-    "calm_fast/modules/{op}.py",
     "calm_fast/verify/cases/{op}.py",
     "tests/ops/test_{op}*.py",
 )
+# the others work on the user's tensors alone: nothing for an nn.Module to hold
+WITH_PARAMETERS = ("cross_attention", "dual_lora")
 # longest file allowed, first matching folder wins
 HARD_LINES = (("kernels/", 500), ("tests/", 500), ("", 400))
 HARD_LINES_CUDA = 600
@@ -59,6 +60,12 @@ def test_files_are_found():
 @pytest.mark.parametrize("pattern", STEM_FILES)
 def test_op_has_its_file_in_every_folder(op, pattern):
     assert list(ROOT.glob(pattern.format(op=op))), f"{pattern.format(op=op)} is missing"
+
+
+@pytest.mark.parametrize("op", WITH_PARAMETERS)
+def test_op_with_parameters_has_a_module(op):
+    assert op in OPS
+    assert (ROOT / "calm_fast" / "modules" / f"{op}.py").is_file()
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -1,0 +1,61 @@
+"""What linear_nce and linear_logprob are compared with: full logits in plain torch, and other packages' fused losses.
+
+Shapes: hidden states (T, d), weight (V, d), targets and seq_ids (T,) int64.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from calm_fast.benchmarks.registry import CannotRunError
+
+
+def log_softmax_logprob(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(T,): log-softmax of the full logits, every step in the tensors' dtype."""
+    return F.linear(hidden, weight).log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+def mean_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """() the mean of -logprob."""
+    return -log_softmax_logprob(hidden, weight, targets).mean()
+
+
+def three_softmax_nce(
+    student: torch.Tensor,
+    nat: torch.Tensor,
+    neg: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    seq_ids: torch.Tensor,
+) -> torch.Tensor:
+    """() the NCE loss as released (alpha 1/2, temperature 1, offset 1/2) from three full log-softmaxes."""
+    log_p = F.linear(student, weight).log_softmax(-1)
+    with torch.no_grad():
+        log_nat, log_neg = (F.linear(h, weight).log_softmax(-1) for h in (nat, neg))
+        kl = (log_neg.exp() * (log_neg - log_nat)).sum(-1)
+        members = torch.zeros_like(kl).index_add(0, seq_ids, torch.ones_like(kl))
+        per_sequence = torch.zeros_like(kl).index_add(0, seq_ids, kl) / members.clamp(min=1)
+        beta = torch.tanh(per_sequence)[seq_ids]
+    soft = -(log_nat.exp() * log_p).sum(-1)
+    hard = -log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
+    return (0.5 * hard + 0.5 * (0.5 + beta) * soft).mean()
+
+
+def js_divergence(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """() the mean Jensen-Shannon divergence of the two next-token distributions: two streams, a related loss."""
+    log_p, log_q = (F.linear(h, weight).log_softmax(-1) for h in (student, teacher))
+    middle = (0.5 * (log_p.exp() + log_q.exp())).log()
+    parts = [(x.exp() * (x - middle)).sum(-1) for x in (log_p, log_q)]
+    return 0.5 * (parts[0] + parts[1]).mean()
+
+
+def imported(package: str, module: str, name: str) -> Callable:
+    """`name` of `module`, or CannotRunError where `package` is not installed or has moved it."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as reason:
+        raise CannotRunError(f"{package} cannot be used here: {reason}") from reason

@@ -1,0 +1,170 @@
+"""L1: log-probabilities of given tokens, scoring and with gradients, and the memory that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from calm_fast.benchmarks.baselines.vocabulary import imported, log_softmax_logprob, mean_cross_entropy
+from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Target, Thunk, Values
+
+OP = "linear_logprob"
+Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # of hidden, weight, targets
+
+
+@dataclass(frozen=True)
+class Shape:
+    """T tokens of width d, a vocabulary of V. train: also the gradient of the hidden states (the head is frozen)."""
+
+    t: int
+    d: int
+    v: int
+    train: bool = False
+
+    def sizes(self) -> dict[str, int]:
+        return {"T": self.t, "d": self.d, "V": self.v}
+
+    def flops(self) -> int:
+        """One product; with gradients the logits once more and their product with the weight."""
+        return 2 * self.t * self.d * self.v * (3 if self.train else 1)
+
+    def bytes(self, itemsize: int) -> int:
+        once = itemsize * (self.t + self.v) * self.d + 12 * self.t
+        return once + (itemsize * (2 * self.t + self.v) * self.d if self.train else 0)
+
+
+def make_tokens(
+    s: Shape, dtype: torch.dtype, device: torch.device, streams: Sequence[str]
+) -> Callable[[int], dict[str, torch.Tensor]]:
+    """make(seed): hidden states of each stream, weight and targets; logits of standard deviation 1."""
+
+    def make(seed: int) -> dict[str, torch.Tensor]:
+        g = torch.Generator(device).manual_seed(seed)
+
+        def draw(rows: int, size: float) -> torch.Tensor:
+            return (torch.randn(rows, s.d, generator=g, device=device) * size).to(dtype)
+
+        inputs = {name: draw(s.t, 1.0) for name in streams} | {"weight": draw(s.v, s.d**-0.5)}
+        return inputs | {"targets": torch.randint(0, s.v, (s.t,), generator=g, device=device)}
+
+    return make
+
+
+def _make(s: Shape, dtype: torch.dtype, device: torch.device) -> Callable[[int], Inputs]:
+    tokens = make_tokens(s, dtype, device, ("hidden",))
+
+    def make(seed: int) -> Inputs:
+        inputs = tokens(seed)
+        if s.train:
+            g = torch.Generator(device).manual_seed(seed + 1)
+            inputs["dlogprob"] = torch.randn(s.t, generator=g, device=device)
+        return inputs
+
+    return make
+
+
+def _run(compute: Compute, name: str = "logprob") -> Callable[[Inputs], Thunk]:
+    """prepare for `compute`: what it returns, called `name`, and the hidden states' gradient where it is asked for."""
+
+    def prepare(inputs: Inputs) -> Thunk:
+        hidden, weight, targets = (inputs[n] for n in ("hidden", "weight", "targets"))
+        if "dlogprob" not in inputs:
+
+            def score() -> Values:
+                with torch.no_grad():
+                    return {name: compute(hidden, weight, targets)}
+
+            return score
+
+        def step() -> Values:
+            leaf = hidden.detach().requires_grad_()
+            out = compute(leaf, weight, targets)
+            upstream = inputs["dlogprob"].to(out.dtype) if out.dim() else torch.ones_like(out)
+            (grad,) = torch.autograd.grad(out, leaf, upstream)
+            return {name: out.detach(), "d_hidden": grad}
+
+        return step
+
+    return prepare
+
+
+def _definition(compute: Compute, name: str = "logprob") -> Definition:
+    def values(inputs: Inputs, dtype: torch.dtype) -> Values:
+        cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()}
+        return _run(compute, name)(cast)()
+
+    return values
+
+
+def _ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    from calm_fast.ops import linear_logprob
+
+    return linear_logprob(hidden, weight, targets)
+
+
+def _product(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.linear(hidden, weight)
+
+
+def _liger(inputs: Inputs) -> Thunk:
+    loss = imported("liger-kernel", "liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")()
+    return _run(lambda hidden, weight, targets: loss(weight, hidden, targets), "mean")(inputs)
+
+
+def _cut_cross_entropy(inputs: Inputs) -> Thunk:
+    loss = imported("cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy")
+    return _run(lambda hidden, weight, targets: -loss(hidden, weight, targets, reduction="none"))(inputs)
+
+
+def logprob_case(
+    name: str,
+    s: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    targets: Sequence[Target] = (),
+    packages: bool = False,
+) -> Case:
+    """One measurement; `product` is the bare GEMM (not where gradients are wanted). packages: also other packages'."""
+    contestants = [
+        Contestant("calm_fast", _run(_ours), ours=True),
+        Contestant("log_softmax", _run(log_softmax_logprob)),
+    ]
+    if not s.train:
+        contestants.append(Contestant("product", _run(_product, "logits"), definition=_definition(_product, "logits")))
+    if packages:
+        mean = _definition(mean_cross_entropy, "mean")
+        contestants.append(Contestant("compiled_log_softmax", lambda i: _run(torch.compile(log_softmax_logprob))(i)))
+        contestants.append(Contestant("liger_fused_linear_cross_entropy", _liger, definition=mean))
+        contestants.append(Contestant("cut_cross_entropy", _cut_cross_entropy))
+    small = replace(s, t=min(s.t, 64), v=min(s.v, 5000))
+    return Case(
+        OP, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(contestants),
+        _definition(log_softmax_logprob), "calm_fast", _make(small, dtype, device), targets,
+    )  # fmt: skip
+
+
+def cases(device: torch.device, suite: str) -> list[Case]:
+    """The cases for `device` in `suite`; the full one adds many tokens (memory) and gradients."""
+    bf16 = torch.bfloat16
+    if device.type == "cuda":
+        shape = Shape(8192, 4096, 128256)
+        memory = Target("calm_fast", "log_softmax", shape.t * shape.v * 2 / (64 << 20), "peak_bytes")
+        limits = (Target("calm_fast", "product", 1 / 1.15), Target("calm_fast", "best", 1.0), memory)
+        found = [logprob_case("l1_score", shape, bf16, device, limits, packages=True)]
+        if suite == "full":
+            train, faster = replace(shape, train=True), (Target("calm_fast", "best", 1.0),)
+            found.append(logprob_case("l1_training", train, bf16, device, faster, packages=True))
+            found.append(logprob_case("l1_few_tokens", replace(shape, t=16), bf16, device))
+        return found
+    shape = Shape(512, 576, 49152)
+    limits = (Target("calm_fast", "log_softmax", 1.7), Target("calm_fast", "product", 1 / 1.2))
+    found = [logprob_case("l1_score", shape, bf16, device, limits)]
+    if suite == "full":
+        many = replace(shape, t=4096)
+        memory = Target("calm_fast", "log_softmax", many.t * many.v * 2 / (64 << 20), "peak_bytes")
+        found.append(logprob_case("l1_many_tokens", many, bf16, device, (memory,)))
+        found.append(logprob_case("l1_training", replace(shape, train=True), bf16, device))
+    return found

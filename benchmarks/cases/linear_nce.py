@@ -1,0 +1,129 @@
+"""N1: the NCE loss, forward and backward, against three log-softmaxes of full logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from calm_fast.benchmarks.baselines.vocabulary import imported, js_divergence, three_softmax_nce
+from calm_fast.benchmarks.cases.linear_logprob import Shape as TokenShape
+from calm_fast.benchmarks.cases.linear_logprob import make_tokens
+from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Target, Thunk, Values
+
+OP = "linear_nce"
+STREAMS = ("student", "nat", "neg")
+_PER_SEQUENCE = 128
+Compute = Callable[[Inputs], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shape(TokenShape):
+    """T tokens of three streams in sequences of 128; head: also the gradient of the weight."""
+
+    head: bool = False
+
+    def flops(self) -> int:
+        """Three products, then the student's and the NAT teacher's again, and one or two with the logits' gradient."""
+        return 2 * self.t * self.d * self.v * (7 if self.head else 6)
+
+    def bytes(self, itemsize: int) -> int:
+        """Both passes read the weight; the second also two streams again and writes the gradients."""
+        return itemsize * self.d * (6 * self.t + (3 if self.head else 2) * self.v)
+
+
+def _make(s: Shape, dtype: torch.dtype, device: torch.device) -> Callable[[int], Inputs]:
+    tokens = make_tokens(s, dtype, device, STREAMS)
+
+    def make(seed: int) -> Inputs:
+        inputs = tokens(seed)
+        for name in ("nat", "neg"):  # teachers near the student, as trained ones are
+            inputs[name] = (inputs["student"] + 0.5 * inputs[name]).contiguous()
+        return inputs | {"seq_ids": torch.arange(s.t, device=device) // _PER_SEQUENCE}
+
+    return make
+
+
+def _run(compute: Compute, head: bool) -> Callable[[Inputs], Thunk]:
+    def prepare(inputs: Inputs) -> Thunk:
+        names = ("student", "weight") if head else ("student",)
+
+        def step() -> Values:
+            leaves = {name: inputs[name].detach().requires_grad_() for name in names}
+            loss = compute({**inputs, **leaves})
+            grads = torch.autograd.grad(loss, list(leaves.values()))
+            return {"loss": loss.detach(), **{f"d_{n}": g for n, g in zip(names, grads, strict=True)}}
+
+        return step
+
+    return prepare
+
+
+def _definition(compute: Compute, head: bool) -> Definition:
+    def values(inputs: Inputs, dtype: torch.dtype) -> Values:
+        return _run(compute, head)({n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()})()
+
+    return values
+
+
+def _ours(inputs: Inputs) -> torch.Tensor:
+    from calm_fast.ops import linear_nce
+
+    return linear_nce(**inputs)
+
+
+def _eager(inputs: Inputs) -> torch.Tensor:
+    return three_softmax_nce(**inputs)
+
+
+def _js(inputs: Inputs) -> torch.Tensor:
+    return js_divergence(inputs["student"], inputs["nat"], inputs["weight"])
+
+
+def _liger(head: bool) -> Callable[[Inputs], Thunk]:
+    def prepare(inputs: Inputs) -> Thunk:
+        loss = imported("liger-kernel", "liger_kernel.transformers", "LigerFusedLinearJSD")(jsd_beta=0.5)
+        return _run(lambda i: loss(i["student"], i["weight"], i["nat"], i["weight"].detach(), None), head)(inputs)
+
+    return prepare
+
+
+def nce_case(
+    name: str,
+    s: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    targets: Sequence[Target] = (),
+    packages: bool = False,
+) -> Case:
+    """One measurement. packages: also the compiled formula and another package's related loss of two streams."""
+    contestants = [
+        Contestant("calm_fast", _run(_ours, s.head), ours=True),
+        Contestant("three_softmax", _run(_eager, s.head)),
+    ]
+    if packages:
+        contestants.append(Contestant("compiled_three_softmax", lambda i: _run(torch.compile(_eager), s.head)(i)))
+        contestants.append(Contestant("liger_fused_linear_jsd", _liger(s.head), definition=_definition(_js, s.head)))
+    small = replace(s, t=min(s.t, 64), v=min(s.v, 5000))
+    return Case(
+        OP, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(contestants),
+        _definition(_eager, s.head), "calm_fast", _make(small, dtype, device), targets,
+    )  # fmt: skip
+
+
+def cases(device: torch.device, suite: str) -> list[Case]:
+    """The cases for `device` in `suite`; the full one adds a trained head, on a CPU many tokens (memory)."""
+    bf16, memory = torch.bfloat16, Target("calm_fast", "three_softmax", 10.0, "peak_bytes")
+    if device.type == "cuda":
+        shape, limits = Shape(8192, 4096, 128256), (Target("calm_fast", "three_softmax", 1.5), memory)
+        found = [nce_case("n1", shape, bf16, device, limits, packages=True)]
+        if suite == "full":
+            found.append(nce_case("n1_trained_head", replace(shape, head=True), bf16, device, limits))
+        return found
+    shape = Shape(512, 576, 49152)
+    found = [nce_case("n1", shape, bf16, device, (memory,))]
+    if suite == "full":
+        found.append(nce_case("n1_many_tokens", replace(shape, t=4096), bf16, device, (memory,)))
+        found.append(nce_case("n1_trained_head", replace(shape, head=True), bf16, device))
+    return found
