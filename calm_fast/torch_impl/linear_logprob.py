@@ -53,7 +53,7 @@ def linear_logprob_torch_fwd(
         _sweep(tiles, hidden[block], targets[block], temperature, want_entropy, want_rank)
         for block in tiles.row_blocks(slice(0, targets.shape[0]))
     ]
-    like = tiles.spare(targets[:0])
+    like = tiles.like
     empty = (like.new_zeros(0), like.new_zeros(0), targets[:0].clone(), like.new_zeros(0))
     parts = list(zip(*found, strict=True)) if found else [(t,) for t in empty]
     logprob, entropy, rank, lse = (torch.cat(p) for p in parts)
@@ -71,7 +71,7 @@ def _sweep(
     want_rank: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """One block of tokens (t, d) against the vocabulary: logprob, entropy, rank and log-sum-exp, (t,) or empty."""
-    like, tau = tiles.spare(targets), 1.0 / temperature
+    like, tau = tiles.like, 1.0 / temperature
     running, at_target = RunningSum(targets.shape[0], like, tau), TargetLogits(targets, tiles.columns, like)
     rank = targets.new_ones(targets.shape[0] if want_rank else 0)
     if want_rank:

@@ -31,7 +31,7 @@ def _sweep(
         lse (3, t): log-sum-exps of the student, of the student over tau, of nat over tau; the hard and the soft
         cross-entropy and KL(p_neg || p_nat), each (t,).
     """
-    t, like, tau = targets.shape[0], tiles.spare(targets), 1.0 / temperature
+    t, like, tau = targets.shape[0], tiles.like, 1.0 / temperature
     plain = temperature == 1.0
     student, nat, neg = (RunningSum(t, like) for _ in range(3))
     soft_student, soft_nat = (student, nat) if plain else (RunningSum(t, like, tau), RunningSum(t, like, tau))

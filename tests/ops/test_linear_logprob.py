@@ -297,7 +297,7 @@ def test_memory_stays_far_below_the_logits():
 
     train()
     logits = tokens * v * 2
-    assert peak_bytes(score, torch.device("cpu")) < 8 * 2**20 < logits / 5
+    assert peak_bytes(score, torch.device("cpu")) < 12 * 2**20 <= logits / 4
     assert peak_bytes(train, torch.device("cpu")) < 24 * 2**20  # with one chunk of logit gradients, 16 MiB
 
 
