@@ -46,16 +46,22 @@ def cross_attention(
         impl: "auto", "reference", "torch", "triton" or "native"; an explicit choice is honoured or refused.
     Returns:
         out (B, M, H, D) in q's dtype; with return_lse (out, lse), lse (B, H, M) float32.
-        Both are differentiable in q, k and v. Accumulation is in float32.
+        Both are differentiable in q, k and v. Accumulation is in float32, autocast is ignored.
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
         RuntimeError: an explicit `impl` cannot run here.
-    Deterministic, forward and backward. float32 products are IEEE unless torch's float32 matmul precision allows
+    Deterministic, forward and backward; only where SDPA runs on a GPU is the backward as deterministic as SDPA's
+    (`torch.use_deterministic_algorithms`). float32 products are IEEE unless torch's float32 matmul precision allows
     TF32. Double backward works with "reference", and with "torch" where return_lse avoids SDPA. Source: CALM
     (arXiv 2401.02412) section 3.
     """
     decision = decide(q, k, v, lo=lo, hi=hi, causal=causal, scale=scale, return_lse=return_lse, impl=impl)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if decision.impl != "triton" and _autocasts(q.device.type):  # it would round q, k, v and lse behind our back
+        with torch.autocast(q.device.type, enabled=False):
+            return cross_attention(
+                q, k, v, lo=lo, hi=hi, causal=causal, scale=scale, return_lse=return_lse, impl=decision.impl
+            )
     if decision.impl == "reference":
         out, lse = cross_attention_reference(q, k, v, lo, hi, causal, scale)
     elif decision.impl == "torch":
@@ -105,6 +111,10 @@ def decide(
     if (square or (lo is None and hi is None and not causal)) and not return_lse:
         return Decision(_OP, "torch", "plainly causal or full attention on a GPU: SDPA has a kernel for it")
     return Decision(_OP, "triton", "an interval mask or lse: SDPA would store an (M, N) mask or the scores")
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _triton_cannot(q: torch.Tensor) -> str | None:

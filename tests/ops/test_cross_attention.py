@@ -234,6 +234,18 @@ def test_result_dtypes(impl, n, dtype):
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+@pytest.mark.parametrize("impl", PLAIN)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"hi": torch.tensor([0, 2, 7, 1, 4], dtype=torch.int32)}])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_autocast_is_ignored(impl, options, return_lse):
+    q, k, v = tensors(dtype=torch.float32)
+    want = cross_attention(q, k, v, **options, return_lse=return_lse, impl=impl)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = cross_attention(q, k, v, **options, return_lse=return_lse, impl=impl)
+    for a, b in zip(*((r if return_lse else (r,)) for r in (got, want)), strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
 # ---- strides, bounds of every legal form, invariances ---------------------------------------------------------------
 
 
