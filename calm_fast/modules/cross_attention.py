@@ -136,7 +136,9 @@ class CrossAttention(nn.Module):
             if cache is not None:
                 k, v = (t.transpose(1, 2) for t in cache.update(k.transpose(1, 2), v.transpose(1, 2)))
             out = ops.cross_attention(q, k, v, lo=lo, hi=hi, causal=causal)
-            return self._add_residual(anchor_hidden, out, _sees_something(lo, hi, causal, out, k.shape[1]))
+            biased = self.o_proj.bias is not None  # without one, a row that attends to nothing adds 0 by itself
+            sees = _sees_something(lo, hi, causal, out, k.shape[1]) if biased else None
+            return self._add_residual(anchor_hidden, out, sees)
 
     def clear_folded(self) -> None:
         """Forget folded weights; only needed after writing to a parameter through `.data` without gradients."""
@@ -211,7 +213,7 @@ class CrossAttention(nn.Module):
         return weight.to(dtype), _cast(bias, dtype)
 
     def _add_residual(self, hidden: torch.Tensor, attended: torch.Tensor, sees: torch.Tensor | None) -> torch.Tensor:
-        """H_B + n2(W_o attended + b_o) for rows that see a key; the others keep H_B."""
+        """H_B + n2(W_o attended + b_o); rows for which `sees` (1 or B, M, 1) is False keep H_B."""
         attended = attended.flatten(-2)
         dtype = attended.dtype
         weight, bias = self.o_proj.weight.to(dtype), _cast(self.o_proj.bias, dtype)
@@ -313,4 +315,5 @@ def _sees_something(
         return None if n > 0 else torch.zeros((1, m, 1), dtype=torch.bool, device=out.device)
     low = 0 if lo is None else lo
     high = n if hi is None else hi
-    return (low < high).view(-1, m, 1)
+    seen = low < high
+    return seen[None, :, None] if seen.dim() == 1 else seen[:, :, None]

@@ -142,6 +142,15 @@ def test_an_empty_interval_leaves_its_row_untouched() -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("bounds", [None, "causal", "shared", "own"])
+def test_no_tokens_give_no_tokens(options: dict, bounds: str | None) -> None:
+    layer = _layer(torch.float32, **options)
+    limit = torch.zeros((B, 0) if bounds == "own" else (0,), dtype=torch.int32)
+    kwargs = {None: {}, "causal": {"causal": True}}.get(bounds, {"lo": limit, "hi": limit})
+    assert layer(torch.randn(B, 0, DB), torch.randn(B, N, DA), **kwargs).shape == (B, 0, DB)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_token_by_token_with_a_cache_equals_all_at_once(options: dict) -> None:
     layer = _layer(torch.float32, **options)
     anchor = torch.randn(B, N, DB)
