@@ -155,7 +155,8 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         for index in self.by_layer[layer]:
             augmenter, a, _ = self.pairs[index]
             state = self.frame.states[augmenter, a].to(hidden.device)
-            lo, hi, causal = calls[augmenter].visibility
+            *bounds, causal = calls[augmenter].visibility
+            lo, hi = (None if t is None else t.to(hidden.device) for t in bounds)  # layers may lie on several devices
             keys = None if cache is None else cache.cross[index]
             out = self.connections[index](hidden, state, lo, hi, keys, causal=causal)
             total = out if total is None else total + (out - hidden)

@@ -15,6 +15,8 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 from calm_fast.hf import ComposedCache, ComposedForCausalLM, compose, find_layers
+from calm_fast.hf.inputs import AugmenterCall
+from calm_fast.hf.masks import Visibility
 
 PACKED = [name for name, family in FAMILIES.items() if family.positions]
 
@@ -210,6 +212,17 @@ def test_intervals_and_tokens_from_outside() -> None:
     outside = states(composed, ids, augmenter_input_ids=[other], hi=[hi])[2]
     torch.testing.assert_close(outside, composed.connections[0](written, read, None, hi), rtol=0, atol=1e-5)
     assert torch.equal(outside[0, :2], written[0, :2])  # an empty interval adds nothing
+
+
+@torch.no_grad()
+def test_intervals_follow_the_layer_to_its_device() -> None:
+    composed = composed_model("llama", [(1, 1)])
+    composed.connections.to("meta")  # as a layer that a device map put elsewhere than the inputs
+    hi = torch.arange(1, 10, dtype=torch.int32).expand(2, 9)
+    calls = [AugmenterCall({}, Visibility(torch.zeros_like(hi), hi, False))]
+    composed.frame.states[0, 1] = torch.randn(2, 9, composed.connections[0].augmenter_dim)
+    hidden = torch.empty(2, 9, composed.connections[0].anchor_dim, device="meta")
+    assert composed._add_residuals(calls, None, 1, hidden).device.type == "meta"
 
 
 @pytest.mark.parametrize("autocast", [False, True])
