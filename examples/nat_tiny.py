@@ -90,7 +90,8 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int, m
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, data: nat.RationaleDataset) -> float:
     """Mean loss of the right rationales of questions that no stage saw."""
-    losses = [model.eval()(**RightPadding(0)(data.items[i : i + 8])).loss for i in range(0, min(len(data), 64), 8)]
+    batches = [RightPadding(0)(data.items[i : i + 8]) for i in range(0, min(len(data), 64), 8)]
+    losses = [model.eval()(**{key: t.to(model.device) for key, t in batch.items()}).loss for batch in batches]
     return torch.stack(losses).mean().item()
 
 

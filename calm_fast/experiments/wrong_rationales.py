@@ -155,7 +155,7 @@ def pretrain(recipe: Recipe, held_out: Sequence[Pair], tokenizer: Any, seed: int
 def answers(model: LlamaForCausalLM, pairs: Sequence[Pair], tokenizer: Any) -> list[str | None]:
     """The final answers the model writes, greedily."""
     # all questions have the same number of digits, so a batch needs no padding
-    ids = torch.tensor([tokenizer(f"{question(pair)}\n")["input_ids"] for pair in pairs])
+    ids = torch.tensor([tokenizer(f"{question(pair)}\n")["input_ids"] for pair in pairs], device=model.device)
     longest = len(tokenizer(rationale((10 ** len(str(pairs[0][0])) - 1,) * 2))["input_ids"])
     written = model.eval().generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest + 2, do_sample=False

@@ -113,12 +113,14 @@ def distil_nce(
     """Stage 3 (NCE): distil the NAT model into one LoRA with the negative calibrated enhancement loss.
 
     Args:
-        teacher: the NAT model (dual LoRA layers of stage 2). Its frozen base is shared with the student, not copied.
+        teacher: the NAT model (dual LoRA layers of stage 2), moved to the Trainer's device. Its frozen base is shared
+            with the student, not copied.
     Returns:
         (student, losses): the student is the base model with dual LoRA layers in mode "pos".
     Source: arXiv 2312.12832, section 3.3.
     """
     _seed(settings)
+    teacher.to(settings.arguments(out).device)  # where Trainer puts the student, and with it the shared base
     student = _student(teacher, settings)
     options = {
         "alpha": settings.nce_alpha,

@@ -68,6 +68,16 @@ def test_each_stage_trains_its_part_and_nothing_else(tiny, datasets, tmp_path) -
     assert head is teachers_head  # the frozen base is shared
 
 
+def test_the_teacher_goes_where_the_student_trains(tiny, datasets, tmp_path, monkeypatch) -> None:
+    make, tok, _ = tiny
+    teacher = add_dual_lora(make(), FAST.target_modules, rank=2, gate_dim=4, value_dim=4)
+    monkeypatch.setattr(stages.TrainingArguments, "device", torch.device("meta"))  # as on a machine with a GPU
+    monkeypatch.setattr(stages, "_fit", lambda *args, **kwargs: [])
+    student, _ = stages.distil_nce(teacher, datasets[0], tok.pad_token_id, tmp_path, FAST)
+    for model in (teacher, student):
+        assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
 def test_the_nce_loss_is_the_definition_on_the_models_logits(tiny, datasets, tmp_path) -> None:
     make, tok, _ = tiny
     right, _ = datasets
