@@ -215,14 +215,19 @@ def test_intervals_and_tokens_from_outside() -> None:
 
 
 @torch.no_grad()
-def test_intervals_follow_the_layer_to_its_device() -> None:
-    composed = composed_model("llama", [(1, 1)])
-    composed.connections.to("meta")  # as a layer that a device map put elsewhere than the inputs
+def test_intervals_follow_the_layer_to_its_device(monkeypatch) -> None:
+    composed, seen = composed_model("llama", [(1, 1)]), []
+
+    def forward(hidden: torch.Tensor, *others: Any, causal: bool) -> torch.Tensor:
+        seen.extend(t.device.type for t in others if t is not None)
+        return hidden
+
+    monkeypatch.setattr(composed.connections[0], "forward", forward)
     hi = torch.arange(1, 10, dtype=torch.int32).expand(2, 9)
-    calls = [AugmenterCall({}, Visibility(torch.zeros_like(hi), hi, False))]
-    composed.frame.states[0, 1] = torch.randn(2, 9, composed.connections[0].augmenter_dim)
-    hidden = torch.empty(2, 9, composed.connections[0].anchor_dim, device="meta")
-    assert composed._add_residuals(calls, None, 1, hidden).device.type == "meta"
+    composed.frame.states[0, 1] = torch.randn(2, 9, 8)
+    hidden = torch.empty(2, 9, 8, device="meta")  # a layer that a device map put elsewhere than the inputs
+    composed._add_residuals([AugmenterCall({}, Visibility(torch.zeros_like(hi), hi, False))], None, 1, hidden)
+    assert seen == ["meta"] * 3
 
 
 @pytest.mark.parametrize("autocast", [False, True])
