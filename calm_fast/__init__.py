@@ -29,7 +29,7 @@ _LAZY = {
     "set_dual_lora_mode": "calm_fast.hf.dual_lora",
     "validate_values": "calm_fast._validate",
 }
-_SUBMODULES = ("ops", "modules", "reference", "hf")
+_SUBMODULES = ("ops", "modules", "reference", "hf", "nat", "consistency")
 
 __all__ = ["__version__", *_LAZY, *_SUBMODULES]
 
