@@ -13,11 +13,20 @@ _GPU_SLOWNESS = {torch.bfloat16: 1.0, torch.float16: 1.0, torch.float32: 14.0, t
 _GPU_TF32_SLOWNESS = 2.0
 
 
+def _tf32_allowed() -> bool:
+    # torch.get_float32_matmul_precision raises where TF32 was allowed through torch.backends
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# what torch.compiler.assume_constant_result sets: torch.compile cannot trace the question
+_tf32_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def slowness(dtype: torch.dtype, device_type: str) -> float:
     """Time per FLOP of a matrix product in `dtype`, relative to bfloat16 on the same device."""
     if device_type != "cuda":
         return 2.0 if dtype == torch.float64 else 1.0
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype == torch.float32 and _tf32_allowed():
         return _GPU_TF32_SLOWNESS
     return _GPU_SLOWNESS.get(dtype, 14.0)
 

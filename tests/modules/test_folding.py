@@ -58,15 +58,27 @@ def test_cost_keeps_the_inner_product_where_kv_is_wide() -> None:
 
 
 def test_slowness_knows_tf32() -> None:
-    before = torch.get_float32_matmul_precision()
+    matmul, before = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
         ieee = folding.slowness(torch.float32, "cuda")
         torch.set_float32_matmul_precision("high")
         assert folding.slowness(torch.float32, "cuda") < ieee
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "tf32"  # torch's newer way to allow it
+        assert folding.slowness(torch.float32, "cuda") < ieee
     finally:
+        matmul.fp32_precision = "ieee"
         torch.set_float32_matmul_precision(before)
     assert folding.slowness(torch.float32, "cpu") == folding.slowness(torch.bfloat16, "cpu")
+
+
+def test_slowness_of_a_gpu_can_be_asked_while_tracing() -> None:
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return x * folding.slowness(torch.float32, "cuda")
+
+    x = torch.ones(2)
+    assert torch.equal(torch.compile(scaled, fullgraph=True, backend="eager")(x), scaled(x))
 
 
 def _counting_cache() -> tuple[FoldedWeights, list[int], object]:
