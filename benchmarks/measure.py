@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,7 @@ def measure(case: Case, setting: Setting, say: Say = lambda _: None) -> tuple[li
     """
     verdicts, failures = _check_all(case, setting, say)
     thunks, peaks = {}, {}
+    _forget_compiled()
     inputs = case.make(setting.seed)
     for contestant in case.contestants:
         name = contestant.name
@@ -114,8 +116,18 @@ def measure(case: Case, setting: Setting, say: Say = lambda _: None) -> tuple[li
     return rows, ceilings
 
 
+def _forget_compiled() -> None:
+    """Let torch.compile start afresh, as in a program that runs one case.
+
+    Without it a second shape gets slower code for any shape, and the ninth closure of one function runs uncompiled.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 def _check_all(case: Case, setting: Setting, say: Say) -> tuple[dict[str, Verdict], dict[str, str]]:
     """Verdicts on those that ran, and why the others did not."""
+    _forget_compiled()
     inputs = (case.check_make or case.make)(setting.seed + 1)
     verdicts: dict[str, Verdict] = {}
     failures: dict[str, str] = {}

@@ -17,7 +17,7 @@ import torch
 
 from calm_fast.benchmarks import machine
 from calm_fast.benchmarks.measure import Setting, is_red, measure
-from calm_fast.benchmarks.registry import REGISTRY, SUITES, Case, cases
+from calm_fast.benchmarks.registry import REGISTRY, SUITES, Case, Target, cases
 from calm_fast.benchmarks.timing import Budget, Ceilings
 
 _SECONDS = {"quick": 15.0, "full": 40.0}
@@ -45,8 +45,12 @@ def select(ops: Sequence[str] | None, device: torch.device, suite: str, words: S
     return [case for case in found if not words or any(word in case.name for word in words)]
 
 
+def _targets(chosen: Sequence[Case]) -> dict[str, tuple[str, Sequence[Target]]]:
+    return {case.name: (case.headline, case.targets) for case in chosen}
+
+
 def run(chosen: Sequence[Case], setting: Setting, out: Path) -> tuple[list[dict[str, Any]], dict[str, Ceilings]]:
-    """Measure `chosen`, appending each row to out/results.jsonl as soon as it exists.
+    """Measure `chosen`; after each case its rows are in out/results.jsonl and in the report: a run may be stopped.
 
     Returns:
         all rows, and each case's ceilings.
@@ -54,6 +58,9 @@ def run(chosen: Sequence[Case], setting: Setting, out: Path) -> tuple[list[dict[
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from calm_fast.benchmarks import report
+
+    targets = _targets(chosen)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     ceilings: dict[str, Ceilings] = {}
@@ -71,6 +78,7 @@ def run(chosen: Sequence[Case], setting: Setting, out: Path) -> tuple[list[dict[
                 sink.write(json.dumps(row, allow_nan=False) + "\n")
             sink.flush()
             rows += fresh
+            report.write(out, rows, ceilings, targets)
             progress.advance(bar)
     return rows, ceilings
 
@@ -100,9 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from calm_fast.benchmarks import report
 
-    targets = {case.name: (case.headline, case.targets) for case in chosen}
-    report.write(args.out, rows, ceilings, targets)
-    report.show(rows, ceilings, targets)
+    report.show(rows, ceilings, _targets(chosen))
     print(f"rows: {args.out / 'results.jsonl'}   report: {args.out / 'report.html'}")
     red = [row for row in rows if is_red(row)]
     for row in red:

@@ -1,61 +1,187 @@
-"""One small call of every Triton kernel, for compute-sanitizer to watch: forward, decode with a combine, backward.
+"""One small call of every Triton kernel, for compute-sanitizer to watch: each op forward and backward, in every form.
 
-Shapes are odd on purpose: partial tiles on every axis, a head dim that is no power of two, empty intervals. Each result
-is compared with float64 as well, so that a silent wrong answer does not pass for a clean run.
+Shapes are odd on purpose: partial tiles on every axis, a head dim that is no power of two, empty intervals, ignored
+tokens, vocabularies and keys split over programs. Each result is compared with float64 as well, so that a silent wrong
+answer does not pass for a clean run.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from calm_fast import ops
-from calm_fast.reference import cross_attention_reference
+from calm_fast.reference.cross_attention import cross_attention_reference
+from calm_fast.reference.dual_lora import dual_lora_reference
+from calm_fast.reference.linear_logprob import linear_logprob_reference
+from calm_fast.reference.linear_nce import linear_nce_reference
 
-# name: B, M, N, H, Hkv, D, causal, with backward
-CALLS = {
-    "forward and backward, causal, grouped heads": (1, 67, 67, 4, 2, 64, True, True),
-    "forward and backward, intervals, head dim 40": (2, 35, 81, 2, 2, 40, False, True),
-    "decode, keys split over programs": (2, 1, 1100, 4, 2, 64, False, False),
+LIMIT = 1e-2  # largest relative error of a right answer in float16
+Results = list[torch.Tensor]
+Call = Callable[[torch.device, torch.dtype], tuple[Results, Results]]  # found, expected
+_IGNORED = -100
+
+
+def _draw(device: torch.device, dtype: torch.dtype, seed: int = 0) -> Callable[..., torch.Tensor]:
+    """draw(*shape, size=1.0): normal numbers, the same ones on every device."""
+    g = torch.Generator().manual_seed(seed)
+    return lambda *shape, size=1.0: (torch.randn(shape, generator=g) * size).to(device, dtype)
+
+
+def _both(
+    found: Callable[..., Sequence[torch.Tensor]],
+    truth: Callable[..., Sequence[torch.Tensor]],
+    leaves: Sequence[torch.Tensor],
+    backward: bool,
+) -> tuple[Results, Results]:
+    """Results of both functions of `leaves`, the second's in float64, and their gradients for one upstream gradient."""
+    everything = []
+    upstream: Results = []
+    for function, given in ((found, leaves), (truth, [t.double() for t in leaves])):
+        inputs = [t.detach().requires_grad_(backward) for t in given]
+        results = list(function(*inputs))
+        if backward:
+            smooth = [t for t in results if t.is_floating_point()]
+            if not upstream:
+                draw = _draw(results[0].device, torch.float32, seed=1)
+                upstream = [draw(*t.shape) for t in smooth]
+            results += torch.autograd.grad(
+                smooth, inputs, [g.to(t.dtype) for g, t in zip(upstream, smooth, strict=True)]
+            )
+        everything.append([t.detach() for t in results])
+    return everything[0], everything[1]
+
+
+def _cross_attention(
+    b: int, m: int, n: int, h: int, kv: int, d: int, causal: bool, backward: bool, device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Results, Results]:  # fmt: skip
+    draw = _draw(device, dtype)
+    leaves = draw(b, m, h, d), draw(b, n, kv, d), draw(b, n, kv, d)
+    lo = hi = None
+    if not causal and m > 1:
+        g = torch.Generator().manual_seed(2)
+        lo, hi = (t.int().to(device) for t in torch.randint(0, n + 1, (2, b, m), generator=g).sort(0).values)
+        hi = torch.where(torch.arange(m, device=device) % 5 == 0, lo, hi)  # some rows see nothing
+    return _both(
+        lambda *x: [ops.cross_attention(*x, lo=lo, hi=hi, causal=causal, impl="triton")],
+        lambda *x: cross_attention_reference(*x, lo, hi, causal)[:1],
+        leaves,
+        backward,
+    )
+
+
+def _dual_lora(
+    t: int, r_pos: int, r_neg: int, activation: str, backward: bool, device: torch.device, dtype: torch.dtype
+) -> tuple[Results, Results]:
+    d_in, d_out, g, m, draw = 40, 83, 16, 35, _draw(device, dtype)
+
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        return draw(rows, columns, size=columns**-0.5)
+
+    leaves = [draw(t, d_in), draw(t, d_out), weight(r_pos, d_in), weight(d_out, r_pos), weight(r_neg, d_in)]
+    leaves += [weight(d_out, r_neg), draw(g, d_in, size=(d_in * g) ** -0.5), weight(g, d_out)]
+    leaves += [weight(m, d_out), weight(d_out, m)]
+    return _both(
+        lambda *x: [ops.dual_lora(*x[:8], x[8:], scaling=1.5, activation=activation, impl="triton")],
+        lambda *x: [dual_lora_reference(*x[:8], x[8:], (1.5, 1.5), activation)],
+        leaves,
+        backward,
+    )
+
+
+def _vocabulary(device: torch.device) -> int:
+    """More columns than one program sweeps; programs of the interpreter sweep few."""
+    return 2500 if device.type == "cuda" else 150
+
+
+def _tokens(t: int, v: int, device: torch.device) -> torch.Tensor:
+    targets = torch.randint(0, v, (t,), generator=torch.Generator().manual_seed(3))
+    targets[::4] = _IGNORED
+    return targets.to(device)
+
+
+def _linear_nce(t: int, full: bool, device: torch.device, dtype: torch.dtype) -> tuple[Results, Results]:
+    d, v, draw = 40, _vocabulary(device), _draw(device, dtype)
+    nat, neg = draw(t, d), draw(t, d)
+    leaves = [draw(t, d), draw(v, d, size=d**-0.5)] + ([draw(v)] if full else [])
+    targets, seq_ids = _tokens(t, v, device), torch.arange(t, device=device) // 5
+    temperature, softcap = (2.0, 5.0) if full else (1.0, None)
+
+    def found(student, weight, bias=None):
+        options = {"temperature": temperature, "bias": bias, "softcap": softcap, "impl": "triton"}
+        return [ops.linear_nce(student, nat, neg, weight, targets, seq_ids, **options)]
+
+    def truth(student, weight, bias=None):
+        streams = student, nat.double(), neg.double(), weight
+        return [linear_nce_reference(*streams, targets, seq_ids, 0.5, temperature, 0.5, bias, softcap, _IGNORED)]
+
+    return _both(found, truth, leaves, True)
+
+
+def _linear_logprob(t: int, full: bool, device: torch.device, dtype: torch.dtype) -> tuple[Results, Results]:
+    d, v, draw = 40, _vocabulary(device), _draw(device, dtype)
+    leaves = [draw(t, d), draw(v, d, size=d**-0.5)] + ([draw(v)] if full else [])
+    targets = _tokens(t, v, device)
+    temperature, softcap = (2.0, 5.0) if full else (1.0, None)
+
+    def found(hidden, weight, bias=None):
+        options = {"temperature": temperature, "bias": bias, "softcap": softcap, "impl": "triton"}
+        results = ops.linear_logprob(hidden, weight, targets, return_entropy=full, return_rank=full, **options)
+        return results if full else [results]
+
+    def truth(hidden, weight, bias=None):
+        results = linear_logprob_reference(hidden, weight, targets, bias, temperature, softcap, _IGNORED)
+        return results[:3] if full else results[:1]
+
+    return _both(found, truth, leaves, True)
+
+
+CALLS: dict[str, Call] = {
+    "cross_attention: causal, grouped heads": partial(_cross_attention, 1, 67, 67, 4, 2, 64, True, True),
+    "cross_attention: intervals, head dim 40": partial(_cross_attention, 2, 35, 81, 2, 2, 40, False, True),
+    "cross_attention: decode, keys split over programs": partial(_cross_attention, 2, 1, 1100, 4, 2, 64, False, False),
+    "dual_lora: paper": partial(_dual_lora, 37, 5, 3, "none", True),
+    "dual_lora: paper, large rank": partial(_dual_lora, 37, 70, 67, "none", True),
+    "dual_lora: released": partial(_dual_lora, 37, 5, 3, "gelu", True),
+    "dual_lora: paper, one token": partial(_dual_lora, 1, 8, 8, "none", False),
+    "dual_lora: released, one token": partial(_dual_lora, 1, 8, 8, "gelu", False),
+    "linear_nce: plain": partial(_linear_nce, 21, False),
+    "linear_nce: temperature, bias, softcap": partial(_linear_nce, 21, True),
+    "linear_logprob: plain": partial(_linear_logprob, 21, False),
+    "linear_logprob: entropy, rank, temperature, bias, softcap": partial(_linear_logprob, 21, True),
 }
 
 
 def run_call(name: str, device: torch.device, dtype: torch.dtype = torch.float16) -> float:
-    """Run one entry of CALLS with impl="triton"; returns the largest relative error over its results."""
-    b, m, n, h, kv, d, causal, backward = CALLS[name]
-    g = torch.Generator().manual_seed(0)
-    q, k, v, dout = (
-        torch.randn(b, t, heads, d, generator=g).to(device, dtype) for t, heads in ((m, h), (n, kv), (n, kv), (m, h))
-    )
-    lo = hi = None
-    if not causal and m > 1:
-        lo, hi = (t.int().to(device) for t in torch.randint(0, n + 1, (2, b, m), generator=g).sort(0).values)
-        hi = torch.where(torch.arange(m, device=device) % 5 == 0, lo, hi)  # some rows see nothing
-    leaves = [t.requires_grad_(backward) for t in (q, k, v)]
-    wide = [t.detach().double().requires_grad_(backward) for t in leaves]
-    out = ops.cross_attention(*leaves, lo=lo, hi=hi, causal=causal, impl="triton")
-    truth, _ = cross_attention_reference(*wide, lo, hi, causal)
-    found, expected = [out], [truth]
-    if backward:
-        found += torch.autograd.grad(out, leaves, dout)
-        expected += torch.autograd.grad(truth, wide, dout.double())
+    """Run one entry of CALLS with impl="triton"; returns the largest relative error over results and gradients."""
+    found, expected = CALLS[name](device, dtype)
     pairs = zip(found, expected, strict=True)
-    return max(float((a.detach().double() - t.detach()).norm() / t.detach().norm()) for a, t in pairs)
+    errors = [float((a.double() - t.double()).norm() / t.double().norm()) for a, t in pairs]
+    return max(errors) if all(e == e for e in errors) else float("inf")
 
 
-def main() -> int:
-    """Run every call on the GPU; exit 1 if a result is off by more than a hundredth."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the calls of `--op` (default: all) on the GPU; exit 1 if a result is off by more than a hundredth."""
+    p = argparse.ArgumentParser(prog="python -m calm_fast.benchmarks.sanitize", description=__doc__.splitlines()[0])
+    p.add_argument("--op", action="append", choices=ops.OPS, help="an op; repeat for several (default: all)")
+    args = p.parse_args(argv)
     if not torch.cuda.is_available():
         print(f"sanitize: torch {torch.__version__} sees no GPU", file=sys.stderr)
         return 2
     worst = 0.0
     for name in CALLS:
+        if args.op and name.split(":")[0] not in args.op:
+            continue
         error = run_call(name, torch.device("cuda"))
         print(f"{name}: relative error {error:.1e}")
-        worst = max(worst, error) if error == error else float("inf")
+        worst = max(worst, error)
     torch.cuda.synchronize()
-    return 0 if worst < 1e-2 else 1
+    return 0 if worst < LIMIT else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What dual_lora is compared with: the released layer's and the paper's formula step by step, and one plain LoRA."""
+"""What dual_lora is compared with: the released layer's and the paper's formula step by step, and one LoRA."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from calm_fast.benchmarks.baselines.vocabulary import imported
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -34,3 +37,19 @@ def formula(w: Weights, x: torch.Tensor, y: torch.Tensor, scale: float, variant:
 def single_lora(w: Weights, x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
     """What PEFT computes for one LoRA: y + s B (A x)."""
     return y + F.linear(F.linear(x, w["a_pos"]), w["b_pos"]) * scale
+
+
+def peft_layer(base: nn.Linear, a: torch.Tensor, b: torch.Tensor, scale: float) -> nn.Module:
+    """`base` with one LoRA of PEFT's, whose factors are a (R, d_in) and b (d_out, R).
+
+    Raises:
+        CannotRunError: PEFT is not installed.
+    """
+    config = imported("peft", "peft", "LoraConfig")
+    inject = imported("peft", "peft", "inject_adapter_in_model")
+    model, rank = nn.ModuleDict({"base": base}), a.shape[0]
+    inject(config(r=rank, lora_alpha=scale * rank, lora_dropout=0.0, target_modules=["base"], bias="none"), model)
+    layer = model["base"]
+    for part, values in ((layer.lora_A["default"], a), (layer.lora_B["default"], b)):
+        part.weight = nn.Parameter(values.detach().clone())
+    return layer

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from calm_fast.benchmarks.baselines.dual_lora import formula, single_lora
+from calm_fast.benchmarks.baselines.dual_lora import formula, peft_layer, single_lora
 from calm_fast.benchmarks.graphs import graphed
 from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Target, Thunk, Values
 
@@ -145,9 +145,7 @@ def _ours(s: Shape, graph: bool = False) -> Callable[[Inputs], Thunk]:
         if s.added:
             base: nn.Module = _Given(inputs["y"], s.d)
         else:
-            base = nn.Linear(s.d, s.d, bias=False, device=x.device, dtype=x.dtype)
-            with torch.no_grad():
-                base.weight.copy_(inputs["base"])
+            base = _base_layer(inputs)
         layer = DualLoRALinear(
             base, s.r, SCALE * s.r, gate_dim=s.g, value_dim=s.m or None, variant=s.variant,
             dtype=x.dtype, device=x.device,
@@ -159,6 +157,25 @@ def _ours(s: Shape, graph: bool = False) -> Callable[[Inputs], Thunk]:
             for name, part in parts.items():
                 part.copy_(inputs[name])
         thunk = _thunk(layer, {name: part for name, part in parts.items() if name not in FROZEN}, inputs)
+        return graphed(thunk) if graph else thunk
+
+    return prepare
+
+
+def _base_layer(inputs: Inputs) -> nn.Linear:
+    weight = inputs["base"]
+    base = nn.Linear(*weight.shape[::-1], bias=False, device="meta", dtype=weight.dtype)
+    base.weight = nn.Parameter(weight, requires_grad=False)
+    return base
+
+
+def _peft(graph: bool = False) -> Callable[[Inputs], Thunk]:
+    """PEFT's layer with one LoRA, on the same base layer."""
+
+    def prepare(inputs: Inputs) -> Thunk:
+        layer = peft_layer(_base_layer(inputs), inputs["a_pos"], inputs["b_pos"], SCALE)
+        factors = {"a_pos": layer.lora_A["default"].weight, "b_pos": layer.lora_B["default"].weight}
+        thunk = _thunk(layer, factors, inputs)
         return graphed(thunk) if graph else thunk
 
     return prepare
@@ -181,23 +198,31 @@ def layer_case(
     compiled: bool = False,
     graph: bool = False,
     check_tokens: int = 64,
+    packages: bool = False,
 ) -> Case:
     """One measurement; the baselines next to the formula are the bare base layer and one LoRA (not where `added`).
 
     Args:
-        compiled: also torch.compile of the formula. graph: everybody as a CUDA graph too (a decoding step).
-        check_tokens: tokens of the correctness check.
+        compiled: also torch.compile of the formula. graph: CUDA graphs of everybody too (a decoding step).
+        check_tokens: tokens of the correctness check. packages: also another package's layer with one LoRA.
     """
     kinds = [("formula", _definition(s, "formula"))]
     if not s.added:
         kinds += [(which, _definition(s, which)) for which in ("base_linear", "single_lora")]
     contestants = [Contestant("calm_fast", _ours(s), ours=True)]
     contestants += [Contestant(which, _plain(s, which), definition=d) for which, d in kinds]
-    if compiled:
+    if compiled and not graph:
         contestants.append(Contestant("compiled_formula", _plain(s, "formula", compiled=True), definition=kinds[0][1]))
     if graph:
         contestants.append(Contestant("calm_fast_graph", _ours(s, graph=True), ours=True))
         contestants += [Contestant(f"{which}_graph", _plain(s, which, graph=True), definition=d) for which, d in kinds]
+        if compiled:
+            both = _plain(s, "formula", compiled=True, graph=True)
+            contestants.append(Contestant("compiled_formula_graph", both, definition=kinds[0][1]))
+    if packages:
+        one = dict(kinds)["single_lora"]
+        contestants.append(Contestant("peft_lora", _peft(), definition=one))
+        contestants += [Contestant("peft_lora_graph", _peft(graph=True), definition=one)] * graph
     small = replace(s, t=min(s.t, check_tokens))
     return Case(
         OP, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(contestants),
@@ -233,7 +258,7 @@ def _cpu(device: torch.device, full: bool) -> list[Case]:
 
 
 def _gpu(device: torch.device, full: bool) -> list[Case]:
-    bf16, found = torch.bfloat16, []
+    bf16, found, both = torch.bfloat16, [], {"compiled": True, "packages": True}
     layer = (Target("calm_fast", "base_linear", 1 / 1.10), Target("calm_fast", "single_lora", 1.0))
     step = (
         Target("calm_fast_graph", "base_linear_graph", 1 / 1.15),
@@ -242,11 +267,11 @@ def _gpu(device: torch.device, full: bool) -> list[Case]:
     for variant in ("released", "paper"):
         for r in (8, 16, 64) if full else (16,):
             s = Shape(8192, 4096, r, variant)
-            found.append(layer_case(f"d1_{variant}_r{r}", s, bf16, device, layer, compiled=True))
+            found.append(layer_case(f"d1_{variant}_r{r}", s, bf16, device, layer, **both))
             train = replace(s, train=True)
             faster = (Target("calm_fast", "compiled_formula", 1.0), Target("calm_fast", "single_lora", 1.0))
-            found.append(layer_case(f"d1_training_{variant}_r{r}", train, bf16, device, faster, compiled=True))
+            found.append(layer_case(f"d1_training_{variant}_r{r}", train, bf16, device, faster, **both))
         for t in (1, 16, 64) if full else (1, 64):
             s = Shape(t, 4096, 16, variant)
-            found.append(layer_case(f"d2_decode_{variant}_t{t}", s, bf16, device, step, graph=True))
+            found.append(layer_case(f"d2_decode_{variant}_t{t}", s, bf16, device, step, graph=True, **both))
     return found

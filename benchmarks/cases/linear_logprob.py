@@ -151,7 +151,7 @@ def cases(device: torch.device, suite: str) -> list[Case]:
     bf16 = torch.bfloat16
     if device.type == "cuda":
         shape = Shape(8192, 4096, 128256)
-        memory = Target("calm_fast", "log_softmax", shape.t * shape.v * 2 / (64 << 20), "peak_bytes")
+        memory = Target("calm_fast", "product", shape.t * shape.v * 2 / (64 << 20), "peak_bytes")
         limits = (Target("calm_fast", "product", 1 / 1.15), Target("calm_fast", "best", 1.0), memory)
         found = [logprob_case("l1_score", shape, bf16, device, limits, packages=True)]
         if suite == "full":
@@ -164,7 +164,7 @@ def cases(device: torch.device, suite: str) -> list[Case]:
     found = [logprob_case("l1_score", shape, bf16, device, limits)]
     if suite == "full":
         many = replace(shape, t=4096)
-        memory = Target("calm_fast", "log_softmax", many.t * many.v * 2 / (64 << 20), "peak_bytes")
+        memory = Target("calm_fast", "product", many.t * many.v * 2 / (64 << 20), "peak_bytes")
         found.append(logprob_case("l1_many_tokens", many, bf16, device, (memory,)))
         found.append(logprob_case("l1_training", replace(shape, train=True), bf16, device))
     return found

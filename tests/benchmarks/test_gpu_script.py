@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from calm_fast._tuning import LaunchConfig
-from calm_fast.benchmarks import sanitize, tune
+from calm_fast.benchmarks import run, sanitize, tune
+from calm_fast.benchmarks.registry import REGISTRY, cases
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
-PARTS = ("tests", "sanitizer", "core", "layer", "tune")
+PARTS = ("tests", "sanitizer", "core", "layer", "lora", "lora_ranks", "lora_step", "nce", "logprob", "tune")
+CALLS = re.findall(r"^#.*?  (--part \w+ --part .*)$", SCRIPT.read_text(), re.MULTILINE)  # as its head names them
 
 
 def gpu_sh(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -42,10 +44,75 @@ def test_dry_run_explains_every_part_and_runs_nothing(tmp_path):
         assert word in done.stdout
 
 
-def test_time_limits_end_well_inside_ten_minutes():
+def test_the_documented_calls_cover_every_part_and_fit():
+    calls = [re.findall(r"--part (\w+)", call) for call in CALLS]
+    assert sorted(name for call in calls for name in call) == sorted(PARTS)
+    for call in calls:
+        done = gpu_sh("--dry-run", *(word for name in call for word in ("--part", name)))
+        limits = [int(s) for s in re.findall(r"at most (\d+) s", done.stdout)]
+        assert len(limits) >= len(call) and sum(limits) <= 500  # of 540: starting up takes time as well
+
+
+def test_benchmark_parts_measure_every_gpu_case_of_every_op():
     done = gpu_sh("--dry-run")
-    limits = [int(s) for s in re.findall(r"at most (\d+) s", done.stdout)]
-    assert len(limits) == 7 and sum(limits) <= 540
+    measured = set()
+    for line in re.findall(r"benchmarks\.run (.*)", done.stdout):
+        args = run.parser().parse_args(line.split())
+        found = run.select(args.op, torch.device("cuda"), args.suite, args.case)
+        assert found, line
+        assert not measured & {(c.op, c.name) for c in found}
+        measured |= {(c.op, c.name) for c in found}
+    assert {op for op, _ in measured} == set(REGISTRY)
+    for op in REGISTRY:
+        suite = "quick" if op == "cross_attention" else "full"
+        assert {(c.op, c.name) for c in cases(op, torch.device("cuda"), suite)} <= measured
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  -) exit 0 ;;
+  *benchmarks.run*)
+    mkdir -p "${@: -1}"
+    echo "| case a | 1.0 |" >"${@: -1}/report.md"
+    exec sleep 30
+    ;;
+  *) echo "ran $*" ;;
+esac
+"""
+
+
+@pytest.fixture
+def stopped_early(tmp_path):
+    """A copy of the script whose parts get 2 seconds, and a python that measures one case, then hangs."""
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "calm_fast").mkdir()
+    text = re.sub(r"\]=\d+", "]=2", SCRIPT.read_text())
+    (tmp_path / "benchmarks" / "gpu.sh").write_text(text)
+    python = tmp_path / "python"
+    python.write_text(FAKE_PYTHON)
+    python.chmod(0o755)
+
+    def call(*args: str, total: int = 540) -> subprocess.CompletedProcess[str]:
+        script = tmp_path / "benchmarks" / "gpu.sh"
+        script.write_text(text.replace("TOTAL=540", f"TOTAL={total}"))
+        env = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out")}
+        return subprocess.run(["bash", str(script), *args], env=env, capture_output=True, text=True, timeout=120)
+
+    return call
+
+
+def test_rows_of_a_stopped_part_are_shown_and_later_parts_still_run(stopped_early):
+    done = stopped_early("--part", "nce", "--part", "tests")
+    assert done.returncode == 1 and "gpu.sh: failed: bench-nce" in done.stderr
+    assert "bench-nce: STOPPED at its limit of 2 s" in done.stdout
+    assert "tests: ok" in done.stdout and "| case a | 1.0 |" in done.stdout
+
+
+def test_a_part_that_does_not_fit_is_named_not_begun(stopped_early):
+    done = stopped_early("--part", "nce", "--part", "tests", total=3)
+    assert done.returncode == 1 and "bench-nce: STOPPED" in done.stdout
+    assert "tests: NOT RUN, no time left; call again with --part tests" in done.stdout
+    assert "tests: ok" not in done.stdout
 
 
 def test_part_selects():
@@ -76,7 +143,41 @@ def test_script_passes_shellcheck():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", sanitize.CALLS)
 def test_sanitizer_calls_are_right(name):
-    assert sanitize.run_call(name, torch.device("cuda")) < 1e-2
+    assert sanitize.run_call(name, torch.device("cuda")) < sanitize.LIMIT
+
+
+@pytest.mark.slow
+def test_sanitizer_calls_reach_every_kernel_and_are_right(kernel_device):
+    if kernel_device.type != "cpu":
+        pytest.skip("the interpreter's part; test_sanitizer_calls_are_right runs on the GPU")
+    from triton.runtime.interpreter import InterpretedFunction
+
+    import calm_fast.kernels
+
+    launched, launch = set(), InterpretedFunction.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            InterpretedFunction,
+            "run",
+            lambda self, *args, **options: (launched.add(self.fn.__name__), launch(self, *args, **options))[1],
+        )
+        errors = {name: sanitize.run_call(name, kernel_device) for name in sanitize.CALLS}
+    assert max(errors.values()) < sanitize.LIMIT, errors
+    assert {name.split(":")[0] for name in errors} == set(REGISTRY)
+    sources = "".join(path.read_text() for path in Path(calm_fast.kernels.__file__).parent.glob("*.py"))
+    kernels = set(re.findall(r"^def (_\w+_kernel)\(", sources, re.MULTILINE))
+    assert len(kernels) >= 13 and launched == kernels
+
+
+def test_sanitizer_compares_gradients_with_float64(monkeypatch):
+    right = torch.ops.calm_fast.linear_logprob_bwd
+    assert sanitize.run_call("linear_logprob: plain", torch.device("cpu")) < sanitize.LIMIT
+
+    def doubled(*args):
+        return [2 * t for t in right(*args)]
+
+    monkeypatch.setattr(torch.ops.calm_fast, "linear_logprob_bwd", doubled)
+    assert sanitize.run_call("linear_logprob: plain", torch.device("cpu")) > 0.5
 
 
 @pytest.mark.parametrize("part", ["fwd", "dkdv", "dq", "decode"])
