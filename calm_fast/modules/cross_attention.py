@@ -28,7 +28,7 @@ class CrossAttention(nn.Module):
 
     n is an RMSNorm or the identity, P a linear map from the augmenter's width to the anchor's. W_o starts at zero: a
     new layer returns the anchor's hidden states unchanged, bit for bit. W_k P and W_v P are folded into one weight,
-    n's weight into W_q, wherever that costs less (SPEC folding; the choice is a cost model, not a flag); without
+    n's weight into W_q, wherever that costs less (docs/folding.md; a cost model chooses, not a flag); without
     gradients the folded weights are kept until a parameter changes.
 
     Args:

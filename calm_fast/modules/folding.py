@@ -55,7 +55,7 @@ def key_value_cost(
     param_slowness: float = 1.0,
     compute_slowness: float = 1.0,
 ) -> KeyValueCost:
-    """FLOPs of both orders, weighted by the rate of the dtype each product runs in (SPEC: folding).
+    """FLOPs of both orders, weighted by the rate of the dtype each product runs in (docs/folding.md).
 
     Folded: h [(W_k P); (W_v P)]^T, the fold in the parameter dtype. Unfolded: (h P^T) W_k^T, (h P^T) W_v^T.
     A GEMM costs once forward, once more for the gradient of its weight, once more for that of its input.

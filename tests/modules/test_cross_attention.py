@@ -44,7 +44,7 @@ def _inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Ten
 
 
 def _equation(layer: CrossAttention, anchor, augmenter, lo, hi) -> torch.Tensor:
-    """SPEC 1 written out product by product: no fold, no fused residual, a loop over queries."""
+    """The layer's equation written out product by product: no fold, no fused residual, a loop over queries."""
     p = dict(layer.named_parameters())
 
     def norm(x, name):

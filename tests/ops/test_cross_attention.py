@@ -30,7 +30,7 @@ def ints(*rows):
 
 
 def by_hand(q, k, v, lo, hi, scale):
-    """SPEC 1.1 and 1.2 in plain Python floats: for every batch, head and query, a sum over the keys it sees."""
+    """The definition in plain Python floats: for every batch, head and query, a sum over the keys it sees."""
     (b, m, h, d), (n, hkv) = q.shape, k.shape[1:3]
     Q, K, V = q.tolist(), k.tolist(), v.tolist()
     out, lse = torch.zeros(b, m, h, d, dtype=torch.float64), torch.zeros(b, h, m, dtype=torch.float64)
