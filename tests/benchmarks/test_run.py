@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from calm_fast.benchmarks import registry, timing
-from calm_fast.benchmarks.measure import ROW_FIELDS, error_bound, relative_error
+from calm_fast.benchmarks.measure import ROW_FIELDS, Setting, error_bound, relative_error
 from calm_fast.benchmarks.registry import CannotRunError, Case, Contestant, Target
-from calm_fast.benchmarks.run import main
+from calm_fast.benchmarks.run import main, run
+from calm_fast.benchmarks.timing import Budget
 
 SPEC_FIELDS = {
     *("op", "case", "impl", "device", "dtype", "shape", "ms", "p20", "p80", "peak_bytes", "flops", "bytes"),
@@ -192,6 +193,33 @@ def test_reports_are_written_and_need_no_other_file(bench):
     for loads in ("<script", "<link", "@import", 'src="http', 'href="http'):
         assert loads not in text
     assert "| product <of> two | fast |" in (out / "report.md").read_text()
+
+
+def test_a_stopped_run_keeps_the_cases_it_finished(tmp_path):
+    def stopped(inputs):
+        raise KeyboardInterrupt
+
+    def case(name, prepare):
+        return Case("tiny", name, {"M": 48}, torch.float32, 1, 1, make, [Contestant("ours", prepare)], product, "ours")
+
+    setting = Setting(torch.device("cpu"), "cpu", {}, None, Budget(0.0, min_rounds=1, warmup=0))
+    with pytest.raises(KeyboardInterrupt):
+        run([case("first", plain), case("second", stopped)], setting, tmp_path)
+    assert [json.loads(line)["case"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == ["first"]
+    assert "| first | ours |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.parametrize("imported", [True, False])
+def test_compiled_code_of_one_case_is_forgotten_before_the_next(imported, bench, monkeypatch):
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    if imported:
+        monkeypatch.setitem(sys.modules, "torch._dynamo", types.ModuleType("torch._dynamo"))
+    else:
+        monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    bench(Contestant("ours", plain, ours=True))
+    assert len(resets) == (2 if imported else 0)  # before the check and, its shapes being others, before timing
 
 
 def test_relative_error_takes_the_worst_value():

@@ -31,11 +31,14 @@ def gradients(inputs, impl, names=("student", "weight"), **changes):
     return torch.autograd.grad(call({**inputs, **given}, impl, **changes), list(given.values()))
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "triton-interpreter", pytest.param("triton-cuda", marks=pytest.mark.gpu)])
 def impl(request, kernel_device):
-    if request.param == "triton" and (why := triton_obstacle(kernel_device)):
+    name, _, where = request.param.partition("-")
+    if where == "interpreter" and kernel_device.type != "cpu":
+        pytest.skip("this session has a GPU: its kernels are compiled")
+    if where and (why := triton_obstacle(kernel_device)):
         pytest.skip(f"Triton cannot run: {why}")
-    return request.param
+    return name
 
 
 @pytest.fixture
