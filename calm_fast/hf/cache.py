@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 
 class ComposedCache(Cache):
@@ -39,8 +39,13 @@ class ComposedCache(Cache):
         raise NotImplementedError("ComposedCache: its parts are updated by their own models, not through it")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far; an int also where the anchor's own cache is static or recurrent."""
-        return self.cross[0].get_seq_length() if layer_idx == 0 else self.anchor.get_seq_length(layer_idx)
+        """Anchor tokens seen so far; an int also where the anchor's own cache is static or recurrent."""
+        if layer_idx != 0:
+            return self.anchor.get_seq_length(layer_idx)
+        own = next((layer for layer in self.anchor.layers if isinstance(layer, CacheLayerMixin)), None)
+        length = None if own is None else own.get_seq_length()
+        # a static layer counts in a tensor, a recurrent one not at all: the cross keys are as many on aligned tokens
+        return length if isinstance(length, int) else self.cross[0].get_seq_length()
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return self.anchor.get_max_length(layer_idx)

@@ -214,6 +214,19 @@ def test_intervals_and_tokens_from_outside() -> None:
     assert torch.equal(outside[0, :2], written[0, :2])  # an empty interval adds nothing
 
 
+@pytest.mark.parametrize("pair", [(-1, -1), (1, 1)])
+@torch.no_grad()
+def test_outside_tokens_with_a_cache_equal_all_at_once(pair: tuple[int, int]) -> None:
+    composed, ids, other = composed_model("llama", [pair]), prompts(), prompts(2, 6, seed=8)
+    hi = torch.tensor([0, 0, 1, 1, 3, 3, 4, 5, 6], dtype=torch.int32).expand(2, 9)
+    want = composed(ids, augmenter_input_ids=other, hi=hi).logits
+    first = composed(ids[:, :7], augmenter_input_ids=other[:, :4], hi=hi[:, :7], use_cache=True)
+    cache = first.past_key_values
+    assert cache.get_seq_length() == 7  # the anchor's tokens, not the augmenter's
+    rest = composed(ids[:, 7:], past_key_values=cache, augmenter_input_ids=other[:, 4:], hi=hi[:, 7:])
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), want, rtol=0, atol=1e-4)
+
+
 @torch.no_grad()
 def test_intervals_follow_the_layer_to_its_device(monkeypatch) -> None:
     composed, seen = composed_model("llama", [(1, 1)]), []
