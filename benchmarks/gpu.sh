@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Everything a GPU is needed for, in one call: GPU tests, compute-sanitizer, benchmarks, launch-config tuning.
+# Everything a GPU is needed for: GPU tests, compute-sanitizer, benchmarks, launch-config tuning.
 #
 #   benchmarks/gpu.sh [--part NAME]... [--commit SHA] [--dry-run]
 #
-# Parts: tests sanitizer core layer lora lora_ranks lora_step nce logprob tune
+# Parts: tests sanitizer core core_heads layer lora lora_ranks lora_step nce logprob tune
 # A call ends within nine minutes: each part has a time limit, and a part that no longer fits is not begun, but named.
-# Three calls fit every part:   --part tests --part sanitizer --part tune
+# Four calls fit every part:    --part tests --part sanitizer
+#                               --part core_heads --part tune
 #                               --part core --part layer --part lora --part logprob
 #                               --part nce --part lora_step --part lora_ranks
 # A benchmark part's rows are written, and shown, case by case: what was measured stays when a later one is stopped.
@@ -19,15 +20,16 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "${root}"
 
 readonly TOTAL=540 # seconds of one call
-readonly PARTS=(tests sanitizer core layer lora lora_ranks lora_step nce logprob tune)
+readonly PARTS=(tests sanitizer core core_heads layer lora lora_ranks lora_step nce logprob tune)
 readonly -A LIMIT=(
-  [tests]=180 [sanitizer]=240 [core]=110 [layer]=110 [lora]=150 [lora_ranks]=240 [lora_step]=140 [nce]=110
-  [logprob]=110 [tune]=70
+  [tests]=180 [sanitizer]=240 [core]=110 [core_heads]=110 [layer]=110 [lora]=150 [lora_ranks]=240 [lora_step]=140
+  [nce]=110 [logprob]=110 [tune]=70
 )
 readonly -A WHAT=(
   [tests]="pytest -m gpu"
   [sanitizer]="memcheck, racecheck and initcheck on small calls of every kernel"
   [core]="benchmark cases X1 to X3: the attention core"
+  [core_heads]="benchmark cases X1 and X2 at head dims 64 and 256"
   [layer]="benchmark cases X4 and X5: the composition layer, a decoding step"
   [lora]="benchmark case D1 at rank 16: a layer with dual LoRA, forward, and with backward"
   [lora_ranks]="benchmark case D1 at ranks 8 and 64"
@@ -38,7 +40,7 @@ readonly -A WHAT=(
 )
 
 usage() {
-  sed -n '2,14p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
+  sed -n '2,16p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
 }
 
 dry=0
@@ -185,6 +187,8 @@ bench() {
 }
 
 part_core() { bench core "$1" cross_attention --case x1_ --case x2_ --case x3_; }
+
+part_core_heads() { bench core_heads "$1" cross_attention --suite full --case _d64 --case _d256; }
 
 part_layer() { bench layer "$1" cross_attention --case x4_ --case x5_; }
 

@@ -18,7 +18,10 @@ from calm_fast.benchmarks.registry import REGISTRY, cases
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
-PARTS = ("tests", "sanitizer", "core", "layer", "lora", "lora_ranks", "lora_step", "nce", "logprob", "tune")
+PARTS = (
+    *("tests", "sanitizer", "core", "core_heads", "layer", "lora", "lora_ranks", "lora_step", "nce", "logprob"),
+    "tune",
+)
 CALLS = re.findall(r"^#.*?  (--part \w+ --part .*)$", SCRIPT.read_text(), re.MULTILINE)  # as its head names them
 
 
