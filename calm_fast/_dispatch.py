@@ -21,11 +21,15 @@ IMPLS = ("auto", "reference", "torch", "triton", "native")
 
 @dataclass(frozen=True)
 class Decision:
-    """The implementation that a call runs, and why; `str()` gives one readable line."""
+    """The implementation that a call runs, and why; `str()` gives one readable line.
+
+    costly: "auto" had to fall back to something much slower than what it would have chosen.
+    """
 
     op: str
     impl: str
     reason: str
+    costly: bool = False
 
     def __str__(self) -> str:
         return f"{self.op}: {self.impl} ({self.reason})"

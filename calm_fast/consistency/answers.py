@@ -77,7 +77,7 @@ def _rational(plain: str) -> Fraction | None:
     if (match := _FRACTION.fullmatch(text)) is not None:
         sign, numerator, denominator = match.groups()
         return None if int(denominator) == 0 else Fraction(int(sign + "1") * int(numerator), int(denominator))
-    if _PLAIN_RATIO.fullmatch(text) is None or text.endswith("/0"):
+    if _PLAIN_RATIO.fullmatch(text) is None:
         return None
     whole, _, below = text.partition("/")
     return Fraction(whole) / Fraction(below or 1) if Fraction(below or 1) else None

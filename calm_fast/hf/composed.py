@@ -140,6 +140,12 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
+        for name in ("augmenter_input_ids", "augmenter_attention_mask", "augmenter_position_ids", "lo", "hi"):
+            if model_kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name}: generate() reads the anchor's own tokens and does not take it; "
+                    "call forward step by step for an augmenter with other tokens"
+                )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is not None and not isinstance(cache, ComposedCache):

@@ -38,8 +38,8 @@ def reference(model: PreTrainedModel) -> str:
 def _load_part(name: str, path: str, revision: str | None, folder: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     if not path:
         raise ValueError(f"{name}: this composition was made from a model without a path; pass the loaded model")
-    beside = os.path.join(folder, path)
-    where = beside if not os.path.isdir(path) and os.path.isdir(beside) else path
+    beside = os.path.join(folder, path)  # a relative path means "beside the composition" before "where I stand"
+    where = beside if os.path.isdir(beside) else path
     return AutoModelForCausalLM.from_pretrained(where, revision=revision or "main", **kwargs)
 
 

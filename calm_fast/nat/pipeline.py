@@ -44,7 +44,9 @@ def run(
     settings = settings or Settings()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    identity = {"settings": asdict(settings), "limit": limit, "max_length": max_length, "data": _digest(data)}
+    # how a run is shown and how often it is saved change nothing of what it computes
+    decisive = {k: v for k, v in asdict(settings).items() if k not in ("progress", "save_every")}
+    identity = {"settings": decisive, "limit": limit, "max_length": max_length, "data": _digest(data)}
     identity["model"] = _model_digest(Path(model))
     results = _resume(out / _RESULTS, json.loads(json.dumps(identity)))
 

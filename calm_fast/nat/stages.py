@@ -45,7 +45,7 @@ class Settings:
 
     def arguments(self, out: str | os.PathLike) -> TrainingArguments:
         """These settings as transformers' TrainingArguments."""
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=os.fspath(out),
             max_steps=self.steps,
             per_device_train_batch_size=self.batch_size,
@@ -64,6 +64,9 @@ class Settings:
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
+        # with several GPUs Trainer would wrap the model in DataParallel, which shared teachers cannot follow
+        arguments._n_gpu = min(1, arguments.n_gpu)
+        return arguments
 
     def layer_options(self) -> dict[str, Any]:
         """Options of DualLoRALinear."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from calm_fast import _native
-from calm_fast._dispatch import Decision, check_impl, refuse, triton_obstacle
+from calm_fast._dispatch import Decision, check_impl, refuse, triton_obstacle, warn_once
 from calm_fast._validate import bad_type, bad_value, check_bool, check_finite_number, check_tensor, values_checked
 from calm_fast.reference.cross_attention import cross_attention_reference
 from calm_fast.torch_impl.cross_attention import cross_attention_torch
@@ -57,6 +57,8 @@ def cross_attention(
     """
     decision = decide(q, k, v, lo=lo, hi=hi, causal=causal, scale=scale, return_lse=return_lse, impl=impl)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if decision.costly and not torch.compiler.is_compiling():
+        warn_once(f"{decision}; it stores an (M, N) mask or the scores, which is slow")
     if decision.impl != "triton" and _autocasts(q.device.type):  # it would round q, k, v and lse behind our back
         with torch.autocast(q.device.type, enabled=False):
             return cross_attention(
@@ -105,10 +107,11 @@ def decide(
         return Decision(_OP, impl, "asked for")
     if q.device.type == "cpu":
         return Decision(_OP, "torch", "CPU tensors: torch's SDPA is the fast path")
-    if obstacle:
-        return Decision(_OP, "torch", f"Triton cannot run: {obstacle}")
     square = causal and q.shape[1] == k.shape[1]
-    if (square or (lo is None and hi is None and not causal)) and not return_lse:
+    plain = (square or (lo is None and hi is None and not causal)) and not return_lse
+    if obstacle:
+        return Decision(_OP, "torch", f"Triton cannot run: {obstacle}", costly=not plain)
+    if plain:
         return Decision(_OP, "torch", "plainly causal or full attention on a GPU: SDPA has a kernel for it")
     return Decision(_OP, "triton", "an interval mask or lse: SDPA would store an (M, N) mask or the scores")
 

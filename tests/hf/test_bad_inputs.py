@@ -177,3 +177,11 @@ def test_visibility_of_padding_documents_and_steps() -> None:
     assert (lo.tolist(), hi.tolist()) == ([[2]], [[4]])
     lo, hi, _ = aligned_visibility(None, torch.tensor([[0, 1, 0, 1, 2]]), 2, 0, 5)
     assert lo.tolist() == [[0, 0, 2, 2, 2]] * 2 and hi.tolist() == [[1, 2, 3, 4, 5]] * 2
+
+
+@pytest.mark.parametrize("name", ["augmenter_input_ids", "hi"])
+def test_generate_refuses_other_tokens_of_the_augmenter(name: str) -> None:
+    model = composed_model("llama")
+    ids = torch.randint(1, 90, (1, 4))
+    with pytest.raises(ValueError, match=f"{name}: generate"):
+        model.generate(ids, max_new_tokens=2, **{name: ids})

@@ -424,3 +424,16 @@ def test_float32_is_ieee_by_default():
     truth = cross_attention(*(t.double() for t in (q, k, v)), impl="reference")
     got = cross_attention(q, k, v, impl="torch")
     assert float((got - truth).abs().max()) < 100 * unit_roundoff(torch.float32)
+
+
+def test_a_costly_fallback_warns_once(monkeypatch) -> None:
+    dispatch = importlib.import_module("calm_fast._dispatch")
+    owner = importlib.import_module("calm_fast.ops.cross_attention")
+    decision = dispatch.Decision("cross_attention", "torch", "Triton cannot run: not installed", costly=True)
+    monkeypatch.setattr(owner, "decide", lambda *a, **k: decision)
+    dispatch.warn_once.cache_clear()
+    q = torch.randn(1, 3, 1, 4)
+    with pytest.warns(UserWarning, match="Triton cannot run: not installed.*slow") as caught:
+        cross_attention(q, q, q)
+        cross_attention(q, q, q)
+    assert len(caught) == 1
