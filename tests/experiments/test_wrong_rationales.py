@@ -102,6 +102,8 @@ def test_accuracy_counts_exact_final_answers():
     class Author:
         """Writes right rationales, but drops the carries of the second question."""
 
+        device = torch.device("cpu")
+
         def eval(self):
             return self
 
