@@ -14,8 +14,8 @@ LOG := $(VENV)/set-up.log
 .PHONY: help setup demo test lint codegen wheel-check bench clean
 
 help:
-	@echo "make demo         set up, then run the main job: calm-fast demo (about 6 minutes on 2 cores)"
-	@echo "make test         set up, then run the whole test suite (under 15 minutes on 2 cores)"
+	@echo "make demo         set up, then run the main job: calm-fast demo (about 4 minutes on 2 cores)"
+	@echo "make test         set up, then run the whole test suite (about 6 minutes on 2 cores)"
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make codegen      compile every Triton kernel for sm_80, sm_90, sm_100 and check the machine code (no GPU)"
 	@echo "make wheel-check  build sdist and wheel, check what they hold and that they install"

@@ -6,7 +6,7 @@ The container ``kernels/`` has no ``__init__.py`` on purpose: Hugging Face publi
 shadow it.
 
 Seam for the compiled library: its extensions belong in ``ext_modules`` below, built from ``csrc/`` against
-LibTorch's stable ABI (one cp310-abi3 wheel). Until ``csrc/`` exists the distribution is pure Python and needs
+LibTorch's stable ABI (one cp310-abi3 wheel). Until ``csrc/`` holds sources the distribution is pure Python and needs
 no compiler.
 """
 
