@@ -244,3 +244,20 @@ def test_saved_files_of_another_kind_are_named(tmp_path) -> None:
     (tmp_path / "dual_lora.safetensors").unlink()
     with pytest.raises(ValueError, match=r"dual_lora\.safetensors is not in it"):
         dl.load_dual_lora(_llama(), tmp_path)
+
+
+def test_layers_quantised_by_torchao_can_be_the_base() -> None:
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = _llama()
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    before = _logits(model)
+    assert not torch.equal(before, _logits(_llama()))  # it is quantised
+    dl.add_dual_lora(model, TARGETS, rank=3)
+    assert torch.equal(_logits(model), before)
+    _scatter(model)
+    model(IDS, labels=IDS).loss.backward()
+    for layer in dl.dual_lora_layers(model).values():
+        trains = {n for n, p in layer.named_parameters() if p.grad is not None}
+        assert trains == {n for n, _ in layer.named_parameters(recurse=False) if not n.endswith("_neg")}
+    dl.remove_dual_lora(model)
+    assert torch.equal(_logits(model), before)
