@@ -1,17 +1,10 @@
-"""The seam for the compiled library: what it offers, and why it is not there.
+"""The seam for the compiled library: why it is not there.
 
 The library itself (C++ for the CPU, CUDA for latency) is not part of this version; every op therefore
 refuses impl="native" with the reason below, and impl="auto" never chooses it.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-
-
-def find(name: str) -> Callable | None:
-    """The compiled implementation called `name`, or None where there is none."""
-    return None
 
 
 def obstacle(name: str) -> str | None:
