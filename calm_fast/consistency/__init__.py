@@ -1,5 +1,30 @@
-"""Answers of sampled rationales: extraction and equivalence."""
+"""Self-consistency: answers of sampled rationales, which of them are equal, their scores and the vote."""
 
-from calm_fast.consistency.answers import equivalent, extract_answer
+from __future__ import annotations
 
-__all__ = ["equivalent", "extract_answer"]
+import importlib
+from typing import Any
+
+# public name -> the module that defines it; loaded on first use, so that no name costs another's imports
+_LAZY = {
+    "Groups": "grouping",
+    "equivalent": "answers",
+    "extract_answer": "answers",
+    "group_answers": "grouping",
+    "read_samples": "samples",
+    "write_samples": "samples",
+}
+
+__all__ = [*_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'calm_fast.consistency' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"calm_fast.consistency.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
