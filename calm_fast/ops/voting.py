@@ -1,0 +1,56 @@
+"""Checks that vote and maj_at_k share."""
+
+from __future__ import annotations
+
+import torch
+
+from calm_fast._validate import bad_value, check_finite_number, check_tensor, values_checked
+
+RULES = ("count", "weighted", "adaptive")
+SCORE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_votes(
+    op: str,
+    answers: torch.Tensor,
+    scores: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    rule: str,
+    lam: float,
+) -> None:
+    """Check answers (Q, K) int64, scores (Q, K) float or None, valid (Q, K) bool or None, rule and lam.
+
+    What a sample that is not valid holds does not matter. Values are read as `calm_fast.validate_values` says.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, a voting sample's answer is negative, or its score infinite.
+    """
+    if rule not in RULES:
+        raise bad_value(op, "rule", f"one of {', '.join(map(repr, RULES))}", repr(rule))
+    check_finite_number(op, "lam", lam)
+    check_tensor(op, "answers", answers, "(Q, K)", (torch.int64,))
+    if scores is None:
+        if rule != "count":
+            raise bad_value(op, "scores", f"given with rule={rule!r}", "None")
+    else:
+        check_tensor(op, "scores", scores, "(Q, K)", SCORE_DTYPES, answers.device)
+        check_same_shape(op, "scores", scores, answers)
+    if valid is not None:
+        check_tensor(op, "valid", valid, "(Q, K)", (torch.bool,), answers.device)
+        check_same_shape(op, "valid", valid, answers)
+    if not values_checked(answers) or not answers.numel():
+        return
+    lowest = int((answers if valid is None else answers.masked_fill(~valid, 0)).min())
+    if lowest < 0:
+        raise bad_value(op, "answers", "class ids >= 0 (mark samples that do not vote in `valid`)", f"{lowest}")
+    if rule != "count" and values_checked(scores):
+        infinite = scores.isinf() if valid is None else scores.isinf() & valid
+        if infinite.any():
+            at = tuple(infinite.nonzero()[0].tolist())
+            raise bad_value(op, "scores", "finite, or NaN for a sample without a score", f"{scores[at]} at {at}")
+
+
+def check_same_shape(op: str, name: str, tensor: torch.Tensor, answers: torch.Tensor) -> None:
+    if tensor.shape[0] != answers.shape[0] or tensor.shape[1] != answers.shape[1]:
+        expected = f"of answers' shape {tuple(answers.shape)}"
+        raise bad_value(op, name, expected, f"shape {tuple(tensor.shape)}")

@@ -1,0 +1,39 @@
+"""What vote and maj_at_k share: which samples vote, what each weighs, which classes are tied."""
+
+from __future__ import annotations
+
+import math
+
+TIED = 1e-9  # classes this close to the heaviest are tied with it
+
+
+def sample_weights(
+    scores: list[float] | None, valid: list[bool], rule: str = "count", lam: float = 1.0
+) -> list[float | None]:
+    """Weight of each sample of one question; None: it does not vote.
+
+        count: 1;   weighted: s_i;   adaptive: 1 + lam s_i
+
+    A NaN score is a sample nobody scored: s_i is then the mean of the question's other valid scores, 1 if none.
+
+    Args:
+        scores: K numbers, None with rule "count". valid: K. rule: "count", "weighted" or "adaptive".
+    Source: NAT (arXiv 2312.12832) section 3.4.
+    """
+    if rule == "count":
+        return [1.0 if votes else None for votes in valid]
+    known = [s for s, votes in zip(scores, valid, strict=True) if votes and not math.isnan(s)]
+    mean = ordered_sum(known) / len(known) if known else 1.0
+    weights: list[float | None] = []
+    for s, votes in zip(scores, valid, strict=True):
+        s = mean if math.isnan(s) else s
+        weights.append((s if rule == "weighted" else 1.0 + lam * s) if votes else None)
+    return weights
+
+
+def ordered_sum(values: list[float]) -> float:
+    """The float64 sum in the order of the list; Python's own `sum` compensates from 3.12 on."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total

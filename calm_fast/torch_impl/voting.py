@@ -1,0 +1,43 @@
+"""What vote and maj_at_k share in torch: the weight of every sample, and sums in the order of the samples."""
+
+from __future__ import annotations
+
+import torch
+
+TIED = 1e-9  # classes this close to the heaviest are tied with it
+
+
+def sample_weights(
+    answers: torch.Tensor,
+    scores: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    rule: str,
+    lam: float,
+) -> torch.Tensor:
+    """Weight of each sample, 0 for one that does not vote.
+
+    Args:
+        answers: (Q, K) int64. scores: (Q, K) float or None. valid: (Q, K) bool or None (all).
+        rule: "count", "weighted" or "adaptive". lam: weight of the score in "adaptive".
+    Returns:
+        (Q, K) float64, the same bits as the reference's weights.
+    """
+    if rule == "count":
+        ones = torch.ones(answers.shape, dtype=torch.float64, device=answers.device)
+        return ones if valid is None else ones.masked_fill_(~valid, 0.0)
+    s = scores.double()
+    unknown = s.isnan()
+    silent = unknown if valid is None else unknown | ~valid
+    total, known = ordered_sum(s.masked_fill(silent, 0.0)), (~silent).sum(1)
+    mean = torch.where(known > 0, total / known.clamp(min=1), 1.0)
+    s = torch.where(unknown, mean.unsqueeze(1), s)
+    weights = s if rule == "weighted" else 1.0 + lam * s
+    return weights if valid is None else weights.masked_fill(~valid, 0.0)
+
+
+def ordered_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sums of the rows of (Q, K) float64, added up from left to right on every device."""
+    total = values.new_zeros(values.shape[0])
+    for column in values.t().contiguous().unbind():
+        total += column
+    return total
