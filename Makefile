@@ -1,5 +1,6 @@
 # Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
-# Needed beforehand: make and a Python >= 3.10 with its venv module. No compiler, no git, no GPU.
+# Needed beforehand: make and a Python >= 3.10 with its venv module. No git, no GPU; with a C++ compiler the compiled
+# library is built too, without one everything runs in torch.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -8,10 +9,11 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.calm-fast-ready
+NATIVE := $(VENV)/.calm-fast-native
 LOG := $(VENV)/set-up.log
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint codegen wheel-check bench clean
+.PHONY: help setup native demo test lint codegen wheel-check bench clean
 
 help:
 	@echo "make demo         set up, then run the main job: calm-fast demo (about 4 minutes on 2 cores)"
@@ -20,6 +22,7 @@ help:
 	@echo "make codegen      compile every Triton kernel for sm_80, sm_90, sm_100 and check the machine code (no GPU)"
 	@echo "make wheel-check  build sdist and wheel, check what they hold and that they install"
 	@echo "make bench        speed against strong baselines on this machine"
+	@echo "make native       compile what changed in csrc/ (set-up and test do it by themselves)"
 	@echo "make setup        only the set-up (done once, again when pyproject.toml or setup.py change)"
 	@echo "make clean        remove $(VENV) and build leftovers"
 	@echo
@@ -46,7 +49,7 @@ $(STAMP): pyproject.toml setup.py
 	try() { if ! "$(PY)" -m pip install --no-compile --disable-pip-version-check "$$@" >>"$(LOG)" 2>&1; then tail -n 25 "$(LOG)"; \
 	  echo "[set-up] pip install failed; the end of $(LOG) is above"; exit 1; fi; }; \
 	echo "[set-up 2/4] installing the build tools (seconds)"; \
-	try 'setuptools>=77' wheel; \
+	try 'setuptools>=77' wheel ninja; \
 	if "$(PY)" -c 'import torch' >/dev/null 2>&1; then \
 	  echo "[set-up 3/4] torch is here: $$("$(PY)" -c 'import torch; print(torch.__version__)')"; \
 	else \
@@ -56,14 +59,22 @@ $(STAMP): pyproject.toml setup.py
 	fi; \
 	echo "[set-up 4/4] installing calm_fast (editable) and its dependencies (about a minute)"; \
 	try --no-build-isolation -e '.[test]'; \
-	touch "$(STAMP)"; \
+	touch "$(STAMP)" "$(NATIVE)"; \
 	echo "[set-up] done in $$(( $$(date +%s) - begin )) s; not repeated until pyproject.toml or setup.py change"
+
+native: $(NATIVE)
+
+$(NATIVE): $(wildcard csrc/*.cpp csrc/*/*) | $(STAMP)
+	@echo "[native] compiling what changed in csrc/"
+	@"$(PY)" setup.py -q build_ext --inplace >>"$(LOG)" 2>&1 || { tail -n 40 "$(LOG)"; \
+	  echo "[native] compiling failed; the end of $(LOG) is above"; exit 1; }
+	@touch "$(NATIVE)"
 
 demo: $(STAMP)
 	@echo "[demo] composing two small language models: key-value arithmetic on keys the composition never saw"
 	@"$(VENV)/bin/calm-fast" demo $(ARGS)
 
-test: $(STAMP)
+test: $(STAMP) $(NATIVE)
 	@echo "[test] the whole suite, two processes; GPU tests skip themselves where there is no GPU"
 	@"$(PY)" -m pytest -n 2 $(ARGS)
 
@@ -79,10 +90,10 @@ wheel-check: $(STAMP)
 	@echo "[wheel-check] building sdist and wheel, checking their contents, installing the wheel elsewhere"
 	@"$(PY)" -m pytest tests/test_packaging.py $(ARGS)
 
-bench: $(STAMP)
+bench: $(STAMP) $(NATIVE)
 	@echo "[bench] measuring against strong baselines on this machine"
 	@"$(VENV)/bin/calm-fast" bench $(ARGS)
 
 clean:
-	@echo "[clean] removing $(VENV), build/, dist/ and egg-info"
-	@rm -rf "$(VENV)" build dist *.egg-info
+	@echo "[clean] removing $(VENV), build/, dist/, egg-info and the compiled library"
+	@rm -rf "$(VENV)" build dist *.egg-info calm_fast/_cpu*.so calm_fast/_cuda*.so

@@ -1,12 +1,70 @@
-"""The seam for the compiled library: why it is not there.
+"""The compiled library (csrc/): loaded on first use, and why it cannot run an op where it cannot.
 
-The library itself (C++ for the CPU, CUDA for latency) is not part of this version; every op therefore
-refuses impl="native" with the reason below, and impl="auto" never chooses it.
+Two extension modules register functions `calm_fast::_native_<op>...` with torch: `calm_fast._cpu` for CPU tensors and
+`calm_fast._cuda` for CUDA tensors. Which ops they serve is read from what they registered; there is no list.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+from typing import Any
 
-def obstacle(name: str) -> str | None:
-    """Why the compiled implementation `name` cannot run; None where it can."""
-    return f"this version of calm_fast has no compiled library (no native `{name}`)"
+import torch
+
+_PREFIX = "calm_fast::_native_"
+# the schemas are in _cpu, so it is loaded first for either device
+_MODULES = {"cpu": ("_cpu",), "cuda": ("_cpu", "_cuda")}
+_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+@functools.cache
+def _load(module: str) -> Any:
+    """The extension module, or the reason (a str) why it is not here."""
+    name = f"calm_fast.{module}"
+    if importlib.util.find_spec(name) is None:
+        part = "no compiler, no torch" if module == "_cpu" else "no nvcc, no CUDA build of torch"
+        return (
+            f"{name} is not there: calm_fast was installed without it ({part}, or switched off; "
+            "`pip install -v` says which)"
+        )
+    try:
+        return importlib.import_module(name)
+    except Exception as problem:
+        text = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        return f"{name} cannot be loaded with torch {torch.__version__}: {text}"
+
+
+@functools.cache
+def _served(device_type: str) -> frozenset[str]:
+    """Names behind `_native_` that have an implementation for this device type; the library is loaded."""
+    found = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith(_PREFIX))
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(name.removeprefix(_PREFIX).split(".")[0] for name in found if has(name, _KEYS[device_type]))
+
+
+def _obstacle(op: str, device_type: str) -> str | None:
+    if device_type not in _MODULES:
+        return f"the compiled library has no code for {device_type} tensors"
+    for module in _MODULES[device_type]:
+        if isinstance(why := _load(module), str):
+            return f"the compiled library does not load: {why}"
+    if not any(name == op or name.startswith(f"{op}_") for name in _served(device_type)):
+        return f"the compiled library has no {op} for {device_type} tensors"
+    return None
+
+
+# what torch.compiler.assume_constant_result sets; see _dispatch
+_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def obstacle(op: str, device_type: str = "cpu") -> str | None:
+    """Why the compiled library cannot run `op` on tensors of this device type; None where it can."""
+    return _obstacle(op, device_type)
+
+
+def build_info() -> dict[str, dict[str, str] | str]:
+    """Per extension module: compiler, torch it was built with, ABI targets, best SIMD lane; or why it is not here."""
+    modules = {name: _load(name) for name in ("_cpu", "_cuda")}
+    return {name: found if isinstance(found, str) else found.build_info() for name, found in modules.items()}

@@ -103,8 +103,10 @@ def _runs(torch: Any, op: str, impl: str) -> str:
     from calm_fast import _dispatch, _native
 
     if impl == "native":
-        why = _native.obstacle(op)
-        return f"no: {why}" if why else "yes"
+        devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        whys = {device: _native.obstacle(op, device) for device in devices}
+        served = [device for device, why in whys.items() if not why]
+        return f"yes, for {' and '.join(served)} tensors" if served else f"no: {next(iter(whys.values()))}"
     if impl != "triton":
         return "yes"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -115,6 +117,20 @@ def _runs(torch: Any, op: str, impl: str) -> str:
     if problem:
         return f"no: its kernels cannot be imported ({problem})"
     return "yes, in Triton's CPU interpreter" if _dispatch.triton_interpreted() else "yes"
+
+
+def _compiled_library(torch_problem: str) -> dict[str, str]:
+    """For each extension module how it was built and the SIMD lane of this CPU, or why it is not loaded."""
+    if torch_problem:
+        return {"every part": f"no: torch cannot be imported ({torch_problem})"}
+    native, problem = _load("calm_fast._native")
+    info = {"every part": problem} if native is None else _ask(native.build_info)
+    if isinstance(info, str):
+        return {"every part": info}
+    return {
+        name: f"no: {found}" if isinstance(found, str) else ", ".join(f"{key} {text}" for key, text in found.items())
+        for name, found in info.items()
+    }
 
 
 def collect() -> dict[str, Any]:
@@ -131,6 +147,7 @@ def collect() -> dict[str, Any]:
         "versions": versions,
         "broken imports": {n: p for n, p in problems.items() if p and versions[n] != "not installed"},
         "devices": {} if torch is None else _devices(torch),
+        "compiled library": _compiled_library(torch_problem),
         "implementations": _implementations(torch, torch_problem),
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
@@ -139,7 +156,7 @@ def collect() -> dict[str, Any]:
 def lines(report: dict[str, Any]) -> list[str]:
     """The report for a person."""
     found = [f"calm_fast {report['calm_fast']}, Python {report['python']}, {report['system']}", report["cpu"]]
-    for title in ("versions", "broken imports", "devices", "environment"):
+    for title in ("versions", "broken imports", "devices", "compiled library", "environment"):
         if report[title]:
             found += ["", title, *(f"  {name:<26}{value}" for name, value in report[title].items())]
     found += ["", "implementations that run here"]

@@ -99,7 +99,7 @@ def decide(
     if impl in ("reference", "torch"):
         return Decision(_OP, impl, "asked for")
     if impl == "native":
-        raise refuse(_OP, impl, _native.obstacle(_OP))
+        raise refuse(_OP, impl, _native.obstacle(_OP, q.device.type))
     obstacle = _triton_cannot(q)
     if impl == "triton":
         if obstacle:

@@ -64,7 +64,7 @@ def dual_lora(
     factors = (a_pos, b_pos, a_neg, b_neg, w_q, w_k)
     decision = decide(x, y, *factors, value, scaling=scaling, activation=activation, impl=impl)
     pair = _pair(scaling)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(y.device.type, enabled=False):
         if decision.impl == "reference":
             return dual_lora_reference(x, y, *factors, value, pair, activation)
         folded = fold_dual_lora(*factors, value, pair, activation)
@@ -114,7 +114,7 @@ def _choose(y: torch.Tensor, impl: str) -> Decision:
     if impl in ("reference", "torch"):
         return Decision(_OP, impl, "asked for")
     if impl == "native":
-        raise refuse(_OP, impl, _native.obstacle(_OP))
+        raise refuse(_OP, impl, _native.obstacle(_OP, y.device.type))
     obstacle = "the kernels compute in float32, x is float64" if y.dtype == torch.float64 else triton_obstacle(y.device)
     if impl == "triton":
         if obstacle:

@@ -16,7 +16,7 @@ def choose(op: str, impl: str, hidden: torch.Tensor) -> Decision:
     if impl in ("reference", "torch"):
         return Decision(op, impl, "asked for")
     if impl == "native":
-        raise refuse(op, impl, _native.obstacle(op))
+        raise refuse(op, impl, _native.obstacle(op, hidden.device.type))
     obstacle = triton_obstacle(hidden.device)
     if hidden.dtype == torch.float64:
         obstacle = "the kernels compute in float32, the hidden states are float64"

@@ -55,6 +55,7 @@ def plan(ops: Sequence[str] = OPS, impls: Sequence[str] = ()) -> list[Part]:
         if impl not in known:
             raise ValueError(f"verify: `impl` must be one of {', '.join(map(repr, known))}, got {impl!r}")
     gpu = torch.cuda.is_available()
+    devices = ["cpu", "cuda"] if gpu else ["cpu"]
     parts = []
     for op in ops:
         for impl in impls or op_cases(op).impls:
@@ -63,9 +64,9 @@ def plan(ops: Sequence[str] = OPS, impls: Sequence[str] = ()) -> list[Part]:
             elif impl == "native":
                 from calm_fast import _native
 
-                parts.append(Part(op, impl, "cpu", _native.obstacle(op) or ""))
+                parts += [Part(op, impl, device, _native.obstacle(op, device) or "") for device in devices]
             else:
-                parts += [Part(op, impl, device) for device in (["cpu", "cuda"] if gpu else ["cpu"])]
+                parts += [Part(op, impl, device) for device in devices]
     return parts
 
 

@@ -310,7 +310,7 @@ def test_auto_is_torch_on_a_cpu():
     inputs = build()
     arguments = {name: inputs[name] for name in ("hidden", "weight", "targets")}
     assert decide(**arguments).impl == "torch"
-    with pytest.raises(RuntimeError, match="native.*no compiled library"):
+    with pytest.raises(RuntimeError, match="native.*compiled library"):
         linear_logprob(**arguments, impl="native")
     with pytest.raises(RuntimeError, match="float64"):
         linear_logprob(**{k: v.double() if v.is_floating_point() else v for k, v in arguments.items()}, impl="triton")

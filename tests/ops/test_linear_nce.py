@@ -285,7 +285,7 @@ def test_auto_is_torch_on_a_cpu():
     inputs = build()
     arguments = {name: inputs[name] for name in NAMES}
     assert decide(**arguments).impl == "torch"
-    with pytest.raises(RuntimeError, match="native.*no compiled library"):
+    with pytest.raises(RuntimeError, match="native.*compiled library"):
         linear_nce(**arguments, impl="native")
     with pytest.raises(RuntimeError, match="float64"):
         linear_nce(**{k: v.double() if v.is_floating_point() else v for k, v in arguments.items()}, impl="triton")

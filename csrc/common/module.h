@@ -1,0 +1,45 @@
+// The Python module around the library: PyInit_<name> with one function, build_info() -> dict. Limited C API only.
+#pragma once
+
+#include <Python.h>
+
+#include "common/lanes.h"
+
+#define CALM_FAST_TEXT_(x) #x
+#define CALM_FAST_TEXT(x) CALM_FAST_TEXT_(x)
+
+#if !defined(Py_LIMITED_API) || Py_LIMITED_API > 0x030a0000
+#error "the wheel is tagged cp310-abi3: Py_LIMITED_API must be 0x030a0000 or older"
+#endif
+
+namespace calm_fast {
+
+inline PyObject* build_info(PyObject*, PyObject*) {
+#if defined(__CUDACC_VER_MAJOR__)
+  const char* compiler = "nvcc " CALM_FAST_TEXT(__CUDACC_VER_MAJOR__) "." CALM_FAST_TEXT(__CUDACC_VER_MINOR__);
+#elif defined(__clang__)
+  const char* compiler = __VERSION__;
+#else
+  const char* compiler = "GCC " __VERSION__;
+#endif
+  return Py_BuildValue(
+      "{s:s,s:s,s:s,s:s,s:s}",
+      "compiler", compiler,
+      "built with torch", CALM_FAST_TEXT(CALM_FAST_TORCH),
+      "stable ABI target", CALM_FAST_TEXT(TORCH_TARGET_VERSION),
+      "Python ABI", CALM_FAST_TEXT(Py_LIMITED_API),
+      "best lane here", lane_name(best_lane()));
+}
+
+}  // namespace calm_fast
+
+#define CALM_FAST_MODULE(name)                                                                      \
+  PyMODINIT_FUNC PyInit_##name() {                                                                  \
+    static PyMethodDef methods[] = {                                                                \
+        {"build_info", calm_fast::build_info, METH_NOARGS, "How this module was built: a dict."},   \
+        {nullptr, nullptr, 0, nullptr}};                                                            \
+    static PyModuleDef definition = {                                                               \
+        PyModuleDef_HEAD_INIT, #name, "Compiled part of calm_fast.", 0, methods, nullptr, nullptr,  \
+        nullptr, nullptr};                                                                          \
+    return PyModule_Create(&definition);                                                            \
+  }
