@@ -8,9 +8,15 @@ from typing import Any
 # public name -> the module that defines it; loaded on first use, so that no name costs another's imports
 _LAZY = {
     "Groups": "grouping",
+    "Ranker": "ranker",
+    "RankerHead": "ranker",
+    "RankerSettings": "ranker_training",
     "equivalent": "answers",
     "extract_answer": "answers",
     "group_answers": "grouping",
+    "pair_accuracy": "ranker_losses",
+    "ranking_loss": "ranker_losses",
+    "train_ranker": "ranker_training",
     "read_samples": "samples",
     "write_samples": "samples",
 }

@@ -1,0 +1,86 @@
+"""What a ranker is trained for, and how it is judged: right rationales above wrong ones of the same question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+LOSSES = ("power", "margin", "bce")
+
+
+def ranking_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    valid: torch.Tensor,
+    *,
+    loss: str = "power",
+    margin: float = 0.3,
+    power: float = 3.0,
+) -> torch.Tensor:
+    """Mean over questions of a loss on scores s = sigmoid(logits), r a right and w a wrong rationale of one question.
+
+        power     mean_r (1 - s_r)^p + mean_w s_w^p            (the released code's, there p is 3)
+        margin    mean_{r,w} max(0, margin - (s_r - s_w))      (margin ranking)
+        bce       mean of the binary cross-entropy             (of every question, also with one kind only)
+
+    Within a question means are over all its pairs: the expectation of drawing one pair per question, which the released
+    code does. Questions without both kinds say nothing to power and margin.
+
+    Args:
+        logits (Q, K) float. labels (Q, K) bool: right. valid (Q, K) bool: which entries are rationales.
+    Returns:
+        a scalar, 0 with zero gradients where no question counts.
+    """
+    right, wrong = labels & valid, ~labels & valid
+    n_right, n_wrong = right.sum(1), wrong.sum(1)
+    if loss == "bce":
+        each = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+        per_question, counts = _mean(each, valid), (n_right + n_wrong) > 0
+    else:
+        s, counts = logits.sigmoid(), (n_right > 0) & (n_wrong > 0)
+        if loss == "power":
+            per_question = _mean((1 - s) ** power, right) + _mean(s**power, wrong)
+        elif loss == "margin":
+            gaps = F.relu(margin - (s[:, :, None] - s[:, None, :]))
+            per_question = _mean(gaps.flatten(1), (right[:, :, None] & wrong[:, None, :]).flatten(1))
+        else:
+            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
+    return torch.where(counts, per_question, 0.0).sum() / counts.sum().clamp(min=1)
+
+
+def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.where(mask, values, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+
+
+class PairAccuracy(NamedTuple):
+    """accuracy: share of (right, wrong) pairs of one question in the right order, ties 1/2; NaN without a pair."""
+
+    accuracy: float
+    pairs: int
+    questions: int
+
+
+def pair_counts(scores: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(won, pairs), each (Q,) float64: pairs of a question in the right order, ties 1/2, and all its pairs."""
+    won, pairs = torch.zeros(len(scores), dtype=torch.float64), torch.zeros(len(scores), dtype=torch.float64)
+    for i, (s, right) in enumerate(zip(scores, labels, strict=True)):
+        right = torch.as_tensor(right, dtype=torch.bool)
+        s = torch.as_tensor(s).cpu()
+        gaps = s[right][:, None] - s[~right][None, :]
+        won[i] = ((gaps > 0).double() + 0.5 * (gaps == 0).double()).sum()
+        pairs[i] = gaps.numel()
+    return won, pairs
+
+
+def pair_accuracy(scores: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> PairAccuracy:
+    """How often a right rationale is scored above a wrong one of the same question, over all such pairs.
+
+    Args:
+        scores: per question (K_q,) float. labels: per question (K_q,) bool, right or not.
+    """
+    won, pairs = pair_counts(scores, labels)
+    total = float(pairs.sum())
+    return PairAccuracy(float(won.sum()) / total if total else float("nan"), int(total), int((pairs > 0).sum()))
