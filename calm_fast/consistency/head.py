@@ -1,0 +1,113 @@
+"""The LM head of a causal language model as the arguments of ops.linear_logprob, measured on the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from calm_fast import ops
+
+# names under which configs keep a factor of the logits (some multiply, some divide) and their soft cap
+_SCALES = ("logit_scale", "logits_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+_CAPS = ("final_logit_softcapping", "final_logit_softcap", "logits_soft_cap")
+_PROBE_SIZE = 50.0  # logits of the probe reach at least this: far enough for a cap to bend them
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """logits = softcap(hidden weight^T + bias) / temperature, as `ops.linear_logprob` takes them."""
+
+    module: nn.Linear
+    temperature: float
+    softcap: float | None
+
+    def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor, **options: Any) -> Any:
+        """log-probability of targets (T,) from hidden (T, d); options of `ops.linear_logprob`."""
+        weight, bias = self.module.weight, self.module.bias
+        hidden = hidden.to(device=weight.device, dtype=weight.dtype)
+        bias = None if bias is None else bias.to(weight.dtype)
+        return ops.linear_logprob(
+            hidden, weight, targets.to(weight.device), bias=bias, temperature=self.temperature, softcap=self.softcap,
+            **options,
+        )  # fmt: skip
+
+
+@contextmanager
+def _hidden(head: nn.Module, probe: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Collect what enters `head`, and let only `probe` of it through: no (T, V) logits within the block."""
+    seen: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        seen.append(args[0])
+        return (probe(args[0]), *args[1:])
+
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def hidden_states(head: LinearHead, run: Callable[[], Any]) -> torch.Tensor:
+    """The states (B, M, d) that enter the LM head in `run()`, which computes a single logit row."""
+    with _hidden(head.module, lambda states: states[:1, :1]) as seen:
+        run()
+    return seen[0]
+
+
+def find_linear_head(model: PreTrainedModel, run: Callable[[], Any]) -> LinearHead | None:
+    """The head of `model` if it is one linear layer, then perhaps a factor, then perhaps a soft cap; else None.
+
+    Args:
+        run: a forward of `model` on one token that returns its output.
+    What follows the layer is measured, not believed: the layer's input is replaced by two probes, the second scaled up
+    until a cap would bend its logits, and the model's own logits must be those of factor and cap, to the rounding of
+    their dtype. The candidates are what the config names, in every combination.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or not head.weight.is_floating_point():
+        return None
+    products: list[torch.Tensor] = []
+    listener = head.register_forward_hook(lambda module, args, output: products.append(output))
+
+    def probe(states: torch.Tensor) -> torch.Tensor:
+        row = states[:1, :1]
+        largest = nn.functional.linear(row.to(head.weight.dtype), head.weight, head.bias).abs().max().clamp(min=1e-4)
+        return torch.cat([row, row * (_PROBE_SIZE / largest).clamp(min=1.0).to(row.dtype)], dim=1)
+
+    try:
+        with _hidden(head, probe) as seen:
+            logits = run().logits
+    finally:
+        listener.remove()
+    if len(seen) != 1 or len(products) != 1 or seen[0].shape[:2] != (1, 1) or logits.shape != products[0].shape:
+        return None
+    product, logits = products[0], logits.to(products[0].device)
+    unit = max(torch.finfo(product.dtype).eps, torch.finfo(logits.dtype).eps)
+    product, logits = product.double(), logits.double()
+    for scale, cap in _candidates(model):
+        expected = product * scale if cap is None else cap * torch.tanh(product * scale / cap)
+        # a scaling and a cap round at most four times in the model's dtype, each by at most half a unit
+        if (expected - logits).abs().max() <= 2 * unit * expected.abs().max():
+            return LinearHead(head, 1 / scale, None if cap is None else cap / scale)
+    return None
+
+
+def _candidates(model: PreTrainedModel) -> Iterator[tuple[float, float | None]]:
+    """(factor, cap) of the logits, what the config names first."""
+    config = model.config.get_text_config(decoder=True)
+
+    def named(names: tuple[str, ...]) -> list[float]:
+        values = [getattr(config, name, None) for name in names]
+        return [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0]
+
+    scales = [factor for value in named(_SCALES) for factor in (value, 1 / value)]
+    for cap in (*named(_CAPS), None):
+        for scale in dict.fromkeys((*scales, 1.0)):
+            yield scale, cap

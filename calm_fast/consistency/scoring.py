@@ -1,0 +1,228 @@
+"""Log-probabilities of many completions of each prompt, the prompt encoded once, no logits in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from calm_fast.consistency.head import find_linear_head, hidden_states
+from calm_fast.consistency.prefix import PrefixReader, branch, check_model, evaluating
+
+_CALLER = "score_sequences"
+_LOGITS_AT_ONCE = 2**26  # elements; for heads that are not linear
+Text = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class SequenceScores:
+    """Scores of the K completions of one prompt, in their order, on the CPU.
+
+    sum (K,) float64: log p(completion | prompt); an empty completion has 0. mean (K,) float64: sum / tokens; an empty
+    completion has NaN, which `ops.vote` reads as "not scored". tokens (K,) int64. token_logprobs, token_entropies: one
+    float32 tensor (tokens,) per completion, where asked for; entropies are those of the whole distribution, in nats.
+    """
+
+    sum: torch.Tensor
+    mean: torch.Tensor
+    tokens: torch.Tensor
+    token_logprobs: list[torch.Tensor] | None = None
+    token_entropies: list[torch.Tensor] | None = None
+
+
+def score_sequences(
+    model: PreTrainedModel,
+    prompts: Sequence[Text],
+    completions: Sequence[Sequence[Text]],
+    *,
+    tokenizer: Any = None,
+    max_tokens: int = 8192,
+    share_prompt: bool = True,
+    return_tokens: bool = False,
+    return_entropy: bool = False,
+    progress: bool = False,
+    impl: str = "auto",
+) -> list[SequenceScores]:
+    """Sum and mean log-probability of K completions of each prompt.
+
+        sum_k = sum_t log p(c_kt | prompt, c_k1 ... c_k,t-1);   mean_k = sum_k / tokens_k
+
+    Each prompt is encoded once, alone, and its cache continued by the completions in batches of similar length; states
+    go from the last layer to `ops.linear_logprob`, so (T, V) logits never exist. No gradients; eval mode during the
+    call. Models with a recurrent state (Mamba, RWKV, hybrids) read prompt + completion anew for each completion; a head
+    that is not one linear layer with an optional factor and soft cap has its logits computed, 256 MiB at a time.
+
+    Args:
+        model: a decoder-only transformers model, composed and dual-LoRA models included.
+        prompts: token ids or strings, one or more tokens each. completions: for each prompt, any number of the same.
+        tokenizer: for strings. A prompt gets the tokenizer's special tokens, a completion none (add the end token's
+            text if it is to be scored). A completion's ids are what follows the prompt's ids in the ids of prompt +
+            completion; where these do not begin with the prompt's ids (a token spans the boundary), the completion is
+            tokenized alone: the prompt is never re-tokenized, as in generation. For sampled completions pass the ids.
+        max_tokens: rows x (prompt + longest completion) of one batch, at least one row: bounds memory whatever K.
+        share_prompt: False reads the prompt anew for every completion.
+        return_tokens, return_entropy: also the log-probability, the entropy at each token.
+        impl: of `ops.linear_logprob`.
+    Returns:
+        one SequenceScores per prompt.
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came. An empty
+        prompt is an error: its first token must be conditioned on something, such as the begin-of-sequence token.
+    """
+    check_model(_CALLER, model)
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ValueError(f"{_CALLER}: `max_tokens` must be a positive integer, got {max_tokens!r}")
+    pairs = _token_ids(model, tokenizer, prompts, completions)
+    results = []
+    with evaluating(model):
+        scorer = _Scorer(model, max_tokens, share_prompt, return_entropy, impl)
+        for prompt, rows in _progress(pairs, progress):
+            logprobs, entropies = scorer.score(prompt, rows)
+            tokens = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+            total = torch.tensor([row.double().sum().item() for row in logprobs], dtype=torch.float64)
+            mean = total / tokens  # 0 / 0 is NaN
+            kept = (logprobs if return_tokens else None, entropies if return_entropy else None)
+            results.append(SequenceScores(total, mean, tokens, *kept))
+    return results
+
+
+def _progress(pairs: list[Any], progress: bool) -> Any:
+    if not progress:
+        return pairs
+    from tqdm.auto import tqdm
+
+    return tqdm(pairs, desc="scoring", unit="prompt")
+
+
+class _Scorer:
+    """One model, read prompt by prompt."""
+
+    def __init__(self, model: PreTrainedModel, max_tokens: int, share: bool, entropy: bool, impl: str) -> None:
+        self.reader = PrefixReader(model, share)
+        self.max_tokens, self.entropy, self.impl = max_tokens, entropy, impl
+        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        self.head = find_linear_head(model, lambda: self.reader(token))
+        if self.head is None:
+            vocabulary = model.get_input_embeddings().weight.shape[0]
+            self.max_tokens = min(max_tokens, max(1, _LOGITS_AT_ONCE // vocabulary))
+
+    def score(self, prompt: list[int], rows: list[list[int]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Log-probabilities and entropies (empty unless asked for) of each row's tokens."""
+        results: list[Any] = [(torch.empty(0), torch.empty(0)) for _ in rows]
+        asked = [k for k, row in enumerate(rows) if row]
+        cache = first = None
+        if self.reader.shares and asked:
+            cache = self.reader.new_cache()
+            first = self._states(torch.tensor([prompt]), cache, 0, 1)
+            if not self.reader.filled(cache, len(prompt)):
+                cache = first = None
+        for batch in _batches(asked, rows, len(prompt), self.max_tokens):
+            states = self._continue(prompt, [rows[k] for k in batch], cache, first)
+            for k, result in zip(batch, self._read(states, [rows[k] for k in batch]), strict=True):
+                results[k] = result
+        return [logprob for logprob, _ in results], [entropy for _, entropy in results]
+
+    def _continue(
+        self, prompt: list[int], rows: list[list[int]], cache: Any, first: torch.Tensor | None
+    ) -> torch.Tensor:
+        """States (B, longest, d or V): state t of a row predicts its token t; what follows a row's end is padding."""
+        # causal models: no real token sees the padding after it, so that it needs no mask
+        longest = max(map(len, rows))
+        fed = [row[:-1] + row[-1:] * (longest - len(row)) for row in rows]
+        fed = torch.tensor(fed, dtype=torch.int64).reshape(len(rows), longest - 1)
+        if cache is None:
+            whole = torch.cat([torch.tensor([prompt]).expand(len(rows), -1), fed], dim=1)
+            return self._states(whole, None, 0, longest)
+        first = first.expand(len(rows), -1, -1)
+        if longest == 1:
+            return first
+        # every batch continues a copy: the prompt's own cache keeps the prompt's tokens only
+        twin = branch(cache, torch.zeros(len(rows), dtype=torch.int64, device=self.reader.model.device))
+        return torch.cat([first, self._states(fed, twin, len(prompt), longest - 1)], dim=1)
+
+    def _states(self, ids: torch.Tensor, cache: Any, past: int, keep: int) -> torch.Tensor:
+        """What predicts the token after each of the last `keep` of ids (B, M): states before the head, or logits."""
+        ids = ids.to(self.reader.model.device)
+        if self.head is None:
+            return self.reader(ids, cache=cache, past=past, keep=keep).logits[:, -keep:]
+        states = hidden_states(self.head, lambda: self.reader(ids, cache=cache, past=past))
+        if states.shape[:2] != ids.shape:
+            raise RuntimeError(
+                f"{_CALLER}: the head of {type(self.reader.model).__name__} read states of shape {tuple(states.shape)} "
+                f"for {tuple(ids.shape)} tokens, expected one state a token"
+            )
+        return states[:, -keep:]
+
+    def _read(self, states: torch.Tensor, rows: list[list[int]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        lengths = [len(row) for row in rows]
+        real = torch.arange(states.shape[1])[None] < torch.tensor(lengths)[:, None]
+        flat = states[real.to(states.device)]
+        targets = torch.tensor([token for row in rows for token in row], device=flat.device)
+        if self.head is not None:
+            found = self.head.logprobs(flat, targets, return_entropy=self.entropy, impl=self.impl)
+            logprobs, entropies = found if self.entropy else (found, found[:0])
+        else:
+            table = flat.float().log_softmax(-1)
+            logprobs = table.gather(1, targets[:, None])[:, 0]
+            entropies = torch.special.entr(table.exp()).sum(-1) if self.entropy else logprobs[:0]
+        parts = logprobs.float().cpu().split(lengths)
+        others = entropies.float().cpu().split(lengths) if self.entropy else [torch.empty(0)] * len(rows)
+        return zip(parts, others, strict=True)
+
+
+def _batches(asked: list[int], rows: list[list[int]], past: int, max_tokens: int) -> Iterator[list[int]]:
+    """Indices of rows of similar length, the longest first, rows x (past + longest) <= max_tokens or a single row."""
+    order = sorted(asked, key=lambda k: (-len(rows[k]), k))
+    start = 0
+    while start < len(order):
+        count = max(1, max_tokens // (past + len(rows[order[start]])))
+        yield order[start : start + count]
+        start += count
+
+
+def _token_ids(
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Text], completions: Sequence[Sequence[Text]]
+) -> list[tuple[list[int], list[list[int]]]]:
+    if isinstance(prompts, str) or isinstance(completions, str) or len(prompts) != len(completions):
+        count = 1 if isinstance(completions, str) else len(completions)
+        raise ValueError(
+            f"{_CALLER}: `prompts` and `completions` must be sequences of one length (a list of completions for each "
+            f"prompt), got {1 if isinstance(prompts, str) else len(prompts)} and {count}"
+        )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    pairs = []
+    for i, (prompt, rows) in enumerate(zip(prompts, completions, strict=True)):
+        if isinstance(rows, str):
+            raise TypeError(f"{_CALLER}: `completions[{i}]` must be a list of completions, got a string")
+        ids = _encode(tokenizer, prompt, f"prompts[{i}]", vocabulary)
+        if not ids:
+            raise ValueError(
+                f"{_CALLER}: `prompts[{i}]` has no tokens, expected at least one to condition the first token on; "
+                "begin it with the model's begin-of-sequence token"
+            )
+        named = [(row, f"completions[{i}][{k}]") for k, row in enumerate(rows)]
+        pairs.append((ids, [_encode(tokenizer, row, name, vocabulary, prompt, ids) for row, name in named]))
+    return pairs
+
+
+def _encode(
+    tokenizer: Any, text: Text, name: str, vocabulary: int, prompt: Text = (), prompt_ids: Sequence[int] | None = None
+) -> list[int]:
+    if not isinstance(text, str):
+        ids = text.tolist() if isinstance(text, torch.Tensor) else list(text)
+        if not all(isinstance(token, int) and 0 <= token < vocabulary for token in ids):
+            raise ValueError(f"{_CALLER}: `{name}` must hold token ids in [0, {vocabulary}), got {ids[:8]}...")
+        return ids
+    if tokenizer is None:
+        raise ValueError(f"{_CALLER}: `tokenizer` is needed, `{name}` is a string")
+    if prompt_ids is None:
+        return list(tokenizer(text)["input_ids"])
+    if isinstance(prompt, str):
+        joint = list(tokenizer(prompt + text, add_special_tokens=False)["input_ids"])
+        bare = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        if joint[: len(bare)] == bare:
+            return joint[len(bare) :]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
