@@ -103,8 +103,9 @@ def test_low_precision_accumulation_is_caught(monkeypatch):
 def test_bounds_are_close_to_what_good_implementations_reach(op):
     """A bound a thousand times too wide would pass anything: the median error is at least 1 % of its bound."""
     cases = [c for c in op_cases(op).cases() if c.dtype == torch.float32][:20]
-    ratios = [r.ratio for c in cases for r in numerics.check(op_cases(op), c, "torch")]
-    assert torch.tensor(ratios).median() > 0.01
+    rows = [r for c in cases for r in numerics.check(op_cases(op), c, "torch")]
+    ratios = [r.ratio for r in rows if r.bound > 0]  # a bound of 0 asks for every bit
+    assert rows and (not ratios or torch.tensor(ratios).median() > 0.01)
 
 
 def test_error_of_non_finite_and_misshapen_values():

@@ -1,0 +1,239 @@
+"""vote: a plain Counter on many random rows, every implementation against the definition, torch's own checks."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from calm_fast.ops.vote import Vote, decide, vote
+from calm_fast.verify.cases.vote import CASES
+from calm_fast.verify.numerics import Case, check
+
+NAN = float("nan")
+RULES = ("count", "weighted", "adaptive")
+
+
+def build(name="everything", dtype=torch.float32, device="cpu", **changes):
+    return CASES.build(CASES.case(name, dtype, **changes), torch.device(device))
+
+
+@pytest.fixture(params=["reference", "torch", "native"])
+def impl(request):
+    try:
+        decide(torch.zeros(1, 1, dtype=torch.int64), impl=request.param)
+    except RuntimeError as refusal:
+        pytest.skip(str(refusal))
+    return request.param
+
+
+def equal(a: Vote, b: Vote) -> bool:
+    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def by_counter(answers, scores, valid, rule, lam):
+    """One question with a Counter of weights, as anybody would write it."""
+    known = [s for s, ok in zip(scores, valid, strict=True) if ok and s == s]
+    mean = sum_in_order(known) / len(known) if known else 1.0
+    votes, total = Counter(), 0.0
+    for answer, score, ok in zip(answers, scores, valid, strict=True):
+        if ok:
+            s = mean if math.isnan(score) else score
+            weight = {"count": 1.0, "weighted": s, "adaptive": 1.0 + lam * s}[rule]
+            votes[answer] += weight
+            total += weight
+    if not votes:
+        return -1, 0.0, 0.0, 0.0, 0
+    ranked = votes.most_common()  # heaviest first, in order of appearance among equals
+    tied = {answer for answer, weight in ranked if weight >= ranked[0][1] - 1e-9}
+    winner = next(a for a, ok in zip(answers, valid, strict=True) if ok and a in tied)
+    ahead = 0.0 if len(tied) > 1 else ranked[0][1] - (ranked[1][1] if len(ranked) > 1 else 0.0)
+    return winner, votes[winner], total, ahead, len(tied)
+
+
+def sum_in_order(values):
+    total = 0.0
+    for value in values:
+        total += value
+    return total
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_ten_thousand_random_rows_against_a_counter(rule, impl):
+    g = torch.Generator().manual_seed(RULES.index(rule))
+    q, k, lam = 10_000, 9, 0.5
+    answers = torch.randint(0, 4, (q, k), generator=g) * 1000
+    scores = torch.randint(-4, 9, (q, k), generator=g) / 4  # quarters: many classes weigh exactly the same
+    scores = torch.where(torch.rand(q, 1, generator=g) < 0.5, scores, torch.randn(q, k, generator=g))
+    scores[torch.rand(q, k, generator=g) < torch.rand(q, 1, generator=g) * 0.8] = NAN
+    valid = torch.rand(q, k, generator=g) < torch.rand(q, 1, generator=g) * 1.3
+    found = vote(answers, scores, valid=valid, rule=rule, lam=lam, impl=impl)
+    rows = (answers.tolist(), scores.double().tolist(), valid.tolist())
+    expected = [by_counter(a, s, v, rule, lam) for a, s, v in zip(*rows, strict=True)]
+    assert list(zip(*(column.tolist() for column in found), strict=True)) == expected
+    assert (found.ties > 1).float().mean() > 0.05 and (found.ties == 0).any()  # the rows held what they should
+    assert found.winner.dtype == found.ties.dtype == torch.int64
+    assert found.weight.dtype == found.total.dtype == found.margin.dtype == torch.float64
+
+
+@pytest.mark.parametrize("case", CASES.cases(), ids=str)
+def test_equals_the_definition(case: Case, impl):
+    wrong = [row for row in check(CASES, case, impl) if not row.ok]
+    assert not wrong
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES.cases(), ids=str)
+@pytest.mark.parametrize("impl_name", ["torch", "native"])
+def test_equals_the_definition_on_a_gpu(case: Case, impl_name):
+    inputs = CASES.build(case, torch.device("cuda"))
+    try:
+        decide(**inputs, impl=impl_name)
+    except RuntimeError as refusal:
+        pytest.skip(str(refusal))
+    wrong = [row for row in check(CASES, case, impl_name, "cuda") if not row.ok]
+    assert not wrong
+
+
+def one(answers, scores=None, valid=None, **options):
+    """A single question; the vote as Python numbers."""
+    scores = None if scores is None else torch.tensor([scores], dtype=torch.float64)
+    valid = None if valid is None else torch.tensor([valid])
+    return tuple(x.item() for x in vote(torch.tensor([answers]), scores, valid=valid, **options))
+
+
+def test_examples_by_hand(impl):
+    assert one([3, 5, 5, 3, 5], impl=impl) == (5, 3.0, 5.0, 1.0, 1)
+    assert one([5, 3, 3, 5, 7], impl=impl) == (5, 2.0, 5.0, 0.0, 2)  # tied: the one that appears first
+    assert one([4, 4], impl=impl) == (4, 2.0, 2.0, 2.0, 1)  # no other class: the margin is the weight
+    assert one([9, 1, 1], [2.5, 1.0, 1.0], rule="weighted", impl=impl) == (9, 2.5, 4.5, 0.5, 1)
+    assert one([9, 1, 1], [2.5, 1.0, 1.0], rule="adaptive", impl=impl) == (1, 4.0, 7.5, 0.5, 1)
+    assert one([9, 1, 1], [2.5, 1.0, 1.0], rule="adaptive", lam=3.0, impl=impl) == (9, 8.5, 16.5, 0.5, 1)
+    assert one([1, 2, 2], valid=[True, False, False], impl=impl) == (1, 1.0, 1.0, 1.0, 1)
+    assert one([1, 2], valid=[False, False], impl=impl) == (-1, 0.0, 0.0, 0.0, 0)
+
+
+def test_unscored_samples_take_the_mean_of_the_others(impl):
+    assert one([0, 1, 1], [NAN, 0.5, 1.5], rule="weighted", impl=impl) == (1, 2.0, 3.0, 1.0, 1)
+    # only valid scores count for the mean
+    found = one([0, 1, 2], [NAN, 0.5, 100.0], [True, True, False], rule="weighted", impl=impl)
+    assert found == (0, 0.5, 1.0, 0.0, 2)
+    assert one([0, 1, 1], [NAN, NAN, NAN], rule="weighted", impl=impl) == (1, 2.0, 3.0, 1.0, 1)
+    assert one([0, 1], [NAN, 5.0], [True, False], rule="adaptive", lam=0.5, impl=impl) == (0, 1.5, 1.5, 1.5, 1)
+
+
+def test_negative_weights_and_weights_of_zero(impl):
+    assert one([7, 8], [-1.0, -2.0], rule="weighted", impl=impl) == (7, -1.0, -3.0, 1.0, 1)
+    assert one([7, 7], [-1.0, -2.0], rule="weighted", impl=impl) == (7, -3.0, -3.0, -3.0, 1)
+    assert one([7, 8], [0.0, 0.0], rule="weighted", impl=impl) == (7, 0.0, 0.0, 0.0, 2)
+
+
+def test_classes_within_1e_9_of_the_top_are_tied(impl):
+    assert one([1, 2], [1.0, 1.0 + 2e-10], rule="weighted", impl=impl)[::4] == (1, 2)
+    assert one([1, 2], [1.0, 1.0 + 2e-9], rule="weighted", impl=impl)[::4] == (2, 1)
+    # near the top counts, not near one another: 0.8e-9 steps, three classes, the lowest is out
+    scores = [1.0, 1.0 + 0.8e-9, 1.0 + 1.6e-9]
+    assert one([1, 2, 3], scores, rule="weighted", impl=impl)[::4] == (2, 2)
+    assert one([1, 1, 2], [0.1, 0.2, 0.3], rule="weighted", impl=impl) == (1, 0.1 + 0.2, 0.1 + 0.2 + 0.3, 0.0, 2)
+
+
+def test_weights_are_summed_in_the_order_of_the_samples(impl):
+    scores = [1.0, 2.0**-53, 2.0**-53, 2.0**-53, 2.0**-53]
+    assert one([0] * 5, scores, rule="weighted", impl=impl)[1:3] == (1.0, 1.0)
+    assert one([0] * 5, scores[::-1], rule="weighted", impl=impl)[1:3] == (1.0 + 2.0**-51,) * 2
+    mean_first = [NAN, *scores]  # the mean is a sum in order as well
+    assert one([0] * 6, mean_first, rule="weighted", impl=impl)[1] == sum_in_order([1.0 / 5, *scores])
+    # 1 + lam s is two roundings: a fused multiply-add would keep the product's last bits
+    s, lam = 1.0 + 2.0**-30, 1.0 - 2.0**-30
+    assert lam * s == 1.0  # rounded; exactly it is 1 - 2^-60
+    assert one([0], [s], rule="adaptive", lam=-lam, impl=impl)[1] == 0.0
+
+
+def test_renaming_classes_only_renames_the_winner(impl):
+    inputs = build("adaptive-ties")
+    names = torch.tensor([50, 7, 2**60, 0])
+    plain, renamed = vote(**inputs, impl=impl), vote(**inputs | {"answers": names[inputs["answers"]]}, impl=impl)
+    assert torch.equal(renamed.winner, names[plain.winner])
+    assert equal(renamed._replace(winner=plain.winner), plain)
+
+
+def test_padding_with_invalid_samples_changes_nothing(impl):
+    inputs = build("everything")
+    q = inputs["answers"].shape[0]
+    wide = {
+        n: torch.cat((x, x.new_zeros(q, 30), x.new_zeros(q, 1)), 1) for n, x in inputs.items() if torch.is_tensor(x)
+    }
+    assert equal(vote(**inputs | wide, impl=impl), vote(**inputs, impl=impl))
+
+
+def test_a_question_does_not_depend_on_the_others(impl):
+    inputs = build("long", q=9)
+    whole = vote(**inputs, impl=impl)
+    for rows in (slice(0, 1), slice(3, 8)):
+        part = vote(**{n: x[rows] if torch.is_tensor(x) else x for n, x in inputs.items()}, impl=impl)
+        assert equal(part, Vote(*(x[rows] for x in whole)))
+
+
+def test_scores_are_not_looked_at_by_a_count(impl):
+    inputs = build("count")
+    scores = torch.full(inputs["answers"].shape, float("inf"))
+    assert equal(vote(**inputs | {"scores": scores}, impl=impl), vote(**inputs, impl=impl))
+
+
+def test_empty_and_expanded(impl):
+    for q, k in ((0, 0), (0, 5), (4, 0)):
+        found = vote(torch.zeros(q, k, dtype=torch.int64), torch.zeros(q, k), rule="weighted", impl=impl)
+        assert [x.tolist() for x in found] == [[-1] * q, *[[0.0] * q] * 3, [0] * q]
+    row = torch.tensor([[2, 1, 1]])
+    found = vote(row.expand(5, 3), torch.ones(1, 1).expand(5, 3), valid=torch.tensor([[True]]).expand(5, 3),
+                 rule="weighted", impl=impl)  # fmt: skip
+    assert found.winner.tolist() == [1] * 5 and found.margin.tolist() == [1.0] * 5
+
+
+def test_deterministic_whatever_the_threads(impl):
+    inputs = build("long", q=64)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 1, 2):
+            torch.set_num_threads(threads)
+            found.append(vote(**inputs, impl=impl))
+    finally:
+        torch.set_num_threads(before)
+    assert all(equal(found[0], other) for other in found[1:])
+
+
+def test_scores_that_require_grad_give_a_plain_vote(impl):
+    inputs = build("weighted")
+    found = vote(**inputs | {"scores": inputs["scores"].requires_grad_()}, impl=impl)
+    assert not any(x.requires_grad for x in found)
+
+
+@pytest.mark.parametrize("name", ["count", "everything", "no-samples", "strided"])
+def test_opcheck(name, impl):
+    inputs = build(name)
+    arguments = (inputs["answers"], inputs["scores"], inputs["valid"], inputs["rule"], inputs["lam"], impl)
+    torch.library.opcheck(torch.ops.calm_fast.vote_fwd.default, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(dynamic, impl):
+    def step(answers, scores, valid):
+        found = vote(answers, scores * 2, valid=valid, rule="adaptive", lam=0.5, impl=impl)
+        return found.winner + 1, found.weight / found.total, found.margin, found.ties
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for sizes in ({"q": 33}, {"q": 21, "k": 9}):
+        inputs = build("everything", **sizes)
+        tensors = [inputs[n] for n in ("answers", "scores", "valid")]
+        for a, b in zip(compiled(*tensors), step(*tensors), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_memory_of_torch_grows_with_the_samples_not_their_square():
+    from calm_fast.benchmarks.timing import peak_bytes
+
+    answers = torch.randint(0, 50, (64, 1024))
+    assert peak_bytes(lambda: vote(answers, impl="torch"), torch.device("cpu")) < 100 * answers.numel()
