@@ -1,0 +1,58 @@
+"""When to stop sampling: how sure it is, from the votes so far, that the leading answer stays the leader."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from calm_fast._validate import bad_type, bad_value, check_finite_number, values_checked
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def leader_probability(top: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Probability that the leading answer is the more frequent one of the two most frequent answers.
+
+        P = 1 - I_{1/2}(top + 1, second + 1) = 1 - sum_{i <= second} C(n, i) / 2^n,   n = top + second + 1
+
+    the posterior, from a uniform prior, of "the leader's share is above one half" among the samples that chose either
+    of the two. I is the regularised incomplete beta function; for whole numbers it is the sum. From a vote by rule
+    "count": top = vote.weight, second = vote.weight - vote.margin.
+
+    Args:
+        top: any shape, integer dtype: votes of the leading answer. second: votes of the next one, 0 <= second <= top.
+    Returns:
+        the same shape, float64, 1/2 to 1: 1/2 where the two are level.
+    Raises:
+        TypeError, ValueError: not integer tensors of one shape and device; on a CPU also votes out of order.
+    Source: Adaptive-Consistency (arXiv 2305.11860), the Beta criterion.
+    """
+    for name, votes in (("top", top), ("second", second)):
+        if not isinstance(votes, torch.Tensor) or votes.dtype not in _INTEGERS:
+            raise bad_type("leader_probability", name, "a tensor of whole votes (integer dtype)", votes)
+    if top.shape != second.shape or top.device != second.device:
+        expected = f"like top: shape {tuple(top.shape)} on {top.device}"
+        raise bad_value("leader_probability", "second", expected, f"shape {tuple(second.shape)} on {second.device}")
+    if not top.numel():
+        return torch.zeros(top.shape, dtype=torch.float64, device=top.device)
+    top, second = top.long(), second.long()
+    if values_checked(top) and not bool(((second >= 0) & (second <= top)).all()):
+        raise bad_value("leader_probability", "second", "0 <= second <= top", f"top {top}, second {second}")
+    n = (top + second + 1).double().unsqueeze(-1)
+    i = torch.arange(int(second.max()) + 1, dtype=torch.float64, device=top.device)
+    logs = torch.lgamma(n + 1) - torch.lgamma(i + 1) - torch.lgamma((n - i).clamp(min=0) + 1) - n * math.log(2)
+    behind = logs.exp().masked_fill(i > second.unsqueeze(-1), 0.0).sum(-1)
+    return torch.where(top == second, 0.5, 1 - behind)
+
+
+def should_stop(top: torch.Tensor, second: torch.Tensor, threshold: float = 0.95) -> torch.Tensor:
+    """Where `leader_probability(top, second)` reaches `threshold`: bool, the tensors' shape.
+
+    Raises:
+        ValueError: a threshold that is not above 1/2 and at most 1 (1/2 would stop before the first sample).
+    """
+    check_finite_number("should_stop", "threshold", threshold)
+    if not 0.5 < threshold <= 1:
+        raise bad_value("should_stop", "threshold", "above 1/2 and at most 1", str(threshold))
+    return leader_probability(top, second) >= threshold
