@@ -7,42 +7,91 @@ import threading
 from fractions import Fraction
 from functools import lru_cache
 
-_STATED = re.compile(r"[Tt]he answer is:?\s*(.+?)\s*(?:\.\s|\.?$)", re.DOTALL | re.MULTILINE)
-_FRACTION = re.compile(r"(-?)\\[dt]?frac\{(-?\d+)\}\{(-?\d+)\}")
-_PLAIN_RATIO = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
-_DECORATION = re.compile(r"\\(?:left|right|displaystyle|,|!|;|:|\s)|\$|\s")
+# longer ones are compared as text: no answer, but a rationale or a loop, and parsing it takes minutes
+MAX_MATH_LENGTH = 1000
+_STATED = re.compile(r"\bthe (?:(?:final|correct) )?answer is\b:?", re.IGNORECASE)
+_STATED_END = re.compile(r"\.\s|\.?$", re.MULTILINE)
+_STATED_LENGTH = 10_000
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_TOKEN = re.compile(rf"(?P<box>{_BOX.pattern})|\\.|[{{}}]", re.DOTALL)
+_WRAPPED = tuple(
+    re.compile(rf"{start}((?:(?!{end}).)*){end}", re.DOTALL)
+    for start, end in ((r"\*\*", r"\*\*"), (r"\$\$", r"\$\$"), (r"\$", r"\$"), (r"\\\(", r"\\\)"), (r"\\\[", r"\\\]"))
+)
+
+_INVISIBLE = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!|\\?\$")
+_SPACE = re.compile(r"\\[,;: ]|~|\\(?=\n)")
+_FREE_SPACE = re.compile(r"(?<=\w)\s+(?=\w)|(\s+)")
+_SHORT_FRACTION = re.compile(r"\\frac(?:([0-9])|(\{[^{}]*\}))(?:([0-9])|(\{[^{}]*\}))")
+_THOUSANDS = re.compile(r"[+-]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?")
+_NUMBER = re.compile(r"([+-]?)([0-9]*)\\frac\{(-?[0-9]+)\}\{(-?[0-9]+)\}")
+_PLAIN_RATIO = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?")
 
 
-def extract_answer(text: str, pattern: str | None = None) -> str | None:
+def extract_answer(text: str, pattern: str | re.Pattern[str] | None = None) -> str | None:
     """The final answer stated in `text`: the last balanced \\boxed{...}, else what follows the last "The answer is".
 
     Args:
-        pattern: a regular expression tried last; its first group, or the whole match, is the answer.
+        pattern: a regular expression tried last; the first group of its last match, or the whole match, is the answer.
     Returns:
         the answer without surrounding space, or None where there is none.
+    Raises:
+        TypeError: `text` is not a string. ValueError: `pattern` is not a regular expression.
     Boxed first: the other order picks up units in about 2 % of real rationales.
     """
-    boxed = _last_boxed(text)
-    if boxed is not None:
+    if not isinstance(text, str):
+        raise TypeError(f"extract_answer: `text` must be a string, got {type(text).__name__}")
+    if (boxed := _last_boxed(text)) is not None:
         return boxed
-    stated = _STATED.findall(text)
-    if stated and stated[-1]:
-        return stated[-1].strip()
-    if pattern is not None and (match := re.search(pattern, text)) is not None:
-        return (match.group(1) if match.re.groups else match.group(0)).strip()
-    return None
+    if (stated := _last_stated(text)) is not None:
+        return stated
+    return None if pattern is None else _last_match(text, pattern)
 
 
 def _last_boxed(text: str) -> str | None:
-    """Contents of the last \\boxed{...} (or \\fbox) whose braces balance."""
-    for start in reversed([m.end() for m in re.finditer(r"\\f?boxed\s*\{", text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            if text[end] in "{}" and text[end - 1] != "\\":
-                depth += 1 if text[end] == "{" else -1
-            if depth == 0:
-                return text[start:end].strip() or None
+    """Contents of the last \\boxed{...} or \\fbox{...} whose braces balance; one pass, whatever the text."""
+    if (first := _BOX.search(text)) is None:
+        return None
+    opened: list[tuple[bool, int]] = []
+    best = (-1, -1)
+    for token in _TOKEN.finditer(text, first.start()):
+        word = token.group()
+        if token["box"] or word == "{":
+            opened.append((token["box"] is not None, token.end()))
+        elif word == "}" and opened:
+            boxed, start = opened.pop()
+            if boxed and start > best[0]:
+                best = (start, token.start())
+    return text[best[0] : best[1]].strip() or None if best[0] >= 0 else None
+
+
+def _last_stated(text: str) -> str | None:
+    """What the last "The answer is" is followed by, to the end of its sentence or line."""
+    for stated in reversed(list(_STATED.finditer(text))):
+        rest = text[stated.end() : stated.end() + _STATED_LENGTH].lstrip()
+        end = _STATED_END.search(rest)
+        if (answer := _unwrap(rest[: end.start()] if end else rest)) is not None:
+            return answer
     return None
+
+
+def _unwrap(answer: str) -> str | None:
+    """`answer` without the **bold** or mathematics marks that wrap all of it; None where nothing is left."""
+    answer = answer.strip()
+    for wrapped in _WRAPPED:
+        if (match := wrapped.fullmatch(answer)) is not None:
+            answer = match.group(1).strip().rstrip(".")
+    return answer or None
+
+
+def _last_match(text: str, pattern: str | re.Pattern[str]) -> str | None:
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, TypeError) as problem:
+        raise ValueError(f"extract_answer: `pattern` is not a regular expression: {problem}") from problem
+    *_, last = [None, *compiled.finditer(text)]
+    found = None if last is None else last.group(1) if compiled.groups else last.group()
+    return (found or "").strip() or None
 
 
 def equivalent(answer: str | None, gold: str | None, *, timeout: int = 5) -> bool:
@@ -53,51 +102,89 @@ def equivalent(answer: str | None, gold: str | None, *, timeout: int = 5) -> boo
             process can: in another thread an answer that math-verify has to look at raises RuntimeError.
     Returns:
         False where either is None (no answer equals nothing, not even no answer) or cannot be understood.
+    For many answers use `group_answers`: parallel, and nothing can hang it.
     """
     if answer is None or gold is None:
         return False
     left, right = normalise(answer), normalise(gold)
     if left == right:
         return left != ""
-    exact = _rational(left), _rational(right)
-    if None not in exact:
+    exact = rational(left), rational(right)
+    if None not in exact and (exact[0] == exact[1] or far_apart(*exact)):
         return exact[0] == exact[1]
+    if max(len(left), len(right)) > MAX_MATH_LENGTH:
+        return False
     return _verified(answer, gold, timeout)
 
 
 def normalise(answer: str) -> str:
-    """`answer` without decoration that carries no meaning; for comparing strings, not for parsing."""
-    plain = _DECORATION.sub("", answer).rstrip(".")
-    return re.sub(r"\\[dt]frac", r"\\frac", plain)
+    """`answer` without decoration that carries no meaning; for comparing strings, not for parsing.
+
+    A space between two letters or digits stays: "1 1/2" is not "11/2".
+    """
+    plain = _SPACE.sub(" ", _INVISIBLE.sub("", answer)).replace("{,}", ",")
+    plain = _FREE_SPACE.sub(lambda space: "" if space.group(1) else " ", plain.strip())
+    plain = plain[:-1] if plain.endswith(".") and not plain.endswith("..") else plain
+    plain = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", plain)
+    return _SHORT_FRACTION.sub(_braced, plain)
 
 
-def _rational(plain: str) -> Fraction | None:
-    """The exact value of an integer, decimal, a/b or \\frac{a}{b}; thousands separators count as nothing."""
-    text = re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))", "", plain)
-    if (match := _FRACTION.fullmatch(text)) is not None:
-        sign, numerator, denominator = match.groups()
-        return None if int(denominator) == 0 else Fraction(int(sign + "1") * int(numerator), int(denominator))
+def _braced(match: re.Match[str]) -> str:
+    above, below = match.group(1) or match.group(2)[1:-1], match.group(3) or match.group(4)[1:-1]
+    return f"\\frac{{{above}}}{{{below}}}"
+
+
+def rational(plain: str) -> Fraction | None:
+    """The exact value of a normalised integer, decimal, a/b, \\frac{a}{b} or mixed number; None for anything else.
+
+    Percentages are left to math-verify: there 50% equals both 50 and 1/2. So is whatever is not plain ASCII.
+    """
+    if len(plain) > MAX_MATH_LENGTH:
+        return None
+    text = plain.replace(",", "") if _THOUSANDS.fullmatch(plain) else plain
+    if (match := _NUMBER.fullmatch(text)) is not None:
+        sign, whole, above, below = match.groups()
+        if int(below) == 0 or (whole and (above + below).count("-")):
+            return None
+        value = int(whole or 0) + Fraction(int(above), int(below))
+        return -value if sign == "-" else value
     if _PLAIN_RATIO.fullmatch(text) is None:
         return None
     whole, _, below = text.partition("/")
     return Fraction(whole) / Fraction(below or 1) if Fraction(below or 1) else None
 
 
+def far_apart(left: Fraction, right: Fraction) -> bool:
+    """Whether two numbers differ by more than math-verify's rounding (6 decimals) could ever forgive."""
+    return abs(left - right) > Fraction(2, 10**6) + max(abs(left), abs(right)) / 10**9
+
+
 @lru_cache(maxsize=65536)
-def _parsed(answer: str, timeout: int) -> tuple:
+def _parsed(answer: str, timeout: int | None) -> tuple:
+    return tuple(parse_math(answer, timeout))
+
+
+def parse_math(answer: str, timeout: int | None) -> list:
+    """math-verify's reading of `answer`: [] or [expression, string]."""
     from math_verify import parse
 
-    return tuple(parse(f"\\boxed{{{answer}}}", parsing_timeout=timeout))
+    answer = answer.strip()
+    # a full stop ends the sentence, not the number; with it math-verify reads nothing
+    answer = answer[:-1] if answer.endswith(".") and not answer.endswith("..") else answer
+    return parse(f"\\boxed{{{answer}}}", parsing_timeout=timeout)
+
+
+def verify_both(left: list, right: list, timeout: int | None) -> bool:
+    """math-verify in both directions: it is not symmetric, its first argument is the gold answer."""
+    from math_verify import verify
+
+    if not left or not right:
+        return False
+    return bool(verify(left, right, timeout_seconds=timeout) or verify(right, left, timeout_seconds=timeout))
 
 
 @lru_cache(maxsize=65536)
 def _verified(answer: str, gold: str, timeout: int) -> bool:
-    from math_verify import verify
-
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("equivalent: math-verify's time-outs work in a process's main thread only; use processes")
-    left, right = list(_parsed(answer, timeout)), list(_parsed(gold, timeout))
-    if not left or not right:
-        return False
-    # verify is not symmetric: its first argument is the gold answer
-    return bool(verify(right, left, timeout_seconds=timeout) or verify(left, right, timeout_seconds=timeout))
+    return verify_both(list(_parsed(gold, timeout)), list(_parsed(answer, timeout)), timeout)
