@@ -16,7 +16,7 @@ from calm_fast import ops
 # names under which configs keep a factor of the logits (some multiply, some divide) and their soft cap
 _SCALES = ("logit_scale", "logits_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 _CAPS = ("final_logit_softcapping", "final_logit_softcap", "logits_soft_cap")
-_PROBE_SIZE = 50.0  # logits of the probe reach at least this: far enough for a cap to bend them
+_PROBE_SIZE = 50.0  # logits of the second probe reach this: far enough for a cap to bend them
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ def find_linear_head(model: PreTrainedModel, run: Callable[[], Any]) -> LinearHe
 
     Args:
         run: a forward of `model` on one token that returns its output.
-    What follows the layer is measured, not believed: the layer's input is replaced by two probes, the second scaled up
-    until a cap would bend its logits, and the model's own logits must be those of factor and cap, to the rounding of
-    their dtype. The candidates are what the config names, in every combination.
+    What follows the layer is measured, not believed: two probes replace the layer's input, the second scaled up to where
+    a cap bends its logits, and the model's own logits must be those of factor and cap, to the rounding of their
+    dtype. The candidates are what the config names, in every combination.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or not head.weight.is_floating_point():
@@ -77,9 +77,11 @@ def find_linear_head(model: PreTrainedModel, run: Callable[[], Any]) -> LinearHe
     listener = head.register_forward_hook(lambda module, args, output: products.append(output))
 
     def probe(states: torch.Tensor) -> torch.Tensor:
-        row = states[:1, :1]
-        largest = nn.functional.linear(row.to(head.weight.dtype), head.weight, head.bias).abs().max().clamp(min=1e-4)
-        return torch.cat([row, row * (_PROBE_SIZE / largest).clamp(min=1.0).to(row.dtype)], dim=1)
+        # not the state itself: a padding token's may be zero, and zero logits tell nothing
+        rows = torch.randn(1, 1, states.shape[-1], generator=torch.Generator().manual_seed(0))
+        rows = rows.to(device=states.device, dtype=states.dtype)
+        logits = nn.functional.linear(rows.to(head.weight.dtype), head.weight, head.bias)
+        return torch.cat([rows, rows * (_PROBE_SIZE / logits.abs().max()).to(rows.dtype)], dim=1)
 
     try:
         with _hidden(head, probe) as seen:
@@ -91,6 +93,8 @@ def find_linear_head(model: PreTrainedModel, run: Callable[[], Any]) -> LinearHe
     product, logits = products[0], logits.to(products[0].device)
     unit = max(torch.finfo(product.dtype).eps, torch.finfo(logits.dtype).eps)
     product, logits = product.double(), logits.double()
+    if not (product.isfinite().all() and logits.isfinite().all() and product.abs().amax() > 0):
+        return None
     for scale, cap in _candidates(model):
         expected = product * scale if cap is None else cap * torch.tanh(product * scale / cap)
         # a scaling and a cap round at most four times in the model's dtype, each by at most half a unit
