@@ -20,8 +20,8 @@ _LAZY = {
     "ranking_loss": "ranker_losses",
     "should_stop": "stopping",
     "train_ranker": "ranker_training",
-    "read_samples": "samples",
-    "write_samples": "samples",
+    "read_rows": "samples",
+    "write_rows": "samples",
 }
 
 __all__ = [*_LAZY]

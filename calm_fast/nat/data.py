@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +11,9 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from calm_fast.consistency.answers import equivalent, extract_answer
+from calm_fast.consistency.samples import read_rows
+
+__all__ = ["Example", "IGNORE", "RationaleDataset", "RightPadding", "read_rows", "split_rationales"]
 
 IGNORE = -100
 
@@ -25,40 +24,6 @@ class Example:
 
     question: str
     rationale: str
-
-
-def read_rows(file: str | os.PathLike, limit: int | None = None) -> list[dict[str, Any]]:
-    """Rows of a JSONL file (.gz or plain): question (str), answer (str), generated_answer (list of str).
-
-    Raises:
-        ValueError: a line is not such a row; the message names the line and the field.
-    """
-    opener = gzip.open if str(file).endswith(".gz") else open
-    rows = []
-    with opener(file, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if limit is not None and len(rows) >= limit:
-                break
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as problem:
-                raise ValueError(f"{Path(file).name}, line {number}: not JSON ({problem})") from problem
-            _check_row(row, f"{Path(file).name}, line {number}")
-            rows.append(row)
-    return rows
-
-
-def _check_row(row: Any, where: str) -> None:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object with question, answer and generated_answer")
-    for field in ("question", "answer"):
-        if not isinstance(row.get(field), str):
-            raise ValueError(f"{where}: `{field}` must be a string, got {type(row.get(field)).__name__}")
-    samples = row.get("generated_answer")
-    if not isinstance(samples, list) or not all(isinstance(s, str) for s in samples):
-        raise ValueError(f"{where}: `generated_answer` must be a list of strings")
 
 
 def split_rationales(rows: Iterable[dict[str, Any]], *, progress: bool = True) -> tuple[list[Example], list[Example]]:

@@ -1,0 +1,107 @@
+"""Files of sampled rationales: JSONL, plain or gzipped, one question a line."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+_GZIP = b"\x1f\x8b"
+
+
+def read_rows(
+    file: str | os.PathLike, limit: int | None = None, *, scores: str | None = None, need_answer: bool = True
+) -> list[dict[str, Any]]:
+    """Rows of a JSONL file: question (str), answer (str), generated_answer (list of str); further fields are kept.
+
+    Args:
+        limit: read only so many rows.
+        scores: name of a field that every row must have: a number or null for each sample.
+        need_answer: False also accepts rows without `answer` (or with null).
+    Raises:
+        ValueError: the file is empty, not UTF-8, or a line is not such a row; the message names the line and the field.
+    """
+    name = Path(file).name
+    with open(file, "rb") as raw:
+        packed = raw.read(2) == _GZIP
+    rows: list[dict[str, Any]] = []
+    number = 0
+    try:
+        with gzip.open(file) if packed else open(file, "rb") as stream:
+            # utf-8-sig: some editors write a byte order mark
+            for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8-sig"), 1):
+                if limit is not None and len(rows) >= limit:
+                    break
+                if line.strip():
+                    rows.append(_checked(line, f"{name}, line {number}", scores, need_answer))
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"{name}, after line {number}: not UTF-8 ({problem.reason})") from problem
+    except (EOFError, gzip.BadGzipFile) as problem:
+        raise ValueError(f"{name}, after line {number}: the gzip file is damaged ({problem})") from problem
+    if not rows and limit != 0:
+        raise ValueError(f"{name}: expected at least one row, the file holds none")
+    return rows
+
+
+def write_rows(file: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows, one JSON object a line, gzipped where the name ends in .gz; the file appears whole or not at all."""
+    target = Path(file)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        # mtime=0: the same rows give the same bytes
+        with open(partial, "wb") as raw, _packed(raw) if target.suffix == ".gz" else raw as stream:
+            for row in rows:
+                stream.write((json.dumps(row) + "\n").encode("ascii"))
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _packed(raw: io.BufferedWriter) -> gzip.GzipFile:
+    return gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0)
+
+
+def _checked(line: str, where: str, scores: str | None, need_answer: bool) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as problem:
+        raise ValueError(f"{where}: not JSON ({problem})") from problem
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object with question, answer and generated_answer")
+    for field in ("question", "answer"):
+        if field == "answer" and not need_answer and row.get(field) is None:
+            continue
+        if not isinstance(row.get(field), str):
+            raise ValueError(f"{where}: `{field}` must be a string, {_got(row, field)}")
+    samples = row.get("generated_answer")
+    if not isinstance(samples, list) or not all(isinstance(sample, str) for sample in samples):
+        raise ValueError(f"{where}: `generated_answer` must be a list of strings, {_got(row, 'generated_answer')}")
+    if scores is not None:
+        _check_scores(row, scores, len(samples), where)
+    return row
+
+
+def _check_scores(row: dict[str, Any], field: str, count: int, where: str) -> None:
+    values = row.get(field)
+    if not isinstance(values, list) or len(values) != count:
+        got = f"got {len(values)} values" if isinstance(values, list) else _got(row, field)
+        raise ValueError(f"{where}: `{field}` must be a list of {count} numbers, one for each sample, {got}")
+    for place, value in enumerate(values):
+        number = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+        if not number or (value is not None and math.isinf(value)):
+            raise ValueError(f"{where}: `{field}`[{place}] must be a finite number or null, got {value!r}")
+
+
+def _got(row: dict[str, Any], field: str) -> str:
+    if field not in row:
+        return "the field is missing"
+    value = row[field]
+    if isinstance(value, list):
+        kinds = sorted({type(item).__name__ for item in value})
+        return f"got a list of {', '.join(kinds) or 'nothing'}"
+    return f"got {type(value).__name__}"
