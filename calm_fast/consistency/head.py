@@ -66,8 +66,8 @@ def find_linear_head(model: PreTrainedModel, run: Callable[[], Any]) -> LinearHe
 
     Args:
         run: a forward of `model` on one token that returns its output.
-    What follows the layer is measured, not believed: two probes replace the layer's input, the second scaled up to where
-    a cap bends its logits, and the model's own logits must be those of factor and cap, to the rounding of their
+    What follows the layer is measured, not believed: two probes replace the layer's input, the second scaled up to
+    where a cap bends its logits, and the model's own logits must be those of factor and cap, to the rounding of their
     dtype. The candidates are what the config names, in every combination.
     """
     head = model.get_output_embeddings()
