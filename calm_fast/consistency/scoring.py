@@ -103,10 +103,11 @@ class _Scorer:
     def __init__(self, model: PreTrainedModel, max_tokens: int, share: bool, entropy: bool, impl: str) -> None:
         self.reader = PrefixReader(model, share)
         self.max_tokens, self.entropy, self.impl = max_tokens, entropy, impl
-        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        pad = model.config.get_text_config(decoder=True).pad_token_id  # some families warn about it
+        token = torch.tensor([[1 if pad == 0 and vocabulary > 1 else 0]], device=model.device)
         self.head = find_linear_head(model, lambda: self.reader(token))
         if self.head is None:
-            vocabulary = model.get_input_embeddings().weight.shape[0]
             self.max_tokens = min(max_tokens, max(1, _LOGITS_AT_ONCE // vocabulary))
 
     def score(self, prompt: list[int], rows: list[list[int]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -1,0 +1,185 @@
+"""Samples from prompts that are read once, reproducible whatever is sampled beside them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from calm_fast.consistency.prefix import PrefixReader, branch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: softmax of logits / temperature (0: the most likely), cut to top_k and top_p.
+
+    A sample ends after an end token of the model, after one of `stop`, or after max_new_tokens.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.7
+    top_k: int | None = None
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_new_tokens": isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1,
+            "temperature": isinstance(self.temperature, (int, float)) and 0 <= self.temperature < float("inf"),
+            "top_k": self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 1),
+            "top_p": self.top_p is None or 0 < self.top_p <= 1,
+        }
+        for name, right in checks.items():
+            if not right:
+                raise ValueError(f"SelfConsistency: `{name}` is out of range, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One continuation: its token ids (the end token included), their log-probability under the model itself
+    (temperature 1, nothing cut), and whether it ended by itself."""
+
+    tokens: list[int]
+    logprob: float
+    finished: bool
+
+
+def uniforms(seed: int, prompt: Sequence[int], sample: int, count: int) -> torch.Tensor:
+    """The numbers in [0, 1) that decide the tokens of sample number `sample` of a prompt, (count,) float64."""
+    text = f"{seed}/{sample}/" + " ".join(map(str, prompt))
+    digest = hashlib.sha256(text.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+class _Draw(LogitsProcessor):
+    """Decides every row's next token by its own uniform number, and keeps the token's log-probability."""
+
+    def __init__(self, settings: Sampling, numbers: torch.Tensor, prompt_length: int) -> None:
+        self.numbers, self.prompt_length = numbers, prompt_length
+        self.temperature = settings.temperature
+        self.warpers = LogitsProcessorList()
+        if settings.temperature > 0:
+            self.warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
+            if settings.top_k is not None:
+                self.warpers.append(TopKLogitsWarper(settings.top_k))
+            if settings.top_p is not None and settings.top_p < 1:
+                self.warpers.append(TopPLogitsWarper(settings.top_p))
+        self.logprobs: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self.temperature == 0:
+            token = scores.argmax(-1, keepdim=True)
+        else:
+            cumulated = self.warpers(input_ids, scores).double().softmax(-1).cumsum(-1)
+            total = cumulated[:, -1:]
+            number = self.numbers[:, input_ids.shape[1] - self.prompt_length, None].to(scores.device) * total
+            # strictly below the total: the first token that passes it has probability
+            number = torch.minimum(number, torch.nextafter(total, torch.zeros_like(total)))
+            token = torch.searchsorted(cumulated, number, right=True)
+        self.logprobs.append((scores.gather(1, token) - scores.logsumexp(-1, keepdim=True))[:, 0].double())
+        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
+
+
+class _Ends(StoppingCriteria):
+    """Where each row ended: tokens up to its end token or stop string, -1 while it goes on."""
+
+    def __init__(self, ends: Sequence[int], stop: Any, rows: int, prompt_length: int, device: torch.device) -> None:
+        self.ends = torch.tensor(list(ends), dtype=torch.int64, device=device)
+        self.stop, self.prompt_length = stop, prompt_length
+        self.lengths = torch.full((rows,), -1, dtype=torch.int64, device=device)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        done = torch.isin(input_ids[:, -1], self.ends)
+        if self.stop is not None:
+            done |= self.stop(input_ids, scores).to(done.device)
+        length = input_ids.shape[1] - self.prompt_length
+        self.lengths = torch.where(done & (self.lengths < 0), length, self.lengths)
+        return self.lengths >= 0
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The model's end tokens, else the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    ends = getattr(tokenizer, "eos_token_id", None) if ends is None else ends
+    return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [int(ends)]
+
+
+class PromptBatch:
+    """Prompts read once, left-padded, from which any number of samples is continued.
+
+    All tokens but a prompt's last are encoded here; `sample` continues copies of that cache, each of which reads the
+    last one. Where the family's cache cannot be copied (`reader.shares`), every sample reads its prompt anew.
+    """
+
+    def __init__(self, reader: PrefixReader, tokenizer: Any, prompts: Sequence[list[int]], settings: Sampling) -> None:
+        self.reader, self.tokenizer, self.prompts, self.settings = reader, tokenizer, list(prompts), settings
+        self.ends = end_tokens(reader.model, tokenizer)
+        pad = getattr(tokenizer, "pad_token_id", None)
+        self.pad = pad if pad is not None else self.ends[0] if self.ends else 0
+        longest = max(map(len, self.prompts))
+        device = reader.model.device
+        padded = [[self.pad] * (longest - len(p)) + p for p in self.prompts]
+        self.ids = torch.tensor(padded, dtype=torch.int64, device=device)
+        lengths = torch.tensor([len(p) for p in self.prompts], device=device)
+        self.mask = (torch.arange(longest, device=device)[None] >= longest - lengths[:, None]).long()
+        self.cache = None
+        if reader.shares and longest > 1:
+            self.cache = reader.new_cache()
+            mask = None if bool(self.mask.all()) else self.mask[:, :-1]
+            reader(self.ids[:, :-1], mask, self.cache, 0, keep=1)
+            if not reader.filled(self.cache, longest - 1):
+                self.cache = None
+
+    def sample(self, rows: Sequence[int], numbers: Sequence[int], seed: int) -> list[Sample]:
+        """Sample number numbers[i] of prompt rows[i], all at once."""
+        model, length = self.reader.model, self.ids.shape[1]
+        index = torch.tensor(list(rows), device=self.ids.device)
+        ids, mask = self.ids[index], self.mask[index]
+        steps = self.settings.max_new_tokens
+        drawn = torch.stack([uniforms(seed, self.prompts[q], j, steps) for q, j in zip(rows, numbers, strict=True)])
+        draw = _Draw(self.settings, drawn, length)
+        stop = StopStringCriteria(self.tokenizer, list(self.settings.stop)) if self.settings.stop else None
+        ends = _Ends(self.ends, stop, len(rows), length, ids.device)
+        more: dict[str, Any] = {}
+        if self.cache is not None:
+            more["past_key_values"] = branch(self.cache, index)
+        if self.reader.signature is not None:
+            more["attention_mask"] = mask
+        sequences = model.generate(
+            ids,
+            generation_config=self._config(),
+            logits_processor=LogitsProcessorList([draw]),
+            stopping_criteria=StoppingCriteriaList([ends]),
+            **more,
+        )
+        tokens, found = sequences[:, length:].tolist(), ends.lengths.tolist()
+        logprobs = torch.stack(draw.logprobs, dim=1).cpu()
+        samples = []
+        for i, end in enumerate(found):
+            count = len(tokens[i]) if end < 0 else end
+            samples.append(Sample(tokens[i][:count], float(logprobs[i, :count].sum()), end >= 0))
+        return samples
+
+    def _config(self) -> GenerationConfig:
+        """Greedy over what `_Draw` decided: nothing of the model's own sampling settings takes part."""
+        return GenerationConfig(
+            do_sample=False, num_beams=1, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1.0,
+            no_repeat_ngram_size=0, max_new_tokens=self.settings.max_new_tokens, pad_token_id=self.pad,
+            eos_token_id=self.ends or None, num_return_sequences=1, return_dict_in_generate=False,
+            use_cache=self.reader.signature is not None,  # RWKV's own state does not give what recomputing gives
+        )  # fmt: skip
