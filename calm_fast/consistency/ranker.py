@@ -203,13 +203,13 @@ class Ranker(nn.Module):
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {"format_version": FORMAT_VERSION, "head": self.head.sizes, "backbone": None}
         config |= {"max_length": self.max_length, "batch_tokens": self.batch_tokens}
         if self.backbone is not None:
             name = None if self.train_backbone else getattr(self.backbone, "name_or_path", "") or None
             if name is None and not self.train_backbone:
                 raise ValueError("save_pretrained: the frozen backbone has no name_or_path to be found again by")
+            folder.mkdir(parents=True, exist_ok=True)
             dtype = str(next(self.backbone.parameters()).dtype).removeprefix("torch.")
             config["backbone"] = {"trained": self.train_backbone, "name": name, "dtype": dtype}
             if self.train_backbone:
@@ -217,6 +217,7 @@ class Ranker(nn.Module):
             else:
                 config["backbone"]["fingerprint"] = fingerprint(self.backbone)
             self.tokenizer.save_pretrained(folder / _TOKENIZER)
+        folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous().cpu() for k, v in self.head.state_dict().items()}, folder / _HEAD)
         (folder / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 

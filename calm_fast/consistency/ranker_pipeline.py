@@ -1,0 +1,247 @@
+"""From rows of sampled rationales to a ranker on disk, and from a ranker to rows with scores; both resumable."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calm_fast.consistency.answers import extract_answer
+from calm_fast.consistency.ranker import Ranker, fingerprint
+from calm_fast.consistency.ranker_losses import PairAccuracy, pair_accuracy
+from calm_fast.consistency.ranker_training import RankerSettings, train_ranker
+
+Rows = Sequence[dict[str, Any]]
+_CHUNK = 250  # questions whose features, or scores, are computed and kept together
+_STEP = 32  # questions scored and written at once
+
+
+def label_rationales(
+    rows: Rows, *, cache_dir: str | os.PathLike | None = None, workers: int | None = None, progress: bool = False
+) -> list[torch.Tensor]:
+    """Per row (K,) bool: whether each rationale's answer equals the row's; one without an answer is wrong.
+
+    A row whose own answer cannot be found gets an empty tensor: nobody knows which of its rationales are right.
+    """
+    from calm_fast.consistency.grouping import group_answers
+
+    gold = [extract_answer(row["answer"]) for row in rows]
+    answers = [[extract_answer(r) for r in row["generated_answer"]] for row in rows]
+    groups = group_answers(answers, gold=gold, workers=workers, cache_dir=cache_dir, progress=progress)
+    labels = []
+    for i, row in enumerate(rows):
+        k = 0 if gold[i] is None else len(row["generated_answer"])
+        labels.append((groups.valid[i, :k] & (groups.answers[i, :k] == groups.correct[i])).bool().cpu())
+    return labels
+
+
+def cached_features(ranker: Ranker, rows: Rows, folder: str | os.PathLike, *, progress: bool = False) -> list:
+    """`ranker.features` of all rows, kept in `folder` chunk by chunk; a second call goes on where the first stopped.
+
+    Raises:
+        ValueError: `folder` holds features of another backbone, length or rows.
+    """
+    from safetensors.torch import load_file, save_file
+    from tqdm.auto import tqdm
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [[row["question"], row["generated_answer"]] for row in rows]
+    identity = {"backbone": fingerprint(ranker.backbone), "rows": _digest(texts), "max_length": ranker.max_length}
+    _claim(folder / "features.json", identity, "features")
+    features: list[torch.Tensor] = []
+    starts = range(0, len(rows), _CHUNK)
+    for start in tqdm(starts, desc="features", unit=f"{_CHUNK} questions", disable=not progress):
+        file = folder / f"chunk_{start:07d}.safetensors"
+        part = rows[start : start + _CHUNK]
+        if not file.is_file():
+            groups = ranker.features([r["question"] for r in part], [r["generated_answer"] for r in part])
+            temporary = file.with_suffix(".part")
+            save_file({"features": torch.cat(groups)}, temporary)
+            temporary.replace(file)
+        features += load_file(file)["features"].split([len(r["generated_answer"]) for r in part])
+    return features
+
+
+def run_training(
+    rows: Rows,
+    model: str | os.PathLike,
+    out: str | os.PathLike,
+    settings: RankerSettings | None = None,
+    *,
+    train_backbone: bool = False,
+    max_length: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    hidden: int = 256,
+    holdout: float = 0.1,
+    workers: int | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Label, encode, train, judge and save a ranker; what `calm-fast rank train` does. Resumable to equal weights.
+
+    Args:
+        rows: question, answer, generated_answer. model: folder or name of the backbone.
+        out: gets ranker/ (`Ranker.from_pretrained`), results.json, and what resuming needs.
+        holdout: share of the questions that training does not see and that the ranker is judged on.
+    Raises:
+        ValueError: `out` belongs to another run, or no question has both right and wrong rationales.
+    """
+    settings = settings or RankerSettings()
+    if not 0 <= holdout < 1:
+        raise ValueError(f"holdout: expected a share of at least 0 and below 1, got {holdout}")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    decisive = {k: v for k, v in asdict(settings).items() if k not in ("progress", "save_every")}
+    ranker = Ranker.from_backbone(
+        model, train_backbone=train_backbone, max_length=max_length, hidden=hidden, dtype=dtype, seed=settings.seed
+    )
+    identity = {
+        "settings": decisive, "train_backbone": train_backbone, "max_length": ranker.max_length, "hidden": hidden,
+        "dtype": str(dtype), "holdout": holdout, "backbone": fingerprint(ranker.backbone), "rows": _digest(rows),
+    }  # fmt: skip
+    _claim(out / "identity.json", identity, "a run")
+    labels = _kept_labels(out / "labels.json", rows, out / "answers", workers, settings.progress)
+    known = [i for i, row in enumerate(labels) if len(row)]
+    held = _held_out(known, holdout, settings.seed)
+    seen = [i for i in known if i not in held]
+    if device is not None:
+        ranker.to(device)
+
+    def pick(values: Sequence[Any], chosen: Sequence[int]) -> list[Any]:
+        return [values[i] for i in chosen]
+
+    questions, rationales = [row["question"] for row in rows], [row["generated_answer"] for row in rows]
+    features = None if train_backbone else cached_features(ranker, rows, out / "features", progress=settings.progress)
+    texts = {"questions": pick(questions, seen), "rationales": pick(rationales, seen)} if features is None else {}
+    losses = train_ranker(
+        ranker, pick(labels, seen), features=None if features is None else pick(features, seen), settings=settings,
+        checkpoint=out / "checkpoint.pt", **texts,
+    )  # fmt: skip
+
+    def judged(chosen: Sequence[int]) -> PairAccuracy:
+        if features is not None:
+            return pair_accuracy(ranker.score_features(pick(features, chosen)), pick(labels, chosen))
+        return pair_accuracy(ranker.score(pick(questions, chosen), pick(rationales, chosen)), pick(labels, chosen))
+
+    ranker.save_pretrained(out / "ranker")
+    right = sum(int(row.sum()) for row in labels)
+    results = {
+        "identity": identity,
+        "questions": {"all": len(rows), "trained_on": len(seen), "held_out": len(held)},
+        "rationales": {"right": right, "wrong": sum(map(len, labels)) - right},
+        "losses": losses,
+        "pair_accuracy": {"trained_on": _finite(judged(seen)), "held_out": _finite(judged(sorted(held)))},
+        "versions": _versions(),
+    }
+    _write(out / "results.json", results)
+    return results
+
+
+def run_scoring(rows: Rows, ranker: str | os.PathLike, out: str | os.PathLike, *, progress: bool = True) -> Path:
+    """Write every row with its rationales' `scores`; what `calm-fast rank score` does. A second call goes on.
+
+    Args:
+        ranker: folder of a ranker, or a run's folder that holds one. out: the file, gzip where it ends in .gz.
+    """
+    from tqdm.auto import tqdm
+
+    out, folder = Path(out), Path(ranker)
+    folder = folder / "ranker" if (folder / "ranker").is_dir() else folder
+    scorer = Ranker.from_pretrained(folder)
+    weights = [[name, t.tolist()] for name, t in sorted(scorer.head.state_dict().items())]
+    part = out.with_name(f"{out.name}.{_digest([weights, rows])[:16]}.part")  # of other rows or rankers: another name
+    done = _kept_lines(part, _STEP)
+    with part.open("a", encoding="utf-8") as file:
+        steps = range(done, len(rows), _STEP)
+        for start in tqdm(steps, desc="scoring", unit=f"{_STEP} questions", disable=not progress):
+            chunk = rows[start : start + _STEP]
+            scores = scorer.score([r["question"] for r in chunk], [r["generated_answer"] for r in chunk])
+            for row, values in zip(chunk, scores, strict=True):
+                line = {**row, "scores": [round(v, 7) for v in values.tolist()]}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+    if out.suffix == ".gz":
+        packed = part.with_suffix(".packed")
+        # no time and no name in the header: the same rows give the same bytes
+        with part.open("rb") as plain, packed.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as gz:
+            shutil.copyfileobj(plain, gz)
+        packed.replace(out)
+        part.unlink()
+    else:
+        part.replace(out)
+    return out
+
+
+def _kept_lines(file: Path, step: int) -> int:
+    """Complete lines of `file`, rounded down to whole steps; the rest is cut off.
+
+    A resumed run then forms the batches of an unbroken one, and so the same last bits.
+    """
+    if not file.is_file():
+        return 0
+    lines = file.read_bytes().splitlines(keepends=True)
+    whole = sum(line.endswith(b"\n") for line in lines)
+    kept = whole - whole % step
+    with file.open("r+b") as content:
+        content.truncate(sum(map(len, lines[:kept])))
+    return kept
+
+
+def _kept_labels(file: Path, rows: Rows, cache_dir: Path, workers: int | None, progress: bool) -> list[torch.Tensor]:
+    if not file.is_file():
+        labels = label_rationales(rows, cache_dir=cache_dir, workers=workers, progress=progress)
+        _write(file, [row.int().tolist() for row in labels])
+    return [torch.tensor(row, dtype=torch.bool) for row in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def _held_out(known: Sequence[int], share: float, seed: int) -> set[int]:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(known), generator=generator).tolist()
+    return {known[i] for i in order[: round(share * len(known))]}
+
+
+def _finite(result: PairAccuracy) -> dict[str, Any]:
+    """JSON has no NaN: None where there is no pair."""
+    return result._asdict() | {"accuracy": result.accuracy if result.pairs else None}
+
+
+def _versions() -> dict[str, str]:
+    import platform
+
+    import transformers
+
+    from calm_fast._version import __version__
+
+    return {
+        "calm_fast": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+
+def _claim(file: Path, identity: dict[str, Any], what: str) -> None:
+    """Mark a folder as this run's; ValueError where it is another's."""
+    identity = json.loads(json.dumps(identity))
+    if not file.is_file():
+        _write(file, identity)
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    changed = [key for key in identity if kept.get(key) != identity[key]]
+    if changed:
+        raise ValueError(f"{file.parent} holds {what} with other {', '.join(changed)}; choose another folder")
+
+
+def _write(file: Path, content: Any) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.replace(file)
