@@ -1,4 +1,4 @@
-"""The command line: `calm-fast demo | verify | bench | nat | env`. Heavy imports happen inside the commands."""
+"""The command line: `calm-fast demo | verify | bench | nat | rank | env`. Heavy imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -145,6 +145,82 @@ def nat(
         typer.echo(f"{stage:10} loss {losses[0]['loss']:.4f} -> {losses[-1]['loss']:.4f}")
     for path, gate in results["gates"].items():
         typer.echo(f"{path:50} negative share {gate['mean']:.3f} +- {gate['std']:.3f}")
+
+
+rank = typer.Typer(help="Train and use a ranking model for self-consistency.", no_args_is_help=True)
+app.add_typer(rank, name="rank")
+_Rows = Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="DATA", help="JSONL rows, .gz or plain.")]
+
+
+@rank.command("train")
+def rank_train(
+    data: _Rows,
+    model: Annotated[str, typer.Option(help="Folder or name of a transformers encoder or decoder.")],
+    out: Annotated[Path, typer.Option(help="Folder for ranker/, results.json and what resuming needs.")],
+    loss: Annotated[str, typer.Option(help="power, margin or bce.")] = "power",
+    epochs: Annotated[int, typer.Option(min=1)] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions of a step.")] = 32,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of the head.")] = 1e-3,
+    backbone_lr: Annotated[float, typer.Option(help="Peak learning rate of a trained backbone.")] = 2e-5,
+    train_backbone: Annotated[bool, typer.Option("--train-backbone", help="Train the model too.")] = False,
+    hidden: Annotated[int, typer.Option(min=1, help="Width of the head.")] = 256,
+    max_length: Annotated[int | None, typer.Option(min=16, help="Tokens of question and rationale.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of a frozen model: float32, bfloat16 or float16.")] = "float32",
+    holdout: Annotated[float, typer.Option(min=0, max=0.9, help="Share of questions to judge on.")] = 0.1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many rows.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that compare answers.")] = None,
+    device: Annotated[str | None, typer.Option(help="For instance cuda. Default: cpu.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Learn which rationales of a question reach its answer; judged by pair accuracy on held-out questions.
+
+    Rows have question, answer and generated_answer (list). The same call goes on where it was stopped.
+    """
+    import torch
+
+    from calm_fast.consistency.ranker_pipeline import run_training
+    from calm_fast.consistency.ranker_training import RankerSettings
+    from calm_fast.consistency.samples import read_rows
+
+    if dtype not in ("float32", "bfloat16", "float16") or (train_backbone and dtype != "float32"):
+        raise typer.BadParameter("float32, or of a frozen model bfloat16 or float16", param_hint="--dtype")
+    _folder(out)
+    try:
+        settings = RankerSettings(
+            loss=loss, epochs=epochs, questions_per_step=batch_size, learning_rate=lr,
+            backbone_learning_rate=backbone_lr, seed=seed,
+        )  # fmt: skip
+        results = run_training(
+            read_rows(data, limit), model, out, settings, train_backbone=train_backbone, max_length=max_length,
+            dtype=getattr(torch, dtype), hidden=hidden, holdout=holdout, workers=workers, device=device,
+        )  # fmt: skip
+    except (ValueError, OSError) as problem:
+        raise typer.BadParameter(str(problem)) from problem
+    typer.echo(f"loss {results['losses'][0]:.4f} -> {results['losses'][-1]:.4f}")
+    for side, row in results["pair_accuracy"].items():
+        share = "-" if row["accuracy"] is None else f"{row['accuracy']:.4f}"
+        typer.echo(f"pair accuracy, {side.replace('_', ' ')}: {share} ({row['pairs']} pairs)")
+
+
+@rank.command("score")
+def rank_score(
+    data: _Rows,
+    ranker: Annotated[Path, typer.Option(exists=True, file_okay=False, help="--out of `rank train`.")],
+    out: Annotated[Path, typer.Option(help="The rows with `scores`; gzipped where the name ends in .gz.")],
+    backbone: Annotated[str | None, typer.Option(help="Where the frozen model is now, if it moved.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many rows.")] = None,
+    device: Annotated[str | None, typer.Option(help="For instance cuda. Default: cpu.")] = None,
+) -> None:
+    """Score every rationale; `calm-fast vote --rule adaptive` reads the result. The same call goes on where stopped."""
+    from calm_fast.consistency.ranker_pipeline import run_scoring
+    from calm_fast.consistency.samples import read_rows
+
+    _folder(out.parent)
+    try:
+        run_scoring(read_rows(data, limit, need_answer=False), ranker, out, backbone=backbone, device=device)
+    except (ValueError, OSError) as problem:
+        raise typer.BadParameter(str(problem)) from problem
+    typer.echo(f"wrote {out}")
 
 
 @app.command()

