@@ -17,6 +17,7 @@ _LAZY = {
     "ComposedConfig": "calm_fast.hf",
     "ComposedForCausalLM": "calm_fast.hf",
     "compose": "calm_fast.hf",
+    "SelfConsistency": "calm_fast.consistency.self_consistency",
     "DualLoRALinear": "calm_fast.modules.dual_lora",
     "add_dual_lora": "calm_fast.hf.dual_lora",
     "explain": "calm_fast._dispatch",
@@ -26,6 +27,7 @@ _LAZY = {
     "remove_dual_lora": "calm_fast.hf.dual_lora",
     "save_dual_lora": "calm_fast.hf.dual_lora",
     "save_lora_adapter": "calm_fast.hf.dual_lora",
+    "score_sequences": "calm_fast.consistency.scoring",
     "set_dual_lora_mode": "calm_fast.hf.dual_lora",
     "validate_values": "calm_fast._validate",
 }
