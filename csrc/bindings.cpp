@@ -9,8 +9,13 @@
 
 #ifndef CALM_FAST_CUDA_MODULE
 STABLE_TORCH_LIBRARY_FRAGMENT(calm_fast, m) {
-  // Every function takes `lane` last: -1 for the best this CPU has, or one of csrc/common/lanes.h to force it.
-  (void)m;
+  // A function with SIMD code takes `lane` last: -1 for the best of this CPU, or one of csrc/common/lanes.h.
+  m.def("_native_dual_lora_mix(Tensor zg, Tensor u, Tensor up, int r_pos, int lane=-1) -> Tensor");
+  m.def("_native_dual_lora_weigh(Tensor zg, int r_pos) -> Tensor");
+  m.def("_native_dual_lora_pack(Tensor w, int lane=-1) -> Tensor");
+  m.def("_native_dual_lora_linear(Tensor x, Tensor packed, int n, Tensor? add=None, int lane=-1) -> Tensor");
+  m.def("_native_vote(Tensor answers, Tensor? scores, Tensor? valid, bool adaptive, float lam, int lane=-1)"
+        " -> (Tensor winner, Tensor weight, Tensor total, Tensor margin, Tensor ties)");
 }
 CALM_FAST_MODULE(_cpu)
 #else

@@ -74,16 +74,24 @@ def decide(
     lam: float = 1.0,
     impl: str = "auto",
 ) -> Decision:
-    """Which implementation the same call of `vote` runs, and why; raises what that call would raise."""
+    """Which implementation the same call of `vote` runs, and why; raises what that call would raise.
+
+    auto: the compiled library where it runs, torch elsewhere.
+    """
     check_impl(_OP, impl)
     check_votes(_OP, answers, scores, valid, rule, lam)
     if impl in ("reference", "torch"):
         return Decision(_OP, impl, "asked for")
     if impl == "triton":
         raise refuse(_OP, impl, "there is no Triton kernel: a vote is a few integers a question, no tile of a matrix")
+    obstacle = _native.obstacle(_OP, answers.device.type)
     if impl == "native":
-        raise refuse(_OP, impl, _native.obstacle(_OP))
-    return Decision(_OP, "torch", "one sort a question in torch's own ops")
+        if obstacle:
+            raise refuse(_OP, impl, obstacle)
+        return Decision(_OP, impl, "asked for")
+    if obstacle:
+        return Decision(_OP, "torch", obstacle)
+    return Decision(_OP, "native", "every question is read once, by one thread or warp")
 
 
 # ---- the registered op: what torch.compile, export and opcheck see ---------------------------------------------------
@@ -101,9 +109,19 @@ def _fwd(answers, scores, valid, rule, lam, impl):
         from calm_fast.reference.vote import vote_reference
 
         return vote_reference(answers, scores, valid, rule, lam)
+    if impl == "native":
+        return _native_vote(answers, scores, valid, rule, lam)
     from calm_fast.torch_impl.vote import vote_torch
 
     return vote_torch(answers, scores, valid, rule, lam)
+
+
+def _native_vote(answers, scores, valid, rule, lam, lane=-1):
+    """`lane`: see csrc/common/lanes.h; every lane returns the same bits."""
+    if scores is not None:
+        scores = (scores if scores.dtype == torch.float64 else scores.float()).contiguous()  # exact
+    valid = None if valid is None else valid.contiguous()
+    return torch.ops.calm_fast._native_vote(answers.contiguous(), scores, valid, rule == "adaptive", lam, lane)
 
 
 @torch.library.register_fake("calm_fast::vote_fwd", lib=_lib)

@@ -52,6 +52,8 @@ def _vote(answers: list[int], weights: list[float | None]) -> tuple[int, float, 
     descending = sorted(sums.values(), reverse=True)
     tied = [answer for answer, weight in sums.items() if descending[0] - weight <= TIED]
     total = ordered_sum([weight for weight in weights if weight is not None])
+    if not tied:  # only where a sum overflows float64: no class is within 1e-9 of an infinite top
+        return -1, 0.0, total, 0.0, 0
     if len(tied) > 1:
         margin = 0.0
     else:

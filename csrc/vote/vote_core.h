@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "common/lanes.h"
 
@@ -68,9 +69,22 @@ void weigh(const Score* scores, const uint8_t* valid, int64_t k, bool adaptive, 
   for (int64_t i = 0; valid != nullptr && i < k; ++i) weights[i] = valid[i] ? weights[i] : 0.0;
 }
 
-// Classes and their sums through a hash table: any ids, any k. weights == nullptr counts. Returns how many classes.
+inline double total_weight(const uint8_t* valid, int64_t k, const double* weights) {
+  if (weights == nullptr) {  // whole numbers: the order does not matter
+    int64_t voting = valid == nullptr ? k : 0;
+    for (int64_t i = 0; valid != nullptr && i < k; ++i) voting += valid[i] != 0;
+    return static_cast<double>(voting);
+  }
+  double total = 0.0;
+  for (int64_t i = 0; i < k; ++i) total += weights[i];
+  return total;
+}
+
+// Classes in order of appearance with their sums, through a hash table with linear probing: any ids, any k.
+// weights == nullptr counts. Returns how many classes.
 inline int64_t sum_by_table(
-    const int64_t* answers, const uint8_t* valid, int64_t k, const double* weights, const Scratch& scratch) {
+    const int64_t* answers, const uint8_t* valid, int64_t k, const double* weights, const Scratch& scratch,
+    double& total) {
   std::memset(scratch.slots, 0xff, scratch.table * sizeof(int32_t));
   const int shift = 64 - __builtin_ctzll(static_cast<uint64_t>(scratch.table));
   int32_t classes = 0;
@@ -87,12 +101,14 @@ inline int64_t sum_by_table(
     }
     scratch.sums[found] += weights == nullptr ? 1.0 : weights[i];
   }
+  total = total_weight(valid, k, weights);
   return classes;
 }
 
-// What a SIMD lane works on: a byte for each sample, first its id, then the number of its class.
+// What a SIMD lane works on: a byte for each sample.
 struct Bytes {
-  alignas(64) uint8_t of[kByteSamples];
+  alignas(64) uint8_t of[kByteSamples];  // its id
+  alignas(64) uint8_t number[kByteSamples];  // of its class, in order of appearance; written last, read once
   uint64_t left[kByteBlocks];  // samples whose class is not known yet
 };
 
@@ -118,29 +134,33 @@ __attribute__((always_inline)) inline bool pack(const int64_t* answers, const ui
 }
 
 #if CALM_FAST_X86
-// Adds the weights up by class, all classes at once: 8 N of them stand in N registers, and a sample changes one element.
+// Adds the weights up by class, 8 N classes in N registers: a sample changes one element. Returns the total.
 template <int N>
-CALM_FAST_AVX512 inline void add_up_avx512(const Bytes& bytes, const double* weights, int64_t k, double* sums) {
+CALM_FAST_AVX512 inline double add_up_avx512(const Bytes& bytes, const double* weights, int64_t k, double* sums) {
   const __m512i first = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
   __m512d sum[N];
   __m512i number[N];
+  double total = 0.0;
   for (int n = 0; n < N; ++n) {
     sum[n] = _mm512_setzero_pd();
     number[n] = _mm512_add_epi64(first, _mm512_set1_epi64(8 * n));
   }
   for (int64_t i = 0; i < k; ++i) {
-    const __m512i own = _mm512_set1_epi64(bytes.of[i]);
+    const __m512i own = _mm512_set1_epi64(bytes.number[i]);
     const __m512d weight = _mm512_set1_pd(weights[i]);
+    total += weights[i];
     for (int n = 0; n < N; ++n) {
       sum[n] = _mm512_mask_add_pd(sum[n], _mm512_cmpeq_epi64_mask(number[n], own), sum[n], weight);
     }
   }
   for (int n = 0; n < N; ++n) _mm512_storeu_pd(sums + 8 * n, sum[n]);
+  return total;
 }
 
 // Classes in order of appearance with their sums. -1 where the table must be used: large ids, or many classes.
 CALM_FAST_AVX512 inline int64_t sum_by_bytes_avx512(
-    const int64_t* answers, const uint8_t* valid, int64_t k, const double* weights, const Scratch& scratch) {
+    const int64_t* answers, const uint8_t* valid, int64_t k, const double* weights, const Scratch& scratch,
+    double& total) {
   Bytes bytes;
   if (!pack(answers, valid, k, bytes)) return -1;
   const int64_t blocks = (k + 63) / 64;
@@ -148,8 +168,9 @@ CALM_FAST_AVX512 inline int64_t sum_by_bytes_avx512(
     const __m512i votes = _mm512_maskz_loadu_epi8(bytes.left[b], valid + 64 * b);
     bytes.left[b] = _mm512_test_epi8_mask(votes, votes);
   }
-  uint64_t silent[kByteBlocks];
-  for (int64_t b = 0; b < blocks; ++b) silent[b] = ~bytes.left[b];
+  for (int64_t b = 0; weights != nullptr && b < blocks; ++b) {
+    _mm512_store_si512(bytes.number + 64 * b, _mm512_set1_epi8(static_cast<char>(kNoClass)));
+  }
   int64_t classes = 0;
   for (int64_t b = 0; b < blocks; ++b) {
     while (bytes.left[b]) {
@@ -163,33 +184,32 @@ CALM_FAST_AVX512 inline int64_t sum_by_bytes_avx512(
         const uint64_t same = _mm512_mask_cmpeq_epi8_mask(bytes.left[c], block, id);
         bytes.left[c] ^= same;
         count += _mm_popcnt_u64(same);
-        if (weights != nullptr) _mm512_mask_storeu_epi8(bytes.of + 64 * c, same, number);
+        if (weights != nullptr) _mm512_mask_storeu_epi8(bytes.number + 64 * c, same, number);
       }
       scratch.ids[classes] = answers[first];
       scratch.sums[classes++] = static_cast<double>(count);
     }
   }
+  total = 0.0;
+  for (int64_t c = 0; weights == nullptr && c < classes; ++c) total += scratch.sums[c];
   if (weights == nullptr) return classes;
-  for (int64_t b = 0; b < blocks; ++b) {
-    _mm512_mask_storeu_epi8(bytes.of + 64 * b, silent[b], _mm512_set1_epi8(static_cast<char>(kNoClass)));
-  }
   switch ((classes + 7) / 8) {
     case 0:
       break;
     case 1:
-      add_up_avx512<1>(bytes, weights, k, scratch.sums);
+      total = add_up_avx512<1>(bytes, weights, k, scratch.sums);
       break;
     case 2:
-      add_up_avx512<2>(bytes, weights, k, scratch.sums);
+      total = add_up_avx512<2>(bytes, weights, k, scratch.sums);
       break;
     case 3:
-      add_up_avx512<3>(bytes, weights, k, scratch.sums);
+      total = add_up_avx512<3>(bytes, weights, k, scratch.sums);
       break;
     case 4:
-      add_up_avx512<4>(bytes, weights, k, scratch.sums);
+      total = add_up_avx512<4>(bytes, weights, k, scratch.sums);
       break;
     default:
-      add_up_avx512<kByteClasses / 8>(bytes, weights, k, scratch.sums);
+      total = add_up_avx512<kByteClasses / 8>(bytes, weights, k, scratch.sums);
   }
   return classes;
 }
@@ -201,9 +221,9 @@ CALM_FAST_AVX2 inline uint64_t equal_avx2(const uint8_t* bytes, __m256i id) {
   return low | static_cast<uint64_t>(high) << 32;
 }
 
-// The same with two compares for 64 samples; weights are picked sample by sample.
-CALM_FAST_AVX2 inline int64_t sum_by_bytes_avx2(
-    const int64_t* answers, const uint8_t* valid, int64_t k, const double* weights, const Scratch& scratch) {
+// The same with two compares for 64 samples, counts only: adding weights up by class is as fast through the table.
+CALM_FAST_AVX2 inline int64_t count_by_bytes_avx2(
+    const int64_t* answers, const uint8_t* valid, int64_t k, const Scratch& scratch, double& total) {
   Bytes bytes;
   if (!pack(answers, valid, k, bytes)) return -1;
   const int64_t blocks = (k + 63) / 64;
@@ -217,31 +237,19 @@ CALM_FAST_AVX2 inline int64_t sum_by_bytes_avx2(
       const int64_t first = 64 * b + __builtin_ctzll(bytes.left[b]);
       const __m256i id = _mm256_set1_epi8(static_cast<char>(bytes.of[first]));
       int64_t count = 0;
-      double sum = 0.0;
       for (int64_t c = b; c < blocks; ++c) {
-        uint64_t same = equal_avx2(bytes.of + 64 * c, id) & bytes.left[c];
+        const uint64_t same = equal_avx2(bytes.of + 64 * c, id) & bytes.left[c];
         bytes.left[c] ^= same;
         count += __builtin_popcountll(same);
-        for (; weights != nullptr && same; same &= same - 1) sum += weights[64 * c + __builtin_ctzll(same)];
       }
       scratch.ids[classes] = answers[first];
-      scratch.sums[classes++] = weights == nullptr ? static_cast<double>(count) : sum;
+      scratch.sums[classes++] = static_cast<double>(count);
     }
   }
+  total = total_weight(valid, k, nullptr);
   return classes;
 }
 #endif
-
-inline double total_weight(const uint8_t* valid, int64_t k, const double* weights) {
-  if (weights == nullptr) {  // whole numbers: the order does not matter
-    int64_t voting = valid == nullptr ? k : 0;
-    for (int64_t i = 0; valid != nullptr && i < k; ++i) voting += valid[i] != 0;
-    return static_cast<double>(voting);
-  }
-  double total = 0.0;
-  for (int64_t i = 0; i < k; ++i) total += weights[i];
-  return total;
-}
 
 // Winner, weight, margin and ties from the classes; they are in order of appearance.
 inline void decide(const Scratch& scratch, int64_t classes, Vote& vote) {
@@ -256,7 +264,7 @@ inline void decide(const Scratch& scratch, int64_t classes, Vote& vote) {
   }
   int64_t winner = -1;
   for (int64_t c = 0; c < classes; ++c) {
-    if (!(scratch.sums[c] >= top - kTied)) continue;
+    if (!(top - scratch.sums[c] <= kTied)) continue;
     if (winner < 0) winner = c;
     ++vote.ties;
   }
@@ -279,14 +287,14 @@ Vote vote_question(
   }
   int64_t classes = -1;
 #if CALM_FAST_X86
-  if (lane != Lane::scalar && k <= kByteSamples) {
-    classes = lane == Lane::avx2 ? sum_by_bytes_avx2(answers, valid, k, weights, scratch)
-                                 : sum_by_bytes_avx512(answers, valid, k, weights, scratch);
+  if (k <= kByteSamples && lane >= Lane::avx512) {
+    classes = sum_by_bytes_avx512(answers, valid, k, weights, scratch, vote.total);
+  } else if (k <= kByteSamples && lane == Lane::avx2 && weights == nullptr) {
+    classes = count_by_bytes_avx2(answers, valid, k, scratch, vote.total);
   }
 #endif
-  if (classes < 0) classes = sum_by_table(answers, valid, k, weights, scratch);
+  if (classes < 0) classes = sum_by_table(answers, valid, k, weights, scratch, vote.total);
   decide(scratch, classes, vote);
-  vote.total = total_weight(valid, k, weights);
   return vote;
 }
 
