@@ -20,6 +20,7 @@ REGISTRY: dict[str, str] = {
     "dual_lora": "calm_fast.benchmarks.cases.dual_lora",
     "linear_nce": "calm_fast.benchmarks.cases.linear_nce",
     "linear_logprob": "calm_fast.benchmarks.cases.linear_logprob",
+    "maj_at_k": "calm_fast.benchmarks.cases.maj_at_k",
     "vote": "calm_fast.benchmarks.cases.vote",
 }
 

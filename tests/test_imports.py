@@ -117,7 +117,7 @@ def test_imports_point_down(module):
 def test_reference_imports_only_torch(module):
     tree = ast.parse(SOURCES[module].read_text())
     tops = {name.split(".")[0] for name in imported(tree, module, SOURCES[module].name == "__init__.py")}
-    assert tops <= {"torch", "math", "__future__", "collections", "typing", "calm_fast"}
+    assert tops <= {"torch", "math", "fractions", "__future__", "collections", "typing", "calm_fast"}
 
 
 @pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("torch_impl.")])

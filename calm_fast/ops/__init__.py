@@ -8,7 +8,7 @@ from calm_fast.ops.maj_at_k import Curve, maj_at_k
 from calm_fast.ops.vote import Vote, vote
 
 # every op of the package, by its stem
-OPS = ("cross_attention", "dual_lora", "linear_logprob", "linear_nce", "vote")
+OPS = ("cross_attention", "dual_lora", "linear_logprob", "linear_nce", "maj_at_k", "vote")
 
 __all__ = [
     "OPS",

@@ -118,7 +118,7 @@ def decide(
     if impl in ("reference", "torch"):
         return Decision(_OP, impl, "asked for")
     if impl == "triton":
-        raise refuse(_OP, impl, "there is no Triton kernel")
+        raise refuse(_OP, impl, "there is no Triton kernel: a shuffle moves single samples, no tiles of a matrix")
     if impl == "native":
         raise refuse(_OP, impl, _native.obstacle(_OP))
     return Decision(_OP, "torch", "torch's own ops, many questions at once")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from calm_fast.torch_impl.vote import class_slots, slot_sums
+from calm_fast.torch_impl.vote import class_columns, column_sums
 from calm_fast.torch_impl.voting import TIED, sample_weights
 
 # up to so many samples one tilt serves every k: 2^-1000 is still a normal float64
@@ -30,46 +30,45 @@ def maj_at_k_torch(
     seed: int,
 ) -> torch.Tensor:
     """Credit (Q, len(ks)) float64 as `maj_at_k_reference` defines it; docs/kernels/maj_at_k.md has the derivation."""
-    q, width = answers.shape
-    if not q or not width:
+    q = answers.shape[0]
+    if not answers.numel():
         return torch.zeros(q, len(ks), dtype=torch.float64, device=answers.device)
-    slots = class_slots(answers, valid)
-    n = (slots < width).sum(1)
-    right = (answers == correct.unsqueeze(1)) & (slots < width)
-    place = right.to(torch.uint8).argmax(1)
-    right_slot = torch.where(right.any(1), slots.gather(1, place.unsqueeze(1)).squeeze(1), width)
+    columns, width = class_columns(answers, valid)
+    n = (columns < width).sum(1)
+    hits = (answers == correct.unsqueeze(1)) & (columns < width)
+    first = hits.to(torch.uint8).argmax(1, keepdim=True)
+    right = torch.where(hits.any(1), columns.gather(1, first).squeeze(1), width)  # `width` where nobody has it
     weights = sample_weights(answers, scores, valid, rule, lam)
-    credit = _whole(slots, weights, right_slot).unsqueeze(1).repeat(1, len(ks))
+    credit = _whole(columns, weights, right, width).unsqueeze(1).repeat(1, len(ks))
     if method == "resample":
-        _resampled(credit, slots, None if rule == "count" else weights, n, right_slot, ks, resamples, seed)
+        weights = None if rule == "count" else weights
+        _resampled(credit, columns, weights, n, right, width, ks, resamples, seed)
         return credit
-    counts = slot_sums(slots, weights)[:, :width].long()
-    c = counts.gather(1, right_slot.clamp(max=width - 1).unsqueeze(1)).squeeze(1).masked_fill(right_slot == width, 0)
-    others = counts.scatter(1, right_slot.clamp(max=width - 1).unsqueeze(1), 0)
-    others = torch.where((right_slot == width).unsqueeze(1), counts, others).sort(1, descending=True).values
+    counts = column_sums(columns, weights, width).long()
+    counts[:, width] = 0  # of the samples that do not vote
+    c = hits.sum(1)
+    others = counts.scatter(1, right.unsqueeze(1), 0).sort(1, descending=True).values
     for rows, tilt, sizes in _groups(n, ks):
         found = exact_credit(c[rows], others[rows], n[rows], sizes, tilt)
         for at, k in enumerate(ks):
             if k in sizes:
-                column = credit[rows, at]
-                credit[rows, at] = torch.where(n[rows] > k, found[:, sizes.index(k)], column)
+                credit[rows, at] = torch.where(n[rows] > k, found[:, sizes.index(k)], credit[rows, at])
     return credit
 
 
-def _whole(slots: torch.Tensor, weights: torch.Tensor, right_slot: torch.Tensor) -> torch.Tensor:
+def _whole(columns: torch.Tensor, weights: torch.Tensor, right: torch.Tensor, width: int) -> torch.Tensor:
     """Credit (Q,) of all of a question's valid samples together: what every k >= n gets."""
-    width = slots.shape[1]
-    sums = slot_sums(slots, weights)
-    opened = slots == torch.arange(width, device=slots.device)
-    return _tie_credit(sums[:, :width].masked_fill(~opened, -torch.inf), right_slot)
+    sums = column_sums(columns, weights, width)
+    opened = torch.zeros_like(sums, dtype=torch.bool).scatter_(1, columns, True)
+    return _tie_credit(sums.masked_fill_(~opened, -torch.inf)[:, :width], right)
 
 
-def _tie_credit(sums: torch.Tensor, right_slot: torch.Tensor) -> torch.Tensor:
-    """1 / ties where the right slot is tied at the top of sums (..., K), -inf for classes without a sample; else 0."""
+def _tie_credit(sums: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """1 / ties where the right column is tied at the top of sums (..., C), -inf for empty classes; else 0."""
     top = sums.amax(-1, keepdim=True)
     tied = (top - sums <= TIED) & (sums > -torch.inf)
-    at = right_slot.clamp(max=sums.shape[-1] - 1).unsqueeze(-1)
-    won = tied.gather(-1, at).squeeze(-1) & (right_slot < sums.shape[-1])
+    width = sums.shape[-1]
+    won = tied.gather(-1, right.clamp(max=width - 1).unsqueeze(-1)).squeeze(-1) & (right < width)
     return won.double() / tied.sum(-1).clamp(min=1)
 
 
@@ -139,9 +138,14 @@ def _held_back(
     product[..., 0] = 1.0
     for j in range(int(held[0])):
         rows = int((held > j).sum())  # those come first
+        factor, new = table[others[:rows, j], : w + 1], product[:rows]
+        if j == 0:  # times 1
+            new[..., : w + 1] = factor[:, None, :size]
+            if w < size:
+                new[..., w] *= x
+            continue
         reach = min(size, j * w + 1)  # degree so far, plus 1
-        old, factor = product[:rows, :, :reach].clone(), table[others[:rows, j], : w + 1]
-        new = product[:rows]
+        old = new[..., :reach].clone()
         new[..., :reach].mul_(factor[:, None, :1])
         for i in range(1, min(w, size - 1) + 1):
             b = factor[:, None, i : i + 1]
@@ -173,31 +177,31 @@ def binomial_table(most: int, longest: int, p: float, device: torch.device) -> t
 
 def _resampled(
     credit: torch.Tensor,
-    slots: torch.Tensor,
+    columns: torch.Tensor,
     weights: torch.Tensor | None,
     n: torch.Tensor,
-    right_slot: torch.Tensor,
+    right: torch.Tensor,
+    width: int,
     ks: list[int],
     resamples: int,
     seed: int,
 ) -> None:
     """Overwrite credit (Q, len(ks)) where k < n by the mean over shuffles; no draw is made beyond those k."""
-    width = slots.shape[1]
     sizes = sorted({k for k in ks if k < int(n.max())})
     if not sizes:
         return
-    order = (slots == width).sort(dim=1, stable=True).indices  # the valid samples first, in their order
-    slots = slots.gather(1, order)
+    order = (columns == width).sort(dim=1, stable=True).indices  # the valid samples first, in their order
+    columns = columns.gather(1, order)
     weights = None if weights is None else weights.gather(1, order)
-    chunk = max(1, _CHUNK.get(slots.device.type, _CHUNK_ELSEWHERE) // width)
+    chunk = max(1, _CHUNK.get(columns.device.type, _CHUNK_ELSEWHERE) // max(columns.shape[1], width))
     step = min(resamples, chunk)
     wide = max(1, chunk // step)
-    for begin in range(0, slots.shape[0], wide):
+    for begin in range(0, columns.shape[0], wide):
         rows = slice(begin, begin + wide)
         found = credit.new_zeros(len(sizes), credit[rows].shape[0])
-        own = (slots[rows], None if weights is None else weights[rows], n[rows], right_slot[rows])
+        own = (columns[rows], None if weights is None else weights[rows], n[rows], right[rows], width, sizes)
         for first in range(0, resamples, step):
-            found += _shuffled(*own, sizes, range(first, min(first + step, resamples)), seed, begin)
+            found += _shuffled(*own, range(first, min(first + step, resamples)), seed, begin)
         for at, k in enumerate(ks):
             if k in sizes:
                 mean = found[sizes.index(k)] / resamples
@@ -205,44 +209,41 @@ def _resampled(
 
 
 def _shuffled(
-    slots: torch.Tensor,
+    columns: torch.Tensor,
     weights: torch.Tensor | None,
     n: torch.Tensor,
-    right_slot: torch.Tensor,
+    right: torch.Tensor,
+    width: int,
     sizes: list[int],
     resamples: range,
     seed: int,
     first_question: int,
 ) -> torch.Tensor:
     """Sum of credits (len(sizes), Q) over `resamples`: the reference's shuffles, Q times len(resamples) at once."""
-    (q, width), device = slots.shape, slots.device
-    shape = (q, len(resamples), width)
-    state = torch.arange(width, device=device).expand(shape).contiguous()
-    counted = slots.unsqueeze(1).expand(shape)
-    weight = None if weights is None else weights.unsqueeze(1).expand(shape)
-    sums = torch.zeros(shape, dtype=torch.float64, device=device)
-    seen = torch.zeros(shape, dtype=torch.bool, device=device)
-    right = right_slot.unsqueeze(1).expand(shape[:2])
-    n = n.unsqueeze(1)
+    (q, samples), device = columns.shape, columns.device
+    many = (q, len(resamples))
+    state = torch.arange(samples, device=device).expand(*many, samples).contiguous()
+    columns = columns.unsqueeze(1).expand(*many, samples)
+    weights = None if weights is None else weights.unsqueeze(1).expand(*many, samples)
+    # one column more, for draws beyond a question's samples
+    sums = torch.zeros(*many, width + 1, dtype=torch.float64, device=device)
+    seen = torch.zeros_like(sums, dtype=torch.bool)
+    right, n = right.unsqueeze(1).expand(many), n.unsqueeze(1)
     question = torch.arange(first_question, first_question + q, device=device).unsqueeze(1)
     resample = torch.arange(resamples.start, resamples.stop, device=device).unsqueeze(0)
     found = []
     for i in range(sizes[-1]):
         if i % 4 == 0:
             words = philox(seed, i // 4, resample, question)
-        live = n > i
-        j = torch.where(live, i + (words[i % 4] * (n - i) >> 32), i).unsqueeze(-1)
+        j = torch.where(n > i, i + (words[i % 4] * (n - i) >> 32), i).unsqueeze(-1)
         drawn = state.gather(-1, j)
         state.scatter_(-1, j, state[..., i : i + 1].clone())
-        slot = counted.gather(-1, drawn).clamp(max=width - 1)
-        live = live.unsqueeze(-1).expand(slot.shape)
-        added = live.double() if weight is None else weight.gather(-1, drawn).masked_fill(~live, 0.0)
-        sums.scatter_add_(-1, slot, added)
-        if weight is not None:
-            seen.scatter_(-1, slot, seen.gather(-1, slot) | live)
+        column = columns.gather(-1, drawn)
+        added = torch.ones_like(column, dtype=torch.float64) if weights is None else weights.gather(-1, drawn)
+        sums.scatter_add_(-1, column, added)
+        seen.scatter_(-1, column, True)
         if i + 1 in sizes:
-            present = sums > 0 if weight is None else seen
-            found.append(_tie_credit(sums.masked_fill(~present, -torch.inf), right).sum(1))
+            found.append(_tie_credit(sums.masked_fill(~seen, -torch.inf)[..., :width], right).sum(1))
     return torch.stack(found)
 
 
