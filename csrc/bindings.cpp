@@ -16,6 +16,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(calm_fast, m) {
   m.def("_native_dual_lora_linear(Tensor x, Tensor packed, int n, Tensor? add=None, int lane=-1) -> Tensor");
   m.def("_native_vote(Tensor answers, Tensor? scores, Tensor? valid, bool adaptive, float lam, int lane=-1)"
         " -> (Tensor winner, Tensor weight, Tensor total, Tensor margin, Tensor ties)");
+  m.def("_native_linear_logprob_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature,"
+        " float? softcap, bool want_entropy, bool want_rank, int lane=-1)"
+        " -> (Tensor logprob, Tensor entropy, Tensor rank, Tensor lse)");
+  m.def("_native_linear_logprob_dlogits(Tensor up, Tensor? down, Tensor hidden, Tensor weight, Tensor? bias,"
+        " Tensor targets, Tensor lse, Tensor? entropy, float temperature, float? softcap, int first, Tensor(a!) out,"
+        " int lane=-1) -> ()");
+  m.def("_native_linear_nce_fwd(Tensor student, Tensor nat, Tensor neg, Tensor weight, Tensor? bias, Tensor targets,"
+        " float temperature, float? softcap, int lane=-1) -> (Tensor lse, Tensor losses)");
+  m.def("_native_linear_nce_dlogits(Tensor coefficients, Tensor student, Tensor nat, Tensor weight, Tensor? bias,"
+        " Tensor targets, Tensor lse, float temperature, float? softcap, int first, Tensor(a!) out, int lane=-1) -> ()");
 }
 CALM_FAST_MODULE(_cpu)
 #else

@@ -1,0 +1,193 @@
+// dual_lora on the CPU: the gate, both rank updates, both gelus and the mix in one pass over u; packed products.
+//
+// The chain of the released form is zg = x down^T, u = y C1^T, mix = a_pos gelu(u + up_pos z_pos) +
+// a_neg gelu(u + up_neg z_neg), out = y + mix C2^T; of the paper's, mix = [a_pos z_pos, a_neg z_neg], out = y + mix up^T.
+// calm_fast/ops/dual_lora.py puts it together.
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "common/checks.h"
+#include "common/dtypes.h"
+#include "common/lanes.h"
+#include "common/parallel.h"
+#include "dual_lora/gelu.h"
+#include "dual_lora/packed_product.h"
+
+namespace calm_fast {
+namespace {
+
+constexpr int64_t kBlock = 64;  // columns of u in registers and L1 at a time
+
+int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// p_neg = sigmoid(z . g) of one token; zg holds z then g, r numbers each
+[[gnu::always_inline]] inline float negative_share(const float* zg, int64_t r) {
+  float logit = 0.0f;
+  for (int64_t i = 0; i < r; ++i) logit += zg[i] * zg[r + i];
+  return 1.0f / (1.0f + std::exp(-logit));
+}
+
+struct Mix {
+  const float* zg;  // (T, 2 r)
+  const float* up;  // (r, padded): transposed, zero behind column m
+  int64_t r_pos, r, m, padded;
+};
+
+// mix (T, m) for tokens [begin, end); inlined into a caller that says for which instructions it is compiled
+template <class T>
+[[gnu::always_inline]] inline void mix_tokens(const Mix& s, const T* u, T* mix, int64_t begin, int64_t end) {
+  for (int64_t token = begin; token < end; ++token) {
+    const float* z = s.zg + token * 2 * s.r;
+    const float p_neg = negative_share(z, s.r);
+    const float a_pos = 1.5f - p_neg, a_neg = p_neg - 0.5f;
+    for (int64_t at = 0; at < s.m; at += kBlock) {
+      const int64_t width = std::min(kBlock, s.m - at);
+      const T* from = u + token * s.m + at;
+      T* to = mix + token * s.m + at;
+      float pos[kBlock], neg[kBlock];
+      for (int64_t j = 0; j < width; ++j) pos[j] = to_float(from[j]);
+      for (int64_t j = width; j < kBlock; ++j) pos[j] = 0.0f;
+      std::memcpy(neg, pos, sizeof(pos));
+      for (int64_t i = 0; i < s.r_pos; ++i) {
+        const float* row = s.up + i * s.padded + at;
+        for (int64_t j = 0; j < kBlock; ++j) pos[j] += z[i] * row[j];
+      }
+      for (int64_t i = s.r_pos; i < s.r; ++i) {
+        const float* row = s.up + i * s.padded + at;
+        for (int64_t j = 0; j < kBlock; ++j) neg[j] += z[i] * row[j];
+      }
+      for (int64_t j = 0; j < kBlock; ++j) pos[j] = a_pos * gelu(pos[j]) + a_neg * gelu(neg[j]);
+      for (int64_t j = 0; j < width; ++j) to[j] = from_float<T>(pos[j]);
+    }
+  }
+}
+
+template <class T>
+void mix_scalar(const Mix& s, const T* u, T* mix, int64_t begin, int64_t end) {
+  mix_tokens<T>(s, u, mix, begin, end);
+}
+#if CALM_FAST_X86
+template <class T>
+CALM_FAST_AVX2 void mix_avx2(const Mix& s, const T* u, T* mix, int64_t begin, int64_t end) {
+  mix_tokens<T>(s, u, mix, begin, end);
+}
+template <class T>
+CALM_FAST_AVX512 void mix_avx512(const Mix& s, const T* u, T* mix, int64_t begin, int64_t end) {
+  mix_tokens<T>(s, u, mix, begin, end);
+}
+#endif
+
+template <class T>
+void mix_in_lane(Lane lane, const Mix& s, const T* u, T* mix, int64_t tokens) {
+  auto* run = mix_scalar<T>;
+#if CALM_FAST_X86
+  if (lane >= Lane::avx2) run = mix_avx2<T>;
+  if (lane >= Lane::avx512) run = mix_avx512<T>;
+#endif
+  parallel_for(tokens, 16, [&s, u, mix, run](int64_t begin, int64_t end) { run(s, u, mix, begin, end); });
+}
+
+template <class T>
+std::vector<float> widened(const Tensor& tensor) {
+  const T* from = static_cast<const T*>(tensor.data_ptr());
+  std::vector<float> to(tensor.numel());
+  for (size_t i = 0; i < to.size(); ++i) to[i] = to_float(from[i]);
+  return to;
+}
+
+void check_ranks(const char* op, const Tensor& zg, int64_t r_pos) {
+  STD_TORCH_CHECK(
+      zg.dim() == 2 && zg.size(1) % 2 == 0, op, ": `zg` must have shape (T, 2 R), got ", shape_text(zg));
+  check_tensor(op, "zg", zg, {-1, -1}, zg.scalar_type());
+  STD_TORCH_CHECK(
+      r_pos >= 0 && r_pos <= zg.size(1) / 2, op, ": `r_pos` must lie in [0, ", zg.size(1) / 2, "], got ", r_pos);
+}
+
+// mix (T, m) of the released form from zg (T, 2 R), u (T, m), up (m, R)
+Tensor dual_lora_mix(const Tensor& zg, const Tensor& u, const Tensor& up, int64_t r_pos, int64_t lane) {
+  const char* op = "_native_dual_lora_mix";
+  check_ranks(op, zg, r_pos);
+  const int64_t tokens = zg.size(0), r = zg.size(1) / 2;
+  check_tensor(op, "u", u, {tokens, -1}, zg.scalar_type());
+  const int64_t m = u.size(1), padded = rounded_up(m, kBlock);
+  check_tensor(op, "up", up, {m, r}, zg.scalar_type());
+  const Lane chosen = choose_lane(op, lane);
+  Tensor mix = torch::stable::empty_like(u);
+  dispatch_float(zg.scalar_type(), op, [&](auto zero) {
+    using T = decltype(zero);
+    const std::vector<float> wide = widened<T>(zg), factor = widened<T>(up);
+    std::vector<float> turned(r * padded, 0.0f);
+    for (int64_t j = 0; j < m; ++j) {
+      for (int64_t i = 0; i < r; ++i) turned[i * padded + j] = factor[j * r + i];
+    }
+    const Mix s{wide.data(), turned.data(), r_pos, r, m, padded};
+    mix_in_lane<T>(
+        chosen, s, static_cast<const T*>(u.data_ptr()), static_cast<T*>(mix.data_ptr()), tokens);
+  });
+  return mix;
+}
+
+// [a_pos z_pos, a_neg z_neg] (T, R) of the paper's form from zg (T, 2 R)
+Tensor dual_lora_weigh(const Tensor& zg, int64_t r_pos) {
+  const char* op = "_native_dual_lora_weigh";
+  check_ranks(op, zg, r_pos);
+  const int64_t tokens = zg.size(0), r = zg.size(1) / 2;
+  Tensor mix = torch::stable::new_empty(zg, {tokens, r});
+  dispatch_float(zg.scalar_type(), op, [&](auto zero) {
+    using T = decltype(zero);
+    const std::vector<float> wide = widened<T>(zg);
+    T* to = static_cast<T*>(mix.data_ptr());
+    for (int64_t token = 0; token < tokens; ++token) {
+      const float* z = wide.data() + token * 2 * r;
+      const float p_neg = negative_share(z, r);
+      for (int64_t i = 0; i < r; ++i) {
+        to[token * r + i] = from_float<T>((i < r_pos ? 1.5f - p_neg : p_neg - 0.5f) * z[i]);
+      }
+    }
+  });
+  return mix;
+}
+
+// w (n, k) float32 in panels for dual_lora_linear; (0,) where this CPU has no use for them
+Tensor dual_lora_pack(const Tensor& w, int64_t lane) {
+  const char* op = "_native_dual_lora_pack";
+  if (choose_lane(op, lane) < Lane::avx512) return torch::stable::new_empty(w, {0});
+  check_tensor(op, "w", w, {-1, -1}, ScalarType::Float);
+  const int64_t n = w.size(0), k = w.size(1);
+  Tensor packed = torch::stable::new_empty(w, {panels(n), k, kPanel});
+  pack_panels(static_cast<const float*>(w.data_ptr()), n, k, static_cast<float*>(packed.data_ptr()));
+  return packed;
+}
+
+// x (T, k) w^T [+ add (T, n)], float32, w (n, k) as dual_lora_pack gives it
+Tensor dual_lora_linear(
+    const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& add, int64_t lane) {
+  const char* op = "_native_dual_lora_linear";
+  STD_TORCH_CHECK(
+      choose_lane(op, lane) >= Lane::avx512, op, ": packed products need AVX-512, which lane ", lane, " does not have");
+  check_tensor(op, "x", x, {-1, -1}, ScalarType::Float);
+  const int64_t tokens = x.size(0), k = x.size(1);
+  STD_TORCH_CHECK(n >= 0, op, ": `n` must not be negative, got ", n);
+  check_tensor(op, "packed", packed, {panels(n), k, kPanel}, ScalarType::Float);
+  if (add) check_tensor(op, "add", *add, {tokens, n}, ScalarType::Float);
+  Tensor out = torch::stable::new_empty(x, {tokens, n});
+  packed_product(
+      static_cast<const float*>(x.data_ptr()), static_cast<const float*>(packed.data_ptr()),
+      add ? static_cast<const float*>(add->data_ptr()) : nullptr, static_cast<float*>(out.data_ptr()), tokens, n, k);
+  return out;
+}
+
+}  // namespace
+}  // namespace calm_fast
+
+STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
+  m.impl("_native_dual_lora_mix", TORCH_BOX(&calm_fast::dual_lora_mix));
+  m.impl("_native_dual_lora_weigh", TORCH_BOX(&calm_fast::dual_lora_weigh));
+  m.impl("_native_dual_lora_pack", TORCH_BOX(&calm_fast::dual_lora_pack));
+  m.impl("_native_dual_lora_linear", TORCH_BOX(&calm_fast::dual_lora_linear));
+}
