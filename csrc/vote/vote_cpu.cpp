@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "common/parallel.h"
 #include "vote/vote_core.h"
 
 namespace calm_fast {
@@ -32,8 +33,7 @@ void vote_rows(
     const int64_t* answers, const Score* scores, const uint8_t* valid, int64_t questions, int64_t k, bool adaptive,
     double lam, Lane lane, const Outputs& out) {
   std::atomic<bool> out_of_memory{false};  // nothing may be thrown inside parallel_for
-  const int64_t grain = kSamplesPerThread / (k + 1) + 1;
-  torch::stable::parallel_for(0, questions, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(questions, kSamplesPerThread / (k + 1) + 1, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<char[]> memory(new (std::nothrow) char[Scratch::bytes(k)]);
     if (!memory) {
       out_of_memory = true;
@@ -77,7 +77,8 @@ Votes vote_cpu(
       static_cast<double*>(std::get<1>(result).mutable_data_ptr()),
       static_cast<double*>(std::get<2>(result).mutable_data_ptr()),
       static_cast<double*>(std::get<3>(result).mutable_data_ptr()),
-      static_cast<int64_t*>(std::get<4>(result).mutable_data_ptr())};
+      static_cast<int64_t*>(std::get<4>(result).mutable_data_ptr()),
+  };
   const auto* ids = static_cast<const int64_t*>(answers.const_data_ptr());
   const auto* voting = valid.has_value() ? static_cast<const uint8_t*>(valid->const_data_ptr()) : nullptr;
   const void* given = scores.has_value() ? scores->const_data_ptr() : nullptr;

@@ -8,7 +8,9 @@ from collections import Counter
 import pytest
 import torch
 
+from calm_fast import _native
 from calm_fast.ops.vote import Vote, decide, vote
+from calm_fast.ops.vote import _native_vote as native_vote
 from calm_fast.verify.cases.vote import CASES
 from calm_fast.verify.numerics import Case, check
 
@@ -18,6 +20,26 @@ RULES = ("count", "weighted", "adaptive")
 
 def build(name="everything", dtype=torch.float32, device="cpu", **changes):
     return CASES.build(CASES.case(name, dtype, **changes), torch.device(device))
+
+
+# SIMD lanes of the compiled library that this CPU may lack: csrc/common/lanes.h
+LANES = {"scalar": 0, "avx2": 1, "avx512": 2}
+
+
+@pytest.fixture(params=LANES)
+def lane(request):
+    """A call of the compiled library that forces one lane."""
+    if why := _native.obstacle("vote"):
+        pytest.skip(why)
+
+    def call(answers, scores, valid, rule, lam):
+        return Vote(*native_vote(answers, scores, valid, rule, lam, LANES[request.param]))
+
+    try:
+        call(torch.zeros(1, 1, dtype=torch.int64), None, None, "count", 1.0)
+    except RuntimeError as refusal:
+        pytest.skip(str(refusal))
+    return call
 
 
 @pytest.fixture(params=["reference", "torch", "native"])
@@ -220,6 +242,8 @@ def test_opcheck(name, impl):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_as_one_graph(dynamic, impl):
+    torch._dynamo.reset()  # every implementation compiles the same function anew
+
     def step(answers, scores, valid):
         found = vote(answers, scores * 2, valid=valid, rule="adaptive", lam=0.5, impl=impl)
         return found.winner + 1, found.weight / found.total, found.margin, found.ties
@@ -237,3 +261,78 @@ def test_memory_of_torch_grows_with_the_samples_not_their_square():
 
     answers = torch.randint(0, 50, (64, 1024))
     assert peak_bytes(lambda: vote(answers, impl="torch"), torch.device("cpu")) < 100 * answers.numel()
+
+
+# ---- the compiled library --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES.cases(), ids=str)
+def test_every_lane_equals_the_definition(case: Case, lane):
+    inputs = CASES.build(case, torch.device("cpu"))
+    assert equal(lane(**inputs), vote(**inputs, impl="reference"))
+
+
+@pytest.mark.parametrize("rule", ["count", "weighted"])
+@pytest.mark.parametrize("k", [1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300])
+def test_lanes_where_they_change_their_ways(k, rule, lane):
+    """Blocks of 64 samples, ids of a byte, 40 classes, 256 samples: on both sides of each, with and without `valid`."""
+    g = torch.Generator().manual_seed(k)
+    scores = torch.randint(-2, 3, (24, k), generator=g).double() / 4
+    scores[torch.rand(24, k, generator=g) < 0.1] = NAN
+    for classes in (1, 2, 7, 8, 9, 16, 17, 39, 40, 41, 256, 257):
+        answers = torch.randint(0, classes, (24, k), generator=g)
+        answers[:, k // 2] = classes - 1
+        for valid in (None, torch.rand(24, k, generator=g) < torch.rand(24, 1, generator=g)):
+            expected = vote(answers, scores, valid=valid, rule=rule, impl="reference")
+            assert equal(lane(answers, None if rule == "count" else scores, valid, rule, 1.0), expected)
+
+
+def test_lanes_with_exactly_so_many_classes(lane):
+    """Every sample a class of its own, up to where the table takes over."""
+    for k in (8, 39, 40, 41, 48, 256):
+        answers = torch.arange(k).repeat(3, 1).flip(1)
+        scores = torch.linspace(0, 1, k).repeat(3, 1)
+        expected = vote(answers, scores, rule="adaptive", lam=2.0, impl="reference")
+        assert equal(lane(answers, scores, None, "adaptive", 2.0), expected)
+
+
+def test_any_int64_is_a_class_to_the_library(lane):
+    """Colliding and extreme ids; negative ones get here only under torch.compile, where values are not read."""
+    extreme = torch.tensor([2**63 - 1, -(2**63), -1, 0, 2**62, 255, 256, 2**32, 2**32 + 255])
+    g = torch.Generator().manual_seed(0)
+    for ids in (extreme, torch.arange(200) * 2**56, torch.arange(200) << 40):
+        answers = ids[torch.randint(0, len(ids), (40, 100), generator=g)]
+        found = lane(answers, None, None, "count", 1.0)
+        for row, winner, weight in zip(answers.tolist(), found.winner.tolist(), found.weight.tolist(), strict=True):
+            assert (winner, weight) == Counter(row).most_common(1)[0]
+
+
+def test_the_library_refuses_wrong_tensors_of_a_direct_call():
+    if why := _native.obstacle("vote"):
+        pytest.skip(why)
+    answers, scores = torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, 4)
+    call = torch.ops.calm_fast._native_vote
+    for arguments in (
+        (answers.int(), None, None),
+        (answers[0], None, None),
+        (answers.t(), None, None),
+        (answers, scores[:2], None),
+        (answers, scores.half(), None),
+        (answers, scores, answers),
+    ):
+        with pytest.raises(RuntimeError, match="vote: `"):
+            call(*arguments, False, 1.0, -1)
+    with pytest.raises(RuntimeError, match="lane 9"):
+        call(answers, None, None, False, 1.0, 9)
+
+
+def test_auto_takes_the_library_where_it_is(monkeypatch):
+    answers = torch.zeros(2, 3, dtype=torch.int64)
+    monkeypatch.setattr(_native, "obstacle", lambda op, device_type="cpu": None)
+    assert (decide(answers).impl, decide(answers, impl="native").impl) == ("native", "native")
+    monkeypatch.setattr(_native, "obstacle", lambda op, device_type="cpu": "it was not built")
+    assert decide(answers).impl == "torch" and "it was not built" in str(decide(answers))
+    with pytest.raises(RuntimeError, match="it was not built"):
+        vote(answers, impl="native")
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run here: there is no Triton kernel"):
+        vote(answers, impl="triton")
