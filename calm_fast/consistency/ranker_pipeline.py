@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from calm_fast.consistency.answers import extract_answer
+from calm_fast.consistency.journal import Journal
 from calm_fast.consistency.ranker import Ranker, fingerprint
 from calm_fast.consistency.ranker_losses import PairAccuracy, pair_accuracy
 from calm_fast.consistency.ranker_training import RankerSettings, train_ranker
@@ -167,36 +168,22 @@ def run_scoring(
     if device is not None:
         scorer.to(device)
     weights = [[name, t.tolist()] for name, t in sorted(scorer.head.state_dict().items())]
-    part = out.with_name(f"{out.name}.{_digest([weights, rows])[:16]}.part")  # of other rows or rankers: another name
-    done = _kept_lines(part, _STEP)
-    with part.open("a", encoding="utf-8") as file:
-        steps = range(done, len(rows), _STEP)
+    with Journal(out.with_name(f".{out.name}.part"), {"ranker": _digest(weights), "rows": _digest(rows)}) as journal:
+        scores = {i: row["scores"] for i, row in journal.rows.items()}
+        steps = range(0, len(rows), _STEP)
         for start in tqdm(steps, desc="scoring", unit=f"{_STEP} questions", disable=not progress):
             chunk = rows[start : start + _STEP]
-            scores = scorer.score([r["question"] for r in chunk], [r["generated_answer"] for r in chunk])
-            for row, values in zip(chunk, scores, strict=True):
-                line = {**row, "scores": [round(v, 7) for v in values.tolist()]}
-                file.write(json.dumps(line) + "\n")
-            file.flush()
-    with part.open(encoding="utf-8") as lines:
-        write_rows(out, (json.loads(line) for line in lines))
-    part.unlink()
+            # a step is scored as a whole: a resumed run forms the batches of an unbroken one, and so the same last bits
+            if all(start + i in scores for i in range(len(chunk))):
+                continue
+            found = scorer.score([r["question"] for r in chunk], [r["generated_answer"] for r in chunk])
+            lists = {start + i: [round(value, 7) for value in s.tolist()] for i, s in enumerate(found)}
+            journal.append({"index": i, "question": rows[i]["question"], "scores": s} for i, s in lists.items())
+            scores |= lists
+        write_rows(out, ({**row, "scores": scores[i]} for i, row in enumerate(rows)))
+        journal.file.unlink()
+        journal.settings_file.unlink()
     return out
-
-
-def _kept_lines(file: Path, step: int) -> int:
-    """Complete lines of `file`, rounded down to whole steps; the rest is cut off.
-
-    A resumed run then forms the batches of an unbroken one, and so the same last bits.
-    """
-    if not file.is_file():
-        return 0
-    lines = file.read_bytes().splitlines(keepends=True)
-    whole = sum(line.endswith(b"\n") for line in lines)
-    kept = whole - whole % step
-    with file.open("r+b") as content:
-        content.truncate(sum(map(len, lines[:kept])))
-    return kept
 
 
 def _kept_labels(file: Path, rows: Rows, cache_dir: Path, workers: int | None, progress: bool) -> list[torch.Tensor]:

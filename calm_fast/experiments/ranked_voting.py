@@ -58,8 +58,10 @@ class Split:
     labels: list[torch.Tensor]
     groups: Groups
 
-    def first(self, count: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        return self.features[:count], self.labels[:count]
+    def some(self, count: int, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Features and labels of `count` questions drawn by `seed`."""
+        drawn = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+        return [self.features[i] for i in drawn], [self.labels[i] for i in drawn]
 
 
 def load_split(
@@ -159,10 +161,10 @@ def plain(dev: Split, resamples: int) -> dict[str, Any]:
 def compare(train: Split, dev: Split, recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:
     """Every loss, the control, and the main loss from fewer questions, each over `seeds`."""
     main, total = recipe.settings.loss, len(train.labels)
-    arms: dict[str, Any] = {loss: (loss, lambda seed: train.first(total)) for loss in LOSSES}
+    arms: dict[str, Any] = {loss: (loss, lambda seed: (train.features, train.labels)) for loss in LOSSES}
     arms["control: shuffled labels"] = (main, lambda seed: (train.features, shuffled_labels(train.labels, seed)))
     for size in (s for s in recipe.sizes if s < total):
-        arms[f"{main}, {size} questions"] = (main, lambda seed, size=size: train.first(size))
+        arms[f"{main}, {size} questions"] = (main, lambda seed, size=size: train.some(size, seed))
     results = {}
     with tqdm(total=len(arms) * len(seeds), desc="training heads", unit="head") as bar:
         for name, (loss, data) in arms.items():
