@@ -1,0 +1,268 @@
+"""Which answers of a question are equal: answers as text become class ids that can vote."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from tqdm.auto import tqdm
+
+from calm_fast.consistency.answers import first_match_classes, normalise, rational
+from calm_fast.consistency.math_pool import Comparison, compare
+from calm_fast.consistency.math_worker import decided
+from calm_fast.consistency.verdict_cache import VerdictCache
+
+EQUALITIES = ("math", "exact", "text")
+_QUESTIONS_PER_WORKER = 8  # starting a process costs as much as a few questions
+_KEEP_EVERY = 64  # questions between two writes to the cache
+_ARTICLE = re.compile(r"^(?:a|an|the)\s+(?=\S)")
+_EDGES = ".,;:!?\"'`*_ \u201c\u201d\u2018\u2019\u3002"
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Answers as class ids within their question.
+
+    Attributes:
+        answers: (Q, K) int64, class of each answer; K is the longest row, missing places hold 0.
+        valid: (Q, K) bool, whether there is an answer.
+        correct: (Q,) int64, the gold answer's class (0), or -1 where there is no gold answer.
+        texts: for each question, one answer of each class as it was given (the gold answer, else the first).
+        given_up: (question, answer, answer) of pairs that count as different because the time was over.
+    """
+
+    answers: torch.Tensor
+    valid: torch.Tensor
+    correct: torch.Tensor
+    texts: list[list[str]]
+    given_up: tuple[tuple[int, str, str], ...] = ()
+
+    @property
+    def timeouts(self) -> int:
+        """How many pairs count as different because the time was over."""
+        return len(self.given_up)
+
+
+def group_answers(
+    answers: Sequence[Sequence[str | None]],
+    *,
+    gold: Sequence[str | None] | None = None,
+    equality: str | Callable[[str, str], bool] = "math",
+    workers: int | None = None,
+    timeout: float = 5.0,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = False,
+) -> Groups:
+    """Class ids of answers: equal answers of a question share one; the gold answer's class, where given, is class 0.
+
+    An answer joins the first class whose first member it equals, in the order of the samples, so the result does not
+    depend on `workers` or on what a cache holds. None and blank answers are not valid: they never vote.
+
+    Args:
+        answers: for each question the answers of its samples, ragged.
+        gold: for each question the right answer.
+        equality: "math": equal normalised strings, else equal rationals, else finite values far apart are different,
+            else math-verify in both directions. "exact": equal strings. "text": equal up to case, Unicode form, space,
+            punctuation at the edges and a leading article. A function of two answers: whatever it says.
+        workers: processes for math-verify; None: one for each CPU at hand, fewer for little work.
+        timeout: CPU seconds that math-verify may take to read an answer or to compare two. The process that takes
+            longer is killed; the pair counts as different and is listed in `given_up`.
+        cache_dir: a folder that keeps math-verify's verdicts for later calls, safe to share; None: nothing is kept.
+        progress: show a bar over questions.
+    Raises:
+        TypeError, ValueError: an argument is not what it should be. RuntimeError: no process could be started.
+    """
+    _check(answers, gold, equality, workers, timeout)
+    gold = [None] * len(answers) if gold is None else gold
+    rows = [[_blank_is_none(text) for text in (right, *row)] for right, row in zip(gold, answers, strict=True)]
+    given_up: tuple[tuple[int, str, str], ...] = ()
+    with tqdm(total=len(rows), desc="grouping answers", unit="question", disable=not progress) as bar:
+        if equality == "math":
+            classes, given_up = _by_math(rows, workers, timeout, VerdictCache(cache_dir, timeout), bar)
+        else:
+            same = _TEXT_RULES[equality] if isinstance(equality, str) else equality
+            classes = [_by_rule(row, same) for row in rows if bar.update() or True]
+    return _groups(rows, classes, given_up)
+
+
+def _by_rule(row: list[str | None], rule: Callable) -> list[int | None]:
+    """Class of each answer by a function of one answer (its key) or of two (whether they are equal)."""
+    found = [text for text in row if text is not None]
+    if rule in _TEXT_RULES.values():
+        numbers: dict[str, int] = {}
+        classes = iter([numbers.setdefault(rule(text), len(numbers)) for text in found])
+    else:
+        classes = iter(first_match_classes(len(found), lambda i, j: bool(rule(found[i], found[j]))))
+    return [None if text is None else next(classes) for text in row]
+
+
+def _as_text(answer: str) -> str:
+    """`answer` for comparison as words."""
+    plain = " ".join(unicodedata.normalize("NFKC", answer).casefold().split())
+    bare = plain.strip(_EDGES)
+    return _ARTICLE.sub("", bare or plain)
+
+
+_TEXT_RULES: dict[str, Callable[[str], str]] = {"exact": str, "text": _as_text}
+
+
+class _Question:
+    """Answers of one question: those that are plainly equal are one node; nodes are compared."""
+
+    def __init__(self, row: list[str | None], plain: dict[str, tuple[str, Fraction | None]]) -> None:
+        texts: list[str] = []
+        nodes: dict[str | Fraction, int] = {}
+        self.exact: list[Fraction | None] = []
+        self.node: list[int | None] = []
+        for text in row:
+            if text is None:
+                self.node.append(None)
+                continue
+            if text not in plain:
+                string = normalise(text)
+                plain[text] = (string, rational(string))
+            string, value = plain[text]
+            node = nodes.get(string) if value is None else nodes.get(value, nodes.get(string))
+            if node is None:
+                node = len(texts)
+                texts.append(text)
+                self.exact.append(value)
+            nodes.setdefault(string, node)
+            if value is not None:
+                nodes.setdefault(value, node)
+            self.node.append(node)
+        self.comparison = Comparison(texts)
+
+    def open_pairs(self) -> list[tuple[int, int]]:
+        """Pairs of nodes that only math-verify can decide."""
+        count = len(self.comparison.texts)
+        return [(i, j) for j in range(count) for i in range(j) if self._decided(i, j) is None]
+
+    def _decided(self, i: int, j: int) -> bool | None:
+        texts = self.comparison.texts
+        return decided(texts[i], texts[j], (self.exact[i], self.exact[j]))
+
+    def classes(self) -> list[int | None]:
+        """Class of each answer. Raises KeyError where a verdict that it takes is not known."""
+        known = self.comparison.known
+
+        def same(i: int, j: int) -> bool:
+            verdict = self._decided(i, j)
+            return bool(known[i, j] if verdict is None else verdict)
+
+        of_node = first_match_classes(len(self.comparison.texts), same)
+        return [None if node is None else of_node[node] for node in self.node]
+
+
+def _by_math(
+    rows: list[list[str | None]], workers: int | None, timeout: float, cache: VerdictCache, bar: tqdm
+) -> tuple[list[list[int | None]], tuple[tuple[int, str, str], ...]]:
+    plain: dict[str, tuple[str, Fraction | None]] = {}
+    questions = [_Question(row, plain) for row in rows]
+    waiting = []
+    for question in questions:
+        _recall(question, cache)
+        try:
+            question.classes()
+            bar.update()
+        except KeyError:
+            waiting.append(question)
+    fresh: dict[tuple[str, str], bool | None] = {}
+    if waiting:
+        several = min(workers or _cpus(), -(-len(waiting) // _QUESTIONS_PER_WORKER)) if workers is None else workers
+        try:
+            for done, number in enumerate(compare([q.comparison for q in waiting], several, timeout), 1):
+                bar.update()
+                fresh.update(_named(waiting[number].comparison))
+                if done % _KEEP_EVERY == 0:
+                    cache.put(fresh)
+                    fresh = {}
+        finally:
+            cache.put(fresh)  # also what an interrupted call has found
+    given_up = tuple(
+        (number, question.comparison.texts[i], question.comparison.texts[j])
+        for number, question in enumerate(questions)
+        for (i, j), verdict in sorted(question.comparison.known.items())
+        if verdict is None
+    )
+    return [question.classes() for question in questions], given_up
+
+
+def _recall(question: _Question, cache: VerdictCache) -> None:
+    """Fill in what the cache knows."""
+    if cache.file is None:
+        return
+    texts = question.comparison.texts
+    pairs = question.open_pairs()
+    kept = cache.get((texts[i], texts[j]) for i, j in pairs)
+    question.comparison.known.update(
+        {(i, j): kept[texts[i], texts[j]] for i, j in pairs if (texts[i], texts[j]) in kept}
+    )
+
+
+def _named(comparison: Comparison) -> Iterator[tuple[tuple[str, str], bool | None]]:
+    for (i, j), verdict in comparison.known.items():
+        yield (comparison.texts[i], comparison.texts[j]), verdict
+
+
+def _groups(
+    rows: list[list[str | None]], classes: list[list[int | None]], given_up: tuple[tuple[int, str, str], ...]
+) -> Groups:
+    """Tensors out of classes; the first of each row is the gold answer's."""
+    longest = max((len(row) - 1 for row in rows), default=0)
+    padded = [[*row[1:], *[None] * (longest - len(row) + 1)] for row in classes]
+    shape = (len(rows), longest)
+    texts = []
+    for row, ids in zip(rows, classes, strict=True):
+        first: dict[int, str] = {}
+        for text, number in zip(row, ids, strict=True):
+            if number is not None:
+                first.setdefault(number, text)
+        texts.append([first[number] for number in range(len(first))])
+    return Groups(
+        answers=torch.tensor([[number or 0 for number in row] for row in padded], dtype=torch.int64).reshape(shape),
+        valid=torch.tensor([[number is not None for number in row] for row in padded], dtype=torch.bool).reshape(shape),
+        correct=torch.tensor([-1 if row[0] is None else 0 for row in rows], dtype=torch.int64),
+        texts=texts,
+        given_up=given_up,
+    )
+
+
+def _blank_is_none(text: str | None) -> str | None:
+    return text if text is not None and text.strip() else None
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check(answers, gold, equality, workers, timeout) -> None:
+    if isinstance(answers, str) or not isinstance(answers, Sequence):
+        raise TypeError(f"group_answers: `answers` must be a sequence of sequences, got {type(answers).__name__}")
+    for number, row in enumerate(answers):
+        if isinstance(row, str) or not isinstance(row, Sequence):
+            raise TypeError(f"group_answers: `answers`[{number}] must be a sequence, got {type(row).__name__}")
+        _check_texts(row, f"`answers`[{number}]")
+    if gold is not None:
+        if isinstance(gold, str) or not isinstance(gold, Sequence):
+            raise TypeError(f"group_answers: `gold` must be a sequence, got {type(gold).__name__}")
+        if len(gold) != len(answers):
+            raise ValueError(f"group_answers: `gold` must have one entry for each of {len(answers)} questions, got {len(gold)}")
+        _check_texts(gold, "`gold`")
+    if not callable(equality) and equality not in EQUALITIES:
+        raise ValueError(f"group_answers: `equality` must be one of {EQUALITIES} or a function, got {equality!r}")
+    if workers is not None and (not isinstance(workers, int) or isinstance(workers, bool) or workers < 1):
+        raise ValueError(f"group_answers: `workers` must be a positive integer or None, got {workers!r}")
+    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not 0 < timeout < float("inf"):
+        raise ValueError(f"group_answers: `timeout` must be a positive number of seconds, got {timeout!r}")
+
+
+def _check_texts(texts: Sequence, where: str) -> None:
+    for place, text in enumerate(texts):
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"group_answers: {where}[{place}] must be a string or None, got {type(text).__name__}")

@@ -1,0 +1,173 @@
+"""The child process of `math_pool`: decides by math-verify which answers are the same.
+
+One JSON object a line on standard input: the answers of a question, what is known already, a time limit. One JSON list
+a line on standard output: what it is about to do, so that the parent knows what a process died of, and what it found.
+
+A step that takes longer than the limit kills the process: the kernel's timer counts its CPU seconds and SIGPROF is left
+at its default action. An exception would reach neither C code (powers of large integers) nor code under sympy's
+`except Exception`, and a process that survived one might not be what it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any, TextIO
+
+from calm_fast.consistency.answers import (
+    MAX_MATH_LENGTH,
+    far_apart,
+    first_match_classes,
+    normalise,
+    parse_math,
+    rational,
+    verify_both,
+)
+
+MEMORY_LIMIT = 4 << 30
+VALUE_SECONDS = 1.0
+_REMEMBERED = 50_000
+
+
+def decided(left: str, right: str, exact: tuple[Fraction | None, Fraction | None]) -> bool | None:
+    """What needs no math-verify: None, or False. `exact`: the two answers' rational values; they are not equal."""
+    if None not in exact and far_apart(*exact):
+        return False
+    return False if max(len(left), len(right)) > MAX_MATH_LENGTH else None
+
+
+class Judge:
+    """Answers by what math-verify reads in them, each read and evaluated once."""
+
+    def __init__(self, tell: Callable[..., None]) -> None:
+        self.tell = tell
+        self._read: dict[str, list] = {}
+        self._values: dict[str, tuple | None] = {}
+
+    def judge(self, task: dict[str, Any]) -> None:
+        """Tell the verdict of every pair that `first_match_classes` asks for and that is not known."""
+        texts, limit = task["texts"], task["timeout"]
+        known = {(i, j): verdict for i, j, verdict in task["known"]}
+        unreadable, no_value = set(task["unreadable"]), set(task["no_value"])
+        exact = [rational(normalise(text)) for text in texts]
+        if len(self._read) > _REMEMBERED:
+            self._read.clear()
+            self._values.clear()
+
+        def read(i: int) -> list:
+            if texts[i] not in self._read:
+                with self.step("read", i, limit=limit):
+                    self._read[texts[i]] = parse_math(texts[i], None)
+            return self._read[texts[i]]
+
+        def value(i: int) -> tuple | None:
+            if i in no_value:
+                return None
+            if texts[i] not in self._values:
+                parsed = [] if exact[i] is not None else read(i)
+                with self.step("value", i, limit=min(limit, VALUE_SECONDS)):
+                    self._values[texts[i]] = numeric_value(exact[i], parsed)
+            return self._values[texts[i]]
+
+        def compare(i: int, j: int) -> bool | None:
+            if i in unreadable or j in unreadable:
+                return None
+            values = value(i), value(j)
+            if None not in values and different(*values):
+                return False
+            left, right = read(i), read(j)
+            with self.step("pair", i, j, limit=limit):
+                return verify_both(left, right, None)
+
+        def same(i: int, j: int) -> bool:
+            if (i, j) not in known:
+                verdict = decided(texts[i], texts[j], (exact[i], exact[j]))
+                if verdict is None:
+                    verdict = compare(i, j)
+                    self.tell("verdict", i, j, verdict)
+                known[i, j] = verdict
+            return bool(known[i, j])
+
+        first_match_classes(len(texts), same)
+
+    @contextmanager
+    def step(self, name: str, *answers: int, limit: float) -> Iterator[None]:
+        """Say what begins, and die if it takes more than `limit` CPU seconds."""
+        self.tell(name, *answers)
+        if hasattr(signal, "setitimer"):  # elsewhere the parent's clock has to do
+            signal.setitimer(signal.ITIMER_PROF, limit)
+        try:
+            yield
+        finally:
+            if hasattr(signal, "setitimer"):
+                signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def numeric_value(exact: Fraction | None, parsed: list) -> tuple | None:
+    """(real, imaginary) part as sympy numbers, of any size; None for what is no finite number.
+
+    Percentages have none (math-verify takes 50% for 50 and for 1/2), nor have sums and integrals: their numeric
+    evaluation is neither quick nor sure.
+    """
+    import sympy
+
+    if exact is not None:
+        return sympy.Rational(exact.numerator, exact.denominator).evalf(17), sympy.Integer(0)
+    expression = parsed[0] if parsed else None
+    unsure = (sympy.UnevaluatedExpr, sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
+    try:
+        if not isinstance(expression, sympy.Expr) or not expression.is_number or expression.has(*unsure):
+            return None
+        parts = expression.evalf(17, strict=True).as_real_imag()
+    except Exception:  # sympy raises all kinds; without a value math-verify decides
+        return None
+    return parts if all(part.is_Number and part.is_finite for part in parts) else None
+
+
+def different(left: tuple, right: tuple) -> bool:
+    """Whether two finite values are surely two: further apart than math-verify's rounding forgives."""
+    return any(bool(abs(a - b) > 2e-6 + 1e-9 * max(abs(a), abs(b))) for a, b in zip(left, right, strict=True))
+
+
+def serve(tasks: TextIO, results: TextIO) -> None:
+    """Judge every task that comes in; a line ["done"] ends each."""
+
+    def tell(*event: Any) -> None:
+        results.write(json.dumps(event) + "\n")
+        results.flush()
+
+    try:
+        import math_verify  # noqa: F401
+    except Exception as problem:
+        tell("failed", f"{type(problem).__name__}: {problem}")
+        return
+    tell("ready")
+    judge = Judge(tell)
+    for line in tasks:
+        judge.judge(json.loads(line))
+        tell("done")
+
+
+def main() -> None:
+    """Serve on standard input and output until the parent closes them."""
+    results = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # parsers print; the pipe is for results only
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and ends us
+    if hasattr(signal, "SIGPROF"):
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    logging.disable(logging.CRITICAL)  # math-verify warns that its own timer is off
+    try:
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        if hard == resource.RLIM_INFINITY or hard > MEMORY_LIMIT:
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, hard))
+    except (ImportError, OSError, ValueError):
+        pass  # not on this system: the time limit remains
+    serve(sys.stdin, results)

@@ -1,0 +1,91 @@
+"""Verdicts of math-verify on disk: one sqlite file, shared by processes, useless to other versions."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+RULES = 1  # raise it when the same versions of the libraries below would give another verdict
+_LIBRARIES = ("math-verify", "latex2sympy2_extended", "sympy")
+_WAIT_SECONDS = 30
+_AT_ONCE = 500
+
+
+class VerdictCache:
+    """Pairs of answers -> same, different, or None where `timeout` CPU seconds were not enough.
+
+    Args:
+        folder: holds `answers.sqlite3`, made where it is missing; None: nothing is kept.
+    A file that cannot be read or written costs a warning, never the result.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None, timeout: float) -> None:
+        self.timeout = timeout
+        self.file: Path | None = None
+        self._salt = "\0".join([str(RULES), *(f"{name} {_version(name)}" for name in _LIBRARIES)])
+        if folder is None:
+            return
+        self.file = Path(folder) / "answers.sqlite3"
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with closing(self._open()) as base, base:
+                base.execute(
+                    "CREATE TABLE IF NOT EXISTS verdicts (pair BLOB PRIMARY KEY, same INTEGER, timeout REAL) WITHOUT ROWID"
+                )
+        except (OSError, sqlite3.Error) as problem:
+            self._give_up(problem)
+
+    def get(self, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], bool | None]:
+        """What is known of `pairs`. A pair that ran out of less time than now is not known."""
+        if self.file is None:
+            return {}
+        keys = {self._key(pair): pair for pair in pairs}
+        names, found = list(keys), {}
+        try:
+            with closing(self._open()) as base:
+                for start in range(0, len(names), _AT_ONCE):
+                    some = names[start : start + _AT_ONCE]
+                    marks = ",".join("?" * len(some))
+                    asked = f"SELECT pair, same, timeout FROM verdicts WHERE pair IN ({marks})"
+                    for key, same, timeout in base.execute(asked, some):
+                        if same is not None or timeout >= self.timeout:
+                            found[keys[key]] = None if same is None else bool(same)
+        except sqlite3.Error as problem:
+            self._give_up(problem)
+        return found
+
+    def put(self, verdicts: Mapping[tuple[str, str], bool | None]) -> None:
+        """Keep verdicts, all of them in one transaction."""
+        if self.file is None or not verdicts:
+            return
+        rows = [(self._key(p), None if v is None else int(v), self.timeout) for p, v in verdicts.items()]
+        try:
+            with closing(self._open()) as base, base:
+                base.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?)", rows)
+        except sqlite3.Error as problem:
+            self._give_up(problem)
+
+    def _open(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.file, timeout=_WAIT_SECONDS)
+
+    def _key(self, pair: tuple[str, str]) -> bytes:
+        # both orders are one entry; lengths, because an answer may hold any separator
+        low, high = sorted(part.encode("utf-8", "surrogatepass") for part in pair)
+        return hashlib.sha256(f"{self._salt}\0{len(low)}\0".encode() + low + high).digest()[:16]
+
+    def _give_up(self, problem: Exception) -> None:
+        warnings.warn(f"answers are compared without the cache {self.file}: {problem}", stacklevel=4)
+        self.file = None
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "?"
