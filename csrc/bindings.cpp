@@ -10,12 +10,16 @@
 #ifndef CALM_FAST_CUDA_MODULE
 STABLE_TORCH_LIBRARY_FRAGMENT(calm_fast, m) {
   // A function with SIMD code takes `lane` last: -1 for the best of this CPU, or one of csrc/common/lanes.h.
+  m.def("_native_cross_attention(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, bool causal, float scale,"
+        " int lane=-1) -> (Tensor out, Tensor lse)");
   m.def("_native_dual_lora_mix(Tensor zg, Tensor u, Tensor up, int r_pos, int lane=-1) -> Tensor");
   m.def("_native_dual_lora_weigh(Tensor zg, int r_pos) -> Tensor");
   m.def("_native_dual_lora_pack(Tensor w, int lane=-1) -> Tensor");
   m.def("_native_dual_lora_linear(Tensor x, Tensor packed, int n, Tensor? add=None, int lane=-1) -> Tensor");
   m.def("_native_vote(Tensor answers, Tensor? scores, Tensor? valid, bool adaptive, float lam, int lane=-1)"
         " -> (Tensor winner, Tensor weight, Tensor total, Tensor margin, Tensor ties)");
+  m.def("_native_maj_at_k_resample(Tensor answers, Tensor correct, Tensor? scores, Tensor? valid, int[] ks,"
+        " int resamples, bool adaptive, float lam, int seed, int lane=-1) -> Tensor credit");
   m.def("_native_linear_logprob_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature,"
         " float? softcap, bool want_entropy, bool want_rank, int lane=-1)"
         " -> (Tensor logprob, Tensor entropy, Tensor rank, Tensor lse)");

@@ -21,8 +21,6 @@ constexpr int kMostThreads = 128;
 constexpr int64_t kBusyBlocks = 1056;    // 8 blocks on each of an H200's 132 multiprocessors
 constexpr int64_t kScratchBlocks = 264;  // when samples do not fit into shared memory
 
-enum Rule : int { count = 0, weighted = 1, adaptive = 2 };
-
 struct Sizes {
   int size[kSizes];     // ascending
   int column[kSizes];   // of credit
@@ -32,13 +30,15 @@ struct Sizes {
 struct Args {
   Global<const int64_t> answers;  // (Q, K), < 0: does not vote
   Global<const int64_t> correct;  // (Q,)
-  Global<const double> scores;    // (Q, K), null with rule count; NaN: not scored
+  Global<const float> scores32;   // (Q, K), NaN: not scored; both null: every sample weighs 1
+  Global<const double> scores64;
   Global<const bool> valid;       // (Q, K) or null: all vote
   Global<double> credit;          // (Q, columns)
   Global<double> partial;         // (Q, chunks, sizes.used); null with one chunk
   Global<unsigned char> scratch;  // Plan::scratch bytes
   int64_t questions, columns, resamples, chunk, chunks;
-  int samples, rule;
+  int samples;
+  bool adaptive;  // a sample weighs 1 + lam s, else s
   double lam;
   uint32_t key[2];  // the seed
   Sizes sizes;
@@ -159,6 +159,11 @@ __global__ void __launch_bounds__(kMostThreads, 1) resample_kernel(Args a) {
     w = cut<Index, Sum>(scratch, k, threads);
   }
 
+  const auto score = [&](int64_t at) -> double {
+    if (a.scores32) return a.scores32[at];
+    return a.scores64[at];
+  };
+
   for (int64_t item = blockIdx.x; item < a.questions * a.chunks; item += gridDim.x) {
     const int64_t q = item / a.chunks, chunk = item % a.chunks;
     for (int i = t; i < k; i += threads) {
@@ -174,7 +179,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) resample_kernel(Args a) {
         double sum = 0;
         int known = 0;
         for (int i = 0; i < k; ++i) {
-          const double s = a.scores[q * k + i];
+          const double s = score(q * k + i);
           if (w.answers[i] >= 0 && s == s) {
             sum += s;
             ++known;
@@ -208,10 +213,10 @@ __global__ void __launch_bounds__(kMostThreads, 1) resample_kernel(Args a) {
         w.classes[place] = static_cast<Index>(number);
         if (first == i && w.answers[i] == a.correct[q]) cells[2] = number;
         if constexpr (kWeighted) {
-          double s = a.scores[q * k + i];
+          double s = score(q * k + i);
           if (s != s) s = *mean_cell;
           // rounded after the product as well: a fused multiply-add would give other bits than the definition
-          w.weights[place] = a.rule == adaptive ? __dadd_rn(1.0, __dmul_rn(a.lam, s)) : s;
+          w.weights[place] = a.adaptive ? __dadd_rn(1.0, __dmul_rn(a.lam, s)) : s;
         }
       }
     }
@@ -322,12 +327,13 @@ inline Plan plan(int64_t questions, int64_t samples, int64_t resamples, bool is_
 // Launches for Q > 0 and K > 0; nullptr, or what went wrong.
 inline const char* launch(const Args& a, const Plan& p, simt::Stream stream) {
   const dim3 grid(static_cast<unsigned>(p.grid));
+  const bool scored = a.scores32 || a.scores64;
   const char* problem = nullptr;
-  if (p.shared_memory && a.scores) {
+  if (p.shared_memory && scored) {
     problem = SIMT_LAUNCH((resample_kernel<uint16_t, double, true>), grid, p.threads, p.shared, stream, a);
   } else if (p.shared_memory) {
     problem = SIMT_LAUNCH((resample_kernel<uint16_t, uint16_t, true>), grid, p.threads, p.shared, stream, a);
-  } else if (a.scores) {
+  } else if (scored) {
     problem = SIMT_LAUNCH((resample_kernel<int32_t, double, false>), grid, p.threads, p.shared, stream, a);
   } else {
     problem = SIMT_LAUNCH((resample_kernel<int32_t, int32_t, false>), grid, p.threads, p.shared, stream, a);

@@ -1,5 +1,5 @@
-// maj_at_k.cuh on a CPU. tensors: answers, correct, scores?, valid?, sizes (ascending), columns, credit; integers: Q, K,
-// columns, resamples, rule, seed, most blocks (0: as planned); floats: lam.
+// maj_at_k.cuh on a CPU. tensors: answers, correct, scores in float32?, scores in float64?, valid?, sizes (ascending),
+// columns, credit; integers: Q, K, columns, resamples, adaptive, seed, most blocks (0: as planned); floats: lam.
 #include "emulation/call.hpp"
 #include "maj_at_k/maj_at_k.cuh"
 
@@ -10,17 +10,18 @@ CALM_EMULATED(maj_at_k) {
   namespace op = calm_fast::maj_at_k;
   auto answers = in.tensor<const int64_t>(0, "answers", Use::input);
   auto correct = in.tensor<const int64_t>(1, "correct", Use::input);
-  auto scores = in.tensor<const double>(2, "scores", Use::input);
-  auto valid = in.tensor<const bool>(3, "valid", Use::input);
-  auto credit = in.tensor<double>(6, "credit", Use::output);
+  auto scores32 = in.tensor<const float>(2, "scores32", Use::input);
+  auto scores64 = in.tensor<const double>(3, "scores64", Use::input);
+  auto valid = in.tensor<const bool>(4, "valid", Use::input);
+  auto credit = in.tensor<double>(7, "credit", Use::output);
   const int64_t questions = in.integers[0], samples = in.integers[1], resamples = in.integers[3];
-  op::Plan plan = op::plan(questions, samples, resamples, scores.get() != nullptr);
+  op::Plan plan = op::plan(questions, samples, resamples, in.tensors[2].data || in.tensors[3].data);
   if (in.integers[6] > 0) plan.grid = std::min(plan.grid, in.integers[6]);  // so that blocks take several questions
   op::Args args = {};
-  args.sizes.used = static_cast<int>(in.tensors[4].count);
+  args.sizes.used = static_cast<int>(in.tensors[5].count);
   for (int i = 0; i < args.sizes.used; ++i) {
-    args.sizes.size[i] = static_cast<int>(static_cast<const int64_t*>(in.tensors[4].data)[i]);
-    args.sizes.column[i] = static_cast<int>(static_cast<const int64_t*>(in.tensors[5].data)[i]);
+    args.sizes.size[i] = static_cast<int>(static_cast<const int64_t*>(in.tensors[5].data)[i]);
+    args.sizes.column[i] = static_cast<int>(static_cast<const int64_t*>(in.tensors[6].data)[i]);
   }
   std::vector<double> partial_data(questions * plan.chunks * args.sizes.used);
   std::vector<double> scratch_data(plan.scratch / 8 + 1);
@@ -28,7 +29,8 @@ CALM_EMULATED(maj_at_k) {
   Buffer<unsigned char> scratch("scratch", scratch_data.data(), plan.scratch, Use::output);
   args.answers = answers.get();
   args.correct = correct.get();
-  args.scores = scores.get();
+  args.scores32 = scores32.get();
+  args.scores64 = scores64.get();
   args.valid = valid.get();
   args.credit = credit.get();
   args.partial = partial.get();
@@ -39,7 +41,7 @@ CALM_EMULATED(maj_at_k) {
   args.chunk = plan.chunk;
   args.chunks = plan.chunks;
   args.samples = static_cast<int>(samples);
-  args.rule = static_cast<int>(in.integers[4]);
+  args.adaptive = in.integers[4] != 0;
   args.lam = in.floats[0];
   args.key[0] = static_cast<uint32_t>(in.integers[5]);
   args.key[1] = static_cast<uint32_t>(in.integers[5] >> 32);

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from calm_fast.ops.maj_at_k import curve
-from calm_fast.ops.voting import RULES
+from calm_fast.verify.emulated.vote import two_dtypes
 from calm_fast.verify.emulation import CSRC, SCHEDULES, Schedule, call
 from calm_fast.verify.numerics import Inputs, Values
 
@@ -28,12 +28,12 @@ def run(inputs: Inputs, schedule: Schedule = SCHEDULES[0], csrc: Path = CSRC, mo
     credit = torch.full((q, len(ks)), float("nan"), dtype=torch.float64)
     columns = torch.tensor(sorted(range(len(ks)), key=lambda i: ks[i]))
     sizes = torch.tensor(ks)[columns].clamp(max=k)
-    integers = [q, k, len(ks), inputs["resamples"], RULES.index(inputs["rule"])]
+    integers = [q, k, len(ks), inputs["resamples"], inputs["rule"] == "adaptive"]
     integers += [(inputs["seed"] + 2**63) % 2**64 - 2**63, most_blocks]
     tensors = [
         answers.contiguous(),
         inputs["correct"].contiguous(),
-        None if scores is None or inputs["rule"] == "count" else scores.double().contiguous(),
+        *two_dtypes(None if inputs["rule"] == "count" else scores),
         None if valid is None else valid.contiguous(),
     ]
     for own, at in zip(sizes.split(_MOST_SIZES), columns.split(_MOST_SIZES), strict=True):

@@ -18,20 +18,26 @@ def run(inputs: Inputs, schedule: Schedule = SCHEDULES[0], csrc: Path = CSRC, mo
     most_blocks: the largest grid, so that a block takes several questions in turn; 0 = as planned.
     """
     answers, scores, valid = inputs["answers"], inputs["scores"], inputs["valid"]
-    scores = None if inputs["rule"] == "count" else scores
     q, k = answers.shape
     outputs = {
         name: torch.full((q,), _POISON, dtype=torch.int64 if name in ("winner", "ties") else torch.float64)
         for name in ("winner", "weight", "total", "margin", "ties")
     }
     if q:
-        if scores is not None:  # the kernel reads two dtypes; the op widens the others
-            scores = (scores if scores.dtype in (torch.float32, torch.float64) else scores.float()).contiguous()
         tensors = [
             answers.contiguous(),
-            *(scores if scores is not None and scores.dtype == d else None for d in (torch.float32, torch.float64)),
+            *two_dtypes(None if inputs["rule"] == "count" else scores),
             None if valid is None else valid.contiguous(),
             *outputs.values(),
         ]
         call("vote", tensors, [q, k, inputs["rule"] == "adaptive", most_blocks], [float(inputs["lam"])], schedule, csrc)
     return {name: values.double() for name, values in outputs.items()}
+
+
+def two_dtypes(scores: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The scores as (float32, None) or (None, float64): what the kernels read; the op widens narrower ones."""
+    if scores is None:
+        return None, None
+    if scores.dtype == torch.float64:
+        return None, scores.contiguous()
+    return scores.float().contiguous(), None
