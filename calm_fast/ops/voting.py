@@ -40,10 +40,12 @@ def check_votes(
         check_same_shape(op, "valid", valid, answers)
     if not values_checked(answers) or not answers.numel():
         return
-    lowest = int((answers if valid is None else answers.masked_fill(~valid, 0)).min())
+    lowest = int(answers.min())
+    if lowest < 0 and valid is not None:  # the others may hold anything
+        lowest = int(answers.masked_fill(~valid, 0).min())
     if lowest < 0:
         raise bad_value(op, "answers", "class ids >= 0 (mark samples that do not vote in `valid`)", f"{lowest}")
-    if rule != "count" and values_checked(scores):
+    if rule != "count" and values_checked(scores) and not scores.nansum().isfinite():  # a sum is cheap; it may overflow
         infinite = scores.isinf() if valid is None else scores.isinf() & valid
         if infinite.any():
             at = tuple(infinite.nonzero()[0].tolist())
