@@ -6,6 +6,7 @@ import torch
 
 from calm_fast._dispatch import Decision, check_impl
 from calm_fast._validate import check_bool
+from calm_fast.ops import vocabulary
 from calm_fast.ops.vocabulary import check_head, check_numbers, check_targets, choose
 from calm_fast.reference.linear_logprob import linear_logprob_reference
 
@@ -83,7 +84,8 @@ def decide(
 ) -> Decision:
     """Which implementation the same call of `linear_logprob` runs, and why; raises what that call would raise.
 
-    auto: Triton on a GPU where it can run; the blocked torch implementation everywhere else.
+    auto: the compiled library on a CPU with vector instructions (16-bit products stay with torch where the CPU has
+    matrix units), Triton on a GPU, where these can run; the blocked torch implementation everywhere else.
     """
     check_impl(_OP, impl)
     check_head(_OP, "hidden", hidden, weight, bias)
@@ -116,6 +118,8 @@ def _fwd(*args):
         from calm_fast.kernels.linear_logprob import launch_linear_logprob_fwd  # imports triton: only where it is used
 
         return launch_linear_logprob_fwd(*args)
+    if impl == "native":
+        return _native_fwd(*args)
     from calm_fast.torch_impl.linear_logprob import linear_logprob_torch_fwd
 
     return linear_logprob_torch_fwd(*args)
@@ -126,6 +130,8 @@ def _bwd(*args):
     *args, needs, impl = args
     if impl == "triton":
         return _triton_bwd(*args, tuple(needs))
+    if impl == "native":
+        return _native_bwd(*args, tuple(needs))
     from calm_fast.torch_impl.linear_logprob import linear_logprob_torch_bwd
 
     return linear_logprob_torch_bwd(*args, tuple(needs))
@@ -146,6 +152,43 @@ def _triton_bwd(
         launch_linear_logprob_dlogits(*tensors, temperature, softcap, ignore_index, rows, columns, chunk)
         gradients.add(rows, columns, chunk)
     return gradients.results()
+
+
+def _native_fwd(hidden, weight, bias, targets, temperature, softcap, ignore_index, want_entropy, want_rank):
+    """The tokens that count through the compiled library."""
+    from calm_fast.torch_impl.vocabulary import put, take, valid_rows
+
+    tokens, rows = targets.shape[0], valid_rows(targets, ignore_index)
+    hidden, targets = take(rows, hidden, targets.contiguous())
+    bias = None if bias is None else bias.float().contiguous()
+    found = torch.ops.calm_fast._native_linear_logprob_fwd(
+        hidden, weight, bias, targets, temperature, softcap, want_entropy, want_rank, vocabulary.LANE
+    )
+    wanted = (True, want_entropy, want_rank, True)
+    return tuple(put(rows, t, tokens) if want else t for t, want in zip(found, wanted, strict=True))
+
+
+def _native_bwd(
+    dlogprob, dentropy, hidden, weight, bias, targets, lse, entropy, temperature, softcap, ignore_index, needs
+):
+    """Logit gradients by the compiled library, a chunk at a time; the products that consume them are torch's."""
+    from calm_fast.torch_impl.vocabulary import Gradients, put, take, valid_rows
+
+    tokens, rows = targets.shape[0], valid_rows(targets, ignore_index)
+    up, hidden, targets, lse = take(rows, dlogprob.float().contiguous(), hidden, targets.contiguous(), lse)
+    down = None
+    if dentropy is not None:
+        down, entropy = take(rows, dentropy.float().contiguous(), entropy)
+    bias = None if bias is None else bias.float().contiguous()
+    gradients = Gradients(hidden, weight, needs)
+    for r, c, chunk in gradients.chunks(by_token=False):
+        torch.ops.calm_fast._native_linear_logprob_dlogits(
+            up[r], None if down is None else down[r], hidden[r], weight, bias, targets[r], lse[r],
+            None if down is None else entropy[r], temperature, softcap, c.start, chunk.T, vocabulary.LANE,
+        )  # fmt: skip
+        gradients.add(r, c, chunk)
+    dhidden, dweight, dbias = gradients.results()
+    return put(rows, dhidden, tokens) if needs[0] else dhidden, dweight, dbias
 
 
 @torch.library.register_fake("calm_fast::linear_logprob_fwd", lib=_lib)
@@ -183,7 +226,9 @@ def _backward(ctx, dlogprob, dentropy, *_):
 
 
 def _no_double_backward(ctx, *grads):
-    raise RuntimeError(f"{_OP}: no double backward through impl='torch' or 'triton'. Use impl='reference' for it.")
+    raise RuntimeError(
+        f"{_OP}: no double backward through impl='torch', 'triton' or 'native'. Use impl='reference' for it."
+    )
 
 
 torch.library.register_autograd("calm_fast::linear_logprob_fwd", _backward, setup_context=_setup_context, lib=_lib)

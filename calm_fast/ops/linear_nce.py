@@ -6,6 +6,7 @@ import torch
 
 from calm_fast._dispatch import Decision, check_impl
 from calm_fast._validate import bad_value, check_finite_number, check_tensor, values_checked
+from calm_fast.ops import vocabulary
 from calm_fast.ops.vocabulary import (
     DTYPES,
     check_dtype,
@@ -97,7 +98,8 @@ def decide(
 ) -> Decision:
     """Which implementation the same call of `linear_nce` runs, and why; raises what that call would raise.
 
-    auto: Triton on a GPU where it can run; the blocked torch implementation everywhere else.
+    auto: the compiled library on a CPU with vector instructions (16-bit products stay with torch where the CPU has
+    matrix units), Triton on a GPU, where these can run; the blocked torch implementation everywhere else.
     """
     check_impl(_OP, impl)
     check_head(_OP, "student", student, weight, bias)
@@ -149,6 +151,8 @@ def _fwd(*args):
         from calm_fast.kernels import linear_nce as kernels  # imports triton: only where it is used
 
         return kernels.launch_linear_nce_fwd(*args)
+    if impl == "native":
+        return _native_fwd(*args)
     from calm_fast.torch_impl.linear_nce import linear_nce_torch_fwd
 
     return linear_nce_torch_fwd(*args)
@@ -159,6 +163,8 @@ def _bwd(*args):
     *args, needs, impl = args
     if impl == "triton":
         return _triton_bwd(*args, tuple(needs))
+    if impl == "native":
+        return _native_bwd(*args, tuple(needs))
     from calm_fast.torch_impl.linear_nce import linear_nce_torch_bwd
 
     return linear_nce_torch_bwd(*args, tuple(needs))
@@ -180,6 +186,44 @@ def _triton_bwd(
         launch_linear_nce_dlogits(*tensors, temperature, softcap, rows, columns, chunk)
         gradients.add(rows, columns, chunk)
     return gradients.results()
+
+
+def _native_fwd(
+    student, nat, neg, weight, bias, targets, seq_ids, alpha, temperature, offset, softcap, ignore_index
+):  # fmt: skip
+    """The tokens that count through the compiled library, what follows from a token's numbers in torch."""
+    from calm_fast.torch_impl.linear_nce import combine
+    from calm_fast.torch_impl.vocabulary import take, valid_rows
+
+    tokens, rows = targets.shape[0], valid_rows(targets, ignore_index)
+    streams = take(rows, student, nat, neg)
+    targets, seq_ids = take(rows, targets.contiguous(), seq_ids)
+    bias = None if bias is None else bias.float().contiguous()
+    lse, losses = torch.ops.calm_fast._native_linear_nce_fwd(
+        *streams, weight, bias, targets, temperature, softcap, vocabulary.LANE
+    )
+    return combine(lse, *losses, seq_ids, rows, tokens, alpha, temperature, offset)
+
+
+def _native_bwd(
+    dloss, student, nat, weight, bias, targets, lse, coefficients, temperature, softcap, ignore_index, needs
+):
+    """Logit gradients by the compiled library, a chunk at a time; the products that consume them are torch's."""
+    from calm_fast.torch_impl.vocabulary import Gradients, put, take, valid_rows
+
+    tokens, rows = targets.shape[0], valid_rows(targets, ignore_index)
+    student, nat, targets = take(rows, student, nat, targets.contiguous())
+    lse, coefficients = (t if rows is None else t[:, rows] for t in (lse, coefficients * dloss))
+    bias = None if bias is None else bias.float().contiguous()
+    gradients = Gradients(student, weight, needs)
+    for r, c, chunk in gradients.chunks(by_token=False):
+        torch.ops.calm_fast._native_linear_nce_dlogits(
+            coefficients[:, r].contiguous(), student[r], nat[r], weight, bias, targets[r], lse[:, r].contiguous(),
+            temperature, softcap, c.start, chunk.T, vocabulary.LANE,
+        )  # fmt: skip
+        gradients.add(r, c, chunk)
+    dstudent, dweight, dbias = gradients.results()
+    return put(rows, dstudent, tokens) if needs[0] else dstudent, dweight, dbias
 
 
 @torch.library.register_fake("calm_fast::linear_nce_fwd", lib=_lib)
@@ -213,7 +257,9 @@ def _backward(ctx, dloss, *_):
 
 
 def _no_double_backward(ctx, *grads):
-    raise RuntimeError(f"{_OP}: no double backward through impl='torch' or 'triton'. Use impl='reference' for it.")
+    raise RuntimeError(
+        f"{_OP}: no double backward through impl='torch', 'triton' or 'native'. Use impl='reference' for it."
+    )
 
 
 torch.library.register_autograd("calm_fast::linear_nce_fwd", _backward, setup_context=_setup_context, lib=_lib)

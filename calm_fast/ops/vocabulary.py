@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from calm_fast import _native
@@ -11,12 +13,50 @@ from calm_fast._validate import bad_type, bad_value, check_finite_number, check_
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+# the lane of the compiled library, see csrc/common/lanes.h: -1 = the best of this CPU; tests force others
+LANE = -1
+
+
+def _matrix_units() -> bool:
+    """True where the CPU multiplies 16-bit matrices in tiles (AMX): torch's product uses them, ours does not."""
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_amx_fp16_supported"))
+
+
+@functools.cache
+def _no_vectors() -> bool:
+    info = _native.build_info()["_cpu"]
+    return isinstance(info, dict) and info["best lane here"] == "scalar"
+
+
+@functools.cache
+def _slow_native(dtype: torch.dtype) -> str | None:
+    """Why torch's own product is the better one on this CPU; None where the compiled library's is."""
+    if _no_vectors():
+        return "this CPU has neither AVX2 nor AVX-512"
+    if dtype != torch.float32 and _matrix_units():
+        return "this CPU has matrix units for 16-bit products, which torch uses"
+    return None
+
+
+# see _dispatch: constants for the compiler
+_slow_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def native_obstacle(op: str, hidden: torch.Tensor) -> str | None:
+    """Why the compiled library cannot run `op` on these hidden states; None where it can."""
+    if hidden.dtype == torch.float64:
+        return "the compiled library computes in float32, the hidden states are float64"
+    return _native.obstacle(op, hidden.device.type)
+
+
 def choose(op: str, impl: str, hidden: torch.Tensor) -> Decision:
-    """Triton on a GPU where it can run, blocked torch everywhere else; `impl` if it was asked for."""
+    """The compiled library on a CPU, Triton on a GPU, blocked torch where they cannot run; or what was asked for."""
     if impl in ("reference", "torch"):
         return Decision(op, impl, "asked for")
     if impl == "native":
-        raise refuse(op, impl, _native.obstacle(op, hidden.device.type))
+        if obstacle := native_obstacle(op, hidden):
+            raise refuse(op, impl, obstacle)
+        return Decision(op, impl, "asked for")
     obstacle = triton_obstacle(hidden.device)
     if hidden.dtype == torch.float64:
         obstacle = "the kernels compute in float32, the hidden states are float64"
@@ -25,7 +65,9 @@ def choose(op: str, impl: str, hidden: torch.Tensor) -> Decision:
             raise refuse(op, impl, obstacle)
         return Decision(op, impl, "asked for")
     if hidden.device.type == "cpu":
-        return Decision(op, "torch", "CPU tensors: blocked products are the fast path")
+        if obstacle := native_obstacle(op, hidden) or _slow_native(hidden.dtype):
+            return Decision(op, "torch", f"CPU tensors: blocked products; {obstacle}")
+        return Decision(op, "native", "CPU tensors: products and running sums in one pass, in vector registers")
     if obstacle:
         return Decision(op, "torch", f"Triton cannot run: {obstacle}")
     return Decision(op, "triton", "a GPU: products and running sums in one kernel")

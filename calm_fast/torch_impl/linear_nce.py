@@ -71,28 +71,49 @@ def linear_nce_torch_fwd(
         the loss (); lse (3, T): log-sum-exps of the student, of the student over tau, of nat over tau; coefficients
         (2, T) of the hard and the soft cross-entropy in the loss, 0 for ignored tokens. All in the compute dtype.
     """
-    tokens, compute = targets.shape[0], torch.promote_types(student.dtype, torch.float32)
-    lse, coefficients = (student.new_zeros((n, tokens), dtype=compute) for n in (3, 2))
-    rows = valid_rows(targets, ignore_index)
+    tokens, rows = targets.shape[0], valid_rows(targets, ignore_index)
     student, nat, neg, targets, seq_ids = take(rows, student, nat, neg, targets, seq_ids)
-    count = targets.shape[0]
-    if count == 0:
-        return lse.new_zeros(()), lse, coefficients
-
-    tiles = LogitTiles(weight, bias, softcap, count, streams=3)
+    tiles = LogitTiles(weight, bias, softcap, targets.shape[0], streams=3)
     parts = [
         _sweep(tiles, (student[block], nat[block], neg[block]), targets[block], temperature)
-        for block in tiles.row_blocks(slice(0, count))
+        for block in tiles.row_blocks(slice(0, targets.shape[0]))
     ]
-    some_lse, hard, soft, kl = (torch.cat(p, dim=-1) for p in zip(*parts, strict=True))
+    nothing = tiles.like.new_zeros(0)
+    parts = parts or [(nothing.view(3, 0), nothing, nothing, nothing)]
+    lse, hard, soft, kl = (torch.cat(p, dim=-1) for p in zip(*parts, strict=True))
+    return combine(lse, hard, soft, kl, seq_ids, rows, tokens, alpha, temperature, offset)
+
+
+def combine(
+    lse: torch.Tensor,
+    hard: torch.Tensor,
+    soft: torch.Tensor,
+    kl: torch.Tensor,
+    seq_ids: torch.Tensor,
+    rows: torch.Tensor | None,
+    tokens: int,
+    alpha: float,
+    temperature: float,
+    offset: float,
+) -> Stats:
+    """The loss from the numbers of the tokens that count.
+
+    Args:
+        lse (3, t), hard, soft, kl (t,): see `_sweep`. seq_ids: (t,). rows: which of the `tokens` they are, None = all.
+    Returns:
+        what `linear_nce_torch_fwd` does.
+    """
+    count = kl.shape[0]
+    if count == 0:
+        return lse.new_zeros(()), lse.new_zeros((3, tokens)), lse.new_zeros((2, tokens))
     members = torch.bincount(seq_ids, minlength=tokens)
     per_sequence = kl.new_zeros(tokens).index_add_(0, seq_ids, kl) / members.clamp(min=1)
     calibration = offset + torch.tanh(per_sequence[seq_ids])
     some = torch.stack((torch.full_like(kl, (1 - alpha) / count), alpha * temperature**2 / count * calibration))
     loss = (some * torch.stack((hard, soft))).sum()
     if rows is None:
-        return loss, some_lse, some
-    return loss, lse.index_copy_(1, rows, some_lse), coefficients.index_copy_(1, rows, some)
+        return loss, lse, some
+    return loss, *(t.new_zeros((t.shape[0], tokens)).index_copy_(1, rows, t) for t in (lse, some))
 
 
 def linear_nce_torch_bwd(

@@ -218,8 +218,11 @@ class Gradients:
         self.dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None
         self.dbias = weight.new_zeros(weight.shape[0], dtype=self.compute) if need_bias else None
 
-    def chunks(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-        """(rows, columns, buffer): fill the buffer (rows, columns) with logit gradients, then call `add`."""
+    def chunks(self, by_token: bool = True) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """(rows, columns, buffer): fill the buffer (rows, columns) with logit gradients, then call `add`.
+
+        by_token: a token's gradients lie side by side; else a column's do.
+        """
         tokens, vocabulary = self.hidden.shape[0], self.weight.shape[0]
         if tokens == 0:
             return
@@ -232,7 +235,8 @@ class Gradients:
         for r in blocks(0, tokens, rows):
             for c in blocks(0, vocabulary, columns):
                 shape = (r.stop - r.start, c.stop - c.start)
-                yield r, c, buffer[: shape[0] * shape[1]].view(shape)
+                part = buffer[: shape[0] * shape[1]]
+                yield r, c, part.view(shape) if by_token else part.view(shape[::-1]).T
 
     def add(self, rows: slice, columns: slice, dlogits: torch.Tensor) -> None:
         """Account for a chunk (rows, columns) in the inputs' dtype."""

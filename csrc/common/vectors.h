@@ -1,0 +1,170 @@
+// Vectors of float32 in four lanes, one namespace each with the same names: V, kWidth, arithmetic, comparisons, and the
+// two steps of exp2 that read a number's bits. NaN survives: maximum(a, b) gives b where either is NaN, so b is the data.
+//
+// fused(a, b, c) = a b + c, rounded once where the lane can. dot(acc, a, b) adds a product of 32-bit operands: one
+// float32 each, or two bfloat16 each (kPairs). greater(a, b) and same(a, b) are masks for any() and pick(mask, x, y).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/lanes.h"
+
+namespace calm_fast {
+
+constexpr float kRoundingMagic = 12582912.0f;  // 1.5 * 2^23: added to a small number it leaves the integer in the low bits
+
+// exp2_of(x) = 2^x for x <= 127, to 1.4 units of 2^-24; 2^-126 or less below x = -126, not 0; NaN for NaN
+#define CALM_FAST_EXP2                                                   \
+  LANE V exp2_of(V x) {                                                  \
+    x = maximum(set1(-126.0f), x);                                       \
+    const V rounded = add(x, set1(kRoundingMagic));                      \
+    const V f = sub(x, sub(rounded, set1(kRoundingMagic)));              \
+    V p = fused(set1(0x1.41fbb8p-13f), f, set1(0x1.5f3e54p-10f));        \
+    p = fused(p, f, set1(0x1.3b2d4cp-7f));                               \
+    p = fused(p, f, set1(0x1.c6aee8p-5f));                               \
+    p = fused(p, f, set1(0x1.ebfbdcp-3f));                               \
+    p = fused(p, f, set1(0x1.62e430p-1f));                               \
+    p = fused(p, f, set1(1.0f));                                         \
+    return scaled(p, rounded);                                           \
+  }
+
+namespace scalar {
+#define LANE inline
+constexpr int kWidth = 4;
+constexpr bool kPairs = false;
+struct V {
+  float x[kWidth];
+};
+struct M {
+  bool x[kWidth];
+};
+#define CALM_FAST_EACH(expression)                                \
+  V out;                                                          \
+  for (int i = 0; i < kWidth; ++i) out.x[i] = (expression);       \
+  return out
+LANE V set1(float value) { CALM_FAST_EACH(value); }
+LANE V load(const float* from) { CALM_FAST_EACH(from[i]); }
+LANE void store(float* to, V a) {
+  for (int i = 0; i < kWidth; ++i) to[i] = a.x[i];
+}
+LANE V add(V a, V b) { CALM_FAST_EACH(a.x[i] + b.x[i]); }
+LANE V sub(V a, V b) { CALM_FAST_EACH(a.x[i] - b.x[i]); }
+LANE V mul(V a, V b) { CALM_FAST_EACH(a.x[i] * b.x[i]); }
+LANE V over(V a, V b) { CALM_FAST_EACH(a.x[i] / b.x[i]); }
+LANE V fused(V a, V b, V c) { CALM_FAST_EACH(a.x[i] * b.x[i] + c.x[i]); }
+LANE V dot(V acc, V a, V b) { return fused(a, b, acc); }
+LANE V maximum(V a, V b) { CALM_FAST_EACH(a.x[i] > b.x[i] ? a.x[i] : b.x[i]); }
+LANE V minimum(V a, V b) { CALM_FAST_EACH(a.x[i] < b.x[i] ? a.x[i] : b.x[i]); }
+LANE M greater(V a, V b) {
+  M out;
+  for (int i = 0; i < kWidth; ++i) out.x[i] = a.x[i] > b.x[i];
+  return out;
+}
+LANE M same(V a, V b) {
+  M out;
+  for (int i = 0; i < kWidth; ++i) out.x[i] = a.x[i] == b.x[i];
+  return out;
+}
+LANE bool any(M mask) {
+  bool found = false;
+  for (int i = 0; i < kWidth; ++i) found = found || mask.x[i];
+  return found;
+}
+LANE V pick(M mask, V a, V b) { CALM_FAST_EACH(mask.x[i] ? a.x[i] : b.x[i]); }
+// a 2^n, n being the integer in the low bits of `rounded`
+LANE V scaled(V a, V rounded) {
+  V out;
+  for (int i = 0; i < kWidth; ++i) {
+    uint32_t bits, n;
+    std::memcpy(&bits, &a.x[i], 4);
+    std::memcpy(&n, &rounded.x[i], 4);
+    bits += n << 23;
+    std::memcpy(&out.x[i], &bits, 4);
+  }
+  return out;
+}
+CALM_FAST_EXP2
+#undef CALM_FAST_EACH
+#undef LANE
+}  // namespace scalar
+
+#if CALM_FAST_X86
+
+namespace avx2 {
+#define LANE CALM_FAST_AVX2 inline
+constexpr int kWidth = 8;
+constexpr bool kPairs = false;
+using V = __m256;
+using M = __m256;
+LANE V set1(float value) { return _mm256_set1_ps(value); }
+LANE V load(const float* from) { return _mm256_loadu_ps(from); }
+LANE void store(float* to, V a) { _mm256_storeu_ps(to, a); }
+LANE V add(V a, V b) { return _mm256_add_ps(a, b); }
+LANE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+LANE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+LANE V over(V a, V b) { return _mm256_div_ps(a, b); }
+LANE V fused(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+LANE V dot(V acc, V a, V b) { return _mm256_fmadd_ps(a, b, acc); }
+LANE V maximum(V a, V b) { return _mm256_max_ps(a, b); }
+LANE V minimum(V a, V b) { return _mm256_min_ps(a, b); }
+LANE M greater(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+LANE M same(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+LANE bool any(M mask) { return _mm256_movemask_ps(mask) != 0; }
+LANE V pick(M mask, V a, V b) { return _mm256_blendv_ps(b, a, mask); }
+LANE V scaled(V a, V rounded) {
+  const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(rounded), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), n));
+}
+CALM_FAST_EXP2
+#undef LANE
+}  // namespace avx2
+
+// the two AVX-512 lanes differ in their target and in dot
+#define CALM_FAST_AVX512_VECTORS                                                                          \
+  constexpr int kWidth = 16;                                                                              \
+  using V = __m512;                                                                                       \
+  using M = __mmask16;                                                                                    \
+  LANE V set1(float value) { return _mm512_set1_ps(value); }                                              \
+  LANE V load(const float* from) { return _mm512_loadu_ps(from); }                                        \
+  LANE void store(float* to, V a) { _mm512_storeu_ps(to, a); }                                            \
+  LANE V add(V a, V b) { return _mm512_add_ps(a, b); }                                                    \
+  LANE V sub(V a, V b) { return _mm512_sub_ps(a, b); }                                                    \
+  LANE V mul(V a, V b) { return _mm512_mul_ps(a, b); }                                                    \
+  LANE V over(V a, V b) { return _mm512_div_ps(a, b); }                                                   \
+  LANE V fused(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }                                        \
+  LANE V maximum(V a, V b) { return _mm512_max_ps(a, b); }                                                \
+  LANE V minimum(V a, V b) { return _mm512_min_ps(a, b); }                                                \
+  LANE M greater(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }                               \
+  LANE M same(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }                                  \
+  LANE bool any(M mask) { return mask != 0; }                                                             \
+  LANE V pick(M mask, V a, V b) { return _mm512_mask_blend_ps(mask, b, a); }                              \
+  LANE V scaled(V a, V rounded) {                                                                         \
+    const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(rounded), 23);                                \
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), n));                              \
+  }
+
+namespace avx512 {
+#define LANE CALM_FAST_AVX512 inline
+constexpr bool kPairs = false;
+CALM_FAST_AVX512_VECTORS
+LANE V dot(V acc, V a, V b) { return _mm512_fmadd_ps(a, b, acc); }
+CALM_FAST_EXP2
+#undef LANE
+}  // namespace avx512
+
+namespace avx512_bf16 {
+#define LANE CALM_FAST_AVX512_BF16 inline
+constexpr bool kPairs = true;
+CALM_FAST_AVX512_VECTORS
+LANE V dot(V acc, V a, V b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+CALM_FAST_EXP2
+#undef LANE
+}  // namespace avx512_bf16
+#undef CALM_FAST_AVX512_VECTORS
+
+#endif
+#undef CALM_FAST_EXP2
+
+}  // namespace calm_fast

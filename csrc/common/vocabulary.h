@@ -1,0 +1,74 @@
+// Sweeps of a vocabulary: what linear_nce and linear_logprob do with z = softcap(rows weight^T + bias) on a CPU, a tile
+// of logits at a time. No torch here; docs/kernels/linear_logprob.md derives it.
+#pragma once
+
+#include <cstdint>
+
+#include "common/lanes.h"
+
+namespace calm_fast::vocabulary {
+
+enum class Type { float32, bfloat16, float16 };
+
+// A matrix anywhere in memory; strides count elements.
+struct Matrix {
+  const void* data;
+  int64_t rows, columns, row_stride, column_stride;
+  Type type;
+};
+
+struct Head {
+  Matrix weight;       // (V, d)
+  const float* bias;   // (V,) or null
+  float softcap;       // 0 = none
+  float temperature;
+};
+
+// What a sweep leaves of each token (T,); null = not wanted.
+struct Logprob {
+  float* logprob;
+  float* entropy;
+  int64_t* rank;
+  float* lse;  // of the logits over the temperature
+};
+
+struct Nce {
+  float *lse, *lse_soft, *lse_nat;  // of the student, of the student and of nat over the temperature
+  float *hard, *soft, *kl;          // both cross-entropies and KL(p_neg || p_nat)
+};
+
+// Tasks that may run side by side: run(body, context, tasks) calls body(context, i) for every i, in any order.
+using Run = void (*)(void (*body)(void*, int64_t), void* context, int64_t tasks);
+
+// hidden (T, d), targets (T,) within 0 <= target < V.
+void sweep_logprob(Lane lane, const Matrix& hidden, const Head& head, const int64_t* targets, const Logprob& out, Run run);
+
+// student, nat, neg (T, d).
+void sweep_nce(
+    Lane lane, const Matrix& student, const Matrix& nat, const Matrix& neg, const Head& head, const int64_t* targets,
+    const Nce& out, Run run);
+
+// Columns first .. first + columns of the logit gradients, column by column: out[c * stride + t], in the inputs' type.
+struct Tile {
+  void* data;
+  int64_t first, columns, stride;
+};
+
+//   dz = (up (1_target - p) - down p (log p + entropy)) / temperature, times the slope of the softcap
+// up, down and entropy (T,), down and entropy null where there is no gradient of the entropy.
+struct LogprobGradient {
+  const float *lse, *up, *down, *entropy;
+};
+void dlogits_logprob(
+    Lane lane, const Matrix& hidden, const Head& head, const int64_t* targets, const LogprobGradient& in,
+    const Tile& out, Run run);
+
+//   dz = hard (p - 1_target) + soft / temperature (p^tau - p_nat^tau), times the slope of the softcap
+struct NceGradient {
+  const float *lse, *lse_soft, *lse_nat, *hard, *soft;
+};
+void dlogits_nce(
+    Lane lane, const Matrix& student, const Matrix& nat, const Head& head, const int64_t* targets,
+    const NceGradient& in, const Tile& out, Run run);
+
+}  // namespace calm_fast::vocabulary

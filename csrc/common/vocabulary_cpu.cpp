@@ -1,0 +1,428 @@
+// Drivers of the vocabulary sweeps: memory, blocks of tokens, splits of the vocabulary, and what the splits add up to.
+
+#include "common/vocabulary.h"
+
+// GCC 12 takes the undefined operand of its own unmasked AVX-512 intrinsics for a variable used uninitialized
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "common/dtypes.h"
+#include "common/vectors.h"
+
+namespace calm_fast::vocabulary {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr double kLn2 = 0.6931471805599453;
+
+// Columns of one task: a constant, so that neither the other tokens nor the threads change a token's sums.
+constexpr int64_t kSplit = 2048;
+// Bytes of a block's packed hidden states, which are read again for every few columns: a third of a common L3 cache. With
+// 640 KiB, within the L2 cache, d 4096 took a quarter longer: each packed weight row served too few tokens.
+constexpr int64_t kBlockBytes = 4 << 20;
+
+// ---- what the lanes read and write -----------------------------------------------------------------------------------
+
+struct Running {
+  float *max, *total, *weighted;  // per token of a block
+};
+
+struct LogprobSums {
+  Running running;
+  float* larger;
+};
+
+struct LogprobSweep {
+  const LogprobSums* sums;  // of each split
+  const float* at_target;
+  float scale;
+  bool want_entropy, want_rank;
+};
+
+struct NceSums {
+  Running student, soft_student, nat, soft_nat, neg;
+};
+
+struct NceSweep {
+  const NceSums* sums;
+  float scale;
+  bool plain;  // temperature 1
+};
+
+// per token of a block: dz = 2^x (constant + linear x), x = scale z + minus_lse, and `up` more at the target
+struct LogprobSlope {
+  const float *minus_lse, *constant, *linear, *up, *target;
+  float scale, softcap;
+  Type type;
+  Tile out;
+  int64_t first_token;
+};
+
+struct NceSlope {
+  const float *minus_lse, *minus_lse_soft, *minus_lse_nat, *hard, *soft, *target;
+  float scale, softcap;
+  bool plain;
+  Type type;
+  Tile out;
+  int64_t first_token;
+};
+
+// One block of tokens on its way through the vocabulary.
+struct Walk {
+  const Head* head;
+  const void* visitor;
+  const Matrix* const* hidden;  // of each stream
+  int64_t first_token;
+  uint32_t* panels;   // hidden states packed, stream by stream
+  uint32_t* scratch;  // of each split
+  int64_t scratch_words, padding, streams, tokens, padded, first, last, splits;
+};
+
+struct LaneFunctions {
+  int64_t rows, group, width;
+  bool pairs;
+  void (*pack_tokens)(void*, int64_t);
+  void (*target_logits)(const Walk&, const int64_t* targets, float* out);
+  void (*sweep_logprob)(void*, int64_t);
+  void (*sweep_nce)(void*, int64_t);
+  void (*slope_logprob)(void*, int64_t);
+  void (*slope_nce)(void*, int64_t);
+};
+
+}  // namespace
+}  // namespace calm_fast::vocabulary
+
+// ---- the lanes -------------------------------------------------------------------------------------------------------
+
+#define CALM_FAST_VOCABULARY_LANE(name, rows) \
+  namespace calm_fast::vocabulary {           \
+  namespace {                                 \
+  namespace name##_lane {                     \
+  using namespace calm_fast::name;            \
+  constexpr int kRows = rows;
+
+#define LANE inline
+CALM_FAST_VOCABULARY_LANE(scalar, 4)
+#include "common/vocabulary_lane.h"
+}}}  // NOLINT
+#undef LANE
+#if CALM_FAST_X86
+#define LANE CALM_FAST_AVX2 inline
+CALM_FAST_VOCABULARY_LANE(avx2, 4)
+#include "common/vocabulary_lane.h"
+}}}  // NOLINT
+#undef LANE
+#define LANE CALM_FAST_AVX512 inline
+CALM_FAST_VOCABULARY_LANE(avx512, 8)
+#include "common/vocabulary_lane.h"
+}}}  // NOLINT
+#undef LANE
+#define LANE CALM_FAST_AVX512_BF16 inline
+CALM_FAST_VOCABULARY_LANE(avx512_bf16, 8)
+#include "common/vocabulary_lane.h"
+}}}  // NOLINT
+#undef LANE
+#endif
+
+namespace calm_fast::vocabulary {
+namespace {
+
+const LaneFunctions& functions_of(Lane lane, Type type) {
+#if CALM_FAST_X86
+  if (lane == Lane::avx512_bf16 && type == Type::bfloat16) return avx512_bf16_lane::kFunctions;
+  if (lane >= Lane::avx512) return avx512_lane::kFunctions;
+  if (lane == Lane::avx2) return avx2_lane::kFunctions;
+#endif
+  return scalar_lane::kFunctions;
+}
+
+// ---- memory ----------------------------------------------------------------------------------------------------------
+
+// Zeroed, aligned to a cache line.
+class Buffer {
+ public:
+  explicit Buffer(int64_t words) : memory_(static_cast<float*>(::operator new(bytes(words), std::align_val_t{64}))) {
+    std::memset(memory_, 0, bytes(words));
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { ::operator delete(memory_, std::align_val_t{64}); }
+  float* get() { return memory_; }
+  uint32_t* words() { return reinterpret_cast<uint32_t*>(memory_); }
+
+ private:
+  static size_t bytes(int64_t words) { return static_cast<size_t>(std::max<int64_t>(words, 1)) * 4; }
+  float* memory_;
+};
+
+int64_t whole(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
+// Blocks of the tokens and splits of columns first .. last, with the memory that all blocks share.
+class Plan {
+ public:
+  Plan(Lane lane, const Head& head, int64_t tokens, int64_t streams, int64_t first, int64_t last)
+      : lane_(functions_of(lane, head.weight.type)),
+        words_(lane_.pairs ? (head.weight.columns + 1) / 2 : head.weight.columns),
+        splits(last > first ? (last - first + kSplit - 1) / kSplit : 0),
+        most_(block_of(tokens, streams)),
+        panels_(streams * most_ * words_),
+        scratch_words_(whole((lane_.rows + 4) * words_, 16) + streams * lane_.rows * lane_.group),
+        scratch_(std::max(splits * scratch_words_, (4 + lane_.width) * words_)) {
+    const int64_t panel_words = (lane_.rows + 4) * words_;
+    walk_ = Walk{
+        &head, nullptr, nullptr, 0, panels_.words(), scratch_.words(), scratch_words_,
+        whole(panel_words, 16) - panel_words, streams, 0, most_, first, last, splits};
+  }
+
+  // tokens of a block, rounded up to whole groups
+  int64_t most() const { return most_; }
+  const LaneFunctions& lane() const { return lane_; }
+
+  // Packs tokens first .. first + tokens of each stream.
+  void take(const Matrix* const* hidden, int64_t first, int64_t tokens, Run run) {
+    walk_.hidden = hidden;
+    walk_.first_token = first;
+    walk_.tokens = tokens;
+    run(lane_.pack_tokens, &walk_, splits);
+  }
+  void target_logits(const int64_t* targets, float* out) const { lane_.target_logits(walk_, targets, out); }
+  void run(void (*body)(void*, int64_t), const void* visitor, Run run) {
+    walk_.visitor = visitor;
+    run(body, &walk_, splits);
+  }
+
+ private:
+  int64_t block_of(int64_t tokens, int64_t streams) const {
+    const int64_t fit = std::max<int64_t>(1, kBlockBytes / (streams * words_ * 4 * lane_.group)) * lane_.group;
+    const int64_t blocks = std::max<int64_t>(1, (tokens + fit - 1) / fit);
+    return std::min(fit, whole((std::max<int64_t>(tokens, 1) + blocks - 1) / blocks, lane_.group));
+  }
+
+  const LaneFunctions& lane_;
+  int64_t words_;
+
+ public:
+  const int64_t splits;
+
+ private:
+  int64_t most_;
+  Buffer panels_;
+  int64_t scratch_words_;
+  Buffer scratch_;
+  Walk walk_;
+};
+
+// Running sums of every split, `count` arrays of `most` tokens each.
+class Sums {
+ public:
+  Sums(const Plan& plan, int64_t count) : most_(plan.most()), count_(count), memory_(plan.splits * count * most_) {}
+  float* array(int64_t split, int64_t index) { return memory_.get() + (split * count_ + index) * most_; }
+  Running running(int64_t split, int64_t index) {
+    return Running{array(split, index), array(split, index + 1), array(split, index + 2)};
+  }
+
+ private:
+  int64_t most_, count_;
+  Buffer memory_;
+};
+
+void clear(const Running& sums, int64_t tokens) {
+  // not -infinity: no difference of two of them comes up, and the first finite logit replaces it
+  std::fill(sums.max, sums.max + tokens, -FLT_MAX);
+  std::fill(sums.total, sums.total + tokens, 0.0f);
+  std::fill(sums.weighted, sums.weighted + tokens, 0.0f);
+}
+
+// ---- from the splits to a token --------------------------------------------------------------------------------------
+
+// sum 2^(scale z - max), in base 2, over all splits; weighted by the exponent or by other values.
+struct Total {
+  double max = -FLT_MAX, sum = 0, weighted = 0, scale;
+
+  explicit Total(float scale) : scale(scale) {}
+
+  void add(const Running& part, int64_t token, bool by_exponent) {
+    const double other = part.max[token], top = other > max ? other : max;
+    const double old = (max - top) * scale, add = (other - top) * scale;
+    const double keep = std::exp2(old), take = std::exp2(add);
+    if (by_exponent) weighted += sum == 0 ? 0 : old * sum;
+    weighted = weighted * keep + (part.weighted[token] + (by_exponent ? add * part.total[token] : 0)) * take;
+    sum = sum * keep + part.total[token] * take;
+    max = top;
+  }
+  // NaN where every logit was -infinity, as a softmax has it
+  double log2_sum() const { return max == -FLT_MAX ? std::numeric_limits<double>::quiet_NaN() : std::log2(sum); }
+  double log_sum() const { return (max * scale + log2_sum()) * kLn2; }
+  double log_share(float logit) const {
+    const double share = ((logit - max) * scale - log2_sum()) * kLn2;
+    return share > 0 ? 0 : share;
+  }
+  double entropy() const {
+    const double found = (log2_sum() - weighted / sum) * kLn2;
+    return found < 0 ? 0 : found;
+  }
+  double mean() const { return weighted / sum; }
+};
+
+}  // namespace
+
+void sweep_logprob(
+    Lane lane, const Matrix& hidden, const Head& head, const int64_t* targets, const Logprob& out, Run run) {
+  Plan plan(lane, head, hidden.rows, 1, 0, head.weight.rows);
+  Sums memory(plan, 4);
+  Buffer at_target(plan.most());
+  std::vector<LogprobSums> sums;
+  for (int64_t i = 0; i < plan.splits; ++i) sums.push_back({memory.running(i, 0), memory.array(i, 3)});
+  const float scale = kLog2e / head.temperature;
+  const LogprobSweep sweep{sums.data(), at_target.get(), scale, out.entropy != nullptr, out.rank != nullptr};
+  const Matrix* streams[] = {&hidden};
+  for (int64_t first = 0; first < hidden.rows; first += plan.most()) {
+    const int64_t tokens = std::min(plan.most(), hidden.rows - first);
+    plan.take(streams, first, tokens, run);
+    plan.target_logits(targets + first, at_target.get());
+    for (const LogprobSums& s : sums) {
+      clear(s.running, plan.most());
+      std::fill(s.larger, s.larger + plan.most(), 0.0f);
+    }
+    plan.run(plan.lane().sweep_logprob, &sweep, run);
+    for (int64_t t = 0; t < tokens; ++t) {
+      Total total(scale);
+      double larger = 0;
+      for (const LogprobSums& s : sums) {
+        total.add(s.running, t, true);
+        larger += s.larger[t];
+      }
+      out.logprob[first + t] = static_cast<float>(total.log_share(at_target.get()[t]));
+      out.lse[first + t] = static_cast<float>(total.log_sum());
+      if (out.entropy) out.entropy[first + t] = static_cast<float>(total.entropy());
+      if (out.rank) out.rank[first + t] = 1 + static_cast<int64_t>(larger);
+    }
+  }
+}
+
+void sweep_nce(
+    Lane lane, const Matrix& student, const Matrix& nat, const Matrix& neg, const Head& head, const int64_t* targets,
+    const Nce& out, Run run) {
+  const bool plain = head.temperature == 1.0f;
+  Plan plan(lane, head, student.rows, 3, 0, head.weight.rows);
+  Sums memory(plan, plain ? 9 : 15);
+  Buffer at_target(plan.most());
+  std::vector<NceSums> sums;
+  for (int64_t i = 0; i < plan.splits; ++i) {
+    NceSums s{memory.running(i, 0), {}, {}, memory.running(i, 3), memory.running(i, 6)};
+    s.soft_student = plain ? s.student : memory.running(i, 9);
+    s.nat = plain ? s.soft_nat : memory.running(i, 12);
+    sums.push_back(s);
+  }
+  const float scale = kLog2e / head.temperature;
+  const NceSweep sweep{sums.data(), scale, plain};
+  const Matrix* streams[] = {&student, &nat, &neg};
+  for (int64_t first = 0; first < student.rows; first += plan.most()) {
+    const int64_t tokens = std::min(plan.most(), student.rows - first);
+    plan.take(streams, first, tokens, run);
+    plan.target_logits(targets + first, at_target.get());
+    for (const NceSums& s : sums) {
+      for (const Running& r : {s.student, s.soft_student, s.nat, s.soft_nat, s.neg}) clear(r, plan.most());
+    }
+    plan.run(plan.lane().sweep_nce, &sweep, run);
+    for (int64_t t = 0; t < tokens; ++t) {
+      Total one(kLog2e), soft(scale), teacher(kLog2e), soft_teacher(scale), negative(kLog2e);
+      for (const NceSums& s : sums) {
+        one.add(s.student, t, false);
+        soft.add(s.soft_student, t, false);
+        teacher.add(s.nat, t, false);
+        soft_teacher.add(s.soft_nat, t, false);
+        negative.add(s.neg, t, false);
+      }
+      out.lse[first + t] = static_cast<float>(one.log_sum());
+      out.lse_soft[first + t] = static_cast<float>(soft.log_sum());
+      out.lse_nat[first + t] = static_cast<float>(soft_teacher.log_sum());
+      out.hard[first + t] = static_cast<float>(-one.log_share(at_target.get()[t]));
+      out.soft[first + t] = static_cast<float>(soft.log_sum() - soft_teacher.mean() / head.temperature);
+      out.kl[first + t] = static_cast<float>(negative.mean() - negative.log_sum() + teacher.log_sum());
+    }
+  }
+}
+
+namespace {
+
+// targets relative to the tile's first column, exact as float within it; -1 outside
+void local_targets(const int64_t* targets, int64_t tokens, const Tile& out, float* to) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t local = targets[t] - out.first;
+    to[t] = local >= 0 && local < out.columns ? static_cast<float>(local) : -1.0f;
+  }
+}
+
+}  // namespace
+
+void dlogits_logprob(
+    Lane lane, const Matrix& hidden, const Head& head, const int64_t* targets, const LogprobGradient& in,
+    const Tile& out, Run run) {
+  Plan plan(lane, head, hidden.rows, 1, out.first, out.first + out.columns);
+  const int64_t most = plan.most();
+  Buffer memory(5 * most);
+  float *lse = memory.get(), *constant = lse + most, *linear = lse + 2 * most, *up = lse + 3 * most;
+  float* target = lse + 4 * most;
+  const float scale = kLog2e / head.temperature;
+  LogprobSlope slope{
+      lse, constant, in.down ? linear : nullptr, up, target, scale, head.softcap, head.weight.type, out, 0};
+  const Matrix* streams[] = {&hidden};
+  for (int64_t first = 0; first < hidden.rows; first += most) {
+    const int64_t tokens = std::min(most, hidden.rows - first);
+    plan.take(streams, first, tokens, run);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float given = in.up[first + t] / head.temperature;
+      const float down = in.down ? in.down[first + t] / head.temperature : 0.0f;
+      lse[t] = static_cast<float>(-in.lse[first + t] / kLn2);
+      up[t] = given;
+      constant[t] = in.down ? -given - down * in.entropy[first + t] : -given;
+      linear[t] = static_cast<float>(-down * kLn2);
+    }
+    local_targets(targets + first, tokens, out, target);
+    slope.first_token = first;
+    plan.run(plan.lane().slope_logprob, &slope, run);
+  }
+}
+
+void dlogits_nce(
+    Lane lane, const Matrix& student, const Matrix& nat, const Head& head, const int64_t* targets,
+    const NceGradient& in, const Tile& out, Run run) {
+  Plan plan(lane, head, student.rows, 2, out.first, out.first + out.columns);
+  const int64_t most = plan.most();
+  Buffer memory(6 * most);
+  float *lse = memory.get(), *lse_soft = lse + most, *lse_nat = lse + 2 * most, *hard = lse + 3 * most;
+  float *soft = lse + 4 * most, *target = lse + 5 * most;
+  NceSlope slope{
+      lse, lse_soft, lse_nat, hard, soft, target, kLog2e / head.temperature, head.softcap, head.temperature == 1.0f,
+      head.weight.type, out, 0};
+  const Matrix* streams[] = {&student, &nat};
+  for (int64_t first = 0; first < student.rows; first += most) {
+    const int64_t tokens = std::min(most, student.rows - first);
+    plan.take(streams, first, tokens, run);
+    for (int64_t t = 0; t < tokens; ++t) {
+      lse[t] = static_cast<float>(-in.lse[first + t] / kLn2);
+      lse_soft[t] = static_cast<float>(-in.lse_soft[first + t] / kLn2);
+      lse_nat[t] = static_cast<float>(-in.lse_nat[first + t] / kLn2);
+      hard[t] = in.hard[first + t];
+      soft[t] = in.soft[first + t] / head.temperature;
+    }
+    local_targets(targets + first, tokens, out, target);
+    slope.first_token = first;
+    plan.run(plan.lane().slope_nce, &slope, run);
+  }
+}
+
+}  // namespace calm_fast::vocabulary
