@@ -174,7 +174,7 @@ def _by_math(
             waiting.append(question)
     fresh: dict[tuple[str, str], bool | None] = {}
     if waiting:
-        several = min(workers or _cpus(), -(-len(waiting) // _QUESTIONS_PER_WORKER)) if workers is None else workers
+        several = workers or min(_cpus(), -(-len(waiting) // _QUESTIONS_PER_WORKER))
         try:
             for done, number in enumerate(compare([q.comparison for q in waiting], several, timeout), 1):
                 bar.update()
@@ -252,7 +252,9 @@ def _check(answers, gold, equality, workers, timeout) -> None:
         if isinstance(gold, str) or not isinstance(gold, Sequence):
             raise TypeError(f"group_answers: `gold` must be a sequence, got {type(gold).__name__}")
         if len(gold) != len(answers):
-            raise ValueError(f"group_answers: `gold` must have one entry for each of {len(answers)} questions, got {len(gold)}")
+            raise ValueError(
+                f"group_answers: `gold` must have one entry for each of {len(answers)} questions, got {len(gold)}"
+            )
         _check_texts(gold, "`gold`")
     if not callable(equality) and equality not in EQUALITIES:
         raise ValueError(f"group_answers: `equality` must be one of {EQUALITIES} or a function, got {equality!r}")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, TextIO
+from zlib import crc32
 
 from calm_fast.consistency.answers import (
     MAX_MATH_LENGTH,
@@ -34,6 +35,8 @@ MEMORY_LIMIT = 4 << 30
 VALUE_SECONDS = 1.0
 _REMEMBERED = 50_000
 
+Values = list[tuple[Any, Any]]
+
 
 def decided(left: str, right: str, exact: tuple[Fraction | None, Fraction | None]) -> bool | None:
     """What needs no math-verify: None, or False. `exact`: the two answers' rational values; they are not equal."""
@@ -48,7 +51,7 @@ class Judge:
     def __init__(self, tell: Callable[..., None]) -> None:
         self.tell = tell
         self._read: dict[str, list] = {}
-        self._values: dict[str, tuple | None] = {}
+        self._values: dict[str, Values | None] = {}
 
     def judge(self, task: dict[str, Any]) -> None:
         """Tell the verdict of every pair that `first_match_classes` asks for and that is not known."""
@@ -66,7 +69,7 @@ class Judge:
                     self._read[texts[i]] = parse_math(texts[i], None)
             return self._read[texts[i]]
 
-        def value(i: int) -> tuple | None:
+        def value(i: int) -> Values | None:
             if i in no_value:
                 return None
             if texts[i] not in self._values:
@@ -109,30 +112,35 @@ class Judge:
                 signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def numeric_value(exact: Fraction | None, parsed: list) -> tuple | None:
-    """(real, imaginary) part as sympy numbers, of any size; None for what is no finite number.
+def numeric_value(exact: Fraction | None, parsed: list) -> Values | None:
+    """(real, imaginary) part as sympy numbers, of any size, at each of two points of the free symbols.
 
-    Percentages have none (math-verify takes 50% for 50 and for 1/2), nor have sums and integrals: their numeric
-    evaluation is neither quick nor sure.
+    None for what is no finite number there. Percentages have no value (math-verify takes 50% for 50 and for 1/2), nor
+    have sums and integrals, whose numeric evaluation is neither quick nor sure, nor single symbols, which math-verify
+    compares by name.
     """
     import sympy
 
     if exact is not None:
-        return sympy.Rational(exact.numerator, exact.denominator).evalf(17), sympy.Integer(0)
+        return [(sympy.Rational(exact.numerator, exact.denominator).evalf(17), sympy.Integer(0))] * 2
     expression = parsed[0] if parsed else None
     unsure = (sympy.UnevaluatedExpr, sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
     try:
-        if not isinstance(expression, sympy.Expr) or not expression.is_number or expression.has(*unsure):
+        if not isinstance(expression, sympy.Expr) or expression.is_Symbol or expression.has(*unsure):
             return None
-        parts = expression.evalf(17, strict=True).as_real_imag()
+        symbols = expression.free_symbols
+        points = [{s: sympy.Rational(1000 + crc32(s.name.encode()) % p, p) for s in symbols} for p in (7919, 10007)]
+        values = [expression.evalf(17, subs=at, strict=True).as_real_imag() for at in points[: 2 if symbols else 1]]
     except Exception:  # sympy raises all kinds; without a value math-verify decides
         return None
-    return parts if all(part.is_Number and part.is_finite for part in parts) else None
+    finite = all(part.is_Number and part.is_finite for parts in values for part in parts)
+    return values * (1 if symbols else 2) if finite else None
 
 
-def different(left: tuple, right: tuple) -> bool:
-    """Whether two finite values are surely two: further apart than math-verify's rounding forgives."""
-    return any(bool(abs(a - b) > 2e-6 + 1e-9 * max(abs(a), abs(b))) for a, b in zip(left, right, strict=True))
+def different(left: Values, right: Values) -> bool:
+    """Whether two expressions surely differ: somewhere by more than math-verify's rounding forgives."""
+    pairs = [pair for at in zip(left, right, strict=True) for pair in zip(*at, strict=True)]
+    return any(bool(abs(a - b) > 2e-6 + 1e-9 * max(abs(a), abs(b))) for a, b in pairs)
 
 
 def serve(tasks: TextIO, results: TextIO) -> None:

@@ -15,6 +15,7 @@ RULES = 1  # raise it when the same versions of the libraries below would give a
 _LIBRARIES = ("math-verify", "latex2sympy2_extended", "sympy")
 _WAIT_SECONDS = 30
 _AT_ONCE = 500
+_TABLE = "CREATE TABLE IF NOT EXISTS verdicts (pair BLOB PRIMARY KEY, same INTEGER, timeout REAL) WITHOUT ROWID"
 
 
 class VerdictCache:
@@ -35,9 +36,7 @@ class VerdictCache:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._open()) as base, base:
-                base.execute(
-                    "CREATE TABLE IF NOT EXISTS verdicts (pair BLOB PRIMARY KEY, same INTEGER, timeout REAL) WITHOUT ROWID"
-                )
+                base.execute(_TABLE)
         except (OSError, sqlite3.Error) as problem:
             self._give_up(problem)
 
