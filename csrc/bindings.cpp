@@ -18,6 +18,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(calm_fast, m) {
   m.def("_native_dual_lora_linear(Tensor x, Tensor packed, int n, Tensor? add=None, int lane=-1) -> Tensor");
   m.def("_native_vote(Tensor answers, Tensor? scores, Tensor? valid, bool adaptive, float lam, int lane=-1)"
         " -> (Tensor winner, Tensor weight, Tensor total, Tensor margin, Tensor ties)");
+  m.def("_native_maj_at_k_exact(Tensor answers, Tensor correct, Tensor? valid, int[] ks, int lane=-1) -> Tensor credit");
   m.def("_native_maj_at_k_resample(Tensor answers, Tensor correct, Tensor? scores, Tensor? valid, int[] ks,"
         " int resamples, bool adaptive, float lam, int seed, int lane=-1) -> Tensor credit");
   m.def("_native_linear_logprob_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature,"

@@ -119,9 +119,14 @@ def decide(
         return Decision(_OP, impl, "asked for")
     if impl == "triton":
         raise refuse(_OP, impl, "there is no Triton kernel: a shuffle moves single samples, no tiles of a matrix")
+    obstacle = _native.obstacle(f"{_OP}_{method}", answers.device.type)
     if impl == "native":
-        raise refuse(_OP, impl, _native.obstacle(_OP))
-    return Decision(_OP, "torch", "torch's own ops, many questions at once")
+        if obstacle:
+            raise refuse(_OP, impl, obstacle)
+        return Decision(_OP, impl, "asked for")
+    if obstacle:
+        return Decision(_OP, "torch", obstacle)
+    return Decision(_OP, "native", "every question is shuffled or summed up by one thread")
 
 
 def check_sizes(op: str, ks: Sequence[int]) -> None:
@@ -166,9 +171,24 @@ def _fwd(*args):
         from calm_fast.reference.maj_at_k import maj_at_k_reference
 
         return maj_at_k_reference(*args)
+    if impl == "native":
+        return _native_maj_at_k(*args)
     from calm_fast.torch_impl.maj_at_k import maj_at_k_torch
 
     return maj_at_k_torch(*args)
+
+
+def _native_maj_at_k(answers, correct, scores, valid, ks, method, resamples, rule, lam, seed, lane=-1):
+    """`lane`: see csrc/common/lanes.h; every lane returns the same bits."""
+    answers, correct = answers.contiguous(), correct.contiguous()
+    valid = None if valid is None else valid.contiguous()
+    if method == "exact":
+        return torch.ops.calm_fast._native_maj_at_k_exact(answers, correct, valid, ks, lane)
+    if scores is not None:
+        scores = (scores if scores.dtype == torch.float64 else scores.float()).contiguous()  # exact
+    return torch.ops.calm_fast._native_maj_at_k_resample(
+        answers, correct, scores, valid, ks, resamples, rule == "adaptive", lam, seed, lane
+    )
 
 
 @torch.library.register_fake("calm_fast::maj_at_k_fwd", lib=_lib)
