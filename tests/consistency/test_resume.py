@@ -1,0 +1,149 @@
+"""A run that is killed goes on where it was: no question lost, none repeated, nothing of other settings mixed in."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from self_consistency_setup import QUESTIONS, REFERENCES, consistency
+from tiny_models import FAMILIES
+
+from calm_fast import SelfConsistency
+from calm_fast.consistency.journal import Journal
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def indices(file: Path) -> list[int]:
+    return [json.loads(line)["index"] for line in file.read_text().splitlines()]
+
+
+def agree(results: list[Any], expected: list[Any]) -> bool:
+    """Equal but for the rounding of scores in batches of another shape."""
+    for a, b in zip(results, expected, strict=True):
+        assert a.scores == pytest.approx(b.scores) and (a.weight, a.total) == pytest.approx((b.weight, b.total))
+    floats = {"scores": None, "weight": 0.0, "total": 0.0, "margin": 0.0}
+    return [replace(r, **floats) for r in results] == [replace(r, **floats) for r in expected]
+
+
+def test_killed_in_the_middle_of_a_write_and_resumed(tmp_path) -> None:
+    out = tmp_path / "run.jsonl"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "kill_me.py"), str(out)]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        line = child.stdout.readline()  # comes while the third batch is half written
+        os.kill(child.pid, signal.SIGKILL)
+        _, errors = child.communicate(timeout=60)
+    assert line == "torn\n", errors
+    assert child.returncode == -signal.SIGKILL
+    left = out.read_bytes()
+    assert left.count(b"\n") in (4, 5) and not left.endswith(b"\n")  # two batches of two, and a part of the third
+
+    model, read = FAMILIES["llama"].model(0), []
+    run = consistency(model)
+    run._prompt_ids = lambda question, plain=run._prompt_ids: read.append(question) or plain(question)
+    results = run(QUESTIONS, REFERENCES, out=out)
+    assert sorted(indices(out)) == list(range(8))  # every question once
+    assert read == QUESTIONS[left.count(b"\n") :]  # only those that were not written were asked again
+    assert out.read_bytes().startswith(left[: left.rfind(b"\n") + 1])  # what was there stays
+    assert agree(results, consistency()(QUESTIONS, REFERENCES))  # as if nothing had happened
+
+
+def test_an_error_leaves_what_is_finished_and_a_second_run_asks_nothing(tmp_path) -> None:
+    out, run = tmp_path / "deep" / "run.jsonl", consistency()
+    plain, asked = run._prompt_ids, []
+
+    def failing(question: str) -> list[int]:
+        asked.append(question)
+        if question == QUESTIONS[4]:
+            raise KeyboardInterrupt
+        return plain(question)
+
+    run._prompt_ids = failing
+    with pytest.raises(KeyboardInterrupt):
+        run(QUESTIONS, out=out)
+    assert indices(out) == [0, 1, 2, 3]
+    first = consistency()(QUESTIONS, out=out)
+    again = consistency()
+    again._prompt_ids = lambda question: 1 / 0
+    assert again(QUESTIONS, out=out) == first
+    more = consistency()([*QUESTIONS, "8+8?"], out=out)  # questions may be added behind
+    assert more[:8] == first and more[8].question == "8+8?"
+
+
+def test_every_torn_tail_is_repaired(tmp_path) -> None:
+    out = tmp_path / "run.jsonl"
+    expected = consistency()(QUESTIONS[:2], out=out)
+    whole = out.read_bytes()
+    end = whole.index(b"\n") + 1
+    for length in (0, 1, end - 1, end, end + 1, len(whole) - 1):
+        out.write_bytes(whole[:length])
+        assert agree(consistency()(QUESTIONS[:2], out=out), expected)
+        assert sorted(indices(out)) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"n": 7}, "n: 6 there, 7 now"),
+        ({"seed": 1}, "seed: 0 there, 1 now"),
+        ({"temperature": 0.5}, "temperature: 1.2 there, 0.5 now"),
+        ({"rule": "count"}, "rule: 'adaptive' there, 'count' now"),
+        ({"model": FAMILIES["llama"].model(1)}, "model: 'LlamaForCausalLM"),
+        ({"prompt": "Q {question}"}, "prompt: None there"),
+        ({"batch_size": 3}, None),  # changes nothing
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_other_settings_are_refused(tmp_path, changes, named) -> None:
+    out = tmp_path / "run.jsonl"
+    expected = consistency()(QUESTIONS[:2], out=out)
+    before = out.read_bytes()
+    if named is None:
+        assert consistency(**changes)(QUESTIONS[:2], out=out) == expected
+        return
+    with pytest.raises(ValueError, match=f"was made with other settings .*{named}.*give another file"):
+        consistency(**changes)(QUESTIONS[:2], out=out)
+    assert out.read_bytes() == before
+
+
+def test_other_questions_files_and_processes_are_refused(tmp_path) -> None:
+    out = tmp_path / "run.jsonl"
+    consistency()(QUESTIONS[:2], REFERENCES[:2], out=out)
+    for questions, references in ((QUESTIONS[1:3], None), (QUESTIONS[:1], None), (QUESTIONS[:2], ["4", None])):
+        with pytest.raises(ValueError, match="answers another question; give another file"):
+            consistency()(questions, references, out=out)
+    with pytest.raises(ValueError, match="was made with other settings .*kind"):
+        SelfConsistency(rule="count", progress=False).from_samples(out, out=out)
+    foreign = tmp_path / "mine.jsonl"
+    foreign.write_text('{"question": "precious"}\n')
+    with pytest.raises(ValueError, match="mine.jsonl exists and mine.jsonl.settings.json does not"):
+        consistency()(QUESTIONS[:2], out=foreign)
+    assert foreign.read_text() == '{"question": "precious"}\n'
+    with Journal(tmp_path / "held.jsonl", {}), pytest.raises(RuntimeError, match="another process is writing held"):
+        Journal(tmp_path / "held.jsonl", {})
+    out.write_bytes(b"{]\n" + out.read_bytes())
+    with pytest.raises(ValueError, match="run.jsonl, line 1 is damaged"):
+        consistency()(QUESTIONS[:2], REFERENCES[:2], out=out)
+
+
+def test_ready_samples_resume_too(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("calm_fast.consistency.self_consistency._READY_AT_ONCE", 2)
+    rows = [
+        {"question": q, "answer": a, "generated_answer": ["\\boxed{1}", "2"]}
+        for q, a in zip(QUESTIONS, REFERENCES, strict=True)
+    ]
+    out, run = tmp_path / "votes.jsonl", SelfConsistency(rule="count", progress=False)
+    expected = run.from_samples(rows, out=out)
+    out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:4]) + b'{"index": 4, "que')
+    assert run.from_samples(rows, out=out) == expected and sorted(indices(out)) == list(range(8))
+    with pytest.raises(ValueError, match="row 0 of votes.jsonl answers another question"):
+        run.from_samples([{**rows[0], "generated_answer": ["\\boxed{5}"]}, *rows[1:]], out=out)
