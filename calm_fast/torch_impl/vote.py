@@ -76,6 +76,11 @@ def column_sums(columns: torch.Tensor, weights: torch.Tensor, width: int) -> tor
     sums = weights.new_zeros(weights.shape[0], width + 1)
     if weights.device.type == "cpu":  # one thread walks a row from left to right
         return sums.scatter_add_(1, columns, weights)
-    for j in range(weights.shape[1]):  # one sample a row at a time: no two additions meet
+    return add_in_turns(sums, columns, weights)
+
+
+def add_in_turns(sums: torch.Tensor, columns: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """scatter_add_ of one sample a row at a time: no two additions of a call meet, so their order is the samples'."""
+    for j in range(weights.shape[1]):
         sums.scatter_add_(1, columns[:, j : j + 1], weights[:, j : j + 1])
     return sums

@@ -11,6 +11,7 @@ import torch
 from calm_fast import _native
 from calm_fast.ops.vote import Vote, decide, vote
 from calm_fast.ops.vote import _native_vote as native_vote
+from calm_fast.torch_impl import vote as vote_impl
 from calm_fast.verify.cases.vote import CASES
 from calm_fast.verify.numerics import Case, check
 
@@ -190,6 +191,20 @@ def test_padding_with_invalid_samples_changes_nothing(impl):
     assert equal(vote(**inputs | wide, impl=impl), vote(**inputs, impl=impl))
 
 
+def test_order_of_the_samples_decides_only_between_tied_classes(impl):
+    inputs = build("ties", q=400)
+    shuffled = inputs["answers"].gather(1, torch.rand(inputs["answers"].shape).argsort(1))
+    plain, other = vote(**inputs, impl=impl), vote(**inputs | {"answers": shuffled}, impl=impl)
+    assert equal(plain._replace(winner=other.winner), other)
+    same = plain.winner == other.winner
+    assert same[plain.ties == 1].all() and not same.all()
+
+
+def test_a_sum_beyond_float64_elects_nobody(impl):
+    found = one([3, 3, 4], [1.5e308, 1.5e308, 1.0], rule="weighted", impl=impl)
+    assert found == (-1, 0.0, math.inf, 0.0, 0)
+
+
 def test_a_question_does_not_depend_on_the_others(impl):
     inputs = build("long", q=9)
     whole = vote(**inputs, impl=impl)
@@ -254,6 +269,17 @@ def test_compiles_as_one_graph(dynamic, impl):
         tensors = [inputs[n] for n in ("answers", "scores", "valid")]
         for a, b in zip(compiled(*tensors), step(*tensors), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", CASES.cases(), ids=str)
+def test_torch_as_it_runs_on_a_gpu(case: Case, monkeypatch):
+    """There it reads no ids and lets no two additions meet; on a CPU that must give the same bits."""
+    inputs = CASES.build(case, torch.device("cpu"))
+    monkeypatch.setattr(vote_impl, "class_columns", lambda a, v: (vote_impl.class_slots(a, v), a.shape[1]))
+    monkeypatch.setattr(
+        vote_impl, "column_sums", lambda c, w, n: vote_impl.add_in_turns(w.new_zeros(w.shape[0], n + 1), c, w)
+    )
+    assert equal(vote(**inputs, impl="torch"), vote(**inputs, impl="reference"))
 
 
 def test_memory_of_torch_grows_with_the_samples_not_their_square():
