@@ -158,7 +158,7 @@ def rank_train(
     model: Annotated[str, typer.Option(help="Folder or name of a transformers encoder or decoder.")],
     out: Annotated[Path, typer.Option(help="Folder for ranker/, results.json and what resuming needs.")],
     loss: Annotated[str, typer.Option(help="power, margin or bce.")] = "power",
-    epochs: Annotated[int, typer.Option(min=1)] = 20,
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions of a step.")] = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the head.")] = 1e-3,
     backbone_lr: Annotated[float, typer.Option(help="Peak learning rate of a trained backbone.")] = 2e-5,

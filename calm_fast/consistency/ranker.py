@@ -29,7 +29,7 @@ class RankerHead(nn.Module):
     mean: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, features: int, hidden: int = 256, dropout: float = 0.1) -> None:
+    def __init__(self, features: int, hidden: int = 256, dropout: float = 0.5) -> None:
         super().__init__()
         self.sizes = {"features": features, "hidden": hidden, "dropout": dropout}
         self.register_buffer("mean", torch.zeros(features))
@@ -96,7 +96,7 @@ class Ranker(nn.Module):
         train_backbone: bool = False,
         max_length: int | None = None,
         hidden: int = 256,
-        dropout: float = 0.1,
+        dropout: float = 0.5,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> Ranker:
@@ -125,7 +125,7 @@ class Ranker(nn.Module):
         return cls(head, backbone, tokenizer, train_backbone=train_backbone, max_length=length)
 
     @classmethod
-    def for_features(cls, features: int, *, hidden: int = 256, dropout: float = 0.1, seed: int = 0) -> Ranker:
+    def for_features(cls, features: int, *, hidden: int = 256, dropout: float = 0.5, seed: int = 0) -> Ranker:
         """An untrained head alone, for ready features of width `features`."""
         return cls(_fresh_head(features, hidden, dropout, seed))
 

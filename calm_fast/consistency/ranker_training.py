@@ -28,7 +28,7 @@ class RankerSettings:
     loss: str = "power"
     power: float = 3.0
     margin: float = 0.3
-    epochs: int = 20
+    epochs: int = 10
     questions_per_step: int = 32
     learning_rate: float = 1e-3
     backbone_learning_rate: float = 2e-5

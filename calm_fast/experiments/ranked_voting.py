@@ -44,7 +44,7 @@ class Recipe:
 
     settings: RankerSettings = RankerSettings(progress=False, save_every=0)
     hidden: int = 256
-    dropout: float = 0.1
+    dropout: float = 0.5
     max_length: int = 512
     resamples: int = 10_000
     sizes: tuple[int, ...] = (500, 1000)
