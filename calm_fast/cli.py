@@ -1,4 +1,4 @@
-"""The command line: `calm-fast demo | verify | bench | nat | rank | env`. Heavy imports happen inside the commands."""
+"""The command line: `calm-fast demo | verify | bench | nat | vote | rank | env`. Commands import what they need."""
 
 from __future__ import annotations
 
@@ -221,6 +221,48 @@ def rank_score(
     except (ValueError, OSError) as problem:
         raise typer.BadParameter(str(problem)) from problem
     typer.echo(f"wrote {out}")
+
+
+@app.command()
+def vote(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSONL rows, .gz or plain.")],
+    k: Annotated[str | None, typer.Option(help="Sizes, for instance 1,2,4,8. Default: powers of two.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results.json, votes.jsonl and curve.png.")] = Path("vote_out"),
+    rule: Annotated[str, typer.Option(help="count, or by scores: weighted or adaptive.")] = "count",
+    scores: Annotated[str, typer.Option(help="The rows' field of scores, one for each sample.")] = "scores",
+    lam: Annotated[float, typer.Option(help="Weight of a score in the adaptive rule.")] = 1.0,
+    resamples: Annotated[int, typer.Option(min=1, help="Subsets of each question, for rules by scores.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of those subsets.")] = 0,
+    answer_regex: Annotated[str | None, typer.Option(help="Finds answers where nothing else does.")] = None,
+    equality: Annotated[str, typer.Option(help="math, exact or text.")] = "math",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each CPU.")] = None,
+    timeout: Annotated[float, typer.Option(help="CPU seconds to compare two answers.")] = 5.0,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps comparisons for later calls.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many rows.")] = None,
+) -> None:
+    """Count the votes of sampled rationales: single, majority@k and any@k accuracy, ties, and a plot of the curve.
+
+    Rows have question, answer and generated_answer (list). The answer is the last \\boxed{...}, else what follows "The
+    answer is", else what --answer-regex finds; which answers are equal is decided by math-verify after cheaper tests.
+    """
+    try:
+        ks = tuple(int(size) for size in k.split(",")) if k is not None else ()
+    except ValueError as problem:
+        raise typer.BadParameter(f"expected numbers like 1,2,4,8, got {k!r}", param_hint="--k") from problem
+    _folder(out)
+    from rich.console import Console
+
+    from calm_fast.consistency import vote_report
+
+    settings = vote_report.VoteSettings(
+        ks=ks, rule=rule, lam=lam, scores=scores, resamples=resamples, seed=seed, answer_regex=answer_regex,
+        equality=equality, workers=workers, timeout=timeout, cache_dir=cache,
+    )  # fmt: skip
+    try:
+        report = vote_report.run(file, out, settings, limit=limit)
+    except ValueError as problem:
+        raise typer.BadParameter(str(problem)) from problem
+    vote_report.print_report(report, Console())
 
 
 @app.command()

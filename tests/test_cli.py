@@ -15,7 +15,7 @@ import calm_fast
 from calm_fast import env_report
 from calm_fast.cli import app
 
-COMMANDS = ("demo", "verify", "bench", "env")
+COMMANDS = ("demo", "verify", "bench", "vote", "env")
 
 
 def invoke(*args):

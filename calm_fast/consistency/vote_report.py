@@ -1,0 +1,242 @@
+"""`calm-fast vote`: a file of samples becomes accuracies, their curve and the votes themselves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from calm_fast import ops
+from calm_fast.consistency.answers import extract_answer
+from calm_fast.consistency.consensus import solution
+from calm_fast.consistency.curves import any_at_k
+from calm_fast.consistency.grouping import Groups, group_answers
+from calm_fast.consistency.samples import read_rows, write_rows
+from calm_fast.ops.maj_at_k import Curve
+
+
+@dataclass(frozen=True)
+class VoteSettings:
+    """How samples are read and counted.
+
+    ks: sizes of the curve; empty: powers of two up to the number of samples, and that number.
+    rule, lam, scores, resamples, seed: the weighted vote beside the plain one, see `ops.maj_at_k`; `scores` names the
+    field of the rows that holds them. answer_regex: last resort of `extract_answer`. equality, workers, timeout,
+    cache_dir: see `group_answers`.
+    """
+
+    ks: tuple[int, ...] = ()
+    rule: str = "count"
+    lam: float = 1.0
+    scores: str = "scores"
+    resamples: int = 1000
+    seed: int = 0
+    answer_regex: str | None = None
+    equality: str = "math"
+    workers: int | None = None
+    timeout: float = 5.0
+    cache_dir: str | os.PathLike | None = None
+
+
+@dataclass(frozen=True)
+class VoteReport:
+    """What `run` found; curves are over `ks`.
+
+    results: the content of results.json. weighted: the curve of another rule than "count". questions, samples,
+    unanswered: how many were counted, and samples without an answer. ungraded: rows without a right answer, left out.
+    """
+
+    results: dict[str, Any]
+    ks: tuple[int, ...]
+    majority: Curve
+    any: Curve
+    weighted: Curve | None
+    rule: str
+    samples: int
+    unanswered: int
+    ungraded: int
+    timeouts: int
+    seconds: float
+
+
+def run(
+    file: str | os.PathLike,
+    out: str | os.PathLike,
+    settings: VoteSettings | None = None,
+    *,
+    limit: int | None = None,
+    progress: bool = True,
+) -> VoteReport:
+    """Count the votes of `file`; writes results.json, votes.jsonl and curve.png into `out`.
+
+    Raises:
+        ValueError: the file or a setting is not what it should be.
+    """
+    begun = time.perf_counter()
+    settings = settings or VoteSettings()
+    weighted = settings.rule != "count"
+    _check(settings)
+    rows = read_rows(file, limit, scores=settings.scores if weighted else None, need_answer=False)
+    gold = [solution(row.get("answer"), settings.answer_regex) for row in rows]
+    graded = [number for number, answer in enumerate(gold) if answer is not None]
+    if not graded:
+        raise ValueError(f"{Path(file).name}: no row has an `answer` to compare with")
+    bar = tqdm([rows[n] for n in graded], desc="reading answers", unit="question", disable=not progress)
+    answers = [[extract_answer(text, settings.answer_regex) for text in row["generated_answer"]] for row in bar]
+    groups = group_answers(
+        answers, gold=[gold[n] for n in graded], equality=settings.equality, workers=settings.workers,
+        timeout=settings.timeout, cache_dir=settings.cache_dir, progress=progress,
+    )  # fmt: skip
+    if not groups.answers.shape[1]:
+        raise ValueError(f"{Path(file).name}: no row has a sample in `generated_answer`")
+    scores = _scores([rows[n] for n in graded], settings.scores, groups) if weighted else None
+
+    ks = settings.ks or _powers_of_two(groups.answers.shape[1])
+    # 1 first: `single` is the majority of one
+    exact = ops.maj_at_k(groups.answers, groups.correct, ks=(1, *ks), valid=groups.valid)
+    single, majority = float(exact.accuracy[0]), Curve(exact.accuracy[1:], exact.stderr[1:])
+    anyone = any_at_k(groups.answers, groups.correct, ks=ks, valid=groups.valid)
+    curve = None
+    if weighted:
+        curve = ops.maj_at_k(
+            groups.answers, groups.correct, scores, ks=ks, valid=groups.valid, method="resample",
+            resamples=settings.resamples, rule=settings.rule, lam=settings.lam, seed=settings.seed,
+        )  # fmt: skip
+    largest = _first_valid(groups.valid, max(ks))
+    ties = int((ops.vote(groups.answers, valid=largest).ties > 1).sum())
+    results = {
+        "questions": len(graded),
+        "single": single,
+        "majority": _by_k(ks, majority),
+        "any": _by_k(ks, anyone),
+        "ties": ties,
+    }
+    if curve is not None:
+        results[settings.rule] = _by_k(ks, curve)
+    report = VoteReport(
+        results=results, ks=ks, majority=majority, any=anyone, weighted=curve, rule=settings.rule,
+        samples=sum(len(row) for row in answers), unanswered=sum(text is None for row in answers for text in row),
+        ungraded=len(rows) - len(graded), timeouts=groups.timeouts, seconds=time.perf_counter() - begun,
+    )  # fmt: skip
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_rows(folder / "votes.jsonl", _votes(graded, groups, scores, settings))
+    draw(report, folder / "curve.png")
+    return report
+
+
+def _check(settings: VoteSettings) -> None:
+    if any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in settings.ks):
+        raise ValueError(f"vote: `ks` must be positive integers, got {list(settings.ks)}")
+    if len(set(settings.ks)) != len(settings.ks):
+        raise ValueError(f"vote: `ks` must be different numbers, got {list(settings.ks)}")
+    if settings.rule not in ("count", "weighted", "adaptive"):
+        raise ValueError(f"vote: `rule` must be count, weighted or adaptive, got {settings.rule!r}")
+    if not math.isfinite(settings.lam):
+        raise ValueError(f"vote: `lam` must be finite, got {settings.lam!r}")
+    extract_answer("", settings.answer_regex)  # a bad pattern is an error before any work
+
+
+def _powers_of_two(most: int) -> tuple[int, ...]:
+    powers = [2**n for n in range(most.bit_length())]
+    return tuple(sorted({*powers, most}))
+
+
+def _by_k(ks: Sequence[int], curve: Curve) -> dict[str, float]:
+    return {str(k): float(value) for k, value in zip(ks, curve.accuracy, strict=True)}
+
+
+def _scores(rows: Sequence[dict[str, Any]], field: str, groups: Groups) -> torch.Tensor:
+    scores = torch.full(groups.answers.shape, math.nan, dtype=torch.float64)
+    for number, row in enumerate(rows):
+        values = [math.nan if value is None else value for value in row[field]]
+        scores[number, : len(values)] = torch.tensor(values, dtype=torch.float64)
+    return scores
+
+
+def _first_valid(valid: torch.Tensor, k: int) -> torch.Tensor:
+    """The first k valid samples of each question."""
+    return valid & (valid.cumsum(1) <= k)
+
+
+def _votes(
+    numbers: Sequence[int], groups: Groups, scores: torch.Tensor | None, settings: VoteSettings
+) -> Iterator[dict[str, Any]]:
+    """A row for each question: all its samples vote."""
+    votes = ops.vote(groups.answers, scores, valid=groups.valid, rule=settings.rule, lam=settings.lam)
+    for place, number in enumerate(numbers):
+        winner = int(votes.winner[place])
+        yield {
+            "row": number,
+            "winner": None if winner < 0 else groups.texts[place][winner],
+            "weight": float(votes.weight[place]),
+            "total": float(votes.total[place]),
+            "ties": int(votes.ties[place]),
+            "gold": groups.texts[place][0],
+            "right": winner == 0,
+        }
+
+
+def print_report(report: VoteReport, console: Console) -> None:
+    """The table for a person."""
+    questions, ks = report.results["questions"], report.ks
+    columns = {"majority": report.majority, "any": report.any}
+    if report.weighted is not None:
+        columns[report.rule] = report.weighted
+    table = Table(title=f"{questions} questions, {report.samples} samples; % right (± standard error)")
+    table.add_column("samples", justify="right")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for place, k in enumerate(ks):
+        cells = [f"{100 * c.accuracy[place]:.1f} ± {100 * c.stderr[place]:.1f}" for c in columns.values()]
+        table.add_row(str(k), *cells)
+    console.print(table)
+    ties = report.results["ties"]
+    console.print(f"single {report.results['single']:.4f}", highlight=False)
+    for name, curve in columns.items():
+        console.print(f"{name}@{ks[-1]} {float(curve.accuracy[-1]):.4f}", highlight=False)
+    console.print(f"ties at {max(ks)} samples: {ties} of {questions} questions ({100 * ties / questions:.1f} %)")
+    console.print(f"samples without an answer: {report.unanswered} of {report.samples}")
+    if report.ungraded:
+        console.print(f"rows without a right answer, left out: {report.ungraded}")
+    if report.timeouts:
+        console.print(
+            f"pairs of answers that math-verify could not decide in time, taken as different: {report.timeouts}"
+        )
+    console.print(f"{report.seconds:.1f} seconds")
+
+
+def draw(report: VoteReport, file: Path) -> None:
+    """The curves as a picture, a band of one standard error around each."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    curves = [("any of k is right", report.any), ("majority of k", report.majority)]
+    if report.weighted is not None:
+        curves.insert(1, (f"{report.rule} vote of k", report.weighted))
+    order = sorted(range(len(report.ks)), key=report.ks.__getitem__)
+    ks = [report.ks[place] for place in order]
+    for name, curve in curves:
+        middle, error = (100 * values[order] for values in curve)
+        (line,) = axes.plot(ks, middle, marker="o", label=name)
+        axes.fill_between(ks, middle - error, middle + error, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.set_xlabel("samples k")
+    axes.set_ylabel("questions right, %")
+    axes.set_title(f"{report.results['questions']} questions")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150)
