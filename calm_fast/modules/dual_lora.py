@@ -12,8 +12,8 @@ from torch import nn
 
 from calm_fast._validate import bad_type, bad_value
 from calm_fast.modules.folding import FoldedWeights, may_cache
-from calm_fast.ops.dual_lora import dual_lora_folded
-from calm_fast.torch_impl.dual_lora import Folded, fold_dual_lora, negative_share, project
+from calm_fast.ops.dual_lora import dual_lora_folded, pack_folded, project_folded
+from calm_fast.torch_impl.dual_lora import Folded, fold_dual_lora, negative_share
 
 _NAME = "DualLoRALinear"
 MODES = ("neg", "pos", "mix")
@@ -186,7 +186,7 @@ class DualLoRALinear(nn.Module):
             if self._mode != "mix":
                 return self._plain(x if lora_x is None else lora_x, y)
             folded = self._fold(y.dtype)
-            zg = project(x, folded, lora_x)
+            zg = project_folded(x, folded, lora_x)
             if self.record_gates:
                 self._record(zg)
             return dual_lora_folded(zg, y, folded, self.rank)
@@ -230,7 +230,7 @@ class DualLoRALinear(nn.Module):
 
         def fold_to_keep() -> Folded:
             with torch.inference_mode(False), torch.no_grad():  # usable in every later mode
-                return fold()
+                return pack_folded(fold())
 
         if may_cache((*factors, *value)):
             return self._folded.get((*factors, *value), (dtype, scaling), fold_to_keep)

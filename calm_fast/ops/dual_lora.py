@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,13 @@ from calm_fast import _native
 from calm_fast._dispatch import Decision, check_impl, refuse, triton_obstacle
 from calm_fast._validate import bad_type, bad_value, check_finite_number, check_tensor
 from calm_fast.reference.dual_lora import dual_lora_reference
-from calm_fast.torch_impl.dual_lora import Folded, dual_lora_torch, fold_dual_lora, project
+from calm_fast.torch_impl.dual_lora import (
+    Folded,
+    dual_lora_backward_torch,
+    dual_lora_torch,
+    fold_dual_lora,
+    project,
+)
 
 _OP = "dual_lora"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -88,12 +95,14 @@ def decide(
 ) -> Decision:
     """Which implementation the same call of `dual_lora` runs, and why; raises what that call would raise.
 
-    auto: triton on a GPU, for float32 and below; torch everywhere else.
+    auto: triton on a GPU, for float32 and below; on a CPU native, for float32 and below, where autograd
+    records nothing; torch everywhere else.
     """
     check_impl(_OP, impl)
-    _check(x, y, {"a_pos": a_pos, "b_pos": b_pos, "a_neg": a_neg, "b_neg": b_neg, "w_q": w_q, "w_k": w_k}, value)
+    factors = {"a_pos": a_pos, "b_pos": b_pos, "a_neg": a_neg, "b_neg": b_neg, "w_q": w_q, "w_k": w_k}
+    _check(x, y, factors, value)
     _check_options(value, scaling, activation)
-    return _choose(y, impl)
+    return _choose(y, impl, _differentiated(x, y, *factors.values(), *value))
 
 
 def dual_lora_folded(
@@ -107,31 +116,74 @@ def dual_lora_folded(
         out (..., d_out). The caller has made sure of shapes, of one dtype and of autocast being off.
     """
     check_impl(_OP, impl)
-    return _apply(zg, y, folded, r_pos, _choose(y, impl).impl)
+    why_not = _differentiated(zg, y, *(t for t in folded[:4] if t is not None))
+    return _apply(zg, y, folded, r_pos, _choose(y, impl, why_not).impl)
 
 
-def _choose(y: torch.Tensor, impl: str) -> Decision:
+def project_folded(x: torch.Tensor, folded: Folded, lora_x: torch.Tensor | None = None) -> torch.Tensor:
+    """`project`, by the compiled library where `folded` is packed for it and autograd records nothing."""
+    if folded.packed is None or lora_x is not None or _differentiated(x, *folded[:2]):
+        return project(x, folded, lora_x)
+    flat, rows = x.reshape(-1, x.shape[-1]).contiguous(), folded.down.shape[0]
+    return _library()._native_dual_lora_linear(flat, folded.packed[0], rows).view(*x.shape[:-1], rows)
+
+
+def pack_folded(folded: Folded) -> Folded:
+    """The same factors with copies that the compiled library reads faster, where it has a use for them.
+
+    For factors that are kept: a copy costs about what it saves on 200 tokens.
+    """
+    if folded.down.dtype != torch.float32 or _native_obstacle(folded.down):
+        return folded
+    factors = (folded.down, folded.up) if folded.c1 is None else (folded.down, folded.c1, folded.c2)
+    packed = tuple(_library()._native_dual_lora_pack(t.contiguous()) for t in factors)
+    return folded._replace(packed=packed) if packed[0].numel() else folded  # nothing to gain without AVX-512
+
+
+def _native_obstacle(y: torch.Tensor) -> str | None:
+    if y.dtype == torch.float64:
+        return "the compiled code computes in float32, x is float64"
+    if y.device.type != "cpu":
+        return f"the compiled library has no {_OP} for {y.device.type} tensors"
+    return _native.obstacle(_OP, "cpu")
+
+
+def _differentiated(*tensors: torch.Tensor) -> str:
+    """Why `auto` leaves a call to torch: autograd would follow it; "" where it would not."""
+    return "autograd records it" if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) else ""
+
+
+def _choose(y: torch.Tensor, impl: str, why_torch: str) -> Decision:
+    """why_torch: why on a CPU torch is better for this call than the compiled library; "" where it is not."""
     if impl in ("reference", "torch"):
         return Decision(_OP, impl, "asked for")
-    if impl == "native":
-        raise refuse(_OP, impl, _native.obstacle(_OP, y.device.type))
+    if impl == "native" or (impl == "auto" and y.device.type == "cpu"):
+        obstacle = _native_obstacle(y)
+        if impl == "native":
+            if obstacle:
+                raise refuse(_OP, impl, obstacle)
+            return Decision(_OP, impl, "asked for")
+        if obstacle or why_torch:
+            return Decision(_OP, "torch", f"CPU tensors, and {obstacle or why_torch}: torch's own products")
+        return Decision(_OP, "native", "CPU tensors: gate, activation and mix in one pass, packed products")
     obstacle = "the kernels compute in float32, x is float64" if y.dtype == torch.float64 else triton_obstacle(y.device)
     if impl == "triton":
         if obstacle:
             raise refuse(_OP, impl, obstacle)
         return Decision(_OP, impl, "asked for")
-    if y.device.type == "cpu":
-        return Decision(_OP, "torch", "CPU tensors: the folded products are torch's own")
     if obstacle:
         return Decision(_OP, "torch", f"Triton cannot run: {obstacle}")
     return Decision(_OP, "triton", "a GPU: gate, activation, rank update and residual in one pass over y")
 
 
 def _apply(zg: torch.Tensor, y: torch.Tensor, folded: Folded, r_pos: int, impl: str) -> torch.Tensor:
-    if impl != "triton":
+    if impl not in ("triton", "native"):
         return dual_lora_torch(zg, y, folded, r_pos)
     flat_zg, flat_y = zg.reshape(-1, zg.shape[-1]), y.reshape(-1, y.shape[-1])
-    if folded.c1 is None:
+    if impl == "native":
+        packed = (None, None, *(folded.packed or ())[1:])[-2:]  # of the last product, and before it of c1
+        out = torch.ops.calm_fast.dual_lora_native(flat_zg, flat_y, *folded[1:4], *packed, r_pos)
+    elif folded.c1 is None:
         out = torch.ops.calm_fast.dual_lora_fwd(flat_zg, flat_y, folded.up, r_pos)
     else:
         out, _, _ = torch.ops.calm_fast.dual_lora_gelu_fwd(flat_zg, flat_y, folded.c1, folded.up, folded.c2, r_pos)
@@ -216,34 +268,20 @@ _lib.define(
     "dual_lora_gelu_bwd(Tensor dmix, Tensor zg, Tensor u, Tensor up, int r_pos)"
     " -> (Tensor dzg, Tensor dpos, Tensor dneg)"
 )
+_lib.define(
+    "dual_lora_native(Tensor zg, Tensor y, Tensor up, Tensor? c1, Tensor? c2, Tensor? packed_c1, Tensor? packed_last,"
+    " int r_pos) -> Tensor"
+)
 
 
-@torch.library.impl(_lib, "dual_lora_fwd", "CompositeExplicitAutograd")
-def _fwd(zg, y, up, r_pos):
+def _launch(name: str, *args: Any) -> Any:
     from calm_fast.kernels import dual_lora as kernels  # imports triton: only where it is used
 
-    return kernels.launch_dual_lora_fwd(zg, y, up, r_pos)
+    return getattr(kernels, f"launch_{name}")(*args)
 
 
-@torch.library.impl(_lib, "dual_lora_bwd", "CompositeExplicitAutograd")
-def _bwd(dmix, zg, r_pos):
-    from calm_fast.kernels import dual_lora as kernels
-
-    return kernels.launch_dual_lora_bwd(dmix, zg, r_pos)
-
-
-@torch.library.impl(_lib, "dual_lora_gelu_fwd", "CompositeExplicitAutograd")
-def _gelu_fwd(zg, y, c1, up, c2, r_pos):
-    from calm_fast.kernels import dual_lora as kernels
-
-    return kernels.launch_dual_lora_gelu_fwd(zg, y, c1, up, c2, r_pos)
-
-
-@torch.library.impl(_lib, "dual_lora_gelu_bwd", "CompositeExplicitAutograd")
-def _gelu_bwd(dmix, zg, u, up, r_pos):
-    from calm_fast.kernels import dual_lora as kernels
-
-    return kernels.launch_dual_lora_gelu_bwd(dmix, zg, u, up, r_pos)
+for _name in ("dual_lora_fwd", "dual_lora_bwd", "dual_lora_gelu_fwd", "dual_lora_gelu_bwd"):
+    _lib.impl(_name, functools.partial(_launch, _name), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("calm_fast::dual_lora_fwd", lib=_lib)
@@ -319,3 +357,44 @@ _register("calm_fast::dual_lora_fwd", _backward, setup_context=_setup_context, l
 _register("calm_fast::dual_lora_gelu_fwd", _gelu_backward, setup_context=_gelu_setup_context, lib=_lib)
 _register("calm_fast::dual_lora_bwd", _no_double_backward, lib=_lib)
 _register("calm_fast::dual_lora_gelu_bwd", _no_double_backward, lib=_lib)
+
+
+# ---- the compiled library: opaque functions behind registered ops; gradients are torch's -----------------------------
+
+
+def _library() -> Any:
+    """Where the compiled functions are; a graph compiled earlier may run in a process that has not loaded them."""
+    if why := _native.obstacle(_OP, "cpu"):
+        raise refuse(_OP, "native", why)
+    return torch.ops.calm_fast
+
+
+@torch.library.impl(_lib, "dual_lora_native", "CPU")
+def _native_fwd(zg, y, up, c1, c2, packed_c1, packed_last, r_pos):
+    library, zg, y = _library(), zg.contiguous(), y.contiguous()
+    if c1 is None:
+        mix, last = library._native_dual_lora_weigh(zg, r_pos), up
+    else:
+        u = y @ c1.mT if packed_c1 is None else library._native_dual_lora_linear(y, packed_c1, c1.shape[0])
+        mix, last = library._native_dual_lora_mix(zg, u, up.contiguous(), r_pos), c2
+    if packed_last is None:
+        return torch.addmm(y, mix, last.mT)
+    return library._native_dual_lora_linear(mix, packed_last, last.shape[0], y)
+
+
+@torch.library.register_fake("calm_fast::dual_lora_native", lib=_lib)
+def _native_fwd_fake(zg, y, up, c1, c2, packed_c1, packed_last, r_pos):
+    return y.new_empty(y.shape)
+
+
+def _native_setup(ctx, inputs, output):
+    *tensors, ctx.r_pos = inputs
+    ctx.save_for_backward(*tensors[:5])
+
+
+def _native_backward(ctx, dout):
+    zg, y, *factors = ctx.saved_tensors
+    return *dual_lora_backward_torch(dout, zg, y, Folded(zg, *factors), ctx.r_pos), None, None, None
+
+
+_register("calm_fast::dual_lora_native", _native_backward, setup_context=_native_setup, lib=_lib)

@@ -16,15 +16,17 @@ class Folded(NamedTuple):
         two gate logits one dot product of the two halves of `down x`.
     up: "none": (d_out, R) = W_v [s_pos B_pos, s_neg B_neg]; "gelu": (m, R) = C1 [s_pos B_pos, s_neg B_neg].
     c1 (m, d_out), c2 (d_out, m): the value factors of "gelu"; None with "none".
+    packed: down and, "none": up, "gelu": c1, c2 again as the compiled library reads them; None where nothing is packed.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     c1: torch.Tensor | None = None
     c2: torch.Tensor | None = None
+    packed: tuple[torch.Tensor, ...] | None = None
 
     def to(self, dtype: torch.dtype) -> Folded:
-        return Folded(*(t if t is None else t.to(dtype) for t in self))
+        return Folded(*(t if t is None else t.to(dtype) for t in self[:4]))
 
 
 def fold_dual_lora(
@@ -89,3 +91,42 @@ def dual_lora_torch(zg: torch.Tensor, y: torch.Tensor, folded: Folded, r_pos: in
     pos, neg = (F.gelu(torch.addmm(base, z, up.mT)) for z, up in ((z_pos, up_pos), (z_neg, up_neg)))
     mixed = (weight_pos * pos + weight_neg * neg).to(dtype)
     return torch.addmm(y, mixed, folded.c2.mT).view(shape)
+
+
+def dual_lora_backward_torch(
+    dout: torch.Tensor, zg: torch.Tensor, y: torch.Tensor, folded: Folded, r_pos: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of zg, y, up, c1 and c2 (None where there is none) of `dual_lora_torch` on flat tensors.
+
+    For a forward pass that autograd cannot see through. docs/kernels/dual_lora.md derives it; all that is not a
+    product is float32.
+    """
+    r, dtype = zg.shape[1] // 2, y.dtype
+    wide = zg.to(torch.promote_types(dtype, torch.float32))
+    z, g = wide.chunk(2, dim=-1)
+    p_neg = negative_share(zg)
+    weights = (1.5 - p_neg, p_neg - 0.5)
+    if folded.c1 is None:
+        weighted = [w * part for w, part in zip(weights, z.split((r_pos, r - r_pos), dim=1), strict=True)]
+        dmix = (dout @ folded.up).to(wide.dtype)
+        dpos, dneg = (dmix * z).split((r_pos, r - r_pos), dim=1)
+        dlogit = p_neg * (1 - p_neg) * (dneg.sum(-1, keepdim=True) - dpos.sum(-1, keepdim=True))
+        dz = torch.cat([w * d for w, d in zip(weights, dmix.split((r_pos, r - r_pos), dim=1), strict=True)], dim=1)
+        dup = dout.mT @ torch.cat(weighted, dim=1).to(dtype)
+        return torch.cat((dz + dlogit * g, dlogit * z), dim=1).to(dtype), dout, dup, None, None
+    u = F.linear(y, folded.c1)
+    parts = [
+        (torch.addmm(u, part, up.mT).to(wide.dtype), part, up, w)
+        for part, up, w in zip(
+            zg[:, :r].split((r_pos, r - r_pos), dim=1), folded.up.split((r_pos, r - r_pos), dim=1), weights, strict=True
+        )
+    ]
+    dmix = (dout @ folded.c2).to(wide.dtype)
+    pos, neg = (F.gelu(h) for h, *_ in parts)
+    dlogit = p_neg * (1 - p_neg) * (dmix * (neg - pos)).sum(-1, keepdim=True)
+    dh = [torch.ops.aten.gelu_backward(w * dmix, h).to(dtype) for h, _, _, w in parts]
+    dz = torch.cat([d @ up for d, (_, _, up, _) in zip(dh, parts, strict=True)], dim=1)
+    dup = torch.cat([d.mT @ part for d, (_, part, _, _) in zip(dh, parts, strict=True)], dim=1)
+    du, mix = dh[0] + dh[1], (weights[0] * pos + weights[1] * neg).to(dtype)
+    dzg = torch.cat((dz + dlogit * g, dlogit * z), dim=1).to(dtype)
+    return dzg, torch.addmm(dout, du, folded.c1), dup, du.mT @ y, dout.mT @ mix

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from calm_fast import _native
 from calm_fast._dispatch import triton_obstacle
 from calm_fast.ops.dual_lora import decide, dual_lora
 from calm_fast.reference.dual_lora import dual_lora_reference
@@ -58,9 +59,11 @@ def triton_device(request, kernel_device):
     return kernel_device
 
 
-@pytest.fixture(params=["torch", "triton-interpreter", pytest.param("triton-cuda", marks=GPU)])
+@pytest.fixture(params=["torch", "native", "triton-interpreter", pytest.param("triton-cuda", marks=GPU)])
 def impl(request, kernel_device):
     name, _, where = request.param.partition("-")
+    if name == "native" and (why := _native.obstacle("dual_lora", kernel_device.type)):
+        pytest.skip(why)
     if where:
         interpreter_or_gpu(where, kernel_device)
     return name
@@ -257,18 +260,25 @@ def test_autocast_is_ignored(impl, kernel_device):
     assert out.dtype == torch.float32 and torch.equal(out, call(inputs, impl))
 
 
-def test_auto_on_cpu_is_torch_and_says_why():
+def test_auto_on_cpu_is_torch_where_autograd_records_or_nothing_is_compiled(monkeypatch):
     inputs = build()
     arguments = {name: inputs[name] for name in NAMES} | {"value": (inputs["value0"], inputs["value1"])}
+    inputs["w_k"].requires_grad_()
     decision = decide(**arguments, scaling=1.0)
-    assert decision.impl == "torch" and "CPU" in decision.reason
+    assert decision.impl == "torch" and "CPU" in decision.reason and "autograd" in decision.reason
     assert torch.equal(call(inputs), call(inputs, "torch"))
+    monkeypatch.setattr(_native, "obstacle", lambda *_: "the compiled library is away")
+    with torch.no_grad():
+        decision = decide(**arguments, scaling=1.0)
+    assert decision.impl == "torch" and "the compiled library is away" in decision.reason
+    with pytest.raises(RuntimeError, match="dual_lora: impl='native' cannot run here: the compiled library is away"):
+        call(inputs, "native")
 
 
 def test_explicit_impl_is_refused_with_the_reason(monkeypatch):
     inputs = build()
-    with pytest.raises(RuntimeError, match="dual_lora: impl='native' cannot run here: .*compiled library"):
-        call(inputs, "native")
+    with pytest.raises(RuntimeError, match="impl='native' cannot run here: the compiled code computes in float32"):
+        call(build(dtype=torch.float64), "native")
     with pytest.raises(RuntimeError, match="impl='triton' cannot run here: the kernels compute in float32"):
         call(build(dtype=torch.float64), "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

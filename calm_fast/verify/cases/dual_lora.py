@@ -112,7 +112,10 @@ class DualLoRACases:
             options = {"scaling": inputs["scaling"], "activation": inputs["activation"]}
             return dual_lora(*tensors[:8], tensors[8:], **options, impl=impl)
 
-        return _with_gradients(call, inputs)
+        values = _with_gradients(call, inputs)
+        if impl == "native":  # its other way: factors folded and packed once, as DualLoRALinear keeps them
+            values["out"] = _kept(inputs)
+        return values
 
     def eager(self, inputs: Inputs) -> Values:
         """The equations as a user writes them: every step in the inputs' dtype."""
@@ -149,6 +152,17 @@ class DualLoRACases:
 def _pair(inputs: Inputs) -> tuple[float, float]:
     scaling = inputs["scaling"]
     return scaling if isinstance(scaling, tuple) else (scaling, scaling)
+
+
+@torch.no_grad()
+def _kept(inputs: Inputs) -> torch.Tensor:
+    from calm_fast.ops.dual_lora import dual_lora_folded, pack_folded, project_folded
+    from calm_fast.torch_impl.dual_lora import fold_dual_lora
+
+    factors, value = [inputs[n] for n in _TENSORS[2:8]], [inputs[n] for n in _TENSORS[8:] if n in inputs]
+    folded = pack_folded(fold_dual_lora(*factors, value, _pair(inputs), inputs["activation"]))
+    zg = project_folded(inputs["x"], folded)
+    return dual_lora_folded(zg, inputs["y"], folded, inputs["a_pos"].shape[0], impl="native")
 
 
 def _with_gradients(call, inputs: Inputs) -> Values:
