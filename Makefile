@@ -13,13 +13,15 @@ NATIVE := $(VENV)/.calm-fast-native
 LOG := $(VENV)/set-up.log
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test lint codegen wheel-check bench clean
+.PHONY: help setup native demo test lint codegen cuda-gate sanitize wheel-check bench clean
 
 help:
 	@echo "make demo         set up, then run the main job: calm-fast demo (about 4 minutes on 2 cores)"
 	@echo "make test         set up, then run the whole test suite (about 6 minutes on 2 cores)"
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make codegen      compile every Triton kernel for sm_80, sm_90, sm_100 and check the machine code (no GPU)"
+	@echo "make cuda-gate    compile every CUDA source for sm_80, sm_90a, sm_100a; spills are errors (no GPU; needs nvcc)"
+	@echo "make sanitize     the C++ code and the emulated CUDA kernels under ASan and UBSan"
 	@echo "make wheel-check  build sdist and wheel, check what they hold and that they install"
 	@echo "make bench        speed against strong baselines on this machine"
 	@echo "make native       compile what changed in csrc/ (set-up and test do it by themselves)"
@@ -85,6 +87,14 @@ lint: $(STAMP)
 codegen: $(STAMP)
 	@echo "[codegen] compiling every Triton kernel for each GPU architecture and checking the machine code"
 	@"$(PY)" tests/codegen/check.py $(ARGS)
+
+cuda-gate: $(STAMP)
+	@echo "[cuda-gate] compiling every CUDA source for each GPU architecture, without a GPU"
+	@"$(PY)" tests/native/nvcc_gate.py $(ARGS)
+
+sanitize: $(STAMP)
+	@echo "[sanitize] building and running the native code under ASan and UBSan"
+	@"$(PY)" tests/native/sanitize.py $(ARGS)
 
 wheel-check: $(STAMP)
 	@echo "[wheel-check] building sdist and wheel, checking their contents, installing the wheel elsewhere"

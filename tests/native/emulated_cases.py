@@ -1,0 +1,82 @@
+"""What the tests of the emulated kernels need to know of each op with a CUDA kernel; add an entry per op.
+
+EXTRA: cases beside those of `calm-fast verify`, so that every path of the launch plan runs.
+FEW: the cases that a mutant is held against: few, small, and together reaching every barrier.
+WRONG: (old, new) texts in <op>.cuh, each a wrong index or a wrong guard that must be found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from calm_fast.verify import emulation
+from calm_fast.verify.cases import op_cases
+from calm_fast.verify.numerics import Case
+
+_F32 = torch.float32
+
+
+def emulated_ops() -> list[str]:
+    """Every op with a csrc/<op>/<op>_emulated.cpp."""
+    return sorted(path.parent.name for path in emulation.CSRC.glob("*/*_emulated.cpp"))
+
+
+def _vote(name: str, **changes: object) -> Case:
+    return op_cases("vote").case(name, _F32, **changes)
+
+
+def _maj_at_k(name: str, **changes: object) -> Case:
+    return op_cases("maj_at_k").case(name, _F32, **changes)
+
+
+EXTRA: dict[str, Callable[[], list[Case]]] = {
+    "vote": lambda: [
+        _vote("count", q=3, k=256),  # the last K for a warp, and the first for a block
+        _vote("count", q=3, k=257),
+        _vote("weighted", q=3, k=4500, classes=3, unscored=0.1, invalid=0.1),  # does not fit into shared memory
+        _vote("count", q=2, k=6500, classes=3),
+    ],
+    "maj_at_k": lambda: [
+        _maj_at_k("adaptive", q=2, resamples=300, k=40, classes=7, ks=(1, 3, 40)),  # several blocks a question
+        _maj_at_k("weighted", q=2, resamples=70, k=120, classes=9, ks=(1, 30)),  # 64 threads
+        _maj_at_k("resample", q=2, resamples=40, k=600, classes=3, ks=(1, 3)),  # 32 threads
+        _maj_at_k("resample", q=2, resamples=40, k=800, classes=3, ks=(1, 3)),  # scratch, counts
+        _maj_at_k("weighted", q=2, resamples=40, k=400, classes=3, ks=(1, 3)),  # scratch, weights
+        _maj_at_k("resample", q=2, resamples=9, k=70, ks=tuple(range(1, 71))),  # two launches
+    ],
+}
+
+FEW: dict[str, Callable[[], list[Case]]] = {
+    "vote": lambda: [
+        _vote("everything"),
+        _vote("long", q=3, k=300, classes=9),
+        _vote("weighted", q=5, k=4500, classes=3, unscored=0.1),
+    ],
+    "maj_at_k": lambda: [
+        _maj_at_k("everything", q=3, resamples=70),
+        _maj_at_k("adaptive", q=2, resamples=300, k=40, classes=7, ks=(1, 3, 40)),
+        _maj_at_k("resample", q=2, resamples=40, k=800, classes=3, ks=(1, 3)),
+    ],
+}
+
+WRONG: dict[str, tuple[tuple[str, str], ...]] = {
+    "vote": (
+        ("i <= n; i += kThreads) {  // i == n", "i <= n + 1; i += kThreads) {  // i == n"),
+        ("staged = pool.take<int64_t>(kGroups * n, \"answers\") + group * n;",
+         "staged = pool.take<int64_t>(kGroups * n, \"answers\") + group * n + 1;"),
+        ("sums = a.scratch + blockIdx.x * (2 * n + 1);", "sums = a.scratch + blockIdx.x * (2 * n);"),
+        ("if (j < i && i < n) opens = false;", "if (j <= i && i < n) opens = false;"),
+        ("return a.scores32[q * n + i];", "return a.scores32[q * n + i + 1];"),
+    ),
+    "maj_at_k": (
+        ("const int j = i + static_cast<int>(__umulhi(u, static_cast<uint32_t>(n - i)));",
+         "const int j = i + static_cast<int>(__umulhi(u, static_cast<uint32_t>(k - i + 1)));"),
+        ("const int c = int(w.classes[drawn]);", "const int c = int(w.classes[j]);"),
+        ("Shared<Sum> sums = w.sums + t;", "Shared<Sum> sums = w.sums + lane;"),
+        ("Shared<Index> order = w.order + t;", "Shared<Index> order = w.order + t + 1;"),
+        ("if (lane == 0) earned[warp * kSizes + at] += credit;", "earned[warp * kSizes + at] += credit;"),
+        ("key0 += 0x9E3779B9u;", "key0 += 0x9E3779B8u;"),
+    ),
+}  # fmt: skip

@@ -1,0 +1,81 @@
+"""Every CUDA kernel, emulated: right in every schedule on verify's cases and more; its bugs are found."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from calm_fast.verify import emulation
+from calm_fast.verify.cases import op_cases
+from calm_fast.verify.emulation import SCHEDULES
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # helpers beside the tests, not a package
+
+import emulated_cases as known  # noqa: E402
+import mutate  # noqa: E402
+
+OPS = known.emulated_ops()
+if why := emulation.obstacle("vote"):
+    pytest.skip(f"CUDA kernels cannot be emulated: {why}", allow_module_level=True)
+
+
+def source(op: str) -> str:
+    return (emulation.CSRC / op / f"{op}.cuh").read_text()
+
+
+@functools.cache
+def prepared(op: str) -> list:
+    return mutate.truths(op, [*op_cases(op).cases(), *known.EXTRA[op]()])
+
+
+@functools.cache
+def few(op: str) -> list:
+    return mutate.truths(op, known.FEW[op]())
+
+
+def test_every_kernel_has_its_tests():
+    assert {"vote", "maj_at_k"} <= set(OPS)
+    assert set(OPS) == set(known.EXTRA) == set(known.FEW) == set(known.WRONG)
+    cuda = {path.parent.name for path in emulation.CSRC.glob("*/*_cuda.cu")}
+    assert cuda == set(OPS), "every op with a CUDA kernel runs in the emulation"
+    for op in OPS:
+        assert mutate.without_barriers(source(op)) and len(known.WRONG[op]) >= 2
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.order}{s.seed}")
+@pytest.mark.parametrize("op", OPS)
+def test_kernel_is_right_on_every_schedule(op, schedule):
+    assert mutate.what_is_wrong(op, prepared(op), emulation.CSRC, (schedule,)) is None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_results_do_not_depend_on_the_schedule(op):
+    """Bit for bit: no result may hang on the order in which threads or blocks run."""
+    run = emulation.adapter(op).run
+    for _, inputs, _ in few(op):
+        first = run(inputs, SCHEDULES[0])
+        for schedule in SCHEDULES[1:]:
+            for name, values in run(inputs, schedule).items():
+                assert torch.equal(values, first[name]) or values.isnan().all()
+
+
+def mutants() -> list:
+    """The first barrier of each kernel is removed in every run; the others are a slow test."""
+    found = []
+    for op in OPS:
+        bugs: list[mutate.Mutant] = mutate.without_barriers(source(op))
+        wrong = [mutate.replaced(source(op), old, new) for old, new in known.WRONG[op]]
+        for i, mutant in enumerate(bugs + wrong):
+            marks = () if i in (0, len(bugs)) else (pytest.mark.slow,)
+            found.append(pytest.param(op, mutant, id=f"{op}-{i}", marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("op", "mutant"), mutants())
+def test_a_bug_put_into_the_kernel_is_found(op, mutant, tmp_path):
+    csrc = mutate.copy_of(emulation.CSRC, tmp_path, op, mutant)
+    assert mutate.what_is_wrong(op, few(op), csrc, SCHEDULES) is not None, mutant.name
