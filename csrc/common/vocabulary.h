@@ -37,16 +37,24 @@ struct Nce {
   float *hard, *soft, *kl;          // both cross-entropies and KL(p_neg || p_nat)
 };
 
-// Tasks that may run side by side: run(body, context, tasks) calls body(context, i) for every i, in any order.
-using Run = void (*)(void (*body)(void*, int64_t), void* context, int64_t tasks);
+// Where a sweep gets its memory and its threads from.
+class Host {
+ public:
+  virtual ~Host() = default;
+  // aligned to a cache line, for as long as the host lives
+  virtual float* memory(int64_t words) = 0;
+  // calls body(context, i) for every i < tasks, in any order, some at the same time
+  virtual void run(void (*body)(void*, int64_t), void* context, int64_t tasks) = 0;
+};
 
 // hidden (T, d), targets (T,) within 0 <= target < V.
-void sweep_logprob(Lane lane, const Matrix& hidden, const Head& head, const int64_t* targets, const Logprob& out, Run run);
+void sweep_logprob(
+    Lane lane, const Matrix& hidden, const Head& head, const int64_t* targets, const Logprob& out, Host& host);
 
 // student, nat, neg (T, d).
 void sweep_nce(
     Lane lane, const Matrix& student, const Matrix& nat, const Matrix& neg, const Head& head, const int64_t* targets,
-    const Nce& out, Run run);
+    const Nce& out, Host& host);
 
 // Columns first .. first + columns of the logit gradients, column by column: out[c * stride + t], in the inputs' type.
 struct Tile {
@@ -61,7 +69,7 @@ struct LogprobGradient {
 };
 void dlogits_logprob(
     Lane lane, const Matrix& hidden, const Head& head, const int64_t* targets, const LogprobGradient& in,
-    const Tile& out, Run run);
+    const Tile& out, Host& host);
 
 //   dz = hard (p - 1_target) + soft / temperature (p^tau - p_nat^tau), times the slope of the softcap
 struct NceGradient {
@@ -69,6 +77,6 @@ struct NceGradient {
 };
 void dlogits_nce(
     Lane lane, const Matrix& student, const Matrix& nat, const Head& head, const int64_t* targets,
-    const NceGradient& in, const Tile& out, Run run);
+    const NceGradient& in, const Tile& out, Host& host);
 
 }  // namespace calm_fast::vocabulary

@@ -14,8 +14,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "common/dtypes.h"
@@ -150,40 +148,30 @@ const LaneFunctions& functions_of(Lane lane, Type type) {
 
 // ---- memory ----------------------------------------------------------------------------------------------------------
 
-// Zeroed, aligned to a cache line.
-class Buffer {
- public:
-  explicit Buffer(int64_t words) : memory_(static_cast<float*>(::operator new(bytes(words), std::align_val_t{64}))) {
-    std::memset(memory_, 0, bytes(words));
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { ::operator delete(memory_, std::align_val_t{64}); }
-  float* get() { return memory_; }
-  uint32_t* words() { return reinterpret_cast<uint32_t*>(memory_); }
-
- private:
-  static size_t bytes(int64_t words) { return static_cast<size_t>(std::max<int64_t>(words, 1)) * 4; }
-  float* memory_;
-};
+float* zeroed(Host& host, int64_t words) {
+  float* memory = host.memory(std::max<int64_t>(words, 1));
+  std::memset(memory, 0, static_cast<size_t>(words) * 4);
+  return memory;
+}
 
 int64_t whole(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
 // Blocks of the tokens and splits of columns first .. last, with the memory that all blocks share.
 class Plan {
  public:
-  Plan(Lane lane, const Head& head, int64_t tokens, int64_t streams, int64_t first, int64_t last)
-      : lane_(functions_of(lane, head.weight.type)),
+  Plan(Host& host, Lane lane, const Head& head, int64_t tokens, int64_t streams, int64_t first, int64_t last)
+      : host_(host),
+        lane_(functions_of(lane, head.weight.type)),
         words_(lane_.pairs ? (head.weight.columns + 1) / 2 : head.weight.columns),
         splits(last > first ? (last - first + kSplit - 1) / kSplit : 0),
         most_(block_of(tokens, streams)),
-        panels_(streams * most_ * words_),
-        scratch_words_(whole((lane_.rows + 4) * words_, 16) + streams * lane_.rows * lane_.group),
-        scratch_(std::max(splits * scratch_words_, (4 + lane_.width) * words_)) {
+        scratch_words_(whole((lane_.rows + 4) * words_, 16) + streams * lane_.rows * lane_.group) {
     const int64_t panel_words = (lane_.rows + 4) * words_;
+    float* panels = zeroed(host, streams * most_ * words_);
+    float* scratch = zeroed(host, std::max(splits * scratch_words_, (4 + lane_.width) * words_));
     walk_ = Walk{
-        &head, nullptr, nullptr, 0, panels_.words(), scratch_.words(), scratch_words_,
-        whole(panel_words, 16) - panel_words, streams, 0, most_, first, last, splits};
+        &head, nullptr, nullptr, 0, reinterpret_cast<uint32_t*>(panels), reinterpret_cast<uint32_t*>(scratch),
+        scratch_words_, whole(panel_words, 16) - panel_words, streams, 0, most_, first, last, splits};
   }
 
   // tokens of a block, rounded up to whole groups
@@ -191,16 +179,16 @@ class Plan {
   const LaneFunctions& lane() const { return lane_; }
 
   // Packs tokens first .. first + tokens of each stream.
-  void take(const Matrix* const* hidden, int64_t first, int64_t tokens, Run run) {
+  void take(const Matrix* const* hidden, int64_t first, int64_t tokens) {
     walk_.hidden = hidden;
     walk_.first_token = first;
     walk_.tokens = tokens;
-    run(lane_.pack_tokens, &walk_, splits);
+    host_.run(lane_.pack_tokens, &walk_, splits);
   }
   void target_logits(const int64_t* targets, float* out) const { lane_.target_logits(walk_, targets, out); }
-  void run(void (*body)(void*, int64_t), const void* visitor, Run run) {
+  void run(void (*body)(void*, int64_t), const void* visitor) {
     walk_.visitor = visitor;
-    run(body, &walk_, splits);
+    host_.run(body, &walk_, splits);
   }
 
  private:
@@ -210,6 +198,7 @@ class Plan {
     return std::min(fit, whole((std::max<int64_t>(tokens, 1) + blocks - 1) / blocks, lane_.group));
   }
 
+  Host& host_;
   const LaneFunctions& lane_;
   int64_t words_;
 
@@ -217,25 +206,23 @@ class Plan {
   const int64_t splits;
 
  private:
-  int64_t most_;
-  Buffer panels_;
-  int64_t scratch_words_;
-  Buffer scratch_;
+  int64_t most_, scratch_words_;
   Walk walk_;
 };
 
 // Running sums of every split, `count` arrays of `most` tokens each.
 class Sums {
  public:
-  Sums(const Plan& plan, int64_t count) : most_(plan.most()), count_(count), memory_(plan.splits * count * most_) {}
-  float* array(int64_t split, int64_t index) { return memory_.get() + (split * count_ + index) * most_; }
+  Sums(Host& host, const Plan& plan, int64_t count)
+      : most_(plan.most()), count_(count), memory_(zeroed(host, plan.splits * count * most_)) {}
+  float* array(int64_t split, int64_t index) { return memory_ + (split * count_ + index) * most_; }
   Running running(int64_t split, int64_t index) {
     return Running{array(split, index), array(split, index + 1), array(split, index + 2)};
   }
 
  private:
   int64_t most_, count_;
-  Buffer memory_;
+  float* memory_;
 };
 
 void clear(const Running& sums, int64_t tokens) {
@@ -279,24 +266,24 @@ struct Total {
 }  // namespace
 
 void sweep_logprob(
-    Lane lane, const Matrix& hidden, const Head& head, const int64_t* targets, const Logprob& out, Run run) {
-  Plan plan(lane, head, hidden.rows, 1, 0, head.weight.rows);
-  Sums memory(plan, 4);
-  Buffer at_target(plan.most());
+    Lane lane, const Matrix& hidden, const Head& head, const int64_t* targets, const Logprob& out, Host& host) {
+  Plan plan(host, lane, head, hidden.rows, 1, 0, head.weight.rows);
+  Sums memory(host, plan, 4);
+  float* at_target = zeroed(host, plan.most());
   std::vector<LogprobSums> sums;
   for (int64_t i = 0; i < plan.splits; ++i) sums.push_back({memory.running(i, 0), memory.array(i, 3)});
   const float scale = kLog2e / head.temperature;
-  const LogprobSweep sweep{sums.data(), at_target.get(), scale, out.entropy != nullptr, out.rank != nullptr};
+  const LogprobSweep sweep{sums.data(), at_target, scale, out.entropy != nullptr, out.rank != nullptr};
   const Matrix* streams[] = {&hidden};
   for (int64_t first = 0; first < hidden.rows; first += plan.most()) {
     const int64_t tokens = std::min(plan.most(), hidden.rows - first);
-    plan.take(streams, first, tokens, run);
-    plan.target_logits(targets + first, at_target.get());
+    plan.take(streams, first, tokens);
+    plan.target_logits(targets + first, at_target);
     for (const LogprobSums& s : sums) {
       clear(s.running, plan.most());
       std::fill(s.larger, s.larger + plan.most(), 0.0f);
     }
-    plan.run(plan.lane().sweep_logprob, &sweep, run);
+    plan.run(plan.lane().sweep_logprob, &sweep);
     for (int64_t t = 0; t < tokens; ++t) {
       Total total(scale);
       double larger = 0;
@@ -304,7 +291,7 @@ void sweep_logprob(
         total.add(s.running, t, true);
         larger += s.larger[t];
       }
-      out.logprob[first + t] = static_cast<float>(total.log_share(at_target.get()[t]));
+      out.logprob[first + t] = static_cast<float>(total.log_share(at_target[t]));
       out.lse[first + t] = static_cast<float>(total.log_sum());
       if (out.entropy) out.entropy[first + t] = static_cast<float>(total.entropy());
       if (out.rank) out.rank[first + t] = 1 + static_cast<int64_t>(larger);
@@ -314,11 +301,11 @@ void sweep_logprob(
 
 void sweep_nce(
     Lane lane, const Matrix& student, const Matrix& nat, const Matrix& neg, const Head& head, const int64_t* targets,
-    const Nce& out, Run run) {
+    const Nce& out, Host& host) {
   const bool plain = head.temperature == 1.0f;
-  Plan plan(lane, head, student.rows, 3, 0, head.weight.rows);
-  Sums memory(plan, plain ? 9 : 15);
-  Buffer at_target(plan.most());
+  Plan plan(host, lane, head, student.rows, 3, 0, head.weight.rows);
+  Sums memory(host, plan, plain ? 9 : 15);
+  float* at_target = zeroed(host, plan.most());
   std::vector<NceSums> sums;
   for (int64_t i = 0; i < plan.splits; ++i) {
     NceSums s{memory.running(i, 0), {}, {}, memory.running(i, 3), memory.running(i, 6)};
@@ -331,12 +318,12 @@ void sweep_nce(
   const Matrix* streams[] = {&student, &nat, &neg};
   for (int64_t first = 0; first < student.rows; first += plan.most()) {
     const int64_t tokens = std::min(plan.most(), student.rows - first);
-    plan.take(streams, first, tokens, run);
-    plan.target_logits(targets + first, at_target.get());
+    plan.take(streams, first, tokens);
+    plan.target_logits(targets + first, at_target);
     for (const NceSums& s : sums) {
       for (const Running& r : {s.student, s.soft_student, s.nat, s.soft_nat, s.neg}) clear(r, plan.most());
     }
-    plan.run(plan.lane().sweep_nce, &sweep, run);
+    plan.run(plan.lane().sweep_nce, &sweep);
     for (int64_t t = 0; t < tokens; ++t) {
       Total one(kLog2e), soft(scale), teacher(kLog2e), soft_teacher(scale), negative(kLog2e);
       for (const NceSums& s : sums) {
@@ -349,7 +336,7 @@ void sweep_nce(
       out.lse[first + t] = static_cast<float>(one.log_sum());
       out.lse_soft[first + t] = static_cast<float>(soft.log_sum());
       out.lse_nat[first + t] = static_cast<float>(soft_teacher.log_sum());
-      out.hard[first + t] = static_cast<float>(-one.log_share(at_target.get()[t]));
+      out.hard[first + t] = static_cast<float>(-one.log_share(at_target[t]));
       out.soft[first + t] = static_cast<float>(soft.log_sum() - soft_teacher.mean() / head.temperature);
       out.kl[first + t] = static_cast<float>(negative.mean() - negative.log_sum() + teacher.log_sum());
     }
@@ -370,11 +357,10 @@ void local_targets(const int64_t* targets, int64_t tokens, const Tile& out, floa
 
 void dlogits_logprob(
     Lane lane, const Matrix& hidden, const Head& head, const int64_t* targets, const LogprobGradient& in,
-    const Tile& out, Run run) {
-  Plan plan(lane, head, hidden.rows, 1, out.first, out.first + out.columns);
+    const Tile& out, Host& host) {
+  Plan plan(host, lane, head, hidden.rows, 1, out.first, out.first + out.columns);
   const int64_t most = plan.most();
-  Buffer memory(5 * most);
-  float *lse = memory.get(), *constant = lse + most, *linear = lse + 2 * most, *up = lse + 3 * most;
+  float *lse = zeroed(host, 5 * most), *constant = lse + most, *linear = lse + 2 * most, *up = lse + 3 * most;
   float* target = lse + 4 * most;
   const float scale = kLog2e / head.temperature;
   LogprobSlope slope{
@@ -382,7 +368,7 @@ void dlogits_logprob(
   const Matrix* streams[] = {&hidden};
   for (int64_t first = 0; first < hidden.rows; first += most) {
     const int64_t tokens = std::min(most, hidden.rows - first);
-    plan.take(streams, first, tokens, run);
+    plan.take(streams, first, tokens);
     for (int64_t t = 0; t < tokens; ++t) {
       const float given = in.up[first + t] / head.temperature;
       const float down = in.down ? in.down[first + t] / head.temperature : 0.0f;
@@ -393,17 +379,16 @@ void dlogits_logprob(
     }
     local_targets(targets + first, tokens, out, target);
     slope.first_token = first;
-    plan.run(plan.lane().slope_logprob, &slope, run);
+    plan.run(plan.lane().slope_logprob, &slope);
   }
 }
 
 void dlogits_nce(
     Lane lane, const Matrix& student, const Matrix& nat, const Head& head, const int64_t* targets,
-    const NceGradient& in, const Tile& out, Run run) {
-  Plan plan(lane, head, student.rows, 2, out.first, out.first + out.columns);
+    const NceGradient& in, const Tile& out, Host& host) {
+  Plan plan(host, lane, head, student.rows, 2, out.first, out.first + out.columns);
   const int64_t most = plan.most();
-  Buffer memory(6 * most);
-  float *lse = memory.get(), *lse_soft = lse + most, *lse_nat = lse + 2 * most, *hard = lse + 3 * most;
+  float *lse = zeroed(host, 6 * most), *lse_soft = lse + most, *lse_nat = lse + 2 * most, *hard = lse + 3 * most;
   float *soft = lse + 4 * most, *target = lse + 5 * most;
   NceSlope slope{
       lse, lse_soft, lse_nat, hard, soft, target, kLog2e / head.temperature, head.softcap, head.temperature == 1.0f,
@@ -411,7 +396,7 @@ void dlogits_nce(
   const Matrix* streams[] = {&student, &nat};
   for (int64_t first = 0; first < student.rows; first += most) {
     const int64_t tokens = std::min(most, student.rows - first);
-    plan.take(streams, first, tokens, run);
+    plan.take(streams, first, tokens);
     for (int64_t t = 0; t < tokens; ++t) {
       lse[t] = static_cast<float>(-in.lse[first + t] / kLn2);
       lse_soft[t] = static_cast<float>(-in.lse_soft[first + t] / kLn2);
@@ -421,7 +406,7 @@ void dlogits_nce(
     }
     local_targets(targets + first, tokens, out, target);
     slope.first_token = first;
-    plan.run(plan.lane().slope_nce, &slope, run);
+    plan.run(plan.lane().slope_nce, &slope);
   }
 }
 

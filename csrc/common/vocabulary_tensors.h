@@ -2,6 +2,9 @@
 #pragma once
 
 #include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
 
 #include "common/checks.h"
 #include "common/parallel.h"
@@ -74,10 +77,23 @@ inline Tile tile_of(const char* op, const Tensor& out, const Head& head, int64_t
   return Tile{out.mutable_data_ptr(), first, out.size(0), tokens};
 }
 
-inline void run_tasks(void (*body)(void*, int64_t), void* context, int64_t tasks) {
-  parallel_for(tasks, 1, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(context, i);
-  });
-}
+// torch's allocator, so that its profiler sees what a sweep holds, and torch's threads.
+class TorchHost final : public Host {
+ public:
+  explicit TorchHost(const Tensor& like) : like_(like) {}
+  float* memory(int64_t words) override {
+    held_.push_back(torch::stable::new_empty(like_, {words}, ScalarType::Float));
+    return static_cast<float*>(held_.back().mutable_data_ptr());
+  }
+  void run(void (*body)(void*, int64_t), void* context, int64_t tasks) override {
+    parallel_for(tasks, 1, [=](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(context, i);
+    });
+  }
+
+ private:
+  Tensor like_;
+  std::vector<Tensor> held_;
+};
 
 }  // namespace calm_fast::vocabulary

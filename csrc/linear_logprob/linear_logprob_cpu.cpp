@@ -23,6 +23,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprob_fwd(
   const Matrix rows = rows_of(kOp, "hidden", hidden, head);
   const int64_t* at = targets_of(kOp, targets, rows.rows, head.weight.rows);
   const Lane chosen = choose_lane(kOp, lane);
+  TorchHost host(hidden);
 
   auto fresh = [&](bool wanted, ScalarType dtype) {
     return torch::stable::new_empty(hidden, {wanted ? rows.rows : 0}, dtype);
@@ -34,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprob_fwd(
       want_entropy ? static_cast<float*>(entropy.mutable_data_ptr()) : nullptr,
       want_rank ? static_cast<int64_t*>(rank.mutable_data_ptr()) : nullptr,
       static_cast<float*>(lse.mutable_data_ptr())};
-  sweep_logprob(chosen, rows, head, at, out, run_tasks);
+  sweep_logprob(chosen, rows, head, at, out, host);
   return {logprob, entropy, rank, lse};
 }
 
@@ -52,8 +53,9 @@ void linear_logprob_dlogits(
       floats_of(kOp, "lse", lse, tokens), floats_of(kOp, "up", up, tokens),
       down ? floats_of(kOp, "down", *down, tokens) : nullptr,
       entropy ? floats_of(kOp, "entropy", *entropy, tokens) : nullptr};
+  TorchHost host(hidden);
   const Tile tile = tile_of(kOp, out, head, tokens, first);
-  dlogits_logprob(choose_lane(kOp, lane), rows, head, at, in, tile, run_tasks);
+  dlogits_logprob(choose_lane(kOp, lane), rows, head, at, in, tile, host);
 }
 
 }  // namespace

@@ -26,12 +26,13 @@ std::tuple<Tensor, Tensor> linear_nce_fwd(
   const Matrix nats = rows_of(kOp, "nat", nat, head, tokens), negs = rows_of(kOp, "neg", neg, head, tokens);
   const int64_t* at = targets_of(kOp, targets, tokens, head.weight.rows);
   const Lane chosen = choose_lane(kOp, lane);
+  TorchHost host(student);
 
   Tensor lse = torch::stable::new_empty(student, {3, tokens}, ScalarType::Float);
   Tensor losses = torch::stable::new_empty(student, {3, tokens}, ScalarType::Float);
   float *sums = static_cast<float*>(lse.mutable_data_ptr()), *loss = static_cast<float*>(losses.mutable_data_ptr());
   const Nce out{sums, sums + tokens, sums + 2 * tokens, loss, loss + tokens, loss + 2 * tokens};
-  sweep_nce(chosen, rows, nats, negs, head, at, out, run_tasks);
+  sweep_nce(chosen, rows, nats, negs, head, at, out, host);
   return {lse, losses};
 }
 
@@ -50,8 +51,9 @@ void linear_nce_dlogits(
   const auto* hard = static_cast<const float*>(coefficients.const_data_ptr());
   const auto* sums = static_cast<const float*>(lse.const_data_ptr());
   const NceGradient in{sums, sums + tokens, sums + 2 * tokens, hard, hard + tokens};
+  TorchHost host(student);
   const Tile tile = tile_of(kOp, out, head, tokens, first);
-  dlogits_nce(choose_lane(kOp, lane), rows, nats, head, at, in, tile, run_tasks);
+  dlogits_nce(choose_lane(kOp, lane), rows, nats, head, at, in, tile, host);
 }
 
 }  // namespace

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
+from calm_fast import _native
 from calm_fast._dispatch import triton_obstacle
 from calm_fast.benchmarks.timing import peak_bytes
+from calm_fast.ops import vocabulary as ops_vocabulary
 from calm_fast.ops.linear_logprob import decide, linear_logprob
 from calm_fast.torch_impl import vocabulary
 from calm_fast.verify.cases.linear_logprob import CASES
@@ -43,13 +45,15 @@ def double(inputs):
     return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
-@pytest.fixture(params=["torch", "triton-interpreter", pytest.param("triton-cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["torch", "native", "triton-interpreter", pytest.param("triton-cuda", marks=pytest.mark.gpu)])
 def impl(request, kernel_device):
     name, _, where = request.param.partition("-")
     if where == "interpreter" and kernel_device.type != "cpu":
         pytest.skip("this session has a GPU: its kernels are compiled")
     if where and (why := triton_obstacle(kernel_device)):
         pytest.skip(f"Triton cannot run: {why}")
+    if name == "native" and (why := _native.obstacle(CASES.op)):
+        pytest.skip(why)
     return name
 
 
@@ -204,7 +208,7 @@ def test_a_nan_row_stays_in_its_row(impl, device):
 
 
 @pytest.mark.parametrize(
-    "impl", ["triton-interpreter", pytest.param("triton-cuda", marks=pytest.mark.gpu)], indirect=True
+    "impl", ["native", "triton-interpreter", pytest.param("triton-cuda", marks=pytest.mark.gpu)], indirect=True
 )
 def test_a_token_does_not_depend_on_the_other_tokens(impl, device):
     """The kernels split the vocabulary at fixed places: scoring a token alone gives the same bits."""
@@ -285,7 +289,8 @@ def test_double_backward_is_refused_not_wrong(impl, device):
         grad.sum().backward()
 
 
-def test_memory_stays_far_below_the_logits():
+@pytest.mark.parametrize("impl", ["torch", "native"], indirect=True)
+def test_memory_stays_far_below_the_logits(impl):
     tokens, d, v = 512, 16, 49152
     gen = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, d, generator=gen).bfloat16().requires_grad_()
@@ -294,10 +299,10 @@ def test_memory_stays_far_below_the_logits():
 
     def score():
         with torch.no_grad():
-            linear_logprob(hidden, weight, targets, return_entropy=True, return_rank=True, impl="torch")
+            linear_logprob(hidden, weight, targets, return_entropy=True, return_rank=True, impl=impl)
 
     def train():
-        linear_logprob(hidden, weight, targets, impl="torch").sum().backward()
+        linear_logprob(hidden, weight, targets, impl=impl).sum().backward()
         hidden.grad = None
 
     train()
@@ -306,11 +311,22 @@ def test_memory_stays_far_below_the_logits():
     assert peak_bytes(train, torch.device("cpu")) < 24 * 2**20  # with one chunk of logit gradients, 16 MiB
 
 
-def test_auto_is_torch_on_a_cpu():
+def test_auto_on_a_cpu(monkeypatch):
+    """The compiled library where it is there and the CPU has vectors for it, otherwise torch; never for float64."""
     inputs = build()
     arguments = {name: inputs[name] for name in ("hidden", "weight", "targets")}
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in arguments.items()}
+    monkeypatch.setattr(ops_vocabulary, "_slow_native", lambda dtype: None)
+    monkeypatch.setattr(_native, "obstacle", lambda op, device: None)
+    assert decide(**arguments).impl == "native"
+    assert decide(**wide).impl == "torch"
+    for impl in ("native", "triton"):
+        with pytest.raises(RuntimeError, match="float64"):
+            linear_logprob(**wide, impl=impl)
+    monkeypatch.setattr(ops_vocabulary, "_slow_native", lambda dtype: "matrix units")
+    assert decide(**arguments).impl == "torch" and "matrix units" in decide(**arguments).reason
+    assert decide(**arguments, impl="native").impl == "native"
+    monkeypatch.setattr(_native, "obstacle", lambda op, device: "the compiled library does not load")
     assert decide(**arguments).impl == "torch"
     with pytest.raises(RuntimeError, match="native.*compiled library"):
         linear_logprob(**arguments, impl="native")
-    with pytest.raises(RuntimeError, match="float64"):
-        linear_logprob(**{k: v.double() if v.is_floating_point() else v for k, v in arguments.items()}, impl="triton")

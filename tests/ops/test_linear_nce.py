@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from calm_fast import _native
 from calm_fast._dispatch import triton_obstacle
 from calm_fast.benchmarks.timing import peak_bytes
+from calm_fast.ops import vocabulary as ops_vocabulary
 from calm_fast.ops.linear_nce import decide, linear_nce
 from calm_fast.torch_impl import vocabulary
 from calm_fast.verify.cases.linear_nce import CASES
@@ -31,13 +33,15 @@ def gradients(inputs, impl, names=("student", "weight"), **changes):
     return torch.autograd.grad(call({**inputs, **given}, impl, **changes), list(given.values()))
 
 
-@pytest.fixture(params=["torch", "triton-interpreter", pytest.param("triton-cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["torch", "native", "triton-interpreter", pytest.param("triton-cuda", marks=pytest.mark.gpu)])
 def impl(request, kernel_device):
     name, _, where = request.param.partition("-")
     if where == "interpreter" and kernel_device.type != "cpu":
         pytest.skip("this session has a GPU: its kernels are compiled")
     if where and (why := triton_obstacle(kernel_device)):
         pytest.skip(f"Triton cannot run: {why}")
+    if name == "native" and (why := _native.obstacle(CASES.op)):
+        pytest.skip(why)
     return name
 
 
@@ -263,7 +267,8 @@ def test_reference_differentiates_twice():
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_memory_stays_far_below_the_logits(frozen):
+@pytest.mark.parametrize("impl", ["torch", "native"], indirect=True)
+def test_memory_stays_far_below_the_logits(frozen, impl):
     tokens, d, v = 256, 16, 32768
     gen = torch.Generator().manual_seed(0)
     student, nat, neg = (torch.randn(tokens, d, generator=gen).bfloat16() for _ in range(3))
@@ -272,7 +277,7 @@ def test_memory_stays_far_below_the_logits(frozen):
     targets, seq_ids = torch.randint(0, v, (tokens,), generator=gen), torch.arange(tokens) // 32
 
     def step():
-        linear_nce(student, nat, neg, weight, targets, seq_ids, impl="torch").backward()
+        linear_nce(student, nat, neg, weight, targets, seq_ids, impl=impl).backward()
         student.grad = weight.grad = None
 
     step()
@@ -281,11 +286,22 @@ def test_memory_stays_far_below_the_logits(frozen):
     assert peak_bytes(step, torch.device("cpu")) < logits * 3 // 4
 
 
-def test_auto_is_torch_on_a_cpu():
+def test_auto_on_a_cpu(monkeypatch):
+    """The compiled library where it is there and the CPU has vectors for it, otherwise torch; never for float64."""
     inputs = build()
     arguments = {name: inputs[name] for name in NAMES}
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in arguments.items()}
+    monkeypatch.setattr(ops_vocabulary, "_slow_native", lambda dtype: None)
+    monkeypatch.setattr(_native, "obstacle", lambda op, device: None)
+    assert decide(**arguments).impl == "native"
+    assert decide(**wide).impl == "torch"
+    for impl in ("native", "triton"):
+        with pytest.raises(RuntimeError, match="float64"):
+            linear_nce(**wide, impl=impl)
+    monkeypatch.setattr(ops_vocabulary, "_slow_native", lambda dtype: "matrix units")
+    assert decide(**arguments).impl == "torch" and "matrix units" in decide(**arguments).reason
+    assert decide(**arguments, impl="native").impl == "native"
+    monkeypatch.setattr(_native, "obstacle", lambda op, device: "the compiled library does not load")
     assert decide(**arguments).impl == "torch"
     with pytest.raises(RuntimeError, match="native.*compiled library"):
         linear_nce(**arguments, impl="native")
-    with pytest.raises(RuntimeError, match="float64"):
-        linear_nce(**{k: v.double() if v.is_floating_point() else v for k, v in arguments.items()}, impl="triton")
