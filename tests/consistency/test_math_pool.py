@@ -1,0 +1,149 @@
+"""Processes that compare answers: stuck ones are replaced, none is left behind; the cache of their verdicts."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+
+import pytest
+
+from calm_fast.consistency import group_answers, grouping, math_pool
+from calm_fast.consistency.math_pool import Comparison, compare
+from calm_fast.consistency.verdict_cache import VerdictCache
+
+# a power of 370 million digits in C code, and nested braces that the parser takes minutes for
+STUCK_PAIR = (r"9^{9^{9}}", r"5\%")
+UNREADABLE = "{" * 60 + "x" + "}" * 60
+
+
+def test_a_stuck_comparison_is_killed_and_reported() -> None:
+    start = time.monotonic()
+    groups = group_answers([["x+1", *STUCK_PAIR, "1+x"], ["y+1", "1+y"]], workers=1, timeout=0.5)
+    assert groups.answers.tolist() == [[0, 1, 2, 0], [0, 0, 0, 0]]
+    assert groups.given_up == ((0, *STUCK_PAIR),) and groups.timeouts == 1
+    assert time.monotonic() - start < 60
+
+
+def test_an_answer_that_cannot_be_read_equals_only_itself() -> None:
+    groups = group_answers([["x", UNREADABLE, "y", UNREADABLE, "x "]], workers=2, timeout=0.5)
+    assert groups.answers.tolist() == [[0, 1, 2, 1, 0]]
+    assert groups.given_up == ((0, "x", UNREADABLE), (0, UNREADABLE, "y"))
+
+
+def children() -> set[str]:
+    import psutil
+
+    return {str(child.pid) for child in psutil.Process().children() if "math_worker" in " ".join(child.cmdline())}
+
+
+def test_no_process_is_left_behind() -> None:
+    pytest.importorskip("psutil")
+    tasks = [Comparison([f"x+{n}", f"{n}+x"]) for n in range(6)]
+    running = compare(tasks, 2, 5.0)
+    first = next(running)
+    assert tasks[first].known == {(0, 1): True} and len(children()) == 2
+    running.close()
+    assert not children()
+
+
+def test_every_task_is_finished_once_with_more_workers_than_tasks() -> None:
+    tasks = [Comparison([f"x+{n}", f"{n}+x", "x"]) for n in range(3)]
+    assert sorted(compare(tasks, 8, 5.0)) == [0, 1, 2]
+    assert all(task.known == {(0, 1): True, (0, 2): n == 0} for n, task in enumerate(tasks))
+
+
+@pytest.mark.parametrize(
+    ("module", "why"), [("calm_fast.consistency.no_such_module", "exit code 1"), ("broken_worker", "ImportError: no")]
+)
+def test_a_process_that_cannot_start_is_an_error(monkeypatch, tmp_path, module, why) -> None:
+    (tmp_path / "broken_worker.py").write_text(
+        "import json\ndef main():\n    print(json.dumps(['failed', 'ImportError: no math_verify']), flush=True)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(math_pool, "_MODULE", module)
+    with pytest.raises(RuntimeError, match=f"could not be started \\({why}"):
+        group_answers([["x+1", "1+x"]])
+
+
+def test_a_process_that_dies_for_no_reason_is_an_error_in_the_end(monkeypatch, tmp_path) -> None:
+    (tmp_path / "dying_worker.py").write_text(
+        "import json, sys, os\ndef main():\n    print(json.dumps(['ready']), flush=True)\n"
+        "    sys.stdin.readline()\n    os._exit(3)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(math_pool, "_MODULE", "dying_worker")
+    with pytest.raises(RuntimeError, match="died before it began to compare .exit code 3"):
+        group_answers([["x+1", "1+x"]])
+
+
+# ---- the cache ------------------------------------------------------------------------------------------------------
+
+ROWS = [["x+1", "1+x", "x"], [r"\sqrt{8}", r"2\sqrt{2}", r"\text{none}"]]
+
+
+def test_a_warm_cache_gives_the_same_without_a_process(tmp_path, monkeypatch) -> None:
+    plain = group_answers(ROWS)
+    cold = group_answers(ROWS, cache_dir=tmp_path / "deep" / "cache")
+    monkeypatch.setattr(grouping, "compare", lambda *args: pytest.fail("a process was asked"))
+    warm = group_answers(ROWS, cache_dir=tmp_path / "deep" / "cache")
+    swapped = group_answers([[row[1], row[0]] for row in ROWS], cache_dir=tmp_path / "deep" / "cache")
+    assert plain.answers.tolist() == cold.answers.tolist() == warm.answers.tolist() == [[0, 0, 1], [0, 0, 1]]
+    assert swapped.answers.tolist() == [[0, 0], [0, 0]]
+
+
+def test_pairs_without_enough_time_are_kept_for_no_longer_than_that(tmp_path) -> None:
+    pair = ("a", "b")
+    VerdictCache(tmp_path, 1.0).put({pair: None, ("c", "d"): True})
+    assert VerdictCache(tmp_path, 0.5).get([pair, ("c", "d")]) == {pair: None, ("c", "d"): True}
+    assert VerdictCache(tmp_path, 1.5).get([pair, ("c", "d"), ("e", "f")]) == {("c", "d"): True}
+
+
+def test_given_up_pairs_are_reported_from_the_cache_as_well(tmp_path, monkeypatch) -> None:
+    VerdictCache(tmp_path, 2.0).put({STUCK_PAIR: None})
+    monkeypatch.setattr(grouping, "compare", lambda *args: pytest.fail("a process was asked"))
+    groups = group_answers([list(STUCK_PAIR)], cache_dir=tmp_path, timeout=1.0)
+    assert groups.answers.tolist() == [[0, 1]] and groups.given_up == ((0, *STUCK_PAIR),)
+
+
+def test_other_versions_do_not_see_verdicts(tmp_path, monkeypatch) -> None:
+    from calm_fast.consistency import verdict_cache
+
+    VerdictCache(tmp_path, 1.0).put({("a", "b"): True})
+    monkeypatch.setattr(verdict_cache, "_version", lambda name: "0")
+    assert VerdictCache(tmp_path, 1.0).get([("a", "b")]) == {}
+
+
+def test_a_broken_cache_costs_a_warning_only(tmp_path) -> None:
+    (tmp_path / "answers.sqlite3").write_bytes(b"not a database" * 100)
+    with pytest.warns(UserWarning, match="compared without the cache .*answers.sqlite3"):
+        groups = group_answers(ROWS, cache_dir=tmp_path)
+    assert groups.answers.tolist() == [[0, 0, 1], [0, 0, 1]]
+    with pytest.warns(UserWarning, match="compared without the cache"):
+        VerdictCache(tmp_path / "answers.sqlite3" / "below", 1.0)
+
+
+def test_strings_with_separators_do_not_collide(tmp_path) -> None:
+    cache = VerdictCache(tmp_path, 1.0)
+    cache.put({("a\0b", "c"): True, ("a", "\0bc"): False, ("\ud83d", "x"): True})
+    assert cache.get([("a\0b", "c"), ("a", "\0bc"), ("x", "\ud83d"), ("a", "b\0c")]) == {
+        ("a\0b", "c"): True,
+        ("a", "\0bc"): False,
+        ("x", "\ud83d"): True,
+    }
+
+
+def test_processes_may_write_at_the_same_time(tmp_path) -> None:
+    code = (
+        "import sys, warnings\nfrom calm_fast.consistency.verdict_cache import VerdictCache\n"
+        "warnings.simplefilter('error')\nstart = int(sys.argv[2])\n"
+        "for n in range(start, start + 40):\n"
+        "    VerdictCache(sys.argv[1], 1.0).put({(str(n), str(m)): m % 2 == 0 for m in range(5)})\n"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)]) for n in (0, 20, 1000)]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
+    with closing(sqlite3.connect(tmp_path / "answers.sqlite3")) as base:
+        # 0..59 and 1000..1039, five pairs each; ("1", "2") and ("2", "1") are one pair
+        assert base.execute("SELECT COUNT(*) FROM verdicts").fetchone() == (100 * 5 - 10,)
