@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import importlib.util
 import shutil
 import subprocess
 import tempfile
@@ -137,6 +138,11 @@ def call(
     )
     if getattr(library_of(op, csrc), f"calm_fast_emulated_{op}")(ctypes.byref(arguments)):
         raise EmulationError(f"{op} ({schedule.order}): {message.value.decode(errors='replace')}")
+
+
+def has_adapter(op: str) -> bool:
+    """Whether `op` has CUDA kernels that can be emulated where csrc/ is."""
+    return importlib.util.find_spec(f"calm_fast.verify.emulated.{op}") is not None
 
 
 def adapter(op: str) -> ModuleType:

@@ -21,8 +21,11 @@ import torch
 
 from calm_fast._dispatch import triton_obstacle
 from calm_fast.ops import OPS
+from calm_fast.verify import emulation
 from calm_fast.verify.cases import op_cases
 from calm_fast.verify.numerics import Case, OpCases, Row, judge, truth_of
+
+EMULATED = "cuda, emulated on the CPU"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ class Part:
     device: str
     skipped: str = ""
     interpreted: bool = False
+
+    @property
+    def emulated(self) -> bool:
+        """CUDA kernels run by the CPU emulation (calm_fast/verify/emulation.py), not by a GPU."""
+        return self.device == EMULATED
 
     def __str__(self) -> str:
         return f"{self.op} x {self.impl} ({self.device}{', Triton interpreter' if self.interpreted else ''})"
@@ -65,6 +73,8 @@ def plan(ops: Sequence[str] = OPS, impls: Sequence[str] = ()) -> list[Part]:
                 from calm_fast import _native
 
                 parts += [Part(op, impl, device, _native.obstacle(op, device) or "") for device in devices]
+                if emulation.has_adapter(op):
+                    parts.append(Part(op, impl, EMULATED, emulation.obstacle(op) or ""))
             else:
                 parts += [Part(op, impl, device) for device in devices]
     return parts
@@ -77,9 +87,15 @@ def _triton_part(op: str, gpu: bool) -> Part:
     return Part(op, "triton", "cuda" if gpu else "cpu", why, interpreted=not gpu)
 
 
+def cases_of(ops: OpCases, impl: str) -> list[Case]:
+    """The cases that `impl` is meant to run."""
+    fits = getattr(ops, "fits", None)
+    return [case for case in ops.cases() if fits is None or fits(case, impl)]
+
+
 def case_count(part: Part) -> int:
     """How many cases the part runs."""
-    return 0 if part.skipped else len(op_cases(part.op).cases())
+    return 0 if part.skipped else len(cases_of(op_cases(part.op), part.impl))
 
 
 def run_part(part: Part) -> Iterator[Row]:
@@ -89,9 +105,31 @@ def run_part(part: Part) -> Iterator[Row]:
     if part.interpreted and os.environ.get("TRITON_INTERPRET") != "1":
         yield from _in_fresh_process(part)
         return
+    if part.emulated:
+        yield from _emulated_rows(part)
+        return
     ops, device = op_cases(part.op), torch.device(part.device)
-    for case in ops.cases():
+    for case in cases_of(ops, part.impl):
         yield from _run_case(ops, case, part.impl, device)
+
+
+def _emulated_rows(part: Part) -> Iterator[Row]:
+    """Each case on one schedule of threads, in turn; cases that the kernels do not serve give no row."""
+    ops, run = op_cases(part.op), emulation.adapter(part.op).run
+    for i, case in enumerate(cases_of(ops, part.impl)):
+        inputs = ops.build(case, torch.device("cpu"))
+        truth = truth_of(ops, inputs, case.dtype)
+        note = ""
+        try:
+            actual = run(inputs, emulation.SCHEDULES[i % len(emulation.SCHEDULES)])
+        except emulation.EmulationError as problem:
+            actual, note = {}, str(problem)[:300]
+        if actual is None:
+            continue
+        if actual:  # the forward of an op whose backward is torch's
+            truth = replace(truth, values={name: truth.values[name] for name in actual})
+        rows = judge(case, part.impl, torch.device("cpu"), actual, truth)
+        yield from (replace(row, device=part.device, note=note or row.note) for row in rows)
 
 
 def _run_case(ops: OpCases, case: Case, impl: str, device: torch.device) -> list[Row]:
