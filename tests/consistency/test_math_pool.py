@@ -50,9 +50,9 @@ def test_no_process_is_left_behind() -> None:
 
 
 def test_every_task_is_finished_once_with_more_workers_than_tasks() -> None:
-    tasks = [Comparison([f"x+{n}", f"{n}+x", "x"]) for n in range(3)]
+    tasks = [Comparison([f"x+{n}", f"{n}+x", "x+1"]) for n in (1, 2, 3)]
     assert sorted(compare(tasks, 8, 5.0)) == [0, 1, 2]
-    assert all(task.known == {(0, 1): True, (0, 2): n == 0} for n, task in enumerate(tasks))
+    assert [task.known for task in tasks] == [{(0, 1): True, (0, 2): same} for same in (True, False, False)]
 
 
 @pytest.mark.parametrize(

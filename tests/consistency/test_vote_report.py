@@ -1,0 +1,155 @@
+"""`calm-fast vote`: what it counts, what it writes, and how bad input is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from typer.testing import CliRunner
+
+from calm_fast.cli import app
+from calm_fast.consistency import write_rows
+from calm_fast.consistency.vote_report import VoteSettings, run
+
+ROWS = [
+    {  # right 2 of 4, alone at the top
+        "question": "a",
+        "answer": r"so \boxed{\frac{1}{2}}",
+        "generated_answer": [r"\boxed{0.5}", r"\boxed{3}", r"\boxed{\dfrac12}", r"\boxed{4}"],
+        "scores": [0.1, 0.9, 0.1, 0.2],
+    },
+    {  # tied between 1 (right) and 2; one sample without an answer
+        "question": "b",
+        "answer": "1",
+        "generated_answer": ["no idea", "The answer is 2.", "The answer is 1.", r"\boxed{}"],
+        "scores": [0.9, 0.1, 0.8, None],
+    },
+    {"question": "c", "answer": None, "generated_answer": [r"\boxed{1}"] * 4, "scores": [1, 1, 1, 1]},
+    {"question": "d", "answer": r"\boxed{7}", "generated_answer": ["?", "?"], "scores": [0.5, 0.5]},
+]
+
+
+@pytest.fixture
+def file(tmp_path):
+    write_rows(tmp_path / "rows.jsonl.gz", ROWS)
+    return tmp_path / "rows.jsonl.gz"
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, ["vote", *map(str, args)])
+
+
+def test_counts_of_a_small_file(file, tmp_path) -> None:
+    result = invoke(file, "--out", tmp_path / "out", "--k", "1,2,4")
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    # a: of 6 pairs 1 is right, 4 tie with a wrong answer, 1 is a tie of wrong ones; b: both pairs tie; d: never
+    majority = {"1": (0.5 + 0.5) / 3, "2": ((1 + 4 / 2) / 6 + 0.5) / 3, "4": (1 + 0.5) / 3}
+    anyone = {"1": (0.5 + 0.5) / 3, "2": (5 / 6 + 1) / 3, "4": 2 / 3}
+    assert list(results) == ["questions", "single", "majority", "any", "ties"]
+    assert results["questions"] == 3 and results["ties"] == 1
+    assert results["single"] == pytest.approx(1 / 3)
+    assert results["majority"] == pytest.approx(majority) and results["any"] == pytest.approx(anyone)
+    for text in ("single 0.3333", "majority@4 0.5000", "any@4 0.6667", "ties at 4 samples: 1 of 3 questions (33.3 %)",
+                 "without an answer: 4 of 10", "left out: 1"):  # fmt: skip
+        assert text in result.output
+    assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_votes_say_who_won(file, tmp_path) -> None:
+    run(file, tmp_path, progress=False)
+    votes = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
+    assert votes == [
+        {"row": 0, "winner": r"\frac{1}{2}", "weight": 2, "total": 4, "ties": 1, "gold": r"\frac{1}{2}", "right": True},
+        {"row": 1, "winner": "2", "weight": 1, "total": 2, "ties": 2, "gold": "1", "right": False},
+        {"row": 3, "winner": None, "weight": 0, "total": 0, "ties": 0, "gold": "7", "right": False},
+    ]
+
+
+def test_scores_break_ties(file, tmp_path) -> None:
+    report = run(file, tmp_path, VoteSettings(rule="adaptive", ks=(2, 4), resamples=50), progress=False)
+    assert list(report.results["adaptive"]) == ["2", "4"]
+    # all samples: a 2 x 1.1 against 1.9, b 1.8 against 1.1
+    assert report.results["adaptive"]["4"] == pytest.approx(2 / 3)
+    assert report.results["majority"]["4"] == pytest.approx(0.5)
+    again = run(file, tmp_path, VoteSettings(rule="adaptive", ks=(2, 4), resamples=50), progress=False)
+    assert again.results == report.results
+    votes = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
+    assert [vote["right"] for vote in votes] == [True, True, False]
+
+
+def test_default_sizes_are_powers_of_two_and_all(tmp_path) -> None:
+    write_rows(tmp_path / "r.jsonl", [{"question": "q", "answer": "1", "generated_answer": ["The answer is 1"] * 6}])
+    report = run(tmp_path / "r.jsonl", tmp_path, progress=False)
+    assert report.ks == (1, 2, 4, 6)
+    assert report.results["majority"] == report.results["any"] == {"1": 1, "2": 1, "4": 1, "6": 1}
+    assert math.isnan(report.majority.stderr[0]) and (tmp_path / "curve.png").exists()
+
+
+def test_ties_are_counted_at_the_largest_size(tmp_path) -> None:
+    samples = [f"The answer is {n}." for n in (1, 2, 1)]
+    write_rows(tmp_path / "r.jsonl", [{"question": "q", "answer": "1", "generated_answer": ["none", *samples]}])
+    assert run(tmp_path / "r.jsonl", tmp_path, VoteSettings(ks=(2, 1)), progress=False).results["ties"] == 1
+    assert run(tmp_path / "r.jsonl", tmp_path, VoteSettings(ks=(3,)), progress=False).results["ties"] == 0
+
+
+def test_a_pattern_and_text_equality(tmp_path) -> None:
+    samples = ["#### The Nile", "#### nile.", "#### Amazon"]
+    write_rows(
+        tmp_path / "r.jsonl", [{"question": "q", "answer": "long story\n#### Nile", "generated_answer": samples}]
+    )
+    settings = VoteSettings(answer_regex=r"#### (.*)", equality="text")
+    assert run(tmp_path / "r.jsonl", tmp_path, settings, progress=False).results["single"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--k", "1,two"], "--k: expected numbers like 1,2,4,8, got '1,two'"),
+        (["--k", "0,1"], "`ks` must be positive integers"),
+        (["--k", "2,2"], "`ks` must be different numbers"),
+        (["--rule", "loudest"], "`rule` must be count, weighted or adaptive, got 'loudest'"),
+        (["--rule", "weighted", "--scores", "logprob"], "line 1: `logprob` must be a list of 4 numbers"),
+        (["--answer-regex", "("], "`pattern` is not a regular expression"),
+        (["--equality", "maths"], "`equality` must be one of"),
+        (["--timeout", "0"], "`timeout` must be a positive number"),
+        (["--lam", "nan", "--rule", "adaptive"], "`lam` must be finite"),
+        (["--workers", "0"], "--workers"),
+    ],
+)
+def test_bad_options_are_one_line(file, tmp_path, args, named) -> None:
+    result = invoke(file, "--out", tmp_path / "out", *args)
+    assert result.exit_code == 2 and named in " ".join(result.output.split()), result.output
+    assert "Traceback" not in result.output and not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        ([{"question": "q", "answer": None, "generated_answer": ["a"]}], "no row has an `answer`"),
+        ([{"question": "q", "answer": "1", "generated_answer": []}], "no row has a sample"),
+        ([], "expected at least one row"),
+    ],
+)
+def test_files_without_anything_to_count(tmp_path, rows, named) -> None:
+    write_rows(tmp_path / "r.jsonl", rows)
+    result = invoke(tmp_path / "r.jsonl", "--out", tmp_path / "out")
+    assert result.exit_code == 2 and named in " ".join(result.output.split())
+
+
+def test_a_missing_file_is_refused(tmp_path) -> None:
+    assert invoke(tmp_path / "none.jsonl").exit_code == 2
+
+
+@pytest.mark.slow
+def test_the_numbers_of_real_samples(shared_data, tmp_path) -> None:
+    """Prior measurement: single .340, majority of 8 .429, any of 8 .602; equivalence may differ in a few answers."""
+    report = run(shared_data / "math_gpt35_dev.jsonl.gz", tmp_path, progress=False)
+    results = report.results
+    assert results["questions"] == 500 and set(results["majority"]) == {"1", "2", "4", "8"}
+    assert results["single"] == pytest.approx(0.340, abs=0.005)
+    assert results["majority"]["8"] == pytest.approx(0.429, abs=0.005)
+    assert results["any"]["8"] == pytest.approx(0.602, abs=0.005)
+    assert results["single"] == results["majority"]["1"] == pytest.approx(results["any"]["1"])
+    assert report.timeouts == 0
