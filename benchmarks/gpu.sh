@@ -3,10 +3,10 @@
 #
 #   benchmarks/gpu.sh [--part NAME]... [--commit SHA] [--dry-run]
 #
-# Parts: tests sanitizer core core_heads layer lora lora_ranks lora_step nce logprob tune
+# Parts: tests sanitizer core core_heads layer lora lora_ranks lora_step nce logprob vote tune
 # A call ends within nine minutes: each part has a time limit, and a part that no longer fits is not begun, but named.
 # Four calls fit every part:    --part tests --part sanitizer
-#                               --part core_heads --part tune
+#                               --part core_heads --part vote --part tune
 #                               --part core --part layer --part lora --part logprob
 #                               --part nce --part lora_step --part lora_ranks
 # A benchmark part's rows are written, and shown, case by case: what was measured stays when a later one is stopped.
@@ -20,10 +20,10 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "${root}"
 
 readonly TOTAL=540 # seconds of one call
-readonly PARTS=(tests sanitizer core core_heads layer lora lora_ranks lora_step nce logprob tune)
+readonly PARTS=(tests sanitizer core core_heads layer lora lora_ranks lora_step nce logprob vote tune)
 readonly -A LIMIT=(
   [tests]=180 [sanitizer]=240 [core]=110 [core_heads]=110 [layer]=110 [lora]=150 [lora_ranks]=240 [lora_step]=140
-  [nce]=110 [logprob]=110 [tune]=70
+  [nce]=110 [logprob]=110 [vote]=200 [tune]=70
 )
 readonly -A WHAT=(
   [tests]="pytest -m gpu"
@@ -36,6 +36,7 @@ readonly -A WHAT=(
   [lora_step]="benchmark case D2: a decoding step of a layer with dual LoRA, as CUDA graphs"
   [nce]="benchmark case N1: the NCE loss, forward and backward"
   [logprob]="benchmark case L1: log-probabilities of targets"
+  [vote]="benchmark case V1: votes, and curves of majority@k"
   [tune]="launch configs, written to kernels/fused/tuned/<op>/<gpu>.json"
 )
 
@@ -201,6 +202,8 @@ part_lora_step() { bench lora_step "$1" dual_lora --suite full --case d2_; }
 part_nce() { bench nce "$1" linear_nce --suite full --case n1; }
 
 part_logprob() { bench logprob "$1" linear_logprob --suite full --case l1_; }
+
+part_vote() { bench vote "$1" vote --op maj_at_k --suite full --case v1_; }
 
 part_tune() {
   step tune "$1" "${python}" -m calm_fast.benchmarks.tune --op cross_attention --seconds "$(($1 - 20))" \

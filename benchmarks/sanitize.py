@@ -1,4 +1,4 @@
-"""One small call of every Triton kernel, for compute-sanitizer to watch: each op forward and backward, in every form.
+"""One small call of every kernel, for compute-sanitizer to watch: each op forward and backward, in every form.
 
 Shapes are odd on purpose: partial tiles on every axis, a head dim that is no power of two, empty intervals, ignored
 tokens, vocabularies and keys split over programs. Each result is compared with float64 as well, so that a silent wrong
@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from calm_fast import ops
+from calm_fast import _native, ops
 from calm_fast.reference.cross_attention import cross_attention_reference
 from calm_fast.reference.dual_lora import dual_lora_reference
 from calm_fast.reference.linear_logprob import linear_logprob_reference
@@ -141,6 +141,39 @@ def _linear_logprob(t: int, full: bool, device: torch.device, dtype: torch.dtype
     return _both(found, truth, leaves, True)
 
 
+def _compiled(op: str, device: torch.device) -> str:
+    """The compiled library; torch where it is not, and then it says that nothing of the library was watched."""
+    why = _native.obstacle(op, device.type)
+    if why and device.type == "cuda":
+        print(f"{op}: torch's ops run instead of the library's kernel: {why}", file=sys.stderr)
+    return "torch" if why else "native"
+
+
+def _votes(q: int, k: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """answers, scores with NaN, valid: of odd sizes, some questions without a vote."""
+    g = torch.Generator().manual_seed(3)
+    answers, scores = torch.randint(0, 9, (q, k), generator=g), torch.rand(q, k, generator=g).to(dtype)
+    scores[torch.rand(q, k, generator=g) < 0.2] = float("nan")
+    valid = torch.rand(q, k, generator=g) < 0.8
+    valid[1] = False
+    return answers.to(device), scores.to(device), valid.to(device)
+
+
+def _vote(q: int, k: int, rule: str, device: torch.device, dtype: torch.dtype) -> tuple[Results, Results]:
+    answers, scores, valid = _votes(q, k, device, dtype)
+    impls = (_compiled("vote", device), "reference")
+    found, expected = (ops.vote(answers, scores, valid=valid, rule=rule, lam=0.5, impl=impl) for impl in impls)
+    return list(found), list(expected)
+
+
+def _maj_at_k(q: int, k: int, rule: str, device: torch.device, dtype: torch.dtype) -> tuple[Results, Results]:
+    answers, scores, valid = _votes(q, k, device, dtype)
+    options = {"ks": (1, 2, k // 2, k), "valid": valid, "method": "resample", "resamples": 3, "rule": rule, "lam": 0.5}
+    impls = (_compiled("maj_at_k", device), "reference")
+    found, expected = (ops.maj_at_k(answers, answers[:, 0], scores, impl=impl, **options) for impl in impls)
+    return list(found), list(expected)
+
+
 CALLS: dict[str, Call] = {
     "cross_attention: causal, grouped heads": partial(_cross_attention, 1, 67, 67, 4, 2, 64, True, True),
     "cross_attention: intervals, head dim 40": partial(_cross_attention, 2, 35, 81, 2, 2, 40, False, True),
@@ -154,11 +187,15 @@ CALLS: dict[str, Call] = {
     "linear_nce: temperature, bias, softcap": partial(_linear_nce, 21, True),
     "linear_logprob: plain": partial(_linear_logprob, 21, False),
     "linear_logprob: entropy, rank, temperature, bias, softcap": partial(_linear_logprob, 21, True),
+    "vote: count, a warp a question": partial(_vote, 7, 37, "count"),
+    "vote: weighted, a block a question": partial(_vote, 3, 301, "weighted"),
+    "maj_at_k: count": partial(_maj_at_k, 7, 13, "count"),
+    "maj_at_k: adaptive": partial(_maj_at_k, 5, 37, "adaptive"),
 }
 
 
 def run_call(name: str, device: torch.device, dtype: torch.dtype = torch.float16) -> float:
-    """Run one entry of CALLS with impl="triton"; returns the largest relative error over results and gradients."""
+    """Run one entry of CALLS with the op's kernels; returns the largest relative error over results and gradients."""
     found, expected = CALLS[name](device, dtype)
     pairs = zip(found, expected, strict=True)
     errors = [float((a.double() - t.double()).norm() / t.double().norm()) for a, t in pairs]

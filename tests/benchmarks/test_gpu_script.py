@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 PARTS = (
     *("tests", "sanitizer", "core", "core_heads", "layer", "lora", "lora_ranks", "lora_step", "nce", "logprob"),
-    "tune",
+    *("vote", "tune"),
 )
 CALLS = re.findall(r"^#.*?  (--part \w+ --part .*)$", SCRIPT.read_text(), re.MULTILINE)  # as its head names them
 
