@@ -8,11 +8,12 @@ from calm_fast import _native
 from calm_fast._dispatch import Decision, check_impl, refuse, triton_obstacle, warn_once
 from calm_fast._validate import bad_type, bad_value, check_bool, check_finite_number, check_tensor, values_checked
 from calm_fast.reference.cross_attention import cross_attention_reference
-from calm_fast.torch_impl.cross_attention import cross_attention_torch
+from calm_fast.torch_impl.cross_attention import cross_attention_torch, cross_attention_torch_bwd
 
 _OP = "cross_attention"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_TRITON_MAX_HEAD_DIM = 256
+_MAX_HEAD_DIM = 256  # of Triton and native
+_NATIVE_MAX_QUERIES = 16
 
 
 def cross_attention(
@@ -52,14 +53,15 @@ def cross_attention(
         RuntimeError: an explicit `impl` cannot run here.
     Deterministic, forward and backward; only where SDPA runs on a GPU is the backward as deterministic as SDPA's
     (`torch.use_deterministic_algorithms`). float32 products are IEEE unless torch's float32 matmul precision allows
-    TF32. Double backward works with "reference", and with "torch" where return_lse avoids SDPA. Source: CALM
-    (arXiv 2401.02412) section 3.
+    TF32. "native" takes at most 16 queries. Double backward works with "reference", and with "torch" where return_lse
+    avoids SDPA. Source: CALM (arXiv 2401.02412) section 3.
     """
     decision = decide(q, k, v, lo=lo, hi=hi, causal=causal, scale=scale, return_lse=return_lse, impl=impl)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if decision.costly and not torch.compiler.is_compiling():
         warn_once(f"{decision}; it stores an (M, N) mask or the scores, which is slow")
-    if decision.impl != "triton" and _autocasts(q.device.type):  # it would round q, k, v and lse behind our back
+    if decision.impl in ("reference", "torch") and _autocasts(q.device.type):
+        # it would round q, k, v and lse behind our back
         with torch.autocast(q.device.type, enabled=False):
             return cross_attention(
                 q, k, v, lo=lo, hi=hi, causal=causal, scale=scale, return_lse=return_lse, impl=decision.impl
@@ -72,7 +74,8 @@ def cross_attention(
         lo, hi = (t if t is None else t.expand(q.shape[0], q.shape[1]) for t in (lo, hi))
         if scale <= 0:  # the kernels take the row maximum before scaling; a sign costs no rounding, a product would
             q, scale = (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
-        out, lse = torch.ops.calm_fast.cross_attention_fwd(q, k, v, lo, hi, causal, scale)
+        run = "cross_attention_decode" if decision.impl == "native" else "cross_attention_fwd"
+        out, lse = getattr(torch.ops.calm_fast, run)(q, k, v, lo, hi, causal, scale)
     return (out, lse) if return_lse else out
 
 
@@ -90,8 +93,8 @@ def decide(
 ) -> Decision:
     """Which implementation the same call of `cross_attention` runs, and why; raises what that call would raise.
 
-    auto: float64 and CPU tensors -> torch; on a GPU intervals and lse -> triton, plainly causal or full -> torch
-    (SDPA); torch wherever Triton cannot run.
+    auto: few queries without gradients -> native on a CPU; other CPU tensors and float64 -> torch; on a GPU intervals
+    and lse -> triton, plainly causal or full -> torch (SDPA); torch wherever Triton cannot run.
     """
     check_impl(_OP, impl)
     _check(q, k, v, lo, hi, causal, scale)
@@ -99,14 +102,20 @@ def decide(
     if impl in ("reference", "torch"):
         return Decision(_OP, impl, "asked for")
     if impl == "native":
-        raise refuse(_OP, impl, _native.obstacle(_OP, q.device.type))
+        if why := _native_cannot(q):
+            raise refuse(_OP, impl, why)
+        return Decision(_OP, impl, "asked for")
     obstacle = _triton_cannot(q)
     if impl == "triton":
         if obstacle:
             raise refuse(_OP, impl, obstacle)
         return Decision(_OP, impl, "asked for")
     if q.device.type == "cpu":
-        return Decision(_OP, "torch", "CPU tensors: torch's SDPA is the fast path")
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+            return Decision(_OP, "torch", "gradients on a CPU: torch's SDPA is the fast path")
+        if why := _native_cannot(q):
+            return Decision(_OP, "torch", f"CPU tensors: torch's SDPA is the fast path ({why})")
+        return Decision(_OP, "native", "few queries on a CPU: keys and values are read once for all of them")
     square = causal and q.shape[1] == k.shape[1]
     plain = (square or (lo is None and hi is None and not causal)) and not return_lse
     if obstacle:
@@ -123,9 +132,19 @@ def _autocasts(device_type: str) -> bool:
 def _triton_cannot(q: torch.Tensor) -> str | None:
     if q.dtype == torch.float64:
         return "the kernels compute in float32, q is float64"
-    if q.shape[-1] > _TRITON_MAX_HEAD_DIM:
-        return f"head dim {q.shape[-1]} is larger than {_TRITON_MAX_HEAD_DIM}"
+    if q.shape[-1] > _MAX_HEAD_DIM:
+        return f"head dim {q.shape[-1]} is larger than {_MAX_HEAD_DIM}"
     return triton_obstacle(q.device)
+
+
+def _native_cannot(q: torch.Tensor) -> str | None:
+    if q.shape[1] > _NATIVE_MAX_QUERIES:  # a comparison that torch.compile can hold as a guard
+        return f"the compiled library decodes, at most {_NATIVE_MAX_QUERIES} queries"
+    if q.dtype == torch.float64:
+        return "the compiled library computes in float32, q is float64"
+    if q.shape[-1] > _MAX_HEAD_DIM:
+        return f"head dim {q.shape[-1]} is larger than {_MAX_HEAD_DIM}"
+    return _native.obstacle(_OP, q.device.type)
 
 
 def _check(
@@ -194,6 +213,10 @@ _lib.define(
     " -> (Tensor out, Tensor lse)"
 )
 _lib.define(
+    "cross_attention_decode(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, bool causal, float scale)"
+    " -> (Tensor out, Tensor lse)"
+)
+_lib.define(
     "cross_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     " Tensor? lo, Tensor? hi, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
@@ -206,6 +229,13 @@ def _fwd(q, k, v, lo, hi, causal, scale):
     return kernels.launch_cross_attention_fwd(q, k, v, lo, hi, causal, scale)
 
 
+@torch.library.impl(_lib, "cross_attention_decode", "CompositeExplicitAutograd")
+def _decode(q, k, v, lo, hi, causal, scale):
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    lo, hi = (t if t is None else t.contiguous() for t in (lo, hi))
+    return torch.ops.calm_fast._native_cross_attention(q, k, v, lo, hi, causal, scale)
+
+
 @torch.library.impl(_lib, "cross_attention_bwd", "CompositeExplicitAutograd")
 def _bwd(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale):
     from calm_fast.kernels import cross_attention as kernels
@@ -214,6 +244,7 @@ def _bwd(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale):
 
 
 @torch.library.register_fake("calm_fast::cross_attention_fwd", lib=_lib)
+@torch.library.register_fake("calm_fast::cross_attention_decode", lib=_lib)
 def _fwd_fake(q, k, v, lo, hi, causal, scale):
     batch, m, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, m), dtype=torch.float32)
@@ -243,5 +274,18 @@ def _no_double_backward(ctx, *grads):
     raise RuntimeError(f"{_OP}: impl='triton' has no double backward. Use impl='reference' for it.")
 
 
+def _decode_backward(ctx, dout, dlse):
+    if dout is None and dlse is None:
+        return (None,) * 7
+    q, k, v, lo, hi, out, lse = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    # few queries: their scores are small enough to be computed again as a whole
+    grads = cross_attention_torch_bwd(dout, dlse, q, k, v, out, lse, lo, hi, ctx.causal, ctx.scale)
+    return (*grads, None, None, None, None)
+
+
 torch.library.register_autograd("calm_fast::cross_attention_fwd", _backward, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd(
+    "calm_fast::cross_attention_decode", _decode_backward, setup_context=_setup_context, lib=_lib
+)
 torch.library.register_autograd("calm_fast::cross_attention_bwd", _no_double_backward, lib=_lib)

@@ -112,3 +112,39 @@ def cross_attention_torch(
     if some_empty:
         out = out.masked_fill(empty, 0.0)
     return out.transpose(1, 2), None
+
+
+def cross_attention_torch_bwd(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    lo: torch.Tensor | None,
+    hi: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv of a forward pass that kept out and lse; (M, N) scores are stored, so for few queries.
+
+    P = exp(scale q k - lse);  dS = P (dout v - (dout . out) + dlse);  dq = scale dS k, dk = scale dS^T q, dv = P^T dout
+    """
+    compute, group = torch.promote_types(q.dtype, torch.float32), q.shape[2] // k.shape[2]
+    query, given, result = (t.to(compute) for t in (q, dout, out))
+    key, value = (t.to(compute).repeat_interleave(group, dim=2) for t in (k, v))
+    mask = None if not causal and lo is None and hi is None else _mask(lo, hi, causal, q.shape[1], k.shape[1], q.device)
+    p = (torch.einsum("bmhd,bnhd->bhmn", query, key) * scale - lse.unsqueeze(-1)).exp()
+    if mask is not None:  # also what a row without keys holds: exp(s + inf)
+        p = p.masked_fill(~mask, 0.0)
+    shift = (given * result).sum(dim=-1).transpose(1, 2)
+    shift = shift if dlse is None else shift - dlse
+    ds = p * (torch.einsum("bmhd,bnhd->bhmn", given, value) - shift.unsqueeze(-1)) * scale
+    dq = torch.einsum("bhmn,bnhd->bmhd", ds, key)
+    # the heads of a group add up
+    dk, dv = (
+        torch.einsum("bhmn,bmhd->bnhd", weights, rows).unflatten(2, (-1, group)).sum(dim=3)
+        for weights, rows in ((ds, query), (p, given))
+    )
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

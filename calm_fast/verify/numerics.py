@@ -79,6 +79,10 @@ class OpCases(Protocol):
     impls: Sequence[str]  # the implementations to prove, those that cannot run here included
 
     def cases(self) -> Sequence[Case]: ...
+    def fits(self, case: Case, impl: str) -> bool:
+        """Optional: False for a case that `impl` refuses by its contract, which is then no failure."""
+        ...
+
     def build(self, case: Case, device: torch.device) -> Inputs: ...
     def run(self, inputs: Inputs, impl: str) -> Values:
         """The public op and its gradients for the upstream gradients in `inputs`; raises where impl cannot run."""

@@ -361,7 +361,7 @@ def test_double_backward(impl, mask, return_lse):
 
 
 def test_explain_says_what_auto_does_and_why():
-    q, k, v = tensors(dtype=torch.float32)
+    q, k, v = tensors(m=17, dtype=torch.float32)  # more queries than the compiled library takes
     decision = calm_fast.explain("cross_attention", q, k, v, causal=True)
     assert decision.impl == "torch" and "CPU" in decision.reason
     assert str(decision).startswith("cross_attention: torch (")
@@ -386,7 +386,8 @@ def test_explicit_impl_runs_that_one(impl, monkeypatch):
 def refusals(monkeypatch):
     q, k, v = tensors(dtype=torch.float32)
     double, wide = tensors(), tensors(d=260, dtype=torch.float32)
-    yield "native", (q, k, v), "compiled library"
+    yield "native", tensors(m=17, dtype=torch.float32), "compiled library decodes, at most 16 queries"
+    yield "native", tensors(), "compiled library computes in float32"
     yield "triton", double, "q is float64"
     yield "triton", wide, "head dim 260 is larger than 256"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -92,6 +92,9 @@ _SPECS: dict[str, Spec] = {
     "window": Spec(1, 23, 31, 1, 16, window),
     "decode": Spec(2, 1, 131, 4, 64, full, hkv=2),
     "decode-intervals": Spec(3, 1, 131, 2, 16, scattered),
+    "decode-gqa-causal": Spec(2, 5, 70, 8, 24, causal, hkv=2),
+    "decode-splits": Spec(1, 2, 2100, 2, 8, scattered, hkv=1),
+    "decode-dim256": Spec(1, 3, 45, 2, 256, scattered),
     "gqa": Spec(1, 17, 29, 6, 16, scattered, hkv=2),
     "mqa-causal": Spec(1, 19, 19, 4, 16, causal, hkv=1),
     "no-keys": Spec(2, 3, 0, 2, 16, full),
@@ -120,6 +123,10 @@ class CrossAttentionCases:
         for dtype in (torch.bfloat16, torch.float16):
             found += [self.case(name, dtype, lse=i % 2 == 0) for i, name in enumerate(_HALF)]
         return found
+
+    def fits(self, case: Case, impl: str) -> bool:
+        """The compiled library decodes: at most 16 queries."""
+        return impl != "native" or case.spec.m <= 16
 
     def case(self, name: str, dtype: torch.dtype, **changes: Any) -> Case:
         """The case `name`, with fields of its Spec changed."""

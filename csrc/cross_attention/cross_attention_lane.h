@@ -1,0 +1,168 @@
+// The decode loop of one lane. Included once per lane by cross_attention_cpu.cpp, inside that lane's namespace
+// (common/vectors.h) with LANE the attribute of its functions; no include guard on purpose.
+//
+// A unit of work is one KV head of one sequence and one split of its keys, with every query row that reads that head
+// (M queries x H / Hkv heads): each key and value is read from memory once for all of them.
+
+// Rows of keys or values as float32, padded with zeros to `width`; in place where they lie so in memory already.
+template <class T>
+LANE const float* staged(float* spare, const T* from, int64_t stride, int64_t keys, int64_t d, int64_t width) {
+  if constexpr (std::is_same_v<T, float>) {
+    // stride == width as well: the loops walk rows that lie `width` apart
+    if (d == width && stride == width) return from;
+  }
+  for (int64_t j = 0; j < keys; ++j) {
+    const T* row = from + j * stride;
+    float* to = spare + j * width;
+    int64_t i = 0;
+    if constexpr (std::is_same_v<T, float>) {
+      std::memcpy(to, row, static_cast<size_t>(d) * sizeof(float));
+      i = d;
+    }
+#if CALM_FAST_X86
+    if constexpr (kWidth == 16) {
+      for (; i + 16 <= d; i += 16) _mm512_storeu_ps(to + i, load16(row + i));
+    } else if constexpr (kWidth == 8) {
+      for (; i + 8 <= d; i += 8) _mm256_storeu_ps(to + i, load8(row + i));
+    }
+#endif
+    for (; i < d; ++i) to[i] = to_float(row[i]);
+    for (; i < width; ++i) to[i] = 0.0f;
+  }
+  return spare;
+}
+
+// scores[r * kBlock + j] = q_r . k_j: kRows rows by 4 keys in registers, every sum in the same order whatever the tile
+template <int kRows>
+LANE void score(float* scores, const float* q, const float* k, int64_t keys, int64_t width) {
+  for (int64_t j = 0; j < keys; j += 4) {
+    const float* key[4];
+    for (int64_t i = 0; i < 4; ++i) key[i] = k + (j + i < keys ? j + i : keys - 1) * width;  // what is too many is erased
+    V acc[kRows][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) acc[r][i] = set1(0.0f);
+    }
+    for (int64_t c = 0; c < width; c += kWidth) {
+      V x[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) x[i] = load(key[i] + c);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const V y = load(q + r * width + c);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) acc[r][i] = fused(y, x[i], acc[r][i]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) sum4(scores + r * kBlock + j, acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+  }
+}
+
+// acc[r][i] = acc[r][i] * shrink[r] + sum_j weights[r][j] values[j][i]: kRows rows by kCount vectors of i in registers
+template <int kRows, int kCount>
+LANE void weigh_tile(
+    float* acc, const float* shrink, const float* weights, const float* values, int64_t keys, int64_t width) {
+  V sums[kRows][kCount];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kCount; ++c) sums[r][c] = mul(load(acc + r * width + c * kWidth), set1(shrink[r]));
+  }
+  for (int64_t j = 0; j < keys; ++j) {
+    V x[kCount];
+#pragma GCC unroll 8
+    for (int c = 0; c < kCount; ++c) x[c] = load(values + j * width + c * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const V w = set1(weights[r * kBlock + j]);
+#pragma GCC unroll 8
+      for (int c = 0; c < kCount; ++c) sums[r][c] = fused(w, x[c], sums[r][c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kCount; ++c) store(acc + r * width + c * kWidth, sums[r][c]);
+  }
+}
+
+template <int kRows>
+LANE void weigh(
+    float* acc, const float* shrink, const float* weights, const float* values, int64_t keys, int64_t width) {
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= width; i += 4 * kWidth) {
+    weigh_tile<kRows, 4>(acc + i, shrink, weights, values + i, keys, width);
+  }
+  for (; i < width; i += kWidth) weigh_tile<kRows, 1>(acc + i, shrink, weights, values + i, keys, width);
+}
+
+// Scores [begin, end) of a block become weights relative to the row's running maximum; the others become 0.
+// Returns what the sums so far shrink by.
+LANE float soften(float* scores, int64_t begin, int64_t end, float scale_log2, float& max, float& total) {
+  for (int64_t j = 0; j < begin; ++j) scores[j] = -kInfinity;
+  for (int64_t j = end; j < kBlock; ++j) scores[j] = -kInfinity;
+  V top = set1(max);
+  for (int j = 0; j < kBlock; j += kWidth) top = maximum(top, load(scores + j));
+  float each[kWidth], largest = max;
+  store(each, top);
+  for (int i = 0; i < kWidth; ++i) largest = each[i] > largest ? each[i] : largest;
+  // a row whose scores are all -inf has weights 0 here, not exp(-inf + inf)
+  const float shift = largest == -kInfinity ? 0.0f : largest;
+  const float shrink = max == -kInfinity ? 0.0f : std::exp2((max - shift) * scale_log2);
+  V sums = set1(0.0f);
+  for (int j = 0; j < kBlock; j += kWidth) {
+    const V score = load(scores + j);
+    V weight = exp2_of(mul(sub(score, set1(shift)), set1(scale_log2)));
+    weight = pick(same(score, set1(-kInfinity)), set1(0.0f), weight);  // exp2_of ends at 2^-126
+    store(scores + j, weight);
+    sums = add(sums, weight);
+  }
+  float parts[4];
+  sum4(parts, sums, set1(0.0f), set1(0.0f), set1(0.0f));
+  total = total * shrink + parts[0];
+  max = largest;
+  return shrink;
+}
+
+template <class T>
+LANE void attend(const Unit& u) {
+  const auto* k = static_cast<const T*>(u.k);
+  const auto* v = static_cast<const T*>(u.v);
+  for (int64_t start = u.first; start < u.last; start += kBlock) {
+    const int64_t stop = start + kBlock < u.last ? start + kBlock : u.last;
+    int64_t low = stop, high = start;  // of the keys that any row sees
+    for (int64_t r = 0; r < u.rows; ++r) {
+      const int64_t begin = u.lo[r] > start ? u.lo[r] : start, end = u.hi[r] < stop ? u.hi[r] : stop;
+      if (begin >= end) continue;
+      low = begin < low ? begin : low;
+      high = end > high ? end : high;
+    }
+    if (low >= high) continue;
+    const int64_t keys = high - low;
+    const float* block = staged(u.spare, k + low * u.k_stride, u.k_stride, keys, u.d, u.width);
+    int64_t r = 0;
+    for (; r + 4 <= u.rows; r += 4) score<4>(u.scores + r * kBlock, u.q + r * u.width, block, keys, u.width);
+    for (; r < u.rows; ++r) score<1>(u.scores + r * kBlock, u.q + r * u.width, block, keys, u.width);
+
+    block = staged(u.spare, v + low * u.v_stride, u.v_stride, keys, u.d, u.width);
+    for (r = 0; r < u.rows;) {
+      const int64_t begin = (u.lo[r] > low ? u.lo[r] : low) - low, end = (u.hi[r] < high ? u.hi[r] : high) - low;
+      int64_t count = 1;  // rows with this interval, at most 4: the heads of one query at least share it
+      while (count < 4 && r + count < u.rows && u.lo[r + count] == u.lo[r] && u.hi[r + count] == u.hi[r]) ++count;
+      if (begin < end) {
+        count = count < 4 ? 1 : 4;
+        float shrink[4];
+        for (int64_t i = 0; i < count; ++i) {
+          shrink[i] = soften(u.scores + (r + i) * kBlock, begin, end, u.scale_log2, u.max[r + i], u.total[r + i]);
+        }
+        const auto add = count == 4 ? weigh<4> : weigh<1>;
+        add(u.acc + r * u.width, shrink, u.scores + r * kBlock + begin, block + begin * u.width, end - begin, u.width);
+      }
+      r += count;
+    }
+  }
+}
+
+constexpr LaneFunctions kFunctions{kWidth, attend<float>, attend<BFloat16>, attend<Half>};
