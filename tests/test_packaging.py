@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.message import Message
 from email.parser import Parser
@@ -33,6 +34,7 @@ NOT_SOURCE = shutil.ignore_patterns(
     ".pytest_cache",
     ".ruff_cache",
     ".benchmarks",
+    "*.so",
 )
 
 
@@ -51,7 +53,7 @@ def source_files(folder: str) -> set[str]:
     """Files of one source folder, relative to it, build leftovers aside."""
     top = ROOT / folder
     paths = (path.relative_to(top) for path in top.rglob("*") if path.is_file())
-    return {path.as_posix() for path in paths if "__pycache__" not in path.parts and path.suffix != ".pyc"}
+    return {path.as_posix() for path in paths if "__pycache__" not in path.parts and path.suffix not in (".pyc", ".so")}
 
 
 @pytest.fixture(scope="session")
@@ -117,8 +119,27 @@ def test_wheel_holds_nothing_beside_calm_fast(wheel_names):
     assert tops == {"calm_fast", f"calm_fast-{calm_fast.__version__}.dist-info"}
 
 
-def test_wheel_is_pure_and_carries_version_and_licence(wheel, wheel_names, metadata):
-    assert wheel.name == f"calm_fast-{calm_fast.__version__}-py3-none-any.whl"
+def test_wheel_holds_the_compiled_library_where_a_compiler_is(wheel, wheel_names):
+    """One wheel for every Python from 3.10 and every torch from 2.11 on; a pure one without a compiler."""
+    start, name = f"calm_fast-{calm_fast.__version__}-", wheel.name
+    if sys.platform == "linux" and any(map(shutil.which, ("c++", "g++", "clang++"))):
+        assert name.startswith(f"{start}cp310-abi3-linux_")
+        assert {n for n in wheel_names if n.endswith(".so")} == {"calm_fast/_cpu.abi3.so"}
+    else:
+        assert name == f"{start}py3-none-any.whl"
+        assert not [n for n in wheel_names if n.endswith(".so")]
+
+
+def test_sdist_holds_the_sources_of_the_compiled_library(wheel):
+    (sdist,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    missing = {f"csrc/{name}" for name in source_files("csrc")} - names
+    assert source_files("csrc") and not missing
+    assert not [name for name in names if name.endswith(".so")]
+
+
+def test_wheel_carries_version_and_licence(wheel_names, metadata):
     assert metadata["Version"] == calm_fast.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert any(name.endswith("licenses/LICENSE") for name in wheel_names)
@@ -150,6 +171,23 @@ import calm_fast.benchmarks.registry
     printed = run_python(code, tmp_path, PYTHONPATH=str(installed)).splitlines()
     assert len(printed) == 3
     assert all(Path(line).is_relative_to(installed) for line in printed), printed
+
+
+def test_installed_wheel_runs_its_compiled_library(installed, wheel, tmp_path):
+    code = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+import torch, calm_fast
+from calm_fast import _native
+print(_native.__file__, _native.obstacle("dual_lora"))
+x, y, a, b, w = (torch.randn(*s) for s in ((3, 8), (3, 8), (2, 8), (8, 2), (8, 8)))
+out = [calm_fast.ops.dual_lora(x, y, a, b, a, b, w, w, (w,), scaling=1.0, impl=i) for i in ("native", "reference")]
+torch.testing.assert_close(*out)
+"""
+    if wheel.name.endswith("none-any.whl"):
+        pytest.skip("no compiler here: the wheel is pure Python")
+    file, obstacle = run_python(code, tmp_path, PYTHONPATH=str(installed)).split(" ", 1)
+    assert Path(file).is_relative_to(installed) and obstacle == "None"
 
 
 @pytest.mark.parametrize("place", ["root", "elsewhere"])

@@ -1,0 +1,120 @@
+"""How the compiled library is found, what it says about itself, and what is said where it is not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import calm_fast
+from calm_fast import _native, env_report
+from calm_fast.ops import OPS
+
+ROOT = Path(calm_fast.__file__).resolve().parent
+BUILT = importlib.util.find_spec("calm_fast._cpu") is not None
+built = pytest.mark.skipif(not BUILT, reason="calm_fast was installed without the compiled library")
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """The questions asked anew, and forgotten again afterwards."""
+    for cached in (_native._load, _native._served):
+        cached.cache_clear()
+        monkeypatch.setattr(_native, cached.__name__, cached)
+    yield monkeypatch
+    for cached in (_native._load, _native._served):
+        cached.cache_clear()
+
+
+@built
+def test_library_says_how_it_was_built():
+    info = _native.build_info()["_cpu"]
+    assert set(info) == {"compiler", "built with torch", "stable ABI target", "Python ABI", "best lane here"}
+    assert info["stable ABI target"].lower().startswith("0x020b0000")
+    assert info["Python ABI"].lower() == "0x030a0000"
+    assert info["best lane here"] in ("scalar", "avx2", "avx512", "avx512_bf16")
+
+
+@built
+def test_lane_agrees_with_what_torch_sees():
+    lane, seen = _native.build_info()["_cpu"]["best lane here"], torch.backends.cpu.get_cpu_capability()
+    assert lane.startswith("avx512") == seen.startswith("AVX512")
+
+
+@built
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_served_exactly_where_its_folder_has_code(op):
+    written = (ROOT.parent / "csrc" / op / f"{op}_cpu.cpp").is_file()
+    if not (ROOT.parent / "csrc").is_dir():
+        pytest.skip("the sources are not beside the package")
+    why = _native.obstacle(op, "cpu")
+    assert (why is None) == written
+    assert why is None or why == f"the compiled library has no {op} for cpu tensors"
+
+
+@built
+def test_every_declared_function_has_an_implementation():
+    assert _native.obstacle("dual_lora", "cpu") is None
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("calm_fast::_native_")]
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert names and not [n for n in names if not has(n, "CPU") and not has(n, "CUDA")]
+
+
+@built
+def test_no_two_ops_answer_to_one_prefix():
+    """`obstacle("x")` looks for functions x and x_...: no op's name may begin another's that way."""
+    assert not [(a, b) for a in OPS for b in OPS if a != b and b.startswith(f"{a}_")]
+
+
+def test_other_devices_have_no_code():
+    assert _native.obstacle("dual_lora", "mps") == "the compiled library has no code for mps tensors"
+
+
+def test_absent_library_is_named(fresh):
+    found = importlib.util.find_spec
+    fresh.setattr(importlib.util, "find_spec", lambda name: None if "._c" in name else found(name))
+    for device, module in (("cpu", "_cpu"), ("cuda", "_cpu")):
+        why = _native.obstacle("dual_lora", device)
+        assert f"the compiled library does not load: calm_fast.{module} is not there" in why
+    assert "not there" in _native.build_info()["_cpu"]
+
+
+def test_library_that_does_not_load_is_named_with_its_reason(fresh):
+    def broken(name):
+        raise ImportError("undefined symbol: torch_parallel_for\nmore")
+
+    fresh.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
+    fresh.setattr(_native, "importlib", SimpleNamespace(import_module=broken, util=importlib.util))
+    why = _native.obstacle("dual_lora", "cpu")
+    assert f"cannot be loaded with torch {torch.__version__}: undefined symbol: torch_parallel_for" in why
+    assert "more" not in why
+    x, y, a, b, w = (torch.randn(*s) for s in ((3, 8), (3, 8), (2, 8), (8, 2), (8, 8)))
+    arguments = (x, y, a, b, a, b, w, w, (w,))
+    with pytest.raises(RuntimeError, match="undefined symbol"):
+        calm_fast.ops.dual_lora(*arguments, scaling=1.0, impl="native")
+    decision = calm_fast.explain("dual_lora", *arguments, scaling=1.0)
+    assert decision.impl == "torch" and "undefined symbol" in decision.reason
+
+
+def test_report_shows_the_library_or_why_not(fresh):
+    assert set(env_report.collect()["compiled library"]) == {"_cpu", "_cuda"}
+    found = importlib.util.find_spec
+    fresh.setattr(importlib.util, "find_spec", lambda name: None if "._c" in name else found(name))
+    _native._load.cache_clear()
+    report = env_report.collect()
+    assert all(text.startswith("no: calm_fast._c") for text in report["compiled library"].values())
+    assert all("is not there" in impls["native"] for impls in report["implementations"].values())
+    assert "compiled library" in env_report.lines(report)
+
+
+@built
+def test_import_of_the_package_does_not_load_the_library():
+    code = "import sys, calm_fast.ops; print([m for m in sys.modules if m.startswith('calm_fast._c')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
