@@ -1,8 +1,9 @@
 """Does a ranker help the vote? Count against weighted and adaptive votes on real sampled rationales.
 
 A head is trained on frozen features of the training questions' rationales with each loss and each seed; the held-out
-questions are voted on by every rule. Intervals are bootstrap over the held-out questions, paired with the plain count.
-The control trains on labels shuffled within each question.
+questions are voted on by every rule. Intervals are bootstrap over the held-out questions and the seeds; gains are
+paired with the plain count. Because a few hundred questions leave much noise, the same is done by cross-validation over
+all questions. The control trains on labels shuffled within each question.
 
     python -m calm_fast.experiments.ranked_voting --data ../shared/data --encoder PATH --work DIR --out FILE.json
 
@@ -36,6 +37,7 @@ from calm_fast.consistency.samples import read_rows
 RULES = ("weighted", "adaptive")
 _TIED = 1e-9
 Interval = dict[str, float]
+Data = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]  # features and labels
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Recipe:
     hidden: int = 256
     dropout: float = 0.5
     max_length: int = 512
+    folds: int = 5
     resamples: int = 10_000
     sizes: tuple[int, ...] = (500, 1000)
 
@@ -62,6 +65,19 @@ class Split:
         """Features and labels of `count` questions drawn by `seed`."""
         drawn = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))[:count].tolist()
         return [self.features[i] for i in drawn], [self.labels[i] for i in drawn]
+
+
+def joined(a: Split, b: Split) -> Split:
+    """The questions of both."""
+    wide = max(a.groups.answers.shape[1], b.groups.answers.shape[1])
+
+    def rows(name: str) -> torch.Tensor:
+        parts = [getattr(split.groups, name) for split in (a, b)]
+        return torch.cat([torch.nn.functional.pad(part, (0, wide - part.shape[1])) for part in parts])
+
+    correct = torch.cat([a.groups.correct, b.groups.correct])
+    groups = Groups(rows("answers"), rows("valid"), correct, a.groups.texts + b.groups.texts)
+    return Split(a.features + b.features, a.labels + b.labels, groups)
 
 
 def load_split(
@@ -91,21 +107,25 @@ def credits(groups: Groups, scores: Sequence[torch.Tensor] | None, rule: str) ->
     return torch.where(among_top, 1.0 / top.ties.clamp(min=1).double(), 0.0)
 
 
-def interval(per_question: torch.Tensor, resamples: int, weights: torch.Tensor | None = None) -> Interval:
-    """Mean over questions, in percent, and its 95 % percentile bootstrap interval over questions.
+def interval(values: torch.Tensor, resamples: int, weights: torch.Tensor | None = None) -> Interval:
+    """Mean over seeds and questions, in percent, and its 95 % percentile bootstrap interval over both.
 
     Args:
-        per_question: (Q,) float64. weights: (Q,) float64; the mean is then sum / sum of weights, resampled together.
+        values: (S, Q) float64, S seeds (1 where nothing is random).
+        weights: (Q,) float64; the mean over questions is then sum of values / sum of weights, resampled together.
     """
-    count = len(per_question)
+    seeds, count = values.shape
     weights = torch.ones(count, dtype=torch.float64) if weights is None else weights
     generator = torch.Generator().manual_seed(0)
     means = torch.empty(resamples, dtype=torch.float64)
     for start in range(0, resamples, 1000):
-        drawn = torch.randint(count, (min(1000, resamples - start), count), generator=generator)
-        means[start : start + 1000] = per_question[drawn].sum(1) / weights[drawn].sum(1)
+        n = min(1000, resamples - start)
+        drawn = torch.randint(count, (n, count), generator=generator)
+        chosen = torch.randint(seeds, (n, seeds), generator=generator)
+        share = torch.nn.functional.one_hot(chosen, seeds).double().mean(1)
+        means[start : start + n] = (share @ values).gather(1, drawn).sum(1) / weights[drawn].sum(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    mean = float(per_question.sum() / weights.sum())
+    mean = float(values.mean(0).sum() / weights.sum())
     return {"mean": 100 * mean, "low": 100 * low, "high": 100 * high}
 
 
@@ -115,20 +135,32 @@ def shuffled_labels(labels: Sequence[torch.Tensor], seed: int) -> list[torch.Ten
     return [row[torch.randperm(len(row), generator=generator)] for row in labels]
 
 
-def dev_scores(
-    train: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]], dev: Split, recipe: Recipe, loss: str, seed: int
-) -> list[torch.Tensor]:
-    """Scores of the held-out rationales by a head trained with `loss` and `seed`."""
+def head_scores(train: Data, new: Sequence[torch.Tensor], recipe: Recipe, loss: str, seed: int) -> list[torch.Tensor]:
+    """Scores of the features `new` by a head trained on `train` with `loss` and `seed`."""
     features, labels = train
     ranker = Ranker.for_features(features[0].shape[1], hidden=recipe.hidden, dropout=recipe.dropout, seed=seed)
     train_ranker(ranker, labels, features=features, settings=replace(recipe.settings, loss=loss, seed=seed))
-    return ranker.score_features(dev.features)
+    return ranker.score_features(new)
+
+
+def cross_scores(data: Data, recipe: Recipe, loss: str, seed: int) -> list[torch.Tensor]:
+    """Scores of every question by a head that was trained on the other folds."""
+    features, labels = data
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
+    scores: list[torch.Tensor] = [torch.empty(0)] * len(labels)
+    for fold in range(recipe.folds):
+        held = order[fold :: recipe.folds]
+        seen = [i for i in order if i not in set(held)]
+        train = [features[i] for i in seen], [labels[i] for i in seen]
+        for i, s in zip(held, head_scores(train, [features[i] for i in held], recipe, loss, seed), strict=True):
+            scores[i] = s
+    return scores
 
 
 def evaluate(scores: Sequence[Sequence[torch.Tensor]], dev: Split, resamples: int) -> dict[str, Any]:
-    """What rankers of several seeds do on the held-out questions; seeds are averaged per question before resampling."""
+    """What rankers of several seeds do on the held-out questions."""
     won, pairs = zip(*(pair_counts(s, dev.labels) for s in scores), strict=True)
-    result: dict[str, Any] = {"pair_accuracy": interval(torch.stack(won).mean(0), resamples, pairs[0])}
+    result: dict[str, Any] = {"pair_accuracy": interval(torch.stack(won), resamples, pairs[0])}
     result["pair_accuracy"]["seeds"] = [100 * float(w.sum() / pairs[0].sum()) for w in won]
     count = credits(dev.groups, None, "count")
     tied = ops.vote(dev.groups.answers, valid=dev.groups.valid).ties > 1
@@ -136,8 +168,8 @@ def evaluate(scores: Sequence[Sequence[torch.Tensor]], dev: Split, resamples: in
         gains = torch.stack([credits(dev.groups, s, rule) - count for s in scores])
         mean = gains.mean(0)
         result[rule] = {
-            "accuracy": interval(mean + count, resamples),
-            "gain": interval(mean, resamples) | {"seeds": (100 * gains.mean(1)).tolist()},
+            "accuracy": interval(gains + count, resamples),
+            "gain": interval(gains, resamples) | {"seeds": (100 * gains.mean(1)).tolist()},
             "gain_from_tied_questions": 100 * float(torch.where(tied, mean, 0.0).mean()),
             "gain_from_untied_questions": 100 * float(torch.where(tied, 0.0, mean).mean()),
         }
@@ -150,30 +182,50 @@ def plain(dev: Split, resamples: int) -> dict[str, Any]:
     per_question = torch.stack([row.double().mean() for row in dev.labels])
     ties = ops.vote(dev.groups.answers, valid=dev.groups.valid).ties
     return {
-        "single": interval(per_question, resamples),
-        "count": interval(count, resamples),
-        "any": interval((per_question > 0).double(), resamples),
+        "single": interval(per_question[None], resamples),
+        "count": interval(count[None], resamples),
+        "any": interval((per_question > 0).double()[None], resamples),
         "questions": len(dev.labels),
         "tied_questions": int((ties > 1).sum()),
     }
 
 
 def compare(train: Split, dev: Split, recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:
-    """Every loss, the control, and the main loss from fewer questions, each over `seeds`."""
-    main, total = recipe.settings.loss, len(train.labels)
-    arms: dict[str, Any] = {loss: (loss, lambda seed: (train.features, train.labels)) for loss in LOSSES}
-    arms["control: shuffled labels"] = (main, lambda seed: (train.features, shuffled_labels(train.labels, seed)))
-    for size in (s for s in recipe.sizes if s < total):
+    """Every loss, the control, and the main loss from fewer questions, each over `seeds`, on the held-out questions."""
+    main = recipe.settings.loss
+    arms = _arms(train, recipe)
+    for size in (s for s in recipe.sizes if s < len(train.labels)):
         arms[f"{main}, {size} questions"] = (main, lambda seed, size=size: train.some(size, seed))
     results = {}
     with tqdm(total=len(arms) * len(seeds), desc="training heads", unit="head") as bar:
         for name, (loss, data) in arms.items():
             scores = []
             for seed in seeds:
-                scores.append(dev_scores(data(seed), dev, recipe, loss, seed))
+                scores.append(head_scores(data(seed), dev.features, recipe, loss, seed))
                 bar.update()
             results[name] = evaluate(scores, dev, recipe.resamples)
     return results
+
+
+def cross_validate(both: Split, recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:
+    """Every loss and the control, each question scored by a head that never saw it; more questions, less noise."""
+    arms, results = _arms(both, recipe), {}
+    with tqdm(total=len(arms) * len(seeds), desc="cross-validation", unit=f"{recipe.folds} heads") as bar:
+        for name, (loss, data) in arms.items():
+            scores = []
+            for seed in seeds:
+                scores.append(cross_scores(data(seed), recipe, loss, seed))
+                bar.update()
+            results[name] = evaluate(scores, both, recipe.resamples)
+    return results
+
+
+def _arms(train: Split, recipe: Recipe) -> dict[str, Any]:
+    """Name -> (loss, features and labels of a seed)."""
+    arms: dict[str, Any] = {loss: (loss, lambda seed: (train.features, train.labels)) for loss in LOSSES}
+    main = recipe.settings.loss
+    arms["control: shuffled labels"] = (main, lambda seed: (train.features, shuffled_labels(train.labels, seed)))
+    return arms
 
 
 def run(
@@ -189,7 +241,11 @@ def run(
     recipe, start, threads = recipe or Recipe(), time.process_time(), torch.get_num_threads()
     torch.set_num_threads(1)  # the same numbers whatever the machine's number of cores
     try:
-        results = {"plain": plain(dev, recipe.resamples), "rankers": compare(train, dev, recipe, seeds)}
+        both = joined(train, dev)
+        results = {
+            "held_out": plain(dev, recipe.resamples) | {"rankers": compare(train, dev, recipe, seeds)},
+            "cross_validated": plain(both, recipe.resamples) | {"rankers": cross_validate(both, recipe, seeds)},
+        }
     finally:
         torch.set_num_threads(threads)
     return results | {
@@ -214,17 +270,18 @@ def table(results: dict[str, Any]) -> str:
     def cell(x: Interval, sign: str = "") -> str:
         return f"{x['mean']:{sign}.2f} [{x['low']:{sign}.2f}, {x['high']:{sign}.2f}]"
 
-    given = results["plain"]
-    lines = [f"single {cell(given['single'])}, count {cell(given['count'])}, any {cell(given['any'])}", ""]
-    lines += [f"{given['tied_questions']} of {given['questions']} questions are tied", ""]
-    lines += [
-        "| ranker | pair accuracy | weighted - count | adaptive - count | of it from ties |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in results["rankers"].items():
-        gains = [cell(row[rule]["gain"], "+") for rule in RULES]
-        ties = f"{row['adaptive']['gain_from_tied_questions']:+.2f}"
-        lines.append(f"| {name} | {cell(row['pair_accuracy'])} | {gains[0]} | {gains[1]} | {ties} |")
+    lines = []
+    for part in ("held_out", "cross_validated"):
+        given = results[part]
+        lines += [f"{part.replace('_', ' ')}: {given['questions']} questions, {given['tied_questions']} of them tied; "]
+        lines[-1] += ", ".join(f"{name} {cell(given[name])}" for name in ("single", "count", "any"))
+        lines += ["", "| ranker | pair accuracy | weighted - count | adaptive - count | of it from ties |"]
+        lines += ["|---" * 5 + "|"]
+        for name, row in given["rankers"].items():
+            gains = [cell(row[rule]["gain"], "+") for rule in RULES]
+            ties = f"{row['adaptive']['gain_from_tied_questions']:+.2f}"
+            lines.append(f"| {name} | {cell(row['pair_accuracy'])} | {gains[0]} | {gains[1]} | {ties} |")
+        lines.append("")
     return "\n".join(lines)
 
 

@@ -71,14 +71,22 @@ def test_question_without_a_right_or_without_any_answer_gets_nothing():
 
 def test_interval_covers_the_mean_and_agrees_with_the_normal_one():
     x = torch.randn(400, dtype=torch.float64) * 0.3 + 0.1
-    found = experiment.interval(x, 4000)
+    found = experiment.interval(x[None], 4000)
     assert found["mean"] == pytest.approx(100 * x.mean().item())
     half = 196 * x.std().item() / 20
     assert found["low"] == pytest.approx(found["mean"] - half, abs=0.3)
     assert found["high"] == pytest.approx(found["mean"] + half, abs=0.3)
     weights = torch.randint(1, 9, (400,)).double()
-    ratio = experiment.interval(0.25 * weights, 100, weights)
+    ratio = experiment.interval(0.25 * weights[None], 100, weights)
     assert ratio["mean"] == ratio["low"] == ratio["high"] == pytest.approx(25)
+
+
+def test_interval_holds_the_spread_of_the_seeds():
+    seeds = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
+    found = experiment.interval(seeds[:, None].expand(4, 50), 4000)  # no spread over questions at all
+    assert found["mean"] == pytest.approx(150)
+    half = 196 * seeds.std(correction=0).item() / 2
+    assert found["low"] == pytest.approx(150 - half, abs=15) and found["high"] == pytest.approx(150 + half, abs=15)
 
 
 def test_shuffled_labels_keep_every_question_as_right_as_it_was():
@@ -92,23 +100,52 @@ def test_reduced_experiment_finds_a_signal_that_is_there_and_repeats_itself():
     train, dev = synthetic(80, 1), synthetic(80, 2)
     results = experiment.run(train, dev, (0, 1), SMALL, encoder="synthetic")
     losses = list(experiment.LOSSES)
-    assert list(results["rankers"]) == [*losses, "control: shuffled labels", "power, 20 questions"]
+    assert list(results["held_out"]["rankers"]) == [*losses, "control: shuffled labels", "power, 20 questions"]
     for loss in losses:
-        row = results["rankers"][loss]
+        row = results["held_out"]["rankers"][loss]
         assert row["pair_accuracy"]["mean"] > 80 and len(row["pair_accuracy"]["seeds"]) == 2
         gain = row["adaptive"]["gain"]
         assert gain["low"] <= gain["mean"] <= gain["high"] and gain["mean"] > 5
         parts = row["adaptive"]["gain_from_tied_questions"] + row["adaptive"]["gain_from_untied_questions"]
         assert parts == pytest.approx(gain["mean"])
-        assert row["adaptive"]["accuracy"]["mean"] == pytest.approx(results["plain"]["count"]["mean"] + gain["mean"])
-    control = results["rankers"]["control: shuffled labels"]
+        assert row["adaptive"]["accuracy"]["mean"] == pytest.approx(results["held_out"]["count"]["mean"] + gain["mean"])
+    crossed = results["cross_validated"]
+    assert crossed["questions"] == 160 and crossed["rankers"]["power"]["adaptive"]["gain"]["mean"] > 5
+    control = results["held_out"]["rankers"]["control: shuffled labels"]
     assert control["pair_accuracy"]["mean"] < 75
     again = experiment.run(train, dev, (0, 1), SMALL, encoder="synthetic")
-    assert again["rankers"] == results["rankers"] and json.loads(json.dumps(results)) is not None
+    assert (
+        again["held_out"]["rankers"] == results["held_out"]["rankers"] and json.loads(json.dumps(results)) is not None
+    )
     text = experiment.table(results)
-    assert "adaptive - count" in text and text.count("\n| ") == 6
+    assert "adaptive - count" in text and text.count("\n| ") == 6 + 5
     with pytest.raises(ValueError, match="different ints"):
         experiment.run(train, dev, (1, 1), SMALL)
+
+
+def test_cross_validation_never_scores_what_the_head_was_trained_on(monkeypatch):
+    split, seen = synthetic(23, 4), []
+
+    def head_scores(train, new, recipe, loss, seed):
+        seen.append(len(new))
+        trained = {id(x) for x in train[0]}
+        assert len(train[0]) + len(new) == 23 and not trained & {id(x) for x in new}
+        return [x[:, 0] for x in new]
+
+    monkeypatch.setattr(experiment, "head_scores", head_scores)
+    scores = experiment.cross_scores((split.features, split.labels), SMALL, "power", 0)
+    assert sorted(seen) == [4, 4, 5, 5, 5]
+    assert all(torch.equal(s, x[:, 0]) for s, x in zip(scores, split.features, strict=True))
+
+
+def test_joined_splits_vote_as_they_do_apart():
+    a, b = synthetic(20, 5), synthetic(30, 6)
+    narrow = Groups(b.groups.answers[:, :4], b.groups.valid[:, :4], b.groups.correct, b.groups.texts)
+    b = experiment.Split([x[:4] for x in b.features], [x[:4] for x in b.labels], narrow)
+    both = experiment.joined(a, b)
+    apart = torch.cat([experiment.credits(split.groups, None, "count") for split in (a, b)])
+    assert torch.equal(experiment.credits(both.groups, None, "count"), apart)
+    assert len(both.labels) == len(both.features) == len(both.groups.texts) == 50
 
 
 def test_splits_come_from_rows_an_encoder_and_kept_features(tmp_path, monkeypatch):
@@ -148,6 +185,6 @@ def test_real_rationales_vote_as_the_data_says(shared_data, tmp_path):
     found = experiment.plain(dev, 100)
     assert 20 < found["single"]["mean"] < found["count"]["mean"] < found["any"]["mean"] < 100
     recipe = replace(SMALL, sizes=())
-    head = experiment.dev_scores((dev.features, dev.labels), dev, recipe, "power", 0)
+    head = experiment.head_scores((dev.features, dev.labels), dev.features, recipe, "power", 0)
     assert isinstance(head[0], torch.Tensor) and [len(s) for s in head] == [8] * 60
     assert Ranker.for_features(4).score_features(dev.features)[0].shape == (8,)
