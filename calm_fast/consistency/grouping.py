@@ -137,6 +137,7 @@ class _Question:
                 nodes.setdefault(value, node)
             self.node.append(node)
         self.comparison = Comparison(texts)
+        self.recalled: frozenset[tuple[int, int]] = frozenset()
 
     def open_pairs(self) -> list[tuple[int, int]]:
         """Pairs of nodes that only math-verify can decide."""
@@ -147,16 +148,31 @@ class _Question:
         texts = self.comparison.texts
         return decided(texts[i], texts[j], (self.exact[i], self.exact[j]))
 
-    def classes(self) -> list[int | None]:
-        """Class of each answer. Raises KeyError where a verdict that it takes is not known."""
-        known = self.comparison.known
+    def classes(self) -> tuple[list[int | None], list[tuple[str, str]]]:
+        """Class of each answer, and the pairs that it took but that ran out of time.
+
+        Raises KeyError where a verdict that it takes is not known.
+        """
+        known, texts = self.comparison.known, self.comparison.texts
+        given_up = []
 
         def same(i: int, j: int) -> bool:
             verdict = self._decided(i, j)
-            return bool(known[i, j] if verdict is None else verdict)
+            if verdict is None:
+                verdict = known[i, j]
+                if verdict is None:
+                    given_up.append((texts[i], texts[j]))
+            return bool(verdict)
 
-        of_node = first_match_classes(len(self.comparison.texts), same)
-        return [None if node is None else of_node[node] for node in self.node]
+        of_node = first_match_classes(len(texts), same)
+        return [None if node is None else of_node[node] for node in self.node], given_up
+
+    def found(self) -> Iterator[tuple[tuple[str, str], bool | None]]:
+        """Verdicts that no cache had."""
+        texts = self.comparison.texts
+        for pair, verdict in self.comparison.known.items():
+            if pair not in self.recalled:
+                yield (texts[pair[0]], texts[pair[1]]), verdict
 
 
 def _by_math(
@@ -178,19 +194,14 @@ def _by_math(
         try:
             for done, number in enumerate(compare([q.comparison for q in waiting], several, timeout), 1):
                 bar.update()
-                fresh.update(_named(waiting[number].comparison))
+                fresh.update(waiting[number].found())
                 if done % _KEEP_EVERY == 0:
                     cache.put(fresh)
                     fresh = {}
         finally:
             cache.put(fresh)  # also what an interrupted call has found
-    given_up = tuple(
-        (number, question.comparison.texts[i], question.comparison.texts[j])
-        for number, question in enumerate(questions)
-        for (i, j), verdict in sorted(question.comparison.known.items())
-        if verdict is None
-    )
-    return [question.classes() for question in questions], given_up
+    classes, given_up = zip(*(question.classes() for question in questions), strict=True) if questions else ((), ())
+    return list(classes), tuple((number, *pair) for number, pairs in enumerate(given_up) for pair in pairs)
 
 
 def _recall(question: _Question, cache: VerdictCache) -> None:
@@ -200,14 +211,9 @@ def _recall(question: _Question, cache: VerdictCache) -> None:
     texts = question.comparison.texts
     pairs = question.open_pairs()
     kept = cache.get((texts[i], texts[j]) for i, j in pairs)
-    question.comparison.known.update(
-        {(i, j): kept[texts[i], texts[j]] for i, j in pairs if (texts[i], texts[j]) in kept}
-    )
-
-
-def _named(comparison: Comparison) -> Iterator[tuple[tuple[str, str], bool | None]]:
-    for (i, j), verdict in comparison.known.items():
-        yield (comparison.texts[i], comparison.texts[j]), verdict
+    known = {(i, j): kept[texts[i], texts[j]] for i, j in pairs if (texts[i], texts[j]) in kept}
+    question.comparison.known.update(known)
+    question.recalled = frozenset(known)
 
 
 def _groups(

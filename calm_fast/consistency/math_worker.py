@@ -104,7 +104,7 @@ class Judge:
         """Say what begins, and die if it takes more than `limit` CPU seconds."""
         self.tell(name, *answers)
         if hasattr(signal, "setitimer"):  # elsewhere the parent's clock has to do
-            signal.setitimer(signal.ITIMER_PROF, limit)
+            signal.setitimer(signal.ITIMER_PROF, max(limit, 1e-3))  # 0 would turn it off
         try:
             yield
         finally:

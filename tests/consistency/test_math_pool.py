@@ -79,6 +79,17 @@ def test_a_process_that_dies_for_no_reason_is_an_error_in_the_end(monkeypatch, t
         group_answers([["x+1", "1+x"]])
 
 
+def test_a_process_imports_nothing_heavy() -> None:
+    code = "import sys, calm_fast.consistency.math_worker; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == "False", run.stderr
+
+
+def test_the_smallest_timeout_is_still_one() -> None:
+    groups = group_answers([["x+1", "1+x"]], workers=1, timeout=1e-9)
+    assert groups.answers.tolist() == [[0, 1]] and groups.timeouts == 1
+
+
 # ---- the cache ------------------------------------------------------------------------------------------------------
 
 ROWS = [["x+1", "1+x", "x"], [r"\sqrt{8}", r"2\sqrt{2}", r"\text{none}"]]
@@ -106,6 +117,18 @@ def test_given_up_pairs_are_reported_from_the_cache_as_well(tmp_path, monkeypatc
     monkeypatch.setattr(grouping, "compare", lambda *args: pytest.fail("a process was asked"))
     groups = group_answers([list(STUCK_PAIR)], cache_dir=tmp_path, timeout=1.0)
     assert groups.answers.tolist() == [[0, 1]] and groups.given_up == ((0, *STUCK_PAIR),)
+
+
+def test_only_pairs_that_a_question_takes_are_reported(tmp_path) -> None:
+    # the second and third are compared with the first alone: what another question found about them does not count
+    VerdictCache(tmp_path, 5.0).put({("1+x", "2+x"): None})
+    assert group_answers([["x+1", "1+x", "2+x"]], cache_dir=tmp_path).given_up == ()
+
+
+def test_what_was_recalled_is_not_written_again(tmp_path) -> None:
+    VerdictCache(tmp_path, 9.0).put({STUCK_PAIR: None})
+    group_answers([[*STUCK_PAIR, "x"]], cache_dir=tmp_path, timeout=1.0)
+    assert VerdictCache(tmp_path, 8.0).get([STUCK_PAIR]) == {STUCK_PAIR: None}
 
 
 def test_other_versions_do_not_see_verdicts(tmp_path, monkeypatch) -> None:
