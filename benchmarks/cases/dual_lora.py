@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from calm_fast import _native
 from calm_fast.benchmarks.baselines.dual_lora import formula, peft_layer, single_lora
 from calm_fast.benchmarks.graphs import graphed
 from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Target, Thunk, Values
@@ -162,6 +163,26 @@ def _ours(s: Shape, graph: bool = False) -> Callable[[Inputs], Thunk]:
     return prepare
 
 
+def _kept(s: Shape, impl: str) -> Callable[[Inputs], Thunk]:
+    """The op with factors folded once, as DualLoRALinear keeps them in inference, in one implementation."""
+
+    def prepare(inputs: Inputs) -> Thunk:
+        from calm_fast.ops.dual_lora import dual_lora_folded, pack_folded, project_folded
+        from calm_fast.torch_impl.dual_lora import fold_dual_lora
+
+        factors = [inputs[name] for name in ("a_pos", "b_pos", "a_neg", "b_neg", "w_q", "w_k")]
+        value = [inputs[name] for name in ("c1", "c2", "w_v") if name in inputs]
+        folded = fold_dual_lora(*factors, value, (SCALE, SCALE), "gelu" if s.variant == "released" else "none")
+        folded = pack_folded(folded) if impl == "native" else folded
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            return dual_lora_folded(project_folded(x, folded), inputs["y"], folded, s.r, impl=impl)
+
+        return _thunk(forward, {}, inputs)
+
+    return prepare
+
+
 def _base_layer(inputs: Inputs) -> nn.Linear:
     weight = inputs["base"]
     base = nn.Linear(*weight.shape[::-1], bias=False, device="meta", dtype=weight.dtype)
@@ -210,6 +231,9 @@ def layer_case(
     if not s.added:
         kinds += [(which, _definition(s, which)) for which in ("base_linear", "single_lora")]
     contestants = [Contestant("calm_fast", _ours(s), ours=True)]
+    if s.added and device.type == "cpu":  # what the layer chooses between
+        present = ["torch"] + ["native"] * (_native.obstacle(OP, "cpu") is None)
+        contestants += [Contestant(f"calm_fast_{impl}", _kept(s, impl), ours=True) for impl in present]
     contestants += [Contestant(which, _plain(s, which), definition=d) for which, d in kinds]
     if compiled and not graph:
         contestants.append(Contestant("compiled_formula", _plain(s, "formula", compiled=True), definition=kinds[0][1]))

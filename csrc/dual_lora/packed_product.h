@@ -60,12 +60,7 @@ CALM_FAST_AVX512 void tile_avx512(
   __m512 acc[ROWS][2];
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
-    if (start != nullptr) {
-      acc[i][0] = _mm512_maskz_loadu_ps(low, start + i * stride);
-      acc[i][1] = _mm512_maskz_loadu_ps(high, start + i * stride + 16);
-    } else {
-      acc[i][0] = acc[i][1] = _mm512_setzero_ps();
-    }
+    acc[i][0] = acc[i][1] = _mm512_setzero_ps();
     _mm_prefetch(reinterpret_cast<const char*>(c + i * stride), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(c + i * stride + 16), _MM_HINT_T0);
   }
@@ -84,8 +79,13 @@ CALM_FAST_AVX512 void tile_avx512(
       acc[i][1] = _mm512_fmadd_ps(value, b1, acc[i][1]);
     }
   }
+  // `start` joins last: a sum over k is one of partial sums of 256, whose rounding errors stay small
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
+    if (start != nullptr) {
+      acc[i][0] = _mm512_add_ps(acc[i][0], _mm512_maskz_loadu_ps(low, start + i * stride));
+      acc[i][1] = _mm512_add_ps(acc[i][1], _mm512_maskz_loadu_ps(high, start + i * stride + 16));
+    }
     _mm512_mask_storeu_ps(c + i * stride, low, acc[i][0]);
     if (high) _mm512_mask_storeu_ps(c + i * stride + 16, high, acc[i][1]);
   }
