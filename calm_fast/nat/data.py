@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
-from calm_fast.consistency.answers import equivalent, extract_answer
+from calm_fast.consistency.answers import extract_answer
+from calm_fast.consistency.grouping import group_answers
 from calm_fast.consistency.samples import read_rows
 
 __all__ = ["Example", "IGNORE", "RationaleDataset", "RightPadding", "read_rows", "split_rationales"]
@@ -32,16 +32,19 @@ def split_rationales(rows: Iterable[dict[str, Any]], *, progress: bool = True) -
     A rationale without an answer is wrong; a row whose own answer cannot be found is left out. Each question's
     rationales are kept once.
     """
-    right: list[Example] = []
-    wrong: list[Example] = []
-    rows = list(rows)
-    for row in tqdm(rows, desc="grading rationales", unit="question", disable=not progress):
-        gold = extract_answer(row["answer"])
-        if gold is None:
-            continue
-        for rationale in dict.fromkeys(row["generated_answer"]):
-            side = right if equivalent(extract_answer(rationale), gold) else wrong
-            side.append(Example(row["question"], rationale))
+    graded = [
+        (Example(row["question"], rationale), (extract_answer(rationale), gold))
+        for row in rows
+        if (gold := extract_answer(row["answer"])) is not None
+        for rationale in dict.fromkeys(row["generated_answer"])
+    ]
+    # each pair is a question of its own: whether two wrong answers are equal does not matter here
+    pairs = list(dict.fromkeys(pair for _, pair in graded))
+    groups = group_answers([[answer] for answer, _ in pairs], gold=[gold for _, gold in pairs], progress=progress)
+    same = groups.valid & (groups.answers == groups.correct[:, None])
+    reached = dict(zip(pairs, same.any(1).tolist(), strict=True))
+    right = [example for example, pair in graded if reached[pair]]
+    wrong = [example for example, pair in graded if not reached[pair]]
     return right, wrong
 
 
