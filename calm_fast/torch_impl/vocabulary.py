@@ -17,6 +17,9 @@ _COLUMNS = 1024
 # CPU, 128 MiB on a GPU, whose products need more rows to pay for reading the weight
 _CHUNK = 1 << 23
 _CHUNK_GPU = 1 << 26
+# bytes of a chunk that the compiled library fills: it packs a weight row once for all tokens of the chunk, and with 256
+# instead of 128 of them a training step took 5 % less (512 tokens, d 576, V 49152, bfloat16)
+_CHUNK_PACKED = 1 << 25
 
 
 class LogitTiles:
@@ -221,12 +224,14 @@ class Gradients:
     def chunks(self, by_token: bool = True) -> Iterator[tuple[slice, slice, torch.Tensor]]:
         """(rows, columns, buffer): fill the buffer (rows, columns) with logit gradients, then call `add`.
 
-        by_token: a token's gradients lie side by side; else a column's do.
+        by_token: a token's gradients lie side by side; else a column's do, as the compiled library writes them.
         """
         tokens, vocabulary = self.hidden.shape[0], self.weight.shape[0]
         if tokens == 0:
             return
         size = _CHUNK if self.weight.device.type == "cpu" else _CHUNK_GPU
+        if not by_token:
+            size = _CHUNK_PACKED // self.weight.element_size()
         if self.by_columns:
             rows, columns = tokens, _aligned(size // tokens, vocabulary)
         else:

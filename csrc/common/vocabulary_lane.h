@@ -90,6 +90,19 @@ LANE void pack(
   }
 }
 
+// Part `part` of `parts` of rows first .. first + rows on its way into the cache: what the next panel is packed from.
+LANE void prefetch(const Matrix& m, int64_t first, int64_t rows, int64_t part, int64_t parts) {
+  if (m.column_stride != 1) return;
+  const int64_t size = m.type == Type::float32 ? 4 : 2, lines = (m.columns * size + 63) / 64;
+  for (int64_t r = first; r < first + rows; ++r) {
+    const char* row = static_cast<const char*>(m.data) + r * m.row_stride * size;
+    for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) {
+      __builtin_prefetch(row + i * 64);
+      asm volatile("");  // GCC drops the calls of a function that does nothing but prefetch
+    }
+  }
+}
+
 // ---- products --------------------------------------------------------------------------------------------------------
 
 LANE V broadcast(const uint32_t* word) {
@@ -343,7 +356,9 @@ LANE void walk_split(void* context, int64_t split) {
   for (int64_t first = start; first < stop; first += kRows) {
     Place place{split, 0, 0, first, 0, static_cast<int>(stop - first < kRows ? stop - first : kRows)};
     pack(panel, kRows, weight, first, place.n, nullptr, spare);
+    const int64_t rest = stop - first - kRows, groups = (walk.tokens + kGroup - 1) / kGroup;
     for (; place.at < walk.tokens; place.at += kGroup) {
+      prefetch(weight, first + kRows, rest < kRows ? rest : kRows, place.at / kGroup, groups);
       place.tokens = walk.tokens - place.at < kGroup ? walk.tokens - place.at : kGroup;
       place.vectors = static_cast<int>((place.tokens + kWidth - 1) / kWidth);
       for (int64_t i = 0; i < streams; ++i) {

@@ -308,7 +308,8 @@ def test_memory_stays_far_below_the_logits(impl):
     train()
     logits = tokens * v * 2
     assert peak_bytes(score, torch.device("cpu")) < 12 * 2**20 <= logits / 4
-    assert peak_bytes(train, torch.device("cpu")) < 24 * 2**20  # with one chunk of logit gradients, 16 MiB
+    chunk = {"torch": 16, "native": 32}[impl]  # MiB of logit gradients at a time
+    assert peak_bytes(train, torch.device("cpu")) < (chunk + 8) * 2**20
 
 
 def test_auto_on_a_cpu(monkeypatch):
