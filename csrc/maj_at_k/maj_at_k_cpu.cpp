@@ -131,12 +131,11 @@ Tensor maj_at_k_resample_cpu(
       for (int64_t at = 0; at < distinct; ++at) scratch.credits[at] = at < used ? 0.0 : whole;
       const auto number = static_cast<uint32_t>(q);
       const auto key = static_cast<uint64_t>(seed);
-      if (used && weighted) {
-        weighted_resamples(question, sizes, used, resamples, key, number, draw, scratch);
-      } else if (used && question.n < 256) {
-        count_resamples<uint8_t>(question, sizes, used, resamples, key, number, draw, inverse.data(), scratch);
+      if (used && !weighted && question.n <= kByteSamples) {
+        byte_resamples(question, sizes, used, resamples, key, number, draw, inverse.data(), scratch);
       } else if (used) {
-        count_resamples<uint32_t>(question, sizes, used, resamples, key, number, draw, inverse.data(), scratch);
+        for (int64_t i = 0; !weighted && i < question.n; ++i) scratch.own[i] = 1.0;
+        weighted_resamples(question, sizes, used, resamples, key, number, draw, scratch);
       }
       for (int64_t at = 0; at < used; ++at) scratch.credits[at] /= static_cast<double>(resamples);
       for (int64_t column = 0; column < width; ++column) out[q * width + column] = scratch.credits[sizes.at[column]];

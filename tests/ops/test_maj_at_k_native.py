@@ -1,0 +1,102 @@
+"""The compiled maj_at_k: every SIMD lane and any number of threads return the same bits, direct calls are checked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calm_fast import _native
+from calm_fast.ops.maj_at_k import _native_maj_at_k
+from calm_fast.reference.maj_at_k import maj_at_k_reference
+from calm_fast.verify.cases.maj_at_k import CASES
+from calm_fast.verify.numerics import Case
+
+OBSTACLE = _native.obstacle("maj_at_k_exact")
+pytestmark = pytest.mark.skipif(bool(OBSTACLE), reason=str(OBSTACLE))
+LANES = {"scalar": 0, "avx2": 1, "avx512": 2}
+
+
+def arguments(inputs):
+    seed = (inputs["seed"] + 2**63) % 2**64 - 2**63
+    names = ("answers", "correct", "scores", "valid", "ks", "method", "resamples", "rule", "lam")
+    return (*(inputs[name] for name in names), seed)
+
+
+def run(inputs, lane=-1):
+    return _native_maj_at_k(*arguments(inputs), lane)
+
+
+@pytest.fixture(params=LANES)
+def lane(request):
+    try:
+        run(CASES.build(CASES.case("single", torch.float32), torch.device("cpu")), LANES[request.param])
+    except RuntimeError as refusal:
+        pytest.skip(str(refusal))
+    return LANES[request.param]
+
+
+@pytest.mark.parametrize("case", CASES.cases(), ids=str)
+def test_every_lane_returns_the_same_bits(case: Case, lane):
+    inputs = CASES.build(case, torch.device("cpu"))
+    assert torch.equal(run(inputs, lane), run(inputs))
+
+
+@pytest.mark.parametrize("k", [1, 2, 15, 16, 17, 63, 64, 65, 254, 255, 256, 257])
+@pytest.mark.parametrize("classes", [2, 300])
+def test_resampled_bits_are_the_definition_s(k, classes, lane):
+    """At the edges of a group of 16 resamples and of what fits into bytes; credits are added in the same order."""
+    g = torch.Generator().manual_seed(k)
+    answers, correct = torch.randint(0, classes, (2, k), generator=g), torch.zeros(2, dtype=torch.int64)
+    answers[:, ::3] = 0
+    ks = sorted({1, 2, 3, max(1, k // 2), max(1, k - 1), k, k + 1})
+    for resamples in (1, 16, 17, 33) if k < 100 else (17,):
+        options = (answers, correct, None, None, ks, "resample", resamples, "count", 1.0, -7)
+        assert torch.equal(_native_maj_at_k(*options, lane), maj_at_k_reference(*options))
+
+
+def test_weighted_bits_are_the_definition_s(lane):
+    for name in ("weighted", "weighted-ties", "adaptive", "adaptive-ties", "everything"):
+        inputs = CASES.build(CASES.case(name, torch.float32, k=40, resamples=35), torch.device("cpu"))
+        assert torch.equal(run(inputs, lane), maj_at_k_reference(*arguments(inputs)))
+
+
+@pytest.mark.parametrize("name", ["ragged", "doubling", "resample", "everything"])
+def test_threads_do_not_matter(name):
+    inputs = CASES.build(CASES.case(name, torch.float32, q=200), torch.device("cpu"))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(run(inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+def test_questions_do_not_know_each_other():
+    inputs = CASES.build(CASES.case("ragged", torch.float32, q=40), torch.device("cpu"))
+    whole = run(inputs)
+    for q in (0, 17, 39):
+        one = {**inputs, **{n: inputs[n][q : q + 1] for n in ("answers", "correct", "valid")}}
+        assert torch.equal(run(one)[0], whole[q])
+
+
+def test_direct_calls_with_wrong_tensors_are_refused():
+    answers, correct = torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    exact, resample = (getattr(torch.ops.calm_fast, f"_native_maj_at_k_{m}") for m in ("exact", "resample"))
+    for bad in (answers.int(), answers.t(), answers[0], answers[:, ::2]):
+        with pytest.raises(RuntimeError, match="answers"):
+            exact(bad, correct, None, [1])
+    with pytest.raises(RuntimeError, match="correct"):
+        exact(answers, correct[:2], None, [1])
+    with pytest.raises(RuntimeError, match="valid"):
+        exact(answers, correct, answers, [1])
+    for ks in ([], [0], [1, -3]):
+        with pytest.raises(RuntimeError, match="ks"):
+            exact(answers, correct, None, ks)
+    with pytest.raises(RuntimeError, match="resamples"):
+        resample(answers, correct, None, None, [1], 0, False, 1.0, 0)
+    with pytest.raises(RuntimeError, match="scores"):
+        resample(answers, correct, torch.zeros(3, 3), None, [1], 5, False, 1.0, 0)
+    with pytest.raises(RuntimeError, match="lane"):
+        exact(answers, correct, None, [1], 99)
