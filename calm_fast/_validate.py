@@ -82,7 +82,8 @@ def check_finite_number(op: str, name: str, value: Any) -> None:
     """Check that `value` is a finite real number (bool is not one)."""
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.SymFloat)):
         raise bad_type(op, name, "a finite number", value)
-    if not isinstance(value, torch.SymFloat) and not math.isfinite(value):
+    # comparisons, not math.isfinite: a float that torch.compile took for a symbol can be compared only
+    if not isinstance(value, torch.SymFloat) and not -math.inf < value < math.inf:
         raise bad_value(op, name, "finite", str(value))
 
 
