@@ -56,8 +56,17 @@ def plain(model: nn.Module, prompt: list[int], completion: list[int]) -> torch.T
     return torch.stack([table[len(prompt) - 1 + i, token] for i, token in enumerate(completion)])
 
 
+@torch.no_grad()
+def padded(model: nn.Module, prompt: list[int], completions: list[list[int]]) -> list[torch.Tensor]:
+    """The same for all completions of a prompt in one padded batch."""
+    longest = max(map(len, completions))
+    ids = torch.tensor([prompt + c + [5] * (longest - len(c)) for c in completions])
+    tables = model(ids, use_cache=False).logits.log_softmax(-1)[:, len(prompt) - 1 :]
+    return [table[torch.arange(len(c)), torch.tensor(c)] for table, c in zip(tables, completions, strict=True)]
+
+
 def head_rounding(model: nn.Module, prompt: list[int], completion: list[int]) -> float:
-    """What rounding in the head's product alone may do (the error rule's second term, see verify/numerics.py)."""
+    """What rounding in the head's product, its cap and the sum over V may do (verify/numerics, second term)."""
     seen: list[torch.Tensor] = []
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -65,18 +74,25 @@ def head_rounding(model: nn.Module, prompt: list[int], completion: list[int]) ->
     handle.remove()
     size = (seen[0][0].double().abs() @ head.weight.detach().double().abs().T).max()
     unit = unit_roundoff(torch.float32)
-    return float(6 / math.sqrt(3) * unit * sum_variance(seen[0].shape[-1], size).sqrt() + unit * size)
+    softcap = find_linear_head(model, lambda: model(torch.tensor([[5]]), use_cache=False)).softcap or 0.0
+    # a capped logit is cap (1 - 2 / (exp(2 z / cap) + 1)): four results of up to the cap's size are rounded
+    capped = torch.tensor(4 * softcap**2)
+    variance = sum_variance(seen[0].shape[-1], size) + sum_variance(VOCAB, torch.ones(())) + capped
+    return float(6 / math.sqrt(3) * unit * variance.sqrt() + unit * size)
 
 
 def check(model: nn.Module, got: list[Any], prompts: Any = PROMPTS, completions: Any = COMPLETIONS) -> None:
-    """Scores against the model in float64, at most twice as wrong as its plain float32 forward, plus rounding."""
+    """Scores against the model in float64: at most twice as wrong as its plain float32 forwards, plus rounding."""
     double = copy.deepcopy(model).double()
     if "num_experts_per_tok" in vars(model.config):
         double.set_experts_implementation("eager")  # grouped products have no float64
     pairs = [(p, c, t) for p, cs, x in zip(prompts, completions, got, strict=True) for c, t in zip(cs, x, strict=True)]
     pairs = [pair for pair in pairs if pair[1]]
     truths = [plain(double, p, c) for p, c, _ in pairs]
-    eager = max(error(plain(model, p, c), t) for (p, c, _), t in zip(pairs, truths, strict=True))
+    users = [plain(model, p, c) for p, c, _ in pairs]
+    for prompt, group in zip(prompts, completions, strict=True):
+        users += padded(model, prompt, [row for row in group if row])
+    eager = max(error(own, t) for own, t in zip(users, truths * 2, strict=True))
     bound = 2 * eager + max(head_rounding(model, p, c) for p, c, _ in pairs)
     wrong = max(error(x, t) for (_, _, x), t in zip(pairs, truths, strict=True))
     assert wrong <= bound < 1e-3
