@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
+from calm_fast import _native
 from calm_fast.benchmarks.baselines.vocabulary import imported, log_softmax_logprob, mean_cross_entropy
 from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Target, Thunk, Values
 
@@ -99,10 +101,17 @@ def _definition(compute: Compute, name: str = "logprob") -> Definition:
     return values
 
 
-def _ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, impl: str = "auto") -> torch.Tensor:
     from calm_fast.ops import linear_logprob
 
-    return linear_logprob(hidden, weight, targets)
+    return linear_logprob(hidden, weight, targets, impl=impl)
+
+
+def explicit(op: str, device: torch.device) -> list[str]:
+    """On a CPU the implementations that "auto" chooses from, so that each has its own row."""
+    if device.type != "cpu":
+        return []
+    return ["torch"] + ["native"] * (_native.obstacle(op, "cpu") is None)
 
 
 def _product(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -132,6 +141,8 @@ def logprob_case(
         Contestant("calm_fast", _run(_ours), ours=True),
         Contestant("log_softmax", _run(log_softmax_logprob)),
     ]
+    ours = [(impl, _run(partial(_ours, impl=impl))) for impl in explicit(OP, device)]
+    contestants += [Contestant(f"calm_fast_{impl}", prepare, ours=True) for impl, prepare in ours]
     if not s.train:
         contestants.append(Contestant("product", _run(_product, "logits"), definition=_definition(_product, "logits")))
     if packages:

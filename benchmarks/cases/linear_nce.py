@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from calm_fast.benchmarks.baselines.vocabulary import imported, js_divergence, three_softmax_nce
 from calm_fast.benchmarks.cases.linear_logprob import Shape as TokenShape
-from calm_fast.benchmarks.cases.linear_logprob import make_tokens
+from calm_fast.benchmarks.cases.linear_logprob import explicit, make_tokens
 from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Target, Thunk, Values
 
 OP = "linear_nce"
@@ -67,10 +68,10 @@ def _definition(compute: Compute, head: bool) -> Definition:
     return values
 
 
-def _ours(inputs: Inputs) -> torch.Tensor:
+def _ours(inputs: Inputs, impl: str = "auto") -> torch.Tensor:
     from calm_fast.ops import linear_nce
 
-    return linear_nce(**inputs)
+    return linear_nce(**inputs, impl=impl)
 
 
 def _eager(inputs: Inputs) -> torch.Tensor:
@@ -102,6 +103,8 @@ def nce_case(
         Contestant("calm_fast", _run(_ours, s.head), ours=True),
         Contestant("three_softmax", _run(_eager, s.head)),
     ]
+    ours = [(impl, _run(partial(_ours, impl=impl), s.head)) for impl in explicit(OP, device)]
+    contestants += [Contestant(f"calm_fast_{impl}", prepare, ours=True) for impl, prepare in ours]
     if packages:
         contestants.append(Contestant("compiled_three_softmax", lambda i: _run(torch.compile(_eager), s.head)(i)))
         contestants.append(Contestant("liger_fused_linear_jsd", _liger(s.head), definition=_definition(_js, s.head)))
