@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -181,7 +182,9 @@ def test_verify_exits_1_on_a_wrong_implementation(wrong, monkeypatch, tmp_path):
     assert not all(r["ok"] for r in json.loads((tmp_path / "rows.json").read_text()))
 
 
-def test_verify_exits_1_where_nothing_ran():
+def test_verify_exits_1_where_nothing_ran(monkeypatch):
+    monkeypatch.setattr(_native, "obstacle", lambda op, device="cpu": "it was not built")
+    monkeypatch.setattr(run.emulation, "has_adapter", lambda op: False)
     result = invoke("--impl", "native")
     assert result.exit_code == 1 and "nothing is proven" in result.output
 
@@ -212,3 +215,43 @@ def test_triton_runs_in_a_fresh_interpreter_process(monkeypatch):
     rows.close()
     assert all(r.ok and r.impl == "triton" for r in first), first
     assert {r.quantity for r in first} == {"out", "lse", "dq", "dk", "dv"}
+
+
+# ---- CUDA kernels on a CPU -------------------------------------------------------------------------------------------
+
+
+def emulated_part(op="vote"):
+    return next(part for part in run.plan([op], ["native"]) if part.emulated)
+
+
+def test_emulated_kernels_are_listed_as_such():
+    assert str(emulated_part()) == "vote x native (cuda, emulated on the CPU)"
+    assert not any(part.emulated for part in run.plan(["linear_nce"], ["native"]))
+
+
+def test_emulated_kernels_without_sources_say_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(run.emulation, "CSRC", tmp_path / "csrc")
+    part = emulated_part()
+    assert "no csrc/ in this installation" in part.skipped
+    assert list(run.run_part(part)) == [] and run.summary([part], [])[0]["verdict"] == "not run"
+
+
+def test_what_the_emulation_finds_is_a_failed_row(monkeypatch):
+    class Broken:
+        @staticmethod
+        def run(inputs, schedule):
+            raise run.emulation.EmulationError("vote (reverse): race: reads what thread 3 of block 0 writes")
+
+    monkeypatch.setattr(run.emulation, "obstacle", lambda op: None)
+    monkeypatch.setattr(run.emulation, "adapter", lambda op: Broken)
+    part = emulated_part()
+    rows = list(run.run_part(part))
+    assert rows and not any(row.ok for row in rows) and "race" in rows[0].note
+    assert run.summary([part], rows)[0]["verdict"] == "FAIL"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: CUDA kernels cannot be emulated")
+def test_emulated_kernels_pass():
+    rows = list(run.run_part(emulated_part("maj_at_k")))
+    assert rows and all(row.ok and row.device == run.EMULATED for row in rows)
+    assert {row.quantity for row in rows} == {"accuracy", "stderr"}

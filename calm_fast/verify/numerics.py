@@ -79,7 +79,7 @@ class OpCases(Protocol):
     impls: Sequence[str]  # the implementations to prove, those that cannot run here included
 
     def cases(self) -> Sequence[Case]: ...
-    def fits(self, case: Case, impl: str) -> bool:
+    def fits(self, case: Case, impl: str, device: str) -> bool:
         """Optional: False for a case that `impl` refuses by its contract, which is then no failure."""
         ...
 

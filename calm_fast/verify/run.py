@@ -87,15 +87,17 @@ def _triton_part(op: str, gpu: bool) -> Part:
     return Part(op, "triton", "cuda" if gpu else "cpu", why, interpreted=not gpu)
 
 
-def cases_of(ops: OpCases, impl: str) -> list[Case]:
-    """The cases that `impl` is meant to run."""
+def cases_of(part: Part) -> list[Case]:
+    """The cases that the part's implementation is meant to run."""
+    ops = op_cases(part.op)
     fits = getattr(ops, "fits", None)
-    return [case for case in ops.cases() if fits is None or fits(case, impl)]
+    device = "cuda" if part.emulated else part.device
+    return [case for case in ops.cases() if fits is None or fits(case, part.impl, device)]
 
 
 def case_count(part: Part) -> int:
     """How many cases the part runs."""
-    return 0 if part.skipped else len(cases_of(op_cases(part.op), part.impl))
+    return 0 if part.skipped else len(cases_of(part))
 
 
 def run_part(part: Part) -> Iterator[Row]:
@@ -109,14 +111,14 @@ def run_part(part: Part) -> Iterator[Row]:
         yield from _emulated_rows(part)
         return
     ops, device = op_cases(part.op), torch.device(part.device)
-    for case in cases_of(ops, part.impl):
+    for case in cases_of(part):
         yield from _run_case(ops, case, part.impl, device)
 
 
 def _emulated_rows(part: Part) -> Iterator[Row]:
     """Each case on one schedule of threads, in turn; cases that the kernels do not serve give no row."""
     ops, run = op_cases(part.op), emulation.adapter(part.op).run
-    for i, case in enumerate(cases_of(ops, part.impl)):
+    for i, case in enumerate(cases_of(part)):
         inputs = ops.build(case, torch.device("cpu"))
         truth = truth_of(ops, inputs, case.dtype)
         note = ""

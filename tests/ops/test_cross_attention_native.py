@@ -10,13 +10,13 @@ from calm_fast import _native
 from calm_fast.ops import cross_attention
 from calm_fast.verify.cases import op_cases
 from calm_fast.verify.numerics import check, judge, truth_of
-from calm_fast.verify.run import cases_of
+from calm_fast.verify.run import Part, cases_of
 
 pytestmark = pytest.mark.skipif(
     _native.obstacle("cross_attention") is not None, reason=str(_native.obstacle("cross_attention"))
 )
 CASES = op_cases("cross_attention")
-NATIVE_CASES = cases_of(CASES, "native")
+NATIVE_CASES = cases_of(Part("cross_attention", "native", "cpu"))
 LANES = {"scalar": 0, "avx2": 1, "avx512": 2}
 CPU = torch.device("cpu")
 

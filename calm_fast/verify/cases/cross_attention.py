@@ -124,7 +124,7 @@ class CrossAttentionCases:
             found += [self.case(name, dtype, lse=i % 2 == 0) for i, name in enumerate(_HALF)]
         return found
 
-    def fits(self, case: Case, impl: str) -> bool:
+    def fits(self, case: Case, impl: str, device: str) -> bool:
         """The compiled library decodes: at most 16 queries."""
         return impl != "native" or case.spec.m <= 16
 

@@ -95,6 +95,10 @@ class MajAtKCases:
         """The case `name`, with fields of its Spec changed; `dtype` is that of the scores."""
         return Case(self.op, name, dtype, replace(_SPECS[name], **changes))
 
+    def fits(self, case: Case, impl: str, device: str) -> bool:
+        """The exact curve has no CUDA kernel (docs/kernels/maj_at_k.md)."""
+        return impl != "native" or device == "cpu" or case.spec.method == "resample"
+
     def build(self, case: Case, device: torch.device) -> dict[str, Any]:
         """The op's arguments from a fixed seed. Samples that do not vote hold what must not matter."""
         s: Spec = case.spec
