@@ -126,7 +126,7 @@ def decide(
         return Decision(_OP, impl, "asked for")
     if obstacle:
         return Decision(_OP, "torch", obstacle)
-    return Decision(_OP, "native", "every question is shuffled or summed up by one thread")
+    return Decision(_OP, "native", "shuffles and sums in compiled loops")
 
 
 def check_sizes(op: str, ks: Sequence[int]) -> None:
