@@ -62,6 +62,19 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Series:
+    """Cases with an equal Series differ in one size and become one scaling curve of the report, of time and memory.
+
+    title: of the curve, e.g. "training step, number of augmenters". size: the key of Case.shape on the x axis.
+    power: the time should grow no faster than size ** power (1: linearly; 2: as attention does with length).
+    """
+
+    title: str
+    size: str
+    power: float = 1.0
+
+
+@dataclass(frozen=True)
 class Case:
     """One measurement: the same inputs for every contestant.
 
@@ -71,6 +84,8 @@ class Case:
     float64 it is the truth, and its error in the case's dtype is the measure of everybody's error.
     check_make(seed): smaller inputs for the correctness check, where float64 at full size costs too much.
     headline: the contestant of ours that the table compares everybody with.
+    series: the scaling curve that the case is a point of; series.size is a key of shape.
+    share: of the run's timing budget for one case that this one gets; below 1 for a point of a series.
     """
 
     op: str
@@ -85,6 +100,8 @@ class Case:
     headline: str
     check_make: Callable[[int], Inputs] | None = None
     targets: Sequence[Target] = ()
+    series: Series | None = None
+    share: float = 1.0
 
 
 def cases(op: str, device: torch.device, suite: str) -> Sequence[Case]:
