@@ -119,7 +119,7 @@ class SelfConsistency:
             raise ValueError(f"{_CALLER}: `model` and `tokenizer` are needed to sample; from_samples() does without")
         items = as_questions(questions, references)
         with _bar(self.progress, len(items), "sampling") as bar, evaluating(self.model):
-            return self._resumable(items, out, self._settings("sampled"), bar, self._sampled)
+            return self._resumable(items, out, "sampled", bar, self._sampled)
 
     def from_samples(
         self, rows: str | os.PathLike | Iterable[Mapping[str, Any]], *, out: str | os.PathLike | None = None
@@ -142,16 +142,18 @@ class SelfConsistency:
                     "`tokenizer`, rows with scores, or rule='count'"
                 )
         with _bar(self.progress, len(items), "voting") as bar:
-            return self._resumable(items, out, self._settings("ready"), bar, self._ready)
+            return self._resumable(items, out, "ready", bar, self._ready)
 
     # ---- resuming ---------------------------------------------------------------------------------------------------
 
-    def _resumable(self, items: list[Question], out: Any, settings: dict[str, Any], bar: Any, work: Any) -> list[Any]:
+    def _resumable(
+        self, items: list[Question], out: Any, kind: str, bar: Any, work: Any
+    ) -> list[SelfConsistencyResult]:
         """Results of all items: those in `out`, and what `work` yields for the rest, written as it comes."""
         if out is None:
             results = {result.index: result for done in work(items, bar) for result in done}
             return [results[item.index] for item in items]
-        with Journal(out, settings) as journal:
+        with Journal(out, self._settings(kind)) as journal:
             for index, row in journal.rows.items():
                 if index >= len(items) or not same_question(items[index], row):
                     raise ValueError(

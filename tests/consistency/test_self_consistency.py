@@ -8,12 +8,13 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import ranker_models
 import torch
 from self_consistency_setup import QUESTIONS, REFERENCES, consistency
 from tiny_models import EOS, FAMILIES, OTHERS, PAD, VOCAB, character_tokenizer, composed_model, dual_lora_model, rows
 
 from calm_fast import SelfConsistency, score_sequences
-from calm_fast.consistency import extract_answer, leader_probability
+from calm_fast.consistency import Ranker, extract_answer, leader_probability
 from calm_fast.consistency.prefix import PrefixReader, evaluating
 from calm_fast.consistency.sampling import PromptBatch, Sampling
 
@@ -223,6 +224,24 @@ def test_ready_samples_are_scored_by_the_model_where_nothing_else_is_given() -> 
     assert got[0].scores == pytest.approx(score_sequences(run.model, [ids], [texts])[0].mean.exp().tolist())
     with pytest.raises(ValueError, match="rule 'adaptive' needs scores and row 0 has none: give `ranker`, `model`"):
         SelfConsistency(progress=False).from_samples(ROWS)
+
+
+def test_a_ranker_weights_the_vote_and_belongs_to_the_settings(tmp_path) -> None:
+    tokenizer = ranker_models.tokenizer("bert")
+    rankers = [
+        Ranker.from_backbone(ranker_models.backbone("bert", len(tokenizer), seed), tokenizer, seed=seed).eval()
+        for seed in (0, 1)
+    ]
+    rows = [*ROWS, {"question": "", "generated_answer": ["", "\\boxed{4}"]}]  # nothing to read still gets a score
+    out = tmp_path / "votes.jsonl"
+    results = SelfConsistency(ranker=rankers[0], progress=False).from_samples(rows, out=out)
+    for r in results:
+        expected = rankers[0].score([r.question], [r.rationales])[0].tolist()
+        assert r.scores == pytest.approx(expected, abs=1e-6) and all(0 < score < 1 for score in r.scores)
+    assert results[0].weight == pytest.approx(2 + results[0].scores[0] + results[0].scores[2])
+    assert consistency(ranker=rankers[0])(QUESTIONS[:1])[0].scores != consistency()(QUESTIONS[:1])[0].scores
+    with pytest.raises(ValueError, match="other settings .*ranker: 'Ranker "):
+        SelfConsistency(ranker=rankers[1], progress=False).from_samples(rows, out=out)
 
 
 @pytest.mark.parametrize(
