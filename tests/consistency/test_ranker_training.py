@@ -134,6 +134,18 @@ def test_ready_features_are_learned_and_shuffled_labels_are_not(loss):
     assert abs(control - 0.5) < 0.15
 
 
+def test_scale_and_offset_of_features_do_not_matter():
+    features, labels = feature_task()
+
+    def scores(inputs: list[torch.Tensor]) -> torch.Tensor:
+        ranker = Ranker.for_features(24, hidden=8)
+        train_ranker(ranker, labels, features=inputs, settings=replace(QUICK, epochs=3))
+        return torch.cat(ranker.score_features(inputs))
+
+    shifted = [1000 * x + torch.arange(24.0) for x in features]
+    torch.testing.assert_close(scores(shifted), scores(features), rtol=1e-3, atol=1e-4)
+
+
 def weights(ranker: Ranker) -> list[torch.Tensor]:
     return [t.clone() for t in ranker.state_dict().values()]
 
