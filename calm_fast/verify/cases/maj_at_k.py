@@ -158,7 +158,7 @@ class MajAtKCases:
         if not q:
             return dict.fromkeys(("accuracy", "stderr"), Rounding(0.0, 0.0))
         if inputs["method"] == "exact":
-            steps = 6.0 * k + 10
+            steps = 12.0 * k + 10  # up to 6 to build a class's row and 6 the total's, for each sample
             credit = steps * _DOUBLE  # of a credit's square, and no credit is above 1
         else:
             credit = float(sum_variance(inputs["resamples"], torch.ones(()))) * _DOUBLE
