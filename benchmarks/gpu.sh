@@ -1,33 +1,37 @@
 #!/usr/bin/env bash
-# Everything a GPU is needed for: GPU tests, compute-sanitizer, benchmarks, launch-config tuning.
+# Everything a GPU is needed for: the compiled library, GPU tests, compute-sanitizer, benchmarks, launch configs.
 #
 #   benchmarks/gpu.sh [--part NAME]... [--commit SHA] [--dry-run]
 #
 # Parts: tests sanitizer core core_heads layer lora lora_ranks lora_step nce logprob vote tune
 # A call ends within nine minutes: each part has a time limit, and a part that no longer fits is not begun, but named.
-# Four calls fit every part:    --part tests --part sanitizer
+# Five calls fit every part:    --part tests --part core --part nce
+#                               --part sanitizer --part lora_step
 #                               --part core_heads --part vote --part tune
-#                               --part core --part layer --part lora --part logprob
-#                               --part nce --part lora_step --part lora_ranks
+#                               --part layer --part lora
+#                               --part lora_ranks --part logprob
+# Every call first compiles csrc/ with nvcc for this GPU, unless build/gpu-native/ holds it already. Where that fails the
+# parts still run, with torch in the library's place, and the call fails in the end.
 # A benchmark part's rows are written, and shown, case by case: what was measured stays when a later one is stopped.
 #
-# Needs Python >= 3.11 with torch (CUDA), triton, transformers, pytest, rich and matplotlib; installs nothing, fetches
-# nothing. Results go to ${OUT:-build/gpu}.
+# Needs Python >= 3.11 with torch (CUDA), triton, transformers, pytest, rich and matplotlib, and nvcc of the same CUDA;
+# ninja makes compiling faster. Installs nothing, fetches nothing. Results go to ${OUT:-build/gpu}.
 # --commit names what is measured where the files are not a git checkout.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "${root}"
 
-readonly TOTAL=540 # seconds of one call
+readonly TOTAL=540       # seconds of one call
+readonly NATIVE_LIMIT=100 # of them for compiling
 readonly PARTS=(tests sanitizer core core_heads layer lora lora_ranks lora_step nce logprob vote tune)
 readonly -A LIMIT=(
-  [tests]=180 [sanitizer]=240 [core]=110 [core_heads]=110 [layer]=110 [lora]=150 [lora_ranks]=240 [lora_step]=140
+  [tests]=180 [sanitizer]=260 [core]=110 [core_heads]=110 [layer]=110 [lora]=150 [lora_ranks]=240 [lora_step]=140
   [nce]=110 [logprob]=110 [vote]=200 [tune]=70
 )
 readonly -A WHAT=(
   [tests]="pytest -m gpu"
-  [sanitizer]="memcheck, racecheck and initcheck on small calls of every kernel"
+  [sanitizer]="memcheck, racecheck, initcheck and synccheck on small calls of every kernel"
   [core]="benchmark cases X1 to X3: the attention core"
   [core_heads]="benchmark cases X1 and X2 at head dims 64 and 256"
   [layer]="benchmark cases X4 and X5: the composition layer, a decoding step"
@@ -41,7 +45,7 @@ readonly -A WHAT=(
 )
 
 usage() {
-  sed -n '2,16p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
+  sed -n '2,19p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
 }
 
 dry=0
@@ -106,11 +110,45 @@ step() {
 stage() {
   local site="$1" entry
   mkdir -p "${site}/calm_fast"
-  for entry in "${root}"/calm_fast/*; do
-    [[ "${entry##*/}" == __pycache__ ]] || ln -sfn "${entry}" "${site}/calm_fast/${entry##*/}"
+  for entry in "${root}"/calm_fast/*; do # a library that was compiled for another torch stays behind
+    [[ "${entry##*/}" == __pycache__ || "${entry}" == *.so ]] || ln -sfn "${entry}" "${site}/calm_fast/${entry##*/}"
   done
   ln -sfn "${root}/kernels/fused" "${site}/calm_fast/kernels"
   ln -sfn "${root}/benchmarks" "${site}/calm_fast/benchmarks"
+}
+
+# Compile the library for this GPU into build/gpu-native/<hash of what goes in>, and link it into the package.
+native() {
+  local site="$1" key folder arch module
+  if ((dry)); then
+    step native "${NATIVE_LIMIT}" "${python}" setup.py build_ext --build-lib "build/gpu-native/<hash of csrc>"
+    return
+  fi
+  arch="$("${python}" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')"
+  key="$({
+    "${python}" -c 'import sys, torch; print(sys.version, torch.__version__)'
+    echo "${arch}"
+    find csrc setup.py -type f -print0 | sort -z | xargs -0 sha256sum
+  } | sha256sum | cut -c1-16)"
+  folder="${root}/build/gpu-native/${key}"
+  if [[ -f "${folder}/done" ]]; then
+    summary+=("native: already compiled")
+  else
+    # without pyproject.toml beside it setup.py needs no particular version of setuptools
+    rm -rf "${folder}"
+    mkdir -p "${folder}/source"
+    ln -s "${root}/setup.py" "${root}/csrc" "${folder}/source/"
+    step native "${NATIVE_LIMIT}" env -C "${folder}/source" CALM_FAST_NATIVE=1 CALM_FAST_CUDA=1 \
+      TORCH_CUDA_ARCH_LIST="${arch}" "${python}" setup.py build_ext --build-lib "${folder}" \
+      --build-temp "${folder}/objects"
+    if ls "${folder}"/calm_fast/_c*.so >/dev/null 2>&1 && [[ " ${failed[*]} " != *" native "* ]]; then
+      touch "${folder}/done"
+    fi
+  fi
+  for module in "${folder}"/calm_fast/_c*.so; do
+    if [[ -f "${module}" ]]; then ln -sfn "${module}" "${site}/calm_fast/${module##*/}"; fi
+  done
+  "${python}" -c 'from calm_fast import _native; print("native:", _native.build_info())' || true
 }
 
 check_needs() {
@@ -151,7 +189,7 @@ part_tests() {
 }
 
 part_sanitizer() {
-  local sanitizer tool each=$(($1 / 4))
+  local sanitizer tool each=$(($1 / 5))
   sanitizer="$(command -v compute-sanitizer || true)"
   if [[ -z "${sanitizer}" ]]; then
     for tool in /usr/local/cuda*/bin/compute-sanitizer; do
@@ -170,7 +208,7 @@ part_sanitizer() {
   fi
   # once alone: right answers, and every kernel compiled before the tools slow everything down
   step sanitizer-alone "${each}" "${python}" -m calm_fast.benchmarks.sanitize
-  for tool in memcheck racecheck initcheck; do
+  for tool in memcheck racecheck initcheck synccheck; do
     # torch's caching allocator would hide an access beyond a tensor inside its own pool
     step "sanitizer-${tool}" "${each}" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
       "${sanitizer}" --tool "${tool}" --error-exitcode 9 "${python}" -m calm_fast.benchmarks.sanitize
@@ -215,7 +253,7 @@ measured="${commit:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}"
 if ((dry)); then
   echo "gpu.sh --dry-run: nothing below is run. Results would go to ${out}; commit ${measured}."
   echo "needs: Python >= 3.11 with torch (CUDA), triton, transformers, pytest, pytest-benchmark, rich, matplotlib;" \
-    "compute-sanitizer for its part"
+    "nvcc for the compiled library, compute-sanitizer for its part"
   echo "import: a temporary folder of links to calm_fast/, kernels/fused and benchmarks/, on PYTHONPATH"
 else
   mkdir -p "${out}"
@@ -231,7 +269,9 @@ else
 fi
 
 begin=${SECONDS}
-reserved=0
+echo "=== native: the compiled library, which every part uses"
+native "${site:-}"
+reserved=${NATIVE_LIMIT}
 for part in "${chosen[@]}"; do
   echo "=== ${part}: ${WHAT[${part}]}"
   if ((!dry && SECONDS + LIMIT[${part}] > TOTAL)); then

@@ -43,7 +43,17 @@ def test_dry_run_explains_every_part_and_runs_nothing(tmp_path):
     assert not out.exists()
     for part in PARTS:
         assert f"=== {part}: " in done.stdout
-    for word in ("-m gpu", "memcheck", "racecheck", "initcheck", "x1_", "x5_", "calm_fast.benchmarks.tune"):
+    for word in (
+        "-m gpu",
+        "memcheck",
+        "racecheck",
+        "initcheck",
+        "synccheck",
+        "setup.py build_ext",
+        "x1_",
+        "x5_",
+        "calm_fast.benchmarks.tune",
+    ):
         assert word in done.stdout
 
 
@@ -74,6 +84,13 @@ def test_benchmark_parts_measure_every_gpu_case_of_every_op():
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
   -) exit 0 ;;
+  *setup.py*)
+    [[ -e csrc/source.cu ]] || exit 4
+    [[ -z "${BROKEN_COMPILER:-}" ]] || exit 3
+    mkdir -p "$4/calm_fast"
+    touch "$4/calm_fast/_cuda.abi3.so"
+    ;;
+  *_native*) readlink "${PYTHONPATH%%:*}/calm_fast/_cuda.abi3.so" || echo "no library" ;;
   *benchmarks.run*)
     mkdir -p "${@: -1}"
     echo "| case a | 1.0 |" >"${@: -1}/report.md"
@@ -89,16 +106,20 @@ def stopped_early(tmp_path):
     """A copy of the script whose parts get 2 seconds, and a python that measures one case, then hangs."""
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "calm_fast").mkdir()
+    (tmp_path / "calm_fast" / "_cuda.abi3.so").touch()  # of another torch
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "source.cu").write_text("one")
+    (tmp_path / "setup.py").touch()
     text = re.sub(r"\]=\d+", "]=2", SCRIPT.read_text())
     (tmp_path / "benchmarks" / "gpu.sh").write_text(text)
     python = tmp_path / "python"
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
 
-    def call(*args: str, total: int = 540) -> subprocess.CompletedProcess[str]:
+    def call(*args: str, total: int = 540, **more: str) -> subprocess.CompletedProcess[str]:
         script = tmp_path / "benchmarks" / "gpu.sh"
         script.write_text(text.replace("TOTAL=540", f"TOTAL={total}"))
-        env = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out")}
+        env = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), **more}
         return subprocess.run(["bash", str(script), *args], env=env, capture_output=True, text=True, timeout=120)
 
     return call
@@ -116,6 +137,22 @@ def test_a_part_that_does_not_fit_is_named_not_begun(stopped_early):
     assert done.returncode == 1 and "bench-nce: STOPPED" in done.stdout
     assert "tests: NOT RUN, no time left; call again with --part tests" in done.stdout
     assert "tests: ok" not in done.stdout
+
+
+def test_the_library_is_compiled_once_for_the_same_sources(stopped_early, tmp_path):
+    first, second = (stopped_early("--part", "tests") for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert "native: ok" in first.stdout and "native: already compiled" in second.stdout
+    for done in (first, second):  # the fresh one is linked, not the one that lay in the checkout
+        assert re.search(r"build/gpu-native/[0-9a-f]{16}/calm_fast/_cuda\.abi3\.so", done.stdout)
+    (tmp_path / "csrc" / "source.cu").write_text("two")
+    assert "native: ok" in stopped_early("--part", "tests").stdout
+
+
+def test_a_library_that_does_not_compile_fails_the_call_and_stops_nothing(stopped_early):
+    done = stopped_early("--part", "tests", BROKEN_COMPILER="1")
+    assert done.returncode == 1 and "gpu.sh: failed: native" in done.stderr
+    assert "native: FAILED (exit 3)" in done.stdout and "tests: ok" in done.stdout and "no library" in done.stdout
 
 
 def test_part_selects():
