@@ -7,7 +7,7 @@ all questions. The control trains on labels shuffled within each question.
 
     python -m calm_fast.experiments.ranked_voting --data ../shared/data --encoder PATH --work DIR --out FILE.json
 
-DIR keeps answers' groups and features, so that a second call takes minutes instead of an hour.
+DIR keeps answers' groups and features, so that a second call spends no half hour on them.
 """
 
 from __future__ import annotations
