@@ -91,7 +91,9 @@ def decide(
         return Decision(_OP, impl, "asked for")
     if obstacle:
         return Decision(_OP, "torch", obstacle)
-    return Decision(_OP, "native", "every question is read once, by one thread or warp")
+    if answers.device.type == "cuda":
+        return Decision(_OP, "native", "one launch, a warp or a block a question; not measured on a GPU yet")
+    return Decision(_OP, "native", "every question is read once, by one thread")
 
 
 # ---- the registered op: what torch.compile, export and opcheck see ---------------------------------------------------

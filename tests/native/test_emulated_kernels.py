@@ -38,7 +38,7 @@ def few(op: str) -> list:
 
 
 def test_every_kernel_has_its_tests():
-    assert {"vote", "maj_at_k"} <= set(OPS)
+    assert {"vote", "maj_at_k", "cross_attention"} <= set(OPS)
     assert set(OPS) == set(known.EXTRA) == set(known.FEW) == set(known.WRONG)
     cuda = {path.parent.name for path in emulation.CSRC.glob("*/*_cuda.cu")}
     assert cuda == set(OPS), "every op with a CUDA kernel runs in the emulation"
@@ -79,3 +79,23 @@ def mutants() -> list:
 def test_a_bug_put_into_the_kernel_is_found(op, mutant, tmp_path):
     csrc = mutate.copy_of(emulation.CSRC, tmp_path, op, mutant)
     assert mutate.what_is_wrong(op, few(op), csrc, SCHEDULES) is not None, mutant.name
+
+
+def test_auto_takes_the_cuda_kernels_and_says_that_nobody_measured_them(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    import calm_fast
+    from calm_fast import _native
+
+    only_resampled = "the compiled library has no maj_at_k_exact for cuda tensors"
+    monkeypatch.setattr(_native, "obstacle", lambda op, device: only_resampled if op == "maj_at_k_exact" else None)
+    with FakeTensorMode():
+        answers = torch.zeros(3, 4, dtype=torch.int64, device="cuda")
+        correct = torch.zeros(3, dtype=torch.int64, device="cuda")
+        for decision in (
+            calm_fast.explain("vote", answers),
+            calm_fast.explain("maj_at_k", answers, correct, ks=[1], method="resample"),
+        ):
+            assert decision.impl == "native" and "not measured on a GPU yet" in decision.reason
+        exact = calm_fast.explain("maj_at_k", answers, correct, ks=[1])
+        assert exact.impl == "torch" and only_resampled in exact.reason
