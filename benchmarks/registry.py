@@ -40,19 +40,22 @@ class Contestant:
 
     ours: an implementation of this package (must be correct and must run); otherwise a baseline.
     definition: as Case.definition, where this contestant computes something else than the case does.
+    yardstick: it does less than the case asks for (the bare product, one LoRA instead of two); worth comparing with,
+    but never "the best baseline".
     """
 
     name: str
     prepare: Callable[[Inputs], Thunk]
     ours: bool = False
     definition: Definition | None = None
+    yardstick: bool = False
 
 
 @dataclass(frozen=True)
 class Target:
     """`impl` is meant to need 1 / `least` of what `baseline` needs, of `quantity` ("ms" or "peak_bytes").
 
-    baseline "best": whichever baseline needs least. Targets are reported, they never fail a run.
+    baseline "best": whichever baseline, yardsticks aside, needs least. Targets are reported, they never fail a run.
     """
 
     impl: str

@@ -234,19 +234,24 @@ def layer_case(
     if s.added and device.type == "cpu":  # what the layer chooses between
         present = ["torch"] + ["native"] * (_native.obstacle(OP, "cpu") is None)
         contestants += [Contestant(f"calm_fast_{impl}", _kept(s, impl), ours=True) for impl in present]
-    contestants += [Contestant(which, _plain(s, which), definition=d) for which, d in kinds]
+    contestants += [
+        Contestant(which, _plain(s, which), definition=d, yardstick=which != "formula") for which, d in kinds
+    ]
     if compiled and not graph:
         contestants.append(Contestant("compiled_formula", _plain(s, "formula", compiled=True), definition=kinds[0][1]))
     if graph:
         contestants.append(Contestant("calm_fast_graph", _ours(s, graph=True), ours=True))
-        contestants += [Contestant(f"{which}_graph", _plain(s, which, graph=True), definition=d) for which, d in kinds]
+        contestants += [
+            Contestant(f"{which}_graph", _plain(s, which, graph=True), definition=d, yardstick=which != "formula")
+            for which, d in kinds
+        ]
         if compiled:
             both = _plain(s, "formula", compiled=True, graph=True)
             contestants.append(Contestant("compiled_formula_graph", both, definition=kinds[0][1]))
     if packages:
         one = dict(kinds)["single_lora"]
-        contestants.append(Contestant("peft_lora", _peft(), definition=one))
-        contestants += [Contestant("peft_lora_graph", _peft(graph=True), definition=one)] * graph
+        contestants.append(Contestant("peft_lora", _peft(), definition=one, yardstick=True))
+        contestants += [Contestant("peft_lora_graph", _peft(graph=True), definition=one, yardstick=True)] * graph
     small = replace(s, t=min(s.t, check_tokens))
     return Case(
         OP, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(contestants),

@@ -144,7 +144,10 @@ def logprob_case(
     ours = [(impl, _run(partial(_ours, impl=impl))) for impl in explicit(OP, device)]
     contestants += [Contestant(f"calm_fast_{impl}", prepare, ours=True) for impl, prepare in ours]
     if not s.train:
-        contestants.append(Contestant("product", _run(_product, "logits"), definition=_definition(_product, "logits")))
+        bare = Contestant(
+            "product", _run(_product, "logits"), definition=_definition(_product, "logits"), yardstick=True
+        )
+        contestants.append(bare)
     if packages:
         mean = _definition(mean_cross_entropy, "mean")
         contestants.append(Contestant("compiled_log_softmax", lambda i: _run(torch.compile(log_softmax_logprob))(i)))

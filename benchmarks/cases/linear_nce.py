@@ -107,7 +107,8 @@ def nce_case(
     contestants += [Contestant(f"calm_fast_{impl}", prepare, ours=True) for impl, prepare in ours]
     if packages:
         contestants.append(Contestant("compiled_three_softmax", lambda i: _run(torch.compile(_eager), s.head)(i)))
-        contestants.append(Contestant("liger_fused_linear_jsd", _liger(s.head), definition=_definition(_js, s.head)))
+        two_streams = _definition(_js, s.head)
+        contestants.append(Contestant("liger_fused_linear_jsd", _liger(s.head), definition=two_streams, yardstick=True))
     small = replace(s, t=min(s.t, 64), v=min(s.v, 5000))
     return Case(
         OP, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(contestants),

@@ -113,7 +113,7 @@ def vote_case(name: str, s: Shape, device: torch.device, targets: Sequence[Targe
     contestants += [Contestant(f"calm_fast_{impl}", _ours(impl), ours=True) for impl in ("native", "torch")]
     contestants.append(Contestant("counter", _counter))
     if not s.weighted:
-        contestants.append(Contestant("counter_winner", _counter_winner, definition=_winner_definition))
+        contestants.append(Contestant("counter_winner", _counter_winner, definition=_winner_definition, yardstick=True))
     contestants.append(Contestant("numpy", _numpy(s)))
     contestants.append(Contestant("torch_one_hot", _torch(baselines.one_hot_vote, s)))
     contestants.append(Contestant("torch_scatter", _torch(baselines.scatter_vote, s)))
