@@ -17,6 +17,7 @@ MAX_JOBS, CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST are torch's own.
 import contextlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -95,6 +96,24 @@ def torch_problem() -> str:
     return ""
 
 
+def locate_cuda() -> None:
+    """Set CUDA_HOME where torch would guess wrong: it takes the folder above nvcc, which may be a wrapper script."""
+    nvcc = shutil.which("nvcc")
+    guesses = [*([Path(nvcc).resolve().parents[1]] if nvcc else []), Path("/usr/local/cuda")]
+    if not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")):
+        whole = [home for home in guesses if (home / "include" / "cuda_runtime.h").is_file()]
+        if whole:
+            os.environ["CUDA_HOME"] = str(whole[0])
+
+
+def toolkit() -> str:
+    """The CUDA release of nvcc, like 13.0."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    said = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    return said.partition("release ")[2].partition(",")[0]
+
+
 def cuda_problem() -> str:
     """Why `_cuda` cannot be built; "" where it can. A GPU need not be visible."""
     import torch
@@ -104,10 +123,8 @@ def cuda_problem() -> str:
         return f"torch {torch.__version__} is not a CUDA build"
     if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").is_file():
         return "no nvcc found (CUDA_HOME)"
-    release = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
-    major = torch.version.cuda.split(".")[0]
-    if f"release {major}." not in release:
-        return f"torch is built for CUDA {torch.version.cuda}, but {CUDA_HOME} holds another major version"
+    if torch.version.cuda.split(".")[0] != toolkit().split(".")[0]:
+        return f"torch is built for CUDA {torch.version.cuda}, but {CUDA_HOME} holds {toolkit() or 'no working nvcc'}"
     return ""
 
 
@@ -145,6 +162,7 @@ def extensions() -> list:
         import ninja
 
         os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
+    locate_cuda()
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     def sources(pattern: str) -> list[str]:
@@ -164,7 +182,7 @@ def extensions() -> list:
         return found
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures())
     say(f"building calm_fast._cpu and calm_fast._cuda for {os.environ['TORCH_CUDA_ARCH_LIST']}")
-    shared = {**shared, "include_dirs": [str(ROOT / "csrc")], "define_macros": [("CALM_FAST_CUDA_MODULE", "1")]}
+    shared = {**shared, "include_dirs": [str(ROOT / "csrc")], "define_macros": [("CALM_FAST_CUDA_MODULE", toolkit())]}
     return [*found, CUDAExtension("calm_fast._cuda", ["csrc/bindings.cpp", *kernels], **shared)]
 
 

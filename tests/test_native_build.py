@@ -102,6 +102,7 @@ print(_native.__file__, _native.obstacle("dual_lora"), sep="|")
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_editable_install_builds_in_place_and_goes_back_to_pure(tree, tmp_path):
     home = tmp_path / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True, timeout=120)

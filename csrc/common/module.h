@@ -15,12 +15,15 @@
 namespace calm_fast {
 
 inline PyObject* build_info(PyObject*, PyObject*) {
-#if defined(__CUDACC_VER_MAJOR__)
-  const char* compiler = "nvcc " CALM_FAST_TEXT(__CUDACC_VER_MAJOR__) "." CALM_FAST_TEXT(__CUDACC_VER_MINOR__);
-#elif defined(__clang__)
-  const char* compiler = __VERSION__;
+#if defined(CALM_FAST_CUDA_MODULE)
+#define CALM_FAST_DEVICE_COMPILER ", nvcc " CALM_FAST_TEXT(CALM_FAST_CUDA_MODULE)
 #else
-  const char* compiler = "GCC " __VERSION__;
+#define CALM_FAST_DEVICE_COMPILER ""
+#endif
+#if defined(__clang__)
+  const char* compiler = __VERSION__ CALM_FAST_DEVICE_COMPILER;
+#else
+  const char* compiler = "GCC " __VERSION__ CALM_FAST_DEVICE_COMPILER;
 #endif
   return Py_BuildValue(
       "{s:s,s:s,s:s,s:s,s:s}",
