@@ -16,7 +16,7 @@ from tiny_models import EOS, FAMILIES, OTHERS, PAD, VOCAB, character_tokenizer, 
 from calm_fast import SelfConsistency, score_sequences
 from calm_fast.consistency import Ranker, extract_answer, leader_probability
 from calm_fast.consistency.prefix import PrefixReader, evaluating
-from calm_fast.consistency.sampling import PromptBatch, Sampling
+from calm_fast.consistency.sampling import PromptBatch, Sampling, _Draw
 
 PROMPTS = rows(9, 1, 13)
 
@@ -81,6 +81,15 @@ def test_samples_follow_the_models_distribution() -> None:
     ordered = p.sort(descending=True)
     inside = ordered.indices[: 1 + int((ordered.values.cumsum(0) < 0.5).sum())]
     assert {s.tokens[0] for s in nucleus} == set(inside.tolist())
+
+
+@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (0.25, 3), (0.4, 3), (1 - 2**-53, 4)])
+def test_the_extreme_numbers_choose_tokens_that_have_probability(number: float, token: int) -> None:
+    logits = torch.tensor([[0.0, 0.25, 0.0, 0.25, 0.5, 0.0]]).log()
+    logits[:, 0] = -50.0  # cut by top_k, as tokens 2 and 5 are
+    draw = _Draw(Sampling(1, temperature=1.0, top_k=3), torch.tensor([[number]], dtype=torch.float64), 2)
+    assert draw(torch.zeros(1, 2, dtype=torch.int64), logits).argmax(-1).tolist() == [token]
+    assert float(draw.logprobs[0]) == pytest.approx(math.log(0.5 if token == 4 else 0.25), abs=1e-6)
 
 
 def test_temperature_zero_is_greedy_and_the_models_own_sampling_settings_take_no_part() -> None:
