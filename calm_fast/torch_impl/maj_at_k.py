@@ -13,7 +13,7 @@ from calm_fast.torch_impl.voting import TIED, sample_weights
 # up to so many samples one tilt serves every k: 2^-1000 is still a normal float64
 _ONE_TILT = 1000
 # float64 numbers a pass works on: the CPU's cache, the GPU's width
-_CHUNK = {"cpu": 1 << 17}
+_CHUNK = {"cpu": 1 << 18}
 _CHUNK_ELSEWHERE = 1 << 24
 
 
@@ -222,12 +222,16 @@ def _shuffled(
     """Sum of credits (len(sizes), Q) over `resamples`: the reference's shuffles, Q times len(resamples) at once."""
     (q, samples), device = columns.shape, columns.device
     many = (q, len(resamples))
-    state = torch.arange(samples, device=device).expand(*many, samples).contiguous()
-    columns = columns.unsqueeze(1).expand(*many, samples)
-    weights = None if weights is None else weights.unsqueeze(1).expand(*many, samples)
+    counted = weights is None
+    # what is shuffled: places of samples, or where every sample counts 1 their columns themselves
+    state = (columns if counted else torch.arange(samples, device=device)).view(-1, 1, samples)
+    state = state.expand(*many, samples).clone(memory_format=torch.contiguous_format)
     # one column more, for draws beyond a question's samples
     sums = torch.zeros(*many, width + 1, dtype=torch.float64, device=device)
-    seen = torch.zeros_like(sums, dtype=torch.bool)
+    ones = torch.ones(*many, 1, dtype=torch.float64, device=device)
+    if not counted:
+        columns, weights = (t.unsqueeze(1).expand(*many, samples) for t in (columns, weights))
+        seen = torch.zeros_like(sums, dtype=torch.bool)
     right, n = right.unsqueeze(1).expand(many), n.unsqueeze(1)
     question = torch.arange(first_question, first_question + q, device=device).unsqueeze(1)
     resample = torch.arange(resamples.start, resamples.stop, device=device).unsqueeze(0)
@@ -235,15 +239,16 @@ def _shuffled(
     for i in range(sizes[-1]):
         if i % 4 == 0:
             words = philox(seed, i // 4, resample, question)
-        j = torch.where(n > i, i + (words[i % 4] * (n - i) >> 32), i).unsqueeze(-1)
-        drawn = state.gather(-1, j)
+        j = ((words[i % 4] * (n - i).clamp(min=0) >> 32) + i).unsqueeze(-1)
+        column = drawn = state.gather(-1, j)
         state.scatter_(-1, j, state[..., i : i + 1].clone())
-        column = columns.gather(-1, drawn)
-        added = torch.ones_like(column, dtype=torch.float64) if weights is None else weights.gather(-1, drawn)
-        sums.scatter_add_(-1, column, added)
-        seen.scatter_(-1, column, True)
+        if not counted:
+            column = columns.gather(-1, drawn)
+            seen.scatter_(-1, column, True)
+        sums.scatter_add_(-1, column, ones if counted else weights.gather(-1, drawn))
         if i + 1 in sizes:
-            found.append(_tie_credit(sums.masked_fill(~seen, -torch.inf)[..., :width], right).sum(1))
+            present = sums > 0 if counted else seen
+            found.append(_tie_credit(sums.masked_fill(~present, -torch.inf)[..., :width], right).sum(1))
     return torch.stack(found)
 
 
