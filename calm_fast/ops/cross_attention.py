@@ -13,7 +13,7 @@ from calm_fast.torch_impl.cross_attention import cross_attention_torch, cross_at
 _OP = "cross_attention"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_HEAD_DIM = 256  # of Triton and native
-_NATIVE_MAX_QUERIES = 16
+NATIVE_MAX_QUERIES = 16
 
 
 def cross_attention(
@@ -138,12 +138,14 @@ def _triton_cannot(q: torch.Tensor) -> str | None:
 
 
 def _native_cannot(q: torch.Tensor) -> str | None:
-    if q.shape[1] > _NATIVE_MAX_QUERIES:  # a comparison that torch.compile can hold as a guard
-        return f"the compiled library decodes, at most {_NATIVE_MAX_QUERIES} queries"
+    if q.shape[1] > NATIVE_MAX_QUERIES:  # a comparison that torch.compile can hold as a guard
+        return f"the compiled library decodes, at most {NATIVE_MAX_QUERIES} queries"
     if q.dtype == torch.float64:
         return "the compiled library computes in float32, q is float64"
     if q.shape[-1] > _MAX_HEAD_DIM:
         return f"head dim {q.shape[-1]} is larger than {_MAX_HEAD_DIM}"
+    if q.device.type == "cuda" and q.shape[-1] % 8:
+        return f"the CUDA kernels load 16 bytes at once: the head dim must be a multiple of 8, not {q.shape[-1]}"
     return _native.obstacle(_OP, q.device.type)
 
 
@@ -229,9 +231,19 @@ def _fwd(q, k, v, lo, hi, causal, scale):
     return kernels.launch_cross_attention_fwd(q, k, v, lo, hi, causal, scale)
 
 
+def wide_loads(t: torch.Tensor) -> torch.Tensor:
+    """`t`, or a copy of it where its rows do not begin at multiples of 16 bytes: what the CUDA kernels load at once."""
+    pack = 16 // t.itemsize
+    fits = t.stride(-1) == 1 and all(stride % pack == 0 for stride in t.stride()[:-1]) and t.data_ptr() % 16 == 0
+    return t if fits else t.clone(memory_format=torch.contiguous_format)
+
+
 @torch.library.impl(_lib, "cross_attention_decode", "CompositeExplicitAutograd")
 def _decode(q, k, v, lo, hi, causal, scale):
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    if q.device.type == "cuda":
+        q, k, v = (wide_loads(t) for t in (q, k, v))
+    else:
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     lo, hi = (t if t is None else t.contiguous() for t in (lo, hi))
     return torch.ops.calm_fast._native_cross_attention(q, k, v, lo, hi, causal, scale)
 

@@ -15,7 +15,7 @@ from calm_fast.verify import emulation
 from calm_fast.verify.cases import op_cases
 from calm_fast.verify.numerics import Case
 
-_F32 = torch.float32
+_F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def emulated_ops() -> list[str]:
@@ -29,6 +29,10 @@ def _vote(name: str, **changes: object) -> Case:
 
 def _maj_at_k(name: str, **changes: object) -> Case:
     return op_cases("maj_at_k").case(name, _F32, **changes)
+
+
+def _attention(name: str, dtype: torch.dtype = _F32, **changes: object) -> Case:
+    return op_cases("cross_attention").case(name, dtype, **changes)
 
 
 EXTRA: dict[str, Callable[[], list[Case]]] = {
@@ -46,6 +50,29 @@ EXTRA: dict[str, Callable[[], list[Case]]] = {
         _maj_at_k("weighted", q=2, resamples=40, k=400, classes=3, ks=(1, 3)),  # scratch, weights
         _maj_at_k("resample", q=2, resamples=9, k=70, ks=tuple(range(1, 71))),  # two launches
     ],
+    # rows of a tile (1, 4, 8) by lanes of a key (8, 16, 32) by dtype: what verify's cases leave out
+    "cross_attention": lambda: [
+        _attention("decode", b=1, n=97, h=1, hkv=1, d=128),
+        _attention("decode", b=1, n=70, h=1, hkv=1, d=200),
+        _attention("decode", b=1, n=70, h=3, hkv=1, d=136),
+        _attention("decode-gqa-causal", m=3, n=77, h=2, hkv=1, d=72),
+        _attention("decode-gqa-causal", m=16, n=50, h=2, hkv=1, d=128),  # four tiles
+        *(
+            _attention(name, dtype, **changes)
+            for dtype in (_BF16, _F16)
+            for name, changes in (
+                ("decode", {"b": 1, "n": 130, "h": 1, "hkv": 1, "d": 40}),
+                ("decode", {"b": 1, "n": 97, "h": 1, "hkv": 1, "d": 128}),
+                ("decode", {"b": 1, "n": 45, "h": 1, "hkv": 1, "d": 256}),
+                ("decode", {"b": 1, "n": 300, "h": 3, "hkv": 1, "d": 8}),
+                ("scattered", {"m": 4, "n": 77, "h": 1, "d": 96}),
+                ("scattered", {"m": 3, "n": 45, "h": 1, "d": 248}),
+                ("scattered", {"m": 7, "n": 500, "h": 2, "hkv": 1, "d": 24}),
+                ("scattered", {"m": 3, "n": 99, "h": 3, "hkv": 1, "d": 80}),
+                ("scattered", {"m": 5, "n": 45, "h": 2, "hkv": 1, "d": 256}),
+            )
+        ),
+    ],
 }
 
 FEW: dict[str, Callable[[], list[Case]]] = {
@@ -58,6 +85,12 @@ FEW: dict[str, Callable[[], list[Case]]] = {
         _maj_at_k("everything", q=3, resamples=70),
         _maj_at_k("adaptive", q=2, resamples=300, k=40, classes=7, ks=(1, 3, 40)),
         _maj_at_k("resample", q=2, resamples=40, k=800, classes=3, ks=(1, 3)),
+    ],
+    "cross_attention": lambda: [
+        _attention("decode-gqa-causal", b=1, m=3, n=131, h=4),  # 6 rows: two missing from the tile
+        _attention("scattered", b=2, m=2, n=101, h=2),
+        _attention("scattered", _BF16, b=1, m=1, n=600, h=1, d=72),
+        _attention("no-keys", b=1),
     ],
 }
 
@@ -78,5 +111,19 @@ WRONG: dict[str, tuple[tuple[str, str], ...]] = {
         ("Shared<Index> order = w.order + t;", "Shared<Index> order = w.order + t + 1;"),
         ("if (lane == 0) earned[warp * kSizes + at] += credit;", "earned[warp * kSizes + at] += credit;"),
         ("key0 += 0x9E3779B9u;", "key0 += 0x9E3779B8u;"),
+    ),
+    "cross_attention": (
+        ("if (warp == 0 && speaks && lane % kPerRow == 0) row_max[mine] = common;",  # the other warps still read it
+         "if (warp == 0 && speaks && lane % kPerRow == 0) { row_max[mine] = common; warp_max[mine] = common; }"),
+        ("if (wanted && at < d) words[c]", "if (wanted) words[c]"),
+        ("if (row >= a.rows) break;", ""),
+        ("const int mine = lane / kPerRow;", "const int mine = lane % kRows;"),
+        ("hi > last ? last : hi}", "hi}"),
+        ("const bool seen = j >= own.lo && j < own.hi;", "const bool seen = j >= begin && j < end;"),
+        ("__shfl_sync(kAllLanes, weight[u], r * kPerRow, kLanes)", "__shfl_sync(kAllLanes, weight[u], r, kLanes)"),
+        ("if (sum != 0.0f) simt::store", "if (sum > 1.0f) simt::store"),
+        ("if (part == 0.0f) continue;", ""),
+        ("int64_t(s) * a.rows;\n    const float part", "int64_t(s) * a.d;\n    const float part"),
+        ("(e / kPack * kLanes + lane) * kPack", "(e / kPack * kEach + lane) * kPack"),
     ),
 }  # fmt: skip

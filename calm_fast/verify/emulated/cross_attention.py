@@ -1,0 +1,44 @@
+"""The emulated CUDA kernels of cross_attention: at most 16 queries, head dims that are multiples of 8."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from calm_fast.ops.cross_attention import NATIVE_MAX_QUERIES, wide_loads
+from calm_fast.verify.emulation import CSRC, SCHEDULES, Schedule, call
+from calm_fast.verify.numerics import Inputs, Values
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PROCESSORS = 16  # of the GPU that the launch plan is made for
+
+
+def run(inputs: Inputs, schedule: Schedule = SCHEDULES[0], csrc: Path = CSRC, most_blocks: int = 0) -> Values | None:
+    """out (B, M, H, D) and, with dlse among the inputs, lse (B, H, M) of a case; None where the kernels do not serve it.
+
+    most_blocks: for how many multiprocessors the keys are split; 0 = `PROCESSORS`.
+    """
+    q, k, v, scale = (inputs[name] for name in ("q", "k", "v", "scale"))
+    (b, m, h, d), n, hkv = q.shape, k.shape[1], k.shape[2]
+    if m > NATIVE_MAX_QUERIES or d % 8:
+        return None
+    scale = d**-0.5 if scale is None else scale
+    if scale <= 0:  # as the op does
+        q, scale = (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
+    q, k, v = (wide_loads(t) for t in (q, k, v))
+    lo, hi = (t if t is None else t.expand(b, m).contiguous() for t in (inputs["lo"], inputs["hi"]))
+    out = torch.full((b, m, h, d), float("nan"), dtype=q.dtype)
+    lse = torch.full((b, h, m), float("nan"))
+    integers = [DTYPES.index(q.dtype), b, m, h, n, hkv, d, bool(inputs["causal"]), most_blocks or PROCESSORS]
+    for t in (q, k, v):
+        integers += [t.storage_offset(), *t.stride()[:3]]
+    if out.numel():
+        call("cross_attention", [*(_storage(t) for t in (q, k, v)), lo, hi, out, lse], integers, [scale], schedule, csrc)
+    return {"out": out, "lse": lse} if inputs["dlse"] is not None else {"out": out}
+
+
+def _storage(t: torch.Tensor) -> torch.Tensor:
+    """All elements of the tensor's storage: what strides may reach."""
+    storage = t.untyped_storage()
+    return torch.empty(0, dtype=t.dtype).set_(storage, 0, (storage.nbytes() // t.itemsize,), (1,))
