@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import re
 import shutil
 from collections.abc import Callable
@@ -25,13 +27,25 @@ class Mutant:
     text: str
 
 
-def without_barriers(text: str) -> list[Mutant]:
-    """One mutant for each barrier statement of `text`, with that one removed."""
-    found = []
-    for match in BARRIER.finditer(text):
-        line = text[: match.start()].count("\n") + match.group().count("\n") + 1
-        found.append(Mutant(f"no {match.group().strip()} in line {line}", text[: match.start()] + text[match.end() :]))
-    return found
+def barriers(text: str) -> list[str]:
+    """Where the barrier statements of `text` are, in readable form."""
+    return [
+        f"{match.group().strip()} in line {text[: match.end()].count(chr(10)) + 1}" for match in BARRIER.finditer(text)
+    ]
+
+
+def switched(text: str) -> Mutant:
+    """`text` where barrier i is skipped while the global `calm_fast_mutant` is i: one compilation for all of them."""
+    numbers = itertools.count()
+    body = BARRIER.sub(lambda match: f" if (calm_fast_mutant != {next(numbers)}) {match.group().strip()}", text)
+    return Mutant(
+        "switched", body.replace("#pragma once", "#pragma once\ninline volatile int calm_fast_mutant = -1;", 1)
+    )
+
+
+def choose(op: str, csrc: Path, number: int) -> None:
+    """Which barrier of a switched source is skipped from now on."""
+    ctypes.c_int.in_dll(emulation.library_of(op, csrc), "calm_fast_mutant").value = number
 
 
 def replaced(text: str, old: str, new: str) -> Mutant:

@@ -43,7 +43,7 @@ def test_every_kernel_has_its_tests():
     cuda = {path.parent.name for path in emulation.CSRC.glob("*/*_cuda.cu")}
     assert cuda == set(OPS), "every op with a CUDA kernel runs in the emulation"
     for op in OPS:
-        assert mutate.without_barriers(source(op)) and len(known.WRONG[op]) >= 2
+        assert mutate.barriers(source(op)) and len(known.WRONG[op]) >= 2
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.order}{s.seed}")
@@ -63,20 +63,39 @@ def test_results_do_not_depend_on_the_schedule(op):
                 assert torch.equal(values, first[name]) or values.isnan().all()
 
 
-def mutants() -> list:
-    """The first barrier of each kernel is removed in every run; the others are a slow test."""
-    found = []
-    for op in OPS:
-        bugs: list[mutate.Mutant] = mutate.without_barriers(source(op))
-        wrong = [mutate.replaced(source(op), old, new) for old, new in known.WRONG[op]]
-        for i, mutant in enumerate(bugs + wrong):
-            marks = () if i in (0, len(bugs)) else (pytest.mark.slow,)
-            found.append(pytest.param(op, mutant, id=f"{op}-{i}", marks=marks))
-    return found
+@pytest.fixture(scope="module")
+def switched(tmp_path_factory):
+    """switched(op): a csrc/ whose kernel skips the barrier that `mutate.choose` names."""
+
+    @functools.cache
+    def make(op: str) -> Path:
+        return mutate.copy_of(emulation.CSRC, tmp_path_factory.mktemp(op), op, mutate.switched(source(op)))
+
+    return make
 
 
-@pytest.mark.parametrize(("op", "mutant"), mutants())
-def test_a_bug_put_into_the_kernel_is_found(op, mutant, tmp_path):
+BARRIERS = [(op, number, text) for op in OPS for number, text in enumerate(mutate.barriers(source(op)))]
+
+
+@pytest.mark.parametrize(("op", "number", "text"), BARRIERS, ids=lambda value: str(value).replace(" ", "_"))
+def test_a_removed_barrier_is_found(op, number, text, switched):
+    mutate.choose(op, switched(op), number)
+    assert mutate.what_is_wrong(op, few(op), switched(op), SCHEDULES) is not None, text
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_with_every_barrier_in_place_nothing_is_found(op, switched):
+    """Else the tests above would prove nothing."""
+    mutate.choose(op, switched(op), -1)
+    assert mutate.what_is_wrong(op, few(op), switched(op), SCHEDULES) is None
+
+
+WRONG = [(op, number) for op in OPS for number in range(len(known.WRONG[op]))]
+
+
+@pytest.mark.parametrize(("op", "number"), WRONG)
+def test_a_wrong_index_is_found(op, number, tmp_path):
+    mutant = mutate.replaced(source(op), *known.WRONG[op][number])
     csrc = mutate.copy_of(emulation.CSRC, tmp_path, op, mutant)
     assert mutate.what_is_wrong(op, few(op), csrc, SCHEDULES) is not None, mutant.name
 
