@@ -166,9 +166,18 @@ def _vote(q: int, k: int, rule: str, device: torch.device, dtype: torch.dtype) -
     return list(found), list(expected)
 
 
-def _maj_at_k(q: int, k: int, rule: str, device: torch.device, dtype: torch.dtype) -> tuple[Results, Results]:
+def _maj_at_k(
+    q: int, k: int, rule: str, resamples: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Results, Results]:
     answers, scores, valid = _votes(q, k, device, dtype)
-    options = {"ks": (1, 2, k // 2, k), "valid": valid, "method": "resample", "resamples": 3, "rule": rule, "lam": 0.5}
+    options = {
+        "ks": (1, 2, k // 2, k),
+        "valid": valid,
+        "method": "resample",
+        "resamples": resamples,
+        "rule": rule,
+        "lam": 0.5,
+    }
     impls = (_compiled("maj_at_k", device), "reference")
     found, expected = (ops.maj_at_k(answers, answers[:, 0], scores, impl=impl, **options) for impl in impls)
     return list(found), list(expected)
@@ -189,8 +198,11 @@ CALLS: dict[str, Call] = {
     "linear_logprob: entropy, rank, temperature, bias, softcap": partial(_linear_logprob, 21, True),
     "vote: count, a warp a question": partial(_vote, 7, 37, "count"),
     "vote: weighted, a block a question": partial(_vote, 3, 301, "weighted"),
-    "maj_at_k: count": partial(_maj_at_k, 7, 13, "count"),
-    "maj_at_k: adaptive": partial(_maj_at_k, 5, 37, "adaptive"),
+    "vote: weighted, more samples than shared memory holds": partial(_vote, 2, 4500, "weighted"),
+    "maj_at_k: count": partial(_maj_at_k, 7, 13, "count", 3),
+    "maj_at_k: adaptive": partial(_maj_at_k, 5, 37, "adaptive", 3),
+    "maj_at_k: several blocks a question": partial(_maj_at_k, 2, 13, "weighted", 300),
+    "maj_at_k: more samples than shared memory holds": partial(_maj_at_k, 2, 800, "count", 3),
 }
 
 
