@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 import types
@@ -135,6 +136,8 @@ def test_wrong_values_have_no_speed_and_exit_1(bench, capsys, prepare, ours):
     assert rows["fast"]["ms"] > 0
     assert "RED product suspect" in capsys.readouterr().err
     assert "no time" in (out / "report.md").read_text()
+    assert "**WRONG** suspect: wrong: error" in (out / "report.md").read_text()
+    assert '<span class="goal wrong">suspect: wrong: error' in (out / "report.html").read_text()
 
 
 def test_slow_implementation_shows_in_the_ratio(bench, capsys):
@@ -142,15 +145,17 @@ def test_slow_implementation_shows_in_the_ratio(bench, capsys):
     code, rows, out = bench(Contestant("fast", plain, ours=True), Contestant("slow", slowed), targets=(target,))
     assert code == 0
     assert rows["slow"]["ms"] >= 50 and rows["slow"]["ms"] / rows["fast"]["ms"] > 10
-    assert "fast against slow: target >= 10x" in (out / "report.md").read_text()
-    assert "x, met" in capsys.readouterr().out
+    assert re.search(r">= 10x slow: \d+x, met", (out / "report.md").read_text())
+    assert re.search(r">= 10x slow: \d+x, met", capsys.readouterr().out)
 
 
 def test_missed_target_is_reported_but_no_failure(bench, capsys):
     target = Target("slow", "fast", 1.0)
-    code, _, _ = bench(Contestant("slow", slowed, ours=True), Contestant("fast", plain), targets=(target,))
+    code, _, out = bench(Contestant("slow", slowed, ours=True), Contestant("fast", plain), targets=(target,))
     assert code == 0
-    assert "MISSED" in capsys.readouterr().out
+    assert ">= 1x fast: 0.00x, missed" in capsys.readouterr().out
+    assert "1 missed" in (out / "report.md").read_text()
+    assert '<span class="goal missed">' in (out / "report.html").read_text()
 
 
 def test_baseline_that_breaks_or_cannot_run_is_a_row_but_no_failure(bench):

@@ -1,0 +1,114 @@
+"""One style for every plot, and plots as SVG that can stand inside a page, many of them together."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+OURS, OTHER, YARDSTICK = "#17627f", "#a9b1b9", "#dfe3e7"
+INK, MUTED, GRID, RED = "#1d2329", "#5d6770", "#e4e7ea", "#b3261e"
+WIDTH = 3.7  # inches: one column on a wide screen, the whole width of a phone at a readable size
+
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
+    "font.size": 7.5,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 7.5,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """matplotlib set up for our plots; nothing of it remains afterwards, and no display is needed."""
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def figure(height: float, left: float = 0.5, bottom: float = 0.42, right: float = 0.06) -> tuple[Any, Any]:
+    """A figure one column wide and its axes, margins in inches; drawn on no screen. Call within `style()`."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(WIDTH, height))
+    top = 0.06
+    box = (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (bottom + top) / height)
+    return drawn, drawn.add_axes(box)
+
+
+def log_ticks(axis: Any, low: float, high: float, most: int = 5) -> None:
+    """Plain numbers (0.5, 1, 2, 5, 10 ...) instead of powers of ten on a logarithmic axis from low to high."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    marks = [m * 10.0**e for e in range(-4, 16) for m in (1, 2, 5)]
+    inside = [m for m in marks if low <= m <= high]
+    for keep in ((1, 2, 5), (1, 3), (1,)):
+        if len(inside) <= most:
+            break
+        inside = [m for m in marks if low <= m <= high and round(m / 10 ** _exponent(m)) in keep]
+    while len(inside) > most:
+        inside = inside[::2]
+    axis.set_major_locator(FixedLocator(inside))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+
+
+def _exponent(value: float) -> int:
+    import math
+
+    return math.floor(math.log10(value) + 1e-9)
+
+
+def plain(value: float) -> str:
+    """0.02, 5, 200, 2k, 50M."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def svg(drawn: Any, name: str, alt: str) -> str:
+    """The figure as <svg> for a page: sized by its container, described for screen readers, ids of its own.
+
+    Args:
+        name: unique in the page; ids begin with it. alt: what the plot shows, in a sentence.
+    """
+    sink = io.StringIO()
+    drawn.savefig(sink, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = sink.getvalue()
+    text = text[text.index("<svg") :].strip()
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)  # the page's own
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
+    text = re.sub(r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r'(url\(#|href="#)', rf"\1{name}-", text)
+    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()
+    head = f'<svg role="img" aria-label="{html.escape(alt, quote=True)}" viewBox="0 0 {width} {height}" '
+    text = re.sub(r"<svg [^>]*>", head + 'xmlns="http://www.w3.org/2000/svg" '
+                  'xmlns:xlink="http://www.w3.org/1999/xlink">', text, count=1)  # fmt: skip
+    return re.sub(r"\n\s*", "\n", text)

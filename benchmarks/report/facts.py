@@ -1,0 +1,250 @@
+"""What follows from the rows: each case's verdict, its targets, and the curves that cases form together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from calm_fast.benchmarks.measure import is_red
+from calm_fast.benchmarks.registry import Case, Series, Target
+from calm_fast.benchmarks.timing import Ceilings
+
+Row = Mapping[str, Any]
+
+WRONG, MISSED, MET, OPEN, ABSENT = "wrong", "missed", "met", "no target", "not measured"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits without an exponent; "" for None."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def times(value: float | None) -> str:
+    """ "1.34x"; "" for None."""
+    if value is None:
+        return ""
+    return f"{value:.0f}x" if value >= 100 else f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A target and what was found: how many times less `impl` needs than `baseline`; None where one has no time."""
+
+    target: Target
+    found: float | None
+
+    @property
+    def state(self) -> str:
+        if self.found is None:
+            return ABSENT
+        return MET if self.found >= self.target.least else MISSED
+
+    @property
+    def wanted(self) -> str:
+        """In words, e.g. ">= 1.5x eager", "<= 1.20x the time of product", ">= 10x less memory than three_softmax"."""
+        t = self.target
+        memory = t.quantity == "peak_bytes"
+        against = "the best baseline" if t.baseline == "best" else t.baseline
+        if t.least < 1:
+            return f"<= {1 / t.least:.3g}x the {'memory' if memory else 'time'} of {against}"
+        return f">= {t.least:.3g}x {'less memory than ' if memory else ''}{against}"
+
+    @property
+    def measured(self) -> str:
+        """In the unit of `wanted`."""
+        if self.found is None:
+            return ABSENT
+        return times(1 / self.found if self.target.least < 1 else self.found)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One case: what it came to.
+
+    rows: its rows, those without a time too. yardsticks: names of those that do less than the case asks for.
+    ours: the row of the headline implementation, rival: of the fastest baseline; None without a time.
+    """
+
+    name: str
+    op: str
+    shape: str
+    rows: Sequence[Row]
+    yardsticks: frozenset[str]
+    headline: str
+    ours: Row | None
+    rival: Row | None
+    goals: Sequence[Goal]
+    series: Series | None
+
+    @property
+    def red(self) -> list[Row]:
+        return [row for row in self.rows if is_red(row)]
+
+    @property
+    def state(self) -> str:
+        if self.red:
+            return WRONG
+        states = {goal.state for goal in self.goals}
+        if self.ours is None:
+            return ABSENT
+        return next((state for state in (MISSED, ABSENT, MET) if state in states), OPEN)
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times faster than the best baseline."""
+        return self.rival["ms"] / self.ours["ms"] if self.ours and self.rival else None
+
+    @property
+    def above_floor(self) -> float | None:
+        return self.ours["ms"] / self.ours["floor_ms"] if self.ours and self.ours["floor_ms"] else None
+
+    @property
+    def timed(self) -> list[Row]:
+        return [row for row in self.rows if row["ms"] is not None]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A scaling series: the measured points (size, row) of every implementation that has at least two."""
+
+    series: Series
+    lines: Mapping[str, Sequence[tuple[int, Row]]]
+    headline: str
+
+    def growth(self, impl: str, quantity: str = "ms") -> float | None:
+        """Over the upper half of the sizes, the power of the size that the quantity grows with."""
+        points = [(size, row[quantity]) for size, row in self.lines.get(impl, ()) if row[quantity]]
+        if len(points) < 2:
+            return None
+        (x0, y0), (x1, y1) = points[-2 if len(points) < 4 else -3], points[-1]
+        return math.log(y1 / y0) / math.log(x1 / x0)
+
+
+def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows grouped by case, in order."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["case"], []).append(row)
+    return groups
+
+
+def best(rows: Iterable[Row], yardsticks: frozenset[str], quantity: str = "ms") -> Row | None:
+    """The baseline that needs least; None where none was timed."""
+    rivals = [row for row in rows if row["ms"] is not None and not row["ours"] and row["impl"] not in yardsticks]
+    return min(rivals, key=lambda row: row[quantity], default=None)
+
+
+def ratio(
+    rows: Sequence[Row], impl: str, baseline: str, quantity: str = "ms", yardsticks: frozenset[str] = frozenset()
+) -> float | None:
+    """What baseline needs over what impl needs within one case: how many times better impl is; None if unknown."""
+    values = {row["impl"]: row[quantity] for row in rows if row["ms"] is not None}
+    if baseline == "best" and (rival := best(rows, yardsticks, quantity)) is not None:
+        values["best"] = rival[quantity]
+    if not values.get(impl) or not values.get(baseline):
+        return None
+    return values[baseline] / values[impl]
+
+
+def sizes(shape: Mapping[str, int]) -> str:
+    """A shape in words: "T 256, d 4096"."""
+    return ", ".join(f"{name} {size}" for name, size in shape.items())
+
+
+def verdict(case: Case | None, rows: Sequence[Row]) -> Verdict:
+    """Of one case; `case` None: rows of a case that the registry no longer has."""
+    yardsticks = frozenset(c.name for c in case.contestants if c.yardstick) if case else frozenset()
+    first = case.headline if case else next((row["impl"] for row in rows if row["ours"]), "")
+    shape, dtype = (case.shape, str(case.dtype)) if case else (rows[0]["shape"], rows[0]["dtype"])
+    ours = next((row for row in rows if row["impl"] == first and row["ms"] is not None), None)
+    goals = [Goal(t, ratio(rows, t.impl, t.baseline, t.quantity, yardsticks)) for t in (case.targets if case else ())]
+    return Verdict(
+        case.name if case else rows[0]["case"], case.op if case else rows[0]["op"],
+        f"{sizes(shape)}, {dtype.removeprefix('torch.')}", rows, yardsticks, first, ours, best(rows, yardsticks),
+        goals, case.series if case else None,
+    )  # fmt: skip
+
+
+def verdicts(rows: Iterable[Row], cases: Iterable[Case]) -> list[Verdict]:
+    """One for each of `cases` in order, measured or not, then those of rows whose case is not among them."""
+    groups = by_case(rows)
+    found = [verdict(case, groups.pop(case.name, [])) for case in cases]
+    return found + [verdict(None, group) for group in groups.values()]
+
+
+def curves(found: Iterable[Verdict]) -> list[Curve]:
+    """The scaling series of which at least two points were measured."""
+    groups: dict[Series, list[Verdict]] = {}
+    for v in found:
+        if v.series is not None:
+            groups.setdefault(v.series, []).append(v)
+    drawn = []
+    for series, members in groups.items():
+        lines: dict[str, list[tuple[int, Row]]] = {}
+        for v in members:
+            for row in v.timed:
+                lines.setdefault(row["impl"], []).append((row["shape"][series.size], row))
+        kept = {impl: sorted(line, key=lambda p: p[0]) for impl, line in lines.items() if len(line) > 1}
+        if kept:
+            drawn.append(Curve(series, kept, members[0].headline))
+    return drawn
+
+
+def summary(found: Sequence[Verdict]) -> dict[str, int]:
+    """Counts for the head of the report: cases, and targets by state; wrong counts rows."""
+    states = [goal.state for v in found for goal in v.goals]
+    return {
+        "cases": len(found),
+        "targets met": states.count(MET),
+        "missed": states.count(MISSED),
+        "targets not measured": states.count(ABSENT),
+        "wrong or broken": sum(len(v.red) for v in found),
+    }
+
+
+def setting_lines(rows: Sequence[Row], ceilings: Mapping[str, Ceilings]) -> list[tuple[str, str]]:
+    """Hardware, versions, commit, ceilings: (name, value)."""
+    if not rows:
+        return [("device", "nothing was measured")]
+    first, last = rows[0], rows[-1]
+    lines = [
+        ("device", first["device"]),
+        ("versions", ", ".join(f"{name} {version}" for name, version in first["versions"].items())),
+        ("commit", first["commit"] or "unknown (not a git checkout)"),
+        ("measured", f"{first['date']} to {last['date']}"),
+    ]
+    for dtype, group in ceilings_by_dtype(rows, ceilings).items():
+        product, copy = ([value / 1e9 for value in rates] for rates in zip(*map(_rates, group), strict=True))
+        text = f"product {span(product)} GFLOP/s, copy {span(copy)} GB/s, measured beside each case"
+        lines.append((f"ceilings, {dtype}", text))
+    return lines
+
+
+def ceilings_by_dtype(rows: Sequence[Row], ceilings: Mapping[str, Ceilings]) -> dict[str, list[Ceilings]]:
+    """The ceilings of a run, for each dtype of its cases."""
+    dtypes = {row["case"]: row["dtype"] for row in rows}
+    groups: dict[str, list[Ceilings]] = {}
+    for name, c in ceilings.items():
+        if name in dtypes:
+            groups.setdefault(dtypes[name], []).append(c)
+    return groups
+
+
+def _rates(c: Ceilings) -> tuple[float, float]:
+    return c.flops_per_s, c.bytes_per_s
+
+
+def middle(group: Sequence[Ceilings]) -> Ceilings:
+    """The median of each ceiling."""
+    return Ceilings(median(c.flops_per_s for c in group), median(c.bytes_per_s for c in group))
+
+
+def span(values: Sequence[float]) -> str:
+    """ "98" or "98 - 104"."""
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low} - {high}"

@@ -1,0 +1,206 @@
+"""The plots of the report. Each function returns one <svg>, or None where there is nothing to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from calm_fast.benchmarks.report import canvas
+from calm_fast.benchmarks.report.canvas import INK, MUTED, OTHER, OURS, RED, YARDSTICK
+from calm_fast.benchmarks.report.facts import Curve, Row, Verdict, ceilings_by_dtype, middle, number, times
+from calm_fast.benchmarks.timing import Ceilings
+
+_ROW = 0.28  # inches of height for one line of a chart
+_AT = 0.2  # where the mark of a line is, below its text
+
+
+def _lines(count: int, xlabel: str):
+    """Axes for `count` lines with text above each mark instead of tick labels: long names need no margin."""
+    drawn, axes = canvas.figure(0.48 + _ROW * count, left=0.1, right=0.1)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_ylim(count - 0.5, -0.5)
+    axes.set_yticks([])
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(xlabel)
+    return drawn, axes
+
+
+def _caption(axes, y: int, left: str, right: str, color: str = INK) -> None:
+    for x, text, side in ((0.0, left, "left"), (1.0, right, "right")):
+        axes.text(
+            x, y - 0.02, text, transform=axes.get_yaxis_transform(), va="bottom", ha=side, color=color, clip_on=False,
+            bbox={"pad": 0.4, "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+        )  # fmt: skip
+
+
+def case_times(v: Verdict) -> str | None:
+    """One case: a bar for each implementation with its p20 - p80, the floor as a line."""
+    rows = v.timed
+    if not rows:
+        return None
+    with canvas.style():
+        drawn, axes = _lines(len(rows), "ms; whiskers p20 - p80; dashed: floor")
+        for y, row in enumerate(rows):
+            color = OURS if row["ours"] else YARDSTICK if row["impl"] in v.yardsticks else OTHER
+            axes.barh(y + _AT, row["ms"], height=0.3, color=color)
+            axes.plot([row["p20"], row["p80"]], [y + _AT] * 2, color=INK, linewidth=0.8)
+            _caption(axes, y, row["impl"], f"{number(row['ms'])} ms", OURS if row["ours"] else INK)
+        axes.axvline(rows[0]["floor_ms"], color=INK, linestyle=(0, (3, 2)), linewidth=0.8)
+        axes.set_xlim(0, 1.02 * max(row["p80"] for row in rows))
+        return canvas.svg(drawn, f"case-{v.name}", f"{v.name}: milliseconds of each implementation")
+
+
+def _dots(
+    name: str, found: Sequence[Verdict], value: Callable[[Verdict, Row], float | None], xlabel: str, alt: str,
+    show: Callable[[float], str], rivals: Callable[[Verdict], Sequence[Row]],
+) -> str | None:  # fmt: skip
+    """For each case the value of our headline implementation as a dot, of `rivals` as pale ones, on a log scale."""
+    shown = [(v, value(v, v.ours), [value(v, row) for row in rivals(v)]) for v in found if v.ours]
+    shown = [(v, mine, [o for o in others if o]) for v, mine, others in shown if mine]
+    if not shown:
+        return None
+    everything = [x for _, mine, others in shown for x in (mine, *others)]
+    low, high = min(everything) / 1.15, max(everything) * 1.15
+    with canvas.style():
+        drawn, axes = _lines(len(shown), xlabel)
+        axes.set_xscale("log")
+        axes.set_xlim(low, high)
+        canvas.log_ticks(axes.xaxis, low, high)
+        for y, (v, mine, others) in enumerate(shown):
+            at = y + _AT
+            if others:
+                axes.plot([mine, max(others, key=lambda x: abs(x - mine))], [at, at], color=OTHER, linewidth=0.8)
+            axes.plot(others, [at] * len(others), "o", color=OTHER, markersize=3.6)
+            axes.plot([mine], [at], "o", color=OURS, markersize=4.6)
+            _caption(axes, y, v.name, show(mine))
+        return canvas.svg(drawn, name, alt)
+
+
+def ratio_bars(found: Sequence[Verdict]) -> str | None:
+    """How many times faster than the best baseline, for each case; a tick where a target against it would be."""
+    shown = [v for v in found if v.ratio]
+    if not shown:
+        return None
+    values = [v.ratio for v in shown]
+    low, high = min(0.8, min(values) / 1.1), max(2.0, max(values) * 1.15)
+    with canvas.style():
+        drawn, axes = _lines(len(shown), "times faster than the best baseline (1: as fast)")
+        axes.set_xscale("log")
+        axes.set_xlim(low, high)
+        canvas.log_ticks(axes.xaxis, low, high)
+        for y, v in enumerate(shown):
+            axes.barh(y + _AT, v.ratio - 1, left=1, height=0.3, color=OURS if v.ratio >= 1 else RED)
+            _caption(axes, y, v.name, f"{times(v.ratio)} {v.rival['impl']}")
+        axes.axvline(1, color=INK, linewidth=0.8)
+        return canvas.svg(drawn, "ratios", "How many times faster than the best baseline each case is")
+
+
+def floor_dots(found: Sequence[Verdict]) -> str | None:
+    """Measured over floor: ours and the best baseline of each case."""
+    return _dots(
+        "floors", found, lambda v, row: row["ms"] / row["floor_ms"] if row["floor_ms"] else None,
+        "measured / floor (1: nothing left to save); pale: best baseline", "Distance to the floor of each case",
+        times, lambda v: [v.rival] if v.rival else [],
+    )  # fmt: skip
+
+
+def memory_dots(found: Sequence[Verdict]) -> str | None:
+    """Peak memory of one call: ours and every baseline of each case."""
+    return _dots(
+        "memory", found, lambda v, row: row["peak_bytes"] / 2**20 if row["peak_bytes"] else None,
+        "peak MiB held by one call; pale: baselines", "Peak memory of each case",
+        lambda mib: f"{number(mib)} MiB",
+        lambda v: [row for row in v.timed if not row["ours"] and row["impl"] not in v.yardsticks],
+    )  # fmt: skip
+
+
+def rooflines(
+    rows: Sequence[Row], found: Sequence[Verdict], ceilings: Mapping[str, Ceilings]
+) -> list[tuple[str, str, list[str]]]:
+    """(dtype, plot, names of the numbered cases): FLOP/byte against achieved FLOP/s, under the measured ceilings."""
+    plots = []
+    for dtype, group in ceilings_by_dtype(rows, ceilings).items():
+        members = [v for v in found if v.ours and v.ours["dtype"] == dtype and v.ours["flops"] and v.ours["bytes"]]
+        if members:
+            plots.append((dtype, _roofline(dtype, members, middle(group)), [v.name for v in members]))
+    return plots
+
+
+def _roofline(dtype: str, members: Sequence[Verdict], c: Ceilings) -> str:
+    def rate(row: Row) -> float:
+        return row["flops"] / row["ms"] * 1e3
+
+    points = [(v.ours["flops"] / v.ours["bytes"], v) for v in members]
+    ridge = c.flops_per_s / c.bytes_per_s
+    left = min(ridge / 4, *(x / 2 for x, _ in points))
+    right = max(ridge * 4, *(x * 2 for x, _ in points))
+    rates = [rate(row) for _, v in points for row in (v.ours, v.rival) if row]
+    low, high = min(*rates, left * c.bytes_per_s) / 2, c.flops_per_s * 2.5
+    with canvas.style():
+        drawn, axes = canvas.figure(2.9)
+        axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(low, high))
+        axes.plot([left, ridge, right], [left * c.bytes_per_s, c.flops_per_s, c.flops_per_s], color=INK, linewidth=1)
+        axes.text(right, c.flops_per_s * 1.15, f"product {c.flops_per_s / 1e9:.3g} GFLOP/s", ha="right", va="bottom")
+        axes.text(0.015, 0.985, f"slope: copy {c.bytes_per_s / 1e9:.3g} GB/s", transform=axes.transAxes, va="top")
+        for x, v in points:
+            if v.rival:
+                axes.plot([x, x], [rate(v.rival), rate(v.ours)], color=OTHER, linewidth=0.8)
+                axes.plot([x], [rate(v.rival)], "o", color=OTHER, markersize=3.6)
+            axes.plot([x], [rate(v.ours)], "o", color=OURS, markersize=4.6)
+        _number(axes, [(x, rate(v.ours)) for x, v in points])
+        canvas.log_ticks(axes.xaxis, left, right, 6)
+        canvas.log_ticks(axes.yaxis, low, high, 6)
+        axes.set_xlabel("FLOP / byte, the fewest of both; pale: best baseline")
+        axes.set_ylabel("FLOP/s")
+        return canvas.svg(drawn, f"roofline-{dtype}", f"Roofline of the {dtype} cases")
+
+
+def _number(axes, points: Sequence[tuple[float, float]]) -> None:
+    """1, 2, ... beside the points, lower where one would cover another."""
+    placed: list[tuple[float, float]] = []
+    for index, point in sorted(enumerate(points, 1), key=lambda p: -p[1][1]):
+        x, y = axes.transData.transform(point)
+        while any(abs(x - ox) < 17 and abs(y - oy) < 11 for ox, oy in placed):
+            y -= 1
+        placed.append((x, y))
+        at = axes.transData.inverted().transform((x + 5, y))
+        axes.text(*at, str(index), fontsize=7, color=MUTED, va="center", ha="left", clip_on=False)
+
+
+def scaling(curve: Curve, quantity: str) -> str | None:
+    """One series: ms or peak MiB over the size, with the growth that was expected."""
+    unit = 1.0 if quantity == "ms" else 2.0**20
+    lines = {
+        impl: [(x, row[quantity] / unit) for x, row in line if row[quantity]] for impl, line in curve.lines.items()
+    }
+    lines = {impl: line for impl, line in lines.items() if len(line) > 1}
+    if curve.headline not in lines:
+        return None
+    xs = sorted({x for line in lines.values() for x, _ in line})
+    ys = [y for line in lines.values() for _, y in line]
+    with canvas.style():
+        drawn, axes = canvas.figure(2.5)
+        axes.set(xscale="log", yscale="log", xlim=(xs[0] / 1.15, xs[-1] * 1.15), ylim=(min(ys) / 1.5, max(ys) * 1.6))
+        styles = iter(["-", "--", ":", "-."] * 4)
+        for impl, line in sorted(lines.items(), key=lambda item: item[0] != curve.headline):
+            mine = impl == curve.headline
+            axes.plot(
+                *zip(*line, strict=True), next(styles), marker="o", markersize=3.6, linewidth=1.6 if mine else 1.0,
+                color=OURS if mine else MUTED, label=impl,
+            )  # fmt: skip
+        if quantity == "ms":
+            (x0, y0), x1 = lines[curve.headline][0], xs[-1]
+            power = curve.series.power
+            axes.plot([x0, x1], [y0, y0 * (x1 / x0) ** power], color=RED, linewidth=0.7, linestyle=(0, (1, 2)),
+                      label="linear" if power == 1 else f"{curve.series.size}^{power:g}")  # fmt: skip
+        from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+        axes.xaxis.set_major_locator(FixedLocator(xs))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        canvas.log_ticks(axes.yaxis, min(ys) / 1.5, max(ys) * 1.6)
+        axes.set_xlabel(curve.series.size)
+        axes.set_ylabel("ms" if quantity == "ms" else "peak MiB")
+        axes.legend(frameon=False, fontsize=7, loc="upper left", handlelength=2.2)
+        name = f"scaling-{curve.series.title}-{quantity}".replace(" ", "-").replace(",", "")
+        return canvas.svg(drawn, name, f"{curve.series.title}: {quantity} by {curve.series.size}")

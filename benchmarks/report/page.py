@@ -1,0 +1,187 @@
+"""report.html: verdicts first, then plots, every row, the setting; one file, readable on a phone and on paper."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+
+from calm_fast.benchmarks.report import figures
+from calm_fast.benchmarks.report.facts import (
+    ABSENT,
+    MET,
+    MISSED,
+    OPEN,
+    WRONG,
+    Row,
+    Verdict,
+    curves,
+    setting_lines,
+    summary,
+    times,
+)
+from calm_fast.benchmarks.report.text import HEADINGS, HOW, growth_lines, rows_table
+from calm_fast.benchmarks.timing import Ceilings
+
+_CLASS = {MET: "met", MISSED: "missed", ABSENT: "open", OPEN: "open", WRONG: "wrong"}
+
+CSS = """
+:root{--ink:#1d2329;--muted:#5d6770;--line:#dfe3e7;--ours:#17627f;--met:#1b6b3a;--missed:#8a5a00;--wrong:#b3261e}
+*{box-sizing:border-box}
+html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
+body{font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,Ubuntu,"Helvetica Neue",sans-serif;color:var(--ink);
+background:#fff;max-width:76rem;margin:0 auto;padding:1.2rem 1rem 3rem}
+h1{font-size:1.35rem;margin:0}
+h2{font-size:1.05rem;margin:2rem 0 .5rem;border-top:1px solid var(--line);padding-top:.8rem}
+h3{font-size:.9rem;margin:0}
+p,dd,li{max-width:70ch}.muted,figcaption{color:var(--muted);font-size:13px}
+.head{display:flex;flex-wrap:wrap;gap:.2rem 1rem;align-items:baseline;margin-bottom:.6rem}
+.counts span{margin-right:.9rem;white-space:nowrap}
+.met{color:var(--met)}.missed{color:var(--missed)}.wrong{color:var(--wrong);font-weight:600}.open{color:var(--muted)}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
+th{text-align:left;font-weight:600;font-size:12px;color:var(--muted)}
+td,th{padding:.18rem .9rem .18rem 0;border-bottom:1px solid var(--line);vertical-align:baseline}
+.verdicts{font-size:14px}.verdicts .name a{font-weight:600;color:inherit;text-decoration:none}
+.verdicts .name a:hover{text-decoration:underline}.verdicts b.slower{color:var(--missed)}
+.verdicts .name,.verdicts .ratio,.verdicts th{white-space:nowrap}.verdicts b{color:var(--ours);font-size:15px}
+.goal{display:inline-block;margin-right:.8rem}
+.box{overflow-x:auto;border:1px solid var(--line);border-radius:6px;padding:.2rem .7rem}
+.box table{font-size:12.5px;width:auto;min-width:100%}.box td,.box th{white-space:nowrap}.box td.why{white-space:normal;
+min-width:16rem}.box tr.ours td:nth-child(2){color:var(--ours);font-weight:600}.box tr:last-child td{border-bottom:0}
+.box td.num,.box th.num{text-align:right}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:1.2rem 1.6rem;
+align-items:start}
+figure{margin:0;min-width:0;break-inside:avoid}svg{display:block;width:100%;height:auto;font-family:inherit}
+figcaption{margin:.1rem 0 .3rem}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;margin:0}dt{color:var(--muted)}dd{margin:0;
+overflow-wrap:anywhere}
+@media(max-width:700px){body{padding:.9rem .8rem 2rem}
+.verdicts thead{position:absolute;clip-path:inset(50%)}
+.verdicts,.verdicts tbody,.verdicts tr,.verdicts td{display:block;
+width:100%}.verdicts tr{padding:.4rem 0;border-bottom:1px solid var(--line)}.verdicts td{border:0;padding:0}
+.verdicts td.ratio,.verdicts td.floor{display:inline-block;width:auto;margin-right:1rem}
+.verdicts td.floor::after{content:" the floor";color:var(--muted)}.verdicts td:empty{display:none}
+dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}}
+@media print{@page{margin:12mm}body{font-size:10pt;max-width:none;padding:0}h2{break-after:avoid}
+.verdicts{font-size:8.5pt}.verdicts b{font-size:9pt}tr{break-inside:avoid}
+.grid{grid-template-columns:1fr 1fr;gap:5mm}
+.box{overflow:visible;border:0;padding:0}.box table{font-size:6.8pt}.box td,.box th{padding-right:1.6mm}
+.box td.why{min-width:0}
+*{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
+"""
+
+
+def _e(text: str) -> str:
+    return html.escape(text)
+
+
+def _spaced(text: str) -> str:
+    """Names may break after an underscore; comparisons as in print."""
+    return _e(text).replace("_", "_<wbr>").replace("&gt;= ", "\u2265\u202f").replace("&lt;= ", "\u2264\u202f")
+
+
+def _verdict_row(v: Verdict) -> str:
+    wrong = "".join(f'<span class="goal wrong">{_e(r["impl"])}: {_e(r["failure"])}</span>' for r in v.red)
+    goals = "".join(
+        f'<span class="goal {_CLASS[g.state]}">{_spaced(g.wanted)}: {_e(g.measured)}'
+        f"{', ' + g.state if g.found is not None else ''}</span>"
+        for g in v.goals
+    )
+    if v.ours is None:
+        ratio = '<span class="open">not measured</span>' if not v.red else '<span class="wrong">no time</span>'
+    elif v.ratio is None:
+        ratio = '<span class="open">no baseline ran</span>'
+    else:
+        slower = ' class="slower"' if v.ratio < 1 else ""
+        ratio = f"<b{slower}>{times(v.ratio)}</b> {_spaced(v.rival['impl'])}"
+    return (
+        f'<tr><td class="name"><a href="#{_e(v.name)}">{_spaced(v.name)}</a></td>'
+        f'<td class="ratio">{ratio}</td><td class="floor">{times(v.above_floor)}</td><td>{wrong}{goals}</td></tr>'
+    )
+
+
+def _verdicts(found: Sequence[Verdict]) -> str:
+    classes = {"targets met": "met", "missed": "missed", "wrong or broken": "wrong"}
+    counts = " ".join(
+        f'<span class="{classes.get(what, "") if count else "open"}">{count} {_e(what)}</span>'
+        for what, count in summary(found).items()
+    )
+    head = "<th>case</th><th>against the best baseline</th><th>above floor</th><th>target</th>"
+    return (
+        f'<p class="counts">{counts}</p><table class="verdicts"><thead><tr>{head}</tr></thead><tbody>'
+        f"{''.join(map(_verdict_row, found))}</tbody></table>"
+    )
+
+
+def _figure(plot: str, title: str, caption: str = "", anchor: str = "") -> str:
+    target = f' id="{_e(anchor)}"' if anchor else ""
+    head = f"<h3{target}>{_spaced(title)}</h3>"
+    return f"<figure>{head}{f'<figcaption>{_spaced(caption)}</figcaption>' if caption else ''}{plot}</figure>"
+
+
+def _numbered(names: Iterable[str]) -> str:
+    return ", ".join(f"{i} {name}" for i, name in enumerate(names, 1))
+
+
+def _grid(plots: Iterable[str]) -> str:
+    return f'<div class="grid">{"".join(plots)}</div>'
+
+
+def _rows(found: Sequence[Verdict]) -> str:
+    numeric = range(2, 8)
+    head = "".join(f"<th{' class=num' if i in numeric else ''}>{_e(h)}</th>" for i, h in enumerate(HEADINGS))
+    flat = [row for v in found for row in v.rows]
+    body = []
+    for row, line in zip(flat, rows_table(found), strict=True):
+        if row["ms"] is None:
+            kind = "wrong" if any(row is r for v in found for r in v.red) else "open"
+            cells = f'<td>{_e(line[0])}</td><td>{_e(line[1])}</td><td class="{kind}">no time</td>'
+            cells += f'<td class="why {kind}" colspan="5">{_e(line[3])}</td>'
+        else:
+            cells = "".join(f"<td{' class=num' if i in numeric else ''}>{_e(c)}</td>" for i, c in enumerate(line))
+        body.append(f"<tr{' class=ours' if row['ours'] else ''}>{cells}</tr>")
+    return f'<div class="box"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def document(title: str, body: str) -> str:
+    """A whole page in our style around `body`."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light">'
+        f"<title>{_e(title)}</title><style>{CSS}</style></head><body>{body}</body></html>\n"
+    )
+
+
+def settings(lines: Iterable[tuple[str, str]]) -> str:
+    """Names and values."""
+    return "<dl>" + "".join(f"<dt>{_e(name)}</dt><dd>{_e(value)}</dd>" for name, value in lines) + "</dl>"
+
+
+def page(rows: Sequence[Row], found: Sequence[Verdict], ceilings: Mapping[str, Ceilings]) -> str:
+    """report.html: text, tables and plots, nothing loaded from elsewhere."""
+    device = f'<span class="muted">{_e(rows[0]["device"])}, {_e(rows[0]["date"][:10])}</span>' if rows else ""
+    parts = [f'<div class="head"><h1>calm_fast bench</h1>{device}</div>', _verdicts(found)]
+    overview = [
+        (figures.ratio_bars(found), "Ratio to the best baseline"),
+        (figures.floor_dots(found), "Distance to the floor"),
+        (figures.memory_dots(found), "Peak memory"),
+    ]
+    parts.append("<h2>Ratios, floors, memory</h2>")
+    parts.append(_grid(_figure(plot, title) for plot, title in overview if plot))
+    roofs = figures.rooflines(rows, found, ceilings)
+    if roofs:
+        parts += ["<h2>Roofline</h2>", _grid(_figure(plot, dtype, _numbered(names)) for dtype, plot, names in roofs)]
+    lines = [
+        _figure(plot, curve.series.title)
+        for curve in curves(found)
+        for plot in (figures.scaling(curve, "ms"), figures.scaling(curve, "peak_bytes"))
+        if plot
+    ]
+    if lines:
+        said = "".join(f"<li>{_e(line)}</li>" for line in growth_lines(found))
+        parts += ["<h2>Scaling</h2>", f"<ul>{said}</ul>", _grid(lines)]
+    each = [_figure(plot, v.name, v.shape, v.name) for v in found if (plot := figures.case_times(v))]
+    parts += ["<h2>Case by case</h2>", _grid(each)]
+    parts += ["<h2>Every row</h2>", _rows(found)]
+    parts += ["<h2>Setting</h2>", settings(setting_lines(rows, ceilings))]
+    parts += ["<h2>How to read it</h2>", f"<p>{_e(HOW)}</p>"]
+    return document("calm_fast bench", "".join(parts))

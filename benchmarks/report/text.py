@@ -1,0 +1,137 @@
+"""The report as text: the table in the terminal, and report.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from calm_fast.benchmarks.report.facts import (
+    Row,
+    Verdict,
+    curves,
+    number,
+    ratio,
+    setting_lines,
+    summary,
+    times,
+)
+from calm_fast.benchmarks.timing import Ceilings
+
+HEADINGS = ("case", "implementation", "ms", "p20 - p80", "peak MiB", "vs headline", "measured / floor", "error / bound")
+VERDICT_HEADINGS = ("case", "against the best baseline", "above the floor", "target")
+
+HOW = (
+    "Times are medians of calls that took turns in one process; with one CPU thread, less the time the thread waited "
+    "for a core that other programs held. A ratio is what the baseline needs over what our headline implementation "
+    "needs: above 1 ours is faster. The best baseline is the fastest that does the same work; what does less than "
+    "the case asks for (a bare product, one LoRA) is listed as a yardstick. Floor: the larger of FLOPs / measured "
+    "product rate and least bytes / measured copy rate, both measured in turns with the contestants. Peak: memory one "
+    "call held beyond its inputs. An implementation whose values are wrong has no time and makes the run red."
+)
+
+
+def against(v: Verdict) -> str:
+    """ "1.34x faster than unfolded_sdpa", or why there is no ratio."""
+    if v.ours is None:
+        return "not measured"
+    if v.ratio is None:
+        return "no baseline ran"
+    return f"{times(v.ratio)} {v.rival['impl']}"
+
+
+def goal_texts(v: Verdict) -> list[str]:
+    """ ">= 1.5x eager: 1.52x, met" for each target."""
+    return [f"{g.wanted}: {g.measured}" + (f", {g.state}" if g.found is not None else "") for g in v.goals]
+
+
+def red_texts(v: Verdict) -> list[str]:
+    return [f"{row['impl']}: {row['failure']}" for row in v.red]
+
+
+def rows_table(found: Sequence[Verdict]) -> list[tuple[str, ...]]:
+    """One line of text cells for each row, under HEADINGS."""
+    lines = []
+    for v in found:
+        for row in v.rows:
+            name = row["impl"] + (" (yardstick)" if row["impl"] in v.yardsticks else "")
+            if row["ms"] is None:
+                lines.append((v.name, name, "no time", row["failure"] or "", "", "", "", ""))
+                continue
+            held = ratio(v.rows, v.headline, row["impl"])
+            lines.append((
+                v.name, name, number(row["ms"]), f"{number(row['p20'])} - {number(row['p80'])}",
+                number(row["peak_bytes"] / 2**20), times(held), times(row["ms"] / row["floor_ms"]),
+                f"{row['error']:.1e} / {row['bound']:.1e}",
+            ))  # fmt: skip
+    return lines
+
+
+def growth_lines(found: Sequence[Verdict]) -> list[str]:
+    """What the scaling curves say, in a sentence each."""
+    lines = []
+    for curve in curves(found):
+        power = curve.growth(curve.headline)
+        if power is not None:
+            steep = "no faster than" if power <= curve.series.power + 0.15 else "FASTER than"
+            lines.append(
+                f"{curve.series.title}: time grows with {curve.series.size}^{power:.2f}, {steep} the "
+                f"{curve.series.size}^{curve.series.power:g} that was expected"
+            )
+    return lines
+
+
+def show(rows: Sequence[Row], found: Sequence[Verdict], ceilings: Mapping[str, Ceilings]) -> None:
+    """Print every row, the setting, then the verdicts last."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:  # a log has no width of its own
+        console = Console(width=150)
+    drawn = Table(title="calm_fast bench: medians of interleaved calls")
+    for i, heading in enumerate(HEADINGS):
+        drawn.add_column(heading, justify="left" if i < 2 else "right", overflow="fold")
+    last = None
+    for line in rows_table(found):
+        if last is not None and line[0] != last:
+            drawn.add_section()
+        drawn.add_row(*(("", *line[1:]) if line[0] == last else line))
+        last = line[0]
+    console.print(drawn)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    for name, value in setting_lines(rows, ceilings):
+        say(f"{name}: {value}")
+    for v in found:
+        if v.rows:
+            say("; ".join(part for part in (f"{v.name}: {against(v)}", floor_text(v), *goal_texts(v)) if part))
+    for line in growth_lines(found):
+        say(line)
+    say(", ".join(f"{count} {what}" for what, count in summary(found).items()))
+
+
+def floor_text(v: Verdict) -> str:
+    return "" if v.above_floor is None else f"{times(v.above_floor)} the floor"
+
+
+def _cells(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _table(headings: Sequence[str], lines: Iterable[Iterable[str]]) -> list[str]:
+    return [_cells(headings), "|" + "---|" * len(headings), *map(_cells, lines)]
+
+
+def markdown(rows: Sequence[Row], found: Sequence[Verdict], ceilings: Mapping[str, Ceilings]) -> str:
+    """report.md."""
+    counts = ", ".join(f"{count} {what}" for what, count in summary(found).items())
+    lines = []
+    for v in found:
+        goals = "; ".join([f"**WRONG** {text}" for text in red_texts(v)] + goal_texts(v))
+        lines.append((f"{v.name} ({v.shape})", against(v), times(v.above_floor), goals))
+    out = ["# calm_fast bench", "", f"{counts}.", "", *_table(VERDICT_HEADINGS, lines), ""]
+    out += [f"- {line}" for line in growth_lines(found)] + [""] * bool(growth_lines(found))
+    out += ["## Every row", "", *_table(HEADINGS, rows_table(found)), ""]
+    out += ["## Setting", "", *(f"- {name}: {value}" for name, value in setting_lines(rows, ceilings)), ""]
+    return "\n".join([*out, "## How to read it", "", HOW, ""])

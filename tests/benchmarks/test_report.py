@@ -1,0 +1,204 @@
+"""The report: conclusions drawn from rows, and pages that hold them."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from calm_fast.benchmarks import report
+from calm_fast.benchmarks.measure import ROW_FIELDS
+from calm_fast.benchmarks.registry import REGISTRY, Case, Contestant, Series, Target, cases
+from calm_fast.benchmarks.report import canvas, facts, text
+from calm_fast.benchmarks.timing import Ceilings
+
+CPU = torch.device("cpu")
+MIB = 2**20
+CEILINGS = Ceilings(1e11, 2e10)
+
+
+def case(name="layer", targets=(), yardsticks=(), series=None, shape=None, names=("ours", "eager", "fused", "bare")):
+    contestants = [Contestant(n, None, ours=n.startswith("ours"), yardstick=n in yardsticks) for n in names]
+    return Case(
+        "op", name, shape or {"T": 8}, torch.float32, 10**9, 10**7, None, contestants, None, names[0],
+        targets=targets, series=series,
+    )  # fmt: skip
+
+
+def row(impl, ms, name="layer", peak=MIB, failure=None, shape=None):
+    values = {
+        "op": "op", "case": name, "impl": impl, "device": "cpu, 1 thread", "dtype": "float32",
+        "shape": shape or {"T": 8},
+        "ms": ms, "p20": ms and 0.9 * ms, "p80": ms and 1.1 * ms, "peak_bytes": ms and peak, "flops": 10**9,
+        "bytes": 10**7, "floor_ms": 10.0, "error": 1e-7, "versions": {"torch": "2"}, "commit": "abc",
+        "date": "2026-01-01T00:00:00+00:00", "ours": impl.startswith("ours"), "bound": 2e-7, "failure": failure,
+        "rounds": 5,
+    }  # fmt: skip
+    assert tuple(values) == ROW_FIELDS
+    return values
+
+
+ROWS = [row("ours", 20.0, peak=MIB), row("eager", 60.0, peak=8 * MIB), row("fused", 30.0), row("bare", 10.0)]
+
+
+def test_the_best_baseline_is_the_fastest_that_does_the_same_work():
+    (found,) = facts.verdicts(ROWS, [case(yardsticks=("bare",))])
+    assert found.rival["impl"] == "fused" and found.ratio == pytest.approx(1.5)
+    assert found.above_floor == pytest.approx(2.0) and found.state == facts.OPEN
+    (found,) = facts.verdicts(ROWS, [case()])
+    assert found.rival["impl"] == "bare" and found.ratio == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted", "measured", "state"),
+    [
+        (Target("ours", "eager", 2.5), ">= 2.5x eager", "3.00x", facts.MET),
+        (Target("ours", "eager", 3.5), ">= 3.5x eager", "3.00x", facts.MISSED),
+        (Target("ours", "best", 1.4), ">= 1.4x the best baseline", "1.50x", facts.MET),
+        (Target("ours", "bare", 1 / 1.2), "<= 1.2x the time of bare", "2.00x", facts.MISSED),
+        (Target("ours", "eager", 8.0, "peak_bytes"), ">= 8x less memory than eager", "8.00x", facts.MET),
+        (Target("ours", "elsewhere", 2.0), ">= 2x elsewhere", "not measured", facts.ABSENT),
+    ],
+)
+def test_targets_in_words_and_what_came_of_them(target, wanted, measured, state):
+    (found,) = facts.verdicts(ROWS, [case(targets=(target,), yardsticks=("bare",))])
+    (goal,) = found.goals
+    assert (goal.wanted, goal.measured, goal.state) == (wanted, measured, state)
+    assert found.state == state
+
+
+def test_wrong_values_outrank_everything_and_have_no_ratio():
+    bad = [row("ours", None, failure="wrong: error 1 against float64 exceeds the bound 2e-07"), row("eager", 60.0)]
+    (found,) = facts.verdicts(bad, [case(targets=(Target("ours", "eager", 1.0),))])
+    assert found.state == facts.WRONG and found.ratio is None and found.above_floor is None
+    assert [r["impl"] for r in found.red] == ["ours"]
+    assert facts.summary([found]) == {
+        "cases": 1, "targets met": 0, "missed": 0, "targets not measured": 1, "wrong or broken": 1,
+    }  # fmt: skip
+
+
+def test_a_slowed_implementation_moves_the_ratio_and_misses_the_target():
+    target = case(targets=(Target("ours", "eager", 1.5),))
+    before, after = (facts.verdicts([row("ours", ms), row("eager", 60.0)], [target])[0] for ms in (30.0, 90.0))
+    assert (before.ratio, before.state) == (pytest.approx(2.0), facts.MET)
+    assert (after.ratio, after.state) == (pytest.approx(2 / 3), facts.MISSED)
+
+
+def test_cases_without_rows_and_rows_without_a_case_are_both_reported():
+    found = facts.verdicts([row("ours", 1.0, name="retired")], [case()])
+    assert [(v.name, v.state) for v in found] == [("layer", facts.ABSENT), ("retired", facts.OPEN)]
+    assert text.against(found[0]) == "not measured" and text.against(found[1]) == "no baseline ran"
+
+
+def scaling(power, sizes=(1, 2, 4, 8)):
+    series = Series("step, augmenters", "augmenters")
+    members = [case(f"e1_{n}", series=series, shape={"augmenters": n}) for n in sizes]
+    rows = [
+        row(impl, factor * n**power, name=f"e1_{n}", peak=n * MIB, shape={"augmenters": n})
+        for n in sizes for impl, factor in (("ours", 1.0), ("eager", 3.0))
+    ]  # fmt: skip
+    return rows, members
+
+
+def test_cases_of_a_series_become_one_curve():
+    rows, members = scaling(1.0)
+    (curve,) = facts.curves(facts.verdicts(reversed(rows), reversed(members)))
+    assert {impl: [x for x, _ in line] for impl, line in curve.lines.items()} == {
+        "ours": [1, 2, 4, 8],
+        "eager": [1, 2, 4, 8],
+    }
+    assert curve.growth("ours") == pytest.approx(1.0) and curve.growth("ours", "peak_bytes") == pytest.approx(1.0)
+    assert curve.growth("nobody") is None
+    assert not facts.curves(facts.verdicts(rows[:2], members))  # one point is no curve
+
+
+@pytest.mark.parametrize(("power", "says"), [(1.0, "no faster than"), (2.0, "FASTER than")])
+def test_growth_is_held_against_what_was_expected(power, says):
+    rows, members = scaling(power)
+    (line,) = text.growth_lines(facts.verdicts(rows, members))
+    assert f"augmenters^{power:.2f}, {says} the augmenters^1" in line
+
+
+def everything():
+    """Every case of the quick suite with made-up times: what the page must be able to hold."""
+    chosen = [c for op in REGISTRY for c in cases(op, CPU, "quick")]
+    rows = []
+    for c in chosen:
+        for i, contestant in enumerate(c.contestants):
+            made = row(contestant.name, 5.0 + 7 * i, name=c.name, peak=(i + 1) * MIB, shape=dict(c.shape))
+            made |= {"op": c.op, "dtype": str(c.dtype).removeprefix("torch."), "ours": contestant.ours}
+            rows.append(made | {"flops": c.flops, "bytes": c.bytes})
+    series_rows, members = scaling(1.0)
+    return [*rows, *series_rows], [*chosen, *members]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    rows, chosen = everything()
+    rows[1] = rows[1] | {"ms": None, "failure": "wrong: error <1> exceeds"}
+    out = tmp_path_factory.mktemp("report")
+    report.write(out, rows, {c.name: CEILINGS for c in chosen}, chosen)
+    return (out / "report.html").read_text(encoding="utf-8"), (out / "report.md").read_text(encoding="utf-8"), chosen
+
+
+def test_quick_suite_has_at_least_eight_plots_each_well_formed(page):
+    plots = re.findall(r"<svg .*?</svg>", page[0], re.DOTALL)
+    assert len(plots) >= 8 + len(cases("cross_attention", CPU, "quick"))
+    labels = [ElementTree.fromstring(plot).get("aria-label") for plot in plots]
+    assert len(set(labels)) == len(labels) and all(labels)
+    for kind in ("How many times faster", "Distance to the floor", "Peak memory", "Roofline", "augmenters: ms"):
+        assert any(kind in label for label in labels), kind
+
+
+def test_page_loads_nothing_and_its_ids_are_its_own(page):
+    for loads in ("<script", "<link", "@import", "src=", 'href="http', "url(http"):
+        assert loads not in page[0]
+    ids = re.findall(r'\bid="([^"]+)"', page[0])
+    assert len(set(ids)) == len(ids)
+    for target in re.findall(r'(?:href="#|url\(#)([^")]+)', page[0]):
+        assert target in ids
+
+
+def test_page_begins_with_a_verdict_for_every_case(page):
+    html, markdown, chosen = page
+    first = html[: html.index("<h2")]
+    for c in chosen:
+        assert f'href="#{c.name}"' in first and f"| {c.name} (" in markdown
+    assert "1 wrong or broken" in first and "wrong: error &lt;1&gt; exceeds" in first and "<1>" not in html
+    assert "**WRONG**" in markdown
+
+
+def test_page_is_made_for_phones_and_paper(page):
+    assert '<meta name="viewport" content="width=device-width,initial-scale=1">' in page[0]
+    assert "@media print" in page[0] and "@media(max-width:700px)" in page[0]
+    assert re.search(r"\.box\{[^}]*overflow-x:auto", page[0]) and '<div class="box"><table>' in page[0]
+
+
+def test_a_report_of_nothing_says_so(tmp_path):
+    report.write(tmp_path, [], {}, [case()])
+    assert "not measured" in (tmp_path / "report.md").read_text()
+    assert "nothing was measured" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "most"), [(0.9, 45, 5), (1, 1e6, 5), (2e9, 3e11, 6), (1.1, 1.4, 5), (0.0001, 1000, 4)]
+)
+def test_logarithmic_ticks_are_few_and_round(low, high, most):
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_axes((0, 0, 1, 1))
+    axes.set(xscale="log", xlim=(low, high))
+    canvas.log_ticks(axes.xaxis, low, high, most)
+    ticks = axes.xaxis.get_major_locator()()
+    assert len(ticks) <= most and all(low <= t <= high for t in ticks)
+    assert all(f"{t:e}"[0] in "1235" for t in ticks)
+    assert [canvas.plain(v) for v in (0.02, 5, 2000, 5e7)] == ["0.02", "5", "2k", "50M"]
+
+
+def test_yardsticks_are_marked_in_the_table():
+    found = facts.verdicts(ROWS, [case(yardsticks=("bare",))])
+    lines = text.rows_table(found)
+    assert [line[1] for line in lines] == ["ours", "eager", "fused", "bare (yardstick)"]
+    assert lines[2][5] == "1.50x" and lines[2][6] == "3.00x"
