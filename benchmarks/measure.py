@@ -6,7 +6,7 @@ import datetime
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,11 @@ class Setting:
     commit: str | None
     budget: Budget
     seed: int = 0
+    cold: bool | None = None  # overwrite the caches before each call; None: on a GPU
+
+    def budget_of(self, case: Case) -> Budget:
+        """The case's share of the time."""
+        return replace(self.budget, seconds=self.budget.seconds * case.share)
 
 
 def relative_error(actual: Values, truth: Values) -> float:
@@ -95,7 +100,7 @@ def measure(case: Case, setting: Setting, say: Say = lambda _: None) -> tuple[li
             thunks[name], peaks[name] = thunk, peak_bytes(thunk, setting.device)
     say(f"{case.name}: timing {len(thunks)} contestants in turns")
     plain = ceiling_work(setting.device, case.dtype)
-    times = interleave({**thunks, **plain.thunks}, setting.device, setting.budget)
+    times = interleave({**thunks, **plain.thunks}, setting.device, setting.budget_of(case), setting.cold)
     ceilings = plain.ceilings(times)
     rows = []
     for contestant in case.contestants:

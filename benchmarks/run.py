@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.add_argument("--seconds", type=float, help="timing budget of one case (default: 10 quick, 40 full)")
+    p.add_argument("--cold", action="store_true", help="overwrite a CPU's caches before each call (a GPU's always are)")
     p.add_argument("--seed", type=int, default=0, help="of the random inputs")
     p.add_argument("--commit", help="what is measured, where the files are not a git checkout")
     p.add_argument("--list", action="store_true", help="print the cases and end")
@@ -99,8 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if chosen else 2
     seconds = args.seconds if args.seconds is not None else _SECONDS[args.suite]
     budget = Budget(seconds, warmup=3 if device.type == "cuda" else 0)  # each was called for its peak memory already
+    name = machine.device_name(device) + (", cold cache" if args.cold and device.type == "cpu" else "")
     setting = Setting(
-        device, machine.device_name(device), machine.versions(), args.commit or machine.commit(), budget, args.seed
+        device, name, machine.versions(), args.commit or machine.commit(), budget, args.seed, args.cold or None
     )
     rows, ceilings = run(chosen, setting, args.out)
 

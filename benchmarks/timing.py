@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-_FLUSH_BYTES = 256 << 20  # larger than any L2
+_FLUSH_BYTES = 256 << 20  # larger than a GPU's L2 and than the part of a CPU's L3 that one core fills
 _CEILING_SIZES = {"cuda": (8192, 1 << 30), "cpu": (1536, 1 << 24)}  # width of the product, elements of the copy
 _PRODUCT, _COPY = "ceiling: product", "ceiling: copy"
 
@@ -83,9 +83,7 @@ def _call_cpu(thunk: Callable[[], object]) -> float:
     return 1e3 * (took - queued if queued < took else took)
 
 
-def _call_cuda(thunk: Callable[[], object], flush: torch.Tensor | None) -> float:
-    if flush is not None:
-        flush.zero_()
+def _call_cuda(thunk: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
@@ -95,19 +93,34 @@ def _call_cuda(thunk: Callable[[], object], flush: torch.Tensor | None) -> float
     return begin.elapsed_time(end)
 
 
+class Timer:
+    """One call, timed: CUDA work with events around it after a synchronisation, launch gaps included.
+
+    cold: overwrite the caches before each call (a layer in a model finds them full of other data); None: on a GPU.
+    """
+
+    def __init__(self, device: torch.device, cold: bool | None = None) -> None:
+        self.cuda = device.type == "cuda"
+        wanted = self.cuda if cold is None else cold
+        self.flush = torch.zeros(_FLUSH_BYTES, dtype=torch.int8, device=device) if wanted else None
+
+    def __call__(self, thunk: Callable[[], object]) -> float:
+        """Milliseconds of thunk()."""
+        if self.flush is not None:
+            self.flush.add_(1)  # read and written: a plain fill may go past a CPU's caches
+        return _call_cuda(thunk) if self.cuda else _call_cpu(thunk)
+
+
 def interleave(
-    thunks: Mapping[str, Callable[[], object]], device: torch.device, budget: Budget, cold: bool = True
+    thunks: Mapping[str, Callable[[], object]], device: torch.device, budget: Budget, cold: bool | None = None
 ) -> dict[str, Times]:
     """Time every thunk, in turns.
 
     Args:
         thunks: name -> callable without arguments; compiled and checked already.
-        device: CUDA work is timed with events around the call, after a synchronisation, launch gaps included.
-        budget: how long.
-        cold: on a GPU, overwrite the L2 cache before each call (a layer in a model finds it full of other data).
+        device: where they run. budget: how long. cold: see `Timer`.
     """
-    cuda = device.type == "cuda"
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if cuda and cold else None
+    timer = Timer(device, cold)
     names, samples = list(thunks), {name: [] for name in thunks}
     for thunk in thunks.values():
         for _ in range(budget.warmup):
@@ -118,8 +131,7 @@ def interleave(
             break
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
-            thunk = thunks[name]
-            samples[name].append(_call_cuda(thunk, flush) if cuda else _call_cpu(thunk))
+            samples[name].append(timer(thunks[name]))
         done += 1
     return {name: summarise(values) for name, values in samples.items()}
 

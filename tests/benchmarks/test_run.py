@@ -7,6 +7,7 @@ import re
 import sys
 import time
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def _small_ceilings(monkeypatch):
 def bench(monkeypatch, tmp_path):
     """bench(contestants...) runs the command line on one case of them; returns exit code, rows by impl, folder."""
 
-    def run(*contestants, targets=(), check_make=None, name="product"):
+    def run(*contestants, targets=(), check_make=None, name="product", options=()):
         def cases(device, suite):
             return [
                 Case(
@@ -99,7 +100,7 @@ def bench(monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "tiny_cases", module)
         monkeypatch.setitem(registry.REGISTRY, "tiny", "tiny_cases")
         out = tmp_path / "out"
-        code = main(["--op", "tiny", "--device", "cpu", "--seconds", "0", "--out", str(out)])
+        code = main(["--op", "tiny", "--device", "cpu", "--seconds", "0", "--out", str(out), *options])
         rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
         return code, {row["impl"]: row for row in rows}, out
 
@@ -245,6 +246,18 @@ def test_relative_error_where_the_truth_is_zero():
 def test_error_bound_grows_with_the_plain_error_and_the_dtype():
     assert error_bound(1e-3, torch.bfloat16) == pytest.approx(2e-3 + 2**-8)
     assert error_bound(0.0, torch.float32) == pytest.approx(2**-24)
+
+
+def test_cold_is_said_in_every_row(bench):
+    _, rows, _ = bench(Contestant("fast", plain, ours=True), Contestant("baseline", plain), options=["--cold"])
+    assert all(row["device"].endswith(", cold cache") for row in rows.values())
+
+
+def test_a_case_takes_its_share_of_the_time():
+    whole = Case("tiny", "a", {}, torch.float32, 1, 1, make, [], product, "")
+    setting = Setting(torch.device("cpu"), "cpu", {}, None, Budget(10.0, min_rounds=3))
+    assert setting.budget_of(whole) == setting.budget
+    assert setting.budget_of(replace(whole, share=0.3)) == Budget(3.0, min_rounds=3)
 
 
 def test_no_case_fits_is_a_usage_error(capsys):

@@ -45,6 +45,16 @@ def test_interleave_ends_after_the_last_round():
     assert times["a"].rounds == 3
 
 
+def test_cold_overwrites_the_caches_before_each_call(monkeypatch):
+    monkeypatch.setattr(timing, "_FLUSH_BYTES", 64)
+    timer = timing.Timer(CPU, cold=True)
+    seen = []
+    for _ in range(3):
+        timer(lambda: seen.append(timer.flush.clone()))
+    assert [int(flush.min()) for flush in seen] == [int(flush.max()) for flush in seen] == [1, 2, 3]
+    assert timing.Timer(CPU).flush is None and timing.Timer(CPU, cold=False).flush is None
+
+
 def test_interleave_with_nothing_to_measure():
     assert interleave({}, CPU, Budget()) == {}
 
