@@ -84,8 +84,8 @@ def decide(
 ) -> Decision:
     """Which implementation the same call of `linear_logprob` runs, and why; raises what that call would raise.
 
-    auto: the compiled library on a CPU with vector instructions (16-bit products stay with torch where the CPU has
-    matrix units), Triton on a GPU, where these can run; the blocked torch implementation everywhere else.
+    auto: the compiled library on a CPU with vector instructions (torch where fewer than 16 tokens meet a large weight,
+    or 16-bit ones matrix units), Triton on a GPU, where these can run; the blocked torch implementation elsewhere.
     """
     check_impl(_OP, impl)
     check_head(_OP, "hidden", hidden, weight, bias)
@@ -93,7 +93,7 @@ def decide(
     check_bool(_OP, "return_entropy", return_entropy)
     check_bool(_OP, "return_rank", return_rank)
     check_targets(_OP, targets, hidden, weight.shape[0], ignore_index)
-    return choose(_OP, impl, hidden)
+    return choose(_OP, impl, hidden, weight)
 
 
 # ---- the registered ops: what torch.compile, export, FSDP and opcheck see -------------------------------------------

@@ -98,8 +98,8 @@ def decide(
 ) -> Decision:
     """Which implementation the same call of `linear_nce` runs, and why; raises what that call would raise.
 
-    auto: the compiled library on a CPU with vector instructions (16-bit products stay with torch where the CPU has
-    matrix units), Triton on a GPU, where these can run; the blocked torch implementation everywhere else.
+    auto: the compiled library on a CPU with vector instructions (torch where fewer than 16 tokens meet a large weight,
+    or 16-bit ones matrix units), Triton on a GPU, where these can run; the blocked torch implementation elsewhere.
     """
     check_impl(_OP, impl)
     check_head(_OP, "student", student, weight, bias)
@@ -109,7 +109,7 @@ def decide(
         check_finite_number(_OP, name, value)
     check_targets(_OP, targets, student, weight.shape[0], ignore_index)
     _check_sequences(seq_ids, student)
-    return choose(_OP, impl, student)
+    return choose(_OP, impl, student, weight)
 
 
 def _check_teachers(student: torch.Tensor, nat: torch.Tensor, neg: torch.Tensor) -> None:

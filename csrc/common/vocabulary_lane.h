@@ -90,14 +90,14 @@ LANE void pack(
   }
 }
 
-// Part `part` of `parts` of rows first .. first + rows on its way into the cache: what the next panel is packed from.
+// Part `part` of `parts` of rows first .. first + rows on its way into the L2 cache: what the next panel is packed from.
 LANE void prefetch(const Matrix& m, int64_t first, int64_t rows, int64_t part, int64_t parts) {
   if (m.column_stride != 1) return;
   const int64_t size = m.type == Type::float32 ? 4 : 2, lines = (m.columns * size + 63) / 64;
   for (int64_t r = first; r < first + rows; ++r) {
     const char* row = static_cast<const char*>(m.data) + r * m.row_stride * size;
     for (int64_t i = lines * part / parts; i < lines * (part + 1) / parts; ++i) {
-      __builtin_prefetch(row + i * 64);
+      __builtin_prefetch(row + i * 64, 0, 2);
       asm volatile("");  // GCC drops the calls of a function that does nothing but prefetch
     }
   }

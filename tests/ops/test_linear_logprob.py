@@ -321,6 +321,12 @@ def test_auto_on_a_cpu(monkeypatch):
     monkeypatch.setattr(_native, "obstacle", lambda op, device: None)
     assert decide(**arguments).impl == "native"
     assert decide(**wide).impl == "torch"
+    large = torch.zeros(1 << 18, arguments["hidden"].shape[1])
+    few = {k: v if k == "weight" else v[:9] for k, v in arguments.items()}
+    few |= {"seq_ids": few["seq_ids"] * 0} if "seq_ids" in few else {}
+    more = {k: v if k == "weight" else torch.cat((v, v)) for k, v in arguments.items()}
+    assert decide(**few).impl == decide(**{**more, "weight": large}).impl == "native"
+    assert decide(**{**few, "weight": large}).impl == "torch"
     for impl in ("native", "triton"):
         with pytest.raises(RuntimeError, match="float64"):
             linear_logprob(**wide, impl=impl)
