@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 # fewer tokens than this against a weight of at least this many elements: time goes into reading the weight once, which
-# torch's products do without packing it (1 token, d 576, V 49152, bfloat16: 12.1 against 14.3 ms; 16 tokens: 16.4, 13.8)
+# torch's products do without packing it (d 576, V 49152, bfloat16: 1 token 12.1 against 14.3 ms, 16 tokens 16.4, 13.8)
 _FEW_TOKENS, _LARGE_WEIGHT = 16, 1 << 20
 # the lane of the compiled library, see csrc/common/lanes.h: -1 = the best of this CPU; tests force others
 LANE = -1
