@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(calm_fast, m) {
   m.def("_native_cross_attention(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, bool causal, float scale,"
         " int lane=-1) -> (Tensor out, Tensor lse)");
   m.def("_native_dual_lora_mix(Tensor zg, Tensor u, Tensor up, int r_pos, int lane=-1) -> Tensor");
+  m.def("_native_dual_lora_update(Tensor zg, Tensor y, Tensor up, Tensor? u, Tensor? c2, int r_pos) -> Tensor");
   m.def("_native_dual_lora_weigh(Tensor zg, int r_pos) -> Tensor");
   m.def("_native_dual_lora_pack(Tensor w, int lane=-1) -> Tensor");
   m.def("_native_dual_lora_linear(Tensor x, Tensor packed, int n, Tensor? add=None, int lane=-1) -> Tensor");

@@ -24,6 +24,7 @@ from calm_fast.torch_impl.dual_lora import (
 _OP = "dual_lora"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = ("none", "gelu")
+CUDA_MAX_TOKENS, CUDA_MAX_FUSED, _CUDA_MAX_RANK = 64, 512, 1024  # csrc/dual_lora/dual_lora.cuh
 
 
 def dual_lora(
@@ -102,7 +103,8 @@ def decide(
     factors = {"a_pos": a_pos, "b_pos": b_pos, "a_neg": a_neg, "b_neg": b_neg, "w_q": w_q, "w_k": w_k}
     _check(x, y, factors, value)
     _check_options(value, scaling, activation)
-    return _choose(y, impl, _differentiated(x, y, *factors.values(), *value))
+    rank = a_pos.shape[0] + a_neg.shape[0]
+    return _choose(y, rank, impl, _differentiated(x, y, *factors.values(), *value))
 
 
 def dual_lora_folded(
@@ -117,7 +119,7 @@ def dual_lora_folded(
     """
     check_impl(_OP, impl)
     why_not = _differentiated(zg, y, *(t for t in folded[:4] if t is not None))
-    return _apply(zg, y, folded, r_pos, _choose(y, impl, why_not).impl)
+    return _apply(zg, y, folded, r_pos, _choose(y, folded.up.shape[1], impl, why_not).impl)
 
 
 def project_folded(x: torch.Tensor, folded: Folded, lora_x: torch.Tensor | None = None) -> torch.Tensor:
@@ -133,19 +135,22 @@ def pack_folded(folded: Folded) -> Folded:
 
     For factors that are kept: a copy costs about what it saves on 200 tokens.
     """
-    if folded.down.dtype != torch.float32 or _native_obstacle(folded.down):
+    if folded.down.dtype != torch.float32 or folded.down.device.type != "cpu" or _native.obstacle(_OP, "cpu"):
         return folded
     factors = (folded.down, folded.up) if folded.c1 is None else (folded.down, folded.c1, folded.c2)
     packed = tuple(_library()._native_dual_lora_pack(t.contiguous()) for t in factors)
     return folded._replace(packed=packed) if packed[0].numel() else folded  # nothing to gain without AVX-512
 
 
-def _native_obstacle(y: torch.Tensor) -> str | None:
+def _native_obstacle(y: torch.Tensor, rank: int) -> str | None:
     if y.dtype == torch.float64:
         return "the compiled code computes in float32, x is float64"
-    if y.device.type != "cpu":
-        return f"the compiled library has no {_OP} for {y.device.type} tensors"
-    return _native.obstacle(_OP, "cpu")
+    if y.device.type == "cuda":
+        if y.numel() > CUDA_MAX_TOKENS * y.shape[-1]:  # a comparison that torch.compile can hold as a guard
+            return f"the CUDA kernels decode, at most {CUDA_MAX_TOKENS} tokens"
+        if rank > _CUDA_MAX_RANK:
+            return f"the CUDA kernels take R_pos + R_neg up to {_CUDA_MAX_RANK}, not {rank}"
+    return _native.obstacle(_OP, y.device.type)
 
 
 def _differentiated(*tensors: torch.Tensor) -> str:
@@ -153,12 +158,12 @@ def _differentiated(*tensors: torch.Tensor) -> str:
     return "autograd records it" if torch.is_grad_enabled() and any(t.requires_grad for t in tensors) else ""
 
 
-def _choose(y: torch.Tensor, impl: str, why_torch: str) -> Decision:
+def _choose(y: torch.Tensor, rank: int, impl: str, why_torch: str) -> Decision:
     """why_torch: why on a CPU torch is better for this call than the compiled library; "" where it is not."""
     if impl in ("reference", "torch"):
         return Decision(_OP, impl, "asked for")
     if impl == "native" or (impl == "auto" and y.device.type == "cpu"):
-        obstacle = _native_obstacle(y)
+        obstacle = _native_obstacle(y, rank)
         if impl == "native":
             if obstacle:
                 raise refuse(_OP, impl, obstacle)
@@ -362,9 +367,9 @@ _register("calm_fast::dual_lora_gelu_bwd", _no_double_backward, lib=_lib)
 # ---- the compiled library: opaque functions behind registered ops; gradients are torch's -----------------------------
 
 
-def _library() -> Any:
+def _library(device_type: str = "cpu") -> Any:
     """Where the compiled functions are; a graph compiled earlier may run in a process that has not loaded them."""
-    if why := _native.obstacle(_OP, "cpu"):
+    if why := _native.obstacle(_OP, device_type):
         raise refuse(_OP, "native", why)
     return torch.ops.calm_fast
 
@@ -380,6 +385,17 @@ def _native_fwd(zg, y, up, c1, c2, packed_c1, packed_last, r_pos):
     if packed_last is None:
         return torch.addmm(y, mix, last.mT)
     return library._native_dual_lora_linear(mix, packed_last, last.shape[0], y)
+
+
+@torch.library.impl(_lib, "dual_lora_native", "CUDA")
+def _native_fwd_cuda(zg, y, up, c1, c2, packed_c1, packed_last, r_pos):
+    library, zg, y, up = _library("cuda"), zg.contiguous(), y.contiguous(), up.contiguous()
+    if c1 is None:
+        return library._native_dual_lora_update(zg, y, up, None, None, r_pos)
+    u = y @ c1.mT
+    if c1.shape[0] <= CUDA_MAX_FUSED:
+        return library._native_dual_lora_update(zg, y, up, u, c2.contiguous(), r_pos)
+    return torch.addmm(y, library._native_dual_lora_mix(zg, u, up, r_pos), c2.mT)
 
 
 @torch.library.register_fake("calm_fast::dual_lora_native", lib=_lib)

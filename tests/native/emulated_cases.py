@@ -35,6 +35,10 @@ def _attention(name: str, dtype: torch.dtype = _F32, **changes: object) -> Case:
     return op_cases("cross_attention").case(name, dtype, **changes)
 
 
+def _dual_lora(name: str, dtype: torch.dtype = _F32, **changes: object) -> Case:
+    return op_cases("dual_lora").case(name, dtype, **changes)
+
+
 EXTRA: dict[str, Callable[[], list[Case]]] = {
     "vote": lambda: [
         _vote("count", q=3, k=256),  # the last K for a warp, and the first for a block
@@ -73,6 +77,14 @@ EXTRA: dict[str, Callable[[], list[Case]]] = {
             )
         ),
     ],
+    "dual_lora": lambda: [
+        _dual_lora("plain gelu", lead=(3,), m=517),  # too large to be computed by every block
+        _dual_lora("plain gelu", _BF16, lead=(9,), m=520, r_pos=4, r_neg=4),
+        _dual_lora("plain gelu", _F16, lead=(2,), m=513, r_pos=4, r_neg=4),
+        _dual_lora("plain", lead=(64,), d_out=150),
+        _dual_lora("square gelu", _BF16, lead=(17,), d_out=150, m=24),
+        _dual_lora("square", _F16, lead=(1,), d_out=33, r_pos=3, r_neg=5),
+    ],
 }
 
 FEW: dict[str, Callable[[], list[Case]]] = {
@@ -91,6 +103,12 @@ FEW: dict[str, Callable[[], list[Case]]] = {
         _attention("scattered", b=2, m=2, n=101, h=2),
         _attention("scattered", _BF16, b=1, m=1, n=600, h=1, d=72),
         _attention("no-keys", b=1),
+    ],
+    "dual_lora": lambda: [
+        _dual_lora("plain", lead=(9,), d_out=70),
+        _dual_lora("square gelu", lead=(9,), d_in=16, d_out=70),
+        _dual_lora("plain gelu", lead=(3,), d_out=40),
+        _dual_lora("plain gelu", lead=(3,), d_out=8, m=517),
     ],
 }
 
@@ -125,5 +143,18 @@ WRONG: dict[str, tuple[tuple[str, str], ...]] = {
         ("if (part == 0.0f) continue;", ""),
         ("int64_t(s) * a.rows;\n    const float part", "int64_t(s) * a.d;\n    const float part"),
         ("(e / kPack * kLanes + lane) * kPack", "(e / kPack * kEach + lane) * kPack"),
+    ),
+    "dual_lora": (
+        ("if (at + e < width) {", "if (at + e <= width) {"),
+        ("if (i + e >= a.r) break;", ""),
+        ("if (i + e < a.r_pos) pos[t]", "if (i + e <= a.r_pos) pos[t]"),
+        ("(i < a.r_pos ? 1.5f - p_neg : p_neg - 0.5f) * own", "(i <= a.r_pos ? 1.5f - p_neg : p_neg - 0.5f) * own"),
+        ("mix[index / behind * width + a.inner + index % behind]", "mix[index / behind * width + index % behind]"),
+        ("if (h < a.inner) mix_unit", "mix_unit"),
+        ("const bool exists = column < end;", "const bool exists = column <= end;"),
+        ("if (t % kLanes == lane && exists", "if (t % kLanes == 0 && exists"),
+        ("z[i * kTile + t] = own;\n    if (i == 0) shares[t] = p_neg;\n  });\n  __syncthreads();\n  if (h",
+         "z[i * kTile + t] = own;\n    if (i == 1) shares[t] = p_neg;\n  });\n  __syncthreads();\n  if (h"),
+        ("if (h >= a.hidden) return;", ""),
     ),
 }  # fmt: skip

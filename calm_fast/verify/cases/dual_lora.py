@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,6 +71,10 @@ class DualLoRACases:
     def case(self, name: str, dtype: torch.dtype, **changes: Any) -> Case:
         """The case `name`, with fields of its Spec changed."""
         return Case(self.op, name, dtype, replace(_SPECS[name], **changes))
+
+    def fits(self, case: Case, impl: str, device: str) -> bool:
+        """The CUDA kernels decode: at most 64 tokens."""
+        return impl != "native" or device == "cpu" or math.prod(case.spec.lead) <= 64
 
     def build(self, case: Case, device: torch.device) -> dict[str, Any]:
         """The op's tensors (value1 is absent for a full W_v), its options and the upstream gradient dout."""

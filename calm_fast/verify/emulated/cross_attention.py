@@ -15,7 +15,7 @@ PROCESSORS = 16  # of the GPU that the launch plan is made for
 
 
 def run(inputs: Inputs, schedule: Schedule = SCHEDULES[0], csrc: Path = CSRC, most_blocks: int = 0) -> Values | None:
-    """out (B, M, H, D) and, with dlse among the inputs, lse (B, H, M) of a case; None where the kernels do not serve it.
+    """out (B, M, H, D) and, with dlse given, lse (B, H, M) of a case's inputs; None where the kernels do not serve it.
 
     most_blocks: for how many multiprocessors the keys are split; 0 = `PROCESSORS`.
     """
@@ -34,7 +34,9 @@ def run(inputs: Inputs, schedule: Schedule = SCHEDULES[0], csrc: Path = CSRC, mo
     for t in (q, k, v):
         integers += [t.storage_offset(), *t.stride()[:3]]
     if out.numel():
-        call("cross_attention", [*(_storage(t) for t in (q, k, v)), lo, hi, out, lse], integers, [scale], schedule, csrc)
+        call(
+            "cross_attention", [*(_storage(t) for t in (q, k, v)), lo, hi, out, lse], integers, [scale], schedule, csrc
+        )
     return {"out": out, "lse": lse} if inputs["dlse"] is not None else {"out": out}
 
 
