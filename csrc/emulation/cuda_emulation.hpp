@@ -124,6 +124,7 @@ struct Grid {
 };
 
 inline uint64_t g_launches = 0;
+inline std::vector<void*> g_stacks;  // kept from launch to launch: mapping them costs more than a small kernel
 inline Grid* g_grid = nullptr;
 inline Fiber* g_self = nullptr;
 
@@ -366,6 +367,7 @@ inline void run(dim3 grid_size, dim3 block_size, size_t shared_bytes, Schedule s
   grid.launch = ++g_launches;
   grid.random.seed(schedule.seed);
   g_grid = &grid;
+  grid.stacks.swap(g_stacks);
   std::vector<int> order(size_t(grid_size.x) * grid_size.y * grid_size.z);
   for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
   if (schedule.order == Order::reverse) std::reverse(order.begin(), order.end());
@@ -399,7 +401,11 @@ inline void run(dim3 grid_size, dim3 block_size, size_t shared_bytes, Schedule s
   for (auto& block : running) {
     for (Fiber& f : block->fibers) grid.stacks.push_back(f.stack);
   }
-  for (void* stack : grid.stacks) munmap(stack, kStack + kGuard);
+#if defined(__SANITIZE_ADDRESS__)
+  for (void* stack : grid.stacks) munmap(stack, kStack + kGuard);  // forgets what the sanitizer marked on them
+#else
+  g_stacks.swap(grid.stacks);
+#endif
   g_grid = nullptr;
   g_self = nullptr;
   if (!grid.failure.empty()) throw Failure(grid.failure);
