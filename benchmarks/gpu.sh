@@ -3,13 +3,17 @@
 #
 #   benchmarks/gpu.sh [--part NAME]... [--commit SHA] [--dry-run]
 #
-# Parts: tests sanitizer core core_heads layer lora lora_ranks lora_step nce logprob vote tune
+# Parts: tests sanitizer core core_heads layer lora lora_ranks lora_step nce logprob vote model generate generate_long
+#        scaling tune
 # A call ends within nine minutes: each part has a time limit, and a part that no longer fits is not begun, but named.
-# Five calls fit every part:    --part tests --part core --part nce
+# Eight calls fit every part:   --part tests --part core --part nce
 #                               --part sanitizer --part lora_step
 #                               --part core_heads --part vote --part tune
 #                               --part layer --part lora
 #                               --part lora_ranks --part logprob
+#                               --part model --part scaling
+#                               --part generate
+#                               --part generate_long
 # Every call first compiles csrc/ with nvcc for this GPU, unless build/gpu-native/ holds it already. Where that fails the
 # parts still run, with torch in the library's place, and the call fails in the end.
 # A benchmark part's rows are written, and shown, case by case: what was measured stays when a later one is stopped.
@@ -24,10 +28,13 @@ cd "${root}"
 
 readonly TOTAL=540       # seconds of one call
 readonly NATIVE_LIMIT=100 # of them for compiling
-readonly PARTS=(tests sanitizer core core_heads layer lora lora_ranks lora_step nce logprob vote tune)
+readonly PARTS=(
+  tests sanitizer core core_heads layer lora lora_ranks lora_step nce logprob vote model generate generate_long scaling
+  tune
+)
 readonly -A LIMIT=(
-  [tests]=180 [sanitizer]=260 [core]=110 [core_heads]=110 [layer]=110 [lora]=150 [lora_ranks]=240 [lora_step]=140
-  [nce]=110 [logprob]=110 [vote]=200 [tune]=70
+  [tests]=180 [sanitizer]=260 [core]=110 [core_heads]=110 [layer]=120 [lora]=150 [lora_ranks]=240 [lora_step]=140
+  [nce]=110 [logprob]=110 [vote]=200 [model]=160 [generate]=300 [generate_long]=390 [scaling]=230 [tune]=70
 )
 readonly -A WHAT=(
   [tests]="pytest -m gpu"
@@ -41,11 +48,15 @@ readonly -A WHAT=(
   [nce]="benchmark case N1: the NCE loss, forward and backward"
   [logprob]="benchmark case L1: log-probabilities of targets"
   [vote]="benchmark case V1: votes, and curves of majority@k"
+  [model]="benchmark case E1: a training step of a composed 8B- and 1B-class model"
+  [generate]="benchmark case E2: generating with them, against recomputing"
+  [generate_long]="benchmark case E2: 512 new tokens, against the two models alone"
+  [scaling]="cost by number of augmenters and by length: whole model, one layer"
   [tune]="launch configs, written to kernels/fused/tuned/<op>/<gpu>.json"
 )
 
 usage() {
-  sed -n '2,19p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
+  sed -n '2,23p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
 }
 
 dry=0
@@ -242,6 +253,14 @@ part_nce() { bench nce "$1" linear_nce --suite full --case n1; }
 part_logprob() { bench logprob "$1" linear_logprob --suite full --case l1_; }
 
 part_vote() { bench vote "$1" vote --op maj_at_k --suite full --case v1_; }
+
+part_model() { bench model "$1" model --case e1_; }
+
+part_generate() { bench generate "$1" model --case e2_generate; }
+
+part_generate_long() { bench generate_long "$1" model --suite full --case e2_long; }
+
+part_scaling() { bench scaling "$1" model --suite full --case s1_ --case s2_ --case s3_; }
 
 part_tune() {
   step tune "$1" "${python}" -m calm_fast.benchmarks.tune --op cross_attention --seconds "$(($1 - 20))" \

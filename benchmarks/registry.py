@@ -14,7 +14,7 @@ Values = Mapping[str, torch.Tensor]  # named outputs and gradients
 Thunk = Callable[[], Values]
 Definition = Callable[[Inputs, torch.dtype], Values]
 
-# op stem -> module with `cases(device, suite) -> Sequence[Case]`
+# op stem, or "model" for whole composed models -> module with `cases(device, suite) -> Sequence[Case]`
 REGISTRY: dict[str, str] = {
     "cross_attention": "calm_fast.benchmarks.cases.cross_attention",
     "dual_lora": "calm_fast.benchmarks.cases.dual_lora",
@@ -22,6 +22,7 @@ REGISTRY: dict[str, str] = {
     "linear_logprob": "calm_fast.benchmarks.cases.linear_logprob",
     "maj_at_k": "calm_fast.benchmarks.cases.maj_at_k",
     "vote": "calm_fast.benchmarks.cases.vote",
+    "model": "calm_fast.benchmarks.cases.model",
 }
 
 SUITES = ("quick", "full")

@@ -98,8 +98,9 @@ def unfolded_layer(
 
 
 class ReleasedHook(nn.Module):
-    """The released layer's arithmetic: biased projection, torch's MultiheadAttention returning its weights too (so no
-    fused attention), RMSNorm on the result, residual; no mask. Needs H D = DB."""
+    """The released layer's arithmetic: biased projection, done once for the keys and once for the values, torch's
+    MultiheadAttention returning its weights too (so no fused attention), RMSNorm on the result, residual; no mask.
+    Needs H D = DB."""
 
     def __init__(self, w: Weights, heads: int) -> None:
         """w: weights as for `unfolded_layer`, norm being the one after attention; biases are zero."""
@@ -119,9 +120,28 @@ class ReleasedHook(nn.Module):
 
     def forward(self, hb: torch.Tensor, ha: torch.Tensor) -> torch.Tensor:
         """hb: (B, M, DB). ha: (B, N, DA). Returns (B, M, DB)."""
-        projected = self.proj(ha)
-        attended, _ = self.cross_attention(hb, projected, projected, need_weights=True)
+        keys, values = self.proj(ha), self.proj(ha)
+        attended, _ = self.cross_attention(hb, keys, values, need_weights=True)
         return hb + rms_norm(attended, self.norm)
+
+
+class PlainHook(nn.Module):
+    """`ReleasedHook` from our own attention instead of torch's module, under the same parameter names."""
+
+    def __init__(self, hook: ReleasedHook, heads: int) -> None:
+        super().__init__()
+        self.hook, self.heads = hook, heads
+
+    def forward(self, hb: torch.Tensor, ha: torch.Tensor) -> torch.Tensor:
+        mha = self.hook.cross_attention
+        weights, biases = mha.in_proj_weight.chunk(3), mha.in_proj_bias.chunk(3)
+        projected = ha @ self.hook.proj.weight.T + self.hook.proj.bias
+        q, k, v = (
+            (x @ w.T + b).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for x, w, b in zip((hb, projected, projected), weights, biases, strict=True)
+        )
+        attended = explicit_attention(q, k, v, None, q.shape[-1] ** -0.5).transpose(1, 2).flatten(-2)
+        return hb + rms_norm(attended @ mha.out_proj.weight.T + mha.out_proj.bias, self.hook.norm)
 
 
 class FixedCache:

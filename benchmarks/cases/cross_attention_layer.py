@@ -6,20 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from calm_fast.benchmarks.baselines.cross_attention import (
     EPS,
     FixedCache,
+    PlainHook,
     ReleasedHook,
-    explicit_attention,
     init_weights,
-    rms_norm,
     unfolded_layer,
     visible,
 )
 from calm_fast.benchmarks.graphs import graphed
-from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Target, Thunk, Values
+from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Series, Target, Thunk, Values
 
 OP = "cross_attention"
 WEIGHTS = ("norm", "proj", "q", "k", "v", "o")
@@ -51,10 +49,10 @@ class LayerShape:
         pairs = self.b * (self.m * (self.m + 1) // 2 if self.causal else self.m * self.n)
         ends, core = 4 * rows * self.db * hd, 4 * pairs * hd
         folded, once = 4 * keys * self.da * hd, 4 * hd * self.db * self.da
-        unfolded = 2 * keys * self.da * self.db + 4 * keys * self.db * hd
+        project, unfolded = 2 * keys * self.da * self.db, 4 * keys * self.db * hd
         if not self.train:
             return ends + core + folded
-        return 3 * ends + 7 * core // 2 + min(2 * folded + 3 * once, 3 * unfolded)
+        return 3 * ends + 7 * core // 2 + min(2 * folded + 3 * once, 2 * project + 3 * unfolded)
 
     def bytes(self, itemsize: int) -> int:
         """Inputs read once, results written once; in inference the folded weight, in training the factors and their
@@ -179,30 +177,11 @@ def _in(dtype: torch.dtype, inputs: Inputs) -> Inputs:
     return convert(dict(inputs))
 
 
-class _PlainHook(nn.Module):
-    """`ReleasedHook` from our own attention instead of torch's module, under the same parameter names."""
-
-    def __init__(self, hook: ReleasedHook, heads: int) -> None:
-        super().__init__()
-        self.hook, self.heads = hook, heads
-
-    def forward(self, hb: torch.Tensor, ha: torch.Tensor) -> torch.Tensor:
-        mha = self.hook.cross_attention
-        weights, biases = mha.in_proj_weight.chunk(3), mha.in_proj_bias.chunk(3)
-        projected = ha @ self.hook.proj.weight.T + self.hook.proj.bias
-        q, k, v = (
-            (x @ w.T + b).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for x, w, b in zip((hb, projected, projected), weights, biases, strict=True)
-        )
-        attended = explicit_attention(q, k, v, None, q.shape[-1] ** -0.5).transpose(1, 2).flatten(-2)
-        return hb + rms_norm(attended @ mha.out_proj.weight.T + mha.out_proj.bias, self.hook.norm)
-
-
 def _hook_definition(s: LayerShape) -> Definition:
     def values(inputs: Inputs, dtype: torch.dtype) -> Values:
         converted = _in(dtype, inputs)
         hook = ReleasedHook(converted["weights"], s.h)
-        return _thunk(_PlainHook(hook, s.h), list(hook.named_parameters()), converted, s)()
+        return _thunk(PlainHook(hook, s.h), list(hook.named_parameters()), converted, s)()
 
     return values
 
@@ -223,12 +202,16 @@ def layer_case(
     *,
     compiled: bool = False,
     check_batch: int | None = None,
+    op: str = OP,
+    series: Series | None = None,
+    share: float = 1.0,
 ) -> Case:
     """One layer measurement.
 
     Args:
         compiled: also torch.compile of both baselines (it takes a while), on a GPU's decoding step as CUDA graphs.
         check_batch: sequences in the correctness check, where float64 over all of them costs too much.
+        op: key of the registry that lists the case. series, share: as for Case.
     """
     contestants = [Contestant("calm_fast", _ours(s), ours=True)]
     graph = s.cached and device.type == "cuda"
@@ -247,6 +230,6 @@ def layer_case(
     if check_batch is not None and check_batch < s.b:
         small = _make(LayerShape(**{**vars(s), "b": check_batch}), dtype, device)
     return Case(
-        OP, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(contestants),
-        _definition(s), "calm_fast_graph" if graph else "calm_fast", small, targets,
+        op, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(contestants),
+        _definition(s), "calm_fast_graph" if graph else "calm_fast", small, targets, series, share,
     )  # fmt: skip

@@ -54,8 +54,7 @@ def test_every_contestant_is_right_and_timed(name):
 
 
 def test_registry_covers_every_op():
-    assert set(OPS) >= set(REGISTRY)
-    assert "cross_attention" in REGISTRY
+    assert set(REGISTRY) == {*OPS, "model"}  # whole composed models are no op
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])  # naming GPU cases needs no GPU

@@ -1,0 +1,85 @@
+"""What is measured of whole composed models: a training step (E1), generation (E2), scaling; no op of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from calm_fast.benchmarks.baselines.composition import Part
+from calm_fast.benchmarks.cases.cross_attention_layer import LayerShape, layer_case
+from calm_fast.benchmarks.cases.model_generate import RECOMPUTE, generation_case
+from calm_fast.benchmarks.cases.model_shape import OP, ModelShape
+from calm_fast.benchmarks.cases.model_training import training_case
+from calm_fast.benchmarks.registry import Case, Series, Target
+
+AUGMENTERS = Series("training step of a composed model, number of augmenters", "augmenters", 1.0)
+LENGTH = Series("training step of a composed model, tokens of one sequence", "M", 2.0)
+LAYER_LENGTH = Series("training step of one composition layer, tokens of one sequence", "M", 2.0)
+_POINT = 0.2  # a point's share of the timing budget
+
+
+def cases(device: torch.device, suite: str) -> list[Case]:
+    """The cases for `device`: tiny models on a CPU, an 8B- and a 1B-class model with random weights on a GPU."""
+    return (_gpu if device.type == "cuda" else _cpu)(device, suite == "full")
+
+
+def _cpu(device: torch.device, full: bool) -> list[Case]:
+    fp32 = torch.float32
+    # widths, depths and LM heads stand to each other about as in an 8B and a 1B model
+    step = ModelShape(Part(256, 8, 4, 2, 704), Part(128, 4, 2, 1, 352), 2048, b=2, m=384, connections=3)
+    talk = ModelShape(Part(384, 8, 6, 2, 1024), Part(192, 4, 3, 1, 512), 4096, b=1, m=32, connections=3, new=32)
+    beside = (Target("calm_fast", "parts", 1 / 1.10),)
+    fast = (Target("calm_fast", "parts", 1 / 1.15), Target("calm_fast", "released", 5.0))
+    found = [
+        training_case(
+            "e1_training", step, fp32, device, (Target("calm_fast", "released", 2.0), *beside), compiled=full
+        ),
+        generation_case("e2_generate_b1", talk, fp32, device, fast),
+        generation_case(
+            "e2_generate_b4", replace(talk, b=4), fp32, device, fast, recompute=[*RECOMPUTE] if full else ["released"]
+        ),
+    ]
+    if full:
+        found.append(generation_case("e2_generate_b1_long", replace(talk, m=64, new=64), fp32, device, fast))
+    return found + _scaling(replace(step, b=1), fp32, device, (128, 256, 512, 1024), {"da": 128, "db": 256, "h": 4})
+
+
+def _gpu(device: torch.device, full: bool) -> list[Case]:
+    bf16, vocab = torch.bfloat16, 128256
+    anchor, augmenter = Part(4096, 32, 32, 8, 14336), Part(2048, 16, 32, 8, 8192)
+    step = ModelShape(anchor, augmenter, vocab, b=2, m=4096, connections=4)
+    talk = replace(step, b=1, m=256, new=32)
+    training = (Target("calm_fast", "released", 2.0), Target("calm_fast", "parts", 1 / 1.10))
+    fast = (Target("calm_fast", "parts", 1 / 1.15), Target("calm_fast", "released", 5.0))
+    found = [
+        training_case("e1_training", step, bf16, device, training),
+        generation_case("e2_generate_b1", talk, bf16, device, fast, recompute=["released"]),
+        generation_case("e2_generate_b16", replace(talk, b=16), bf16, device, fast, recompute=["released"]),
+    ]
+    if full:  # without a cache 512 tokens would take minutes a call
+        long = replace(talk, b=16, new=512)
+        found.append(generation_case("e2_long_b16", long, bf16, device, fast[:1], cached=False, recompute=[]))
+        middle = Part(2048, 16, 32, 8, 8192)
+        many = ModelShape(middle, Part(1024, 8, 16, 4, 4096), 32000, b=1, m=1024, connections=4)
+        layer = {"da": 2048, "db": 4096, "h": 32, "d": 128}
+        found += _scaling(many, bf16, device, (1024, 2048, 4096, 8192), layer)
+    return found
+
+
+def _scaling(
+    s: ModelShape, dtype: torch.dtype, device: torch.device, lengths: tuple[int, ...], layer: dict[str, int]
+) -> list[Case]:
+    """Points of three curves: cost by augmenters, by length of the whole model, and of one layer."""
+    against = ["eager", "unfolded_sdpa"]
+    found = []
+    for count in (1, 2, 4, 8):
+        name, many = f"s1_augmenters_{count}", replace(s, augmenters=count, m=lengths[0] * 2)
+        found.append(training_case(name, many, dtype, device, only=against[1:], series=AUGMENTERS, share=_POINT))
+    for m in lengths:
+        name, longer = f"s2_length_{m}", replace(s, m=m)
+        found.append(training_case(name, longer, dtype, device, only=against, series=LENGTH, share=_POINT))
+    for m in lengths:
+        one = LayerShape(**{"d": 64, **layer}, b=1, m=m, n=m, causal=True, train=True)
+        found.append(layer_case(f"s3_layer_length_{m}", one, dtype, device, op=OP, series=LAYER_LENGTH, share=_POINT))
+    return found
