@@ -105,9 +105,9 @@ FEW: dict[str, Callable[[], list[Case]]] = {
         _attention("no-keys", b=1),
     ],
     "dual_lora": lambda: [
-        _dual_lora("plain", lead=(9,), d_out=70),
+        _dual_lora("plain", lead=(9,), d_out=70, r_neg=2),  # 7 columns: a padded one
         _dual_lora("square gelu", lead=(9,), d_in=16, d_out=70),
-        _dual_lora("plain gelu", lead=(3,), d_out=40),
+        _dual_lora("plain gelu", lead=(3,), r_neg=2),
         _dual_lora("plain gelu", lead=(3,), d_out=8, m=517),
     ],
 }
@@ -153,8 +153,7 @@ WRONG: dict[str, tuple[tuple[str, str], ...]] = {
         ("if (h < a.inner) mix_unit", "mix_unit"),
         ("const bool exists = column < end;", "const bool exists = column <= end;"),
         ("if (t % kLanes == lane && exists", "if (t % kLanes == 0 && exists"),
-        ("z[i * kTile + t] = own;\n    if (i == 0) shares[t] = p_neg;\n  });\n  __syncthreads();\n  if (h",
-         "z[i * kTile + t] = own;\n    if (i == 1) shares[t] = p_neg;\n  });\n  __syncthreads();\n  if (h"),
+        ("if (first + t < a.tokens) a.out[static", "a.out[static"),
         ("if (h >= a.hidden) return;", ""),
     ),
 }  # fmt: skip
