@@ -100,8 +100,8 @@ FEW: dict[str, Callable[[], list[Case]]] = {
     ],
     "cross_attention": lambda: [
         _attention("decode-gqa-causal", b=1, m=3, n=131, h=4),  # 6 rows: two missing from the tile
-        _attention("scattered", b=2, m=2, n=101, h=2),
-        _attention("scattered", _BF16, b=1, m=1, n=600, h=1, d=72),
+        _attention("packed", b=1, m=4, n=70, h=1),  # two lanes share a row
+        _attention("scattered", _BF16, b=1, m=1, n=200, h=1, d=72),
         _attention("no-keys", b=1),
     ],
     "dual_lora": lambda: [
