@@ -41,19 +41,27 @@ def versions() -> dict[str, str]:
     return found
 
 
+def git(*args: str) -> str | None:
+    """What git says in the folder of this file; None where it fails."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def checkout() -> Path | None:
+    """The git checkout that this file belongs to; None where it is installed, or the files are no checkout."""
+    top, here = git("rev-parse", "--show-toplevel"), Path(__file__).resolve().parent
+    if top is None or here.parent != Path(top).resolve():  # installed inside somebody else's repository
+        return None
+    return here.parent
+
+
 def commit() -> str | None:
     """The checkout's commit, marked "-dirty" where tracked files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=20)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
-    top = git("rev-parse", "--show-toplevel")
-    if top is None or here.parent != Path(top).resolve():  # installed inside somebody else's repository
+    if checkout() is None:
         return None
     changed = git("status", "--porcelain", "--untracked-files=no")
     return f"{git('rev-parse', 'HEAD')}{'-dirty' if changed else ''}"

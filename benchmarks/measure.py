@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from calm_fast.benchmarks.registry import CannotRunError, Case, Contestant, Inputs, Values
-from calm_fast.benchmarks.timing import Budget, Ceilings, ceiling_work, interleave, peak_bytes
+from calm_fast.benchmarks.registry import CannotRunError, Case, Contestant, Inputs, Thunk, Values
+from calm_fast.benchmarks.timing import Budget, Ceilings, Times, ceiling_work, interleave, peak_bytes
 
 Say = Callable[[str], None]
 
@@ -76,12 +76,18 @@ def _judge(case: Case, contestant: Contestant, inputs: Inputs, known: dict[Any, 
     return Verdict(relative_error({name: t.cpu() for name, t in contestant.prepare(inputs)().items()}, truth), bound)
 
 
-def measure(case: Case, setting: Setting, say: Say = lambda _: None) -> tuple[list[dict[str, Any]], Ceilings]:
-    """One row for every contestant of `case`, in the case's order, and the ceilings while it was measured.
+@dataclass(frozen=True)
+class Ready:
+    """A case ready to be timed: thunks of those that are right and run, and why the others have none."""
 
-    A contestant whose values are wrong, or that cannot run, gets no time: `ms` and its relatives are None and
-    `failure` says why. Rows of this package's implementations that fail make the run red; see `is_red`.
-    """
+    verdicts: dict[str, Verdict]
+    failures: dict[str, str]
+    thunks: dict[str, Thunk]
+    peaks: dict[str, int]
+
+
+def ready(case: Case, setting: Setting, say: Say = lambda _: None) -> Ready:
+    """Check every contestant against float64, then prepare those that are right and call each for its peak memory."""
     verdicts, failures = _check_all(case, setting, say)
     thunks, peaks = {}, {}
     _forget_compiled()
@@ -98,27 +104,42 @@ def measure(case: Case, setting: Setting, say: Say = lambda _: None) -> tuple[li
         thunk = _attempt(lambda c=contestant: c.prepare(inputs), name, failures)
         if thunk is not None and _attempt(lambda t=thunk: t(), name, failures) is not None:
             thunks[name], peaks[name] = thunk, peak_bytes(thunk, setting.device)
-    say(f"{case.name}: timing {len(thunks)} contestants in turns")
+    return Ready(verdicts, failures, thunks, peaks)
+
+
+def measure(case: Case, setting: Setting, say: Say = lambda _: None) -> tuple[list[dict[str, Any]], Ceilings]:
+    """One row for every contestant of `case`, in the case's order, and the ceilings while it was measured.
+
+    A contestant whose values are wrong, or that cannot run, gets no time: `ms` and its relatives are None and
+    `failure` says why. Rows of this package's implementations that fail make the run red; see `is_red`.
+    """
+    prepared = ready(case, setting, say)
+    say(f"{case.name}: timing {len(prepared.thunks)} contestants in turns")
     plain = ceiling_work(setting.device, case.dtype)
-    times = interleave({**thunks, **plain.thunks}, setting.device, setting.budget_of(case), setting.cold)
+    times = interleave({**prepared.thunks, **plain.thunks}, setting.device, setting.budget_of(case), setting.cold)
     ceilings = plain.ceilings(times)
-    rows = []
-    for contestant in case.contestants:
-        name, t = contestant.name, times.get(contestant.name)
-        v = verdicts.get(name, Verdict(math.inf, math.inf))
-        values = {
-            "op": case.op, "case": case.name, "impl": name, "device": setting.device_name,
-            "dtype": str(case.dtype).removeprefix("torch."), "shape": dict(case.shape),
-            "ms": t and t.ms, "p20": t and t.p20, "p80": t and t.p80, "peak_bytes": peaks.get(name),
-            "flops": case.flops, "bytes": case.bytes, "floor_ms": ceilings.floor_ms(case.flops, case.bytes),
-            "error": v.error if math.isfinite(v.error) else None, "versions": setting.versions,
-            "commit": setting.commit, "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
-            "ours": contestant.ours, "bound": v.bound if math.isfinite(v.bound) else None,
-            "failure": failures.get(name), "rounds": t.rounds if t else 0,
-        }  # fmt: skip
-        assert tuple(values) == ROW_FIELDS
-        rows.append(values)
+    rows = [row(case, setting, c, prepared, times.get(c.name), ceilings) for c in case.contestants]
     return rows, ceilings
+
+
+def row(
+    case: Case, setting: Setting, contestant: Contestant, prepared: Ready, t: Times | None, ceilings: Ceilings
+) -> dict[str, Any]:
+    """A row of results.jsonl."""
+    name = contestant.name
+    v = prepared.verdicts.get(name, Verdict(math.inf, math.inf))
+    values = {
+        "op": case.op, "case": case.name, "impl": name, "device": setting.device_name,
+        "dtype": str(case.dtype).removeprefix("torch."), "shape": dict(case.shape),
+        "ms": t and t.ms, "p20": t and t.p20, "p80": t and t.p80, "peak_bytes": prepared.peaks.get(name),
+        "flops": case.flops, "bytes": case.bytes, "floor_ms": ceilings.floor_ms(case.flops, case.bytes),
+        "error": v.error if math.isfinite(v.error) else None, "versions": setting.versions,
+        "commit": setting.commit, "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
+        "ours": contestant.ours, "bound": v.bound if math.isfinite(v.bound) else None,
+        "failure": prepared.failures.get(name), "rounds": t.rounds if t else 0,
+    }  # fmt: skip
+    assert tuple(values) == ROW_FIELDS
+    return values
 
 
 def _forget_compiled() -> None:

@@ -1,7 +1,8 @@
 """Measure ops against strong baselines on this machine: `python -m calm_fast.benchmarks.run --op cross_attention`.
 
 Writes results.jsonl (one row per case and implementation), report.md and report.html, prints a table with ratios.
-Exit 1 if an implementation computes something wrong: it then has no speed.
+Exit 1 if an implementation computes something wrong: it then has no speed. With --compare REV the same cases run on
+another revision side by side.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seconds", type=float, help="timing budget of one case (default: 10 quick, 40 full)")
     p.add_argument("--cold", action="store_true", help="overwrite a CPU's caches before each call (a GPU's always are)")
     p.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    p.add_argument(
+        "--compare", metavar="REV", help="time this checkout and revision REV side by side; exit 3 if slower"
+    )
     p.add_argument("--commit", help="what is measured, where the files are not a git checkout")
     p.add_argument("--list", action="store_true", help="print the cases and end")
     return p
@@ -82,6 +86,28 @@ def run(chosen: Sequence[Case], setting: Setting, out: Path) -> tuple[list[dict[
     return rows, ceilings
 
 
+def _compare(args: argparse.Namespace, chosen: Sequence[Case], device: torch.device) -> int:
+    """`--compare`: 3 where this checkout is slower, 1 where it is wrong, 2 where there is nothing to compare with."""
+    from calm_fast.benchmarks import compare
+    from calm_fast.benchmarks.report import comparison
+
+    seconds = args.seconds if args.seconds is not None else _SECONDS[args.suite]
+    worker = {"device": device.type, "threads": args.threads, "cold": args.cold, "seed": args.seed}
+    try:
+        pairs, rows = compare.compare(
+            chosen, args.suite, args.compare, Budget(seconds, min_rounds=7), worker, args.out,
+            lambda text: print(f"[compare] {text}", file=sys.stderr, flush=True),
+        )  # fmt: skip
+    except compare.CompareError as problem:
+        print(f"bench: {problem}", file=sys.stderr)
+        return 2
+    comparison.show(pairs)
+    print(f"rows: {args.out / 'results.jsonl'}   report: {args.out / 'report.html'}")
+    if any(is_red(row) for row in rows if row["commit"] == rows[0]["commit"]):
+        return 1
+    return 3 if any(p.verdict == compare.SLOWER and not p.control for p in pairs) else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (None: sys.argv); returns the exit code."""
     args = parser().parse_args(argv)
@@ -98,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not chosen:
             print(f"bench: no case fits --case {args.case} on {device.type}", file=sys.stderr)
         return 0 if chosen else 2
+    if args.compare:
+        return _compare(args, chosen, device)
     seconds = args.seconds if args.seconds is not None else _SECONDS[args.suite]
     budget = Budget(seconds, warmup=3 if device.type == "cuda" else 0)  # each was called for its peak memory already
     name = machine.device_name(device) + (", cold cache" if args.cold and device.type == "cpu" else "")

@@ -98,15 +98,18 @@ def bench(
     suite: Annotated[Suite, typer.Option(help="quick: minutes; full: more cases and baselines.")] = Suite.quick,
     op: Annotated[list[str] | None, typer.Option(help="An op; repeat for several. Default: all.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, report.md and report.html.")] = Path("bench_out"),
+    compare: Annotated[str | None, typer.Option(metavar="REV", help="A git revision to time beside this one.")] = None,
 ) -> None:
     """Measure speed and memory against strong baselines on this machine.
 
-    More options: python -m calm_fast.benchmarks.run --help. Exit code 1 if an implementation computes something wrong.
+    More options: python -m calm_fast.benchmarks.run --help. Exit code 1 if an implementation computes something wrong,
+    with --compare 3 if this checkout is slower than REV.
     """
     _folder(out)
     from calm_fast.benchmarks.run import main as run_main
 
     chosen = [word for name in op or () for word in ("--op", name)]
+    chosen += ["--compare", compare] if compare is not None else []
     raise typer.Exit(run_main(["--suite", suite.value, "--out", str(out), *chosen]))
 
 

@@ -12,6 +12,8 @@ from typing import Any
 OURS, OTHER, YARDSTICK = "#17627f", "#a9b1b9", "#dfe3e7"
 INK, MUTED, GRID, RED = "#1d2329", "#5d6770", "#e4e7ea", "#b3261e"
 WIDTH = 3.7  # inches: one column on a wide screen, the whole width of a phone at a readable size
+ROW = 0.28  # inches of height for one line of a chart
+AT = 0.2  # where the mark of a line is, below its text
 
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
@@ -58,6 +60,27 @@ def figure(height: float, left: float = 0.5, bottom: float = 0.42, right: float 
     top = 0.06
     box = (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (bottom + top) / height)
     return drawn, drawn.add_axes(box)
+
+
+def lines(count: int, xlabel: str) -> tuple[Any, Any]:
+    """Axes for `count` lines with text above each mark instead of tick labels: long names need no margin."""
+    drawn, axes = figure(0.48 + ROW * count, left=0.1, right=0.1)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_ylim(count - 0.5, -0.5)
+    axes.set_yticks([])
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel(xlabel)
+    return drawn, axes
+
+
+def caption(axes: Any, y: int, left: str, right: str, color: str = INK) -> None:
+    """The two texts above the mark of line y."""
+    for x, text, side in ((0.0, left, "left"), (1.0, right, "right")):
+        axes.text(
+            x, y - 0.02, text, transform=axes.get_yaxis_transform(), va="bottom", ha=side, color=color, clip_on=False,
+            bbox={"pad": 0.4, "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+        )  # fmt: skip
 
 
 def log_ticks(axis: Any, low: float, high: float, most: int = 5) -> None:

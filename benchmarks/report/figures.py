@@ -9,29 +9,6 @@ from calm_fast.benchmarks.report.canvas import INK, MUTED, OTHER, OURS, RED, YAR
 from calm_fast.benchmarks.report.facts import Curve, Row, Verdict, ceilings_by_dtype, middle, number, times
 from calm_fast.benchmarks.timing import Ceilings
 
-_ROW = 0.28  # inches of height for one line of a chart
-_AT = 0.2  # where the mark of a line is, below its text
-
-
-def _lines(count: int, xlabel: str):
-    """Axes for `count` lines with text above each mark instead of tick labels: long names need no margin."""
-    drawn, axes = canvas.figure(0.48 + _ROW * count, left=0.1, right=0.1)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_ylim(count - 0.5, -0.5)
-    axes.set_yticks([])
-    axes.grid(axis="y", visible=False)
-    axes.spines["left"].set_visible(False)
-    axes.set_xlabel(xlabel)
-    return drawn, axes
-
-
-def _caption(axes, y: int, left: str, right: str, color: str = INK) -> None:
-    for x, text, side in ((0.0, left, "left"), (1.0, right, "right")):
-        axes.text(
-            x, y - 0.02, text, transform=axes.get_yaxis_transform(), va="bottom", ha=side, color=color, clip_on=False,
-            bbox={"pad": 0.4, "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
-        )  # fmt: skip
-
 
 def case_times(v: Verdict) -> str | None:
     """One case: a bar for each implementation with its p20 - p80, the floor as a line."""
@@ -39,12 +16,12 @@ def case_times(v: Verdict) -> str | None:
     if not rows:
         return None
     with canvas.style():
-        drawn, axes = _lines(len(rows), "ms; whiskers p20 - p80; dashed: floor")
+        drawn, axes = canvas.lines(len(rows), "ms; whiskers p20 - p80; dashed: floor")
         for y, row in enumerate(rows):
             color = OURS if row["ours"] else YARDSTICK if row["impl"] in v.yardsticks else OTHER
-            axes.barh(y + _AT, row["ms"], height=0.3, color=color)
-            axes.plot([row["p20"], row["p80"]], [y + _AT] * 2, color=INK, linewidth=0.8)
-            _caption(axes, y, row["impl"], f"{number(row['ms'])} ms", OURS if row["ours"] else INK)
+            axes.barh(y + canvas.AT, row["ms"], height=0.3, color=color)
+            axes.plot([row["p20"], row["p80"]], [y + canvas.AT] * 2, color=INK, linewidth=0.8)
+            canvas.caption(axes, y, row["impl"], f"{number(row['ms'])} ms", OURS if row["ours"] else INK)
         axes.axvline(rows[0]["floor_ms"], color=INK, linestyle=(0, (3, 2)), linewidth=0.8)
         axes.set_xlim(0, 1.02 * max(row["p80"] for row in rows))
         return canvas.svg(drawn, f"case-{v.name}", f"{v.name}: milliseconds of each implementation")
@@ -62,17 +39,17 @@ def _dots(
     everything = [x for _, mine, others in shown for x in (mine, *others)]
     low, high = min(everything) / 1.15, max(everything) * 1.15
     with canvas.style():
-        drawn, axes = _lines(len(shown), xlabel)
+        drawn, axes = canvas.lines(len(shown), xlabel)
         axes.set_xscale("log")
         axes.set_xlim(low, high)
         canvas.log_ticks(axes.xaxis, low, high)
         for y, (v, mine, others) in enumerate(shown):
-            at = y + _AT
+            at = y + canvas.AT
             if others:
                 axes.plot([mine, max(others, key=lambda x: abs(x - mine))], [at, at], color=OTHER, linewidth=0.8)
             axes.plot(others, [at] * len(others), "o", color=OTHER, markersize=3.6)
             axes.plot([mine], [at], "o", color=OURS, markersize=4.6)
-            _caption(axes, y, v.name, show(mine))
+            canvas.caption(axes, y, v.name, show(mine))
         return canvas.svg(drawn, name, alt)
 
 
@@ -84,13 +61,13 @@ def ratio_bars(found: Sequence[Verdict]) -> str | None:
     values = [v.ratio for v in shown]
     low, high = min(0.8, min(values) / 1.1), max(2.0, max(values) * 1.15)
     with canvas.style():
-        drawn, axes = _lines(len(shown), "times faster than the best baseline (1: as fast)")
+        drawn, axes = canvas.lines(len(shown), "times faster than the best baseline (1: as fast)")
         axes.set_xscale("log")
         axes.set_xlim(low, high)
         canvas.log_ticks(axes.xaxis, low, high)
         for y, v in enumerate(shown):
-            axes.barh(y + _AT, v.ratio - 1, left=1, height=0.3, color=OURS if v.ratio >= 1 else RED)
-            _caption(axes, y, v.name, f"{times(v.ratio)} {v.rival['impl']}")
+            axes.barh(y + canvas.AT, v.ratio - 1, left=1, height=0.3, color=OURS if v.ratio >= 1 else RED)
+            canvas.caption(axes, y, v.name, f"{times(v.ratio)} {v.rival['impl']}")
         axes.axvline(1, color=INK, linewidth=0.8)
         return canvas.svg(drawn, "ratios", "How many times faster than the best baseline each case is")
 

@@ -119,7 +119,8 @@ def _cells(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _table(headings: Sequence[str], lines: Iterable[Iterable[str]]) -> list[str]:
+def table(headings: Sequence[str], lines: Iterable[Iterable[str]]) -> list[str]:
+    """A table in markdown, line by line."""
     return [_cells(headings), "|" + "---|" * len(headings), *map(_cells, lines)]
 
 
@@ -130,8 +131,8 @@ def markdown(rows: Sequence[Row], found: Sequence[Verdict], ceilings: Mapping[st
     for v in found:
         goals = "; ".join([f"**WRONG** {text}" for text in red_texts(v)] + goal_texts(v))
         lines.append((f"{v.name} ({v.shape})", against(v), times(v.above_floor), goals))
-    out = ["# calm_fast bench", "", f"{counts}.", "", *_table(VERDICT_HEADINGS, lines), ""]
+    out = ["# calm_fast bench", "", f"{counts}.", "", *table(VERDICT_HEADINGS, lines), ""]
     out += [f"- {line}" for line in growth_lines(found)] + [""] * bool(growth_lines(found))
-    out += ["## Every row", "", *_table(HEADINGS, rows_table(found)), ""]
+    out += ["## Every row", "", *table(HEADINGS, rows_table(found)), ""]
     out += ["## Setting", "", *(f"- {name}: {value}" for name, value in setting_lines(rows, ceilings)), ""]
     return "\n".join([*out, "## How to read it", "", HOW, ""])
