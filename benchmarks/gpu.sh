@@ -33,7 +33,7 @@ readonly PARTS=(
   tune
 )
 readonly -A LIMIT=(
-  [tests]=180 [sanitizer]=260 [core]=110 [core_heads]=110 [layer]=120 [lora]=150 [lora_ranks]=240 [lora_step]=140
+  [tests]=180 [sanitizer]=260 [core]=110 [core_heads]=110 [layer]=160 [lora]=150 [lora_ranks]=240 [lora_step]=140
   [nce]=110 [logprob]=110 [vote]=200 [model]=160 [generate]=300 [generate_long]=390 [scaling]=230 [tune]=70
 )
 readonly -A WHAT=(

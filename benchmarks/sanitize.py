@@ -58,7 +58,7 @@ def _both(
 
 def _cross_attention(
     b: int, m: int, n: int, h: int, kv: int, d: int, causal: bool, backward: bool, device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype, compiled: bool = False,
 ) -> tuple[Results, Results]:  # fmt: skip
     draw = _draw(device, dtype)
     leaves = draw(b, m, h, d), draw(b, n, kv, d), draw(b, n, kv, d)
@@ -67,8 +67,9 @@ def _cross_attention(
         g = torch.Generator().manual_seed(2)
         lo, hi = (t.int().to(device) for t in torch.randint(0, n + 1, (2, b, m), generator=g).sort(0).values)
         hi = torch.where(torch.arange(m, device=device) % 5 == 0, lo, hi)  # some rows see nothing
+    impl = _compiled("cross_attention", device) if compiled else "triton"
     return _both(
-        lambda *x: [ops.cross_attention(*x, lo=lo, hi=hi, causal=causal, impl="triton")],
+        lambda *x: [ops.cross_attention(*x, lo=lo, hi=hi, causal=causal, impl=impl)],
         lambda *x: cross_attention_reference(*x, lo, hi, causal)[:1],
         leaves,
         backward,
@@ -76,9 +77,11 @@ def _cross_attention(
 
 
 def _dual_lora(
-    t: int, r_pos: int, r_neg: int, activation: str, backward: bool, device: torch.device, dtype: torch.dtype
-) -> tuple[Results, Results]:
-    d_in, d_out, g, m, draw = 40, 83, 16, 35, _draw(device, dtype)
+    t: int, r_pos: int, r_neg: int, activation: str, backward: bool, device: torch.device, dtype: torch.dtype,
+    m: int = 35, compiled: bool = False,
+) -> tuple[Results, Results]:  # fmt: skip
+    d_in, d_out, g, draw = 40, 83, 16, _draw(device, dtype)
+    impl = _compiled("dual_lora", device) if compiled else "triton"
 
     def weight(rows: int, columns: int) -> torch.Tensor:
         return draw(rows, columns, size=columns**-0.5)
@@ -87,7 +90,7 @@ def _dual_lora(
     leaves += [weight(d_out, r_neg), draw(g, d_in, size=(d_in * g) ** -0.5), weight(g, d_out)]
     leaves += [weight(m, d_out), weight(d_out, m)]
     return _both(
-        lambda *x: [ops.dual_lora(*x[:8], x[8:], scaling=1.5, activation=activation, impl="triton")],
+        lambda *x: [ops.dual_lora(*x[:8], x[8:], scaling=1.5, activation=activation, impl=impl)],
         lambda *x: [dual_lora_reference(*x[:8], x[8:], (1.5, 1.5), activation)],
         leaves,
         backward,
@@ -187,11 +190,18 @@ CALLS: dict[str, Call] = {
     "cross_attention: causal, grouped heads": partial(_cross_attention, 1, 67, 67, 4, 2, 64, True, True),
     "cross_attention: intervals, head dim 40": partial(_cross_attention, 2, 35, 81, 2, 2, 40, False, True),
     "cross_attention: decode, keys split over programs": partial(_cross_attention, 2, 1, 1100, 4, 2, 64, False, False),
+    "cross_attention: compiled, eight rows, splits": partial(
+        _cross_attention, 2, 3, 300, 4, 2, 40, False, False, compiled=True
+    ),
+    "cross_attention: compiled, one row": partial(_cross_attention, 2, 1, 77, 2, 2, 128, True, False, compiled=True),
     "dual_lora: paper": partial(_dual_lora, 37, 5, 3, "none", True),
     "dual_lora: paper, large rank": partial(_dual_lora, 37, 70, 67, "none", True),
     "dual_lora: released": partial(_dual_lora, 37, 5, 3, "gelu", True),
     "dual_lora: paper, one token": partial(_dual_lora, 1, 8, 8, "none", False),
     "dual_lora: released, one token": partial(_dual_lora, 1, 8, 8, "gelu", False),
+    "dual_lora: compiled, paper": partial(_dual_lora, 11, 5, 2, "none", False, compiled=True),
+    "dual_lora: compiled, released": partial(_dual_lora, 9, 8, 8, "gelu", False, m=40, compiled=True),
+    "dual_lora: compiled, released, wide bottleneck": partial(_dual_lora, 9, 5, 2, "gelu", False, m=530, compiled=True),
     "linear_nce: plain": partial(_linear_nce, 21, False),
     "linear_nce: temperature, bias, softcap": partial(_linear_nce, 21, True),
     "linear_logprob: plain": partial(_linear_logprob, 21, False),

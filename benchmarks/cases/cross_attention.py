@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from calm_fast.benchmarks.cases.cross_attention_core import CoreShape, core_case
+from calm_fast.benchmarks.cases.cross_attention_core import CoreShape, core_case, decode_case
 from calm_fast.benchmarks.cases.cross_attention_layer import LayerShape, layer_case
 from calm_fast.benchmarks.registry import Case, Target
 
@@ -80,6 +80,7 @@ def _gpu(device: torch.device, full: bool) -> list[Case]:
                 f"x5_decode_b{b}", LayerShape(b=b, **step), bf16, device, decode, compiled=True, check_batch=min(b, 2)
             )
         )
+        found.append(decode_case(f"x5_core_decode_b{b}", CoreShape(b, 1, 4096, 32, 128), bf16, device))
     if full:
         unmasked = LayerShape(**{**layer, "causal": False})
         found += [

@@ -1,4 +1,4 @@
-"""X1 to X3: the attention core, plainly masked and with the intervals of two tokenizers."""
+"""X1 to X3: the attention core, plainly masked and with the intervals of two tokenizers; X5's, one query a sequence."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from calm_fast import ops
+from calm_fast import _native, ops
 from calm_fast.benchmarks.baselines.cross_attention import explicit_attention, visible
 from calm_fast.benchmarks.cases.alignment import aligned_intervals
+from calm_fast.benchmarks.graphs import graphed
 from calm_fast.benchmarks.registry import CannotRunError, Case, Contestant, Inputs, Target, Thunk, Values
 
 OP = "cross_attention"
@@ -210,4 +211,21 @@ def core_case(
     return Case(
         OP, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(contestants),
         _definition(s), headline, small, targets,
+    )  # fmt: skip
+
+
+def decode_case(name: str, s: CoreShape, dtype: torch.dtype, device: torch.device) -> Case:
+    """The attention core of a decoding step on a GPU, everybody as a CUDA graph: launches cost as much as bytes."""
+
+    def captured(prepare: Callable[[Inputs], Thunk]) -> Callable[[Inputs], Thunk]:
+        return lambda inputs: graphed(prepare(inputs))
+
+    impls = ["torch", "triton"] + ["native"] * (_native.obstacle(OP, device.type) is None)
+    contestants = [Contestant(f"{impl}_graph", captured(_ours(s, impl)), ours=True) for impl in impls]
+    contestants += [Contestant(f"{label}_graph", captured(_sdpa(s, backend))) for label, backend in _BACKENDS.items()]
+    contestants.append(Contestant("eager_graph", captured(_eager(s))))
+    small = _make(replace(s, b=1), dtype, device) if s.b > 1 else None
+    return Case(
+        OP, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(contestants),
+        _definition(s), "triton_graph", small, (),
     )  # fmt: skip

@@ -163,7 +163,7 @@ def _ours(s: Shape, graph: bool = False) -> Callable[[Inputs], Thunk]:
     return prepare
 
 
-def _kept(s: Shape, impl: str) -> Callable[[Inputs], Thunk]:
+def _kept(s: Shape, impl: str, graph: bool = False) -> Callable[[Inputs], Thunk]:
     """The op with factors folded once, as DualLoRALinear keeps them in inference, in one implementation."""
 
     def prepare(inputs: Inputs) -> Thunk:
@@ -176,9 +176,11 @@ def _kept(s: Shape, impl: str) -> Callable[[Inputs], Thunk]:
         folded = pack_folded(folded) if impl == "native" else folded
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            return dual_lora_folded(project_folded(x, folded), inputs["y"], folded, s.r, impl=impl)
+            y = inputs["y"] if s.added else F.linear(x, inputs["base"])
+            return dual_lora_folded(project_folded(x, folded), y, folded, s.r, impl=impl)
 
-        return _thunk(forward, {}, inputs)
+        thunk = _thunk(forward, {}, inputs)
+        return graphed(thunk) if graph else thunk
 
     return prepare
 
@@ -241,6 +243,8 @@ def layer_case(
         contestants.append(Contestant("compiled_formula", _plain(s, "formula", compiled=True), definition=kinds[0][1]))
     if graph:
         contestants.append(Contestant("calm_fast_graph", _ours(s, graph=True), ours=True))
+        if _native.obstacle(OP, device.type) is None:  # `auto` is Triton
+            contestants.append(Contestant("calm_fast_native_graph", _kept(s, "native", graph=True), ours=True))
         contestants += [
             Contestant(f"{which}_graph", _plain(s, which, graph=True), definition=d, yardstick=which != "formula")
             for which, d in kinds
