@@ -1,0 +1,18 @@
+"""Options of `pytest benchmarks --benchmark-only`, the same cases through pytest-benchmark."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("calm_fast benchmarks")
+    group.addoption("--suite", choices=("quick", "full"), default="quick", help="quick, or more cases and baselines")
+    group.addoption("--bench-device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure")
+    group.addoption("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # the project turns benchmarks off by default; --benchmark-only says that they are wanted
+    if config.getoption("benchmark_only", False):
+        config.option.benchmark_enable = True

@@ -1,0 +1,76 @@
+"""Every case of the registry through pytest-benchmark: `pytest benchmarks --benchmark-only`.
+
+One test for each contestant of each case, grouped by case. A contestant with wrong values fails before it is timed;
+one that this machine cannot run is skipped with the reason. pytest-benchmark times one after another: for ratios that
+hold on a shared machine use `calm-fast bench`, which lets contestants take turns.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calm_fast.benchmarks import machine
+from calm_fast.benchmarks.measure import Ready, Setting, ready
+from calm_fast.benchmarks.registry import REGISTRY, Case, cases
+from calm_fast.benchmarks.timing import Budget
+
+
+def _device(config: pytest.Config) -> torch.device:
+    wanted = config.getoption("--bench-device")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--bench-device cuda: torch {torch.__version__} sees no GPU")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    device, suite = _device(metafunc.config), metafunc.config.getoption("--suite")
+    found = [case for op in REGISTRY for case in cases(op, device, suite)]
+    each = [
+        pytest.param(case, contestant.name, id=f"{case.name}-{contestant.name}")
+        for case in found
+        for contestant in case.contestants
+    ]
+    metafunc.parametrize(("case", "impl"), each)
+
+
+@pytest.fixture(scope="module")
+def prepared(request: pytest.FixtureRequest):
+    """prepared(case): checked and ready to be timed; the latest case is kept, so that its contestants share inputs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(request.config.getoption("--threads"))
+    device = _device(request.config)
+    setting = Setting(device, machine.device_name(device), machine.versions(), machine.commit(), Budget())
+    kept: dict[str, Ready] = {}
+
+    def prepare(case: Case) -> Ready:
+        if case.name not in kept:
+            kept.clear()
+            kept[case.name] = ready(case, setting)
+        return kept[case.name]
+
+    prepare.setting = setting
+    yield prepare
+    torch.set_num_threads(threads)
+
+
+def test_case(case: Case, impl: str, prepared, benchmark) -> None:
+    """Right, then timed."""
+    found = prepared(case)
+    if (failure := found.failures.get(impl)) is not None:
+        if failure.startswith("cannot run"):
+            pytest.skip(failure)
+        pytest.fail(failure, pytrace=False)
+    thunk, device = found.thunks[impl], prepared.setting.device
+    benchmark.group = f"{case.name}: {', '.join(f'{name} {size}' for name, size in case.shape.items())}"
+    benchmark.extra_info.update(
+        op=case.op, case=case.name, impl=impl, device=prepared.setting.device_name, commit=prepared.setting.commit,
+        flops=case.flops, bytes=case.bytes, peak_bytes=found.peaks[impl], error=found.verdicts[impl].error,
+    )  # fmt: skip
+
+    def call() -> None:
+        thunk()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark(call)
