@@ -11,6 +11,7 @@ import torch
 
 from calm_fast import ops
 from calm_fast.consistency.answers import extract_answer
+from calm_fast.consistency.samples import check_row
 
 _CALLER = "SelfConsistency"
 
@@ -120,18 +121,32 @@ def as_questions(questions: Sequence[str], references: Sequence[str | None] | No
 def ready_questions(rows: Sequence[Mapping[str, Any]]) -> list[Question]:
     """Questions with the samples and scores of rows, checked."""
     for i, row in enumerate(rows):
-        samples = row.get("generated_answer") if isinstance(row, Mapping) else None
-        if not isinstance(samples, list) or not all(isinstance(text, str) for text in samples) or "question" not in row:
-            raise ValueError(f"{_CALLER}: row {i} must have question (str) and generated_answer (list of str)")
+        scored = isinstance(row, Mapping) and row.get("scores") is not None
+        check_row(row, f"{_CALLER}: row {i}", "scores" if scored else None, need_answer=False)
     items = as_questions([row["question"] for row in rows], [row.get("answer") for row in rows])
     for item, row in zip(items, rows, strict=True):
         item.rationales = row["generated_answer"]
         if row.get("scores") is not None:
-            item.scores = [None if x is None or math.isnan(x) else float(x) for x in row["scores"]]
-            if len(item.scores) != len(item.rationales):
-                got = f"{len(item.scores)} for {len(item.rationales)} samples"
-                raise ValueError(f"{_CALLER}: `scores` of row {item.index} must have one entry per sample, got {got}")
+            item.scores = [_score(value) for value in row["scores"]]
     return items
+
+
+def ranked(items: Sequence[Question], ranker: Any) -> None:
+    """Give every item the ranker's scores; ValueError where these are not one number for each sample."""
+    found = list(ranker.score([item.text for item in items], [item.rationales for item in items]))
+    counts = [len(values) for values in found]
+    wanted = [len(item.rationales) for item in items]
+    if counts != wanted:
+        raise ValueError(
+            f"{_CALLER}: `ranker`.score must give one number for each sample, {wanted} of them, got {counts}"
+        )
+    for item, values in zip(items, found, strict=True):
+        item.scores = [_score(float(value)) for value in values]
+
+
+def _score(value: float | None) -> float | None:
+    """A sample's score; None where there is none."""
+    return None if value is None or math.isnan(value) else float(value)
 
 
 def solution(reference: str | None, pattern: str | None) -> str | None:

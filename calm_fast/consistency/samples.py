@@ -71,7 +71,13 @@ def _checked(line: str, where: str, scores: str | None, need_answer: bool) -> di
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as problem:
         raise ValueError(f"{where}: not JSON ({problem})") from problem
-    if not isinstance(row, dict):
+    check_row(row, where, scores, need_answer)
+    return row
+
+
+def check_row(row: Any, where: str, scores: str | None = None, need_answer: bool = True) -> None:
+    """Raise ValueError, its message beginning with `where`, unless `row` is as `read_rows` says."""
+    if not isinstance(row, Mapping):
         raise ValueError(f"{where}: expected an object with question, answer and generated_answer")
     for field in ("question", "answer"):
         if field == "answer" and not need_answer and row.get(field) is None:
@@ -83,10 +89,9 @@ def _checked(line: str, where: str, scores: str | None, need_answer: bool) -> di
         raise ValueError(f"{where}: `generated_answer` must be a list of strings, {_got(row, 'generated_answer')}")
     if scores is not None:
         _check_scores(row, scores, len(samples), where)
-    return row
 
 
-def _check_scores(row: dict[str, Any], field: str, count: int, where: str) -> None:
+def _check_scores(row: Mapping[str, Any], field: str, count: int, where: str) -> None:
     values = row.get(field)
     if not isinstance(values, list) or len(values) != count:
         got = f"got {len(values)} values" if isinstance(values, list) else _got(row, field)
@@ -97,7 +102,7 @@ def _check_scores(row: dict[str, Any], field: str, count: int, where: str) -> No
             raise ValueError(f"{where}: `{field}`[{place}] must be a finite number or null, got {value!r}")
 
 
-def _got(row: dict[str, Any], field: str) -> str:
+def _got(row: Mapping[str, Any], field: str) -> str:
     if field not in row:
         return "the field is missing"
     value = row[field]

@@ -20,7 +20,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from calm_fast._validate import bad_type, check_finite_number
 from calm_fast.consistency.prefix import PrefixReader, branch
+
+_CALLER = "SelfConsistency"
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,19 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        checks = {
-            "max_new_tokens": isinstance(self.max_new_tokens, int) and self.max_new_tokens >= 1,
-            "temperature": isinstance(self.temperature, (int, float)) and 0 <= self.temperature < float("inf"),
-            "top_k": self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 1),
-            "top_p": self.top_p is None or 0 < self.top_p <= 1,
-        }
-        for name, right in checks.items():
-            if not right:
-                raise ValueError(f"SelfConsistency: `{name}` is out of range, got {getattr(self, name)!r}")
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p"):
+            value = getattr(self, name)
+            if value is None and name.startswith("top"):
+                continue
+            check_finite_number(_CALLER, name, value)
+            whole = name in ("max_new_tokens", "top_k")
+            right = {"temperature": value >= 0, "top_p": 0 < value <= 1}.get(name, value >= 1)
+            if not right or (whole and not isinstance(value, int)):
+                raise ValueError(f"{_CALLER}: `{name}` is out of range, got {value!r}")
+        # a string is a sequence of strings too: every letter of it would end a sample
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise bad_type(_CALLER, "stop", "a sequence of strings, none of them empty", self.stop)
+        object.__setattr__(self, "stop", tuple(self.stop))
 
 
 @dataclass(frozen=True)

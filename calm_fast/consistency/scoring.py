@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from calm_fast._validate import bad_type
 from calm_fast.consistency.head import find_linear_head, hidden_states
 from calm_fast.consistency.prefix import PrefixReader, branch, check_model, evaluating
 
@@ -187,17 +188,19 @@ def _batches(asked: list[int], rows: list[list[int]], past: int, max_tokens: int
 def _token_ids(
     model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Text], completions: Sequence[Sequence[Text]]
 ) -> list[tuple[list[int], list[list[int]]]]:
-    if isinstance(prompts, str) or isinstance(completions, str) or len(prompts) != len(completions):
-        count = 1 if isinstance(completions, str) else len(completions)
+    for name, value in (("prompts", prompts), ("completions", completions)):
+        if isinstance(value, str) or not hasattr(value, "__len__"):
+            raise bad_type(_CALLER, name, "a sequence with one entry for each prompt", value)
+    if len(prompts) != len(completions):
         raise ValueError(
             f"{_CALLER}: `prompts` and `completions` must be sequences of one length (a list of completions for each "
-            f"prompt), got {1 if isinstance(prompts, str) else len(prompts)} and {count}"
+            f"prompt), got {len(prompts)} and {len(completions)}"
         )
     vocabulary = model.get_input_embeddings().weight.shape[0]
     pairs = []
     for i, (prompt, rows) in enumerate(zip(prompts, completions, strict=True)):
-        if isinstance(rows, str):
-            raise TypeError(f"{_CALLER}: `completions[{i}]` must be a list of completions, got a string")
+        if isinstance(rows, str) or not hasattr(rows, "__len__"):
+            raise bad_type(_CALLER, f"completions[{i}]", "a list of completions", rows)
         ids = _encode(tokenizer, prompt, f"prompts[{i}]", vocabulary)
         if not ids:
             raise ValueError(
@@ -213,8 +216,10 @@ def _encode(
     tokenizer: Any, text: Text, name: str, vocabulary: int, prompt: Text = (), prompt_ids: Sequence[int] | None = None
 ) -> list[int]:
     if not isinstance(text, str):
-        ids = text.tolist() if isinstance(text, torch.Tensor) else list(text)
-        if not all(isinstance(token, int) and 0 <= token < vocabulary for token in ids):
+        if not hasattr(text, "__iter__") or (isinstance(text, torch.Tensor) and text.dim() != 1):
+            raise bad_type(_CALLER, name, "a string or a sequence of token ids", text)
+        ids = text.tolist() if hasattr(text, "tolist") else list(text)
+        if not all(type(token) is int and 0 <= token < vocabulary for token in ids):
             raise ValueError(f"{_CALLER}: `{name}` must hold token ids in [0, {vocabulary}), got {ids[:8]}...")
         return ids
     if tokenizer is None:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from calm_fast import ops
+from calm_fast._validate import bad_type, check_finite_number
 from calm_fast.consistency.answers import extract_answer
 from calm_fast.consistency.consensus import (
     Question,
     SelfConsistencyResult,
     as_questions,
+    ranked,
     ready_questions,
     same_question,
     solution,
@@ -85,10 +87,20 @@ class SelfConsistency:
             raise TypeError(f"{_CALLER}: `ranker` must have score(questions, rationales), got {type(ranker).__name__}")
         if rule not in ("count", "weighted", "adaptive"):
             raise ValueError(f"{_CALLER}: `rule` must be 'count', 'weighted' or 'adaptive', got {rule!r}")
+        check_finite_number(_CALLER, "lam", lam)
         if isinstance(prompt, str) and "{question}" not in prompt:
             raise ValueError(f"{_CALLER}: `prompt` must have {{question}} in it, got {prompt!r}")
-        if confidence is not None and not 0.5 < confidence <= 1:
-            raise ValueError(f"{_CALLER}: `confidence` must be above 1/2 and at most 1, got {confidence!r}")
+        if not (prompt is None or isinstance(prompt, str) or callable(prompt)):
+            raise bad_type(_CALLER, "prompt", "a string, a callable or None", prompt)
+        if confidence is not None:
+            check_finite_number(_CALLER, "confidence", confidence)
+            if not 0.5 < confidence <= 1:
+                raise ValueError(f"{_CALLER}: `confidence` must be above 1/2 and at most 1, got {confidence!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise bad_type(_CALLER, "seed", "an integer", seed)
+        # what is used after sampling only: a mistake in it must not cost the samples
+        extract_answer("", pattern)
+        group_answers([], gold=None, equality=equality, **dict(grouping or {}))
         rounds = (n if confidence is None else min(n, 4)) if round_size is None else round_size
         for name, value in (("n", n), ("batch_size", batch_size), ("round_size", rounds)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -274,9 +286,7 @@ class SelfConsistency:
 
     def _vote(self, items: list[Question]) -> list[SelfConsistencyResult]:
         if self.ranker is not None:
-            scored = self.ranker.score([item.text for item in items], [item.rationales for item in items])
-            for item, values in zip(items, scored, strict=True):
-                item.scores = [float(value) for value in values]
+            ranked(items, self.ranker)
         gold = [solution(item.reference, self.pattern) for item in items]
         groups = self._groups(items, gold if any(text is not None for text in gold) else None)
         return voted(items, groups, gold, self.rule, self.lam)

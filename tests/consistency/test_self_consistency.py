@@ -264,8 +264,21 @@ def test_a_ranker_weights_the_vote_and_belongs_to_the_settings(tmp_path) -> None
         ({"batch_size": 2.0}, ValueError, "`batch_size` must be a positive integer"),
         ({"confidence": 0.5}, ValueError, "`confidence` must be above 1/2"),
         ({"prompt": "Q:"}, ValueError, "`prompt` must have {question} in it"),
+        ({"prompt": 3}, TypeError, "`prompt` must be a string, a callable or None, got int 3"),
+        ({"confidence": "high"}, TypeError, "`confidence` must be a finite number, got str"),
+        ({"lam": float("nan")}, ValueError, "`lam` must be finite, got nan"),
+        ({"seed": 1.5}, TypeError, "`seed` must be an integer, got float 1.5"),
+        ({"pattern": "("}, ValueError, "`pattern` is not a regular expression"),
+        ({"equality": "same"}, ValueError, "`equality` must be one of .*, got 'same'"),
+        ({"grouping": {"timeout": 0}}, ValueError, "`timeout` must be a positive number of seconds, got 0"),
+        ({"grouping": {"gold": ["1"]}}, TypeError, "gold"),
         ({"temperature": -1}, ValueError, "`temperature` is out of range, got -1"),
         ({"top_p": 0}, ValueError, "`top_p` is out of range"),
+        ({"top_p": "0.9"}, TypeError, "`top_p` must be a finite number, got str"),
+        ({"top_k": 1.5}, ValueError, "`top_k` is out of range, got 1.5"),
+        ({"max_new_tokens": True}, TypeError, "`max_new_tokens` must be a finite number, got bool"),
+        ({"stop": "###"}, TypeError, "`stop` must be a sequence of strings, none of them empty, got str '###'"),
+        ({"stop": [""]}, TypeError, "`stop` must be a sequence of strings"),
         ({"max_tokens": 3}, TypeError, "max_tokens"),
     ],
 )
@@ -284,10 +297,37 @@ def test_bad_questions_and_rows_are_named() -> None:
         consistency()([""])
     with pytest.raises(ValueError, match="`model` and `tokenizer` are needed to sample"):
         SelfConsistency(progress=False)(QUESTIONS)
-    with pytest.raises(ValueError, match="row 0 must have question"):
-        SelfConsistency(progress=False).from_samples([{"question": "x", "generated_answer": "y"}])
-    with pytest.raises(ValueError, match="`scores` of row 0 must have one entry per sample, got 1 for 4 samples"):
-        SelfConsistency(progress=False).from_samples([{**ROWS[0], "scores": [1.0]}])
+    ready = SelfConsistency(progress=False).from_samples
+    with pytest.raises(ValueError, match="row 0: `generated_answer` must be a list of strings, got str"):
+        ready([{"question": "x", "generated_answer": "y"}])
+    with pytest.raises(ValueError, match="row 0: `answer` must be a string, got int"):
+        ready([{**ROWS[0], "answer": 2}])
+    with pytest.raises(ValueError, match="row 0: `scores` must be a list of 4 numbers, .* got 1 values"):
+        ready([{**ROWS[0], "scores": [1.0]}])
+    for wrong in ("a", float("inf")):
+        with pytest.raises(ValueError, match=r"row 1: `scores`\[1\] must be a finite number or null, got "):
+            ready([ROWS[2], {**ROWS[1], "scores": [1.0, wrong]}])
+
+
+class Says:
+    """A ranker that gives what it was told to."""
+
+    def __init__(self, *scores: Any) -> None:
+        self.scores = scores
+
+    def score(self, questions: Any, rationales: Any) -> Any:
+        return self.scores
+
+
+def test_a_ranker_gives_every_sample_its_score_or_none(tmp_path) -> None:
+    for wrong in ([0.1], [0.1, 0.2, 0.3]):
+        with pytest.raises(
+            ValueError, match=r"`ranker`.score must give one number for each sample, \[2\] of them, got"
+        ):
+            SelfConsistency(ranker=Says(torch.tensor(wrong)), progress=False).from_samples(ROWS[1:2])
+    unsure = SelfConsistency(ranker=Says(torch.tensor([float("nan"), 0.5])), progress=False)
+    result = unsure.from_samples(ROWS[1:2], out=tmp_path / "votes.jsonl")[0]  # JSON knows no NaN
+    assert result.scores == [None, 0.5] and result.total == 3.0
 
 
 def test_modes_are_left_as_they_were_and_padding_is_no_token_of_the_prompt() -> None:
