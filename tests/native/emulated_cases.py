@@ -100,7 +100,7 @@ FEW: dict[str, Callable[[], list[Case]]] = {
     ],
     "cross_attention": lambda: [
         _attention("decode-gqa-causal", b=1, m=3, n=131, h=4),  # 6 rows: two missing from the tile
-        _attention("packed", b=1, m=4, n=70, h=1),  # two lanes share a row
+        _attention("packed", b=1, m=4, n=70, h=1, d=72),  # four lanes share a row
         _attention("scattered", _BF16, b=1, m=1, n=200, h=1, d=72),
         _attention("no-keys", b=1),
     ],
