@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -109,11 +110,14 @@ def _runs(torch: Any, op: str, impl: str) -> str:
         return f"yes, for {' and '.join(served)} tensors" if served else f"no: {next(iter(whys.values()))}"
     if impl != "triton":
         return "yes"
+    kernels = f"calm_fast.kernels.{op}"
+    if importlib.util.find_spec(kernels) is None:
+        return "no: this op has no Triton kernel"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     why = _dispatch.triton_obstacle(device)
     if why:
         return f"no: {why}"
-    _, problem = _load(f"calm_fast.kernels.{op}")
+    _, problem = _load(kernels)
     if problem:
         return f"no: its kernels cannot be imported ({problem})"
     return "yes, in Triton's CPU interpreter" if _dispatch.triton_interpreted() else "yes"

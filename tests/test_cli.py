@@ -137,11 +137,13 @@ def test_env_says_why_triton_does_not_run_here(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("Triton does run here: there is a GPU")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    report = env_report.collect()["implementations"]["cross_attention"]
-    assert report["triton"] == "no: CPU tensors need TRITON_INTERPRET=1 in the environment"
+    report = env_report.collect()["implementations"]
+    assert report["cross_attention"]["triton"] == "no: CPU tensors need TRITON_INTERPRET=1 in the environment"
+    assert report["vote"]["triton"] == report["maj_at_k"]["triton"] == "no: this op has no Triton kernel"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    report = env_report.collect()["implementations"]["cross_attention"]
-    assert report["triton"] == "yes, in Triton's CPU interpreter"
+    report = env_report.collect()["implementations"]
+    assert report["cross_attention"]["triton"] == "yes, in Triton's CPU interpreter"
+    assert report["vote"]["triton"] == "no: this op has no Triton kernel"
 
 
 @pytest.fixture
