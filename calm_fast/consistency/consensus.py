@@ -150,8 +150,8 @@ def _score(value: float | None) -> float | None:
 
 
 def solution(reference: str | None, pattern: str | None) -> str | None:
-    """The answer of a reference: what a solution ends in, or the reference itself."""
-    return None if reference is None else extract_answer(reference, pattern) or reference
+    """The answer of a reference: what a solution ends in, or the reference itself; None where it is blank."""
+    return extract_answer(reference, pattern) or reference if reference and reference.strip() else None
 
 
 def same_question(item: Question, row: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ import math
 import pytest
 from typer.testing import CliRunner
 
+from calm_fast import SelfConsistency
 from calm_fast.cli import app
 from calm_fast.consistency import write_rows
 from calm_fast.consistency.vote_report import VoteSettings, run
@@ -153,3 +154,14 @@ def test_the_numbers_of_real_samples(shared_data, tmp_path) -> None:
     assert results["any"]["8"] == pytest.approx(0.602, abs=0.005)
     assert results["single"] == results["majority"]["1"] == pytest.approx(results["any"]["1"])
     assert report.timeouts == 0
+
+
+def test_a_blank_right_answer_is_none(tmp_path) -> None:
+    rows = [{**ROWS[0], "answer": " "}, {"question": "e", "answer": "", "generated_answer": ["?"]}, ROWS[0]]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    report = run(tmp_path / "rows.jsonl", tmp_path / "out", VoteSettings(workers=1), progress=False)
+    assert report.ungraded == 2 and report.results["questions"] == 1
+    (vote,) = map(json.loads, (tmp_path / "out" / "votes.jsonl").read_text().splitlines())
+    assert (vote["row"], vote["gold"], vote["right"]) == (2, r"\frac{1}{2}", True)
+    blank, _, known = SelfConsistency(rule="count", progress=False).from_samples(rows)
+    assert blank.credit is None and blank.answer == "0.5" and known.credit == 1.0
