@@ -13,7 +13,7 @@ NATIVE := $(VENV)/.calm-fast-native
 LOG := $(VENV)/set-up.log
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test lint codegen cuda-gate sanitize wheel-check bench clean
+.PHONY: help setup native demo test lint codegen cuda-gate sanitize wheel-check bench results clean
 
 help:
 	@echo "make demo         set up, then run the main job: calm-fast demo (about 4 minutes on 2 cores)"
@@ -24,6 +24,7 @@ help:
 	@echo "make sanitize     the C++ code and the emulated CUDA kernels under ASan and UBSan"
 	@echo "make wheel-check  build sdist and wheel, check what they hold and that they install"
 	@echo "make bench        speed against strong baselines on this machine"
+	@echo "make results      write README's tables from the committed rows in benchmarks/results/"
 	@echo "make native       compile what changed in csrc/ (set-up and test do it by themselves)"
 	@echo "make setup        only the set-up (done once, again when pyproject.toml or setup.py change)"
 	@echo "make clean        remove $(VENV) and build leftovers"
@@ -103,6 +104,10 @@ wheel-check: $(STAMP)
 bench: $(STAMP) $(NATIVE)
 	@echo "[bench] measuring against strong baselines on this machine"
 	@"$(VENV)/bin/calm-fast" bench $(ARGS)
+
+results: $(STAMP)
+	@echo "[results] README's tables, from the newest rows of every case in benchmarks/results/"
+	@"$(PY)" -m calm_fast.benchmarks.results_table $(ARGS)
 
 clean:
 	@echo "[clean] removing $(VENV), build/, dist/, egg-info and the compiled library"

@@ -1,0 +1,164 @@
+"""README's tables of results, from the committed rows: `python -m calm_fast.benchmarks.results_table` (`make results`).
+
+Reads benchmarks/results/*.jsonl, takes the newest rows of every case, and writes between two markers of README.md. A
+case of the quick suite that has a target but no rows is listed as not measured. CPU and GPU have a table each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calm_fast.benchmarks.registry import REGISTRY, Case, cases
+from calm_fast.benchmarks.report.facts import ABSENT, MET, Row, Verdict, best, number, times, verdicts
+from calm_fast.benchmarks.report.text import goal_texts, growth_lines, red_texts, table
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- results: written by `make results` -->", "<!-- end of results -->"
+_TITLES = {"cpu": "CPU", "cuda": "GPU"}
+_HEADINGS = ("case", "faster than the best baseline", "its peak memory / ours", "measured / floor", "target", "commit")
+
+
+def read(files: Iterable[Path]) -> list[list[Row]]:
+    """Groups of rows: each is one case of one run.
+
+    Raises:
+        ValueError: a line that is no row, with its place.
+    """
+    groups: list[list[Row]] = []
+    for file in files:
+        last: list[Row] = []
+        for number_, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+                key = row["case"], row["device"], row["commit"]
+                again = row["impl"] in {r["impl"] for r in last}
+            except (ValueError, TypeError, KeyError) as problem:
+                raise ValueError(f"{file.name}, line {number_}: no row of a benchmark: {problem!r}") from problem
+            if again or not last or key != (last[0]["case"], last[0]["device"], last[0]["commit"]):
+                groups.append(last := [])
+            last.append(row)
+    return groups
+
+
+def kind(row: Row) -> str:
+    """ "cpu" or "cuda", from the device's name: a CPU's ends with its threads."""
+    return "cpu" if " thread" in row["device"] else "cuda"
+
+
+def newest(groups: Iterable[Sequence[Row]], device: str) -> dict[str, Sequence[Row]]:
+    """The latest group of each case on that kind of device; runs with cold caches are another thing and left out."""
+    found: dict[str, Sequence[Row]] = {}
+    for group in groups:
+        first = group[0]
+        if kind(first) != device or first["device"].endswith("cold cache"):
+            continue
+        held = found.get(first["case"])
+        if held is None or first["date"] >= held[0]["date"]:
+            found[first["case"]] = group
+    return found
+
+
+def listed(device: str, measured: Iterable[str]) -> list[Case]:
+    """The cases of a table: the quick suite's with a target, and whatever was measured, in the registry's order."""
+    names, found = set(measured), {}
+    for op in REGISTRY:
+        for suite in ("quick", "full"):
+            for case in cases(op, torch.device(device), suite):
+                if case.name in names or (suite == "quick" and case.targets and case.series is None):
+                    found.setdefault(case.name, case)
+    return list(found.values())
+
+
+def _line(v: Verdict, absolute: bool) -> list[str]:
+    goals = "; ".join([f"**wrong** {text}" for text in red_texts(v)] + goal_texts(v))
+    if v.ours is None:
+        goals = "; ".join(g.wanted for g in v.goals) if not v.red else goals
+        return [f"`{v.name}`", "**wrong**" if v.red else ABSENT, "", "", goals, ""]
+    took = f"{number(v.ours['ms'])} ms, " if absolute else ""
+    faster = f"{took}**{times(v.ratio)}** {v.rival['impl']}" if v.ratio else f"{took}no baseline ran"
+    least = best(v.rows, v.yardsticks, "peak_bytes")
+    memory = times(least["peak_bytes"] / v.ours["peak_bytes"]) if least and v.ours["peak_bytes"] else ""
+    commit = v.ours["commit"] or ""
+    short = commit[:7] + ("-dirty" if commit.endswith("-dirty") else "")
+    return [f"`{v.name}`", faster, memory, times(v.above_floor), goals, short]
+
+
+def section(groups: Sequence[Sequence[Row]], device: str) -> list[str]:
+    """One device's lines of markdown."""
+    latest = newest(groups, device)
+    chosen = listed(device, latest)
+    rows = [row for case in chosen for row in latest.get(case.name, ())]
+    found = verdicts(rows, chosen)
+    lines = [f"### {_TITLES[device]}", ""]
+    settings = list(dict.fromkeys(_setting(row) for row in rows))
+    if not settings:
+        lines += [
+            "No row of these cases is committed yet; the targets are what a measurement will be held against.",
+            "",
+        ]
+    for text in settings:
+        lines += [text, ""]
+    shown = [v for v in found if v.series is None]
+    lines += [*table(_HEADINGS, [_line(v, device == "cuda") for v in shown]), ""]
+    states = [goal.state for v in shown for goal in v.goals]
+    lines.append(f"Targets: {states.count(MET)} of {len(states)} met, {states.count(ABSENT)} not measured.")
+    lines += [f"Scaling: {line}." for line in growth_lines(found)]
+    return [*lines, ""]
+
+
+def _setting(row: Row) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items() if name != "calm_fast")
+    return f"{row['device']}; {versions}; {row['date'][:10]}."
+
+
+def render(groups: Sequence[Sequence[Row]]) -> str:
+    """What stands between the markers, markers included."""
+    lines = [BEGIN, ""]
+    for device in _TITLES:
+        lines += section(groups, device)
+    return "\n".join([*lines, END])
+
+
+def insert(text: str, block: str) -> str:
+    """`text` with `block` in the place of what its markers enclose.
+
+    Raises:
+        ValueError: not exactly one pair of markers.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"README.md needs one line {BEGIN!r} and after it one line {END!r}")
+    return text[: text.index(BEGIN)] + block + text[text.index(END) + len(END) :]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write README's tables, or with --check say whether they are up to date."""
+    parser = argparse.ArgumentParser(
+        prog="python -m calm_fast.benchmarks.results_table", description=__doc__.split(":")[0]
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README is not up to date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of .jsonl files")
+    args: Any = parser.parse_args(argv)
+    try:
+        before = args.readme.read_text(encoding="utf-8")
+        after = insert(before, render(read(sorted(args.results.glob("*.jsonl")))))
+    except (OSError, ValueError) as problem:
+        print(f"results_table: {problem}", file=sys.stderr)
+        return 2
+    if args.check:
+        print("README's tables are up to date" if before == after else "README's tables are old: run `make results`")
+        return int(before != after)
+    args.readme.write_text(after, encoding="utf-8")
+    print(f"{args.readme.name}: {'unchanged' if before == after else 'written'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
