@@ -87,6 +87,21 @@ def check_finite_number(op: str, name: str, value: Any) -> None:
         raise bad_value(op, name, "finite", str(value))
 
 
+def check_pair(op: str, name: str, value: Any, halves: str) -> tuple[float, float]:
+    """`value` as a pair: two finite numbers, or one for both. halves: what the two are, for the message."""
+    expected = f"a number or a pair ({halves})"
+    if not isinstance(value, (tuple, list)):
+        if not isinstance(value, numbers.Real):
+            raise bad_type(op, name, expected, value)
+        check_finite_number(op, name, value)
+        return float(value), float(value)
+    if len(value) != 2:
+        raise bad_value(op, name, expected, f"{len(value)} entries")
+    for i, number in enumerate(value):
+        check_finite_number(op, f"{name}[{i}]", number)
+    return float(value[0]), float(value[1])
+
+
 def check_bool(op: str, name: str, value: Any) -> None:
     """Check that `value` is a bool."""
     if not isinstance(value, bool):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from calm_fast import _native
 from calm_fast._dispatch import Decision, check_impl, refuse, triton_obstacle
-from calm_fast._validate import bad_type, bad_value, check_finite_number, check_tensor
+from calm_fast._validate import bad_type, bad_value, check_pair, check_tensor
 from calm_fast.reference.dual_lora import dual_lora_reference
 from calm_fast.torch_impl.dual_lora import (
     Folded,
@@ -71,7 +70,7 @@ def dual_lora(
     """
     factors = (a_pos, b_pos, a_neg, b_neg, w_q, w_k)
     decision = decide(x, y, *factors, value, scaling=scaling, activation=activation, impl=impl)
-    pair = _pair(scaling)
+    pair = check_pair(_OP, "scaling", scaling, "pos, neg")
     with torch.autocast(y.device.type, enabled=False):
         if decision.impl == "reference":
             return dual_lora_reference(x, y, *factors, value, pair, activation)
@@ -195,12 +194,6 @@ def _apply(zg: torch.Tensor, y: torch.Tensor, folded: Folded, r_pos: int, impl: 
     return out.view(y.shape)
 
 
-def _pair(scaling: float | tuple[float, float]) -> tuple[float, float]:
-    if isinstance(scaling, (tuple, list)):
-        return float(scaling[0]), float(scaling[1])
-    return float(scaling), float(scaling)
-
-
 def _check(x: torch.Tensor, y: torch.Tensor, factors: dict[str, torch.Tensor], value: Sequence[torch.Tensor]) -> None:
     for name, t, letters in (("x", x, "(..., d_in)"), ("y", y, "(..., d_out)")):
         if not isinstance(t, torch.Tensor):
@@ -247,15 +240,7 @@ def _check_options(value: Sequence[torch.Tensor], scaling: Any, activation: Any)
         raise bad_value(_OP, "activation", "'none' or 'gelu'", repr(activation))
     if activation == "gelu" and len(value) != 2:
         raise bad_value(_OP, "value", "two factors (c1, c2) where activation='gelu'", f"{len(value)} factor")
-    if isinstance(scaling, (tuple, list)):
-        if len(scaling) != 2:
-            raise bad_value(_OP, "scaling", "a number or a pair (pos, neg)", f"{len(scaling)} entries")
-        for i, s in enumerate(scaling):
-            check_finite_number(_OP, f"scaling[{i}]", s)
-    elif isinstance(scaling, numbers.Real):
-        check_finite_number(_OP, "scaling", scaling)
-    else:
-        raise bad_type(_OP, "scaling", "a number or a pair (pos, neg)", scaling)
+    check_pair(_OP, "scaling", scaling, "pos, neg")
 
 
 # ---- the registered ops: what torch.compile, export, FSDP and opcheck see -------------------------------------------
@@ -290,7 +275,8 @@ for _name in ("dual_lora_fwd", "dual_lora_bwd", "dual_lora_gelu_fwd", "dual_lora
 
 
 @torch.library.register_fake("calm_fast::dual_lora_fwd", lib=_lib)
-def _fwd_fake(zg, y, up, r_pos):
+@torch.library.register_fake("calm_fast::dual_lora_native", lib=_lib)
+def _fwd_fake(zg, y, up, *rest):
     return y.new_empty(y.shape)
 
 
@@ -396,11 +382,6 @@ def _native_fwd_cuda(zg, y, up, c1, c2, packed_c1, packed_last, r_pos):
     if c1.shape[0] <= CUDA_MAX_FUSED:
         return library._native_dual_lora_update(zg, y, up, u, c2.contiguous(), r_pos)
     return torch.addmm(y, library._native_dual_lora_mix(zg, u, up, r_pos), c2.mT)
-
-
-@torch.library.register_fake("calm_fast::dual_lora_native", lib=_lib)
-def _native_fwd_fake(zg, y, up, c1, c2, packed_c1, packed_last, r_pos):
-    return y.new_empty(y.shape)
 
 
 def _native_setup(ctx, inputs, output):
