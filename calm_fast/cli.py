@@ -155,6 +155,15 @@ app.add_typer(rank, name="rank")
 _Rows = Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="DATA", help="JSONL rows, .gz or plain.")]
 
 
+def _check_device(device: str | None) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:  # the latter where torch is built without CUDA
+        raise typer.BadParameter(f"{device!r} cannot be used: {problem}", param_hint="--device") from problem
+
+
 @rank.command("train")
 def rank_train(
     data: _Rows,
@@ -171,6 +180,7 @@ def rank_train(
     dtype: Annotated[str, typer.Option(help="Of a frozen model: float32, bfloat16 or float16.")] = "float32",
     holdout: Annotated[float, typer.Option(min=0, max=0.9, help="Share of questions to judge on.")] = 0.1,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only so many rows.")] = None,
+    answer_regex: Annotated[str | None, typer.Option(help="Finds answers where nothing else does.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that compare answers.")] = None,
     device: Annotated[str | None, typer.Option(help="For instance cuda. Default: cpu.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -187,6 +197,7 @@ def rank_train(
 
     if dtype not in ("float32", "bfloat16", "float16") or (train_backbone and dtype != "float32"):
         raise typer.BadParameter("float32, or of a frozen model bfloat16 or float16", param_hint="--dtype")
+    _check_device(device)
     _folder(out)
     try:
         settings = RankerSettings(
@@ -195,7 +206,8 @@ def rank_train(
         )  # fmt: skip
         results = run_training(
             read_rows(data, limit), model, out, settings, train_backbone=train_backbone, max_length=max_length,
-            dtype=getattr(torch, dtype), hidden=hidden, holdout=holdout, workers=workers, device=device,
+            dtype=getattr(torch, dtype), hidden=hidden, holdout=holdout, pattern=answer_regex, workers=workers,
+            device=device,
         )  # fmt: skip
     except (ValueError, OSError) as problem:
         raise typer.BadParameter(str(problem)) from problem
@@ -218,6 +230,7 @@ def rank_score(
     from calm_fast.consistency.ranker_pipeline import run_scoring
     from calm_fast.consistency.samples import read_rows
 
+    _check_device(device)
     _folder(out.parent)
     try:
         run_scoring(read_rows(data, limit, need_answer=False), ranker, out, backbone=backbone, device=device)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from calm_fast.consistency.answers import extract_answer
+from calm_fast.consistency.consensus import solution
 from calm_fast.consistency.journal import Journal
 from calm_fast.consistency.ranker import Ranker, fingerprint
 from calm_fast.consistency.ranker_losses import PairAccuracy, pair_accuracy
@@ -25,16 +26,22 @@ _STEP = 32  # questions scored and written at once
 
 
 def label_rationales(
-    rows: Rows, *, cache_dir: str | os.PathLike | None = None, workers: int | None = None, progress: bool = False
+    rows: Rows,
+    *,
+    pattern: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    workers: int | None = None,
+    progress: bool = False,
 ) -> list[torch.Tensor]:
     """Per row (K,) bool: whether each rationale's answer equals the row's; one without an answer is wrong.
 
-    A row whose own answer cannot be found gets an empty tensor: nobody knows which of its rationales are right.
+    The row's answer is what a solution ends in, or the text itself, as in `calm-fast vote`; a row where it is blank
+    gets an empty tensor: nobody knows which of its rationales are right. pattern: last resort of `extract_answer`.
     """
     from calm_fast.consistency.grouping import group_answers
 
-    gold = [extract_answer(row["answer"]) for row in rows]
-    answers = [[extract_answer(r) for r in row["generated_answer"]] for row in rows]
+    gold = [solution(row["answer"], pattern) for row in rows]
+    answers = [[extract_answer(r, pattern) for r in row["generated_answer"]] for row in rows]
     groups = group_answers(answers, gold=gold, workers=workers, cache_dir=cache_dir, progress=progress)
     labels = []
     for i, row in enumerate(rows):
@@ -82,6 +89,7 @@ def run_training(
     dtype: torch.dtype = torch.float32,
     hidden: int = 256,
     holdout: float = 0.1,
+    pattern: str | None = None,
     workers: int | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
@@ -91,10 +99,12 @@ def run_training(
         rows: question, answer, generated_answer. model: folder or name of the backbone.
         out: gets ranker/ (`Ranker.from_pretrained`), results.json, and what resuming needs.
         holdout: share of the questions that training does not see and that the ranker is judged on.
+        pattern: last resort of `extract_answer`.
     Raises:
         ValueError: `out` belongs to another run, or no question has both right and wrong rationales.
     """
     settings = settings or RankerSettings()
+    extract_answer("", pattern)  # a bad pattern is an error before any work
     if not 0 <= holdout < 1:
         raise ValueError(f"holdout: expected a share of at least 0 and below 1, got {holdout}")
     out = Path(out)
@@ -106,9 +116,10 @@ def run_training(
     identity = {
         "settings": decisive, "train_backbone": train_backbone, "max_length": ranker.max_length, "hidden": hidden,
         "dtype": str(dtype), "holdout": holdout, "backbone": fingerprint(ranker.backbone), "rows": _digest(rows),
+        "pattern": pattern,
     }  # fmt: skip
     _claim(out / "identity.json", identity, "a run")
-    labels = _kept_labels(out / "labels.json", rows, out / "answers", workers, settings.progress)
+    labels = _kept_labels(out / "labels.json", rows, pattern, out / "answers", workers, settings.progress)
     known = [i for i, row in enumerate(labels) if len(row)]
     held = _held_out(known, holdout, settings.seed)
     seen = [i for i in known if i not in held]
@@ -186,9 +197,11 @@ def run_scoring(
     return out
 
 
-def _kept_labels(file: Path, rows: Rows, cache_dir: Path, workers: int | None, progress: bool) -> list[torch.Tensor]:
+def _kept_labels(
+    file: Path, rows: Rows, pattern: str | None, cache_dir: Path, workers: int | None, progress: bool
+) -> list[torch.Tensor]:
     if not file.is_file():
-        labels = label_rationales(rows, cache_dir=cache_dir, workers=workers, progress=progress)
+        labels = label_rationales(rows, pattern=pattern, cache_dir=cache_dir, workers=workers, progress=progress)
         _write(file, [row.int().tolist() for row in labels])
     return [torch.tensor(row, dtype=torch.bool) for row in json.loads(file.read_text(encoding="utf-8"))]
 

@@ -41,10 +41,16 @@ def test_labels_are_right_where_the_answer_is():
     expected = truth(content)
     content[3]["generated_answer"].insert(0, "no answer here")
     expected[3] = torch.cat([torch.tensor([False]), expected[3]])
-    content.append({**content[0], "answer": "nothing boxed"})
-    labels = label_rationales(content, workers=1)
-    assert len(labels) == 13 and len(labels[12]) == 0  # nobody knows
-    assert all(torch.equal(a, b) for a, b in zip(labels[:12], expected, strict=True))
+    content.append({**content[0], "answer": " "})
+    bare = content[0]["answer"].rpartition("{")[2].rstrip("}.")
+    marked = [text.replace("\\boxed {", "####").replace(" }", "") for text in content[0]["generated_answer"]]
+    content += [{**content[0], "answer": bare}, {**content[0], "answer": f"so #### {bare}", "generated_answer": marked}]
+    labels = label_rationales(content, pattern=r"#### (.*)", workers=1)
+    assert len(labels) == 15 and len(labels[12]) == 0  # nobody knows
+    assert expected[0].any() and not expected[0].all()
+    expected += [labels[12], expected[0], expected[0]]  # the answer alone, and where only the pattern finds it
+    assert all(torch.equal(a, b) for a, b in zip(labels, expected, strict=True))
+    assert not label_rationales(content[14:], workers=1)[0].any()
 
 
 def test_train_then_score_then_judge(model, tmp_path):
@@ -149,10 +155,13 @@ def test_bad_usage_is_one_line_and_exit_2(model, tmp_path):
         ((*base, "--epochs", 2), "other settings"),
         ((*base, "--loss", "hinge"), "loss: expected one of"),
         ((*base, "--train-backbone", "--dtype", "bfloat16"), "--dtype"),
+        ((*base, "--device", "nowhere"), "'nowhere' cannot be used"),
+        ((*base, "--answer-regex", "("), "`pattern` is not a regular expression"),
         (("train", tmp_path / "no", "--model", model, "--out", tmp_path / "x"), "does not exist"),
         (("train", broken, "--model", model, "--out", tmp_path / "x"), "generated_answer"),
         (("train", file, "--model", tmp_path / "none", "--out", tmp_path / "x"), "none"),
         (("score", file, "--ranker", tmp_path, "--out", tmp_path / "x.jsonl"), "no ranker.json"),
+        (("score", file, "--ranker", tmp_path / "run", "--out", tmp_path / "x", "--device", "nowhere"), "--device"),
     ):
         result = invoke(*arguments)
         assert result.exit_code == 2 and named in " ".join(result.output.split()), result.output
