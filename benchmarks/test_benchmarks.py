@@ -17,14 +17,14 @@ from calm_fast.benchmarks.timing import Budget
 
 
 def _device(config: pytest.Config) -> torch.device:
-    wanted = config.getoption("--bench-device")
+    wanted = config.getoption("--bench-device", "auto")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--bench-device cuda: torch {torch.__version__} sees no GPU")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    device, suite = _device(metafunc.config), metafunc.config.getoption("--suite")
+    device, suite = _device(metafunc.config), metafunc.config.getoption("--suite", "quick")
     found = [case for op in REGISTRY for case in cases(op, device, suite)]
     each = [
         pytest.param(case, contestant.name, id=f"{case.name}-{contestant.name}")
@@ -38,7 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def prepared(request: pytest.FixtureRequest):
     """prepared(case): checked and ready to be timed; the latest case is kept, so that its contestants share inputs."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(request.config.getoption("--threads"))
+    torch.set_num_threads(request.config.getoption("--threads", 1))
     device = _device(request.config)
     setting = Setting(device, machine.device_name(device), machine.versions(), machine.commit(), Budget())
     kept: dict[str, Ready] = {}

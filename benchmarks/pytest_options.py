@@ -1,4 +1,4 @@
-"""Options of `pytest benchmarks --benchmark-only`, the same cases through pytest-benchmark."""
+"""Options of `pytest benchmarks --benchmark-only`; pytest.ini beside this file names it as a plugin."""
 
 from __future__ import annotations
 
