@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("torch", "triton", "transformers")
+_PACKAGES = ("torch", "triton", "transformers", "numpy", "peft", "liger-kernel", "cut-cross-entropy")
 
 
 def device_name(device: torch.device) -> str:

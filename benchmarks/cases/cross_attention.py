@@ -23,15 +23,18 @@ def _cpu(device: torch.device, full: bool) -> list[Case]:
     infer = {"b": 1, "m": 1024, "n": 1024, "da": 1024, "db": 2048, "h": 16, "d": 128}
     train = {"b": 8, "m": 1024, "n": 1024, "da": 512, "db": 768, "h": 12, "d": 64, "train": True}
     step = {"b": 4, "m": 1, "n": 1024, "da": 1024, "db": 2048, "h": 16, "d": 128, "cached": True}
+    cache = {name: step[name] for name in "bmnhd"}  # x5_decode without projections and the cache's concatenation
     inference = (Target("calm_fast", "eager", 1.5), Target("calm_fast", "unfolded_sdpa", 1.25))
     training = (Target("calm_fast", "eager", 1.5),)
     found = [
         layer_case("x4_layer_inference", LayerShape(**infer), fp32, device, inference, compiled=full),
         layer_case("x4_layer_training", LayerShape(**train), fp32, device, training, compiled=full, check_batch=1),
-        core_case("x1_core", CoreShape(**plain), fp32, device),
-        core_case("x2_core_training", CoreShape(**plain, train=True), fp32, device),
-        core_case("x3_intervals", CoreShape(**texts), fp32, device),
+        core_case("x1_core", CoreShape(**plain), fp32, device, flex=full),
+        core_case("x2_core_training", CoreShape(**plain, train=True), fp32, device, flex=full),
+        core_case("x3_intervals", CoreShape(**texts), fp32, device, flex=full),
         layer_case("x5_decode", LayerShape(**step), fp32, device, compiled=full),
+        core_case("x5_core_decode", CoreShape(**cache), fp32, device, flex=full),
+        core_case("x5_core_decode_bfloat16", CoreShape(**cache), torch.bfloat16, device),
     ]
     if full:
         causal_train = LayerShape(**train, causal=True)
@@ -39,6 +42,7 @@ def _cpu(device: torch.device, full: bool) -> list[Case]:
             layer_case("x4_layer_inference_causal", LayerShape(**infer, causal=True), fp32, device, inference),
             layer_case("x4_layer_training_causal", causal_train, fp32, device, training, check_batch=1),
             core_case("x3_intervals_training", CoreShape(**texts, train=True), fp32, device),
+            core_case("x5_core_decode_b1", CoreShape(**{**cache, "b": 1, "n": 4096}), fp32, device),
         ]
     return found
 

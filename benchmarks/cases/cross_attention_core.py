@@ -14,6 +14,7 @@ from calm_fast.benchmarks.baselines.cross_attention import explicit_attention, v
 from calm_fast.benchmarks.cases.alignment import aligned_intervals
 from calm_fast.benchmarks.graphs import graphed
 from calm_fast.benchmarks.registry import CannotRunError, Case, Contestant, Inputs, Target, Thunk, Values
+from calm_fast.ops.cross_attention import NATIVE_MAX_QUERIES
 
 OP = "cross_attention"
 _BACKENDS = {
@@ -68,8 +69,11 @@ def _make(s: CoreShape, dtype: torch.dtype, device: torch.device) -> Callable[[i
         g = torch.Generator(device).manual_seed(seed)
         lengths = {"q": s.m, "k": s.n, "v": s.n} | ({"dout": s.m} if s.train else {})
         inputs = {
-            name: torch.randn(s.b, t, s.h, s.d, generator=g, device=device).to(dtype) for name, t in lengths.items()
+            name: torch.randn(s.b, s.h, t, s.d, generator=g, device=device).to(dtype).transpose(1, 2)
+            for name, t in lengths.items()
         }
+        if s.m > 1:  # fresh from a projection; one query reads a cache, which transformers keeps head by head
+            inputs = {name: t.contiguous() for name, t in inputs.items()}
         if (bounds := s.intervals(0)) is not None:  # always the text that `flops` counted
             inputs["lo"], inputs["hi"] = (t.to(device) for t in bounds)
         return inputs
@@ -161,6 +165,8 @@ def _flex(s: CoreShape) -> Callable[[Inputs], Thunk]:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         device = inputs["q"].device
+        if s.train and device.type == "cpu":
+            raise CannotRunError("FlexAttention has no backward on a CPU")
         if s.documents:
             lo, hi = inputs["lo"], inputs["hi"]
 
@@ -192,10 +198,22 @@ def _definition(s: CoreShape) -> Callable[[Inputs, torch.dtype], Values]:
 
 
 def core_case(
-    name: str, s: CoreShape, dtype: torch.dtype, device: torch.device, targets: Sequence[Target] = ()
+    name: str,
+    s: CoreShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    targets: Sequence[Target] = (),
+    *,
+    flex: bool = False,
 ) -> Case:
-    """One measurement of the attention core; on a GPU against every SDPA backend and compiled FlexAttention."""
-    contestants = [Contestant(impl, _ours(s, impl), ours=True) for impl in ("auto", "torch")]
+    """One measurement of the attention core; on a GPU against every SDPA backend and compiled FlexAttention.
+
+    flex: compiled FlexAttention on a CPU too, where torch has it for inference only.
+    """
+    impls = ["auto", "torch"]
+    if s.m <= NATIVE_MAX_QUERIES and _native.obstacle(OP, device.type) is None:
+        impls.append("native")
+    contestants = [Contestant(impl, _ours(s, impl), ours=True) for impl in impls]
     if device.type == "cuda":
         contestants.append(Contestant("triton", _ours(s, "triton"), ours=True))
         contestants.append(Contestant("flex_attention", _flex(s)))
@@ -206,6 +224,8 @@ def core_case(
     else:
         contestants.append(Contestant("sdpa", _sdpa(s)))
     contestants.append(Contestant("eager", _eager(s)))
+    if flex:
+        contestants.append(Contestant("flex_attention", _flex(s)))
     headline = "triton" if device.type == "cuda" else "auto"
     small = _make(replace(s, b=1), dtype, device) if s.b > 1 else None
     return Case(

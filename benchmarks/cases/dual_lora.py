@@ -283,9 +283,10 @@ def _cpu(device: torch.device, full: bool) -> list[Case]:
     small = {"t": 1024, "d": 768, "r": 8}
     for variant in ("released", "paper"):
         s = Shape(**small, variant=variant, train=True)
-        found.append(layer_case(f"d1_training_{variant}", s, fp32, device, compiled=full))
+        found.append(layer_case(f"d1_training_{variant}", s, fp32, device, compiled=full, packages=True))
         if full:
-            found.append(layer_case(f"d1_layer_{variant}", Shape(**d1, variant=variant), fp32, device, compiled=True))
+            whole = Shape(**d1, variant=variant)
+            found.append(layer_case(f"d1_layer_{variant}", whole, fp32, device, compiled=True, packages=True))
             found.append(layer_case(f"d2_decode_{variant}", Shape(**d1 | {"t": 1}, variant=variant), fp32, device))
     return found
 

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 
 from calm_fast import _native
 from calm_fast.benchmarks.baselines.vocabulary import imported, log_softmax_logprob, mean_cross_entropy
-from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Target, Thunk, Values
+from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Series, Target, Thunk, Values
 
 OP = "linear_logprob"
+VOCABULARY = Series("log-probabilities, size of the vocabulary", "V")
+POINT = 0.1  # a point's share of the timing budget
 Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # of hidden, weight, targets
 
 
@@ -125,7 +127,12 @@ def _liger(inputs: Inputs) -> Thunk:
 
 def _cut_cross_entropy(inputs: Inputs) -> Thunk:
     loss = imported("cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy")
-    return _run(lambda hidden, weight, targets: -loss(hidden, weight, targets, reduction="none"))(inputs)
+
+    def compute(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        # its filter leaves small probabilities out of the gradient: with random weights, all of them
+        return -loss(hidden, weight, targets, reduction="none", filter_eps=None)
+
+    return _run(compute)(inputs)
 
 
 def logprob_case(
@@ -135,8 +142,13 @@ def logprob_case(
     device: torch.device,
     targets: Sequence[Target] = (),
     packages: bool = False,
+    series: Series | None = None,
+    share: float = 1.0,
 ) -> Case:
-    """One measurement; `product` is the bare GEMM (not where gradients are wanted). packages: also other packages'."""
+    """One measurement; `product` is the bare GEMM (not where gradients are wanted). packages: also other packages'.
+
+    A point of a series has two contestants only.
+    """
     contestants = [
         Contestant("calm_fast", _run(_ours), ours=True),
         Contestant("log_softmax", _run(log_softmax_logprob)),
@@ -153,10 +165,11 @@ def logprob_case(
         contestants.append(Contestant("compiled_log_softmax", lambda i: _run(torch.compile(log_softmax_logprob))(i)))
         contestants.append(Contestant("liger_fused_linear_cross_entropy", _liger, definition=mean))
         contestants.append(Contestant("cut_cross_entropy", _cut_cross_entropy))
+    kept = contestants[:2] if series else contestants
     small = replace(s, t=min(s.t, 64), v=min(s.v, 5000))
     return Case(
-        OP, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(contestants),
-        _definition(log_softmax_logprob), "calm_fast", _make(small, dtype, device), targets,
+        OP, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(kept),
+        _definition(log_softmax_logprob), "calm_fast", _make(small, dtype, device), targets, series, share,
     )  # fmt: skip
 
 
@@ -176,6 +189,9 @@ def cases(device: torch.device, suite: str) -> list[Case]:
     shape = Shape(512, 576, 49152)
     limits = (Target("calm_fast", "log_softmax", 1.7), Target("calm_fast", "product", 1 / 1.2))
     found = [logprob_case("l1_score", shape, bf16, device, limits)]
+    for v in (8192, 16384, 32768, 65536):  # memory beside what stores the logits
+        point = Shape(512, 128, v)
+        found.append(logprob_case(f"l1_vocabulary_{v}", point, bf16, device, series=VOCABULARY, share=POINT))
     if suite == "full":
         many = replace(shape, t=4096)
         memory = Target("calm_fast", "product", many.t * many.v * 2 / (64 << 20), "peak_bytes")

@@ -9,11 +9,12 @@ from functools import partial
 import torch
 
 from calm_fast.benchmarks.baselines.vocabulary import imported, js_divergence, three_softmax_nce
+from calm_fast.benchmarks.cases.linear_logprob import POINT, explicit, make_tokens
 from calm_fast.benchmarks.cases.linear_logprob import Shape as TokenShape
-from calm_fast.benchmarks.cases.linear_logprob import explicit, make_tokens
-from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Target, Thunk, Values
+from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Series, Target, Thunk, Values
 
 OP = "linear_nce"
+TOKENS = Series("NCE loss, forward and backward, number of tokens", "T")
 STREAMS = ("student", "nat", "neg")
 _PER_SEQUENCE = 128
 Compute = Callable[[Inputs], torch.Tensor]
@@ -97,8 +98,13 @@ def nce_case(
     device: torch.device,
     targets: Sequence[Target] = (),
     packages: bool = False,
+    series: Series | None = None,
+    share: float = 1.0,
 ) -> Case:
-    """One measurement. packages: also the compiled formula and another package's related loss of two streams."""
+    """One measurement. packages: also the compiled formula and another package's related loss of two streams.
+
+    A point of a series has two contestants only.
+    """
     contestants = [
         Contestant("calm_fast", _run(_ours, s.head), ours=True),
         Contestant("three_softmax", _run(_eager, s.head)),
@@ -109,10 +115,11 @@ def nce_case(
         contestants.append(Contestant("compiled_three_softmax", lambda i: _run(torch.compile(_eager), s.head)(i)))
         two_streams = _definition(_js, s.head)
         contestants.append(Contestant("liger_fused_linear_jsd", _liger(s.head), definition=two_streams, yardstick=True))
+    kept = contestants[:2] if series else contestants
     small = replace(s, t=min(s.t, 64), v=min(s.v, 5000))
     return Case(
-        OP, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(contestants),
-        _definition(_eager, s.head), "calm_fast", _make(small, dtype, device), targets,
+        OP, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(kept),
+        _definition(_eager, s.head), "calm_fast", _make(small, dtype, device), targets, series, share,
     )  # fmt: skip
 
 
@@ -127,6 +134,8 @@ def cases(device: torch.device, suite: str) -> list[Case]:
         return found
     shape = Shape(512, 576, 49152)
     found = [nce_case("n1", shape, bf16, device, (memory,))]
+    for t in (128, 256, 512, 1024):  # memory beside what stores the logits of three streams
+        found.append(nce_case(f"n1_tokens_{t}", Shape(t, 64, 32768), bf16, device, series=TOKENS, share=POINT))
     if suite == "full":
         found.append(nce_case("n1_many_tokens", replace(shape, t=4096), bf16, device, (memory,)))
         found.append(nce_case("n1_trained_head", replace(shape, head=True), bf16, device))

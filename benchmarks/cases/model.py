@@ -8,7 +8,7 @@ import torch
 
 from calm_fast.benchmarks.baselines.composition import Part
 from calm_fast.benchmarks.cases.cross_attention_layer import LayerShape, layer_case
-from calm_fast.benchmarks.cases.model_generate import RECOMPUTE, generation_case
+from calm_fast.benchmarks.cases.model_generate import LOOPS, RECOMPUTE, generation_case
 from calm_fast.benchmarks.cases.model_shape import OP, ModelShape
 from calm_fast.benchmarks.cases.model_training import training_case
 from calm_fast.benchmarks.registry import Case, Series, Target
@@ -27,22 +27,23 @@ def cases(device: torch.device, suite: str) -> list[Case]:
 def _cpu(device: torch.device, full: bool) -> list[Case]:
     fp32 = torch.float32
     # widths, depths and LM heads stand to each other about as in an 8B and a 1B model
-    step = ModelShape(Part(256, 8, 4, 2, 704), Part(128, 4, 2, 1, 352), 2048, b=2, m=384, connections=3)
-    talk = ModelShape(Part(384, 8, 6, 2, 1024), Part(192, 4, 3, 1, 512), 4096, b=1, m=32, connections=3, new=32)
+    step = ModelShape(Part(256, 8, 4, 2, 704), Part(128, 4, 2, 1, 352), 2048, b=1, m=512, connections=3)
+    talk = ModelShape(Part(384, 6, 6, 2, 1024), Part(192, 3, 3, 1, 512), 4096, b=1, m=32, connections=2, new=32)
     beside = (Target("calm_fast", "parts", 1 / 1.10),)
     fast = (Target("calm_fast", "parts", 1 / 1.15), Target("calm_fast", "released", 5.0))
+    loops = [*LOOPS] if full else ["unfolded_sdpa_cache"]
+    public = [*RECOMPUTE] if full else ["released", "calm_pytorch"]
     found = [
         training_case(
             "e1_training", step, fp32, device, (Target("calm_fast", "released", 2.0), *beside), compiled=full
         ),
-        generation_case("e2_generate_b1", talk, fp32, device, fast),
-        generation_case(
-            "e2_generate_b4", replace(talk, b=4), fp32, device, fast, recompute=[*RECOMPUTE] if full else ["released"]
-        ),
+        generation_case("e2_generate_b1", talk, fp32, device, fast, loops=loops, recompute=public),
+        generation_case("e2_generate_b4", replace(talk, b=4), fp32, device, fast, loops=loops, recompute=public[-2:-1]),
     ]
     if full:
         found.append(generation_case("e2_generate_b1_long", replace(talk, m=64, new=64), fp32, device, fast))
-    return found + _scaling(replace(step, b=1), fp32, device, (128, 256, 512, 1024), {"da": 128, "db": 256, "h": 4})
+    shallow = ModelShape(Part(256, 4, 4, 2, 704), Part(128, 2, 2, 1, 352), 2048, b=1, m=256, connections=2)
+    return found + _scaling(shallow, fp32, device, (128, 256, 512, 1024), {"da": 128, "db": 256, "h": 4})
 
 
 def _gpu(device: torch.device, full: bool) -> list[Case]:
@@ -59,7 +60,7 @@ def _gpu(device: torch.device, full: bool) -> list[Case]:
     ]
     if full:  # without a cache 512 tokens would take minutes a call
         long = replace(talk, b=16, new=512)
-        found.append(generation_case("e2_long_b16", long, bf16, device, fast[:1], cached=False, recompute=[]))
+        found.append(generation_case("e2_long_b16", long, bf16, device, fast[:1], loops=[], recompute=[]))
         middle = Part(2048, 16, 32, 8, 8192)
         many = ModelShape(middle, Part(1024, 8, 16, 4, 4096), 32000, b=1, m=1024, connections=4)
         layer = {"da": 2048, "db": 4096, "h": 32, "d": 128}

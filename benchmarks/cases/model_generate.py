@@ -212,6 +212,7 @@ def _prompt_reader_definition(s: ModelShape, inputs: Inputs, dtype: torch.dtype)
     return _prompt_reader(s, inputs, plain_engine(dtype), dtype, sdpa=False)()
 
 
+LOOPS = {"eager_cache": False, "unfolded_sdpa_cache": True}  # baseline -> whether it uses fused attention
 # baseline -> how it runs, and what it computes where that is not what the case does
 RECOMPUTE: dict[str, tuple[Callable[..., Thunk], Callable[..., Values] | None]] = {
     "eager_recompute": (_recompute, None),
@@ -228,17 +229,16 @@ def generation_case(
     targets: Sequence[Target] = (),
     *,
     recompute: Sequence[str] = tuple(RECOMPUTE),
-    cached: bool = True,
+    loops: Sequence[str] = tuple(LOOPS),
     share: float = 1.0,
 ) -> Case:
     """One generation. recompute: which of the baselines without caches, whose time grows with the square.
-    cached: also the eager loops with caches."""
+    loops: which of the eager loops with caches."""
     small = s.reduced()
     contestants = [
         Contestant("calm_fast", _by_length(s, _ours), ours=True),
     ]
-    loops = {"eager_cache": False, "unfolded_sdpa_cache": True} if cached else {}
-    contestants += [Contestant(n, _by_length(s, partial(_cached, sdpa=sdpa))) for n, sdpa in loops.items()]
+    contestants += [Contestant(which, _by_length(s, partial(_cached, sdpa=LOOPS[which]))) for which in loops]
     for which in recompute:
         run, own = RECOMPUTE[which]
         prepare = _by_length(s, lambda t, run=run: partial(run, t))
