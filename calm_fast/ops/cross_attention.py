@@ -53,8 +53,8 @@ def cross_attention(
         RuntimeError: an explicit `impl` cannot run here.
     Deterministic, forward and backward; only where SDPA runs on a GPU is the backward as deterministic as SDPA's
     (`torch.use_deterministic_algorithms`). float32 products are IEEE unless torch's float32 matmul precision allows
-    TF32. "native" takes at most 16 queries. Double backward works with "reference", and with "torch" where return_lse
-    avoids SDPA. Source: CALM (arXiv 2401.02412) section 3.
+    TF32. "native" takes at most 16 queries, on a GPU with head dims that are multiples of 8. Double backward
+    works with "reference", and with "torch" where return_lse avoids SDPA. Source: CALM (arXiv 2401.02412) section 3.
     """
     decision = decide(q, k, v, lo=lo, hi=hi, causal=causal, scale=scale, return_lse=return_lse, impl=impl)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

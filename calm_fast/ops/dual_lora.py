@@ -65,7 +65,8 @@ def dual_lora(
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
         RuntimeError: an explicit `impl` cannot run here.
-    Deterministic, forward and backward. Double backward works with "reference" and "torch".
+    Deterministic, forward and backward. Double backward works with "reference" and "torch". "native" takes at most 64
+    tokens on a GPU.
     Source: NAT (arXiv 2312.12832) section 3.2; "gelu" is what its released code computes, for d_in != d_out too.
     """
     factors = (a_pos, b_pos, a_neg, b_neg, w_q, w_k)
