@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 OURS, OTHER, YARDSTICK = "#17627f", "#a9b1b9", "#dfe3e7"
-INK, MUTED, GRID, RED = "#1d2329", "#5d6770", "#e4e7ea", "#b3261e"
+INK, MUTED, GRID, RED, AMBER = "#1d2329", "#5d6770", "#e4e7ea", "#b3261e", "#8a5a00"
 WIDTH = 3.7  # inches: one column on a wide screen, the whole width of a phone at a readable size
 ROW = 0.28  # inches of height for one line of a chart
 AT = 0.2  # where the mark of a line is, below its text
@@ -85,25 +85,18 @@ def caption(axes: Any, y: int, left: str, right: str, color: str = INK) -> None:
 
 def log_ticks(axis: Any, low: float, high: float, most: int = 5) -> None:
     """Plain numbers (0.5, 1, 2, 5, 10 ...) instead of powers of ten on a logarithmic axis from low to high."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-    marks = [m * 10.0**e for e in range(-4, 16) for m in (1, 2, 5)]
-    inside = [m for m in marks if low <= m <= high]
-    for keep in ((1, 2, 5), (1, 3), (1,)):
-        if len(inside) <= most:
-            break
-        inside = [m for m in marks if low <= m <= high and round(m / 10 ** _exponent(m)) in keep]
+    inside = [m * 10.0**e for e in range(-6, 16) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    if len(inside) > 2 * most:
+        inside = [m for m in inside if f"{m:e}"[0] == "1"]
     while len(inside) > most:
         inside = inside[::2]
+    if high < 3 * low:  # a narrow range: evenly spaced marks are round too
+        inside = [m for m in MaxNLocator(most - 1).tick_values(low, high) if low <= m <= high]
     axis.set_major_locator(FixedLocator(inside))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
-
-
-def _exponent(value: float) -> int:
-    import math
-
-    return math.floor(math.log10(value) + 1e-9)
 
 
 def plain(value: float) -> str:

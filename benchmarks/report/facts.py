@@ -115,6 +115,28 @@ class Curve:
     series: Series
     lines: Mapping[str, Sequence[tuple[int, Row]]]
     headline: str
+    largest: Verdict
+
+    @property
+    def wanted(self) -> str:
+        """In words, e.g. "time <= augmenters^1"."""
+        return f"time <= {self.series.size}^{self.series.power:g}"
+
+    @property
+    def found(self) -> str:
+        """The power that was found, "0.95"."""
+        power = self.growth(self.headline)
+        return "?" if power is None else f"{power:.2f}"
+
+    @property
+    def sizes(self) -> list[int]:
+        return sorted({size for line in self.lines.values() for size, _ in line})
+
+    @property
+    def state(self) -> str:
+        """Growth is a fit through few points: 0.15 more than expected is still called what was expected."""
+        power = self.growth(self.headline)
+        return ABSENT if power is None else MET if power <= self.series.power + 0.15 else MISSED
 
     def growth(self, impl: str, quantity: str = "ms") -> float | None:
         """Over the upper half of the sizes, the power of the size that the quantity grows with."""
@@ -191,8 +213,15 @@ def curves(found: Iterable[Verdict]) -> list[Curve]:
                 lines.setdefault(row["impl"], []).append((row["shape"][series.size], row))
         kept = {impl: sorted(line, key=lambda p: p[0]) for impl, line in lines.items() if len(line) > 1}
         if kept:
-            drawn.append(Curve(series, kept, members[0].headline))
+            largest = max(members, key=lambda v: max((row["shape"][series.size] for row in v.timed), default=-1))
+            drawn.append(Curve(series, kept, largest.headline, largest))
     return drawn
+
+
+def single(found: Sequence[Verdict]) -> list[Verdict]:
+    """Those that stand for themselves: no points of a drawn curve, unless something is wrong with them."""
+    drawn = {curve.series for curve in curves(found)}
+    return [v for v in found if v.series not in drawn or v.red]
 
 
 def summary(found: Sequence[Verdict]) -> dict[str, int]:

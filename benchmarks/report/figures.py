@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from calm_fast.benchmarks.report import canvas
-from calm_fast.benchmarks.report.canvas import INK, MUTED, OTHER, OURS, RED, YARDSTICK
+from calm_fast.benchmarks.report.canvas import AMBER, INK, MUTED, OTHER, OURS, RED, YARDSTICK
 from calm_fast.benchmarks.report.facts import Curve, Row, Verdict, ceilings_by_dtype, middle, number, times
 from calm_fast.benchmarks.timing import Ceilings
 
@@ -54,7 +54,7 @@ def _dots(
 
 
 def ratio_bars(found: Sequence[Verdict]) -> str | None:
-    """How many times faster than the best baseline, for each case; a tick where a target against it would be."""
+    """How many times faster than the best baseline, for each case."""
     shown = [v for v in found if v.ratio]
     if not shown:
         return None
@@ -66,7 +66,7 @@ def ratio_bars(found: Sequence[Verdict]) -> str | None:
         axes.set_xlim(low, high)
         canvas.log_ticks(axes.xaxis, low, high)
         for y, v in enumerate(shown):
-            axes.barh(y + canvas.AT, v.ratio - 1, left=1, height=0.3, color=OURS if v.ratio >= 1 else RED)
+            axes.barh(y + canvas.AT, v.ratio - 1, left=1, height=0.3, color=OURS if v.ratio >= 1 else AMBER)
             canvas.caption(axes, y, v.name, f"{times(v.ratio)} {v.rival['impl']}")
         axes.axvline(1, color=INK, linewidth=0.8)
         return canvas.svg(drawn, "ratios", "How many times faster than the best baseline each case is")

@@ -12,14 +12,16 @@ from calm_fast.benchmarks.report.facts import (
     MISSED,
     OPEN,
     WRONG,
+    Curve,
     Row,
     Verdict,
     curves,
     setting_lines,
+    single,
     summary,
     times,
 )
-from calm_fast.benchmarks.report.text import HEADINGS, HOW, growth_lines, rows_table
+from calm_fast.benchmarks.report.text import HEADINGS, HOW, rows_table
 from calm_fast.benchmarks.timing import Ceilings
 
 _CLASS = {MET: "met", MISSED: "missed", ABSENT: "open", OPEN: "open", WRONG: "wrong"}
@@ -39,10 +41,12 @@ p,dd,li{max-width:70ch}.muted,figcaption{color:var(--muted);font-size:13px}
 .met{color:var(--met)}.missed{color:var(--missed)}.wrong{color:var(--wrong);font-weight:600}.open{color:var(--muted)}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
 th{text-align:left;font-weight:600;font-size:12px;color:var(--muted)}
-td,th{padding:.18rem .9rem .18rem 0;border-bottom:1px solid var(--line);vertical-align:baseline}
+td,th{padding:.18rem .9rem .18rem 0;border-bottom:1px solid var(--line);vertical-align:top}
 .verdicts{font-size:14px}.verdicts .name a{font-weight:600;color:inherit;text-decoration:none}
 .verdicts .name a:hover{text-decoration:underline}.verdicts b.slower{color:var(--missed)}
 .verdicts .name,.verdicts .ratio,.verdicts th{white-space:nowrap}.verdicts b{color:var(--ours);font-size:15px}
+.verdicts small{color:var(--muted);font-size:12px}.verdicts th:first-child{width:17rem}
+.verdicts .long{white-space:normal}.verdicts .long a{font-weight:400}
 .goal{display:inline-block;margin-right:.8rem}
 .box{overflow-x:auto;border:1px solid var(--line);border-radius:6px;padding:.2rem .7rem}
 .box table{font-size:12.5px;width:auto;min-width:100%}.box td,.box th{white-space:nowrap}.box td.why{white-space:normal;
@@ -54,6 +58,7 @@ figure{margin:0;min-width:0;break-inside:avoid}svg{display:block;width:100%;heig
 figcaption{margin:.1rem 0 .3rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;margin:0}dt{color:var(--muted)}dd{margin:0;
 overflow-wrap:anywhere}
+@media(min-width:701px){.verdicts wbr{display:none}}
 @media(max-width:700px){body{padding:.9rem .8rem 2rem}
 .verdicts thead{position:absolute;clip-path:inset(50%)}
 .verdicts,.verdicts tbody,.verdicts tr,.verdicts td{display:block;
@@ -99,6 +104,18 @@ def _verdict_row(v: Verdict) -> str:
     )
 
 
+def _curve_row(curve: Curve) -> str:
+    v = curve.largest
+    ratio = f"<b>{times(v.ratio)}</b> {_spaced(v.rival['impl'])}" if v.ratio else ""
+    found = ABSENT if curve.state == ABSENT else f"{_spaced(curve.series.size)}^{curve.found}, {curve.state}"
+    return (
+        f'<tr><td class="name long"><a href="#scaling">{_e(curve.series.title)}</a> <small>{_e(curve.series.size)} '
+        f"{curve.sizes[0]} to {curve.sizes[-1]}</small></td>"
+        f'<td class="ratio">{ratio}</td><td class="floor">{times(v.above_floor)}</td>'
+        f'<td><span class="goal {_CLASS[curve.state]}">{_spaced(curve.wanted)}: {found}</span></td></tr>'
+    )
+
+
 def _verdicts(found: Sequence[Verdict]) -> str:
     classes = {"targets met": "met", "missed": "missed", "wrong or broken": "wrong"}
     counts = " ".join(
@@ -108,7 +125,7 @@ def _verdicts(found: Sequence[Verdict]) -> str:
     head = "<th>case</th><th>against the best baseline</th><th>above floor</th><th>target</th>"
     return (
         f'<p class="counts">{counts}</p><table class="verdicts"><thead><tr>{head}</tr></thead><tbody>'
-        f"{''.join(map(_verdict_row, found))}</tbody></table>"
+        f"{''.join(map(_verdict_row, single(found)))}{''.join(map(_curve_row, curves(found)))}</tbody></table>"
     )
 
 
@@ -160,26 +177,29 @@ def page(rows: Sequence[Row], found: Sequence[Verdict], ceilings: Mapping[str, C
     """report.html: text, tables and plots, nothing loaded from elsewhere."""
     device = f'<span class="muted">{_e(rows[0]["device"])}, {_e(rows[0]["date"][:10])}</span>' if rows else ""
     parts = [f'<div class="head"><h1>calm_fast bench</h1>{device}</div>', _verdicts(found)]
+    alone = single(found)
     overview = [
-        (figures.ratio_bars(found), "Ratio to the best baseline"),
-        (figures.floor_dots(found), "Distance to the floor"),
-        (figures.memory_dots(found), "Peak memory"),
+        (figures.ratio_bars(alone), "Ratio to the best baseline"),
+        (figures.floor_dots(alone), "Distance to the floor"),
+        (figures.memory_dots(alone), "Peak memory"),
     ]
     parts.append("<h2>Ratios, floors, memory</h2>")
     parts.append(_grid(_figure(plot, title) for plot, title in overview if plot))
-    roofs = figures.rooflines(rows, found, ceilings)
+    roofs = figures.rooflines(rows, alone, ceilings)
     if roofs:
         parts += ["<h2>Roofline</h2>", _grid(_figure(plot, dtype, _numbered(names)) for dtype, plot, names in roofs)]
     lines = [
-        _figure(plot, curve.series.title)
+        _figure(plot, curve.series.title, said)
         for curve in curves(found)
-        for plot in (figures.scaling(curve, "ms"), figures.scaling(curve, "peak_bytes"))
+        for plot, said in (
+            (figures.scaling(curve, "ms"), f"{curve.wanted}, found {curve.series.size}^{curve.found}"),
+            (figures.scaling(curve, "peak_bytes"), "peak memory"),
+        )
         if plot
     ]
     if lines:
-        said = "".join(f"<li>{_e(line)}</li>" for line in growth_lines(found))
-        parts += ["<h2>Scaling</h2>", f"<ul>{said}</ul>", _grid(lines)]
-    each = [_figure(plot, v.name, v.shape, v.name) for v in found if (plot := figures.case_times(v))]
+        parts += ['<h2 id="scaling">Scaling</h2>', _grid(lines)]
+    each = [_figure(plot, v.name, v.shape, v.name) for v in alone if (plot := figures.case_times(v))]
     parts += ["<h2>Case by case</h2>", _grid(each)]
     parts += ["<h2>Every row</h2>", _rows(found)]
     parts += ["<h2>Setting</h2>", settings(setting_lines(rows, ceilings))]

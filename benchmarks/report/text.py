@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from calm_fast.benchmarks.report.facts import (
+    MET,
     Row,
     Verdict,
     curves,
     number,
     ratio,
     setting_lines,
+    single,
     summary,
     times,
 )
@@ -71,7 +73,7 @@ def growth_lines(found: Sequence[Verdict]) -> list[str]:
     for curve in curves(found):
         power = curve.growth(curve.headline)
         if power is not None:
-            steep = "no faster than" if power <= curve.series.power + 0.15 else "FASTER than"
+            steep = "no faster than" if curve.state == MET else "FASTER than"
             lines.append(
                 f"{curve.series.title}: time grows with {curve.series.size}^{power:.2f}, {steep} the "
                 f"{curve.series.size}^{curve.series.power:g} that was expected"
@@ -103,7 +105,7 @@ def show(rows: Sequence[Row], found: Sequence[Verdict], ceilings: Mapping[str, C
 
     for name, value in setting_lines(rows, ceilings):
         say(f"{name}: {value}")
-    for v in found:
+    for v in single(found):
         if v.rows:
             say("; ".join(part for part in (f"{v.name}: {against(v)}", floor_text(v), *goal_texts(v)) if part))
     for line in growth_lines(found):
@@ -128,7 +130,7 @@ def markdown(rows: Sequence[Row], found: Sequence[Verdict], ceilings: Mapping[st
     """report.md."""
     counts = ", ".join(f"{count} {what}" for what, count in summary(found).items())
     lines = []
-    for v in found:
+    for v in single(found):
         goals = "; ".join([f"**WRONG** {text}" for text in red_texts(v)] + goal_texts(v))
         lines.append((f"{v.name} ({v.shape})", against(v), times(v.above_floor), goals))
     out = ["# calm_fast bench", "", f"{counts}.", "", *table(VERDICT_HEADINGS, lines), ""]

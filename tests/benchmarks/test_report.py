@@ -92,6 +92,16 @@ def test_cases_without_rows_and_rows_without_a_case_are_both_reported():
     assert text.against(found[0]) == "not measured" and text.against(found[1]) == "no baseline ran"
 
 
+def test_points_of_a_curve_are_not_verdicts_of_their_own_unless_wrong():
+    rows, members = scaling(1.0)
+    found = facts.verdicts([*rows, *ROWS], [*members, case()])
+    assert [v.name for v in facts.single(found)] == ["layer"]
+    bad = [row("ours", None, name="e1_2", failure="wrong: by far", shape={"augmenters": 2})]
+    found = facts.verdicts([*bad, *(r for r in rows if r["case"] != "e1_2")], members)
+    assert [v.name for v in facts.single(found)] == ["e1_2"]
+    assert [v.name for v in facts.single(facts.verdicts(rows[:2], members[:1]))] == ["e1_1"]  # no curve of one point
+
+
 def scaling(power, sizes=(1, 2, 4, 8)):
     series = Series("step, augmenters", "augmenters")
     members = [case(f"e1_{n}", series=series, shape={"augmenters": n}) for n in sizes]
@@ -111,6 +121,7 @@ def test_cases_of_a_series_become_one_curve():
     }
     assert curve.growth("ours") == pytest.approx(1.0) and curve.growth("ours", "peak_bytes") == pytest.approx(1.0)
     assert curve.growth("nobody") is None
+    assert curve.sizes == [1, 2, 4, 8] and curve.largest.name == "e1_8" and curve.state == facts.MET
     assert not facts.curves(facts.verdicts(rows[:2], members))  # one point is no curve
 
 
@@ -165,7 +176,8 @@ def test_page_begins_with_a_verdict_for_every_case(page):
     html, markdown, chosen = page
     first = html[: html.index("<h2")]
     for c in chosen:
-        assert f'href="#{c.name}"' in first and f"| {c.name} (" in markdown
+        assert (f'href="#{c.name}"' in first) == (f"| {c.name} (" in markdown) == (c.series is None)
+        assert c.series is None or c.series.title in first
     assert "1 wrong or broken" in first and "wrong: error &lt;1&gt; exceeds" in first and "<1>" not in html
     assert "**WRONG**" in markdown
 
@@ -193,7 +205,7 @@ def test_logarithmic_ticks_are_few_and_round(low, high, most):
     canvas.log_ticks(axes.xaxis, low, high, most)
     ticks = axes.xaxis.get_major_locator()()
     assert len(ticks) <= most and all(low <= t <= high for t in ticks)
-    assert all(f"{t:e}"[0] in "1235" for t in ticks)
+    assert len(ticks) > 1 and all(float(f"{t:.2e}") == pytest.approx(t) for t in ticks)
     assert [canvas.plain(v) for v in (0.02, 5, 2000, 5e7)] == ["0.02", "5", "2k", "50M"]
 
 
