@@ -265,6 +265,8 @@ def vote(
         ks = tuple(int(size) for size in k.split(",")) if k is not None else ()
     except ValueError as problem:
         raise typer.BadParameter(f"expected numbers like 1,2,4,8, got {k!r}", param_hint="--k") from problem
+    if any(size < 1 for size in ks) or len(set(ks)) < len(ks):
+        raise typer.BadParameter(f"expected different sizes of at least 1, got {k!r}", param_hint="--k")
     _folder(out)
     from rich.console import Console
 

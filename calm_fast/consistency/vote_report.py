@@ -188,6 +188,11 @@ def _votes(
         }
 
 
+def _cell(accuracy: float, stderr: float) -> str:
+    """In percent; one question has no standard error."""
+    return f"{100 * accuracy:.1f}" if math.isnan(stderr) else f"{100 * accuracy:.1f} ± {100 * stderr:.1f}"
+
+
 def print_report(report: VoteReport, console: Console) -> None:
     """The table for a person."""
     questions, ks = report.results["questions"], report.ks
@@ -199,7 +204,7 @@ def print_report(report: VoteReport, console: Console) -> None:
     for name in columns:
         table.add_column(name, justify="right")
     for place, k in enumerate(ks):
-        cells = [f"{100 * c.accuracy[place]:.1f} ± {100 * c.stderr[place]:.1f}" for c in columns.values()]
+        cells = [_cell(float(c.accuracy[place]), float(c.stderr[place])) for c in columns.values()]
         table.add_row(str(k), *cells)
     console.print(table)
     ties = report.results["ties"]

@@ -108,8 +108,8 @@ def test_a_pattern_and_text_equality(tmp_path) -> None:
     ("args", "named"),
     [
         (["--k", "1,two"], "--k: expected numbers like 1,2,4,8, got '1,two'"),
-        (["--k", "0,1"], "`ks` must be positive integers"),
-        (["--k", "2,2"], "`ks` must be different numbers"),
+        (["--k", "0,1"], "--k: expected different sizes of at least 1, got '0,1'"),
+        (["--k", "2,2"], "--k: expected different sizes of at least 1, got '2,2'"),
         (["--rule", "loudest"], "`rule` must be count, weighted or adaptive, got 'loudest'"),
         (["--rule", "weighted", "--scores", "logprob"], "line 1: `logprob` must be a list of 4 numbers"),
         (["--answer-regex", "("], "`pattern` is not a regular expression"),
@@ -165,3 +165,11 @@ def test_a_blank_right_answer_is_none(tmp_path) -> None:
     assert (vote["row"], vote["gold"], vote["right"]) == (2, r"\frac{1}{2}", True)
     blank, _, known = SelfConsistency(rule="count", progress=False).from_samples(rows)
     assert blank.credit is None and blank.answer == "0.5" and known.credit == 1.0
+
+
+def test_one_question_has_no_standard_error(tmp_path) -> None:
+    write_rows(
+        tmp_path / "r.jsonl", [{"question": "q", "answer": "5", "generated_answer": [r"\boxed{5}", r"\boxed{4}"]}]
+    )
+    result = invoke(tmp_path / "r.jsonl", "--out", tmp_path / "out", "--k", "1,2")
+    assert result.exit_code == 0 and "50.0" in result.output and "nan" not in result.output.lower()
