@@ -64,7 +64,7 @@ def figure(height: float, left: float = 0.5, bottom: float = 0.42, right: float 
 
 def lines(count: int, xlabel: str) -> tuple[Any, Any]:
     """Axes for `count` lines with text above each mark instead of tick labels: long names need no margin."""
-    drawn, axes = figure(0.48 + ROW * count, left=0.1, right=0.1)
+    drawn, axes = figure(0.48 + ROW * count, left=0.14, right=0.12)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylim(count - 0.5, -0.5)
     axes.set_yticks([])

@@ -67,7 +67,8 @@ width:100%}.verdicts tr{padding:.4rem 0;border-bottom:1px solid var(--line)}.ver
 .verdicts td.floor::after{content:" the floor";color:var(--muted)}.verdicts td:empty{display:none}
 dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}}
 @media print{@page{margin:12mm}body{font-size:10pt;max-width:none;padding:0}h2{break-after:avoid}
-.verdicts{font-size:8.5pt}.verdicts b{font-size:9pt}tr{break-inside:avoid}
+.verdicts{font-size:8pt}.verdicts b{font-size:8.5pt}.verdicts th:first-child{width:10rem}.verdicts small{font-size:7pt}
+tr{break-inside:avoid}
 .grid{grid-template-columns:1fr 1fr;gap:5mm}
 .box{overflow:visible;border:0;padding:0}.box table{font-size:6.8pt}.box td,.box th{padding-right:1.6mm}
 .box td.why{min-width:0}
