@@ -229,7 +229,7 @@ setup(
     package_data={
         "calm_fast": ["py.typed"],
         "calm_fast.kernels": ["**/*.json"],
-        "calm_fast.benchmarks": ["*.sh", "results/**"],
+        "calm_fast.benchmarks": ["*.sh", "*.ini", "results/**"],
     },
     **native_arguments(),
 )
