@@ -8,7 +8,7 @@ import torch
 
 from calm_fast.benchmarks.baselines.composition import Part
 from calm_fast.benchmarks.cases.cross_attention_layer import LayerShape, layer_case
-from calm_fast.benchmarks.cases.model_generate import LOOPS, RECOMPUTE, generation_case
+from calm_fast.benchmarks.cases.model_generate import LOOPS, generation_case
 from calm_fast.benchmarks.cases.model_shape import OP, ModelShape
 from calm_fast.benchmarks.cases.model_training import training_case
 from calm_fast.benchmarks.registry import Case, Series, Target
@@ -28,20 +28,16 @@ def _cpu(device: torch.device, full: bool) -> list[Case]:
     fp32 = torch.float32
     # widths, depths and LM heads stand to each other about as in an 8B and a 1B model
     step = ModelShape(Part(256, 8, 4, 2, 704), Part(128, 4, 2, 1, 352), 2048, b=1, m=512, connections=3)
-    talk = ModelShape(Part(384, 6, 6, 2, 1024), Part(192, 3, 3, 1, 512), 4096, b=1, m=32, connections=2, new=32)
-    beside = (Target("calm_fast", "parts", 1 / 1.10),)
-    fast = (Target("calm_fast", "parts", 1 / 1.15), Target("calm_fast", "released", 5.0))
+    talk = ModelShape(Part(384, 6, 6, 2, 1024), Part(192, 3, 3, 1, 512), 4096, b=1, m=16, connections=2, new=32)
     loops = [*LOOPS] if full else ["unfolded_sdpa_cache"]
-    public = [*RECOMPUTE] if full else ["released", "calm_pytorch"]
+    public = ["released", "calm_pytorch", "eager_recompute"] if full else ["released", "calm_pytorch"]
     found = [
-        training_case(
-            "e1_training", step, fp32, device, (Target("calm_fast", "released", 2.0), *beside), compiled=full
-        ),
-        generation_case("e2_generate_b1", talk, fp32, device, fast, loops=loops, recompute=public),
-        generation_case("e2_generate_b4", replace(talk, b=4), fp32, device, fast, loops=loops, recompute=public[-2:-1]),
+        training_case("e1_training", step, fp32, device, compiled=full),
+        generation_case("e2_generate_b1", talk, fp32, device, loops=loops, recompute=public),
+        generation_case("e2_generate_b4", replace(talk, b=4), fp32, device, loops=loops, recompute=public[:1]),
     ]
     if full:
-        found.append(generation_case("e2_generate_b1_long", replace(talk, m=64, new=64), fp32, device, fast))
+        found.append(generation_case("e2_generate_b1_long", replace(talk, m=64, new=64), fp32, device))
     shallow = ModelShape(Part(256, 4, 4, 2, 704), Part(128, 2, 2, 1, 352), 2048, b=1, m=256, connections=2)
     return found + _scaling(shallow, fp32, device, (128, 256, 512, 1024), {"da": 128, "db": 256, "h": 4})
 
