@@ -126,7 +126,8 @@ def measure(case: Case, seconds: float = 2.0, rounds: int = 15) -> Measurement:
     while len(times["eager"]) < 3 or (time.perf_counter() < end and len(times["eager"]) < rounds):
         for name, run in sides.items():
             times[name].append(_step(case, run, parameters))
-    q = torch.empty(case.batch, case.tokens, case.heads, case.anchor_dim // case.heads)
+    shape = (case.batch, case.tokens, case.heads, case.anchor_dim // case.heads)
+    q = torch.empty(shape, requires_grad=case.training)
     return Measurement(
         case,
         eager_ms=statistics.median(times["eager"]),
