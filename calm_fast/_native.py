@@ -44,7 +44,8 @@ def _served(device_type: str) -> frozenset[str]:
     return frozenset(name.removeprefix(_PREFIX).split(".")[0] for name in found if has(name, _KEYS[device_type]))
 
 
-def _obstacle(op: str, device_type: str) -> str | None:
+@functools.cache
+def _answer(op: str, device_type: str) -> str | None:
     if device_type not in _MODULES:
         return f"the compiled library has no code for {device_type} tensors"
     for module in _MODULES[device_type]:
@@ -53,6 +54,10 @@ def _obstacle(op: str, device_type: str) -> str | None:
     if not any(name == op or name.startswith(f"{op}_") for name in _served(device_type)):
         return f"the compiled library has no {op} for {device_type} tensors"
     return None
+
+
+def _obstacle(op: str, device_type: str) -> str | None:
+    return _answer(op, device_type)  # dynamo looks at this function, which a cache would hide
 
 
 # what torch.compiler.assume_constant_result sets; see _dispatch

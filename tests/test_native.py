@@ -24,11 +24,11 @@ built = pytest.mark.skipif(not BUILT, reason="calm_fast was installed without th
 @pytest.fixture
 def fresh(monkeypatch):
     """The questions asked anew, and forgotten again afterwards."""
-    for cached in (_native._load, _native._served):
+    for cached in (_native._load, _native._served, _native._answer):
         cached.cache_clear()
         monkeypatch.setattr(_native, cached.__name__, cached)
     yield monkeypatch
-    for cached in (_native._load, _native._served):
+    for cached in (_native._load, _native._served, _native._answer):
         cached.cache_clear()
 
 
@@ -112,7 +112,8 @@ def test_report_shows_the_library_or_why_not(fresh):
     assert set(env_report.collect()["compiled library"]) == {"_cpu", "_cuda"}
     found = importlib.util.find_spec
     fresh.setattr(importlib.util, "find_spec", lambda name: None if "._c" in name else found(name))
-    _native._load.cache_clear()
+    for cached in (_native._load, _native._answer):
+        cached.cache_clear()
     report = env_report.collect()
     assert all(text.startswith("no: calm_fast._c") for text in report["compiled library"].values())
     assert all("is not there" in impls["native"] for impls in report["implementations"].values())

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from calm_fast._version import versions
 from calm_fast.consistency.answers import extract_answer
 from calm_fast.consistency.consensus import solution
 from calm_fast.consistency.journal import Journal
@@ -150,7 +151,7 @@ def run_training(
         "rationales": {"right": right, "wrong": sum(map(len, labels)) - right},
         "losses": losses,
         "pair_accuracy": {"trained_on": _finite(judged(seen)), "held_out": _finite(judged(sorted(held)))},
-        "versions": _versions(),
+        "versions": versions(),
     }
     _write(out / "results.json", results)
     return results
@@ -215,19 +216,6 @@ def _held_out(known: Sequence[int], share: float, seed: int) -> set[int]:
 def _finite(result: PairAccuracy) -> dict[str, Any]:
     """JSON has no NaN: None where there is no pair."""
     return result._asdict() | {"accuracy": result.accuracy if result.pairs else None}
-
-
-def _versions() -> dict[str, str]:
-    import platform
-
-    import transformers
-
-    from calm_fast._version import __version__
-
-    return {
-        "calm_fast": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }  # fmt: skip
 
 
 def _digest(content: Any) -> str:

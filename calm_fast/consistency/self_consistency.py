@@ -30,6 +30,7 @@ from calm_fast.consistency.samples import read_rows
 from calm_fast.consistency.sampling import PromptBatch, Sample, Sampling
 from calm_fast.consistency.scoring import score_sequences
 from calm_fast.consistency.stopping import leader_probability
+from calm_fast.ops.voting import RULES
 
 _CALLER = "SelfConsistency"
 _READY_AT_ONCE = 256  # questions of ready samples between two writes
@@ -85,7 +86,7 @@ class SelfConsistency:
             raise ValueError(f"{_CALLER}: `model` and `tokenizer` come together, or neither")
         if ranker is not None and not callable(getattr(ranker, "score", None)):
             raise TypeError(f"{_CALLER}: `ranker` must have score(questions, rationales), got {type(ranker).__name__}")
-        if rule not in ("count", "weighted", "adaptive"):
+        if rule not in RULES:
             raise ValueError(f"{_CALLER}: `rule` must be 'count', 'weighted' or 'adaptive', got {rule!r}")
         check_finite_number(_CALLER, "lam", lam)
         if isinstance(prompt, str) and "{question}" not in prompt:

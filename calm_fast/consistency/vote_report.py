@@ -23,6 +23,7 @@ from calm_fast.consistency.curves import any_at_k
 from calm_fast.consistency.grouping import Groups, group_answers
 from calm_fast.consistency.samples import read_rows, write_rows
 from calm_fast.ops.maj_at_k import Curve
+from calm_fast.ops.voting import RULES
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _check(settings: VoteSettings) -> None:
         raise ValueError(f"vote: `ks` must be positive integers, got {list(settings.ks)}")
     if len(set(settings.ks)) != len(settings.ks):
         raise ValueError(f"vote: `ks` must be different numbers, got {list(settings.ks)}")
-    if settings.rule not in ("count", "weighted", "adaptive"):
+    if settings.rule not in RULES:
         raise ValueError(f"vote: `rule` must be count, weighted or adaptive, got {settings.rule!r}")
     if not math.isfinite(settings.lam):
         raise ValueError(f"vote: `lam` must be finite, got {settings.lam!r}")

@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm.auto import tqdm
 
-import calm_fast
 from calm_fast import ops
+from calm_fast._version import versions
 from calm_fast.consistency import Groups, Ranker, RankerSettings, extract_answer, group_answers, train_ranker
 from calm_fast.consistency.ranker_losses import LOSSES, pair_counts
 from calm_fast.consistency.ranker_pipeline import cached_features
@@ -255,12 +254,7 @@ def run(
         "recipe": asdict(recipe),
         "cpu_seconds": round(time.process_time() - start, 1),
         "machine": f"{platform.machine()}, {platform.system()}, 1 thread",
-        "versions": {
-            "calm_fast": calm_fast.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 

@@ -29,8 +29,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import calm_fast
 from calm_fast import nat
+from calm_fast._version import versions
 from calm_fast.consistency.answers import equivalent, extract_answer
 from calm_fast.hf.dual_lora import get_gates, record_gates, save_lora_adapter
 from calm_fast.nat.data import Example, RationaleDataset, RightPadding
@@ -246,12 +246,7 @@ def summarise(recipe: Recipe, seeds: Sequence[int], runs: Sequence[dict[str, Any
         "cpu_seconds": round(seconds, 1),
         "recipe": asdict(recipe),
         "machine": f"{platform.machine()}, {platform.system()}, 1 thread",
-        "versions": {
-            "calm_fast": calm_fast.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 

@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from calm_fast import _native
-from calm_fast._dispatch import Decision, check_impl, refuse
+from calm_fast._dispatch import Decision, check_impl
 from calm_fast._validate import bad_type, bad_value, check_tensor
-from calm_fast.ops.voting import check_votes
+from calm_fast.ops.voting import check_votes, choose
 
 _OP = "maj_at_k"
 METHODS = ("exact", "resample")
@@ -115,20 +114,11 @@ def decide(
         raise bad_value(_OP, "correct", f"of shape (Q,) = ({answers.shape[0]},)", f"shape {tuple(correct.shape)}")
     check_sizes(_OP, ks)
     _check_method(method, resamples, rule, seed)
-    if impl in ("reference", "torch"):
-        return Decision(_OP, impl, "asked for")
-    if impl == "triton":
-        raise refuse(_OP, impl, "there is no Triton kernel: a shuffle moves single samples, no tiles of a matrix")
-    obstacle = _native.obstacle(f"{_OP}_{method}", answers.device.type)
-    if impl == "native":
-        if obstacle:
-            raise refuse(_OP, impl, obstacle)
-        return Decision(_OP, impl, "asked for")
-    if obstacle:
-        return Decision(_OP, "torch", obstacle)
-    if answers.device.type == "cuda":
-        return Decision(_OP, "native", "one launch, a thread a resample; not measured on a GPU yet")
-    return Decision(_OP, "native", "shuffles and sums in compiled loops")
+    return choose(
+        _OP, impl, answers.device, function=f"{_OP}_{method}",
+        no_triton="a shuffle moves single samples, no tiles of a matrix",
+        cpu="shuffles and sums in compiled loops", gpu="one launch, a thread a resample",
+    )  # fmt: skip
 
 
 def check_sizes(op: str, ks: Sequence[int]) -> None:

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from calm_fast import _native
-from calm_fast._dispatch import Decision, check_impl, refuse
-from calm_fast.ops.voting import check_votes
+from calm_fast._dispatch import Decision, check_impl
+from calm_fast.ops.voting import check_votes, choose
 
 _OP = "vote"
 
@@ -80,20 +79,11 @@ def decide(
     """
     check_impl(_OP, impl)
     check_votes(_OP, answers, scores, valid, rule, lam)
-    if impl in ("reference", "torch"):
-        return Decision(_OP, impl, "asked for")
-    if impl == "triton":
-        raise refuse(_OP, impl, "there is no Triton kernel: a vote is a few integers a question, no tile of a matrix")
-    obstacle = _native.obstacle(_OP, answers.device.type)
-    if impl == "native":
-        if obstacle:
-            raise refuse(_OP, impl, obstacle)
-        return Decision(_OP, impl, "asked for")
-    if obstacle:
-        return Decision(_OP, "torch", obstacle)
-    if answers.device.type == "cuda":
-        return Decision(_OP, "native", "one launch, a warp or a block a question; not measured on a GPU yet")
-    return Decision(_OP, "native", "every question is read once, by one thread")
+    return choose(
+        _OP, impl, answers.device, function=_OP,
+        no_triton="a vote is a few integers a question, no tile of a matrix",
+        cpu="every question is read once, by one thread", gpu="one launch, a warp or a block a question",
+    )  # fmt: skip
 
 
 # ---- the registered op: what torch.compile, export and opcheck see ---------------------------------------------------

@@ -1,9 +1,11 @@
-"""Checks that vote and maj_at_k share."""
+"""Checks and the choice of an implementation that vote and maj_at_k share."""
 
 from __future__ import annotations
 
 import torch
 
+from calm_fast import _native
+from calm_fast._dispatch import Decision, refuse
 from calm_fast._validate import bad_value, check_finite_number, check_tensor, values_checked
 
 RULES = ("count", "weighted", "adaptive")
@@ -56,3 +58,26 @@ def check_same_shape(op: str, name: str, tensor: torch.Tensor, answers: torch.Te
     if tensor.shape[0] != answers.shape[0] or tensor.shape[1] != answers.shape[1]:
         expected = f"of answers' shape {tuple(answers.shape)}"
         raise bad_value(op, name, expected, f"shape {tuple(tensor.shape)}")
+
+
+def choose(op: str, impl: str, device: torch.device, *, function: str, no_triton: str, cpu: str, gpu: str) -> Decision:
+    """The compiled library where it runs, torch elsewhere; an explicit `impl` is honoured or refused.
+
+    Args:
+        op: its name. impl: one of IMPLS. device: of the answers.
+        function: what the library must have. no_triton: why there is no Triton kernel. cpu, gpu: why native is right.
+    Raises:
+        RuntimeError: an explicit `impl` cannot run here.
+    """
+    if impl in ("reference", "torch"):
+        return Decision(op, impl, "asked for")
+    if impl == "triton":
+        raise refuse(op, impl, f"there is no Triton kernel: {no_triton}")
+    obstacle = _native.obstacle(function, device.type)
+    if impl == "native":
+        if obstacle:
+            raise refuse(op, impl, obstacle)
+        return Decision(op, impl, "asked for")
+    if obstacle:
+        return Decision(op, "torch", obstacle)
+    return Decision(op, "native", f"{gpu}; not measured on a GPU yet" if device.type == "cuda" else cpu)

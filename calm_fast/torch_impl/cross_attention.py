@@ -130,6 +130,13 @@ def cross_attention_torch_bwd(
     """dq, dk, dv of a forward pass that kept out and lse; (M, N) scores are stored, so for few queries.
 
     P = exp(scale q k - lse);  dS = P (dout v - (dout . out) + dlse);  dq = scale dS k, dk = scale dS^T q, dv = P^T dout
+
+    Args:
+        dout: (B, M, H, D) q's dtype. dlse: (B, H, M) float32 or None (zero).
+        q (B, M, H, D), k, v (B, N, Hkv, D), lo, hi, causal, scale: of the forward pass, validated there.
+        out (B, M, H, D), lse (B, H, M): what it returned.
+    Returns:
+        dq, dk, dv of q's, k's and v's shape and dtype; computed in float32.
     """
     compute, group = torch.promote_types(q.dtype, torch.float32), q.shape[2] // k.shape[2]
     query, given, result = (t.to(compute) for t in (q, dout, out))

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from torch import nn
 from tqdm import tqdm
 
 import calm_fast
+from calm_fast._version import versions
 from calm_fast.experiments.key_value_arithmetic import report, speed
 from calm_fast.experiments.key_value_arithmetic.data import ROW, World, mixture_a, mixture_b, mixture_composition
 from calm_fast.experiments.key_value_arithmetic.evaluation import accuracies, examples
@@ -74,15 +74,6 @@ def _bars(enabled: bool) -> Bars:
         )
 
     return bar
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "calm_fast": calm_fast.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _what_ran(recipe: Recipe) -> list[tuple[str, str]]:
@@ -205,6 +196,6 @@ def run(
         with _timed(seconds, "measure_speed"):
             measured = [speed.measure(case) for case in speed.CASES] if measure_speed else []
 
-    results = {"accuracy": accuracy, "seconds": seconds, "seed": seed, "versions": _versions()}
+    results = {"accuracy": accuracy, "seconds": seconds, "seed": seed, "versions": versions()}
     _write(out, report.Story(results, losses, _what_ran(recipe), shown, measured, _recipe_rows(recipe)), console)
     return results
