@@ -27,6 +27,13 @@ class Suite(str, Enum):
     full = "full"
 
 
+class Memory(str, Enum):
+    """Where `bench` lets a CPU's tensors get their memory."""
+
+    kept = "kept"
+    system = "system"
+
+
 def _version(show: bool) -> None:
     if show:
         from calm_fast._version import __version__
@@ -99,6 +106,10 @@ def bench(
     op: Annotated[list[str] | None, typer.Option(help="An op; repeat for several. Default: all.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, report.md and report.html.")] = Path("bench_out"),
     compare: Annotated[str | None, typer.Option(metavar="REV", help="A git revision to time beside this one.")] = None,
+    memory: Annotated[
+        Memory | None,
+        typer.Option(help="CPU: what a call releases is kept for the next, or the system's. Default: kept with glibc."),
+    ] = None,
 ) -> None:
     """Measure speed and memory against strong baselines on this machine.
 
@@ -110,6 +121,7 @@ def bench(
 
     chosen = [word for name in op or () for word in ("--op", name)]
     chosen += ["--compare", compare] if compare is not None else []
+    chosen += ["--memory", memory.value] if memory is not None else []
     raise typer.Exit(run_main(["--suite", suite.value, "--out", str(out), *chosen]))
 
 
@@ -144,6 +156,8 @@ def nat(
         results = run(data, model, out, settings, limit=limit, max_length=max_length)
     except ValueError as problem:
         raise typer.BadParameter(str(problem)) from problem
+    for reason, count in results["left_out"].items():
+        typer.echo(f"left out {count} rows with {reason}")
     for stage, losses in results["losses"].items():
         typer.echo(f"{stage:10} loss {losses[0]['loss']:.4f} -> {losses[-1]['loss']:.4f}")
     for path, gate in results["gates"].items():

@@ -11,7 +11,7 @@ import torch
 
 from calm_fast import ops
 from calm_fast.consistency.answers import extract_answer
-from calm_fast.consistency.samples import check_row
+from calm_fast.consistency.samples import answer_text, check_row
 
 _CALLER = "SelfConsistency"
 
@@ -123,7 +123,7 @@ def ready_questions(rows: Sequence[Mapping[str, Any]]) -> list[Question]:
     for i, row in enumerate(rows):
         scored = isinstance(row, Mapping) and row.get("scores") is not None
         check_row(row, f"{_CALLER}: row {i}", "scores" if scored else None, need_answer=False)
-    items = as_questions([row["question"] for row in rows], [row.get("answer") for row in rows])
+    items = as_questions([row["question"] for row in rows], [answer_text(row.get("answer")) for row in rows])
     for item, row in zip(items, rows, strict=True):
         item.rationales = row["generated_answer"]
         if row.get("scores") is not None:
@@ -149,8 +149,9 @@ def _score(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else float(value)
 
 
-def solution(reference: str | None, pattern: str | None) -> str | None:
+def solution(reference: str | int | float | None, pattern: str | None) -> str | None:
     """The answer of a reference: what a solution ends in, or the reference itself; None where it is blank."""
+    reference = answer_text(reference)
     return extract_answer(reference, pattern) or reference if reference and reference.strip() else None
 
 

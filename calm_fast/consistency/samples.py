@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ def read_rows(
     file: str | os.PathLike, limit: int | None = None, *, scores: str | None = None, need_answer: bool = True
 ) -> list[dict[str, Any]]:
     """Rows of a JSONL file: question (str), answer (str), generated_answer (list of str); further fields are kept.
+
+    An answer that is a JSON number becomes its decimal text.
 
     Args:
         limit: read only so many rows.
@@ -69,21 +72,29 @@ def _packed(raw: io.BufferedWriter) -> gzip.GzipFile:
 def _checked(line: str, where: str, scores: str | None, need_answer: bool) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as problem:
+    except (ValueError, RecursionError) as problem:
         raise ValueError(f"{where}: not JSON ({problem})") from problem
     check_row(row, where, scores, need_answer)
-    return row
+    return {**row, "answer": answer_text(row["answer"])} if "answer" in row else row
+
+
+def answer_text(answer: str | int | float | None) -> str | None:
+    """The text of a checked row's answer; numbers in decimal notation, without an exponent."""
+    if answer is None or isinstance(answer, str):
+        return answer
+    return format(Decimal(str(answer)), "f")
 
 
 def check_row(row: Any, where: str, scores: str | None = None, need_answer: bool = True) -> None:
     """Raise ValueError, its message beginning with `where`, unless `row` is as `read_rows` says."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: expected an object with question, answer and generated_answer")
-    for field in ("question", "answer"):
-        if field == "answer" and not need_answer and row.get(field) is None:
-            continue
-        if not isinstance(row.get(field), str):
-            raise ValueError(f"{where}: `{field}` must be a string, {_got(row, field)}")
+    if not isinstance(row.get("question"), str):
+        raise ValueError(f"{where}: `question` must be a string, {_got(row, 'question')}")
+    answer = row.get("answer")
+    absent = answer is None and not need_answer
+    if not absent and not isinstance(answer, str) and not _finite_number(answer):
+        raise ValueError(f"{where}: `answer` must be a string or a finite number, {_got(row, 'answer')}")
     samples = row.get("generated_answer")
     if not isinstance(samples, list) or not all(isinstance(sample, str) for sample in samples):
         raise ValueError(f"{where}: `generated_answer` must be a list of strings, {_got(row, 'generated_answer')}")
@@ -97,9 +108,13 @@ def _check_scores(row: Mapping[str, Any], field: str, count: int, where: str) ->
         got = f"got {len(values)} values" if isinstance(values, list) else _got(row, field)
         raise ValueError(f"{where}: `{field}` must be a list of {count} numbers, one for each sample, {got}")
     for place, value in enumerate(values):
-        number = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
-        if not number or (value is not None and math.isinf(value)):
+        unscored = value is None or (isinstance(value, float) and math.isnan(value))
+        if not unscored and not _finite_number(value):
             raise ValueError(f"{where}: `{field}`[{place}] must be a finite number or null, got {value!r}")
+
+
+def _finite_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) or isinstance(value, float) and math.isfinite(value)
 
 
 def _got(row: Mapping[str, Any], field: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +12,11 @@ import torch
 from torch.utils.data import Dataset
 
 from calm_fast.consistency.answers import extract_answer
+from calm_fast.consistency.consensus import solution
 from calm_fast.consistency.grouping import group_answers
 from calm_fast.consistency.samples import read_rows
 
-__all__ = ["Example", "IGNORE", "RationaleDataset", "RightPadding", "read_rows", "split_rationales"]
+__all__ = ["Example", "Graded", "IGNORE", "RationaleDataset", "RightPadding", "grade", "read_rows", "split_rationales"]
 
 IGNORE = -100
 
@@ -26,18 +29,42 @@ class Example:
     rationale: str
 
 
+@dataclass(frozen=True)
+class Graded:
+    """Right and wrong rationales, and how many rows gave none: reason -> rows, only where there are any."""
+
+    right: list[Example]
+    wrong: list[Example]
+    left_out: dict[str, int]
+
+
 def split_rationales(rows: Iterable[dict[str, Any]], *, progress: bool = True) -> tuple[list[Example], list[Example]]:
     """(right, wrong) rationales: right ones reach the gold answer (math-verify after cheaper tests), wrong ones do not.
 
-    A rationale without an answer is wrong; a row whose own answer cannot be found is left out. Each question's
-    rationales are kept once.
+    A row's `answer` is a solution that ends in the gold answer, or the answer itself, as in `calm-fast vote`. A
+    rationale without an answer is wrong. Each question's rationales are kept once. A row whose `answer` is blank, or
+    that has no rationale, is left out; a UserWarning counts them.
     """
-    graded = [
-        (Example(row["question"], rationale), (extract_answer(rationale), gold))
-        for row in rows
-        if (gold := extract_answer(row["answer"])) is not None
-        for rationale in dict.fromkeys(row["generated_answer"])
-    ]
+    graded = grade(rows, progress=progress)
+    if graded.left_out:
+        told = ", ".join(f"{count} with {reason}" for reason, count in graded.left_out.items())
+        warnings.warn(f"split_rationales: left out {sum(graded.left_out.values())} rows: {told}", stacklevel=2)
+    return graded.right, graded.wrong
+
+
+def grade(rows: Iterable[dict[str, Any]], *, progress: bool = True) -> Graded:
+    """What `split_rationales` finds, the rows it leaves out counted and not warned of."""
+    graded = []
+    left_out: Counter[str] = Counter()
+    for row in rows:
+        gold = solution(row["answer"], None)
+        if gold is None:
+            left_out["a blank `answer`"] += 1
+        elif not row["generated_answer"]:
+            left_out["an empty `generated_answer`"] += 1
+        else:
+            for rationale in dict.fromkeys(row["generated_answer"]):
+                graded.append((Example(row["question"], rationale), (extract_answer(rationale), gold)))
     # each pair is a question of its own: whether two wrong answers are equal does not matter here
     pairs = list(dict.fromkeys(pair for _, pair in graded))
     groups = group_answers([[answer] for answer, _ in pairs], gold=[gold for _, gold in pairs], progress=progress)
@@ -45,7 +72,7 @@ def split_rationales(rows: Iterable[dict[str, Any]], *, progress: bool = True) -
     reached = dict(zip(pairs, same.any(1).tolist(), strict=True))
     right = [example for example, pair in graded if reached[pair]]
     wrong = [example for example, pair in graded if not reached[pair]]
-    return right, wrong
+    return Graded(right, wrong, dict(left_out))
 
 
 class RationaleDataset(Dataset):

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from calm_fast.hf.dual_lora import get_gates, load_dual_lora, record_gates, save_dual_lora, save_lora_adapter
-from calm_fast.nat.data import Example, RationaleDataset, RightPadding, read_rows, split_rationales
+from calm_fast.nat.data import Example, Graded, RationaleDataset, RightPadding, grade, read_rows
 from calm_fast.nat.stages import History, Settings, distil_nce, train_nat, train_negative
 
 _RESULTS = "results.json"
@@ -34,7 +34,7 @@ def run(
     Args:
         data: JSONL rows (question, answer, generated_answer). model: folder of a transformers causal language model
             with its tokenizer. out: gets negative/ (PEFT adapter), nat/ (dual LoRA), student/ (PEFT adapter) and
-            results.json with losses and gate statistics.
+            results.json with losses, gate statistics and the rows that were left out.
         limit: read only so many rows. max_length: tokens an example may have.
     Returns:
         what results.json holds.
@@ -50,14 +50,17 @@ def run(
     identity["model"] = _model_digest(Path(model))
     results = _resume(out / _RESULTS, json.loads(json.dumps(identity)))
 
-    right, wrong = _graded(out / "graded.json", data, limit, settings.progress)
+    graded = _graded(out / "graded.json", data, limit, settings.progress)
+    right, wrong = graded.right, graded.wrong
     for name, examples in (("right", right), ("wrong", wrong)):
         if not examples:
-            raise ValueError(f"nat: the data holds no {name} rationale; all three stages need both kinds")
+            reasons = "".join(f"; {count} rows with {reason}" for reason, count in graded.left_out.items())
+            raise ValueError(f"nat: the data holds no {name} rationale; all three stages need both kinds{reasons}")
     tokenizer = AutoTokenizer.from_pretrained(os.fspath(model))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     rights, wrongs = (RationaleDataset(e, tokenizer, max_length) for e in (right, wrong))
     results["examples"] = {"right": len(right), "wrong": len(wrong)}
+    results["left_out"] = graded.left_out
 
     def load() -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(os.fspath(model)).eval()
@@ -109,14 +112,13 @@ def gate_means(model: PreTrainedModel, data: RationaleDataset, pad_id: int, batc
     return {path: {"mean": g.mean, "std": g.std, "tokens": g.tokens} for path, g in gates.items()}
 
 
-def _graded(file: Path, data: Any, limit: int | None, progress: bool) -> tuple[list[Example], list[Example]]:
+def _graded(file: Path, data: Any, limit: int | None, progress: bool) -> Graded:
     """Right and wrong rationales; grading takes minutes on large files, so its outcome is kept."""
     if not file.is_file():
-        right, wrong = split_rationales(read_rows(data, limit), progress=progress)
-        _write(file, {"right": [asdict(e) for e in right], "wrong": [asdict(e) for e in wrong]})
+        _write(file, asdict(grade(read_rows(data, limit), progress=progress)))
     kept = json.loads(file.read_text(encoding="utf-8"))
     right, wrong = ([Example(**e) for e in kept[side]] for side in ("right", "wrong"))
-    return right, wrong
+    return Graded(right, wrong, kept.get("left_out", {}))
 
 
 def _resume(file: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path) -> None:
         ("[]", "line 3: expected an object"),
         (line(question=None), "line 3: `question` must be a string, got NoneType"),
         (line(question="absent"), "line 3: `question` must be a string, the field is missing"),
-        (line(answer=3), "line 3: `answer` must be a string, got int"),
+        (line(answer=[3]), "line 3: `answer` must be a string or a finite number, got a list of int"),
+        (line(answer=True), "line 3: `answer` must be a string or a finite number, got bool"),
+        (line(answer=float("nan")), "line 3: `answer` must be a string or a finite number, got float"),
+        (line().replace("0.5", "1" * 5000), "line 3: not JSON"),
         (line(generated_answer="absent"), "line 3: `generated_answer` must be a list of strings, the field is missing"),
         (
             line(generated_answer=["a", None]),
@@ -63,7 +66,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path) -> None:
         (line(scores=[True, 1]), r"`scores`\[0\] must be a finite number or null, got True"),
         (line(scores=[1, float("inf")]), r"`scores`\[1\] must be a finite number or null, got inf"),
     ],
-    ids=range(14),
+    ids=range(17),
 )
 def test_bad_lines_are_named(tmp_path, bad, message) -> None:
     file = tmp_path / "rows.jsonl"
@@ -78,6 +81,14 @@ def test_rows_without_an_answer_only_where_allowed(tmp_path) -> None:
     assert len(read_rows(file, need_answer=False)) == 2
     with pytest.raises(ValueError, match="line 1: `answer`"):
         read_rows(file)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"), [(72, "72"), (-0.25, "-0.25"), (1e-7, "0.0000001"), (2e20, "200000000000000000000")]
+)
+def test_an_answer_may_be_a_number(tmp_path, answer, text) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{**ROW, "answer": answer}])
+    assert read_rows(tmp_path / "rows.jsonl") == [{**ROW, "answer": text}]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from typer.testing import CliRunner
 
 from calm_fast.cli import app
@@ -17,6 +19,24 @@ def test_nat_runs_and_says_what_it_did(model_folder, rows_file, tmp_path) -> Non
     assert (tmp_path / "out" / "student" / "adapter_model.safetensors").is_file()
     changed = CliRunner().invoke(app, [*arguments, "--seed", "1"])
     assert changed.exit_code == 2 and "other settings" in changed.output
+
+
+def test_rows_that_are_left_out_are_counted(model_folder, rows_file, tmp_path) -> None:
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    for number, row in enumerate(rows):  # bare answers: only the blank one is of no use
+        row["answer"] = number // 4 + number % 4 if number else ""
+    rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["nat", "--data", str(rows_file), "--model", str(model_folder), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*arguments, "--steps", "2", "--rank", "1", "--batch-size", "2"])
+    assert result.exit_code == 0, result.output
+    assert "left out 1 rows with a blank `answer`" in result.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["left_out"] == {"a blank `answer`": 1} and results["examples"] == {"right": 23, "wrong": 23}
+    assert (
+        CliRunner()
+        .invoke(app, [*arguments, "--steps", "2", "--rank", "1", "--batch-size", "2"])
+        .output.count("left out")
+    )
 
 
 def test_missing_files_are_bad_usage(tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import warnings
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def test_rows_are_read_plain_and_gzipped(tmp_path, rows_file) -> None:
     [
         ("{", "line 2: not JSON"),
         ("[]", "line 2: expected an object"),
-        (json.dumps({"question": "q", "answer": 3, "generated_answer": []}), "line 2: `answer` must be a string"),
+        (json.dumps({"question": "q", "answer": [3], "generated_answer": []}), "line 2: `answer` must be a string"),
         (json.dumps({"question": "q", "answer": "a"}), "`generated_answer` must be a list of strings"),
         (json.dumps({"question": "q", "answer": "a", "generated_answer": [1]}), "`generated_answer`"),
     ],
@@ -43,10 +44,27 @@ def test_rationales_are_split_by_their_answer_once_each() -> None:
         "answer": r"so \boxed{\frac{1}{2}}",
         "generated_answer": [r"\boxed{0.5}", r"\boxed{0.5}", r"\boxed{2}", "no answer at all"],
     }
-    unanswerable = {"question": "p", "answer": "?", "generated_answer": [r"\boxed{1}"]}
-    right, wrong = split_rationales([row, unanswerable], progress=False)
+    right, wrong = split_rationales([row], progress=False)
     assert right == [Example("q", r"\boxed{0.5}")]
     assert wrong == [Example("q", r"\boxed{2}"), Example("q", "no answer at all")]
+
+
+@pytest.mark.parametrize("answer", ["72", 72, 72.0, "so 71 + 1 = \\boxed{72}", "The answer is 72."])
+def test_an_answer_is_a_solution_or_the_answer_itself(answer) -> None:
+    row = {"question": "q", "answer": answer, "generated_answer": [r"\boxed{72}", "The answer is 7."]}
+    right, wrong = split_rationales([row], progress=False)
+    assert right == [Example("q", r"\boxed{72}")] and wrong == [Example("q", "The answer is 7.")]
+
+
+def test_rows_that_give_nothing_are_counted_with_the_reason() -> None:
+    good = {"question": "q", "answer": "1", "generated_answer": [r"\boxed{1}"]}
+    blank, empty = {**good, "answer": " "}, {**good, "generated_answer": []}
+    with pytest.warns(UserWarning, match=r"left out 3 rows: 2 with a blank `answer`, 1 with an empty `generated_an"):
+        right, wrong = split_rationales([blank, good, empty, blank], progress=False)
+    assert right == [Example("q", r"\boxed{1}")] and wrong == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        split_rationales([good], progress=False)
 
 
 def test_the_loss_covers_the_rationale_and_the_end(tiny) -> None:
