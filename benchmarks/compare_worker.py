@@ -15,6 +15,7 @@ import torch
 
 from calm_fast.benchmarks import machine
 from calm_fast.benchmarks.measure import Ready, Setting, ready, row
+from calm_fast.benchmarks.memory import settle
 from calm_fast.benchmarks.registry import Case, cases
 from calm_fast.benchmarks.timing import Budget, Ceilings, Timer, ceiling_work, interleave, summarise
 
@@ -28,10 +29,13 @@ def rivals(case: Case) -> list[str]:
 class Worker:
     """Answers commands; holds one case at a time."""
 
-    def __init__(self, device: str, threads: int, cold: bool, seed: int, commit: str) -> None:
+    def __init__(
+        self, device: str, threads: int, cold: bool, seed: int, commit: str, memory: str | None = None
+    ) -> None:
         torch.set_num_threads(threads)
         self.device = torch.device(device)
-        name = machine.device_name(self.device) + (", cold cache" if cold and device == "cpu" else "")
+        source = settle(self.device, memory)
+        name = machine.device_name(self.device, source, "cold cache" if cold and device == "cpu" else "")
         self.setting = Setting(self.device, name, machine.versions(), commit, Budget(), seed, cold or None)
         self.timer = Timer(self.device, cold or None)
         self.case: Case | None = None

@@ -12,8 +12,12 @@ import torch
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "peft", "liger-kernel", "cut-cross-entropy")
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with the number of threads torch uses."""
+def device_name(device: torch.device, *remarks: str) -> str:
+    """The GPU's name, or the CPU's with the number of threads torch uses, then those remarks that are not empty."""
+    return ", ".join([_hardware(device), *filter(None, remarks)])
+
+
+def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.machine()

@@ -9,6 +9,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("calm_fast benchmarks")
     group.addoption("--suite", choices=("quick", "full"), default="quick", help="quick, or more cases and baselines")
     group.addoption("--bench-device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure")
+    group.addoption(
+        "--memory", choices=("kept", "system"),
+        help="what a CPU's calls release is kept for the next call, or goes back to the system (default: kept where "
+        "the C library is glibc)",
+    )  # fmt: skip
     group.addoption("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from calm_fast.benchmarks import machine
+from calm_fast.benchmarks import machine, memory
 from calm_fast.benchmarks.measure import Setting, is_red, measure
 from calm_fast.benchmarks.registry import REGISTRY, SUITES, Case, cases
 from calm_fast.benchmarks.timing import Budget, Ceilings
@@ -36,6 +36,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.add_argument("--seconds", type=float, help="timing budget of one case (default: 8 quick, 40 full)")
     p.add_argument("--cold", action="store_true", help="overwrite a CPU's caches before each call (a GPU's always are)")
+    p.add_argument(
+        "--memory", choices=memory.CHOICES,
+        help="what a CPU's calls release is kept for the next call, or goes back to the system (default: kept where "
+        "the C library is glibc)",
+    )  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="of the random inputs")
     p.add_argument(
         "--compare", metavar="REV", help="time this checkout and revision REV side by side; exit 3 if slower"
@@ -93,6 +98,7 @@ def _compare(args: argparse.Namespace, chosen: Sequence[Case], device: torch.dev
 
     seconds = args.seconds if args.seconds is not None else _SECONDS[args.suite]
     worker = {"device": device.type, "threads": args.threads, "cold": args.cold, "seed": args.seed}
+    worker["memory"] = args.memory
     try:
         pairs, rows = compare.compare(
             chosen, args.suite, args.compare, Budget(seconds, min_rounds=7), worker, args.out,
@@ -124,11 +130,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not chosen:
             print(f"bench: no case fits --case {args.case} on {device.type}", file=sys.stderr)
         return 0 if chosen else 2
+    if args.memory == memory.KEPT and device.type == "cpu" and (reason := memory.obstacle()):
+        print(f"bench: --memory kept: {reason}", file=sys.stderr)
+        return 2
     if args.compare:
         return _compare(args, chosen, device)
+    source = memory.settle(device, args.memory)
+    if source and args.memory is None:
+        print(f"bench: {source}: {memory.obstacle()}", file=sys.stderr)
     seconds = args.seconds if args.seconds is not None else _SECONDS[args.suite]
     budget = Budget(seconds, warmup=3 if device.type == "cuda" else 0)  # each was called for its peak memory already
-    name = machine.device_name(device) + (", cold cache" if args.cold and device.type == "cpu" else "")
+    name = machine.device_name(device, source, "cold cache" if args.cold and device.type == "cpu" else "")
     setting = Setting(
         device, name, machine.versions(), args.commit or machine.commit(), budget, args.seed, args.cold or None
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calm_fast.benchmarks import machine
+from calm_fast.benchmarks import machine, memory
 from calm_fast.benchmarks.measure import Ready, Setting, ready
 from calm_fast.benchmarks.registry import REGISTRY, Case, cases
 from calm_fast.benchmarks.timing import Budget
@@ -40,7 +40,8 @@ def prepared(request: pytest.FixtureRequest):
     threads = torch.get_num_threads()
     torch.set_num_threads(request.config.getoption("--threads", 1))
     device = _device(request.config)
-    setting = Setting(device, machine.device_name(device), machine.versions(), machine.commit(), Budget())
+    name = machine.device_name(device, memory.settle(device, request.config.getoption("--memory", None)))
+    setting = Setting(device, name, machine.versions(), machine.commit(), Budget())
     kept: dict[str, Ready] = {}
 
     def prepare(case: Case) -> Ready:

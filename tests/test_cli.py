@@ -53,6 +53,7 @@ def test_version():
         (["demo", "extra"], "extra"),
         (["bench", "--suite", "huge"], "--suite"),
         (["bench", "--op", "attention"], "attention"),
+        (["bench", "--memory", "mine"], "--memory"),
         (["env", "--yaml"], "--yaml"),
     ],
 )
@@ -91,10 +92,11 @@ def test_bench_passes_its_options_and_exit_code_on(code, monkeypatch, tmp_path):
 
     seen = []
     monkeypatch.setattr(run, "main", lambda argv: seen.append(argv) or code)
-    args = ["--suite", "full", "--op", "cross_attention", "--op", "vote", "--out", str(tmp_path)]
+    args = ["--suite", "full", "--op", "cross_attention", "--op", "vote", "--memory", "system", "--out", str(tmp_path)]
     assert invoke("bench", *args).exit_code == code
-    assert seen == [["--suite", "full", "--out", str(tmp_path), "--op", "cross_attention", "--op", "vote"]]
-    run.parser().parse_args(seen[0][:-2])  # the options exist
+    ops = ["--op", "cross_attention", "--op", "vote"]
+    assert seen == [["--suite", "full", "--out", str(tmp_path), *ops, "--memory", "system"]]
+    run.parser().parse_args(seen[0])  # the options exist
 
 
 def test_python_m_calm_fast_is_the_same_program():

@@ -140,7 +140,8 @@ def test_sides_take_turns_in_short_runs():
 
 def test_worker_checks_before_it_times(monkeypatch):
     monkeypatch.setitem(timing._CEILING_SIZES, "cpu", (128, 1 << 16))
-    worker = Worker("cpu", torch.get_num_threads(), False, 0, "abc")
+    worker = Worker("cpu", torch.get_num_threads(), False, 0, "abc", "system")
+    assert worker.setting.device_name.endswith(", memory from the system")
     (case,) = (c for c in registry.cases("vote", torch.device("cpu"), "quick") if c.name == "v1_vote")
     assert rivals(case) == ["calm_fast", "calm_fast_native", "calm_fast_torch", "counter"]
     opened = worker.open("vote", "v1_vote", "quick")
@@ -159,6 +160,15 @@ def test_wrong_values_of_this_checkout_exit_1(failure, code, monkeypatch, tmp_pa
     ]
     monkeypatch.setattr(compare, "compare", lambda *args: ([], rows))
     assert main(["--device", "cpu", "--op", "vote", "--compare", "HEAD", "--out", str(tmp_path)]) == code
+
+
+@pytest.mark.parametrize(("options", "handed_on"), [((), None), (("--memory", "system"), "system")])
+def test_both_sides_are_told_where_memory_comes_from(options, handed_on, monkeypatch, tmp_path):
+    seen = []
+    rows = [{"commit": "now", "ours": True, "failure": None}]
+    monkeypatch.setattr(compare, "compare", lambda *args: seen.append(args[4]["memory"]) or ([], rows))
+    arguments = ["--device", "cpu", "--op", "vote", "--compare", "HEAD", "--out", str(tmp_path), *options]
+    assert main(arguments) == 0 and seen == [handed_on]
 
 
 def test_report_marks_what_became_slower(tmp_path):

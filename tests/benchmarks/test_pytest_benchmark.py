@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from calm_fast.benchmarks import memory
+
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = '''
 """A registry of one case: three who are right, wrong, and absent."""
@@ -66,6 +68,18 @@ def test_right_is_timed_wrong_fails_absent_is_skipped(tiny, tmp_path):
     (timed,) = json.loads(saved.read_text())["benchmarks"]
     assert timed["extra_info"]["impl"] == "right" and timed["group"] == "tiny_full: N 16"
     assert timed["extra_info"]["flops"] == 8192 and timed["stats"]["rounds"] >= 5
+
+
+@pytest.mark.parametrize(("options", "said"), [((), False), (("--memory", "system"), True)])
+def test_where_memory_comes_from_is_chosen_and_said(options, said, tiny, tmp_path):
+    saved = tmp_path / "saved.json"
+    done = tiny(
+        "--benchmark-only", "--benchmark-max-time", "0.01", "--benchmark-json", str(saved), "-k", "right", *options
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (timed,) = json.loads(saved.read_text())["benchmarks"]
+    expected = said or memory.obstacle() is not None
+    assert timed["extra_info"]["device"].endswith(", memory from the system") == expected
 
 
 def test_without_the_option_nothing_is_timed(tiny):

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from calm_fast.benchmarks import registry, timing
+from calm_fast.benchmarks import memory, registry, timing
 from calm_fast.benchmarks.measure import ROW_FIELDS, Setting, error_bound, relative_error
 from calm_fast.benchmarks.registry import CannotRunError, Case, Contestant, Target
 from calm_fast.benchmarks.run import main, run
@@ -80,6 +80,14 @@ def make(seed, size=48):
 @pytest.fixture(autouse=True)
 def _small_ceilings(monkeypatch):
     monkeypatch.setitem(timing._CEILING_SIZES, "cpu", (128, 1 << 16))  # what they are is tested in test_timing
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch):
+    """How often memory was to be kept: the process of the tests stays as it is."""
+    calls = []
+    monkeypatch.setattr(memory, "keep", lambda: calls.append(1))
+    return calls
 
 
 @pytest.fixture
@@ -251,6 +259,26 @@ def test_error_bound_grows_with_the_plain_error_and_the_dtype():
 def test_cold_is_said_in_every_row(bench):
     _, rows, _ = bench(Contestant("fast", plain, ours=True), Contestant("baseline", plain), options=["--cold"])
     assert all(row["device"].endswith(", cold cache") for row in rows.values())
+
+
+@pytest.mark.skipif(memory.obstacle() is not None, reason=str(memory.obstacle()))
+def test_memory_is_kept_unless_the_rows_say_otherwise(bench, kept):
+    contestants = Contestant("fast", plain, ours=True), Contestant("baseline", plain)
+    _, rows, _ = bench(*contestants)
+    assert kept == [1] and not any("memory" in row["device"] for row in rows.values())
+    _, rows, out = bench(*contestants, options=["--memory", "system"])
+    assert kept == [1] and all(row["device"].endswith(", memory from the system") for row in rows.values())
+    assert all(", memory from the system" in (out / f"report.{kind}").read_text() for kind in ("md", "html"))
+
+
+def test_another_c_library_is_said_and_kept_is_refused_there(bench, kept, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "_c_library", object)
+    contestants = Contestant("fast", plain, ours=True), Contestant("baseline", plain)
+    _, rows, _ = bench(*contestants)
+    assert all(row["device"].endswith(", memory from the system") for row in rows.values())
+    assert "bench: memory from the system: only glibc can be told" in capsys.readouterr().err
+    assert main(["--op", "tiny", "--device", "cpu", "--memory", "kept"]) == 2 and kept == []
+    assert "bench: --memory kept: only glibc can be told" in capsys.readouterr().err
 
 
 def test_a_case_takes_its_share_of_the_time():
