@@ -19,6 +19,8 @@ from calm_fast.ops.vocabulary import (
 from calm_fast.reference.linear_nce import linear_nce_reference
 
 _OP = "linear_nce"
+# implementations that make loss and gradient in one pass
+_STEP_IMPLS = ("torch",)
 
 
 def linear_nce(
@@ -75,9 +77,16 @@ def linear_nce(
     options = (alpha, temperature, offset)
     if decision.impl == "reference":
         return linear_nce_reference(student, nat, neg, weight, targets, seq_ids, *options, bias, softcap, ignore_index)
-    return torch.ops.calm_fast.linear_nce_fwd(
-        student, nat, neg, weight, bias, targets, seq_ids, *options, softcap, ignore_index, decision.impl
-    )[0]
+    arguments = (student, nat, neg, weight, bias, targets, seq_ids, *options, softcap, ignore_index, decision.impl)
+    if decision.impl in _STEP_IMPLS and _only_the_student_learns(student, weight, bias):
+        return torch.ops.calm_fast.linear_nce_step(*arguments)[0]
+    return torch.ops.calm_fast.linear_nce_fwd(*arguments)[0]
+
+
+def _only_the_student_learns(student: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether the one gradient is the student's: the loss is a scalar, so it can be made while logits are at hand."""
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return torch.is_grad_enabled() and student.requires_grad and not trained
 
 
 def decide(
@@ -142,6 +151,12 @@ _lib.define(
     " Tensor lse, Tensor coefficients, float temperature, float? softcap, int ignore_index, bool[] needs, str impl)"
     " -> (Tensor dstudent, Tensor dweight, Tensor dbias)"
 )
+_lib.define(
+    "linear_nce_step(Tensor student, Tensor nat, Tensor neg, Tensor weight, Tensor? bias, Tensor targets,"
+    " Tensor seq_ids, float alpha, float temperature, float offset, float? softcap, int ignore_index, str impl)"
+    " -> (Tensor loss, Tensor gradient)"
+)
+_lib.define("linear_nce_step_bwd(Tensor dloss, Tensor gradient, Tensor student) -> Tensor dstudent")
 
 
 @torch.library.impl(_lib, "linear_nce_fwd", "CompositeExplicitAutograd")
@@ -170,6 +185,23 @@ def _bwd(*args):
     return linear_nce_torch_bwd(*args, tuple(needs))
 
 
+@torch.library.impl(_lib, "linear_nce_step", "CompositeExplicitAutograd")
+def _step(*args):
+    *args, impl = args
+    if impl == "triton":
+        from calm_fast.kernels import linear_nce as kernels
+
+        return kernels.launch_linear_nce_step(*args)
+    from calm_fast.torch_impl.linear_nce import linear_nce_torch_step
+
+    return linear_nce_torch_step(*args)
+
+
+@torch.library.impl(_lib, "linear_nce_step_bwd", "CompositeExplicitAutograd")
+def _step_bwd(dloss, gradient, student):
+    return (dloss * gradient).to(student.dtype)  # scaled before it is rounded: a loss scaler's factor counts
+
+
 def _triton_bwd(
     dloss, student, nat, weight, bias, targets, lse, coefficients, temperature, softcap, ignore_index, needs
 ):
@@ -192,7 +224,7 @@ def _native_fwd(
     student, nat, neg, weight, bias, targets, seq_ids, alpha, temperature, offset, softcap, ignore_index
 ):  # fmt: skip
     """The tokens that count through the compiled library, what follows from a token's numbers in torch."""
-    from calm_fast.torch_impl.linear_nce import combine
+    from calm_fast.torch_impl.steps.linear_nce import combine
     from calm_fast.torch_impl.vocabulary import take, valid_rows
 
     tokens, rows = targets.shape[0], valid_rows(targets, ignore_index)
@@ -239,6 +271,17 @@ def _bwd_fake(dloss, student, nat, weight, bias, targets, lse, coefficients, *op
     return tuple(student.new_empty(s if need else (0,)) for s, need in zip(shapes, needs, strict=True))
 
 
+@torch.library.register_fake("calm_fast::linear_nce_step", lib=_lib)
+def _step_fake(student, *rest):
+    compute = torch.promote_types(student.dtype, torch.float32)
+    return student.new_empty((), dtype=compute), student.new_empty(student.shape, dtype=compute)
+
+
+@torch.library.register_fake("calm_fast::linear_nce_step_bwd", lib=_lib)
+def _step_bwd_fake(dloss, gradient, student):
+    return gradient.new_empty(gradient.shape, dtype=student.dtype)
+
+
 def _setup_context(ctx, inputs, output):
     student, nat, _, weight, bias, targets, _, _, ctx.temperature, _, ctx.softcap, ctx.ignore_index, ctx.impl = inputs
     ctx.save_for_backward(student, nat, weight, bias, targets, *output[1:])
@@ -256,6 +299,18 @@ def _backward(ctx, dloss, *_):
     return dstudent, None, None, dweight, dbias, *(None,) * 8
 
 
+def _step_setup_context(ctx, inputs, output):
+    ctx.save_for_backward(output[1], inputs[0])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _step_backward(ctx, dloss, _):
+    if dloss is None:
+        return (None,) * 13
+    return torch.ops.calm_fast.linear_nce_step_bwd(dloss, *ctx.saved_tensors), *(None,) * 12
+
+
 def _no_double_backward(ctx, *grads):
     raise RuntimeError(
         f"{_OP}: no double backward through impl='torch', 'triton' or 'native'. Use impl='reference' for it."
@@ -264,3 +319,7 @@ def _no_double_backward(ctx, *grads):
 
 torch.library.register_autograd("calm_fast::linear_nce_fwd", _backward, setup_context=_setup_context, lib=_lib)
 torch.library.register_autograd("calm_fast::linear_nce_bwd", _no_double_backward, lib=_lib)
+torch.library.register_autograd(
+    "calm_fast::linear_nce_step", _step_backward, setup_context=_step_setup_context, lib=_lib
+)
+torch.library.register_autograd("calm_fast::linear_nce_step_bwd", _no_double_backward, lib=_lib)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from calm_fast.torch_impl.steps.linear_nce import combine, step
 from calm_fast.torch_impl.vocabulary import (
     Gradients,
     LogitTiles,
     RunningSum,
     TargetLogits,
+    exact_product,
     probabilities,
     put,
     subtract_at,
@@ -21,31 +23,42 @@ Stats = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _sweep(
-    tiles: LogitTiles, streams: Stats, targets: torch.Tensor, temperature: float
+    tiles: LogitTiles,
+    streams: Stats,
+    targets: torch.Tensor,
+    temperature: float,
+    keep: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """One block of tokens against the whole vocabulary.
 
     Args:
-        streams: student, nat, neg, each (t, d). targets: (t,).
+        streams: student, nat, neg, each (t, d), or None for what nobody needs. targets: (t,). keep: two (t, V), get the
+            products of student and nat.
     Returns:
         lse (3, t): log-sum-exps of the student, of the student over tau, of nat over tau; the hard and the soft
         cross-entropy and KL(p_neg || p_nat), each (t,).
     """
     t, like, tau = targets.shape[0], tiles.like, 1.0 / temperature
-    plain = temperature == 1.0
+    plain, (with_student, _, with_neg) = temperature == 1.0, (h is not None for h in streams)
     student, nat, neg = (RunningSum(t, like) for _ in range(3))
     soft_student, soft_nat = (student, nat) if plain else (RunningSum(t, like, tau), RunningSum(t, like, tau))
     at_target = TargetLogits(targets, tiles.columns, like)
     for columns in tiles.column_blocks():
-        z, z_nat, z_neg = (tiles.logits(h, columns, i) for i, h in enumerate(streams))
-        at_target.add(z, columns)
-        spare = tiles.spare(z)
-        student.add(z, spare)
+        kept = (None,) * 3 if keep is None else (keep[0][:, columns], keep[1][:, columns], None)
+        z, z_nat, z_neg = (h if h is None else tiles.logits(h, columns, i, kept[i]) for i, h in enumerate(streams))
+        spare = tiles.spare(z_nat)
+        if with_student:
+            at_target.add(z, columns)
+            student.add(z, spare)
         if not plain:
-            soft_student.add(z, spare)
             nat.add(z_nat, spare)
-        soft_nat.weigh(soft_nat.add(z_nat, spare), z)
-        neg.weigh(neg.add(z_neg, spare), z_neg.sub_(z_nat))
+        if with_student and not plain:
+            soft_student.add(z, spare)
+        powers = soft_nat.add(z_nat, spare)
+        if with_student:
+            soft_nat.weigh(powers, z)
+        if with_neg:
+            neg.weigh(neg.add(z_neg, spare), z_neg.sub_(z_nat))
     lse, lse_soft, lse_nat = student.log_sum(), soft_student.log_sum(), soft_nat.log_sum()
     kl = neg.mean() - neg.log_sum() + nat.log_sum()
     return torch.stack((lse, lse_soft, lse_nat)), lse - at_target.values, lse_soft - tau * soft_nat.mean(), kl
@@ -84,38 +97,6 @@ def linear_nce_torch_fwd(
     return combine(lse, hard, soft, kl, seq_ids, rows, tokens, alpha, temperature, offset)
 
 
-def combine(
-    lse: torch.Tensor,
-    hard: torch.Tensor,
-    soft: torch.Tensor,
-    kl: torch.Tensor,
-    seq_ids: torch.Tensor,
-    rows: torch.Tensor | None,
-    tokens: int,
-    alpha: float,
-    temperature: float,
-    offset: float,
-) -> Stats:
-    """The loss from the numbers of the tokens that count.
-
-    Args:
-        lse (3, t), hard, soft, kl (t,): see `_sweep`. seq_ids: (t,). rows: which of the `tokens` they are, None = all.
-    Returns:
-        what `linear_nce_torch_fwd` does.
-    """
-    count = kl.shape[0]
-    if count == 0:
-        return lse.new_zeros(()), lse.new_zeros((3, tokens)), lse.new_zeros((2, tokens))
-    members = torch.bincount(seq_ids, minlength=tokens)
-    per_sequence = kl.new_zeros(tokens).index_add_(0, seq_ids, kl) / members.clamp(min=1)
-    calibration = offset + torch.tanh(per_sequence[seq_ids])
-    some = torch.stack((torch.full_like(kl, (1 - alpha) / count), alpha * temperature**2 / count * calibration))
-    loss = (some * torch.stack((hard, soft))).sum()
-    if rows is None:
-        return loss, lse, some
-    return loss, *(t.new_zeros((t.shape[0], tokens)).index_copy_(1, rows, t) for t in (lse, some))
-
-
 def linear_nce_torch_bwd(
     dloss: torch.Tensor,
     student: torch.Tensor,
@@ -150,7 +131,8 @@ def linear_nce_torch_bwd(
     for chunk_rows, chunk_columns, chunk in gradients.chunks():
         for r in tiles.row_blocks(chunk_rows):
             for c in tiles.column_blocks(chunk_columns):
-                dz = _dlogits(tiles, (student[r], nat[r]), c, lse[:, r], hard[r], soft[r], temperature, targets[r])
+                z, z_nat = (tiles.logits(h[r], c, i) for i, h in enumerate((student, nat)))
+                dz = _dlogits(tiles, z, z_nat, c, lse[:, r], hard[r], soft[r], temperature, targets[r])
                 chunk[within(r, chunk_rows), within(c, chunk_columns)] = dz
         gradients.add(chunk_rows, chunk_columns, chunk)
     dstudent, dweight, dbias = gradients.results()
@@ -159,7 +141,8 @@ def linear_nce_torch_bwd(
 
 def _dlogits(
     tiles: LogitTiles,
-    streams: tuple[torch.Tensor, torch.Tensor],
+    z: torch.Tensor,
+    z_nat: torch.Tensor,
     columns: slice,
     lse: torch.Tensor,
     hard: torch.Tensor,
@@ -167,8 +150,7 @@ def _dlogits(
     temperature: float,
     targets: torch.Tensor,
 ) -> torch.Tensor:
-    """One tile of dz before the softcap: (t, columns) in the compute dtype. lse (3, t), the rest (t,)."""
-    z, z_nat = (tiles.logits(h, columns, i) for i, h in enumerate(streams))
+    """One tile of dz from two tiles of logits: (t, columns) in the compute dtype. lse (3, t), the rest (t,)."""
     tau = 1.0 / temperature
     dz = probabilities(z, lse[1], tau, tiles.spare(z))
     if temperature == 1.0:
@@ -179,3 +161,79 @@ def _dlogits(
     dz.addcmul_(probabilities(z_nat, lse[2], tau, z_nat), soft.unsqueeze(1), value=-1.0)
     subtract_at(dz, targets, hard, columns)
     return tiles.through_softcap(dz, z)
+
+
+# ---- loss and gradient in one pass, for a head that is not trained --------------------------------------------------
+
+
+class _TorchEngine:
+    """See `steps.linear_nce.Engine`: what is kept are bare products in the inputs' dtype, as full logits would be."""
+
+    def __init__(self, streams: tuple[torch.Tensor, ...], head: tuple, temperature: float, most: int) -> None:
+        """streams: student, nat, neg, targets. head: weight, bias, softcap. most: tokens of the largest chunk."""
+        *self.streams, self.targets = streams
+        self.weight, self.temperature = head[0], temperature
+        self.tiles = LogitTiles(*head, most, streams=3)
+        self.memory = self.weight.new_empty((2, most * self.weight.shape[0]))
+
+    def _kept(self, rows: slice) -> torch.Tensor:
+        shape = (2, rows.stop - rows.start, self.weight.shape[0])
+        return self.memory[:, : shape[1] * shape[2]].view(shape)
+
+    def _swept(self, rows: slice, wanted: tuple[bool, bool, bool], kept: torch.Tensor | None) -> tuple:
+        parts = []
+        for r in self.tiles.row_blocks(rows):
+            streams = tuple(h[r] if want else None for h, want in zip(self.streams, wanted, strict=True))
+            keep = None if kept is None else kept[:, within(r, rows)]
+            parts.append(_sweep(self.tiles, streams, self.targets[r], self.temperature, keep))
+        return tuple(torch.cat(p, dim=-1) for p in zip(*parts, strict=True))
+
+    def calibrate(self, rows: slice) -> torch.Tensor:
+        return self._swept(rows, (False, True, True), None)[3]
+
+    def sweep(self, rows: slice, calibrated: bool = False) -> tuple[torch.Tensor, ...]:
+        return self._swept(rows, (True, True, not calibrated), self._kept(rows))[: 3 if calibrated else 4]
+
+    def gradient(self, rows: slice, lse: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        tiles, kept = self.tiles, self._kept(rows)
+        hard, soft = coefficients[0], coefficients[1] / self.temperature
+        # a token's logit gradients lie within -1 .. 1 before they are rounded, whatever its weight in the loss is, and
+        # in float16, which ends at 2^-24, within -1024 .. 1024
+        size = hard.abs() + soft.abs()
+        size = torch.where(size > 0, size, 1.0) / (1024.0 if self.weight.dtype == torch.float16 else 1.0)
+        hard, soft = hard / size, soft / size
+        for r in tiles.row_blocks(slice(0, rows.stop - rows.start)):
+            targets = self.targets[rows][r]
+            for c in tiles.column_blocks():
+                z, z_nat = (tiles.finish(kept[i, r, c], c, i) for i in (0, 1))
+                dz = _dlogits(tiles, z, z_nat, c, lse[:, r], hard[r], soft[r], self.temperature, targets)
+                kept[0, r, c] = dz
+        return exact_product(kept[0], self.weight).mul_(size.unsqueeze(1))
+
+
+def linear_nce_torch_step(
+    student: torch.Tensor,
+    nat: torch.Tensor,
+    neg: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    seq_ids: torch.Tensor,
+    alpha: float,
+    temperature: float,
+    offset: float,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss and the student's gradient at dloss = 1, without recomputing logits: see `step`.
+
+    Returns:
+        the loss () and (T, d), both in the compute dtype; 0 for ignored tokens.
+    """
+
+    def engine_of(*streams_and_most):
+        *streams, most = streams_and_most
+        return _TorchEngine(tuple(streams), (weight, bias, softcap), temperature, most)
+
+    options = (alpha, temperature, offset, ignore_index)
+    return step(engine_of, student, nat, neg, weight, targets, seq_ids, *options)

@@ -61,21 +61,35 @@ class LogitTiles:
             self._spare[index] = torch.empty_like(self._tiles[0])
         return self._spare[index][: like.numel()].view(like.shape)
 
-    def logits(self, rows: torch.Tensor, columns: slice, stream: int = 0) -> torch.Tensor:
-        """The tile of `rows` (t, d) and `columns`, with bias and softcap: (t, columns) in the compute dtype."""
+    def logits(
+        self, rows: torch.Tensor, columns: slice, stream: int = 0, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The tile of `rows` (t, d) and `columns`, with bias and softcap: (t, columns) in the compute dtype.
+
+        keep: (t, columns) in the inputs' dtype, gets the bare product, for `finish`.
+        """
         weight = self.weight[columns]
-        shape = (rows.shape[0], weight.shape[0])
-        size = shape[0] * shape[1]
-        tile = self._tiles[stream][:size].view(shape)
-        if self._product is None:
-            torch.mm(rows, weight.T, out=tile)
-        else:
-            tile.copy_(torch.mm(rows, weight.T, out=self._product[:size].view(shape)))
+        if keep is None:
+            buffer = self._tiles[stream] if self._product is None else self._product
+            keep = buffer[: rows.shape[0] * weight.shape[0]].view(rows.shape[0], weight.shape[0])
+        return self.finish(torch.mm(rows, weight.T, out=keep), columns, stream)
+
+    def finish(self, product: torch.Tensor, columns: slice, stream: int = 0) -> torch.Tensor:
+        """The tile of a bare product: `logits` again without multiplying."""
+        tile = self._tiles[stream][: product.numel()].view(product.shape)
+        if product.data_ptr() != tile.data_ptr():
+            tile.copy_(product)
         if self.bias is not None:
             tile += self.bias[columns]
         if self.softcap is not None:
             tile.div_(self.softcap).tanh_().mul_(self.softcap)
         return tile
+
+    def without_banned(self, logits: torch.Tensor) -> torch.Tensor:
+        """The tile with 0 for -inf, in place: a bias of -inf rules a token out, and p = 0 times -inf would be NaN."""
+        if self.bias is not None and self.softcap is None:
+            logits.masked_fill_(logits == float("-inf"), 0.0)
+        return logits
 
     def through_softcap(self, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """The gradient of the capped logits turned, in place, into that of the logits before the cap."""
@@ -200,6 +214,17 @@ def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b)
+
+
+def exact_product(dlogits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """dlogits (t, V) @ weight (V, d) in the compute dtype, rounded to 16 bits at most once."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float16:
+        return _wide_product(dlogits, weight).to(torch.promote_types(weight.dtype, torch.float32))
+    # no room for a sum beyond 65504, and CPUs multiply float16 slower than its float32 copy
+    out = dlogits.new_zeros((dlogits.shape[0], weight.shape[1]), dtype=torch.float32)
+    for c in blocks(0, weight.shape[0], _COLUMNS):
+        out.addmm_(dlogits[:, c].float(), weight[c].float())
+    return out
 
 
 class Gradients:
