@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -9,6 +11,9 @@ from calm_fast._validate import readable
 
 # query rows per step of the explicit path: bounds its (rows, N) scores to a few MiB per head
 _ROWS = 256
+# blocks of query rows that `_blocks` tries; what a call of SDPA costs beside its scores, in scores of head dim 64
+_BLOCK_ROWS = (64, 128, 256)
+_CALL = 25_000
 
 
 def plain_form(lo: torch.Tensor | None, hi: torch.Tensor | None, causal: bool, m: int, n: int) -> str | None:
@@ -34,6 +39,13 @@ def plain_form(lo: torch.Tensor | None, hi: torch.Tensor | None, causal: bool, m
     return None
 
 
+def _may_read(q: torch.Tensor, lo: torch.Tensor | None, hi: torch.Tensor | None) -> bool:
+    """Whether lo and hi can decide what is called: real CPU tensors, nothing traced, no transform of torch.func."""
+    if not all(readable(t) for t in (q, lo, hi) if t is not None) or q.numel() == 0:
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
 def _mask(
     lo: torch.Tensor | None, hi: torch.Tensor | None, causal: bool, m: int, n: int, device: torch.device
 ) -> torch.Tensor:
@@ -46,6 +58,126 @@ def _mask(
     if low is None:
         return key < high
     return key >= low if high is None else (key >= low) & (key < high)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Query rows [start, stop) of sequence `batch` (None: of each one) and the keys [first, last) they may see."""
+
+    batch: int | None
+    start: int
+    stop: int
+    first: int
+    last: int
+
+    def sequences(self, count: int) -> slice:
+        return slice(0, count) if self.batch is None else slice(self.batch, self.batch + 1)
+
+
+def _interval(
+    lo: torch.Tensor | None, hi: torch.Tensor | None, causal: bool, m: int, n: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """lo and hi, each (1 or B, M), whatever form they came in; rows shared by the whole batch are one row."""
+    if causal:
+        hi = torch.arange(1 + n - m, 1 + n, dtype=torch.int32).clamp(min=0)
+    low = torch.zeros(m, dtype=torch.int32) if lo is None else lo
+    high = torch.full((m,), n, dtype=torch.int32) if hi is None else hi
+    low, high = (t[0] if t.dim() == 2 and t.stride(0) == 0 and t.shape[0] > 0 else t for t in (low, high))
+    return tuple(torch.broadcast_tensors(*(t.reshape(-1, m) for t in (low, high))))
+
+
+def _blocks(lo: torch.Tensor, hi: torch.Tensor, batch: int, heads: int, n: int, d: int) -> list[_Block] | None:
+    """Blocks of query rows, each with its own range of keys, where that costs less than one call with an (M, N) mask.
+
+    The cost is scores plus calls. Sequences are taken together (the range of a block is then what any of them sees) or
+    one by one, in blocks of one of `_BLOCK_ROWS` rows: whatever is cheapest. lo, hi: (1 or B, M), read here.
+    """
+    own, m = lo.shape
+    call = _CALL * 76 // (d + 12)  # the time of a score grows with its products; the exponential is worth 12 columns
+    best, found = batch * heads * m * n + call, None
+    if best < 4 * call:  # too small to gain what planning costs
+        return None
+    for rows in _BLOCK_ROWS:
+        pad = -m % rows
+        empty, height = lo >= hi, torch.full((-(-m // rows),), rows)
+        height[-1] -= pad
+        # (own, blocks): of the rows that see anything
+        first = F.pad(lo.masked_fill(empty, n), (0, pad), value=n).unflatten(1, (-1, rows)).amin(2)
+        last = F.pad(hi.masked_fill(empty, 0), (0, pad), value=0).unflatten(1, (-1, rows)).amax(2)
+        forms = [(first.amin(0, keepdim=True), last.amax(0, keepdim=True), batch)]
+        if own > 1:
+            forms.append((first, last, 1))
+        for low, high, together in forms:
+            width = (high - low).clamp(min=0)
+            cost = int((width * height).sum()) * heads * together + call * int((width > 0).sum())
+            if cost < best:
+                best, found = cost, (rows, low.tolist(), high.tolist(), together < batch)
+    if found is None:
+        return None
+    rows, low, high, single = found
+    return [
+        _Block(b if single else None, i * rows, min((i + 1) * rows, m), first, last)
+        for b, pairs in enumerate(zip(low, high, strict=True))
+        for i, (first, last) in enumerate(zip(*pairs, strict=True))
+        if first < last
+    ]
+
+
+def _one_block(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: _Block, lo: torch.Tensor, hi: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """SDPA for one block, with the mask of its rows and its keys alone; rows that see nothing are 0."""
+    own = slice(None) if lo.shape[0] == 1 else block.sequences(lo.shape[0])
+    key = torch.arange(block.first, block.last, dtype=torch.int32)
+    low, high = (t[own, None, block.start : block.stop, None] for t in (lo, hi))
+    mask, empty = (key >= low) & (key < high), low >= high
+    some_empty = bool(empty.any())
+    if some_empty:  # see cross_attention_torch
+        mask = mask | empty
+    gqa = k.shape[1] != q.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    return out.masked_fill(empty, 0.0) if some_empty else out
+
+
+class _InBlocks(torch.autograd.Function):
+    """Attention block by block. Each block keeps its own small graph: gradients of keys are added up in one tensor,
+    where autograd would make a tensor of all keys for every block."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, blocks, lo, hi, scale, grad):
+        out = torch.zeros_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        ctx.parts, ctx.shapes = [], (q.shape, k.shape, q.dtype)
+        for block in blocks:
+            own = block.sequences(q.shape[0])
+            keys, rows = slice(block.first, block.last), slice(block.start, block.stop)
+            parts = [q[own, :, rows].detach(), k[own, :, keys].detach(), v[own, :, keys].detach()]
+            with torch.set_grad_enabled(grad):
+                parts = [part.requires_grad_(grad) for part in parts]
+                result = _one_block(*parts, block, lo, hi, scale)
+            out[own, :, rows] = result.detach()
+            if grad:
+                ctx.parts.append((block, parts, result))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        q_shape, k_shape, dtype = ctx.shapes
+        wide = torch.promote_types(dtype, torch.float32)  # sums over blocks are rounded once
+
+        def zeros(shape: torch.Size) -> torch.Tensor:
+            return torch.zeros((shape[0], shape[2], shape[1], shape[3]), dtype=wide).transpose(1, 2)
+
+        dq, dk, dv = zeros(q_shape), zeros(k_shape), zeros(k_shape)
+        for block, parts, result in ctx.parts:
+            own = block.sequences(q_shape[0])
+            keys, rows = slice(block.first, block.last), slice(block.start, block.stop)
+            # the graph stays: the caller may go backward again
+            grads = torch.autograd.grad(result, parts, dout[own, :, rows], retain_graph=True)
+            dq[own, :, rows] = grads[0]
+            dk[own, :, keys] += grads[1]
+            dv[own, :, keys] += grads[2]
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype), None, None, None, None, None
 
 
 def _with_lse(
@@ -94,6 +226,12 @@ def cross_attention_torch(
         lse = out[..., 0].to(torch.promote_types(q.dtype, torch.float32)).masked_fill(everything, float("-inf"))
         return out.transpose(1, 2), lse if return_lse else None
     form = plain_form(lo, hi, causal, m, n)
+    if form is None and not return_lse and _may_read(q, lo, hi):
+        low, high = _interval(lo, hi, causal, m, n)
+        blocks = _blocks(low, high, q.shape[0], q.shape[2], n, q.shape[3])
+        if blocks is not None:
+            grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+            return _InBlocks.apply(query, key, value, blocks, low, high, scale, grad).transpose(1, 2), None
     mask = None if form == "full" else _mask(lo, hi, causal, m, n, q.device)
     if return_lse:
         out, lse = _with_lse(query, key, value, mask, scale)
