@@ -1,0 +1,112 @@
+"""README and docs keep their word: blocks run, numbers are committed rows, links and names lead somewhere."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from calm_fast.benchmarks.results_table import newest, read
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "csrc" / "README.md"])
+QUANTITY = {"faster": "ms", "less time": "ms", "less memory": "peak_bytes"}
+CLAIM = re.compile(r"^\| .+? \| .*?`(\w+)`.* \| ([\d.]+)x (faster|less time|less memory) \| `(\w+)` \|$", re.MULTILINE)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def run(tmp_path: Path, *command: str) -> str:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_python_blocks_run_in_their_order(tmp_path: Path) -> None:
+    code = blocks("python")
+    assert len(code) >= 5
+    out = run(tmp_path, sys.executable, "-W", "error::UserWarning:calm_fast", "-c", "\n".join(code))
+    assert "1/2" in out and "cross_attention: " in out
+    made = {path.name for path in tmp_path.iterdir()}
+    assert {"composition", "dual", "negative"} <= made
+
+
+def test_vote_block_writes_what_it_says(tmp_path: Path) -> None:
+    (block,) = [b for b in blocks("sh") if "calm-fast vote" in b]
+    runnable = block.replace("calm-fast", f"{shlex.quote(sys.executable)} -m calm_fast")
+    assert "single" in run(tmp_path, "sh", "-c", runnable)
+    assert {path.name for path in (tmp_path / "vote_out").iterdir()} == {"results.json", "votes.jsonl", "curve.png"}
+
+
+def test_every_number_of_the_first_table_is_a_committed_row() -> None:
+    latest = newest(read(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))), "cpu")
+    claims = CLAIM.findall(README)
+    assert len(claims) == README.split("## Start")[0].count("x faster") + README.split("## Start")[0].count("x less ")
+    for baseline, least, words, case in claims:
+        rows = {row["impl"]: row for row in latest[case]}
+        ours, field = rows.get("calm_fast") or rows["auto"], QUANTITY[words]
+        assert rows[baseline][field] / ours[field] >= float(least), (case, baseline, words)
+
+
+def test_readme_says_whether_a_gpu_has_run() -> None:
+    rows = newest(read(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl"))), "cuda")
+    assert ("No GPU has run this code yet" in README) == (not rows)
+
+
+def test_commands_exist() -> None:
+    from typer.main import get_command
+
+    from calm_fast.cli import app
+
+    known = set(get_command(app).commands)  # type: ignore[attr-defined]
+    used = set(re.findall(r"calm-fast ([a-z]+)", "\n".join([*blocks("sh"), *re.findall(r"`calm-fast [^`]+`", README)])))
+    assert used and used <= known
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+) ", "\n".join(blocks("sh")))) <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_public_names_in_prose_exist(page: Path) -> None:
+    for name in set(re.findall(r"\bcalm_fast((?:\.[A-Za-z_]\w*)+)", page.read_text(encoding="utf-8"))):
+        value: object = importlib.import_module("calm_fast")
+        parts = name.split(".")[1:]
+        if parts[-1] in ("py", "md", "abi3", "_native", "_cuda", "_cpu"):  # a file
+            continue
+        for i, part in enumerate(parts):
+            try:
+                value = getattr(value, part)
+            except AttributeError:
+                value = importlib.import_module(".".join(["calm_fast", *parts[: i + 1]]))
+
+
+def test_every_page_is_listed_in_the_index() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").glob("**/*.md")} - {"README.md"}
+    assert pages == {link for link in re.findall(r"\]\(([\w/.-]+\.md)\)", index) if not link.startswith("..")}
