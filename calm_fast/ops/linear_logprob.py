@@ -37,8 +37,8 @@ def linear_logprob(
         hidden: (T, d) float32, bfloat16 or float16 (float64 with impl "reference" or "torch").
         weight: (V, d), hidden's dtype and device.
         targets: (T,) int64, 0 <= target < V or ignore_index.
-        bias: (V,) in weight's dtype, or None; -inf in it rules a token out: right for logprob, rank and their
-            gradients, but the entropy may be NaN. temperature: > 0, divides the logits.
+        bias: (V,) in weight's dtype, or None; -inf in it rules a token out (with a softcap the cap holds, as
+            for every logit): it adds 0 to the entropy and gets no gradient. temperature: > 0, divides the logits.
         softcap: logits become softcap * tanh(logits / softcap), before the temperature; None = not.
         ignore_index: the target that marks a token to ignore: its results are 0, it gets and gives no gradient.
         return_entropy: also the entropy of p, in nats.

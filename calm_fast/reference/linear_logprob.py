@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from calm_fast.reference.vocabulary import logits_reference
+from calm_fast.reference.vocabulary import expectation, logits_reference
 
 
 def linear_logprob_reference(
@@ -23,7 +23,8 @@ def linear_logprob_reference(
         rank_t = 1 + #{v : z_t[v] > z_t[target_t]}
 
     Args:
-        hidden: (T, d), any float dtype. weight: (V, d). targets: (T,) int64. bias: (V,) or None.
+        hidden: (T, d), any float dtype. weight: (V, d). targets: (T,) int64. bias: (V,) or None; -inf
+            rules a token out: it adds 0 to the entropy.
         temperature: positive. softcap: positive or None. ignore_index: the target that marks a token to ignore.
     Returns:
         logprob, entropy (T,) float32 (float64 for float64 input), rank (T,) int64; all 0 for ignored tokens.
@@ -35,7 +36,7 @@ def linear_logprob_reference(
     z = logits_reference(hidden[rows], weight, bias, softcap)
     at = targets[rows].unsqueeze(1)
     log_p = (z / temperature).log_softmax(-1)
-    logprob, entropy = log_p.gather(1, at).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+    logprob, entropy = log_p.gather(1, at).squeeze(1), -expectation(log_p.exp(), log_p)
     rank = 1 + (z > z.gather(1, at)).sum(-1)
     nothing = z.new_zeros(targets.shape[0])
     return (

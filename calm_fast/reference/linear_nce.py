@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from calm_fast.reference.vocabulary import logits_reference
+from calm_fast.reference.vocabulary import expectation, logits_reference
 
 
 def linear_nce_reference(
@@ -32,7 +32,8 @@ def linear_nce_reference(
 
     Args:
         student, nat, neg: (T, d) hidden states of the student and the two teachers, any float dtype.
-        weight: (V, d) the LM head they share; bias (V,) or None; softcap positive or None.
+        weight: (V, d) the LM head they share; bias (V,) or None (-inf rules a token out:
+            it adds 0); softcap positive or None.
         targets: (T,) int64. seq_ids: (T,) int64, the sequence of each token.
         alpha, temperature (tau), offset: numbers. ignore_index: the target that marks m_t = 0.
     Returns:
@@ -50,12 +51,12 @@ def linear_nce_reference(
         z_nat = logits_reference(nat, weight, bias, softcap)
         z_neg = logits_reference(neg, weight, bias, softcap)
         log_nat, log_neg = z_nat.log_softmax(-1), z_neg.log_softmax(-1)
-        kl = (log_neg.exp() * (log_neg - log_nat)).sum(-1)  # (valid tokens,)
+        kl = expectation(log_neg.exp(), log_neg - log_nat)  # (valid tokens,)
         sequences, index = seq_ids.unique(return_inverse=True)
         per_sequence = kl.new_zeros(sequences.numel()).index_add(0, index, kl)
         beta = torch.tanh(per_sequence / index.bincount())[index]  # (valid tokens,)
         teacher = (z_nat / temperature).softmax(-1)
-    cross_entropy = -(teacher * (z / temperature).log_softmax(-1)).sum(-1)
+    cross_entropy = -expectation(teacher, (z / temperature).log_softmax(-1))
     distillation = temperature**2 * ((offset + beta) * cross_entropy).mean()
     hard = -z.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).mean()
     return (1 - alpha) * hard + alpha * distillation

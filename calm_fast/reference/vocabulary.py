@@ -20,3 +20,11 @@ def logits_reference(
     if bias is not None:
         z = z + bias.to(compute)
     return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def expectation(p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """sum_v p_v values_v over the last dim; a token of probability 0 adds 0, also where its value is infinite.
+
+    That is the limit of p log p: a bias of -inf rules a token out, its probability is 0 and its logarithm -inf.
+    """
+    return (p * values.masked_fill(p == 0, 0.0)).sum(-1)

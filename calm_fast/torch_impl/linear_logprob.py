@@ -83,7 +83,7 @@ def _sweep(
             rank += (z > alone.unsqueeze(1)).sum(dim=1) - (here & (at_target.values > alone)).long()
         weights = running.add(z, tiles.spare(z) if want_entropy else z)
         if want_entropy:
-            running.weigh(weights, z)
+            running.weigh(weights, tiles.without_banned(z))
     # relative to the maximum, so that a certain token loses nothing to the size of its logit
     entropy = running.entropy() if want_entropy else like.new_zeros(0)
     return running.log_share(at_target.values), entropy, rank, running.log_sum()
@@ -130,7 +130,7 @@ def linear_logprob_torch_bwd(
                     dz = p.mul_(-dlogprob[r].unsqueeze(1))
                 else:  # p (-dlogprob - dentropy (log p + entropy)), log p = tau z - lse
                     constant = dentropy[r] * (lse[r] - entropy[r]) - dlogprob[r]
-                    slope = torch.mul(z, (-tau * dentropy[r]).unsqueeze(1), out=tiles.spare(z, 1))
+                    slope = torch.mul(tiles.without_banned(z), (-tau * dentropy[r]).unsqueeze(1), out=tiles.spare(z, 1))
                     dz = p.mul_(slope.add_(constant.unsqueeze(1)))
                 subtract_at(dz, targets[r], -dlogprob[r], c)
                 chunk[within(r, chunk_rows), within(c, chunk_columns)] = tiles.through_softcap(dz, z)

@@ -304,7 +304,8 @@ LANE void visit(const LogprobSlope& s, const Place& p, float* z) {
       const V value = load(row + j * kWidth);
       const V x = fused(value, set1(s.scale), load(s.minus_lse + token));
       V factor = load(s.constant + token);
-      if (s.linear) factor = fused(load(s.linear + token), x, factor);
+      // a bias of -infinity gives x = -infinity and power 0; their product must be 0
+      if (s.linear) factor = fused(load(s.linear + token), maximum(set1(-126.0f), x), factor);
       V dz = mul(exp2_of(x), factor);
       const M here = same(load(s.target + token), column);
       if (any(here)) dz = add(dz, pick(here, load(s.up + token), set1(0.0f)));

@@ -19,6 +19,7 @@ from .vocabulary import (
     row_pointers,
     running_sum,
     tile_position,
+    without_banned,
 )
 
 
@@ -114,7 +115,7 @@ def _linear_logprob_sweep_kernel(
         at_target += tl.sum(tl.where(own, z, 0.0), 1)
         row_max, row_sum, weights, shrink = running_sum(row_max, row_sum, z, inside, tau * LOG2_E)
         if HAS_ENTROPY:
-            mean = mean * shrink + tl.sum(weights * z, 1)
+            mean = mean * shrink + tl.sum(weights * without_banned(z, HAS_BIAS), 1)
         if HAS_RANK:  # the target's own logit, computed twice, may differ by a rounding: it never counts
             above += tl.sum(
                 ((z > alone[:, None]) & inside[None, :] & (cols[None, :] != targets[:, None])).to(tl.int32), 1
@@ -124,7 +125,8 @@ def _linear_logprob_sweep_kernel(
     tl.store(part, row_max, mask=valid)
     tl.store(part + plane, row_sum, mask=valid)
     if HAS_ENTROPY:
-        tl.store(part + 2 * plane, mean / row_sum, mask=valid)
+        # a split of nothing but banned tokens has no mean, and weighs nothing
+        tl.store(part + 2 * plane, tl.where(row_sum == 0.0, 0.0, mean / row_sum), mask=valid)
     if HAS_RANK:
         tl.store(above_ptr + tl.cast(split, tl.int64) * T + rows, above, mask=valid)
     own_split = (targets >= begin) & (targets < begin + SPLIT_V)
@@ -239,7 +241,7 @@ def _linear_logprob_dlogits_kernel(
             dentropy = tl.load(dentropy_ptr + rows, mask=valid, other=0.0) * tau
             entropy = tl.load(entropy_ptr + rows, mask=valid, other=0.0)
             constant = dentropy * (lse - entropy) - dlogprob
-            dz = p * (constant[:, None] - (dentropy * tau)[:, None] * z)
+            dz = p * (constant[:, None] - (dentropy * tau)[:, None] * without_banned(z, HAS_BIAS))
         else:
             dz = p * (-dlogprob)[:, None]
         dz = tl.where(cols[None, :] == targets[:, None], dz + dlogprob[:, None], dz)

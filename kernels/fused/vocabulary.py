@@ -12,7 +12,7 @@ from .cross_attention_common import LN_2, LOG2_E, NEG_HUGE, matmul_add
 
 __all__ = [
     "LN_2", "LOG2_E", "NEG_HUGE", "any_valid", "cap", "load_block", "matmul_add", "product", "row_pointers",
-    "running_sum", "tile_position",
+    "running_sum", "tile_position", "without_banned",
 ]  # fmt: skip
 
 
@@ -73,6 +73,14 @@ def cap(z, bias_ptr, cols, V, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.c
         z += tl.load(bias_ptr + tl.minimum(cols, V - 1)).to(tl.float32)[None, :]
     if HAS_SOFTCAP:
         z = softcap * (2.0 * tl.sigmoid(z * (2.0 / softcap)) - 1.0)
+    return z
+
+
+@triton.jit
+def without_banned(z, HAS_BIAS: tl.constexpr):
+    """z with 0 for -inf: a bias of -inf rules a token out, and its p = 0 times -inf would be NaN."""
+    if HAS_BIAS:
+        z = tl.where(z == float("-inf"), 0.0, z)
     return z
 
 

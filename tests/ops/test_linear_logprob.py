@@ -14,7 +14,7 @@ from calm_fast.ops import vocabulary as ops_vocabulary
 from calm_fast.ops.linear_logprob import decide, linear_logprob
 from calm_fast.torch_impl import vocabulary
 from calm_fast.verify.cases.linear_logprob import CASES
-from calm_fast.verify.numerics import Case, check, unit_roundoff
+from calm_fast.verify.numerics import Case, check, judge, truth_of, unit_roundoff
 
 NAMES = ("hidden", "weight", "targets", "bias", "temperature", "softcap", "return_entropy", "return_rank")
 
@@ -45,7 +45,10 @@ def double(inputs):
     return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
-@pytest.fixture(params=["torch", "native", "triton-interpreter", pytest.param("triton-cuda", marks=pytest.mark.gpu)])
+IMPLS = ["torch", "native", "triton-interpreter", pytest.param("triton-cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=IMPLS)
 def impl(request, kernel_device):
     name, _, where = request.param.partition("-")
     if where == "interpreter" and kernel_device.type != "cpu":
@@ -108,6 +111,45 @@ def test_rank_counts_what_is_larger_up_to_rounding(name, dtype, impl, device):
     assert ((least <= rank) & (rank <= most))[valid].all()
     assert (rank[~valid] == 0).all()
     assert (most - least)[valid].float().mean() < 0.1 * z.shape[1]  # the interval says something
+
+
+def banned_run(inputs, impl, kept, v):
+    """What CASES.run gives for `inputs`, computed among v tokens of which all but `kept` have a bias of -inf."""
+    weight = torch.randn(v, inputs["weight"].shape[1], generator=torch.Generator().manual_seed(1))
+    weight = weight.to(inputs["weight"]).index_copy(0, kept, inputs["weight"])
+    bias = inputs["bias"].new_full((v,), float("-inf")).index_copy(0, kept, inputs["bias"])
+    targets = inputs["targets"]
+    targets = torch.where(targets == -100, targets, kept[targets.clamp(min=0)])
+    found = CASES.run({**inputs, "weight": weight, "bias": bias, "targets": targets}, impl)
+    others = torch.ones(v, dtype=torch.bool, device=kept.device).index_fill(0, kept, False)
+    for name in {"dweight", "dbias"} & set(found):
+        assert found[name][others].abs().max() < 2.0**-110  # vectorised exponentials end at 2^-126
+        found[name] = found[name][kept]
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["entropy", "entropy-frozen", "temperature-low"])
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"], indirect=True)
+def test_a_banned_token_is_as_good_as_absent(name, dtype, impl, device):
+    """-inf in the bias; among 4,500 tokens whole tiles and splits are banned, first and last ones too."""
+    case = CASES.case(name, dtype, v=700, bias=True)
+    inputs, columns = CASES.build(case, device), torch.arange(4500, device=device)
+    kept = ((columns >= 2100) & (columns < 4400) & (columns % 3 == 0)).nonzero().squeeze(1)[:700]
+    found = banned_run(inputs, impl, kept, 4500)
+    rows = judge(case, impl, device, found, truth_of(CASES, inputs, dtype))
+    assert rows and not [row for row in rows if not row.ok]
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"], indirect=True)
+def test_a_banned_target_has_probability_zero(impl, device):
+    inputs = build("nothing-ignored", device=device, bias=True, entropy=True)
+    inputs["bias"] = inputs["bias"].index_fill(0, inputs["targets"][:1], float("-inf"))
+    logprob, entropy, rank = call(inputs, impl)
+    hit = inputs["targets"] == inputs["targets"][0]
+    assert (logprob[hit] == float("-inf")).all() and logprob[~hit].isfinite().all() and entropy.isfinite().all()
+    assert (rank[hit] == 71).all()  # everything else is more likely
+    assert all(g.isfinite().all() for g in gradients(inputs, impl))
 
 
 def test_rank_of_ties_and_of_the_largest(impl, device):
