@@ -20,7 +20,7 @@ from calm_fast.reference.linear_nce import linear_nce_reference
 
 _OP = "linear_nce"
 # implementations that make loss and gradient in one pass
-_STEP_IMPLS = ("torch",)
+_STEP_IMPLS = ("torch", "triton")
 
 
 def linear_nce(

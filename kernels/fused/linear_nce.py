@@ -17,6 +17,7 @@ from .linear_nce_fwd import (
     _linear_nce_combine_kernel,
     _linear_nce_sweep_kernel,
 )
+from .linear_nce_step import launch_linear_nce_step, step_specs
 from .vocabulary_host import (
     GROUP,
     CodegenSpec,
@@ -29,7 +30,7 @@ from .vocabulary_host import (
     make_spec,
 )
 
-__all__ = ["codegen_specs", "launch_linear_nce_dlogits", "launch_linear_nce_fwd"]
+__all__ = ["codegen_specs", "launch_linear_nce_dlogits", "launch_linear_nce_fwd", "launch_linear_nce_step"]
 
 # True where TRITON_INTERPRET made the kernels Python functions
 _INTERPRETED = not isinstance(_linear_nce_sweep_kernel, triton.runtime.JITFunction)
@@ -213,4 +214,4 @@ def codegen_specs() -> list[CodegenSpec]:
     specs.append(
         make_spec("linear_nce_calibrate", fn, torch.float32, constant, _SMALL, False, (80, 90, 100), _POINTERS)
     )
-    return specs
+    return specs + step_specs()
