@@ -6,8 +6,6 @@ can address, each launch gets its numbers, and kernels run on the tensors' devic
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +18,7 @@ from .cross_attention_codegen import codegen_specs
 from .cross_attention_configs import BackwardConfig, LaunchConfig, pick_config
 from .cross_attention_decode import _cross_attention_combine_kernel, _cross_attention_decode_kernel
 from .cross_attention_fwd import _cross_attention_fwd_kernel
+from .launching import addressable, float32_precision, interpreted, launch
 
 __all__ = [
     "BackwardConfig",
@@ -31,14 +30,12 @@ __all__ = [
 
 _LOG2_E = 1.4426950408889634
 _MAX_HEAD_DIM = 256
-_MAX_STRIDE = 2**22  # 512 rows of a tile times this stay below 2**31
 _DECODE_ROWS = 64  # the split-key kernel takes over at this many query rows of a KV head ...
 _DECODE_M = 16  # ... or at this many queries, whatever the group
 _ROW_TILE = 64  # query rows per program of the row terms kernel
 _RANGE_TILES = 16  # query tiles a step of the range kernel looks at
-
-# True where TRITON_INTERPRET made the kernels Python functions
-_INTERPRETED = not isinstance(_cross_attention_fwd_kernel, triton.runtime.JITFunction)
+_SMALL = LaunchConfig(_ROW_TILE, 64, 4, 3)  # row terms, query ranges, combine: no product, nothing to tune
+_INTERPRETED = interpreted(_cross_attention_fwd_kernel)
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class _Problem:
             "HAS_LO": self.lo is not None,
             "HAS_HI": self.hi is not None,
             "CAUSAL": self.causal,
-            "PRECISION": _float32_precision(self.q.dtype),
+            "PRECISION": float32_precision(self.q.dtype),
             "INTERPRET": _INTERPRETED,
         }
 
@@ -91,19 +88,6 @@ class _Problem:
 def _padded(d: int) -> int:
     """The head dim a tile has: a power of two, and at least what a matrix product needs."""
     return max(16, triton.next_power_of_2(d))
-
-
-def _float32_precision(dtype: torch.dtype) -> str:
-    """IEEE products, unless the user allowed TF32 for float32 matrix products."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
-
-
-def _addressable(t: torch.Tensor) -> torch.Tensor:
-    """t (B, rows, heads, D) itself if the kernels can address it: unit last stride, tile offsets in 32 bits."""
-    if (t.stride(3) == 1 or t.shape[3] == 1) and t.stride(1) < _MAX_STRIDE:
-        return t
-    return t.contiguous()
 
 
 def _problem(
@@ -119,19 +103,7 @@ def _problem(
         raise ValueError(f"cross_attention: `q` must have a head dim of at most {_MAX_HEAD_DIM}, got {q.shape[3]}")
     if not scale > 0:
         raise ValueError(f"cross_attention: `scale` must be positive in the Triton kernels, got {scale}")
-    return _Problem(_addressable(q), _addressable(k), _addressable(v), lo, hi, causal, scale)
-
-
-def _launch(kernel: Any, programs: int, device: torch.device, *args: Any, **kwargs: Any) -> None:
-    """Start `programs` programs on the device's current stream."""
-    on_device: Callable[..., Any] = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
-        kernel[(programs,)](*args, **kwargs)
-
-
-def _compiler(config: LaunchConfig) -> dict[str, Any]:
-    """Compiler options; fused multiply-adds make the exponent one instruction and one rounding."""
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    return _Problem(*(addressable(t, rows=1) for t in (q, k, v)), lo, hi, causal, scale)
 
 
 def launch_cross_attention_fwd(
@@ -170,10 +142,11 @@ def launch_cross_attention_fwd(
     if config.split_keys:
         _launch_decode(p, out, lse, config)
         return out, lse
-    _launch(
+    launch(
         _cross_attention_fwd_kernel,
         triton.cdiv(m, config.block_m) * heads * batch,
         q.device,
+        config,
         *(p.q, p.k, p.v, lo, hi, out, lse),
         *p.strides,
         *p.interval_strides,
@@ -181,7 +154,6 @@ def launch_cross_attention_fwd(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         **p.constants(),
-        **_compiler(config),
     )
     return out, lse
 
@@ -195,10 +167,11 @@ def _launch_decode(p: _Problem, out: torch.Tensor, lse: torch.Tensor, config: La
     if splits > 1:
         part = torch.empty((batch, m, heads, splits, d), dtype=torch.float32, device=out.device)
         part_lse = torch.empty((batch, heads, m, splits), dtype=torch.float32, device=out.device)
-    _launch(
+    launch(
         _cross_attention_decode_kernel,
         splits * triton.cdiv(m * group, config.block_m) * kv_heads * batch,
         out.device,
+        config,
         *(p.q, p.k, p.v, p.lo, p.hi, part, part_lse),
         *p.strides,
         *p.interval_strides,
@@ -208,19 +181,17 @@ def _launch_decode(p: _Problem, out: torch.Tensor, lse: torch.Tensor, config: La
         SPLIT_KEYS=config.split_keys,
         DIRECT=splits == 1,
         **p.constants(),
-        **_compiler(config),
     )
     if splits > 1:
-        _launch(
+        launch(
             _cross_attention_combine_kernel,
             batch * m * heads,
             out.device,
+            _SMALL,
             *(part, part_lse, out, lse, m, heads, splits),
             D=d,
             BLOCK_D=_padded(d),
             BLOCK_S=16,
-            num_warps=4,
-            enable_fp_fusion=True,
         )
 
 
@@ -255,7 +226,7 @@ def launch_cross_attention_bwd(
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     config = config or BackwardConfig(dkdv=p.config("dkdv"), dq=p.config("dq"))
-    dout = _addressable(dout)
+    dout = addressable(dout, rows=1)
     lse2, delta = _launch_rows(p, out, dout, lse, dlse)
     _launch_dkdv(p, dout, (lse2, delta), dk, dv, config.dkdv)
     _launch_dq(p, dout, (lse2, delta), dq, config.dq)
@@ -267,12 +238,13 @@ def _launch_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two numbers the backward pass needs of each row: lse in log2 units, rowsum(dout * out) - dlse."""
     batch, m, _, heads, _, d = p.sizes
-    out = _addressable(out)
+    out = addressable(out, rows=1)
     lse2, delta = (torch.empty((batch, heads, m), dtype=torch.float32, device=out.device) for _ in range(2))
-    _launch(
+    launch(
         _cross_attention_bwd_rows_kernel,
         triton.cdiv(m, _ROW_TILE) * heads * batch,
         out.device,
+        _SMALL,
         *(out, dout, lse.contiguous(), dlse if dlse is None else dlse.contiguous(), lse2, delta),
         *out.stride()[:3],
         *dout.stride()[:3],
@@ -281,8 +253,6 @@ def _launch_rows(
         BLOCK_D=_padded(d),
         BLOCK_M=_ROW_TILE,
         HAS_DLSE=dlse is not None,
-        num_warps=4,
-        enable_fp_fusion=True,
     )
     return lse2, delta
 
@@ -300,10 +270,11 @@ def _launch_dkdv(
     ranges = None
     if p.lo is not None or p.hi is not None:
         ranges = torch.empty((batch, key_blocks, 4), dtype=torch.int32, device=dk.device)
-        _launch(
+        launch(
             _cross_attention_query_ranges_kernel,
             key_blocks * batch,
             dk.device,
+            _SMALL,
             *(p.lo, p.hi, ranges),
             *p.interval_strides,
             *(m, n),
@@ -312,12 +283,12 @@ def _launch_dkdv(
             TILES=_RANGE_TILES,
             HAS_LO=p.lo is not None,
             HAS_HI=p.hi is not None,
-            num_warps=4,
         )
-    _launch(
+    launch(
         _cross_attention_bwd_dkdv_kernel,
         key_blocks * kv_heads * batch,
         dk.device,
+        config,
         *(p.q, p.k, p.v, dout, *rows, p.lo, p.hi, ranges, dk, dv),
         *p.strides,
         *dout.stride()[:3],
@@ -326,7 +297,6 @@ def _launch_dkdv(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         **p.constants(),
-        **_compiler(config),
     )
 
 
@@ -338,10 +308,11 @@ def _launch_dq(
     config: LaunchConfig,
 ) -> None:
     batch, m, n, heads, kv_heads, _ = p.sizes
-    _launch(
+    launch(
         _cross_attention_bwd_dq_kernel,
         triton.cdiv(m, config.block_m) * heads * batch,
         dq.device,
+        config,
         *(p.q, p.k, p.v, dout, *rows, p.lo, p.hi, dq),
         *p.strides,
         *dout.stride()[:3],
@@ -350,5 +321,4 @@ def _launch_dq(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         **p.constants(),
-        **_compiler(config),
     )

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import torch
 
-from calm_fast._tuning import LaunchConfig, tuned_config
+from .launching import LaunchConfig, family, gpu, measured_config
 
-_TUNED = Path(__file__).resolve().parent / "tuned" / "cross_attention"
 _INTERPRETER = {
     "fwd": LaunchConfig(16, 32, 4, 1),
     "dkdv": LaunchConfig(16, 32, 4, 1),
@@ -25,13 +22,6 @@ class BackwardConfig:
 
     dkdv: LaunchConfig
     dq: LaunchConfig
-
-
-@cache
-def _gpu(index: int) -> tuple[str, int]:
-    """Name and compute capability (10 * major + minor) of a GPU."""
-    properties = torch.cuda.get_device_properties(index)
-    return properties.name, 10 * properties.major + properties.minor
 
 
 # (block_m, block_n, num_warps, num_stages) by architecture and head dim, for 16-bit inputs: the largest tiles that
@@ -77,8 +67,7 @@ def default_config(part: str, arch: int, dtype: torch.dtype, block_d: int) -> La
         return LaunchConfig(*tiles[d], split_keys=_SPLIT_KEYS)
     if dtype == torch.float32:
         return LaunchConfig(*_FLOAT32[part][d])
-    family = 90 if arch == 90 else 100 if arch in (100, 103) else 80  # consumer Blackwell (120) has 99 KiB
-    return LaunchConfig(*_HALF[family][part][d])
+    return LaunchConfig(*_HALF[family(arch)][part][d])
 
 
 def pick_config(
@@ -87,6 +76,5 @@ def pick_config(
     """Launch numbers of one kernel: measured on this GPU if there are any, else the default of its architecture."""
     if interpreted:
         return _INTERPRETER[part]  # small tiles, so that small tests cross tile edges
-    name, arch = _gpu(device.index if device.index is not None else torch.cuda.current_device())
-    tuned = tuned_config(_TUNED, name, part, str(dtype).removeprefix("torch."), block_d, shape)
-    return tuned or default_config(part, arch, dtype, block_d)
+    measured = measured_config("cross_attention", part, device, dtype, block_d, shape)
+    return measured or default_config(part, gpu(device).arch, dtype, block_d)

@@ -6,15 +6,13 @@ R = R_pos + R_neg, positive columns first; T tokens.
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
 import triton
 
 from .dual_lora_bwd import _dual_lora_gate_bwd_kernel, _dual_lora_gelu_bwd_kernel
 from .dual_lora_configs import LaunchConfig, block_k, block_r, codegen_specs, pick_config, programs_wanted
 from .dual_lora_fwd import _dual_lora_mix_kernel, _dual_lora_update_kernel
+from .launching import addressable, float32_precision, interpreted, launch
 
 __all__ = [
     "LaunchConfig",
@@ -25,40 +23,11 @@ __all__ = [
     "launch_dual_lora_gelu_fwd",
 ]
 
-_MAX_STRIDE = 2**22  # 512 rows of a tile times this stay below 2**31
-
-# True where TRITON_INTERPRET made the kernels Python functions
-_INTERPRETED = not isinstance(_dual_lora_update_kernel, triton.runtime.JITFunction)
-
-
-def _addressable(t: torch.Tensor) -> torch.Tensor:
-    """t (rows, columns) itself if the kernels can address it: unit last stride, tile offsets in 32 bits."""
-    if (t.stride(1) == 1 or t.shape[1] == 1) and t.stride(0) < _MAX_STRIDE:
-        return t
-    return t.contiguous()
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """IEEE products, unless the user allowed TF32 for float32 matrix products."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+_INTERPRETED = interpreted(_dual_lora_update_kernel)
 
 
 def _config(part: str, like: torch.Tensor, k: int, n: int) -> LaunchConfig:
     return pick_config(part, like.device, like.dtype, k, {"T": like.shape[0], "N": n}, _INTERPRETED)
-
-
-def _launch(kernel: Any, programs: int, config: LaunchConfig, *args: Any, **constants: Any) -> None:
-    """Start `programs` programs on the first tensor's device and its current stream."""
-    device = args[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](
-            *args,
-            **constants,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            enable_fp_fusion=True,
-        )
 
 
 def _update(
@@ -69,16 +38,17 @@ def _update(
     out = torch.empty((tokens, n), dtype=y.dtype, device=y.device)
     if out.numel() == 0:
         return out
-    a, y, w = _addressable(a), _addressable(y), _addressable(w)
+    a, y, w = addressable(a), addressable(y), addressable(w)
     k = w.shape[1]
     config = config or _config("update", y, k, n)
     row_tiles, col_tiles = triton.cdiv(tokens, config.block_m), triton.cdiv(n, config.block_n)
     # a program keeps its mix for several columns of tiles, as far as every multiprocessor still has work
     parts = min(col_tiles, triton.cdiv(programs_wanted(y.device, _INTERPRETED), row_tiles))
     step = triton.cdiv(col_tiles, parts) * config.block_n
-    _launch(
+    launch(
         _dual_lora_update_kernel,
         row_tiles * triton.cdiv(n, step),
+        y.device,
         config,
         *(a, y, w, out, a.stride(0), y.stride(0), w.stride(0), n, tokens, n, step),
         K=k,
@@ -88,7 +58,7 @@ def _update(
         BLOCK_N=config.block_n,
         BLOCK_K=block_k(k, y.dtype, _INTERPRETED),
         BLOCK_R=block_r(k, y.dtype, _INTERPRETED),
-        PRECISION=_precision(y.dtype),
+        PRECISION=float32_precision(y.dtype),
         INTERPRET=_INTERPRETED,
     )
     return out
@@ -115,7 +85,7 @@ def launch_dual_lora_bwd(
     tokens, r = dmix.shape
     dzg, mix = (torch.empty((tokens, width), dtype=zg.dtype, device=zg.device) for width in (2 * r, r))
     if tokens:
-        _gate_backward(_addressable(dmix), None, zg, dzg, mix, r_pos, config)
+        _gate_backward(addressable(dmix), None, zg, dzg, mix, r_pos, config)
     return dzg, mix
 
 
@@ -129,11 +99,12 @@ def _gate_backward(
     config: LaunchConfig | None = None,
 ) -> None:
     tokens, r = dmix.shape
-    zg = _addressable(zg)
+    zg = addressable(zg)
     config = config or _config("gate_bwd", zg, r, r)
-    _launch(
+    launch(
         _dual_lora_gate_bwd_kernel,
         triton.cdiv(tokens, config.block_m),
+        zg.device,
         config,
         *(dmix, dlogit, zg, dzg, mix, dmix.stride(0), zg.stride(0), tokens),
         R=r,
@@ -165,12 +136,13 @@ def launch_dual_lora_gelu_fwd(
     tokens, h = u.shape
     mix = torch.empty((tokens, h), dtype=y.dtype, device=y.device)
     if tokens:
-        zg, up = _addressable(zg), _addressable(up)
+        zg, up = addressable(zg), addressable(up)
         r = up.shape[1]
         config = config or _config("mix", u, r, h)
-        _launch(
+        launch(
             _dual_lora_mix_kernel,
             triton.cdiv(tokens, config.block_m) * triton.cdiv(h, config.block_n),
+            u.device,
             config,
             *(zg, u, up, mix, zg.stride(0), u.stride(0), up.stride(0), h, tokens, h),
             R=r,
@@ -178,7 +150,7 @@ def launch_dual_lora_gelu_fwd(
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_R=block_r(max(r_pos, r - r_pos), u.dtype, _INTERPRETED),
-            PRECISION=_precision(y.dtype),
+            PRECISION=float32_precision(y.dtype),
             INTERPRET=_INTERPRETED,
         )
     return _update(mix, y, c2, r_pos, False, None), u, mix
@@ -203,12 +175,13 @@ def launch_dual_lora_gelu_bwd(
     dpos, dneg = (torch.empty((tokens, h), dtype=u.dtype, device=u.device) for _ in range(2))
     if not tokens:
         return dzg, dpos, dneg
-    dmix, zg, u, up = (_addressable(t) for t in (dmix, zg, u, up))
+    dmix, zg, u, up = (addressable(t) for t in (dmix, zg, u, up))
     dlogit = torch.empty(tokens, dtype=torch.float32, device=u.device)
     config = config or _config("gelu_bwd", u, r, h)
-    _launch(
+    launch(
         _dual_lora_gelu_bwd_kernel,
         triton.cdiv(tokens, config.block_m),
+        u.device,
         config,
         *(dmix, zg, u, up, dpos, dneg, dlogit),
         *(dmix.stride(0), zg.stride(0), u.stride(0), up.stride(0), tokens, h),
@@ -217,7 +190,7 @@ def launch_dual_lora_gelu_bwd(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=block_r(max(r_pos, r - r_pos), u.dtype, _INTERPRETED),
-        PRECISION=_precision(u.dtype),
+        PRECISION=float32_precision(u.dtype),
         INTERPRET=_INTERPRETED,
     )
     dz = torch.empty((tokens, r), dtype=zg.dtype, device=zg.device)

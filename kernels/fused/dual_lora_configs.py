@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
-from calm_fast._tuning import LaunchConfig, tuned_config
-
 from .dual_lora_bwd import _dual_lora_gate_bwd_kernel, _dual_lora_gelu_bwd_kernel
 from .dual_lora_fwd import _dual_lora_mix_kernel, _dual_lora_update_kernel
+from .launching import CodegenSpec, LaunchConfig, gpu, make_spec, measured_config, short_name
 
-_TUNED = Path(__file__).resolve().parent / "tuned" / "dual_lora"
 _INTERPRETER = LaunchConfig(16, 32, 4, 1)  # small tiles, so that small tests cross tile edges
 _FEW = 16  # tokens that get the small tile: decoding
 
 
-@cache
-def _gpu(index: int) -> tuple[str, int]:
-    """Name and number of multiprocessors of a GPU."""
-    properties = torch.cuda.get_device_properties(index)
-    return properties.name, properties.multi_processor_count
-
-
-def _index(device: torch.device) -> int:
-    return device.index if device.index is not None else torch.cuda.current_device()
-
-
 def programs_wanted(device: torch.device, interpreted: bool) -> int:
     """How many programs keep a GPU busy: four for each multiprocessor."""
-    return 4 if interpreted or device.type != "cuda" else 4 * _gpu(_index(device))[1]
+    return 4 if interpreted or device.type != "cuda" else 4 * gpu(device).multiprocessors
 
 
 def block_k(k: int, dtype: torch.dtype, interpreted: bool) -> int:
@@ -76,57 +60,18 @@ def pick_config(
     if interpreted:
         return _INTERPRETER
     depth = max(16, triton.next_power_of_2(k))
-    name = str(dtype).removeprefix("torch.")
-    tuned = tuned_config(_TUNED, _gpu(_index(device))[0], part, name, depth, shape)
-    return tuned or default_config(part, dtype, shape["T"], k)
-
-
-@dataclass(frozen=True)
-class CodegenSpec:
-    """One kernel with its compile-time arguments, as triton.compile(ASTSource(...)) takes them."""
-
-    name: str
-    fn: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    attrs: dict[tuple[int, ...], list[list[Any]]]
-    num_warps: int
-    num_stages: int
-    expectations: dict[str, bool | str]
-    archs: tuple[int, ...] = (80, 90, 100)
-
-
-_POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    measured = measured_config("dual_lora", part, device, dtype, depth, shape)
+    return measured or default_config(part, dtype, shape["T"], k)
 
 
 def _spec(
     name: str, fn: Any, dtype: torch.dtype, constants: dict[str, Any], config: LaunchConfig, tensor_core: bool | str
 ) -> CodegenSpec:
-    """A spec from a kernel's parameter names: pointers and strides 16-divisible, as for contiguous tensors."""
     tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "PRECISION": "ieee", "INTERPRET": False}
-    constants = {key: value for key, value in (tiles | constants).items() if key in fn.arg_names}
-    signature: dict[str, str] = {}
-    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, parameter in enumerate(fn.arg_names):
-        if parameter in constants:
-            signature[parameter] = "constexpr"
-            continue
-        pointer = "*fp32" if parameter == "dlogit_ptr" else _POINTER[dtype]
-        signature[parameter] = pointer if parameter.endswith("_ptr") else "i32"
-        if parameter != "T":
-            attrs[(index,)] = [["tt.divisibility", 16]]
-    expectations = {"tensor_core": False if dtype == torch.float32 else tensor_core}
-    return CodegenSpec(
-        f"dual_lora_{name}_{_SHORT[dtype]}",
-        fn,
-        signature,
-        constants,
-        attrs,
-        config.num_warps,
-        config.num_stages,
-        expectations,
-    )
+    core = False if dtype == torch.float32 else tensor_core
+    pointers, widths = {"dlogit_ptr": "*fp32"}, ("N", "H", "N_STEP")  # all but the number of tokens
+    name = f"dual_lora_{name}_{short_name(dtype)}"
+    return make_spec(name, fn, dtype, tiles | constants, config, core, pointers=pointers, aligned=widths)
 
 
 def codegen_specs() -> list[CodegenSpec]:

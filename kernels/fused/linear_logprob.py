@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from .launching import family, interpreted
 from .linear_logprob_kernels import (
     _linear_logprob_combine_kernel,
     _linear_logprob_dlogits_kernel,
@@ -29,8 +30,7 @@ from .vocabulary_host import (
 
 __all__ = ["codegen_specs", "launch_linear_logprob_dlogits", "launch_linear_logprob_fwd"]
 
-# True where TRITON_INTERPRET made the kernels Python functions
-_INTERPRETED = not isinstance(_linear_logprob_sweep_kernel, triton.runtime.JITFunction)
+_INTERPRETED = interpreted(_linear_logprob_sweep_kernel)
 
 # columns a program sweeps: a constant, so that a token's bits do not depend on how many tokens there are
 _SPLIT = 2048
@@ -57,8 +57,7 @@ def default_config(part: str, arch: int, dtype: torch.dtype, plain: bool) -> Lau
     split = _SPLIT if part == "sweep" else 0
     if dtype == torch.float32:  # IEEE products run on the ordinary cores
         return LaunchConfig(16, 32, 4, 1, split_keys=split)
-    family = 90 if arch == 90 else 100 if arch in (100, 103) else 80  # consumer Blackwell (120) has 99 KiB
-    return LaunchConfig(*_TILES[family][part][0 if plain else 1], split_keys=split)
+    return LaunchConfig(*_TILES[family(arch)][part][0 if plain else 1], split_keys=split)
 
 
 def _pick(part: str, weight: torch.Tensor, tokens: int, plain: bool) -> LaunchConfig:
