@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import warnings
 from dataclasses import dataclass
@@ -98,12 +99,18 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
     Returns:
         a Decision(op, impl, reason).
     Raises:
-        ValueError for an unknown op, and whatever the op itself would raise for these arguments.
+        ValueError for an unknown op, TypeError for arguments that the op does not have or that are missing, and
+        whatever the op itself would raise for these arguments.
     """
     known = importlib.import_module("calm_fast.ops").OPS
     if op not in known:
         raise ValueError(f"explain: `op` must be one of {', '.join(map(repr, known))}, got {op!r}")
-    return importlib.import_module(f"calm_fast.ops.{op}").decide(*args, **kwargs)
+    decide = importlib.import_module(f"calm_fast.ops.{op}").decide
+    try:
+        inspect.signature(decide).bind(*args, **kwargs)
+    except TypeError as problem:  # in the words of the op, which the caller knows
+        raise TypeError(f"explain: {op}: {problem}") from None
+    return decide(*args, **kwargs)
 
 
 @functools.cache

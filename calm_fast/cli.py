@@ -148,11 +148,11 @@ def nat(
     _folder(out)
     from calm_fast.nat import Settings, run
 
-    settings = Settings(
-        steps=steps, batch_size=batch_size, learning_rate=lr, rank=rank, variant=variant, seed=seed,
-        target_modules=tuple(target or ("q_proj", "v_proj")),
-    )  # fmt: skip
     try:
+        settings = Settings(
+            steps=steps, batch_size=batch_size, learning_rate=lr, rank=rank, variant=variant, seed=seed,
+            target_modules=tuple(target or ("q_proj", "v_proj")),
+        )  # fmt: skip
         results = run(data, model, out, settings, limit=limit, max_length=max_length)
     except ValueError as problem:
         raise typer.BadParameter(str(problem)) from problem

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from calm_fast._validate import bad_type
+
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight")
 # what changes the meaning of the weights in a way that a plain pair of factors cannot carry
@@ -35,16 +37,21 @@ def read_adapter(source: str | os.PathLike | Mapping[str, torch.Tensor], name: s
         source: the folder of a PEFT LoRA adapter, or its state dict (whose scaling is then 1: B carries it).
         name: the argument that errors name.
     Raises:
+        TypeError: neither a path nor a state dict.
         ValueError: no such folder or file, not a LoRA adapter, a feature that changes what the factors mean (DoRA,
         trained biases, fully trained modules), or factors that do not pair up.
     """
     if isinstance(source, Mapping):
         return _pair(dict(source), {}, name)
+    if not isinstance(source, (str, os.PathLike)):
+        raise bad_type("add_dual_lora", name, "the folder of a PEFT adapter or its state dict", source)
     folder = Path(source)
     config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for file in (config_file, weights):
         if not file.is_file():
-            raise ValueError(f"`{name}` must be the folder of a PEFT adapter in safetensors, {file.name} is not in it")
+            raise ValueError(
+                f"`{name}` must be the folder of a PEFT adapter in safetensors, {file.name} is not in {folder}"
+            )
     config = json.loads(config_file.read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":
         raise ValueError(f"`{name}` must be a LoRA adapter, got peft_type {config.get('peft_type')!r}")

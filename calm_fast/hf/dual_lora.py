@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -14,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from calm_fast._validate import bad_type
 from calm_fast.hf.adapters import LoraFactors, read_adapter, write_adapter
 from calm_fast.modules.dual_lora import DualLoRALinear, GateStatistics
 
 FORMAT_VERSION = 1
 _CONFIG, _WEIGHTS = "dual_lora_config.json", "dual_lora.safetensors"
 _RESTORE = "_dual_lora_restore"
+_OPTIONS = frozenset(inspect.signature(DualLoRALinear).parameters) - {"base", "rank", "alpha"}
 Adapter = str | os.PathLike | Mapping[str, torch.Tensor]
 
 
@@ -48,10 +51,17 @@ def add_dual_lora(
     Returns:
         the same model. `remove_dual_lora` brings it back exactly.
     Raises:
+        TypeError: an argument of the wrong type, or an option that DualLoRALinear does not have.
         ValueError: no layer matches, a match is not a linear layer, the model has dual LoRA already, an adapter lacks
         a targeted layer, covers a layer that is not targeted, or has factors of another shape.
     Source: NAT (arXiv 2312.12832) section 3.2.
     """
+    if not isinstance(model, nn.Module):
+        raise bad_type("add_dual_lora", "model", "a loaded model (an nn.Module)", model)
+    if unknown := sorted(set(options) - _OPTIONS):
+        raise TypeError(
+            f"add_dual_lora: unknown option {', '.join(unknown)}; options are {', '.join(sorted(_OPTIONS))}"
+        )
     if dual_lora_layers(model):
         raise ValueError("add_dual_lora: `model` has dual LoRA layers already; remove_dual_lora(model) first")
     targets = _targets(model, target_modules)
@@ -179,7 +189,9 @@ def load_dual_lora(model: nn.Module, folder: str | os.PathLike, *, mode: str | N
     folder = Path(folder)
     for file in (_CONFIG, _WEIGHTS):
         if not (folder / file).is_file():
-            raise ValueError(f"load_dual_lora: `folder` must be one that save_dual_lora wrote, {file} is not in it")
+            raise ValueError(
+                f"load_dual_lora: `folder` must be one that save_dual_lora wrote, {file} is not in {folder}"
+            )
     config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     if config.get("format_version") != FORMAT_VERSION:
         raise ValueError(
@@ -223,7 +235,9 @@ def _targets(model: nn.Module, target_modules: Iterable[str] | str) -> dict[str,
         wanted = [target_modules]
         found = {name: m for name, m in model.named_modules() if name and matches(name)}
     else:
-        wanted = list(target_modules)
+        wanted = list(target_modules) if isinstance(target_modules, Iterable) else [target_modules]
+        if not all(isinstance(name, str) for name in wanted):
+            raise bad_type("add_dual_lora", "target_modules", "module names, or one regular expression", target_modules)
         found = {
             name: m for name, m in model.named_modules() if any(name == t or name.endswith(f".{t}") for t in wanted)
         }

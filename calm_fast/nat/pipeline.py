@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from calm_fast.hf.dual_lora import get_gates, load_dual_lora, record_gates, save_dual_lora, save_lora_adapter
 from calm_fast.nat.data import Example, Graded, RationaleDataset, RightPadding, grade, read_rows
@@ -42,6 +42,7 @@ def run(
         ValueError: a bad row, no right or no wrong rationale, or `out` belongs to other settings, data or model.
     """
     settings = settings or Settings()
+    tokenizer = _tokenizer(model)  # before anything is written
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     # how a run is shown and how often it is saved change nothing of what it computes
@@ -56,7 +57,6 @@ def run(
         if not examples:
             reasons = "".join(f"; {count} rows with {reason}" for reason, count in graded.left_out.items())
             raise ValueError(f"nat: the data holds no {name} rationale; all three stages need both kinds{reasons}")
-    tokenizer = AutoTokenizer.from_pretrained(os.fspath(model))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     rights, wrongs = (RationaleDataset(e, tokenizer, max_length) for e in (right, wrong))
     results["examples"] = {"right": len(right), "wrong": len(wrong)}
@@ -121,6 +121,18 @@ def _graded(file: Path, data: Any, limit: int | None, progress: bool) -> Graded:
     return Graded(right, wrong, kept.get("left_out", {}))
 
 
+def _tokenizer(model: str | os.PathLike) -> Any:
+    try:
+        AutoConfig.from_pretrained(os.fspath(model))
+        return AutoTokenizer.from_pretrained(os.fspath(model))
+    except (OSError, ValueError) as problem:
+        reason = str(problem).strip().splitlines()[0]
+        raise ValueError(
+            "nat: `model` must be the folder of a transformers causal language model with its tokenizer, "
+            f"got {os.fspath(model)!r}: {reason}"
+        ) from problem
+
+
 def _resume(file: Path, identity: dict[str, Any]) -> dict[str, Any]:
     fresh = {"identity": identity, "losses": {}}
     if not file.is_file():
@@ -129,6 +141,12 @@ def _resume(file: Path, identity: dict[str, Any]) -> dict[str, Any]:
     results = json.loads(file.read_text(encoding="utf-8"))
     if results.get("identity") != identity:
         changed = [k for k in identity if results.get("identity", {}).get(k) != identity[k]]
+        if not results.get("losses") and not (file.parent / "checkpoints").exists():
+            # nothing was trained yet: the mistake that ended that run must not keep the folder
+            if {"data", "limit"} & set(changed):
+                (file.parent / "graded.json").unlink(missing_ok=True)
+            _write(file, fresh)
+            return fresh
         raise ValueError(f"nat: `out` holds a run with other {', '.join(changed)}; choose another folder")
     return results
 

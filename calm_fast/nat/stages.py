@@ -14,7 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from calm_fast._validate import bad_type, bad_value, check_finite_number
 from calm_fast.hf.dual_lora import add_dual_lora, dual_lora_layers
+from calm_fast.modules.dual_lora import VARIANTS
 from calm_fast.nat.data import RationaleDataset, RightPadding
 from calm_fast.nat.trainer import DualLoRATrainer, DualTeacher, NCETrainer
 
@@ -42,6 +44,21 @@ class Settings:
     save_every: int = 100
     seed: int = 0
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "batch_size": 1, "rank": 1, "gate_dim": 1, "warmup": 0, "save_every": 0}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise bad_type("nat.Settings", name, "an integer", value)
+            if value < lowest:
+                raise bad_value("nat.Settings", name, f"at least {lowest}", str(value))
+        if self.variant not in VARIANTS:
+            raise bad_value("nat.Settings", "variant", "'paper' or 'released'", repr(self.variant))
+        for name in ("learning_rate", "nce_temperature"):
+            check_finite_number("nat.Settings", name, getattr(self, name))
+            if getattr(self, name) <= 0:
+                raise bad_value("nat.Settings", name, "positive", str(getattr(self, name)))
 
     def arguments(self, out: str | os.PathLike) -> TrainingArguments:
         """These settings as transformers' TrainingArguments."""

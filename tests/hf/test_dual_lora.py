@@ -194,8 +194,17 @@ def test_wrong_adapters_and_models_are_named(tmp_path) -> None:
         dl.add_dual_lora(_llama(), (*TARGETS, "up_proj"), negative=folder)
     with pytest.raises(ValueError, match=r"`negative` covers layers not targeted: .*v_proj"):
         dl.add_dual_lora(_llama(), ("q_proj",), negative=folder)
-    with pytest.raises(ValueError, match="adapter_config.json is not in it"):
-        dl.add_dual_lora(_llama(), TARGETS, negative=tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_config.json is not in .*nowhere"):
+        dl.add_dual_lora(_llama(), TARGETS, negative=tmp_path / "nowhere")
+    with pytest.raises(TypeError, match="`negative` must be the folder of a PEFT adapter or its state dict, got int 3"):
+        dl.add_dual_lora(_llama(), TARGETS, negative=3)
+    with pytest.raises(TypeError, match="`model` must be a loaded model .*, got str 'gpt2'"):
+        dl.add_dual_lora("gpt2")
+    for targets in (None, 3, ("q_proj", None)):
+        with pytest.raises(TypeError, match="`target_modules` must be module names, or one regular expression, got"):
+            dl.add_dual_lora(_llama(), targets)
+    with pytest.raises(TypeError, match="unknown option lora_alpha; options are alpha_neg, .*variant"):
+        dl.add_dual_lora(_llama(), lora_alpha=32)
     with pytest.raises(ValueError, match=r"match no module of LlamaForCausalLM"):
         dl.add_dual_lora(_llama(), ("c_attn",))
     with pytest.raises(ValueError, match="must match linear layers, model.norm is a LlamaRMSNorm"):
@@ -242,7 +251,7 @@ def test_saved_files_of_another_kind_are_named(tmp_path) -> None:
     with pytest.raises(ValueError, match="format version 2, expected 1"):
         dl.load_dual_lora(_llama(), tmp_path)
     (tmp_path / "dual_lora.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"dual_lora\.safetensors is not in it"):
+    with pytest.raises(ValueError, match=r"dual_lora\.safetensors is not in "):
         dl.load_dual_lora(_llama(), tmp_path)
 
 

@@ -39,6 +39,16 @@ def test_rows_that_are_left_out_are_counted(model_folder, rows_file, tmp_path) -
     )
 
 
+def test_bad_settings_are_bad_usage(model_folder, rows_file, tmp_path) -> None:
+    arguments = ["nat", "--data", str(rows_file), "--model", str(model_folder), "--out", str(tmp_path / "out")]
+    for wrong, message in ((["--variant", "x"], "`variant` must be"), (["--lr", "-1"], "`learning_rate` must be")):
+        result = CliRunner().invoke(app, [*arguments, *wrong])
+        assert result.exit_code == 2 and message in result.output
+    arguments[4] = str(tmp_path)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "`model` must be the folder" in result.output
+
+
 def test_missing_files_are_bad_usage(tmp_path) -> None:
     result = CliRunner().invoke(app, ["nat", "--data", str(tmp_path / "no"), "--model", ".", "--out", str(tmp_path)])
     assert result.exit_code == 2

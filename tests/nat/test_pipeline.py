@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,35 @@ def test_a_finished_stage_of_another_model_is_not_taken_over(model_folder, rows_
         nat.run(rows_file, other, out, SETTINGS)
     shutil.copytree(model_folder, moved)
     assert nat.run(rows_file, moved, out, SETTINGS) == first  # a copy is the same model, wherever it lies
+
+
+def test_a_run_that_trained_nothing_does_not_keep_the_folder(model_folder, rows_file, tmp_path) -> None:
+    out, empty = tmp_path / "out", tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match=r"`model` must be the folder of a transformers .*, got '.*empty': "):
+        nat.run(rows_file, empty, out, SETTINGS)
+    assert not out.exists()
+    with pytest.raises(ValueError, match="match no module of LlamaForCausalLM"):
+        nat.run(rows_file, model_folder, out, replace(SETTINGS, target_modules=("query",)), limit=1)
+    assert set(nat.run(rows_file, model_folder, out, SETTINGS)["losses"]) == {"negative", "nat", "student"}
+    assert nat.run(rows_file, model_folder, tmp_path / "fresh", SETTINGS) == nat.run(
+        rows_file, model_folder, out, SETTINGS
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"rank": 2.0}, "`rank` must be an integer, got float 2.0"),
+        ({"variant": "papr"}, "`variant` must be 'paper' or 'released', got 'papr'"),
+        ({"learning_rate": 0.0}, "`learning_rate` must be positive, got 0.0"),
+        ({"nce_temperature": float("nan")}, "`nce_temperature` must be finite, got nan"),
+    ],
+)
+def test_bad_settings_are_named(wrong, message) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"nat.Settings: {message}"):
+        nat.Settings(**wrong)
 
 
 def test_without_progress_no_log_line_is_printed(model_folder, rows_file, tmp_path, capfd) -> None:

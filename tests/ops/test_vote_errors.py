@@ -85,6 +85,8 @@ def test_explain_says_what_runs_and_why():
     assert text == "vote: torch (asked for)"
     with pytest.raises(ValueError, match="`scores`"):
         calm_fast.explain("vote", ANSWERS, rule="weighted")
+    with pytest.raises(TypeError, match="explain: vote: missing a required argument: 'answers'"):
+        calm_fast.explain("vote")
 
 
 @pytest.mark.gpu
