@@ -12,6 +12,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(calm_fast, m) {
   // A function with SIMD code takes `lane` last: -1 for the best of this CPU, or one of csrc/common/lanes.h.
   m.def("_native_cross_attention(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, bool causal, float scale,"
         " int lane=-1) -> (Tensor out, Tensor lse)");
+  m.def("_native_cross_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, bool causal, float scale,"
+        " int lane=-1) -> (Tensor out, Tensor lse)");
+  m.def("_native_cross_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+        " Tensor? lo, Tensor? hi, bool causal, float scale, int lane=-1) -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def("_native_dual_lora_mix(Tensor zg, Tensor u, Tensor up, int r_pos, int lane=-1) -> Tensor");
   m.def("_native_dual_lora_update(Tensor zg, Tensor y, Tensor up, Tensor? u, Tensor? c2, int r_pos) -> Tensor");
   m.def("_native_dual_lora_weigh(Tensor zg, int r_pos) -> Tensor");

@@ -1,0 +1,433 @@
+// Tiles of one lane. Included once per lane by cross_attention_tiles_cpu.cpp, inside that lane's namespace
+// (common/vectors.h) with LANE the attribute of its functions and kRows the rows of a tile; no include guard on purpose.
+//
+// A vector's elements are queries: a panel holds kPanel queries of one head, packed with queries innermost, so scores
+// and outputs are transposed, (keys, queries) and (columns, queries). Keys and values are broadcast, every running
+// maximum and sum is a vector of queries, and nothing is ever added up across a vector.
+
+constexpr int kVectors = 3;
+constexpr int kPanel = kVectors * kWidth;
+
+// ---- products --------------------------------------------------------------------------------------------------------
+
+// c[r][j] = c[r][j] factor[j] (0 without kAdd, 1 without factor) + sum_k a(r, k) b[k][j], kRows rows by kCount vectors.
+// a(r, k) = a[r a_stride + k], or a[k a_stride + r] where kAcross. b has rows of b_stride.
+template <bool kAcross, bool kAdd, int kCount>
+LANE void tile(
+    float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+    const float* factor) {
+  V acc[kRows][kCount];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kCount; ++j) {
+      acc[r][j] = kAdd ? load(c + r * c_stride + j * kWidth) : set1(0.0f);
+      if (kAdd && factor) acc[r][j] = mul(acc[r][j], load(factor + j * kWidth));
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    V x[kCount];
+#pragma GCC unroll 8
+    for (int j = 0; j < kCount; ++j) x[j] = load(b + k * b_stride + j * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const V y = set1(kAcross ? a[k * a_stride + r] : a[r * a_stride + k]);
+#pragma GCC unroll 8
+      for (int j = 0; j < kCount; ++j) acc[r][j] = fused(y, x[j], acc[r][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kCount; ++j) store(c + r * c_stride + j * kWidth, acc[r][j]);
+  }
+}
+
+// Rows [0, rows) of c, a multiple of kRows, and `vectors` vectors of a panel.
+template <bool kAcross, bool kAdd>
+LANE void product(
+    int vectors, int64_t rows, float* c, const float* a, int64_t a_stride, const float* b, int64_t depth,
+    const float* factor) {
+  for (int64_t r = 0; r < rows; r += kRows) {
+    float* to = c + r * kPanel;
+    const float* from = a + (kAcross ? r : r * a_stride);
+    if (vectors == 3) {
+      tile<kAcross, kAdd, 3>(to, kPanel, from, a_stride, b, kPanel, depth, factor);
+    } else if (vectors == 2) {
+      tile<kAcross, kAdd, 2>(to, kPanel, from, a_stride, b, kPanel, depth, factor);
+    } else {
+      tile<kAcross, kAdd, 1>(to, kPanel, from, a_stride, b, kPanel, depth, factor);
+    }
+  }
+}
+
+// c (rows, width) += weights (rows, queries) x (queries, width): what the queries of a panel add to keys
+LANE void add_to_keys(float* c, const float* weights, const float* x, int64_t rows, int64_t queries, int64_t width) {
+  for (int64_t r = 0; r < rows; r += kRows) {
+    int64_t i = 0;
+    for (; i + 2 * kWidth <= width; i += 2 * kWidth) {
+      tile<false, true, 2>(c + r * width + i, width, weights + r * kPanel, kPanel, x + i, width, queries, nullptr);
+    }
+    for (; i < width; i += kWidth) {
+      tile<false, true, 1>(c + r * width + i, width, weights + r * kPanel, kPanel, x + i, width, queries, nullptr);
+    }
+  }
+}
+
+// ---- moving ----------------------------------------------------------------------------------------------------------
+
+// (rows, d) of any dtype as float32 (rows, width), zeros on the right
+template <class T>
+LANE void widen(float* to, const T* from, int64_t stride, int64_t rows, int64_t d, int64_t width) {
+  for (int64_t j = 0; j < rows; ++j, from += stride, to += width) {
+    int64_t i = 0;
+    if constexpr (std::is_same_v<T, float>) {
+      std::memcpy(to, from, static_cast<size_t>(d) * sizeof(float));
+      i = d;
+    }
+#if CALM_FAST_X86
+    if constexpr (kWidth == 16) {
+      for (; i + 16 <= d; i += 16) _mm512_storeu_ps(to + i, load16(from + i));
+    } else if constexpr (kWidth == 8) {
+      for (; i + 8 <= d; i += 8) _mm256_storeu_ps(to + i, load8(from + i));
+    }
+#endif
+    for (; i < d; ++i) to[i] = to_float(from[i]);
+    for (; i < width; ++i) to[i] = 0.0f;
+  }
+}
+
+template <class T>
+LANE void narrow(T* to, const float* from, float factor, int64_t d) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, float>) {
+    for (; i + kWidth <= d; i += kWidth) store(to + i, mul(load(from + i), set1(factor)));
+  }
+#if CALM_FAST_X86
+  if constexpr (kWidth == 16) {
+    for (; i + 16 <= d; i += 16) store16(to + i, mul(load(from + i), set1(factor)));
+  } else if constexpr (kWidth == 8 && !std::is_same_v<T, float>) {
+    for (; i + 8 <= d; i += 8) store8(to + i, mul(load(from + i), set1(factor)));
+  }
+#endif
+  for (; i < d; ++i) to[i] = from_float<T>(from[i] * factor);
+}
+
+// to[j * to_stride + i] = from[i * from_stride + j], rows and columns multiples of 4
+LANE void transpose(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; i += 4) {
+    for (int64_t j = 0; j < columns; j += 4) {
+      const float* x = from + i * from_stride + j;
+      float* y = to + j * to_stride + i;
+#if CALM_FAST_X86
+      __m128 a = _mm_loadu_ps(x), b = _mm_loadu_ps(x + from_stride), c = _mm_loadu_ps(x + 2 * from_stride),
+             d = _mm_loadu_ps(x + 3 * from_stride);
+      _MM_TRANSPOSE4_PS(a, b, c, d);
+      _mm_storeu_ps(y, a);
+      _mm_storeu_ps(y + to_stride, b);
+      _mm_storeu_ps(y + 2 * to_stride, c);
+      _mm_storeu_ps(y + 3 * to_stride, d);
+#else
+      for (int r = 0; r < 4; ++r) {
+        for (int s = 0; s < 4; ++s) y[s * to_stride + r] = x[r * from_stride + s];
+      }
+#endif
+    }
+  }
+}
+
+// ---- panels ----------------------------------------------------------------------------------------------------------
+
+// Up to kPanel queries of one head and the keys they may see.
+struct Panel {
+  int64_t head, query, rows;         // head of the group, first query, queries
+  int64_t first, last;               // keys that any of them sees
+  int64_t full_first, full_last;     // keys that each one sees that sees any
+  int vectors;
+  float lo[kPanel], hi[kPanel];      // beyond `rows`, and where nothing is seen: 0, 0
+};
+
+LANE Panel panel_of(const Head& u, int64_t index) {
+  Panel p;
+  p.head = index % u.group;
+  p.query = index / u.group * kPanel;
+  p.rows = u.m - p.query < kPanel ? u.m - p.query : kPanel;
+  p.vectors = static_cast<int>((p.rows + kWidth - 1) / kWidth);
+  p.first = p.full_last = u.n;
+  p.last = p.full_first = 0;
+  for (int64_t i = 0; i < kPanel; ++i) {
+    int64_t lo = 0, hi = 0;
+    if (i < p.rows) {
+      lo = u.lo[p.query + i];
+      hi = u.hi[p.query + i];
+    }
+    if (lo >= hi) {
+      p.lo[i] = p.hi[i] = 0.0f;
+      continue;
+    }
+    p.lo[i] = static_cast<float>(lo);
+    p.hi[i] = static_cast<float>(hi);
+    p.first = lo < p.first ? lo : p.first;
+    p.full_first = lo > p.full_first ? lo : p.full_first;
+    p.last = hi > p.last ? hi : p.last;
+    p.full_last = hi < p.full_last ? hi : p.full_last;
+  }
+  return p;
+}
+
+// The part of block [start, start + kBlock) that a panel sees, in multiples of kRows from its start.
+struct Part {
+  int64_t low, high;
+  bool masked;
+};
+
+LANE Part part_of(const Panel& p, int64_t start) {
+  Part part{0, 0, false};
+  const int64_t low = (p.first > start ? p.first : start) - start;
+  const int64_t high = (p.last < start + kBlock ? p.last : start + kBlock) - start;
+  if (low >= high) return part;
+  part.low = low / kRows * kRows;
+  part.high = (high + kRows - 1) / kRows * kRows;
+  part.masked = start + part.low < p.full_first || start + part.high > p.full_last;
+  return part;
+}
+
+// `value` where key `key` lies within lo and hi, else `other`
+LANE V within(V value, float key, V lo, V hi, V other) {
+  const V at = set1(key + 0.5f);
+  return pick(greater(at, lo), pick(greater(hi, at), value, other), other);
+}
+
+// Rows of queries as float32: those of `p`, zeros where nothing is seen and beyond them, up to a whole vector.
+template <class T>
+LANE void query_rows(float* to, const T* from, int64_t stride, const Panel& p, int64_t d, int64_t width) {
+  widen(to, from, stride, p.rows, d, width);
+  for (int64_t i = 0; i < p.vectors * kWidth; ++i) {
+    if (p.lo[i] >= p.hi[i]) std::memset(to + i * width, 0, static_cast<size_t>(width) * sizeof(float));
+  }
+}
+
+// Keys (or values) [low, high) of a block, at their places in it; what lies behind the last key is 0.
+template <class T>
+LANE void stage(float* to, const T* from, int64_t stride, int64_t start, int64_t low, int64_t high, const Head& u) {
+  const int64_t there = u.n - start < high ? u.n - start : high;
+  widen(to + low * u.width, from + (start + low) * stride, stride, there - low, u.d, u.width);
+  if (there < high) std::memset(to + there * u.width, 0, static_cast<size_t>((high - there) * u.width) * sizeof(float));
+}
+
+// ---- forward ---------------------------------------------------------------------------------------------------------
+
+// Scores of a block become weights relative to the running maximum; shrink: what the sums so far shrink by.
+template <bool kMasked>
+LANE void soften(
+    const Panel& p, float* scores, int64_t start, const Part& part, float scale, float* max, float* total,
+    float* shrink) {
+  const V none = set1(-kInfinity);
+  for (int j = 0; j < p.vectors; ++j) {
+    const V lo = load(p.lo + j * kWidth), hi = load(p.hi + j * kWidth), old = load(max + j * kWidth);
+    float* column = scores + j * kWidth;
+    V top = none;
+    for (int64_t key = part.low; key < part.high; ++key) {
+      V score = load(column + key * kPanel);
+      if (kMasked) {
+        score = within(score, static_cast<float>(start + key), lo, hi, none);
+        store(column + key * kPanel, score);
+      }
+      top = maximum(top, score);
+    }
+    top = maximum(top, old);
+    // a row whose scores are all -inf has weights 0 here, not exp(-inf + inf)
+    const V shift = pick(same(top, none), set1(0.0f), top);
+    const V less = pick(same(old, none), set1(0.0f), exp2_of(mul(sub(old, shift), set1(scale))));
+    V sums = set1(0.0f);
+    for (int64_t key = part.low; key < part.high; ++key) {
+      const V score = load(column + key * kPanel);
+      V weight = exp2_of(mul(sub(score, shift), set1(scale)));
+      weight = pick(same(score, none), set1(0.0f), weight);  // exp2_of ends at 2^-126
+      store(column + key * kPanel, weight);
+      sums = add(sums, weight);
+    }
+    store(total + j * kWidth, fused(load(total + j * kWidth), less, sums));
+    store(max + j * kWidth, top);
+    store(shrink + j * kWidth, less);
+  }
+}
+
+LANE int64_t forward_floats(int64_t width) {
+  return kPanels * (2 * width * kPanel + 2 * kPanel) + 2 * kBlock * width + kBlock * kPanel + kPanel;
+}
+
+// Panels [begin, end) of one KV head, at most kPanels.
+template <class T>
+LANE void forward(const Head& u, int64_t begin, int64_t end, float* memory) {
+  Panel panels[kPanels];
+  const int64_t count = end - begin, columns = u.width * kPanel;
+  float *queries = memory, *outs = queries + kPanels * columns, *max = outs + kPanels * columns;
+  float *total = max + kPanels * kPanel, *keys = total + kPanels * kPanel, *values = keys + kBlock * u.width;
+  float *scores = values + kBlock * u.width, *shrink = scores + kBlock * kPanel;
+  int64_t first = u.n, last = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    Panel& p = panels[i] = panel_of(u, begin + i);
+    first = p.first < first ? p.first : first;
+    last = p.last > last ? p.last : last;
+    const T* q = static_cast<const T*>(u.q) + p.query * u.q_token + p.head * u.q_head;
+    float* rows = outs + i * columns;  // the accumulators' place until they are cleared
+    query_rows(rows, q, u.q_token, p, u.d, u.width);
+    transpose(queries + i * columns, kPanel, rows, u.width, p.vectors * kWidth, u.width);
+    std::memset(rows, 0, static_cast<size_t>(columns) * sizeof(float));
+    for (int64_t r = 0; r < kPanel; ++r) {
+      max[i * kPanel + r] = -kInfinity;
+      total[i * kPanel + r] = 0.0f;
+    }
+  }
+  for (int64_t start = first / kBlock * kBlock; start < last; start += kBlock) {
+    Part parts[kPanels];
+    int64_t low = kBlock, high = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      parts[i] = part_of(panels[i], start);
+      if (parts[i].low >= parts[i].high) continue;
+      low = parts[i].low < low ? parts[i].low : low;
+      high = parts[i].high > high ? parts[i].high : high;
+    }
+    if (low >= high) continue;
+    stage(keys, static_cast<const T*>(u.k), u.k_token, start, low, high, u);
+    stage(values, static_cast<const T*>(u.v), u.v_token, start, low, high, u);
+    for (int64_t i = 0; i < count; ++i) {
+      const Panel& p = panels[i];
+      const Part& part = parts[i];
+      const int64_t size = part.high - part.low;
+      if (size <= 0) continue;
+      float* at = scores + part.low * kPanel;
+      product<false, false>(
+          p.vectors, size, at, keys + part.low * u.width, u.width, queries + i * columns, u.d, nullptr);
+      const auto soft = part.masked ? soften<true> : soften<false>;
+      soft(p, scores, start, part, u.scale_log2, max + i * kPanel, total + i * kPanel, shrink);
+      product<true, true>(
+          p.vectors, u.width, outs + i * columns, values + part.low * u.width, u.width, at, size, shrink);
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const Panel& p = panels[i];
+    float* rows = queries + i * columns;
+    transpose(rows, u.width, outs + i * columns, kPanel, u.width, p.vectors * kWidth);
+    for (int64_t r = 0; r < p.rows; ++r) {
+      const int64_t query = p.query + r;
+      T* out = static_cast<T*>(u.out) + query * u.out_token + p.head * u.d;
+      float* lse = u.lse + p.head * u.m + query;
+      if (p.lo[r] >= p.hi[r]) {
+        for (int64_t c = 0; c < u.d; ++c) out[c] = T(0.0f);
+        *lse = -kInfinity;
+        continue;
+      }
+      const double sum = total[i * kPanel + r], top = max[i * kPanel + r];
+      narrow(out, rows + r * u.width, static_cast<float>(1.0 / sum), u.d);
+      *lse = static_cast<float>(top * u.scale + std::log(sum));
+    }
+  }
+}
+
+// ---- backward --------------------------------------------------------------------------------------------------------
+
+// Scores become P = exp(scale s - lse), and dP becomes t = P (dP - delta).
+template <bool kMasked>
+LANE void slopes(
+    const Panel& p, float* scores, float* up, int64_t start, const Part& part, float scale, const float* lse,
+    const float* delta) {
+  for (int j = 0; j < p.vectors; ++j) {
+    const V lo = load(p.lo + j * kWidth), hi = load(p.hi + j * kWidth), zero = set1(0.0f);
+    const V end = load(lse + j * kWidth), less = load(delta + j * kWidth);
+    for (int64_t key = part.low; key < part.high; ++key) {
+      const int64_t at = key * kPanel + j * kWidth;
+      const V score = load(scores + at);
+      V weight = exp2_of(sub(mul(score, set1(scale)), end));
+      weight = pick(same(score, set1(-kInfinity)), zero, weight);
+      V slope = mul(weight, sub(load(up + at), less));
+      if (kMasked) {
+        weight = within(weight, static_cast<float>(start + key), lo, hi, zero);
+        slope = within(slope, static_cast<float>(start + key), lo, hi, zero);
+      }
+      store(scores + at, weight);
+      store(up + at, slope);
+    }
+  }
+}
+
+LANE int64_t backward_floats(int64_t width) {
+  return 5 * width * kPanel + 2 * kPanel + 2 * kBlock * width + 2 * kBlock * kPanel;
+}
+
+// Panels [begin, end) of one KV head against its keys [from, to), from being a multiple of kBlock: dq of the panels
+// (unless s.dq is null) and what they add to dk and dv (unless s.dk is null).
+template <class T>
+LANE void backward(const Head& u, const Slopes& s, int64_t begin, int64_t end, int64_t from, int64_t to, float* memory) {
+  const int64_t columns = u.width * kPanel;
+  float *rows = memory, *queries = rows + columns, *given = queries + columns, *ups = given + columns;
+  float *dq = ups + columns, *lse = dq + columns, *delta = lse + kPanel, *keys = delta + kPanel;
+  float *values = keys + kBlock * u.width, *scores = values + kBlock * u.width, *up = scores + kBlock * kPanel;
+  for (int64_t index = begin; index < end; ++index) {
+    const Panel p = panel_of(u, index);
+    const int64_t padded = p.vectors * kWidth;
+    const int64_t first = p.first > from ? p.first : from, last = p.last < to ? p.last : to;
+    if (first < last) {
+      const T* out = static_cast<const T*>(u.out) + p.query * u.out_token + p.head * u.d;
+      const T* dout = static_cast<const T*>(s.dout) + p.query * u.out_token + p.head * u.d;
+      query_rows(rows, out, u.out_token, p, u.d, u.width);
+      query_rows(given, dout, u.out_token, p, u.d, u.width);
+      for (int64_t r = 0; r < padded; ++r) {
+        lse[r] = delta[r] = 0.0f;
+        if (p.lo[r] >= p.hi[r]) continue;
+        const int64_t at = p.head * u.m + p.query + r;
+        V sums = set1(0.0f);
+        for (int64_t c = 0; c < u.width; c += kWidth) {
+          sums = fused(load(rows + r * u.width + c), load(given + r * u.width + c), sums);
+        }
+        float each[kWidth], sum = s.dlse ? -s.dlse[at] : 0.0f;
+        store(each, sums);
+        for (int i = 0; i < kWidth; ++i) sum += each[i];
+        delta[r] = sum;
+        lse[r] = static_cast<float>(u.lse[at] * kLog2e);
+      }
+      query_rows(
+          rows, static_cast<const T*>(u.q) + p.query * u.q_token + p.head * u.q_head, u.q_token, p, u.d, u.width);
+      transpose(queries, kPanel, rows, u.width, padded, u.width);
+      transpose(ups, kPanel, given, u.width, padded, u.width);
+    }
+    std::memset(dq, 0, static_cast<size_t>(columns) * sizeof(float));
+    for (int64_t start = first / kBlock * kBlock; start < last; start += kBlock) {
+      const Part part = part_of(p, start);
+      const int64_t size = part.high - part.low;
+      if (size <= 0) continue;
+      stage(keys, static_cast<const T*>(u.k), u.k_token, start, part.low, part.high, u);
+      stage(values, static_cast<const T*>(u.v), u.v_token, start, part.low, part.high, u);
+      const float *k = keys + part.low * u.width, *v = values + part.low * u.width;
+      float *weights = scores + part.low * kPanel, *t = up + part.low * kPanel;
+      product<false, false>(p.vectors, size, weights, k, u.width, queries, u.d, nullptr);
+      product<false, false>(p.vectors, size, t, v, u.width, ups, u.d, nullptr);
+      const auto slope = part.masked ? slopes<true> : slopes<false>;
+      slope(p, scores, up, start, part, u.scale_log2, lse, delta);
+      if (s.dq) product<true, true>(p.vectors, u.width, dq, k, u.width, t, size, nullptr);
+      if (s.dk) {
+        const int64_t at = (start + part.low - from) * u.width;
+        add_to_keys(s.dk + at, t, rows, size, padded, u.width);
+        add_to_keys(s.dv + at, weights, given, size, padded, u.width);
+      }
+    }
+    if (!s.dq) continue;
+    transpose(rows, u.width, dq, kPanel, u.width, padded);
+    T* to_dq = static_cast<T*>(s.dq) + p.query * u.out_token + p.head * u.d;
+    for (int64_t r = 0; r < p.rows; ++r) narrow(to_dq + r * u.out_token, rows + r * u.width, u.scale, u.d);
+  }
+}
+
+template <class T>
+LANE void write_keys(T* to, int64_t stride, const float* from, float factor, int64_t keys, const Head& u) {
+  for (int64_t j = 0; j < keys; ++j) narrow(to + j * stride, from + j * u.width, factor, u.d);
+}
+
+#define CALM_FAST_TILES(T) \
+  { forward<T>, backward<T>, write_keys<T> }
+constexpr Functions kFunctions{
+    kWidth, kPanel, forward_floats, backward_floats, CALM_FAST_TILES(float), CALM_FAST_TILES(BFloat16),
+    CALM_FAST_TILES(Half),
+};
+#undef CALM_FAST_TILES
