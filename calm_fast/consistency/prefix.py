@@ -59,7 +59,12 @@ class PrefixReader:
     def new_cache(self) -> Cache:
         if isinstance(self.model, ComposedForCausalLM):
             return self.model.new_cache()
-        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        config = self.model.config.get_text_config(decoder=True)
+        depth = getattr(config, "decoder_layers", None)
+        if depth is not None and depth != config.num_hidden_layers:
+            # the decoder half of an encoder-decoder: num_hidden_layers is the encoder's; this cache grows by itself
+            return DynamicCache()
+        return DynamicCache(config=config)
 
     def __call__(
         self,

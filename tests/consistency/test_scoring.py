@@ -99,6 +99,25 @@ def check(model: nn.Module, got: list[Any], prompts: Any = PROMPTS, completions:
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "recomputed"])
+@pytest.mark.parametrize("depths", [(1, 2), (3, 2), (2, 2)], ids=str)
+@pytest.mark.parametrize("family", ["bart", "mbart"])
+def test_a_decoder_of_another_depth_than_its_encoder(family: str, depths: tuple[int, int], share: bool) -> None:
+    """Their configs' num_hidden_layers is the encoder's: a cache made from it has the wrong number of layers."""
+    torch.manual_seed(0)
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    depth = dict(zip(("encoder_layers", "decoder_layers"), depths, strict=True))
+    config = CONFIG_MAPPING[family](vocab_size=VOCAB, d_model=16, max_position_embeddings=64, **heads, **depth)
+    config.is_decoder, config.is_encoder_decoder = True, False
+    model = AutoModelForCausalLM.from_config(config).eval()
+    reader = PrefixReader(model)
+    cache = reader.new_cache()
+    reader(torch.tensor([PROMPTS[0]]), cache=cache)
+    assert reader.filled(cache, len(PROMPTS[0])) and len(cache.layers) == depths[1]  # the prompt is shared
+    got = score_sequences(model, PROMPTS, COMPLETIONS, share_prompt=share, return_tokens=True)
+    check(model, [x.token_logprobs for x in got])
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "recomputed"])
 @pytest.mark.parametrize(
     "name", [*FAMILIES, *OTHERS, "dual LoRA", "composed llama", "composed gemma3_text", "composed bloom"]
 )
