@@ -17,7 +17,7 @@ from calm_fast.hf.cache import ComposedCache
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.hooks import ANCHOR, Frame, checkpoint_in_eval, install
 from calm_fast.hf.inputs import AugmenterCall, Signature, augmenter_calls, part_inputs, with_cache
-from calm_fast.hf.layers import device_of, find_layers, headless, hidden_size, truncated_view
+from calm_fast.hf.layers import device_of, find_layers, headless_path, hidden_size, submodule, truncated_view
 from calm_fast.hf.saving import CompositionFiles
 from calm_fast.modules.cross_attention import CrossAttention
 
@@ -72,7 +72,11 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
             truncated_view(model, path, depth)
             for model, (path, _), depth in zip(augmenters, found, depths, strict=True)
         )
+        self.headless = [
+            headless_path(m, path) for m, path in zip(self.augmenters, config.augmenter_layers, strict=True)
+        ]
         self.connections = nn.ModuleList(self._connection(i, anchor_layers[max(b, 0)]) for i, _, b in self.pairs)
+        self.first_of = [next(c for c, p in enumerate(self.pairs) if p[0] == i) for i in range(len(self.augmenters))]
         self.by_layer = {b: [c for c, pair in enumerate(self.pairs) if pair[2] == b] for _, _, b in self.pairs}
         self.frame = Frame()
         install(self, self.frame, anchor_layers, [layers for _, layers in found])
@@ -238,12 +242,11 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
 
     def _read_augmenters(self, calls: list[AugmenterCall], cache: ComposedCache | None) -> None:
         """Run every augmenter up to its last connected layer; the hooks leave its states in the frame."""
-        paths = self.config.augmenter_layers
-        for index, (model, call, path) in enumerate(zip(self.augmenters, calls, paths, strict=True)):
-            self.frame.stage = index
-            own, past = None, 0
-            if cache is not None:
-                first = next(c for c, pair in enumerate(self.pairs) if pair[0] == index)
-                own, past = cache.augmenters[index], cache.cross[first].get_seq_length()
-            with torch.no_grad():
-                headless(model, path)(**part_inputs(model, self.signatures[index + 1], call.inputs, own, past))
+        with torch.no_grad():
+            for index, (model, call) in enumerate(zip(self.augmenters, calls, strict=True)):
+                self.frame.stage = index
+                own, past = None, 0
+                if cache is not None:
+                    own, past = cache.augmenters[index], cache.cross[self.first_of[index]].get_seq_length()
+                inputs = part_inputs(model, self.signatures[index + 1], call.inputs, own, past)
+                submodule(model, self.headless[index])(**inputs)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
@@ -21,11 +22,17 @@ STATE_INSIDE = ("recurrent_gemma",)
 
 @dataclass(frozen=True)
 class Signature:
-    """What a family's forward names: its cache argument, and if it takes positions and logits_to_keep."""
+    """What a family's forward names: its cache argument, and if it takes positions and logits_to_keep.
+
+    stock: inputs are prepared by transformers' own method, which changes nothing in a step without padding; home: the
+    module that holds the model's first parameter, and the parameter's name there.
+    """
 
     cache: str
     position_ids: bool
     logits_to_keep: bool
+    stock: bool = False
+    home: tuple[nn.Module, str] | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Signature:
@@ -39,7 +46,15 @@ class Signature:
                 f"{type(model).__name__} cannot be composed: expected a decoder-only model whose forward "
                 f"takes a transformers Cache ({' or '.join(CACHE_ARGUMENTS)})"
             )
-        return cls(cache, "position_ids" in names, "logits_to_keep" in names)
+        prepare = getattr(type(model), "prepare_inputs_for_generation", None)
+        stock = prepare is GenerationMixin.prepare_inputs_for_generation and not model.is_remote_code()
+        home = next(((m, name) for m in model.modules() for name, p in m._parameters.items() if p is not None), None)
+        return cls(cache, "position_ids" in names, "logits_to_keep" in names, stock, home)
+
+    def device(self, model: PreTrainedModel) -> torch.device:
+        """model.device without the walk through the modules that it takes: every step of a generation asks."""
+        parameter = None if self.home is None else self.home[0]._parameters.get(self.home[1])
+        return model.device if parameter is None else parameter.device
 
 
 class AugmenterCall(NamedTuple):
@@ -70,6 +85,8 @@ def augmenter_calls(
     aligned = aligned_visibility(mask, positions, ids.shape[0], past, ids.shape[1])
     packed = mask is None and aligned.lo is not None
 
+    if all(value is None for value in external.values()):
+        return [AugmenterCall(inputs, aligned)] * count, packed
     own = {name: _per_augmenter(name, value, count) for name, value in external.items()}
     calls = []
     for index in range(count):
@@ -105,7 +122,8 @@ def part_inputs(
     past: int,
 ) -> dict[str, Any]:
     """Keyword arguments of one part, on its device; with a cache, as the family prepares its own decoding."""
-    inputs = {name: None if value is None else value.to(model.device) for name, value in inputs.items()}
+    device = signature.device(model)
+    inputs = {name: None if value is None else value.to(device) for name, value in inputs.items()}
     if not signature.position_ids:
         del inputs["position_ids"]
     elif inputs["position_ids"] is None and not _knows_length(cache, past):
@@ -114,7 +132,8 @@ def part_inputs(
     if cache is None:
         return {**inputs, "use_cache": False}
     inputs |= {signature.cache: cache, "use_cache": True}
-    if not hasattr(model, "prepare_inputs_for_generation"):
+    plain = type(cache) is DynamicCache and (inputs["attention_mask"] is None or inputs.get("position_ids") is not None)
+    if (signature.stock and plain) or not hasattr(model, "prepare_inputs_for_generation"):
         return inputs
     prepared = model.prepare_inputs_for_generation(**inputs, is_first_iteration=past == 0)
     prepared.pop("logits_to_keep", None)  # some families fill in their own; the caller's counts

@@ -76,10 +76,19 @@ def truncated_view(model: PreTrainedModel, layers_path: str, depth: int) -> PreT
     return view
 
 
-def headless(model: PreTrainedModel, layers_path: str) -> nn.Module:
-    """The innermost transformers model around the layers: the decoder without its LM head."""
-    parents = [".".join(layers_path.split(".")[:n]) for n in range(layers_path.count(".") + 1)]
-    return next(m for m in map(model.get_submodule, reversed(parents)) if isinstance(m, PreTrainedModel))
+def headless_path(model: PreTrainedModel, layers_path: str) -> tuple[str, ...]:
+    """Names from ``model`` down to the innermost transformers model around the layers: the one without LM head."""
+    names = layers_path.split(".")[:-1]
+    depths = range(len(names), -1, -1)
+    inner = next(n for n in depths if isinstance(model.get_submodule(".".join(names[:n])), PreTrainedModel))
+    return tuple(names[:inner])
+
+
+def submodule(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    """``model.get_submodule(".".join(names))`` for names that exist: asked in every step of a generation."""
+    for name in names:
+        model = model._modules[name]
+    return model
 
 
 def device_of(module: nn.Module) -> torch.device:

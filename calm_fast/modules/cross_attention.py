@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from torch import nn
 
 from calm_fast import ops
 from calm_fast._validate import bad_type, bad_value
-from calm_fast.modules.folding import FoldedWeights, key_value_cost, may_cache, slowness
+from calm_fast.modules.folding import FoldedWeights, KeyValueCost, key_value_cost, may_cache, slowness
+from calm_fast.modules.rms import in_dtype, normalised
 
 _NAME = "CrossAttention"
 
@@ -21,6 +22,27 @@ class KeyValueCache(Protocol):
 
     def update(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys, values (B, Hkv, n, D); return all of them (B, Hkv, N, D)."""
+
+
+class _Weights(NamedTuple):
+    """Weights (out, in) and biases (out,) in the order they are used; v None: k holds [W_k; W_v]; scale: the norm's."""
+
+    scale: torch.Tensor | None
+    q: torch.Tensor
+    q_bias: torch.Tensor | None
+    proj: torch.Tensor | None
+    proj_bias: torch.Tensor | None
+    k: torch.Tensor
+    k_bias: torch.Tensor | None
+    v: torch.Tensor | None
+    v_bias: torch.Tensor | None
+    o: torch.Tensor
+    o_bias: torch.Tensor | None
+    post: torch.Tensor | None
+
+    def to(self, dtype: torch.dtype) -> _Weights:
+        """In `dtype`; scale is multiplied with H_B in H_B's dtype."""
+        return _Weights(self.scale, *(None if t is None else in_dtype(t, dtype) for t in self[1:]))
 
 
 class CrossAttention(nn.Module):
@@ -83,7 +105,7 @@ class CrossAttention(nn.Module):
         self.v_proj = nn.Linear(inner, kv_dim, bias=bias)
         self.o_proj = nn.Linear(q_dim, anchor_dim, bias=bias)
         self.post_norm = nn.RMSNorm(anchor_dim, eps=eps) if post_norm else None
-        self._folded_q, self._folded_kv = FoldedWeights(), FoldedWeights()
+        self._folded = FoldedWeights()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -126,108 +148,131 @@ class CrossAttention(nn.Module):
             TypeError, ValueError: a wrong shape, dtype or device, named.
         """
         self._check(anchor_hidden, augmenter_hidden)
-        device_type = anchor_hidden.device.type
-        dtype = anchor_hidden.dtype
-        if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        device_type, dtype = anchor_hidden.device.type, anchor_hidden.dtype
+        if not torch.is_autocast_enabled(device_type):
+            return self._attend(anchor_hidden, augmenter_hidden, dtype, lo, hi, cache, causal)
+        if dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):  # every cast below is explicit
-            q = self._queries(anchor_hidden, dtype)
-            k, v = self._keys_values(augmenter_hidden.to(dtype))
-            if cache is not None:
-                k, v = (t.transpose(1, 2) for t in cache.update(k.transpose(1, 2), v.transpose(1, 2)))
-            out = ops.cross_attention(q, k, v, lo=lo, hi=hi, causal=causal)
-            biased = self.o_proj.bias is not None  # without one, a row that attends to nothing adds 0 by itself
-            sees = _sees_something(lo, hi, causal, out, k.shape[1]) if biased else None
-            return self._add_residual(anchor_hidden, out, sees)
+            return self._attend(anchor_hidden, augmenter_hidden, dtype, lo, hi, cache, causal)
 
     def clear_folded(self) -> None:
         """Forget folded weights; only needed after writing to a parameter through `.data` without gradients."""
-        self._folded_q.clear()
-        self._folded_kv.clear()
+        self._folded.clear()
 
-    def _queries(self, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """W_q n(H_B) as (B, M, H, D)."""
-        weight, bias = self.q_proj.weight, self.q_proj.bias
-        scale = None if self.norm is None else self.norm.weight
-        normed = hidden if scale is None else _normalised(hidden, self.eps)
-        params = (weight, bias, scale)
+    def _attend(
+        self,
+        hidden: torch.Tensor,
+        augmenter: torch.Tensor,
+        dtype: torch.dtype,
+        lo: torch.Tensor | None,
+        hi: torch.Tensor | None,
+        cache: KeyValueCache | None,
+        causal: bool,
+    ) -> torch.Tensor:
+        """`forward`, computed in `dtype`. A decoding step is mostly the Python between its ops: keep it short."""
+        batch, m, _ = hidden.shape
+        new = augmenter.shape[1]
+        heads, kv_heads, d = self.num_heads, self.num_kv_heads, self.head_dim
+        inner = in_dtype(augmenter, dtype)
+        w = self._choose_weights(dtype, hidden, inner)
+        normed = hidden if self.norm is None else normalised(hidden, self.eps)
+        if w.scale is not None:
+            normed = normed * in_dtype(w.scale, normed.dtype)
+        q = F.linear(in_dtype(normed, dtype), w.q, w.q_bias).view(batch, m, heads, d)
 
-        def fold() -> tuple[torch.Tensor | None, ...]:
-            return (weight if scale is None else weight * scale).to(dtype), None if bias is None else bias.to(dtype)
-
-        if may_cache(params):
-            weight, bias = self._folded_q.get(params, (dtype,), fold)
+        if w.proj is not None:
+            inner = F.linear(inner, w.proj, w.proj_bias)
+        if w.v is None:
+            k, v = F.linear(inner, w.k, w.k_bias).view(batch, new, 2, kv_heads, d).unbind(2)
         else:
-            self._folded_q.clear()
-            if scale is None or normed.shape[0] * normed.shape[1] > weight.shape[0]:  # fewer rows to scale: fold
-                weight, bias = fold()
-            else:
-                normed, weight, bias = normed * scale.to(normed.dtype), weight.to(dtype), _cast(bias, dtype)
-        q = F.linear(normed.to(dtype), weight, bias)
-        return q.unflatten(-1, (self.num_heads, self.head_dim))
+            k = F.linear(inner, w.k, w.k_bias).view(batch, new, kv_heads, d)
+            v = F.linear(inner, w.v, w.v_bias).view(batch, new, kv_heads, d)
+        if cache is not None:
+            k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2))
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
 
-    def _keys_values(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """W_k P H_A and W_v P H_A, each (B, n, Hkv, D), in the cheaper association order."""
-        dtype, heads = hidden.dtype, (self.num_kv_heads, self.head_dim)
-        pk, pv, p = self.k_proj, self.v_proj, self.proj
-        params = (pk.weight, pk.bias, pv.weight, pv.bias, *((p.weight, p.bias) if p is not None else ()))
-        cached = may_cache(params)
-        if not cached:
-            self._folded_kv.clear()
-        if cached or self._folding_pays(hidden, params):
-            weight, bias = (
-                self._folded_kv.get(params, (dtype,), lambda: self._fold_keys_values(dtype))
-                if cached
-                else self._fold_keys_values(dtype)
-            )
-            k, v = F.linear(hidden, weight, bias).chunk(2, dim=-1)
-        else:
-            inner = hidden if p is None else F.linear(hidden, p.weight.to(dtype), _cast(p.bias, dtype))
-            k, v = (F.linear(inner, m.weight.to(dtype), _cast(m.bias, dtype)) for m in (pk, pv))
-        return k.unflatten(-1, heads), v.unflatten(-1, heads)
-
-    def _folding_pays(self, hidden: torch.Tensor, params: tuple[torch.Tensor | None, ...]) -> bool:
-        if self.proj is None:  # nothing to multiply: stacking W_k and W_v is a copy, two products are not slower
-            return False
-        device_type, param_dtype = hidden.device.type, self.proj.weight.dtype
-        return key_value_cost(
-            hidden.shape[0] * hidden.shape[1],
-            self.augmenter_dim,
-            self.anchor_dim,
-            self.num_kv_heads * self.head_dim,
-            training=torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in params),
-            augmenter_grad=torch.is_grad_enabled() and hidden.requires_grad,
-            cached=False,
-            param_slowness=slowness(param_dtype, device_type),
-            compute_slowness=slowness(hidden.dtype, device_type),
-        ).fold
-
-    def _fold_keys_values(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[W_k P; W_v P] (2 Hkv D, DA) and its bias: multiplied in the parameters' dtype, rounded once."""
-        weight = torch.cat((self.k_proj.weight, self.v_proj.weight))
-        bias = None if self.k_proj.bias is None else torch.cat((self.k_proj.bias, self.v_proj.bias))
-        if self.proj is not None:
-            if bias is not None:
-                bias = torch.addmv(bias, weight, self.proj.bias)
-            weight = weight @ self.proj.weight
-        return weight.to(dtype), _cast(bias, dtype)
-
-    def _add_residual(self, hidden: torch.Tensor, attended: torch.Tensor, sees: torch.Tensor | None) -> torch.Tensor:
-        """H_B + n2(W_o attended + b_o); rows for which `sees` (1 or B, M, 1) is False keep H_B."""
-        attended = attended.flatten(-2)
-        dtype = attended.dtype
-        weight, bias = self.o_proj.weight.to(dtype), _cast(self.o_proj.bias, dtype)
-        if self.post_norm is None and bias is None and hidden.dtype == dtype:
-            flat = torch.addmm(hidden.flatten(0, 1), attended.flatten(0, 1), weight.t())
-            return flat.view_as(hidden)
-        update = F.linear(attended, weight, bias)
-        if self.post_norm is not None:
-            update = _normalised(update, self.eps) * self.post_norm.weight.to(dtype)
-        if bias is not None and sees is not None:
+        out = ops.cross_attention(q, k, v, lo=lo, hi=hi, causal=causal).flatten(2)
+        if w.o_bias is None and w.post is None and hidden.dtype == dtype:
+            return torch.addmm(hidden.flatten(0, 1), out.flatten(0, 1), w.o.t()).view(hidden.shape)
+        update = F.linear(out, w.o, w.o_bias)
+        if w.post is not None:
+            update = normalised(update, self.eps) * w.post
+        # without a bias, a row that attends to nothing adds 0 by itself
+        sees = None if w.o_bias is None else _sees_something(lo, hi, causal, out, k.shape[1])
+        if sees is not None:
             update = update.masked_fill(~sees, 0.0)
         return hidden + update.to(hidden.dtype)
 
+    def _choose_weights(self, dtype: torch.dtype, hidden: torch.Tensor, augmenter: torch.Tensor) -> _Weights:
+        """What this call multiplies with: kept weights where no gradient can flow to the parameters."""
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            kept = self._folded.recall(self._modules, (dtype,))
+            if kept is not None:
+                return kept
+        params = self._params()
+        if not may_cache(params):
+            self._folded.clear()
+            return self._weights(params, dtype, hidden, augmenter)
+        kept = self._folded.get(params, (dtype,), lambda: self._kept_weights(params, dtype))
+        self._folded.watch(self._modules)
+        return kept
+
+    def _params(self) -> _Weights:
+        """The parameters, None where the layer has none."""
+        norm, p, post = self.norm, self.proj, self.post_norm
+        q, k, v, o = self.q_proj, self.k_proj, self.v_proj, self.o_proj
+        return _Weights(
+            None if norm is None else norm.weight, q.weight, q.bias,
+            None if p is None else p.weight, None if p is None else p.bias,
+            k.weight, k.bias, v.weight, v.bias, o.weight, o.bias, None if post is None else post.weight,
+        )  # fmt: skip
+
+    def _kept_weights(self, w: _Weights, dtype: torch.dtype) -> _Weights:
+        """What calls without gradients multiply with: everything folded that makes one call cheaper."""
+        if w.scale is not None:
+            w = w._replace(scale=None, q=w.q * w.scale)
+        fold = w.proj is not None and self._cost(1, cached=True).fold
+        return self._stacked(w, fold).to(dtype)
+
+    def _weights(self, w: _Weights, dtype: torch.dtype, hidden: torch.Tensor, augmenter: torch.Tensor) -> _Weights:
+        """What one call with H_B and H_A multiplies with; gradients flow through it to the parameters."""
+        if w.scale is not None and hidden.shape[0] * hidden.shape[1] > w.q.shape[0]:  # fewer rows to scale: fold
+            w = w._replace(scale=None, q=w.q * w.scale)
+        # without P nothing is to be multiplied: stacking W_k and W_v is a copy, two products are not slower
+        if w.proj is not None and self._folding_pays(w, augmenter):
+            w = self._stacked(w, True)
+        return w.to(dtype)
+
+    def _folding_pays(self, w: _Weights, augmenter: torch.Tensor) -> bool:
+        grad, device_type = torch.is_grad_enabled(), augmenter.device.type
+        return self._cost(
+            augmenter.shape[0] * augmenter.shape[1],
+            training=grad and any(t is not None and t.requires_grad for t in w),
+            augmenter_grad=grad and augmenter.requires_grad,
+            param_slowness=slowness(w.proj.dtype, device_type),
+            compute_slowness=slowness(augmenter.dtype, device_type),
+        ).fold
+
+    def _cost(
+        self, tokens: int, *, training: bool = False, augmenter_grad: bool = False, cached: bool = False, **rates: float
+    ) -> KeyValueCost:
+        sizes = self.augmenter_dim, self.anchor_dim, self.num_kv_heads * self.head_dim
+        return key_value_cost(tokens, *sizes, training=training, augmenter_grad=augmenter_grad, cached=cached, **rates)
+
+    @staticmethod
+    def _stacked(w: _Weights, fold: bool) -> _Weights:
+        """One weight for keys and values: [W_k; W_v], times P where `fold`. Products are taken in the parameters' dtype
+        and rounded once."""
+        weight, bias = torch.cat((w.k, w.v)), None if w.k_bias is None else torch.cat((w.k_bias, w.v_bias))
+        if not fold:
+            return w._replace(k=weight, k_bias=bias, v=None, v_bias=None)
+        bias = None if bias is None else torch.addmv(bias, weight, w.proj_bias)
+        return w._replace(k=weight @ w.proj, k_bias=bias, v=None, v_bias=None, proj=None, proj_bias=None)
+
     def _check(self, anchor: torch.Tensor, augmenter: torch.Tensor) -> None:
+        if not torch.compiler.is_compiling() and self._plainly_right(anchor, augmenter):
+            return
         for name, value, letters, width in (
             ("anchor_hidden", anchor, "(B, M, DB)", self.anchor_dim),
             ("augmenter_hidden", augmenter, "(B, N, DA)", self.augmenter_dim),
@@ -246,6 +291,19 @@ class CrossAttention(nn.Module):
         ):
             if device != anchor.device:
                 raise bad_value(_NAME, name, f"on {anchor.device} like anchor_hidden", f"device {device}")
+
+    def _plainly_right(self, anchor: torch.Tensor, augmenter: torch.Tensor) -> bool:
+        """The checks of `_check` in a quarter of their time; False may also mean that they would pass."""
+        if type(anchor) is not torch.Tensor or type(augmenter) is not torch.Tensor:
+            return False
+        of, there = anchor.shape, augmenter.shape
+        return (
+            len(of) == len(there) == 3
+            and (of[2], there[2], of[0]) == (self.anchor_dim, self.augmenter_dim, there[0])
+            and anchor.is_floating_point()
+            and augmenter.is_floating_point()
+            and anchor.device == augmenter.device == self.q_proj.weight.device
+        )
 
     @classmethod
     def from_released(cls, state_dict: Mapping[str, torch.Tensor], num_heads: int) -> CrossAttention:
@@ -288,20 +346,6 @@ def _check_size(name: str, value: int) -> None:
         raise bad_type(_NAME, name, "a positive int", value)
     if value < 1:
         raise bad_value(_NAME, name, "a positive int", str(value))
-
-
-def _cast(bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return None if bias is None else bias.to(dtype)
-
-
-def _normalised(hidden: torch.Tensor, eps: float) -> torch.Tensor:
-    """hidden / rms(hidden), in hidden's dtype, computed in float32 (at least)."""
-    if hidden.is_cuda:
-        return F.rms_norm(hidden, hidden.shape[-1:], None, eps)  # one fused kernel there
-    # on a CPU the backward of rms_norm costs more than these three steps (about 1.5x, float32, 8192 x 768)
-    compute = torch.promote_types(hidden.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=compute)
-    return (hidden * torch.rsqrt(norm.square() / hidden.shape[-1] + eps)).to(hidden.dtype)
 
 
 def _sees_something(

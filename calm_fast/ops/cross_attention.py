@@ -56,6 +56,9 @@ def cross_attention(
     TF32. "native" takes at most 16 queries, on a GPU with head dims that are multiples of 8. Double backward
     works with "reference", and with "torch" where return_lse avoids SDPA. Source: CALM (arXiv 2401.02412) section 3.
     """
+    if impl == "auto" and lo is None and hi is None and scale is None and _decodes(q, k, v, causal, return_lse):
+        out, lse = _decode(q, k, v, None, None, causal, q.shape[3] ** -0.5)
+        return (out, lse) if return_lse else out
     decision = decide(q, k, v, lo=lo, hi=hi, causal=causal, scale=scale, return_lse=return_lse, impl=impl)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if decision.costly and not torch.compiler.is_compiling():
@@ -123,6 +126,36 @@ def decide(
     if plain:
         return Decision(_OP, "torch", "plainly causal or full attention on a GPU: SDPA has a kernel for it")
     return Decision(_OP, "triton", "an interval mask or lse: SDPA would store an (M, N) mask or the scores")
+
+
+def _decodes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, return_lse: bool) -> bool:
+    """Whether `decide` would surely accept this call and take "native" on a CPU, and nothing records it.
+
+    A step of a generation asks this for every connection: it then skips the checks one by one and the registered op,
+    whose autograd entry takes longer than the attention of a short text.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not (type(q) is type(k) is type(v) is torch.Tensor):
+        return False
+    of, there, dtype = q.shape, k.shape, q.dtype
+    return (
+        len(of) == len(there) == 4
+        and there == v.shape
+        and (of[0], of[3]) == (there[0], there[3])
+        and of[1] <= NATIVE_MAX_QUERIES
+        and 0 < of[3] <= _MAX_HEAD_DIM
+        and of[2] > 0
+        and there[2] > 0
+        and of[2] % there[2] == 0
+        and dtype == k.dtype == v.dtype
+        and dtype in _DTYPES[:3]
+        and q.is_cpu
+        and k.is_cpu
+        and v.is_cpu
+        and q.layout == k.layout == v.layout == torch.strided
+        and type(causal) is type(return_lse) is bool
+        and not torch._C._are_functorch_transforms_active()
+        and _native.obstacle(_OP, "cpu") is None
+    )
 
 
 def _autocasts(device_type: str) -> bool:

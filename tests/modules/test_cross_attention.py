@@ -187,20 +187,18 @@ def test_gradients_reach_float32_parameters_under_a_bfloat16_model() -> None:
 
 def test_the_cost_model_and_no_flag_chooses_the_order(monkeypatch) -> None:
     folds = []
-    original = CrossAttention._fold_keys_values
-    monkeypatch.setattr(
-        CrossAttention, "_fold_keys_values", lambda self, dtype: (folds.append(1), original(self, dtype))[1]
-    )
+    original = CrossAttention._stacked
+    monkeypatch.setattr(CrossAttention, "_stacked", lambda *args: (folds.append(args[-1]), original(*args[-2:]))[1])
     layer = _layer(torch.float32)
     anchor = torch.randn(1, 2, DB)
     layer(anchor, torch.randn(1, 2, DA))
     assert not folds  # two tokens: folding costs more than it saves
     layer(anchor, torch.randn(1, 500, DA))
-    assert len(folds) == 1
+    assert folds == [True]
     with torch.no_grad():
         layer(anchor, torch.randn(1, 2, DA))
         layer(anchor, torch.randn(1, 2, DA))
-    assert len(folds) == 2  # kept from the first call on
+    assert folds == [True] * 2  # kept from the first call on
 
 
 def test_compile_takes_the_whole_forward() -> None:
