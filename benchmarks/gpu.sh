@@ -1,41 +1,52 @@
 #!/usr/bin/env bash
-# Everything a GPU is needed for: the compiled library, GPU tests, compute-sanitizer, benchmarks, launch configs.
+# Everything a GPU is needed for: the compiled library, GPU tests, benchmarks, compute-sanitizer, launch configs.
 #
-#   benchmarks/gpu.sh [--part NAME]... [--commit SHA] [--dry-run]
+#   benchmarks/gpu.sh [--part NAME]... [--seconds N] [--commit SHA] [--dry-run]
+#   benchmarks/gpu.sh --prepare        before, on a machine with a package index: wheels for one without
 #
-# Parts: tests sanitizer core core_heads layer lora lora_ranks lora_step nce logprob vote model generate generate_long
-#        scaling tune
-# A call ends within nine minutes: each part has a time limit, and a part that no longer fits is not begun, but named.
-# Eight calls fit every part:   --part tests --part core --part nce
-#                               --part sanitizer --part lora_step
-#                               --part core_heads --part vote --part tune
-#                               --part layer --part lora
-#                               --part lora_ranks --part logprob
-#                               --part model --part scaling
-#                               --part generate
-#                               --part generate_long
+# Parts, by value: tests core layer nce logprob lora lora_step model sanitizer tune vote generate core_heads lora_ranks
+#                  scaling generate_long
+# A call ends within nine minutes (--seconds): each part has a time limit, and a part that no longer fits is not begun.
+# The last line of a call names the call that goes on: begin without --part, go on with what it says. --dry-run shows
+# what every call would hold if each part took all of its limit.
+# A part that fails or is stopped at its limit stops no other one; the call then exits 1 in the end.
+#
 # Every call first compiles csrc/ with nvcc for this GPU, unless build/gpu-native/ holds it already. Where that fails the
-# parts still run, with torch in the library's place, and the call fails in the end.
-# A benchmark part's rows are written, and shown, case by case: what was measured stays when a later one is stopped.
+# parts still run, with torch in the library's place.
 #
-# Needs Python >= 3.11 with torch (CUDA), triton, transformers, pytest, rich and matplotlib, and nvcc of the same CUDA;
-# ninja makes compiling faster. Installs nothing, fetches nothing. Results go to ${OUT:-build/gpu}.
+# Results are four files in ${OUT:-build/gpu}, written anew after every part, so a call that is killed leaves them too:
+#   results.jsonl   rows of all benchmark cases, as benchmarks/results/ holds them
+#   summary.txt     what ran, how long, what failed, the call that goes on
+#   logs.tar.gz     logs, tests.xml, reports of the benchmarks, tuned files (kernels/fused/tuned/...)
+#   native.tar.gz   the compiled library; unpacked in the checkout it saves the next call the compiling
+#
+# Needs Python >= 3.11 with torch (CUDA), triton, transformers, numpy and pytest, setuptools and nvcc of the same CUDA;
+# ninja makes compiling faster, pytest-xdist the tests. Without matplotlib there is no report.html. Packages that are
+# missing are taken from build/gpu-wheels/ (--prepare) where it exists. Fetches nothing, installs nothing that stays.
 # --commit names what is measured where the files are not a git checkout.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "${root}"
 
-readonly TOTAL=540       # seconds of one call
+total=540                # seconds of one call
 readonly NATIVE_LIMIT=100 # of them for compiling
-readonly PARTS=(
-  tests sanitizer core core_heads layer lora lora_ranks lora_step nce logprob vote model generate generate_long scaling
-  tune
+readonly PARTS=( # by value: what a short loan should have seen first
+  tests core layer nce logprob lora lora_step model sanitizer tune vote generate core_heads lora_ranks scaling
+  generate_long
 )
 readonly -A LIMIT=(
   [tests]=180 [sanitizer]=260 [core]=110 [core_heads]=110 [layer]=160 [lora]=150 [lora_ranks]=240 [lora_step]=140
-  [nce]=110 [logprob]=110 [vote]=200 [model]=160 [generate]=300 [generate_long]=390 [scaling]=230 [tune]=70
+  [nce]=110 [logprob]=110 [vote]=200 [model]=160 [generate]=300 [generate_long]=390 [scaling]=230 [tune]=300
 )
+# what --prepare fetches; only what a machine lacks is used there. The first line: baselines that no image brings.
+readonly WHEELS=(
+  liger-kernel cut-cross-entropy
+  pytest pytest-xdist execnet pytest-benchmark py-cpuinfo iniconfig pluggy packaging pygments
+  matplotlib contourpy cycler fonttools kiwisolver pillow pyparsing python-dateutil six
+  rich markdown-it-py mdurl ninja setuptools peft accelerate psutil
+)
+readonly WHEEL_FOLDER=build/gpu-wheels WORK=build/gpu-work
 readonly -A WHAT=(
   [tests]="pytest -m gpu"
   [sanitizer]="memcheck, racecheck, initcheck and synccheck on small calls of every kernel"
@@ -56,10 +67,11 @@ readonly -A WHAT=(
 )
 
 usage() {
-  sed -n '2,23p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'
+  sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
 }
 
 dry=0
+prepare=0
 commit=""
 chosen=()
 while (($#)); do
@@ -71,6 +83,14 @@ while (($#)); do
       fi
       chosen+=("$2")
       shift 2
+      ;;
+    --seconds)
+      total="${2:?gpu.sh: --seconds takes the seconds of this call}"
+      shift 2
+      ;;
+    --prepare)
+      prepare=1
+      shift
       ;;
     --commit)
       commit="${2:?gpu.sh: --commit takes a commit}"
@@ -93,10 +113,76 @@ while (($#)); do
 done
 ((${#chosen[@]})) || chosen=("${PARTS[@]}")
 
+if [[ ! "${total}" =~ ^[0-9]+$ ]]; then
+  echo "gpu.sh: --seconds takes a number, got ${total}" >&2
+  exit 2
+fi
+
 out="${OUT:-build/gpu}"
+work="${WORK}"
 python="${PYTHON:-python3}"
 failed=()
 summary=()
+left=() # parts that no longer fit
+
+# Wheels of everything optional, for the Python of another machine (PREPARE_PYTHON), without what they depend on.
+prepare_wheels() {
+  local name version="${PREPARE_PYTHON:-3.12}" platform platforms=() missing=()
+  for platform in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux2010 manylinux1; do
+    platforms+=(--platform "${platform}_x86_64")
+  done
+  mkdir -p "${WHEEL_FOLDER}"
+  for name in "${WHEELS[@]}"; do
+    "${python}" -m pip download -q --no-deps --only-binary=:all: --python-version "${version}" --implementation cp \
+      "${platforms[@]}" -d "${WHEEL_FOLDER}" "${name}" || missing+=("${name}")
+  done
+  echo "gpu.sh: $(find "${WHEEL_FOLDER}" -name '*.whl' | wc -l) wheels for Python ${version}," \
+    "$(du -sm "${WHEEL_FOLDER}" | cut -f1) MiB, in ${WHEEL_FOLDER}; take the folder along, git ignores it"
+  if ((${#missing[@]})); then
+    echo "gpu.sh: no wheel: ${missing[*]}" >&2
+    exit 1
+  fi
+}
+
+# Unpack those wheels whose package this Python lacks into the folder of links.
+use_wheels() {
+  local site="$1" wheels=()
+  mapfile -t wheels < <("${python}" - "${root}/${WHEEL_FOLDER}" <<'PY'
+import pathlib
+import sys
+from importlib import metadata
+
+for wheel in sorted(pathlib.Path(sys.argv[1]).glob("*.whl")):
+    try:
+        metadata.version(wheel.name.split("-")[0])
+    except metadata.PackageNotFoundError:
+        print(wheel)
+PY
+  )
+  ((${#wheels[@]})) || return 0
+  echo "from ${WHEEL_FOLDER}: ${wheels[*]##*/}"
+  "${python}" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
+    --target "${site}" "${wheels[@]}" || echo "gpu.sh: they could not be unpacked; going on without" >&2
+}
+
+# The files of this call, anew: few, and complete whenever the call ends.
+publish() {
+  local line name
+  if ((dry)); then return; fi
+  {
+    echo "commit ${measured}, ${SECONDS} s of ${total} s"
+    printf '%s\n' "${summary[@]}"
+    if ((${#left[@]})); then
+      line="benchmarks/gpu.sh"
+      for name in "${left[@]}"; do line+=" --part ${name}"; done
+      echo "go on with: ${line}${commit:+ --commit ${commit}}"
+    else
+      echo "nothing is left of what was asked for"
+    fi
+  } >"${out}/summary.txt"
+  find "${work}" -name results.jsonl -print0 | sort -z | xargs -0r cat >"${out}/results.jsonl"
+  tar -czf "${out}/logs.tar.gz.new" -C "${work}" . && mv "${out}/logs.tar.gz.new" "${out}/logs.tar.gz"
+}
 
 # Run a command under a time limit with its output in a log; the log's end is shown, a failure is remembered.
 # With --dry-run only say what would run.
@@ -108,8 +194,8 @@ step() {
     return 0
   fi
   echo "--- ${name}: $*"
-  timeout --kill-after=10 "${limit}" "$@" >"${out}/${name}.log" 2>&1 || rc=$?
-  tail -n 40 "${out}/${name}.log"
+  timeout --kill-after=10 "${limit}" "$@" >"${work}/${name}.log" 2>&1 || rc=$?
+  tail -n 40 "${work}/${name}.log"
   case "${rc}" in
     0) summary+=("${name}: ok, $((SECONDS - begin)) s") ;;
     124 | 137) summary+=("${name}: STOPPED at its limit of ${limit} s") && failed+=("${name}") ;;
@@ -154,6 +240,8 @@ native() {
       --build-temp "${folder}/objects"
     if ls "${folder}"/calm_fast/_c*.so >/dev/null 2>&1 && [[ " ${failed[*]} " != *" native "* ]]; then
       touch "${folder}/done"
+      rm -rf "${folder}/source" "${folder}/objects"
+      tar -czf "${out}/native.tar.gz" -C "${root}" "build/gpu-native/${key}"
     fi
   fi
   for module in "${folder}"/calm_fast/_c*.so; do
@@ -170,12 +258,24 @@ import sys
 problems = []
 if sys.version_info < (3, 11):
     problems.append(f"Python >= 3.11 is needed, this is {sys.version.split()[0]}")
-for name in ("torch", "triton", "transformers", "pytest", "pytest_benchmark", "rich", "matplotlib"):
+for name in ("torch", "triton", "transformers", "numpy", "rich", "pytest"):
     try:
         module = importlib.import_module(name)
         print(f"{name} {getattr(module, '__version__', '')}")
     except ImportError as failure:
         problems.append(f"{name} is missing: {failure}")
+without = {
+    "xdist": "the GPU tests run in one process and may not end in time",
+    "pytest_benchmark": "nothing here needs it",
+    "matplotlib": "no report.html",
+    "ninja": "compiling takes longer",
+    "setuptools": "the library cannot be compiled",
+}
+for name, effect in without.items():
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        print(f"{name} is missing: {effect}")
 if not problems:
     import torch
 
@@ -192,11 +292,15 @@ PY
 }
 
 part_tests() {
-  local workers=()
+  local workers=() files=()
   # most of the time is compiling kernels, which several processes share
-  if "${python}" -c "import xdist" 2>/dev/null; then workers=(-n 8); fi
-  # -v: the log of a stopped run names every test that was done
-  step tests "$1" "${python}" -m pytest -m gpu -v "${workers[@]}" -p no:cacheprovider --junitxml "${out}/tests.xml"
+  if "${python}" -c "import xdist" 2>/dev/null; then workers=(-n 12); fi
+  # only the files that hold such tests: another one's import must not end the run, nor every worker collect it.
+  # addopts without --benchmark-disable, which only pytest-benchmark knows; -v: a stopped run's log names what was done
+  mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
+  step tests "$1" "${python}" -m pytest -m gpu -v "${workers[@]}" -p no:cacheprovider --continue-on-collection-errors \
+    -o addopts="--import-mode=importlib --strict-markers --strict-config -ra" --junitxml "${work}/tests.xml" \
+    "${files[@]}"
 }
 
 part_sanitizer() {
@@ -230,10 +334,9 @@ part_sanitizer() {
 bench() {
   local name="$1" limit="$2" op="$3"
   shift 3
-  ((dry)) || rm -f "${out}/${name}/report.md" # of an earlier call: not what this one measured
   if [[ -n "${commit}" ]]; then set -- "$@" --commit "${commit}"; fi
   step "bench-${name}" "${limit}" "${python}" -m calm_fast.benchmarks.run --op "${op}" --device cuda \
-    --seconds 3 --threads 8 "$@" --out "${out}/${name}"
+    --seconds 3 --threads 8 "$@" --out "${work}/${name}"
 }
 
 part_core() { bench core "$1" cross_attention --case x1_ --case x2_ --case x3_; }
@@ -263,55 +366,71 @@ part_generate_long() { bench generate_long "$1" model --suite full --case e2_lon
 part_scaling() { bench scaling "$1" model --suite full --case s1_ --case s2_ --case s3_; }
 
 part_tune() {
-  step tune "$1" "${python}" -m calm_fast.benchmarks.tune --op cross_attention --seconds "$(($1 - 20))" \
-    --out kernels/fused/tuned
-  ((dry)) || find kernels/fused/tuned -name '*.json' -newer "${out}/started" -exec cp {} "${out}/" \;
+  step tune "$1" "${python}" -m calm_fast.benchmarks.tune --seconds "$(($1 - 30))" --out kernels/fused/tuned
+  ((dry)) || find kernels/fused/tuned -name '*.json' -newer "${work}/started" -exec cp --parents {} "${work}/" \;
 }
+
+if ((prepare)); then
+  prepare_wheels
+  exit 0
+fi
 
 measured="${commit:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}"
 if ((dry)); then
   echo "gpu.sh --dry-run: nothing below is run. Results would go to ${out}; commit ${measured}."
-  echo "needs: Python >= 3.11 with torch (CUDA), triton, transformers, pytest, pytest-benchmark, rich, matplotlib;" \
-    "nvcc for the compiled library, compute-sanitizer for its part"
+  echo "needs: Python >= 3.11 with torch (CUDA), triton, transformers, numpy, pytest; nvcc and setuptools for the" \
+    "compiled library, compute-sanitizer for its part"
   echo "import: a temporary folder of links to calm_fast/, kernels/fused and benchmarks/, on PYTHONPATH"
 else
-  mkdir -p "${out}"
-  out="$(cd "${out}" && pwd)"
-  touch "${out}/started"
+  rm -rf "${work}" # of an earlier call: not what this one measured
+  mkdir -p "${out}" "${work}"
+  out="$(cd "${out}" && pwd)" work="$(cd "${work}" && pwd)"
+  rm -f "${out}"/{results.jsonl,summary.txt,logs.tar.gz,native.tar.gz}
+  touch "${work}/started"
   site="$(mktemp -d)"
   trap 'rm -rf "${site}"' EXIT
   stage "${site}"
   export PYTHONPATH="${site}${PYTHONPATH:+:${PYTHONPATH}}"
   export PYTHONSAFEPATH=1 # the checkout's own calm_fast/ lacks the mapped folders: keep it off sys.path
   export PYTHONUNBUFFERED=1
-  check_needs 2>&1 | tee "${out}/needs.log"
+  if compgen -G "${WHEEL_FOLDER}/*.whl" >/dev/null; then use_wheels "${site}"; fi
+  check_needs 2>&1 | tee "${work}/needs.log"
+  [[ "${measured}" != unknown ]] || echo "gpu.sh: not a git checkout: rows carry no commit without --commit" >&2
 fi
 
 begin=${SECONDS}
 echo "=== native: the compiled library, which every part uses"
 native "${site:-}"
-reserved=${NATIVE_LIMIT}
+publish
+call=1 reserved=${NATIVE_LIMIT} # what a dry run knows: limits
 for part in "${chosen[@]}"; do
-  echo "=== ${part}: ${WHAT[${part}]}"
-  if ((!dry && SECONDS + LIMIT[${part}] > TOTAL)); then
-    echo "gpu.sh: not begun: ${SECONDS} s are spent, its limit is ${LIMIT[${part}]} s, a call has ${TOTAL} s" >&2
-    summary+=("${part}: NOT RUN, no time left; call again with --part ${part}")
-    failed+=("${part}")
-    continue
+  if ((dry && reserved + LIMIT[${part}] > total)); then
+    ((reserved = NATIVE_LIMIT, ++call))
+    echo "--- call ${call}"
   fi
   reserved=$((reserved + LIMIT[${part}]))
+  echo "=== ${part}: ${WHAT[${part}]}"
+  if ((!dry && SECONDS + LIMIT[${part}] > total)); then
+    echo "gpu.sh: not begun: ${SECONDS} s are spent, its limit is ${LIMIT[${part}]} s, a call has ${total} s" >&2
+    summary+=("${part}: not run, no time left")
+    left+=("${part}")
+    continue
+  fi
   "part_${part}" "${LIMIT[${part}]}"
+  publish
 done
 if ((dry)); then
-  echo "limits: ${reserved} s in all; a part that does not fit into the ${TOTAL} s of a call is not begun"
+  echo "at most ${call} calls of ${total} s; fewer where parts end before their limits"
   exit 0
 fi
 
-echo "=== summary, $((SECONDS - begin)) s, commit ${measured}, results in ${out}"
-for line in "${summary[@]}"; do echo "${line}"; done
-for file in "${out}"/*/report.md; do
+publish
+echo "=== summary, $((SECONDS - begin)) s, results in ${out}"
+cat "${out}/summary.txt"
+for file in "${work}"/*/report.md; do
   if [[ -f "${file}" ]]; then grep -E '^[|-]' "${file}" || true; fi
 done
+tail -n 1 "${out}/summary.txt"
 if ((${#failed[@]})); then
   echo "gpu.sh: failed: ${failed[*]}" >&2
   exit 1

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -27,7 +29,9 @@ def write(
     rows = list(rows)
     found = verdicts(rows, cases)
     (out / "report.md").write_text(text.markdown(rows, found, ceilings), encoding="utf-8")
-    if plots:
+    if plots and importlib.util.find_spec("matplotlib") is None:  # a GPU machine's image may lack it: rows count
+        print("bench: no report.html: matplotlib is not installed", file=sys.stderr)
+    elif plots:
         from calm_fast.benchmarks.report import page
 
         (out / "report.html").write_text(page.page(rows, found, ceilings), encoding="utf-8")
