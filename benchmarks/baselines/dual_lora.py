@@ -1,4 +1,5 @@
-"""What dual_lora is compared with: the released layer's and the paper's formula step by step, and one LoRA."""
+"""What dual_lora is compared with: the released layer's and the paper's formula, step by step and arranged by hand, and
+one LoRA."""
 
 from __future__ import annotations
 
@@ -32,6 +33,30 @@ def formula(w: Weights, x: torch.Tensor, y: torch.Tensor, scale: float, variant:
     if "w_v" in w:
         return y + F.linear(mixed, w["w_v"])
     return y + F.linear(F.linear(mixed, w["c1"]), w["c2"])
+
+
+def concatenated(w: Weights, x: torch.Tensor, y: torch.Tensor, scale: float, variant: str) -> torch.Tensor:
+    """As `formula`, the way a careful user arranges it, nothing computed from the weights beforehand.
+
+    Factors of both LoRAs in one product; the query goes through W_k, instead of both LoRAs' outputs; both outputs
+    through the value's first factor at once, and mixed before the second, which is linear.
+    """
+    rank = w["a_pos"].shape[0]
+    u = scale * F.linear(x, torch.cat([w["a_pos"], w["a_neg"]]))
+    query = F.linear(x, w["w_q"]) @ w["w_k"]
+    if variant == "released":
+        each, up = u.unflatten(-1, (2, rank)).transpose(0, 1), torch.stack([w["b_pos"], w["b_neg"]]).transpose(1, 2)
+        h = torch.baddbmm(y.expand(2, *y.shape), each, up)
+        p_pos, p_neg = (query * h).sum(-1).softmax(0).unsqueeze(-1)
+        f_pos, f_neg = F.gelu(F.linear(h, w["c1"]))
+        return torch.addmm(y, (p_pos + 0.5) * f_pos + (p_neg - 0.5) * f_neg, w["c2"].T)
+    b = torch.cat([w["b_pos"], w["b_neg"]], 1)
+    u_pos, u_neg = u.split(rank, -1)
+    p_pos, p_neg = (query @ b * u).unflatten(-1, (2, rank)).sum(-1).softmax(-1).split(1, -1)
+    mixed = F.linear(torch.cat([(p_pos + 0.5) * u_pos, (p_neg - 0.5) * u_neg], -1), b)
+    if "w_v" in w:
+        return torch.addmm(y, mixed, w["w_v"].T)
+    return torch.addmm(y, F.linear(mixed, w["c1"]), w["c2"].T)
 
 
 def single_lora(w: Weights, x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:

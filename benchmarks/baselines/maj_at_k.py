@@ -1,4 +1,4 @@
-"""What maj_at_k is compared with: resampled curves in numpy and in plain Python.
+"""What maj_at_k is compared with: resampled curves in numpy, in torch and in plain Python.
 
 Shapes: answers (Q, K) class ids below 256, correct (Q,) class ids; every k is at most K. Returned: the accuracy at each
 k and its standard error over questions, float64.
@@ -13,40 +13,84 @@ from collections.abc import Sequence
 
 import torch
 
+COLUMNS = 8192  # resamples at a time: their samples and votes fit in the caches
+
 
 def numpy_curve(answers, correct, ks: Sequence[int], resamples: int, seed: int) -> dict[str, torch.Tensor]:
-    """All resamples of a few questions at once; answers and correct are numpy arrays.
+    """Thousands of resamples in step; answers and correct are numpy arrays.
 
-    A row is shuffled by sorting random keys that carry the class in their low 8 bits, which numpy does with vector
-    instructions, twice as fast as argsort and four times as fast as Generator.permuted. Votes are counted from one k
-    to the next, not anew for each.
+    A column is a resample: its rows are drawn one after another by swapping (Fisher-Yates), no further than the largest
+    k that leaves a sample out, with votes counted on the way. Everything is one byte, addressed by flat indices. Twice
+    as fast as sorting 32-bit keys that carry the class, which is twice as fast as argsort and four times as fast as
+    Generator.permuted.
     """
     import numpy as np
 
     rng = np.random.default_rng(seed)
     (q, samples), classes = answers.shape, int(max(answers.max(), correct.max())) + 1
-    classes_of = answers.astype(np.uint32)
-    credit = np.empty((q, len(ks)))
-    step = max(1, 4096 // resamples)  # rows that fit in the cache
+    sizes = sorted(set(ks))
+    last = max((k for k in sizes if k < samples), default=0)
+    left, place = np.arange(samples, samples - last, -1, dtype=np.float32)[:, None], np.arange(last)[:, None]
+    small, credit = answers.astype(np.uint8), np.empty((q, len(ks)))
+    step = max(1, COLUMNS // resamples)
     for begin in range(0, q, step):
-        own, right = classes_of[begin : begin + step], correct[begin : begin + step]
-        keys = rng.integers(0, 1 << 32, (len(own), resamples, samples), dtype=np.uint32)
-        np.bitwise_and(keys, np.uint32(0xFFFFFF00), out=keys)
-        np.bitwise_or(keys, own[:, None], out=keys)
-        keys.sort(axis=2)
-        rows = len(own) * resamples
-        shuffled = (keys & np.uint32(0xFF)).reshape(rows, samples).astype(np.intp)
-        shuffled += np.arange(rows)[:, None] * classes
-        votes, counted = np.zeros((rows, classes), dtype=np.intp), 0
-        at_right = np.repeat(right, resamples) + np.arange(rows) * classes
-        found = {}
-        for k in sorted(set(ks)):
-            votes += np.bincount(shuffled[:, counted:k].ravel(), minlength=rows * classes).reshape(rows, classes)
-            counted, top = k, votes.max(1)
+        own, right = small[begin : begin + step], correct[begin : begin + step]
+        columns = len(own) * resamples
+        each, index = np.arange(columns), np.empty(columns, dtype=np.intp)
+        deck = np.repeat(own.T, resamples, axis=1)
+        drawn = (rng.random((last, columns), dtype=np.float32) * left).astype(np.intp)
+        drawn += place
+        drawn *= columns
+        drawn += each
+        flat_deck, votes = deck.ravel(), np.zeros((classes, columns), dtype=np.uint8)
+        flat_votes, at_right = votes.ravel(), np.repeat(right, resamples) * columns + each
+        found, counted = {}, 0
+        for k in sizes:
+            if k == samples:  # nothing to draw: every resample is the question itself
+                votes = np.repeat(np.stack([(own == c).sum(1) for c in range(classes)]), resamples, axis=1)
+            else:
+                for j in range(counted, k):
+                    np.multiply(flat_deck.take(drawn[j]), columns, out=index, dtype=np.intp, casting="unsafe")
+                    index += each
+                    flat_deck[drawn[j]] = deck[j]
+                    flat_votes[index] += 1
+                counted = k
+            top = votes.max(0)
             won = votes.ravel()[at_right] == top
-            found[k] = np.where(won, 1.0 / (votes == top[:, None]).sum(1), 0.0).reshape(len(own), resamples).mean(1)
+            found[k] = np.where(won, 1.0 / (votes == top).sum(0), 0.0).reshape(-1, resamples).mean(1)
         credit[begin : begin + step] = np.stack([found[k] for k in ks], 1)
     return _curve(torch.from_numpy(credit))
+
+
+def torch_curve(
+    answers: torch.Tensor, correct: torch.Tensor, ks: Sequence[int], resamples: int, seed: int, columns: int
+) -> dict[str, torch.Tensor]:
+    """As `numpy_curve` from torch's gather and scatter, `columns` resamples at a time on the tensors' device."""
+    device = answers.device
+    g = torch.Generator(device).manual_seed(seed)
+    samples, classes = answers.shape[1], int(max(answers.max(), correct.max())) + 1
+    sizes = sorted(set(ks))
+    last = max((k for k in sizes if k < samples), default=0)
+    place = torch.arange(last, device=device).unsqueeze(1)
+    credit = []
+    for own, right in zip(*(t.split(max(1, columns // resamples)) for t in (answers, correct)), strict=True):
+        deck = own.T.repeat_interleave(resamples, 1)
+        drawn = torch.rand(last, deck.shape[1], generator=g, device=device)
+        drawn = drawn.mul_(samples - place).long().add_(place)
+        for j in range(last):
+            picked = deck.gather(0, drawn[j : j + 1])
+            deck.scatter_(0, drawn[j : j + 1], deck[j : j + 1].clone())
+            deck[j] = picked[0]
+        one, votes = torch.ones_like(deck), deck.new_zeros(classes, deck.shape[1])
+        at_right = right.repeat_interleave(resamples).unsqueeze(0)
+        found, counted = {}, 0
+        for k in sizes:
+            votes.scatter_add_(0, deck[counted:k], one)
+            counted, top = k, votes.amax(0)
+            won = votes.gather(0, at_right)[0] == top
+            found[k] = (won / (votes == top).sum(0)).view(-1, resamples).mean(1, dtype=torch.float64)
+        credit.append(torch.stack([found[k] for k in ks], 1))
+    return {name: values.cpu() for name, values in _curve(torch.cat(credit)).items()}
 
 
 def python_curve(

@@ -1,4 +1,5 @@
-"""What linear_nce and linear_logprob are compared with: full logits in plain torch, and other packages' fused losses.
+"""What linear_nce and linear_logprob are compared with: plain torch with full logits and with those of a chunk of
+tokens at a time, and other packages' fused losses.
 
 Shapes: hidden states (T, d), weight (V, d), targets and seq_ids (T,) int64.
 """
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from calm_fast.benchmarks.registry import CannotRunError
 
@@ -17,6 +19,14 @@ from calm_fast.benchmarks.registry import CannotRunError
 def log_softmax_logprob(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """(T,): log-softmax of the full logits, every step in the tensors' dtype."""
     return F.linear(hidden, weight).log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+def chunked_logprob(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:
+    """As `log_softmax_logprob`, the logits of `chunk` tokens in memory; where gradients are wanted, computed again."""
+    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(log_softmax_logprob, h, weight, t, use_reentrant=False) for h, t in parts])
+    return torch.cat([log_softmax_logprob(h, weight, t) for h, t in parts])
 
 
 def mean_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -43,6 +53,34 @@ def three_softmax_nce(
     soft = -(log_nat.exp() * log_p).sum(-1)
     hard = -log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
     return (0.5 * hard + 0.5 * (0.5 + beta) * soft).mean()
+
+
+def chunked_nce(
+    student: torch.Tensor,
+    nat: torch.Tensor,
+    neg: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    seq_ids: torch.Tensor,
+    chunk: int,
+    head: bool,
+) -> dict[str, torch.Tensor]:
+    """Loss, gradient of student and, with `head`, of weight; the logits of `chunk` tokens in memory.
+
+    Each chunk's gradients are taken before the next chunk begins: nothing is computed twice, which checkpoints would.
+    chunk: tokens of whole sequences, as beta is a sequence's.
+    """
+    w = weight.detach().requires_grad_(head)
+    parts = zip(*(t.split(chunk) for t in (student, nat, neg, targets, seq_ids)), strict=True)
+    losses, grads = [], []
+    for s, n, g, own, ids in parts:
+        leaf = s.detach().requires_grad_()
+        loss = three_softmax_nce(leaf, n, g, w, own, ids - ids[0]) * (len(own) / len(targets))
+        loss.backward()  # adds to w's gradient
+        losses.append(loss.detach())
+        grads.append(leaf.grad)
+    found = {"loss": torch.stack(losses).sum(), "d_student": torch.cat(grads)}
+    return found | {"d_weight": w.grad} if head else found
 
 
 def js_divergence(student: torch.Tensor, teacher: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from calm_fast import _native
-from calm_fast.benchmarks.baselines.dual_lora import formula, peft_layer, single_lora
+from calm_fast.benchmarks.baselines.dual_lora import concatenated, formula, peft_layer, single_lora
 from calm_fast.benchmarks.graphs import graphed
 from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Target, Thunk, Values
 
 OP = "dual_lora"
 SCALE = 2.0
 FROZEN = ("a_neg", "b_neg")
+WHOLE = {"formula": formula, "concatenated": concatenated}  # baselines that do all of the work
 
 
 @dataclass(frozen=True)
@@ -106,19 +107,19 @@ def _trained(inputs: Inputs, names: Sequence[str]) -> dict[str, nn.Parameter]:
 
 
 def _plain(s: Shape, which: str, compiled: bool = False, graph: bool = False) -> Callable[[Inputs], Thunk]:
-    """The formula of the variant, one LoRA, or nothing but the base layer, from torch's own ops."""
+    """The formula of the variant (one of WHOLE), one LoRA, or nothing but the base layer, from torch's own ops."""
 
     def prepare(inputs: Inputs) -> Thunk:
         everything = [n for n in ("a_pos", "b_pos", "w_q", "w_k", "c1", "c2", "w_v") if n in inputs]
-        names = {"formula": everything, "single_lora": ["a_pos", "b_pos"], "base_linear": []}[which]
-        factors = _trained(inputs, names)
+        names = {"single_lora": ["a_pos", "b_pos"], "base_linear": []}
+        factors = _trained(inputs, names.get(which, everything))
         w = dict(inputs) | factors
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             y = inputs["y"] if s.added else F.linear(x, inputs["base"])
             if which == "base_linear":
                 return y
-            return single_lora(w, x, y, SCALE) if which == "single_lora" else formula(w, x, y, SCALE, s.variant)
+            return single_lora(w, x, y, SCALE) if which == "single_lora" else WHOLE[which](w, x, y, SCALE, s.variant)
 
         thunk = _thunk(torch.compile(forward) if compiled else forward, factors, inputs)
         return graphed(thunk) if graph else thunk
@@ -223,13 +224,13 @@ def layer_case(
     check_tokens: int = 64,
     packages: bool = False,
 ) -> Case:
-    """One measurement; the baselines next to the formula are the bare base layer and one LoRA (not where `added`).
+    """One measurement; the baselines next to WHOLE are the bare base layer and one LoRA (not where `added`).
 
     Args:
         compiled: also torch.compile of the formula. graph: CUDA graphs of everybody too (a decoding step).
         check_tokens: tokens of the correctness check. packages: also another package's layer with one LoRA.
     """
-    kinds = [("formula", _definition(s, "formula"))]
+    kinds = [(which, _definition(s, "formula")) for which in WHOLE]
     if not s.added:
         kinds += [(which, _definition(s, which)) for which in ("base_linear", "single_lora")]
     contestants = [Contestant("calm_fast", _ours(s), ours=True)]
@@ -237,7 +238,7 @@ def layer_case(
         present = ["torch"] + ["native"] * (_native.obstacle(OP, "cpu") is None)
         contestants += [Contestant(f"calm_fast_{impl}", _kept(s, impl), ours=True) for impl in present]
     contestants += [
-        Contestant(which, _plain(s, which), definition=d, yardstick=which != "formula") for which, d in kinds
+        Contestant(which, _plain(s, which), definition=d, yardstick=which not in WHOLE) for which, d in kinds
     ]
     if compiled and not graph:
         contestants.append(Contestant("compiled_formula", _plain(s, "formula", compiled=True), definition=kinds[0][1]))
@@ -246,7 +247,7 @@ def layer_case(
         if _native.obstacle(OP, device.type) is None:  # `auto` is Triton
             contestants.append(Contestant("calm_fast_native_graph", _kept(s, "native", graph=True), ours=True))
         contestants += [
-            Contestant(f"{which}_graph", _plain(s, which, graph=True), definition=d, yardstick=which != "formula")
+            Contestant(f"{which}_graph", _plain(s, which, graph=True), definition=d, yardstick=which not in WHOLE)
             for which, d in kinds
         ]
         if compiled:

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from calm_fast import _native
-from calm_fast.benchmarks.baselines.vocabulary import imported, log_softmax_logprob, mean_cross_entropy
+from calm_fast.benchmarks.baselines.vocabulary import chunked_logprob, imported, log_softmax_logprob, mean_cross_entropy
 from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Series, Target, Thunk, Values
 
 OP = "linear_logprob"
 VOCABULARY = Series("log-probabilities, size of the vocabulary", "V")
 POINT = 0.1  # a point's share of the timing budget
+CHUNK = {"cpu": 128, "cuda": 1024}  # tokens whose logits a chunked baseline holds
 Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # of hidden, weight, targets
 
 
@@ -147,11 +148,13 @@ def logprob_case(
 ) -> Case:
     """One measurement; `product` is the bare GEMM (not where gradients are wanted). packages: also other packages'.
 
-    A point of a series has two contestants only.
+    A point of a series has our choice and the baselines from torch only.
     """
+    chunk = CHUNK[device.type]
     contestants = [
         Contestant("calm_fast", _run(_ours), ours=True),
         Contestant("log_softmax", _run(log_softmax_logprob)),
+        Contestant("chunked_log_softmax", _run(partial(chunked_logprob, chunk=chunk))),
     ]
     ours = [(impl, _run(partial(_ours, impl=impl))) for impl in explicit(OP, device)]
     contestants += [Contestant(f"calm_fast_{impl}", prepare, ours=True) for impl, prepare in ours]
@@ -165,8 +168,8 @@ def logprob_case(
         contestants.append(Contestant("compiled_log_softmax", lambda i: _run(torch.compile(log_softmax_logprob))(i)))
         contestants.append(Contestant("liger_fused_linear_cross_entropy", _liger, definition=mean))
         contestants.append(Contestant("cut_cross_entropy", _cut_cross_entropy))
-    kept = contestants[:2] if series else contestants
-    small = replace(s, t=min(s.t, 64), v=min(s.v, 5000))
+    kept = contestants[:3] if series else contestants
+    small = replace(s, t=min(s.t, 2 * chunk), v=min(s.v, 5000))
     return Case(
         OP, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(kept),
         _definition(log_softmax_logprob), "calm_fast", _make(small, dtype, device), targets, series, share,

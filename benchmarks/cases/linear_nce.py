@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
-from calm_fast.benchmarks.baselines.vocabulary import imported, js_divergence, three_softmax_nce
-from calm_fast.benchmarks.cases.linear_logprob import POINT, explicit, make_tokens
+from calm_fast.benchmarks.baselines.vocabulary import chunked_nce, imported, js_divergence, three_softmax_nce
+from calm_fast.benchmarks.cases.linear_logprob import CHUNK, POINT, explicit, make_tokens
 from calm_fast.benchmarks.cases.linear_logprob import Shape as TokenShape
 from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Series, Target, Thunk, Values
 
@@ -79,6 +79,10 @@ def _eager(inputs: Inputs) -> torch.Tensor:
     return three_softmax_nce(**inputs)
 
 
+def _chunked(chunk: int, head: bool) -> Callable[[Inputs], Thunk]:
+    return lambda inputs: lambda: chunked_nce(**inputs, chunk=chunk, head=head)
+
+
 def _js(inputs: Inputs) -> torch.Tensor:
     return js_divergence(inputs["student"], inputs["nat"], inputs["weight"])
 
@@ -103,11 +107,14 @@ def nce_case(
 ) -> Case:
     """One measurement. packages: also the compiled formula and another package's related loss of two streams.
 
-    A point of a series has two contestants only.
+    A point of a series has our choice and the baselines from torch only.
     """
+    chunk = CHUNK[device.type]
+    assert chunk % _PER_SEQUENCE == 0
     contestants = [
         Contestant("calm_fast", _run(_ours, s.head), ours=True),
         Contestant("three_softmax", _run(_eager, s.head)),
+        Contestant("chunked", _chunked(chunk, s.head)),
     ]
     ours = [(impl, _run(partial(_ours, impl=impl), s.head)) for impl in explicit(OP, device)]
     contestants += [Contestant(f"calm_fast_{impl}", prepare, ours=True) for impl, prepare in ours]
@@ -115,8 +122,8 @@ def nce_case(
         contestants.append(Contestant("compiled_three_softmax", lambda i: _run(torch.compile(_eager), s.head)(i)))
         two_streams = _definition(_js, s.head)
         contestants.append(Contestant("liger_fused_linear_jsd", _liger(s.head), definition=two_streams, yardstick=True))
-    kept = contestants[:2] if series else contestants
-    small = replace(s, t=min(s.t, 64), v=min(s.v, 5000))
+    kept = contestants[:3] if series else contestants
+    small = replace(s, t=min(s.t, 2 * chunk), v=min(s.v, 5000))
     return Case(
         OP, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(kept),
         _definition(_eager, s.head), "calm_fast", _make(small, dtype, device), targets, series, share,

@@ -69,6 +69,12 @@ def _numpy(inputs: Inputs) -> Thunk:
     return lambda: baselines.numpy_curve(answers, correct, s.ks(), s.resamples, 0)
 
 
+def _torch(inputs: Inputs) -> Thunk:
+    s: Shape = inputs["shape"]
+    columns = 4096 if inputs["answers"].device.type == "cpu" else 1 << 20
+    return lambda: baselines.torch_curve(inputs["answers"], inputs["correct"], s.ks(), s.resamples, 0, columns)
+
+
 def _python(inputs: Inputs) -> Thunk:
     rows, correct, s = inputs["answers"].tolist(), inputs["correct"].tolist(), inputs["shape"]
     return lambda: baselines.python_curve(rows, correct, s.ks(), s.resamples, 0)
@@ -113,6 +119,7 @@ def curve_case(name: str, s: Shape, device: torch.device, targets: Sequence[Targ
     contestants.append(Contestant("calm_fast_exact", _ours("exact", "auto"), ours=True, definition=_exact))
     contestants.append(Contestant("calm_fast_exact_torch", _ours("exact", "torch"), ours=True, definition=_exact))
     contestants.append(Contestant("numpy", _numpy, definition=_expected))
+    contestants.append(Contestant("torch", _torch, definition=_expected))
     if slow:
         contestants.append(Contestant("python", _python, definition=_expected))
     small = _make(replace(s, q=min(s.q, 12), resamples=min(s.resamples, 40)), device)

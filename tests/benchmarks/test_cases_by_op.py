@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from calm_fast.benchmarks import timing
 from calm_fast.benchmarks.baselines.dual_lora import peft_layer
+from calm_fast.benchmarks.baselines.vocabulary import chunked_logprob, log_softmax_logprob
 from calm_fast.benchmarks.cases import dual_lora, linear_logprob, linear_nce
 from calm_fast.benchmarks.measure import Setting, is_red, measure
 from calm_fast.benchmarks.registry import REGISTRY, cases
@@ -19,7 +21,7 @@ from calm_fast.benchmarks.timing import Budget
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SETTING = Setting(CPU, "cpu", {}, None, Budget(seconds=0.0, min_rounds=1, warmup=0))
 LORA = {"t": 20, "d": 32, "r": 4, "m": 8, "g": 8}
-TOKENS = {"t": 20, "d": 16, "v": 70}
+TOKENS = {"t": 300, "d": 16, "v": 70}  # more than a chunk
 PACKAGES = {
     "peft_lora": "peft",
     "liger_fused_linear_jsd": "liger_kernel",
@@ -102,6 +104,34 @@ def test_cases_have_unique_names_and_known_targets(op, suite, device):
         assert case.headline in contestants and case.flops > 0 and case.bytes > 0
         for target in case.targets:
             assert target.impl in contestants and target.baseline in (*contestants, "best")
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+@pytest.mark.parametrize("op", [op for op in REGISTRY if op != "model"])
+def test_every_quick_case_has_two_baselines_that_do_the_same_work(op, device):
+    for case in cases(op, device, "quick"):
+        assert len([c for c in case.contestants if not c.ours and not c.yardstick]) >= 2, case.name
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_losses_of_chunks_are_the_loss(head):
+    """Five sequences of 128 tokens, the last one shorter, in chunks of two."""
+    s = linear_nce.Shape(600, 8, 50, head=head)
+    inputs = linear_nce._make(s, torch.float64, CPU)(0)
+    whole = linear_nce._run(linear_nce._eager, head)(inputs)()
+    chunked = linear_nce._chunked(256, head)(inputs)()
+    assert set(chunked) == set(whole) == {"loss", "d_student"} | ({"d_weight"} if head else set())
+    for name, values in whole.items():
+        torch.testing.assert_close(chunked[name], values)
+
+
+def test_log_probabilities_of_chunks_are_checkpointed_where_gradients_are_wanted():
+    inputs = linear_logprob._make(linear_logprob.Shape(300, 8, 4096, train=True), torch.float32, CPU)(0)
+    whole = linear_logprob._run(log_softmax_logprob)(inputs)
+    chunked = linear_logprob._run(partial(chunked_logprob, chunk=64))(inputs)
+    for name, values in whole().items():
+        torch.testing.assert_close(chunked()[name], values)
+    assert timing.peak_bytes(chunked, CPU) < timing.peak_bytes(whole, CPU) / 3
 
 
 def gpu_cases(op, prefix):

@@ -50,19 +50,34 @@ def test_a_wrong_baseline_is_found(monkeypatch):
     assert [name for name, why in found.items() if why and "wrong" in why] == ["numpy"]
 
 
-@pytest.mark.parametrize("resample", [baselines.numpy_curve, baselines.python_curve])
+def in_chunks(answers, correct, ks, resamples, seed):
+    return baselines.torch_curve(answers, correct, ks, resamples, seed, columns=7 * resamples + 1)
+
+
+@pytest.mark.parametrize("resample", [baselines.numpy_curve, baselines.python_curve, in_chunks])
 def test_baselines_agree_with_the_exact_curve(resample):
     s = Shape(40, 16, resamples=300, classes=5)
     inputs = _make(s, CPU)(3)
     answers, correct = inputs["answers"], inputs["correct"]
     exact = maj_at_k(answers, correct, ks=s.ks())
-    numpy = resample is baselines.numpy_curve
-    found = resample(*(t.numpy() if numpy else t.tolist() for t in (answers, correct)), s.ks(), s.resamples, 1)
+    as_given = {baselines.numpy_curve: torch.Tensor.numpy, baselines.python_curve: torch.Tensor.tolist}
+    found = resample(*map(as_given.get(resample, torch.clone), (answers, correct)), s.ks(), s.resamples, 1)
     # the variance of one credit is at most 1 / 4
     sigma = (1 / (4 * s.resamples * s.q)) ** 0.5
     assert (found["accuracy"] - exact.accuracy).abs().max() <= 4 * sigma
     torch.testing.assert_close(found["stderr"], exact.stderr, rtol=0.1, atol=0)
     assert found["accuracy"][-1].item() == pytest.approx(exact.accuracy[-1].item(), rel=1e-12)  # all samples: no noise
+
+
+@pytest.mark.parametrize("resample", [baselines.numpy_curve, in_chunks])
+def test_baselines_draw_without_replacement(resample):
+    """Seven samples, three of them right, the others all different: any six hold a majority of right ones."""
+    answers = torch.tensor([[0, 1, 0, 2, 0, 3, 4]] * 20)
+    correct = torch.zeros(20, dtype=torch.int64)
+    given = [t.numpy() if resample is baselines.numpy_curve else t for t in (answers, correct)]
+    found = resample(*given, [7, 1, 6, 6], 50, 0)["accuracy"]
+    assert found[0] == found[2] == found[3] == 1.0
+    assert found[1] == pytest.approx(3 / 7, abs=4 * (3 / 7 * 4 / 7 / 1000) ** 0.5)
 
 
 def test_costs_by_hand():
