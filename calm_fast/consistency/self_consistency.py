@@ -124,7 +124,8 @@ class SelfConsistency:
         Args:
             questions: Q strings. references: the right answers or solutions, where known; they do not take part.
             out: a JSONL file to append each finished question to, and to resume from: questions it holds are not
-                sampled again. It is refused where settings, models or questions differ from those it was made with.
+                sampled again; gzipped where the name ends in .gz. It is refused where settings, models or questions
+                differ from those it was made with.
         Returns:
             one result per question, in their order.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -16,14 +17,32 @@ from self_consistency_setup import QUESTIONS, REFERENCES, consistency
 from tiny_models import FAMILIES
 
 from calm_fast import SelfConsistency
+from calm_fast.consistency import read_rows
 from calm_fast.consistency.journal import Journal
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
+NAMES = ["run.jsonl", "run.jsonl.gz"]
+
+
 def indices(file: Path) -> list[int]:
-    return [json.loads(line)["index"] for line in file.read_text().splitlines()]
+    content = file.read_bytes()
+    assert content.startswith(b"\x1f\x8b") is (file.suffix == ".gz")
+    return [
+        json.loads(line)["index"]
+        for line in (gzip.decompress(content) if file.suffix == ".gz" else content).splitlines()
+    ]
+
+
+def whole_part(file: Path) -> bytes:
+    """What counts of a file that a kill left behind."""
+    content = file.read_bytes()
+    if file.suffix != ".gz":
+        return content[: content.rfind(b"\n") + 1]
+    starts = [i for i in range(len(content)) if content.startswith(b"\x1f\x8b\x08\x00", i)]
+    return content[: starts[-1]]  # it was killed in the last member
 
 
 def agree(results: list[Any], expected: list[Any]) -> bool:
@@ -34,8 +53,9 @@ def agree(results: list[Any], expected: list[Any]) -> bool:
     return [replace(r, **floats) for r in results] == [replace(r, **floats) for r in expected]
 
 
-def test_killed_in_the_middle_of_a_write_and_resumed(tmp_path) -> None:
-    out = tmp_path / "run.jsonl"
+@pytest.mark.parametrize("name", NAMES)
+def test_killed_in_the_middle_of_a_write_and_resumed(tmp_path, name) -> None:
+    out = tmp_path / name
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "kill_me.py"), str(out)]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
@@ -44,16 +64,18 @@ def test_killed_in_the_middle_of_a_write_and_resumed(tmp_path) -> None:
         _, errors = child.communicate(timeout=60)
     assert line == "torn\n", errors
     assert child.returncode == -signal.SIGKILL
-    left = out.read_bytes()
-    assert left.count(b"\n") in (4, 5) and not left.endswith(b"\n")  # two batches of two, and a part of the third
+    left, part = whole_part(out), out.stat().st_size
+    done = len((gzip.decompress(left) if out.suffix == ".gz" else left).splitlines())
+    assert done in (4, 5) and part > len(left)  # two batches of two, and a part of the third
 
     model, read = FAMILIES["llama"].model(0), []
     run = consistency(model)
     run._prompt_ids = lambda question, plain=run._prompt_ids: read.append(question) or plain(question)
     results = run(QUESTIONS, REFERENCES, out=out)
     assert sorted(indices(out)) == list(range(8))  # every question once
-    assert read == QUESTIONS[left.count(b"\n") :]  # only those that were not written were asked again
-    assert out.read_bytes().startswith(left[: left.rfind(b"\n") + 1])  # what was there stays
+    assert read == QUESTIONS[done:]  # only those that were not written were asked again
+    assert out.read_bytes().startswith(left)  # what was there stays
+    assert [row["winner"] for row in read_rows(out, need_answer=False)] == [result.answer for result in results]
     assert agree(results, consistency()(QUESTIONS, REFERENCES))  # as if nothing had happened
 
 
@@ -79,15 +101,31 @@ def test_an_error_leaves_what_is_finished_and_a_second_run_asks_nothing(tmp_path
     assert more[:8] == first and more[8].question == "8+8?"
 
 
-def test_every_torn_tail_is_repaired(tmp_path) -> None:
-    out = tmp_path / "run.jsonl"
-    expected = consistency()(QUESTIONS[:2], out=out)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_torn_tail_is_repaired(tmp_path, name) -> None:
+    out = tmp_path / name
+    one = {"batch_size": 6}  # a question a write
+    expected = consistency(**one)(QUESTIONS[:2], out=out)
     whole = out.read_bytes()
-    end = whole.index(b"\n") + 1
-    for length in (0, 1, end - 1, end, end + 1, len(whole) - 1):
+    end = whole.index(b"\x1f\x8b\x08", 1) if name.endswith(".gz") else whole.index(b"\n") + 1
+    for length in (0, 1, 2, end - 1, end, end + 1, end + 12, len(whole) - 1):
         out.write_bytes(whole[:length])
-        assert agree(consistency()(QUESTIONS[:2], out=out), expected)
+        assert agree(consistency(**one)(QUESTIONS[:2], out=out), expected)
         assert sorted(indices(out)) == [0, 1]
+
+
+def test_a_gzipped_journal_of_large_and_many_writes(tmp_path) -> None:
+    rows = [{"index": i, "question": f"{i} " + "ab" * (60_000 * (i == 3))} for i in range(50)]
+    for start in range(0, 50, 2):
+        with Journal(tmp_path / "out.jsonl.gz", {}) as journal:
+            assert list(journal.rows.values()) == rows[:start]
+            journal.append(rows[start : start + 1])
+            journal.append([])
+            journal.append(rows[start + 1 : start + 2])
+    with open(tmp_path / "out.jsonl.gz", "ab") as stream:
+        stream.write(b"not gzip")
+    with pytest.raises(ValueError, match=r"out.jsonl.gz, after byte \d+: expected gzip, as the name says"):
+        Journal(tmp_path / "out.jsonl.gz", {})
 
 
 @pytest.mark.parametrize(
