@@ -28,7 +28,8 @@ from types import ModuleType
 from typing import Any
 
 import golden
-from machine_code import SHARED_LIMIT, Facts, compile_cubin, hard_problems, read_facts
+
+from calm_fast.benchmarks.machine_code import SHARED_LIMIT, Facts, compile_cubin, hard_problems, read_facts
 
 PROCESSES = 2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from machine_code import Facts
+from calm_fast.benchmarks.machine_code import Facts
 
 FOLDER = Path(__file__).resolve().parent / "golden"
 REGISTER_SLACK = 8  # one allocation granule per thread

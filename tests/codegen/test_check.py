@@ -13,7 +13,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # the tool is a script with helpers beside it, not a package
 
 import golden  # noqa: E402
-from machine_code import Facts, hard_problems  # noqa: E402
+
+from calm_fast.benchmarks.machine_code import Facts, hard_problems  # noqa: E402
 
 GOOD = Facts(90, 100, 240, 24576, 0, 0, 0, (), ("HGMMA.64x64x16.F32.BF16",))
 

@@ -15,10 +15,14 @@ KIB = 1024
 # the most dynamic shared memory one block can opt in to (the 1 KiB the driver keeps is already taken off)
 SHARED_LIMIT = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
 TENSOR_MEMORY_LIMIT = 512  # columns per multiprocessor on sm_100
+# of one multiprocessor, for every architecture here: 32-bit registers, warps, blocks
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32
+SHARED_PER_BLOCK = KIB  # what the driver keeps of a block
 # what a large matrix product turns into: warp-level, warpgroup-level, and the tcgen05 unit
 MATRIX_OPCODE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|UTCHMMA|IMMA|IGMMA|QMMA|QGMMA|UTC[A-Z]*MMA|OMMA|BMMA)\b")
 FLOAT64 = re.compile(r"^D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|\.F64\b|\.(RCP|RSQ)64H\b")
+ASYNC_COPY = re.compile(r"^(LDGSTS|UBLKCP|UTMALDG)\b")  # global to shared memory past the registers: a pipeline
 LOCAL_MEMORY = re.compile(r"^(LDL|STL)\b")
 # one line of nvdisasm: /*0040*/  @!P0 LDL.64 R2, [R1] ;
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
@@ -37,6 +41,8 @@ class Facts:
     local_accesses: int  # LDL and STL instructions: spills or indexed private arrays
     float64: tuple[str, ...]  # opcodes
     tensor_core: tuple[str, ...]  # opcodes
+    matrix_instructions: int = 0  # how many of the tensor core
+    async_copies: int = 0  # how many copies from global to shared memory that a thread need not wait for
 
 
 def tool(name: str) -> str:
@@ -88,14 +94,24 @@ def read_facts(cubin: bytes, arch: int, shared: int, tensor_memory: int) -> Fact
         local_accesses=sum(opcodes[op] for op in matching(LOCAL_MEMORY)),
         float64=matching(FLOAT64),
         tensor_core=matching(TENSOR_CORE),
+        matrix_instructions=sum(opcodes[op] for op in matching(TENSOR_CORE)),
+        async_copies=sum(opcodes[op] for op in matching(ASYNC_COPY)),
     )
 
 
-def hard_problems(facts: Facts, tensor_core: bool | str) -> list[str]:
+def blocks_per_multiprocessor(facts: Facts, num_warps: int) -> int:
+    """How many blocks fit at once, by registers, shared memory, warps and tensor memory."""
+    registers = -(-facts.registers // 8) * 8 * 32 * num_warps  # a warp gets them in units of 256
+    shared = SHARED_LIMIT[facts.arch] + SHARED_PER_BLOCK
+    fit = [BLOCKS, WARPS // num_warps, REGISTERS // registers, shared // (facts.shared + SHARED_PER_BLOCK)]
+    return min(fit + ([TENSOR_MEMORY_LIMIT // facts.tensor_memory] if facts.tensor_memory else []))
+
+
+def hard_problems(facts: Facts, tensor_core: bool | str | None) -> list[str]:
     """Facts that are wrong whatever the Triton version.
 
-    tensor_core: True = the architecture's own large matrix instruction must be there; "warp" = any tensor
-    core instruction will do (tiles too small for the large ones); False = there must be none (IEEE float32).
+    tensor_core: True = the architecture's own large matrix instruction must be there; "warp" = any tensor core
+    instruction will do (tiles too small for the large ones); False = there must be none (IEEE float32); None = either.
     """
     found = []
     if facts.local_accesses or facts.stack:
