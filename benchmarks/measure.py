@@ -103,7 +103,7 @@ def ready(case: Case, setting: Setting, say: Say = lambda _: None) -> Ready:
         say(f"{case.name}: preparing {name}")
         thunk = _attempt(lambda c=contestant: c.prepare(inputs), name, failures)
         if thunk is not None and _attempt(lambda t=thunk: t(), name, failures) is not None:
-            thunks[name], peaks[name] = thunk, peak_bytes(thunk, setting.device)
+            thunks[name], peaks[name] = thunk, peak_bytes(thunk, setting.device, contestant.python)
     return Ready(verdicts, failures, thunks, peaks)
 
 

@@ -43,6 +43,7 @@ class Contestant:
     definition: as Case.definition, where this contestant computes something else than the case does.
     yardstick: it does less than the case asks for (the bare product, one LoRA instead of two); worth comparing with,
     but never "the best baseline".
+    python: it works on numpy arrays or Python objects, which torch's allocator does not know; they are counted too.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Contestant:
     ours: bool = False
     definition: Definition | None = None
     yardstick: bool = False
+    python: bool = False
 
 
 @dataclass(frozen=True)

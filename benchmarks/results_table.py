@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from calm_fast.benchmarks.memory import LABEL
 from calm_fast.benchmarks.registry import REGISTRY, Case, cases
 from calm_fast.benchmarks.report.facts import ABSENT, MET, Row, Verdict, best, number, times, verdicts
 from calm_fast.benchmarks.report.text import goal_texts, growth_lines, red_texts, table
@@ -22,7 +23,14 @@ from calm_fast.benchmarks.report.text import goal_texts, growth_lines, red_texts
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: written by `make results` -->", "<!-- end of results -->"
 _TITLES = {"cpu": "CPU", "cuda": "GPU"}
-_HEADINGS = ("case", "faster than the best baseline", "its peak memory / ours", "measured / floor", "target", "commit")
+_HEADINGS = (
+    "case",
+    "times faster than each baseline",
+    "its peak memory / ours",
+    "measured / floor",
+    "target",
+    "commit",
+)
 
 
 def read(files: Iterable[Path]) -> list[list[Row]]:
@@ -53,16 +61,23 @@ def kind(row: Row) -> str:
 
 
 def newest(groups: Iterable[Sequence[Row]], device: str) -> dict[str, Sequence[Row]]:
-    """The latest group of each case on that kind of device; runs with cold caches are another thing and left out."""
+    """The latest group of each case on that kind of device; runs with cold caches are another thing and left out.
+
+    Those with memory from the system count where there are no others.
+    """
     found: dict[str, Sequence[Row]] = {}
     for group in groups:
         first = group[0]
-        if kind(first) != device or first["device"].endswith("cold cache"):
+        if kind(first) != device or "cold cache" in first["device"]:
             continue
         held = found.get(first["case"])
-        if held is None or first["date"] >= held[0]["date"]:
+        if held is None or _rank(first) >= _rank(held[0]):
             found[first["case"]] = group
     return found
+
+
+def _rank(row: Row) -> tuple[bool, str]:
+    return LABEL not in row["device"], row["date"]
 
 
 def listed(device: str, measured: Iterable[str]) -> list[Case]:
@@ -82,9 +97,12 @@ def _line(v: Verdict, absolute: bool) -> list[str]:
         goals = "; ".join(g.wanted for g in v.goals) if not v.red else goals
         return [f"`{v.name}`", "**wrong**" if v.red else ABSENT, "", "", goals, ""]
     took = f"{number(v.ours['ms'])} ms, " if absolute else ""
-    faster = f"{took}**{times(v.ratio)}** {v.rival['impl']}" if v.ratio else f"{took}no baseline ran"
+    (best_name, best_ratio), *others = v.ratios or [("", None)]
+    faster = f"{took}**{times(best_ratio)}** {best_name}" if v.ratio else f"{took}no baseline ran"
+    faster += "".join(f", {times(value)} {name}" for name, value in others)
     least = best(v.rows, v.yardsticks, "peak_bytes")
-    memory = times(least["peak_bytes"] / v.ours["peak_bytes"]) if least and v.ours["peak_bytes"] else ""
+    counted = least and least["peak_bytes"] and v.ours["peak_bytes"]
+    memory = times(least["peak_bytes"] / v.ours["peak_bytes"]) if counted else ""
     commit = v.ours["commit"] or ""
     short = commit[:7] + ("-dirty" if commit.endswith("-dirty") else "")
     return [f"`{v.name}`", faster, memory, times(v.above_floor), goals, short]

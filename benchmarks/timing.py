@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -136,12 +137,21 @@ def interleave(
     return {name: summarise(values) for name, values in samples.items()}
 
 
-def peak_bytes(thunk: Callable[[], object], device: torch.device) -> int:
+def peak_bytes(thunk: Callable[[], object], device: torch.device, python: bool = False) -> int:
     """Most memory one call held at once beyond what was held before it (inputs and parameters do not count).
 
     CUDA: torch's allocator statistics. CPU: the running sum of every allocation and release of torch's CPU allocator,
-    from its profiler; scratch memory that a math library takes from the system by itself is not seen.
+    from its profiler; scratch memory that a math library takes from the system by itself is not seen. python: also
+    the most that numpy arrays and Python objects held, from tracemalloc.
     """
+    if python:
+        held = []
+        tracemalloc.start()
+        try:
+            tensors = peak_bytes(lambda: (thunk(), held.append(tracemalloc.get_traced_memory()[1])), device)
+        finally:
+            tracemalloc.stop()
+        return tensors + held[0]
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

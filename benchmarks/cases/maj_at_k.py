@@ -118,10 +118,10 @@ def curve_case(name: str, s: Shape, device: torch.device, targets: Sequence[Targ
         contestants.append(Contestant("calm_fast_torch", _ours("resample", "torch"), ours=True))
     contestants.append(Contestant("calm_fast_exact", _ours("exact", "auto"), ours=True, definition=_exact))
     contestants.append(Contestant("calm_fast_exact_torch", _ours("exact", "torch"), ours=True, definition=_exact))
-    contestants.append(Contestant("numpy", _numpy, definition=_expected))
+    contestants.append(Contestant("numpy", _numpy, definition=_expected, python=True))
     contestants.append(Contestant("torch", _torch, definition=_expected))
     if slow:
-        contestants.append(Contestant("python", _python, definition=_expected))
+        contestants.append(Contestant("python", _python, definition=_expected, python=True))
     small = _make(replace(s, q=min(s.q, 12), resamples=min(s.resamples, 40)), device)
     return Case(
         OP, name, s.sizes(), torch.float32, s.flops(), s.bytes(), _make(s, device), tuple(contestants), _resampled,

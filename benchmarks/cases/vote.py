@@ -111,10 +111,12 @@ def vote_case(name: str, s: Shape, device: torch.device, targets: Sequence[Targe
     """
     contestants = [Contestant("calm_fast", _ours("auto"), ours=True)]
     contestants += [Contestant(f"calm_fast_{impl}", _ours(impl), ours=True) for impl in ("native", "torch")]
-    contestants.append(Contestant("counter", _counter))
+    contestants.append(Contestant("counter", _counter, python=True))
     if not s.weighted:
-        contestants.append(Contestant("counter_winner", _counter_winner, definition=_winner_definition, yardstick=True))
-    contestants.append(Contestant("numpy", _numpy(s)))
+        contestants.append(
+            Contestant("counter_winner", _counter_winner, definition=_winner_definition, yardstick=True, python=True)
+        )
+    contestants.append(Contestant("numpy", _numpy(s), python=True))
     contestants.append(Contestant("torch_one_hot", _torch(baselines.one_hot_vote, s)))
     contestants.append(Contestant("torch_scatter", _torch(baselines.scatter_vote, s)))
     small = _make(Shape(min(s.q, 300), s.k, s.classes, s.weighted), device)

@@ -25,9 +25,11 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def times(value: float | None) -> str:
-    """ "1.34x"; "" for None."""
+    """ "1.34x", "1/24x" where two decimals would hide it; "" for None."""
     if value is None:
         return ""
+    if 0 < value < 0.095:
+        return f"1/{1 / value:.0f}x"
     return f"{value:.0f}x" if value >= 100 else f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
 
 
@@ -67,7 +69,8 @@ class Verdict:
     """One case: what it came to.
 
     rows: its rows, those without a time too. yardsticks: names of those that do less than the case asks for.
-    ours: the row of the headline implementation, rival: of the fastest baseline; None without a time.
+    ours: the row of the headline implementation, None without a time. rivals: of the baselines that do the same work
+    and have a time, the fastest first.
     """
 
     name: str
@@ -77,7 +80,7 @@ class Verdict:
     yardsticks: frozenset[str]
     headline: str
     ours: Row | None
-    rival: Row | None
+    rivals: Sequence[Row]
     goals: Sequence[Goal]
     series: Series | None
 
@@ -95,9 +98,19 @@ class Verdict:
         return next((state for state in (MISSED, ABSENT, MET) if state in states), OPEN)
 
     @property
+    def rival(self) -> Row | None:
+        """Of the best baseline."""
+        return self.rivals[0] if self.rivals else None
+
+    @property
     def ratio(self) -> float | None:
         """How many times faster than the best baseline."""
-        return self.rival["ms"] / self.ours["ms"] if self.ours and self.rival else None
+        return self.ratios[0][1] if self.ratios else None
+
+    @property
+    def ratios(self) -> list[tuple[str, float]]:
+        """How many times faster than each baseline, the best one first."""
+        return [(row["impl"], row["ms"] / self.ours["ms"]) for row in self.rivals] if self.ours else []
 
     @property
     def above_floor(self) -> float | None:
@@ -155,10 +168,15 @@ def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return groups
 
 
+def ranked(rows: Iterable[Row], yardsticks: frozenset[str], quantity: str = "ms") -> list[Row]:
+    """The baselines that were timed, the one that needs least first."""
+    rivals = [row for row in rows if row["ms"] is not None and not row["ours"] and row["impl"] not in yardsticks]
+    return sorted(rivals, key=lambda row: row[quantity])
+
+
 def best(rows: Iterable[Row], yardsticks: frozenset[str], quantity: str = "ms") -> Row | None:
     """The baseline that needs least; None where none was timed."""
-    rivals = [row for row in rows if row["ms"] is not None and not row["ours"] and row["impl"] not in yardsticks]
-    return min(rivals, key=lambda row: row[quantity], default=None)
+    return next(iter(ranked(rows, yardsticks, quantity)), None)
 
 
 def ratio(
@@ -187,7 +205,7 @@ def verdict(case: Case | None, rows: Sequence[Row]) -> Verdict:
     goals = [Goal(t, ratio(rows, t.impl, t.baseline, t.quantity, yardsticks)) for t in (case.targets if case else ())]
     return Verdict(
         case.name if case else rows[0]["case"], case.op if case else rows[0]["op"],
-        f"{sizes(shape)}, {dtype.removeprefix('torch.')}", rows, yardsticks, first, ours, best(rows, yardsticks),
+        f"{sizes(shape)}, {dtype.removeprefix('torch.')}", rows, yardsticks, first, ours, ranked(rows, yardsticks),
         goals, case.series if case else None,
     )  # fmt: skip
 

@@ -47,6 +47,8 @@ td,th{padding:.18rem .9rem .18rem 0;border-bottom:1px solid var(--line);vertical
 .verdicts .name,.verdicts .ratio,.verdicts th{white-space:nowrap}.verdicts b{color:var(--ours);font-size:15px}
 .verdicts small{color:var(--muted);font-size:12px}.verdicts th:first-child{width:17rem}
 .verdicts .long{white-space:normal}.verdicts .long a{font-weight:400}
+.others{display:block;color:var(--muted);font-size:12.5px;white-space:normal}.others span{display:inline-block;
+margin-right:.7rem;white-space:nowrap}
 .goal{display:inline-block;margin-right:.8rem}
 .box{overflow-x:auto;border:1px solid var(--line);border-radius:6px;padding:.2rem .7rem}
 .box table{font-size:12.5px;width:auto;min-width:100%}.box td,.box th{white-space:nowrap}.box td.why{white-space:normal;
@@ -85,6 +87,12 @@ def _spaced(text: str) -> str:
     return _e(text).replace("_", "_<wbr>").replace("&gt;= ", "\u2265\u202f").replace("&lt;= ", "\u2264\u202f")
 
 
+def _others(ratios: Iterable[tuple[str, float]]) -> str:
+    """The baselines after the best one."""
+    each = (f"<span>{times(value)} {_spaced(name)}</span>" for name, value in ratios)
+    return f'<span class="others">{" ".join(each)}</span>' if ratios else ""
+
+
 def _verdict_row(v: Verdict) -> str:
     wrong = "".join(f'<span class="goal wrong">{_e(r["impl"])}: {_e(r["failure"])}</span>' for r in v.red)
     goals = "".join(
@@ -98,7 +106,8 @@ def _verdict_row(v: Verdict) -> str:
         ratio = '<span class="open">no baseline ran</span>'
     else:
         slower = ' class="slower"' if v.ratio < 1 else ""
-        ratio = f"<b{slower}>{times(v.ratio)}</b> {_spaced(v.rival['impl'])}"
+        best, *others = v.ratios
+        ratio = f"<b{slower}>{times(best[1])}</b> {_spaced(best[0])}{_others(others)}"
     return (
         f'<tr><td class="name"><a href="#{_e(v.name)}">{_spaced(v.name)}</a></td>'
         f'<td class="ratio">{ratio}</td><td class="floor">{times(v.above_floor)}</td><td>{wrong}{goals}</td></tr>'
@@ -107,7 +116,8 @@ def _verdict_row(v: Verdict) -> str:
 
 def _curve_row(curve: Curve) -> str:
     v = curve.largest
-    ratio = f"<b>{times(v.ratio)}</b> {_spaced(v.rival['impl'])}" if v.ratio else ""
+    best, *others = v.ratios or [("", None)]
+    ratio = f"<b>{times(best[1])}</b> {_spaced(best[0])}{_others(others)}" if v.ratio else ""
     found = ABSENT if curve.state == ABSENT else f"{_spaced(curve.series.size)}^{curve.found}, {curve.state}"
     return (
         f'<tr><td class="name long"><a href="#scaling">{_e(curve.series.title)}</a> <small>{_e(curve.series.size)} '
@@ -123,7 +133,7 @@ def _verdicts(found: Sequence[Verdict]) -> str:
         f'<span class="{classes.get(what, "") if count else "open"}">{count} {_e(what)}</span>'
         for what, count in summary(found).items()
     )
-    head = "<th>case</th><th>against the best baseline</th><th>above floor</th><th>target</th>"
+    head = "<th>case</th><th>times faster than each baseline</th><th>above floor</th><th>target</th>"
     return (
         f'<p class="counts">{counts}</p><table class="verdicts"><thead><tr>{head}</tr></thead><tbody>'
         f"{''.join(map(_verdict_row, single(found)))}{''.join(map(_curve_row, curves(found)))}</tbody></table>"

@@ -51,6 +51,30 @@ def test_the_best_baseline_is_the_fastest_that_does_the_same_work():
     assert found.rival["impl"] == "bare" and found.ratio == pytest.approx(0.5)
 
 
+def test_every_baseline_is_named_the_best_first():
+    (found,) = facts.verdicts(ROWS, [case(yardsticks=("bare",))])
+    assert found.ratios == [("fused", pytest.approx(1.5)), ("eager", pytest.approx(3.0))]
+    assert text.against(found) == "1.50x fused, 3.00x eager"
+    (found,) = facts.verdicts(ROWS[1:], [case(yardsticks=("bare",))])  # ours has no time
+    assert found.ratios == [] and found.ratio is None and text.against(found) == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, ""),
+        (0.0, "0.00x"),
+        (0.00172, "1/581x"),
+        (0.094, "1/11x"),
+        (0.095, "0.10x"),
+        (1.343, "1.34x"),
+        (580, "580x"),
+    ],
+)
+def test_ratios_have_sensible_digits(value, shown):
+    assert facts.times(value) == shown
+
+
 @pytest.mark.parametrize(
     ("target", "wanted", "measured", "state"),
     [

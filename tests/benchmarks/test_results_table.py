@@ -83,6 +83,17 @@ def test_cold_runs_and_unknown_cases_are_left_out(tmp_path):
     assert "30.0x" not in text and "retired" not in text
 
 
+def test_memory_from_the_system_counts_where_there_are_no_other_rows(tmp_path):
+    system = f"{CPU}, memory from the system"
+    late = [row("calm_fast", 1.0, device=system, date="2026-05-01"), row("counter", 9.0, device=system)]
+    alone = [row("calm_fast", 1.0, "v1_vote_weighted", system), row("counter", 5.0, "v1_vote_weighted", system)]
+    kept = [row("calm_fast", 1.0), row("counter", 30.0), row("numpy", 40.0)]
+    text = render(written(tmp_path, late, [*alone, *kept])).split("### GPU")[0]
+    assert "| **30.0x** counter, 40.0x numpy |" in line_of(text, "v1_vote")
+    assert "**5.00x** counter" in line_of(text, "v1_vote_weighted")
+    assert f"{CPU}; torch" in text and f"{system}; torch" in text
+
+
 def test_wrong_rows_are_named(tmp_path):
     bad = row("calm_fast", None, failure="wrong: error 1 against float64 exceeds the bound 0")
     line = line_of(render(written(tmp_path, [bad, row("counter", 30.0)])).split("### GPU")[0], "v1_vote")

@@ -86,6 +86,23 @@ def test_peak_counts_what_autograd_keeps():
     assert peak_bytes(step, CPU) >= 3 * 2**20  # both exponentials kept, and a gradient
 
 
+def test_peak_of_numpy_and_python_counts_on_request():
+    numpy = pytest.importorskip("numpy")
+    x = numpy.ones(2**17)  # 1 MiB
+
+    def call():
+        y = x * 2
+        z = y * 2
+        del y
+        words = [str(i) for i in range(1000)]
+        return torch.from_numpy(z * 2), words
+
+    mib = 2**20
+    assert peak_bytes(call, CPU) < 4096
+    assert 2 * mib + 40_000 <= peak_bytes(call, CPU, python=True) < 2 * mib + 200_000
+    assert peak_bytes(lambda: torch.ones(2**18) * 2, CPU, python=True) >= 2 * mib  # and tensors as before
+
+
 def test_ceilings_are_measured():
     work = ceiling_work(CPU, torch.float32)
     c = work.ceilings(interleave(work.thunks, CPU, Budget(seconds=0.0, min_rounds=2)))
