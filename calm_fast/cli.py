@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -56,6 +57,11 @@ def _folder(out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise typer.BadParameter(f"cannot create the folder {out}: {problem.strerror}", param_hint="--out") from problem
+    try:
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as problem:
+        raise typer.BadParameter(f"cannot write into {out}: {problem.strerror}", param_hint="--out") from problem
     return out
 
 
@@ -79,7 +85,9 @@ def demo(
 def verify(
     impl: Annotated[list[str] | None, typer.Option(help="An implementation; repeat for several. Default: all.")] = None,
     op: Annotated[list[str] | None, typer.Option(help="An op; repeat for several. Default: all.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write every row to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="Also write every row to this file.")
+    ] = None,
     brief: Annotated[bool, typer.Option("--brief", help="Only failed rows and the summary.")] = False,
 ) -> None:
     """Prove every op with every implementation that can run here against the float64 reference.
@@ -235,7 +243,9 @@ def rank_train(
 def rank_score(
     data: _Rows,
     ranker: Annotated[Path, typer.Option(exists=True, file_okay=False, help="--out of `rank train`.")],
-    out: Annotated[Path, typer.Option(help="The rows with `scores`; gzipped where the name ends in .gz.")],
+    out: Annotated[
+        Path, typer.Option(dir_okay=False, help="The rows with `scores`; gzipped where the name ends in .gz.")
+    ],
     backbone: Annotated[str | None, typer.Option(help="Where the frozen model is now, if it moved.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only so many rows.")] = None,
     device: Annotated[str | None, typer.Option(help="For instance cuda. Default: cpu.")] = None,
@@ -267,7 +277,9 @@ def vote(
     equality: Annotated[str, typer.Option(help="math, exact or text.")] = "math",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each CPU.")] = None,
     timeout: Annotated[float, typer.Option(help="CPU seconds to compare two answers.")] = 5.0,
-    cache: Annotated[Path | None, typer.Option(help="Folder that keeps comparisons for later calls.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Folder that keeps comparisons for later calls.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Read only so many rows.")] = None,
 ) -> None:
     """Count the votes of sampled rationales: single, majority@k and any@k accuracy, ties, and a plot of the curve.

@@ -72,6 +72,23 @@ def test_out_that_cannot_be_a_folder_is_refused_before_the_work(command, tmp_pat
     assert result.exit_code == 2 and "--out: cannot create the folder" in result.output
 
 
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_out_that_cannot_be_written_is_refused_before_the_work(command, tmp_path, monkeypatch):
+    def refuse(**where):
+        raise PermissionError(13, "Permission denied", str(where["dir"]))
+
+    monkeypatch.setattr("calm_fast.cli.tempfile.TemporaryFile", refuse)  # root may write everywhere
+    result = invoke(command, "--out", str(tmp_path))
+    assert (
+        result.exit_code == 2 and "--out: cannot write into" in result.output and "Permission denied" in result.output
+    )
+
+
+def test_a_folder_where_a_file_is_wanted_is_refused_before_the_work(tmp_path):
+    result = invoke("verify", "--json", str(tmp_path))
+    assert result.exit_code == 2 and "is a directory" in result.output
+
+
 def test_no_command_shows_the_help_and_exits_2():
     result = invoke()
     assert result.exit_code == 2 and "Commands:" in result.output
