@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 # time per FLOP relative to a bf16 product on the same device. A GPU's float32 product without TF32 runs outside the
 # tensor cores (H100/H200 class: about 60 against 800 TFLOP/s); CPUs without AMX do both at one rate.
@@ -89,7 +88,6 @@ class FoldedWeights:
     def clear(self) -> None:
         """Forget everything kept."""
         self._seen: tuple = ()
-        self._places: tuple | None = None
         self._extra: tuple = ()
         self._value: tuple[torch.Tensor | None, ...] | None = None
 
@@ -108,40 +106,6 @@ class FoldedWeights:
             self._seen = tuple(
                 None if p is None else (p, p._version, p.data_ptr(), p.dtype, p.device, p.detach()) for p in params
             )
-            self._places = None
-        return self._value
-
-    def watch(self, children: Mapping[str, nn.Module | None]) -> None:
-        """Let `recall` answer for what `get` keeps now: `children`, a module's own by name, hold the parameters.
-
-        Nothing is watched where a child computes its parameters (torch.nn.utils.parametrize): only `get` sees those.
-        """
-        if self._places is not None:
-            return
-        places = []
-        for name, child in children.items():
-            places += [(name, key, p) for key, p in ({"": None} if child is None else child._parameters).items()]
-        kept = {id(seen[0]): seen for seen in self._seen if seen is not None}
-        if {id(p) for *_, p in places if p is not None} == set(kept):
-            nothing = (None, 0, 0)
-            self._places = tuple((n, k, *(nothing if p is None else kept[id(p)][:3])) for n, k, p in places)
-
-    def recall(self, children: Mapping[str, nn.Module | None], extra: tuple) -> tuple[torch.Tensor | None, ...] | None:
-        """What `get` would return without computing, or None: the same question in a third of the time.
-
-        Only where `may_cache` holds.
-        """
-        if self._places is None or extra != self._extra:
-            return None
-        for name, key, p, version, address in self._places:
-            child = children[name]
-            if child is None:
-                if key:
-                    return None
-            elif child._parameters.get(key, self) is not p:
-                return None
-            elif p is not None and (p._version != version or p.data_ptr() != address):
-                return None
         return self._value
 
     def _unchanged(self, params: tuple[torch.Tensor | None, ...]) -> bool:

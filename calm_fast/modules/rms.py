@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+_LARGE = 1 << 16  # elements from which a backward of our own saves more than its call from Python costs
+
 
 def in_dtype(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`t.to(dtype)` without the call where nothing changes."""
@@ -15,7 +17,8 @@ def normalised(hidden: torch.Tensor, eps: float) -> torch.Tensor:
     """hidden / sqrt(mean(hidden^2) + eps) over the last dimension, in hidden's dtype, computed in at least float32."""
     if hidden.is_cuda:
         return F.rms_norm(hidden, hidden.shape[-1:], None, eps)  # one fused kernel there
-    if torch.is_grad_enabled() and hidden.requires_grad and not torch.compiler.is_compiling():
+    large = hidden.numel() >= _LARGE and not torch.compiler.is_compiling()
+    if large and torch.is_grad_enabled() and hidden.requires_grad:
         return _Normalise.apply(hidden, eps)[0]
     wide = in_dtype(hidden, torch.promote_types(hidden.dtype, torch.float32))
     return in_dtype(wide * _inverse_rms(wide, eps), hidden.dtype)
