@@ -1,7 +1,11 @@
-"""Processes that compare answers by math-verify; one that gets stuck is killed and replaced."""
+"""Processes that compare answers by math-verify; one that gets stuck is killed and replaced.
+
+Starting one takes most of a second, so that a few that have nothing to do are kept for the next call.
+"""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import queue
@@ -18,6 +22,9 @@ from dataclasses import dataclass, field
 _PATIENCE, _PATIENCE_MORE = 20, 60
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main()"
 _MODULE = "calm_fast.consistency.math_worker"
+# processes without work that are kept (about 100 MB each), and how many questions one may have served to be kept: what
+# sympy and the parser remember grows
+_MOST_KEPT, _SERVED = 4, 5000
 
 
 @dataclass
@@ -51,33 +58,42 @@ class Comparison:
 class _Worker:
     """A child process, the task it has, and the step it is at."""
 
-    def __init__(self, events: queue.Queue) -> None:
+    def __init__(self, events: queue.Queue, command: tuple[str, ...]) -> None:
         self.task: int | None = None
         self.step: tuple[str, list[int]] | None = None
         self.ready = False
         self.failure = ""
+        self.served = 0
         self.heard = time.monotonic()
-        code = _START.format(module=_MODULE)
+        self.events, self.command, self.owner = events, command, os.getpid()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps(sys.path)],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             # sympy's answers may depend on the order of a set, and that on the hash seed
             env={**os.environ, "PYTHONHASHSEED": "0"},
         )
-        threading.Thread(target=self._listen, args=(events,), daemon=True).start()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
 
-    def _listen(self, events: queue.Queue) -> None:
+    def _listen(self) -> None:
         with self.process.stdout as lines:
             for line in lines:
                 if not line.endswith(b"\n"):
                     break  # killed in the middle of a line
-                events.put((self, json.loads(line)))
-        events.put((self, None))
+                event = json.loads(line)
+                # how it started is noted here: the event may come between two calls, when nobody reads any
+                if event[0] == "ready":
+                    self.ready = True
+                elif event[0] == "failed":
+                    self.failure = event[1]
+                self.events.put((self, event))
+        self.events.put((self, None))
 
     def give(self, number: int, message: bytes) -> None:
         self.task, self.step, self.heard = number, None, time.monotonic()
+        self.served += 1
         try:
             self.process.stdin.write(message)
             self.process.stdin.flush()
@@ -85,12 +101,66 @@ class _Worker:
             pass  # it has died; its last event says so
 
     def end(self) -> None:
+        if os.getpid() != self.owner:
+            return  # a fork's copy: the process is its parent's
         self.process.kill()
         self.process.wait()
+        self.listener.join(timeout=1)
         try:
             self.process.stdin.close()
         except OSError:
             pass
+
+
+class _Kept:
+    """Processes between two calls: each belongs to one call or lies here."""
+
+    def __init__(self) -> None:
+        self.lock, self.idle, self.hooked = threading.Lock(), [], False
+
+    def take(self, events: queue.Queue) -> _Worker:
+        """A process that reports to `events`: a kept one that is still alive, or a new one."""
+        command = (sys.executable, "-c", _START.format(module=_MODULE), json.dumps(sys.path))
+        if not self.hooked:
+            self.hooked = True
+            atexit.register(self.end_all)
+            if hasattr(os, "register_at_fork"):
+                os.register_at_fork(after_in_child=self._forget)
+        while True:
+            with self.lock:
+                worker = self.idle.pop() if self.idle else None
+            if worker is None:
+                return _Worker(events, command)
+            # in this order: if it dies after it was found alive, the news goes to these events
+            worker.events, worker.heard = events, time.monotonic()
+            if worker.process.poll() is None and worker.command == command:
+                return worker
+            worker.end()
+
+    def give_back(self, worker: _Worker) -> None:
+        """Keep it, or end it where it is busy, dead, old, or one too many."""
+        if worker.owner != os.getpid():
+            return
+        with self.lock:
+            usable = worker.task is None and not worker.failure and worker.process.poll() is None
+            if usable and worker.served < _SERVED and len(self.idle) < _MOST_KEPT:
+                self.idle.append(worker)
+                return
+        worker.end()
+
+    def end_all(self) -> None:
+        """End the kept processes; the next call starts new ones."""
+        with self.lock:
+            ending, self.idle = self.idle, []
+        for worker in ending:
+            worker.end()
+
+    def _forget(self) -> None:
+        """In a fork: the processes are the parent's, and another thread of it may have held the lock."""
+        self.lock, self.idle, self.not_ours = threading.Lock(), [], self.idle
+
+
+kept = _Kept()
 
 
 def compare(comparisons: Sequence[Comparison], workers: int, timeout: float) -> Iterator[int]:
@@ -98,6 +168,8 @@ def compare(comparisons: Sequence[Comparison], workers: int, timeout: float) -> 
 
     Args:
         timeout: CPU seconds for each reading of an answer and each comparison of two.
+    Works in threads, in forks and in daemonic processes. Processes that are free in the end are kept for the next call,
+    a few of them, until `kept.end_all()` or the end of this process.
     Raises:
         RuntimeError: the processes cannot be started, or die without having begun anything.
     """
@@ -106,10 +178,21 @@ def compare(comparisons: Sequence[Comparison], workers: int, timeout: float) -> 
     events: queue.Queue = queue.Queue()
     pool: set[_Worker] = set()
     by_the_clock = timeout * _PATIENCE + _PATIENCE_MORE if hasattr(signal, "setitimer") else timeout + 1
+
+    def begin(worker: _Worker) -> None:
+        if worker.ready and worker.task is None and waiting:
+            number = waiting.popleft()
+            worker.give(number, comparisons[number].message(timeout))
+
+    def hire() -> None:
+        worker = kept.take(events)
+        pool.add(worker)
+        begin(worker)
+
     try:
         left = len(waiting)
         for _ in range(min(workers, left)):
-            pool.add(_Worker(events))
+            hire()
         while left:
             try:
                 worker, event = events.get(timeout=1)
@@ -118,39 +201,35 @@ def compare(comparisons: Sequence[Comparison], workers: int, timeout: float) -> 
                     if (late.task is not None or not late.ready) and time.monotonic() - late.heard > by_the_clock:
                         late.process.kill()
                 continue
+            if worker not in pool:
+                continue  # it was dead when it was taken
             worker.heard = time.monotonic()
             if event is None:
-                _bury(worker, comparisons, waiting, deaths)
                 pool.discard(worker)
+                _bury(worker, comparisons, waiting, deaths)
                 if waiting:
-                    pool.add(_Worker(events))
+                    hire()
                 continue
             finished = _note(worker, event, comparisons)
             if finished is not None:
                 left -= 1
                 yield finished
-            if worker.ready and worker.task is None and waiting:
-                number = waiting.popleft()
-                worker.give(number, comparisons[number].message(timeout))
+            begin(worker)
     finally:
         for worker in pool:
-            worker.end()
+            kept.give_back(worker)
 
 
 def _note(worker: _Worker, event: list, comparisons: Sequence[Comparison]) -> int | None:
     """Take in what a process said; the number of its task if that is done."""
     kind, *rest = event
-    if kind == "ready":
-        worker.ready = True
-    elif kind == "failed":
-        worker.failure = rest[0]
-    elif kind == "verdict":
+    if kind == "verdict":
         comparisons[worker.task].known[rest[0], rest[1]] = rest[2]
         worker.step = None
     elif kind == "done":
         finished, worker.task, worker.step = worker.task, None, None
         return finished
-    else:
+    elif kind not in ("ready", "failed"):
         worker.step = (kind, rest)
     return None
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -33,20 +37,114 @@ def test_an_answer_that_cannot_be_read_equals_only_itself() -> None:
     assert groups.given_up == ((0, "x", UNREADABLE), (0, UNREADABLE, "y"))
 
 
-def children() -> set[str]:
-    import psutil
+def children() -> set[int]:
+    psutil = pytest.importorskip("psutil")
+    return {child.pid for child in psutil.Process().children() if "math_worker" in " ".join(child.cmdline())}
 
-    return {str(child.pid) for child in psutil.Process().children() if "math_worker" in " ".join(child.cmdline())}
 
-
-def test_no_process_is_left_behind() -> None:
-    pytest.importorskip("psutil")
-    tasks = [Comparison([f"x+{n}", f"{n}+x"]) for n in range(6)]
-    running = compare(tasks, 2, 5.0)
-    first = next(running)
-    assert tasks[first].known == {(0, 1): True} and len(children()) == 2
-    running.close()
+@pytest.fixture
+def none_kept():
+    """No process is there before, and none is left."""
+    math_pool.kept.end_all()
+    yield
+    math_pool.kept.end_all()
     assert not children()
+
+
+def test_free_processes_are_kept_and_busy_ones_ended(none_kept) -> None:
+    running = compare([Comparison([f"x+{n}", f"{n}+x"]) for n in range(6)], 2, 5.0)
+    next(running)  # the process that did this one has nothing to do yet
+    assert len(children()) == 2
+    running.close()
+    assert len(children()) <= 2
+    tasks = [Comparison(["x+1", "1+x"]), Comparison(["x+1", "2+x"])]
+    assert sorted(compare(tasks, 2, 5.0)) == [0, 1]
+    before = children()
+    assert len(before) == 2
+    assert group_answers([["x+1", "1+x"]]).answers.tolist() == [[0, 0]]
+    assert children() == before
+
+
+def test_a_kept_process_that_died_is_replaced(none_kept) -> None:
+    group_answers([["x+1", "1+x"]])
+    (first,) = children()
+    os.kill(first, signal.SIGKILL)
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)  # dead, and not yet noticed
+    assert group_answers([["x+2", "2+x", "x"]]).answers.tolist() == [[0, 0, 1]]
+    assert first not in children()
+
+
+def test_a_kept_process_that_hangs_is_replaced(none_kept, monkeypatch) -> None:
+    group_answers([["x+1", "1+x"]])
+    (first,) = children()
+    os.kill(first, signal.SIGSTOP)  # looks alive, takes its task, never answers
+    monkeypatch.setattr(math_pool, "_PATIENCE", 0)
+    monkeypatch.setattr(math_pool, "_PATIENCE_MORE", 8)
+    assert group_answers([["x+2", "2+x", "x"]]).answers.tolist() == [[0, 0, 1]]
+    assert first not in children()
+
+
+def test_few_are_kept_and_none_for_ever(none_kept, monkeypatch) -> None:
+    monkeypatch.setattr(math_pool, "_MOST_KEPT", 1)
+    monkeypatch.setattr(math_pool, "_SERVED", 5)
+    tasks = [Comparison([f"x+{n}", f"{n}+x"]) for n in range(3)]
+    list(compare(tasks, 3, 5.0))
+    (first,) = children()
+    for n in range(5):
+        list(compare([Comparison([f"x+{n}", f"{n}+x"])], 1, 5.0))
+    assert first not in children()
+
+
+def test_calls_from_threads_do_not_share_a_process(none_kept) -> None:
+    def grouped(n: int) -> list:
+        return group_answers([[f"x+{n}", f"{n}+x", "x"]] * 3, workers=1).answers.tolist()
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(grouped, range(1, 7))) == [[[0, 0, 1]] * 3] * 6
+
+
+_FAMILY = """
+import json, multiprocessing, os, signal, sys
+from calm_fast.consistency import group_answers, math_pool
+
+def grouped():
+    return group_answers([["x+1", "1+x", "x"]]).answers.tolist()
+
+def child(results):
+    results.put((grouped(), [w.process.pid for w in math_pool.kept.idle]))
+
+if __name__ == "__main__":
+    answers = [grouped()]
+    own = [w.process.pid for w in math_pool.kept.idle]
+    others = []
+    for method in sys.argv[2:]:
+        context = multiprocessing.get_context(method)
+        results = context.Queue()
+        process = context.Process(target=child, args=(results,), daemon=True)
+        process.start()
+        found, pids = results.get()
+        process.join()
+        answers.append(found)
+        others += pids
+    answers.append(grouped())
+    assert [w.process.pid for w in math_pool.kept.idle] == own and not set(own) & set(others)
+    print(json.dumps([answers, own + others]), flush=True)
+    if sys.argv[1] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("end", "methods"), [("exit", ["fork", "spawn"]), ("kill", ["fork"])])
+def test_forks_and_daemonic_processes_have_their_own_and_all_end(tmp_path, end, methods) -> None:
+    psutil = pytest.importorskip("psutil")
+    (tmp_path / "family.py").write_text(_FAMILY)
+    command = [sys.executable, str(tmp_path / "family.py"), end, *methods]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == (-signal.SIGKILL if end == "kill" else 0), run.stderr
+    answers, pids = json.loads(run.stdout)
+    assert answers == [[[0, 0, 1]]] * (2 + len(methods)) and len(pids) == 1 + len(methods)
+    left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    assert not psutil.wait_procs(left, timeout=10)[1]
 
 
 def test_every_task_is_finished_once_with_more_workers_than_tasks() -> None:
