@@ -1,18 +1,23 @@
-"""Measure launch configs on this GPU and write the best: `python -m calm_fast.benchmarks.tune --op cross_attention`.
+"""Measure launch configs on this GPU and write the best: `python -m calm_fast.benchmarks.tune`.
 
-Every candidate must give what the present config gives before its time counts; one that does not compile or does not
-fit is skipped. The file is what `calm_fast._tuning` looks configs up in.
+Candidates are compiled first, in several processes and without touching the GPU; those that spill, do not fit into
+shared memory or miss the tensor cores are out (the checks of `make codegen`). What is left must give what the present
+config gives before its time counts. The file is what `calm_fast._tuning` looks configs up in.
+
+    ... tune --dry-run              what would be tried, and how long it takes at most; no GPU needed
+    ... tune --dry-run --screen 90  compiles it all for sm_90 and says what is out, and why
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent import futures
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +27,15 @@ from calm_fast._tuning import LaunchConfig, gpu_slug
 from calm_fast.benchmarks import machine
 from calm_fast.benchmarks.measure import relative_error
 from calm_fast.benchmarks.timing import Budget, interleave
+from calm_fast.benchmarks.tune_problems import OPS, Problem, Run, problems
+from calm_fast.benchmarks.tune_screen import Screen
 
-OPS = ("cross_attention",)
-HEAD_DIMS = (128, 64, 256)  # the most used first: a budget may run out
 _TOLERANCE = 1e-2  # bf16 results of two tilings differ by rounding, about 1e-3
 _BUDGET = Budget(seconds=0.4, min_rounds=5, max_rounds=40)
-Run = Callable[[LaunchConfig], dict[str, torch.Tensor]]
-
-
-def candidates(part: str, head_dim: int) -> list[LaunchConfig]:
-    """Configs worth compiling for `part` ("fwd", "dkdv", "dq", "decode") at a padded head dim."""
-    if part == "decode":
-        sizes = itertools.product((32, 64, 128), (256, 512, 1024), (2, 4))
-        return [LaunchConfig(16, n, warps, 2, split_keys=split) for n, split, warps in sizes]
-    rows = (64, 128) if head_dim <= 128 else (32, 64, 128)
-    keys = (32, 64, 128) if head_dim <= 128 else (32, 64)
-    found = [
-        LaunchConfig(m, n, warps, stages)
-        for m, n, warps, stages in itertools.product(rows, keys, (4, 8), (2, 3))
-        if not (m == 64 and warps == 8 and n == 32)  # too little work for eight warps
-    ]
-    return found if part == "fwd" else [replace(c, num_stages=c.num_stages - 1) for c in found if c.block_m <= 128]
+_FIRST = (128, 4096, 32)  # depths that models have most often: of a head, of hidden states, of two adapters
+# seconds at most, for the estimate: compiling and disassembling one candidate; timing one; inputs and finalists
+_COMPILE, _TIME, _PROBLEM = 6.0, 0.5, 4.0
+Job = tuple[str, int, Problem]  # op, number of its problem, the problem
 
 
 def best_config(
@@ -78,50 +71,97 @@ def best_config(
     return winner, times[str(winner)].ms, times[str(present)].ms
 
 
-def _tune_cross_attention(device: torch.device, deadline: float) -> list[dict[str, Any]]:
-    from calm_fast.kernels import cross_attention as kernels
-    from calm_fast.kernels.cross_attention_configs import pick_config
+def jobs(ops: Sequence[str]) -> list[Job]:
+    """Everything to measure, the most used depth of every op before the others: the time may run out."""
+    found = [(op, index, problem) for op in ops for index, problem in enumerate(problems((op,)))]
+    return sorted(found, key=lambda job: job[2].depth not in _FIRST)  # stable: otherwise in the order of the ops
 
-    entries = []
-    for d, part in itertools.product(HEAD_DIMS, ("fwd", "dkdv", "dq", "decode")):
+
+def tried(problem: Problem, present: LaunchConfig) -> list[LaunchConfig]:
+    """The candidates beside the config that is in use."""
+    return [config for config in problem.candidates if config != present]
+
+
+def estimate(todo: Sequence[Job], processes: int) -> float:
+    """Seconds that measuring all of it takes at most; compiling goes on while earlier problems are timed."""
+    candidates = sum(len(problem.candidates) for _, _, problem in todo)
+    return max(candidates * _COMPILE / processes, candidates * _TIME) + len(todo) * _PROBLEM
+
+
+def dry_run(todo: Sequence[Job], processes: int, seconds: float, arch: int | None) -> int:
+    """Print what would be tried; with `arch`, compile it and print what is out. 1 where a problem has nothing left."""
+    screen = Screen(arch, processes) if arch else None
+    empty = total = 0
+    for op, index, problem in todo if screen else ():
+        for config in problem.candidates:
+            screen.submit(op, index, config)
+    for op, index, problem in todo:
+        good = []
+        print(f"{problem.name}: {len(problem.candidates)} candidates")
+        for config in problem.candidates:
+            wrong = screen.problems_of(op, index, config) if screen else []
+            good += [] if wrong else [config]
+            if wrong or not screen:
+                print(f"  {_short(config)}" + (f"  out: {'; '.join(wrong)}" if wrong else ""), flush=True)
+        if screen:
+            print(f"  {len(good)} are worth timing: {', '.join(map(_short, good))}", flush=True)
+        empty += not good
+        total += len(problem.candidates)
+    if screen:
+        screen.close()
+    most = estimate(todo, processes)
+    print(f"{len(todo)} kernels and shapes, {total} candidates; at most {min(most, seconds):.0f} s", end="")
+    print(f" ({most:.0f} s for all of them with {processes} processes, --seconds {seconds:.0f})")
+    return 1 if empty else 0
+
+
+def _short(config: LaunchConfig) -> str:
+    split = f" split {config.split_keys}" if config.split_keys else ""
+    return f"{config.block_m}x{config.block_n} {config.num_warps} warps {config.num_stages} stages{split}"
+
+
+def _survivors(screen: Screen, op: str, index: int, configs: Iterable[LaunchConfig], deadline: float) -> Iterator:
+    """Those worth timing, as they are compiled; ends at the deadline."""
+    for config in configs:
+        try:
+            wrong = screen.problems_of(op, index, config, max(0.0, deadline - time.monotonic()))
+        except futures.TimeoutError:  # Python 3.10: not the built-in one
+            return
+        if not wrong:
+            yield config
+
+
+def tune(todo: Sequence[Job], device: torch.device, deadline: float, processes: int) -> Iterator[tuple[str, list]]:
+    """Measure; yields (op, entries) of each complete group of problems.
+
+    A group that the deadline cuts short is left out: of two numbers of tokens, the one that was measured would be
+    taken for the other as well.
+    """
+    from calm_fast.kernels import launching
+
+    arch = launching.gpu(device).arch
+    screen = Screen(arch, processes)
+    for op, index, problem in todo:
+        for config in problem.candidates:
+            screen.submit(op, index, config)
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for op, index, problem in todo:
         if time.monotonic() > deadline:
-            print(f"out of time before {part} at head dim {d}", file=sys.stderr)
+            print(f"out of time before {problem.name}", file=sys.stderr)
             break
-        b, m, n, h = (16, 1, 4096, 32) if part == "decode" else (2, 4096, 4096, 16)
-        q, dout = (torch.randn(b, m, h, d, device=device, dtype=torch.bfloat16) for _ in range(2))
-        k, v = (torch.randn(b, n, h, d, device=device, dtype=torch.bfloat16) for _ in range(2))
-        call = (None, None, m > 1, d**-0.5)  # no intervals, causal unless decoding
-        shape = {"M": m, "N": n, "H": h, "Hkv": h}
-        now = {p: pick_config(p, device, q.dtype, d, shape, False) for p in ("fwd", "dkdv", "dq", "decode")}
-        if part in ("fwd", "decode"):
-
-            def run(config, q=q, k=k, v=v, call=call):
-                out, lse = kernels.launch_cross_attention_fwd(q, k, v, *call, config=config)
-                return {"out": out, "lse": lse}
-
-        else:
-            out, lse = kernels.launch_cross_attention_fwd(q, k, v, *call)
-
-            def run(config, q=q, k=k, v=v, call=call, dout=dout, out=out, lse=lse, now=now, part=part):
-                both = kernels.BackwardConfig(**{"dkdv": now["dkdv"], "dq": now["dq"], part: config})
-                grads = kernels.launch_cross_attention_bwd(dout, None, q, k, v, out, lse, *call, config=both)
-                return dict(zip(("dq", "dk", "dv"), grads, strict=True))
-
-        config, ms, before = best_config(run, now[part], candidates(part, d), device, deadline)
-        print(f"{part:7s} D{d:<4d} {before:.3f} ms -> {ms:.3f} ms  {config}")
-        measured = {"M": m, "N": n}
-        entries.append(
-            {
-                "part": part,
-                "dtype": "bfloat16",
-                "head_dim": d,
-                "shape": measured,
-                "config": asdict(config),
-                "ms": round(ms, 4),
-                "ms_before": round(before, 4),
-            }  # fmt: skip
-        )
-    return entries
+        found = launching.measured_config(op, problem.part, device, torch.bfloat16, problem.depth, problem.shape)
+        present = found or problem.default(arch)
+        run = problem.prepare(device)
+        configs = _survivors(screen, op, index, tried(problem, present), deadline)
+        config, ms, before = best_config(run, present, configs, device, deadline)
+        print(f"{problem.name}: {before:.3f} ms -> {ms:.3f} ms  {_short(config)}", flush=True)
+        entry = {"part": problem.part, "dtype": "bfloat16", "head_dim": problem.depth, "shape": problem.shape}
+        entry |= {"config": asdict(config), "ms": round(ms, 4), "ms_before": round(before, 4)}
+        key = (op, problem.group or problem.name)
+        groups.setdefault(key, []).append(entry)
+        if len(groups[key]) == sum((o, p.group or p.name) == key for o, _, p in todo):
+            yield op, groups.pop(key)
+    screen.close()
 
 
 def merge(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -134,26 +174,38 @@ def merge(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[
     return [merged[k] for k in sorted(merged)]
 
 
+def write(folder: Path, op: str, gpu: str, entries: Sequence[dict[str, Any]]) -> Path:
+    """Merge entries into folder/<op>/<gpu>.json; returns its path."""
+    path = folder / op / f"{gpu_slug(gpu)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(path.read_text())["entries"] if path.is_file() else []
+    document = {"op": op, "gpu": gpu, "versions": machine.versions(), "entries": merge(old, entries)}
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune `--op` within `--seconds`, merge into OUT/<op>/<gpu>.json; returns the exit code."""
     p = argparse.ArgumentParser(prog="python -m calm_fast.benchmarks.tune", description=__doc__.splitlines()[0])
-    p.add_argument("--op", choices=OPS, default=OPS[0])
-    p.add_argument("--seconds", type=float, default=120.0, help="after this long nothing new is tried")
+    p.add_argument("--op", action="append", choices=OPS, help="an op; repeat for several (default: all)")
+    p.add_argument("--seconds", type=float, default=270.0, help="after this long nothing new is tried")
     p.add_argument("--out", type=Path, default=Path("kernels/fused/tuned"), help="folder that holds <op>/<gpu>.json")
+    p.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile")
+    p.add_argument("--dry-run", action="store_true", help="say what would be tried and how long it takes at most")
+    p.add_argument("--screen", type=int, metavar="ARCH", choices=(80, 90, 100), help="with --dry-run: compile for it")
     args = p.parse_args(argv)
+    todo = jobs(args.op or OPS)
+    if args.dry_run:
+        return dry_run(todo, args.processes, args.seconds, args.screen)
     if not torch.cuda.is_available():
         print(f"tune: torch {torch.__version__} sees no GPU", file=sys.stderr)
         return 2
-    device = torch.device("cuda")
-    entries = _tune_cross_attention(device, time.monotonic() + args.seconds)
-    gpu = torch.cuda.get_device_name(device)
-    path = args.out / args.op / f"{gpu_slug(gpu)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    old = json.loads(path.read_text())["entries"] if path.is_file() else []
-    document = {"op": args.op, "gpu": gpu, "versions": machine.versions(), "entries": merge(old, entries)}
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"wrote {len(entries)} entries to {path}")
-    return 0 if entries else 1
+    device, written = torch.device("cuda"), 0
+    for op, entries in tune(todo, device, time.monotonic() + args.seconds, args.processes):
+        path = write(args.out, op, torch.cuda.get_device_name(device), entries)  # at once: a run may be stopped
+        print(f"  written to {path}", flush=True)
+        written += len(entries)
+    return 0 if written else 1
 
 
 if __name__ == "__main__":

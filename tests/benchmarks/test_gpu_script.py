@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calm_fast._tuning import LaunchConfig
-from calm_fast.benchmarks import run, sanitize, tune
+from calm_fast.benchmarks import run, sanitize
 from calm_fast.benchmarks.registry import REGISTRY, cases
 from calm_fast.ops import OPS
 
@@ -244,55 +243,3 @@ def test_sanitizer_compares_gradients_with_float64(monkeypatch):
 
     monkeypatch.setattr(torch.ops.calm_fast, "linear_logprob_bwd", doubled)
     assert sanitize.run_call("linear_logprob: plain", torch.device("cpu")) > 0.5
-
-
-@pytest.mark.parametrize("part", ["fwd", "dkdv", "dq", "decode"])
-@pytest.mark.parametrize("head_dim", tune.HEAD_DIMS)
-def test_tuning_candidates_are_valid_and_distinct(part, head_dim):
-    found = tune.candidates(part, head_dim)
-    assert 4 <= len(found) == len(set(found))
-    assert all(bool(config.split_keys) == (part == "decode") for config in found)
-
-
-def test_tuning_takes_the_fastest_that_agrees():
-    import time
-
-    present, fast, wrong, broken = (LaunchConfig(16, n, 4, 1) for n in (16, 32, 64, 128))
-
-    def run(config):
-        if config == broken:
-            raise RuntimeError("out of shared memory")
-        if config == present:
-            time.sleep(0.01)
-        return {"out": torch.full((4,), 2.0 if config == wrong else 1.0)}
-
-    found, ms, before = tune.best_config(
-        run, present, [broken, wrong, fast], torch.device("cpu"), time.monotonic() + 60
-    )
-    assert found == fast and ms < before and before >= 10
-
-
-def test_tuning_keeps_the_present_config_when_out_of_time():
-    present, other = LaunchConfig(16, 16, 4, 1), LaunchConfig(16, 32, 4, 1)
-    seen = []
-
-    def run(config):
-        seen.append(config)
-        return {"out": torch.ones(1)}
-
-    assert tune.best_config(run, present, [other], torch.device("cpu"), 0.0)[0] == present
-    assert other not in seen
-
-
-def test_merging_tuned_entries_replaces_the_same_shape():
-    def entry(part, m, block):
-        return {
-            "part": part, "dtype": "bfloat16", "head_dim": 64, "shape": {"M": m, "N": 64}, "config": {"block_m": block}
-        }  # fmt: skip
-
-    merged = tune.merge([entry("fwd", 64, 16), entry("dq", 64, 16)], [entry("fwd", 64, 32), entry("fwd", 128, 16)])
-    assert sorted((e["part"], e["shape"]["M"], e["config"]["block_m"]) for e in merged) == [
-        ("dq", 64, 16),
-        ("fwd", 64, 32),
-        ("fwd", 128, 16),
-    ]
