@@ -69,6 +69,25 @@ def obstacle(op: str, device_type: str = "cpu") -> str | None:
     return _obstacle(op, device_type)
 
 
+@functools.cache
+def _why_slow(dtype: torch.dtype) -> str | None:
+    info = build_info()["_cpu"]
+    if isinstance(info, dict) and info["best lane here"] == "scalar":
+        return "this CPU has neither AVX2 nor AVX-512"
+    units = ("_is_amx_tile_supported", "_is_amx_fp16_supported")
+    if dtype != torch.float32 and any(getattr(torch.cpu, name, bool)() for name in units):
+        return "this CPU has matrix units for 16-bit products, which torch uses"
+    return None
+
+
+def slowness(dtype: torch.dtype) -> str | None:
+    """Why torch's own matrix products are the faster ones on this CPU; None where the compiled library's are."""
+    return _why_slow(dtype)
+
+
+slowness._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def build_info() -> dict[str, dict[str, str] | str]:
     """Per extension module: compiler, torch it was built with, ABI targets, best SIMD lane; or why it is not here."""
     modules = {name: _load(name) for name in ("_cpu", "_cuda")}

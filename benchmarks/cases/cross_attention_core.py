@@ -211,7 +211,8 @@ def core_case(
     flex: compiled FlexAttention on a CPU too, where torch has it for inference only.
     """
     impls = ["auto", "torch"]
-    if s.m <= NATIVE_MAX_QUERIES and _native.obstacle(OP, device.type) is None:
+    few = s.m <= NATIVE_MAX_QUERIES or device.type == "cpu"
+    if few and _native.obstacle(OP, device.type) is None:
         impls.append("native")
     contestants = [Contestant(impl, _ours(s, impl), ours=True) for impl in impls]
     if device.type == "cuda":

@@ -13,7 +13,8 @@ from calm_fast.torch_impl.cross_attention import cross_attention_torch, cross_at
 _OP = "cross_attention"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_HEAD_DIM = 256  # of Triton and native
-NATIVE_MAX_QUERIES = 16
+_MAX_NATIVE_KEYS = 1 << 23  # a float holds every key's number and a half
+NATIVE_MAX_QUERIES = 16  # of the code for decoding, the only one on a GPU
 
 
 def cross_attention(
@@ -53,7 +54,7 @@ def cross_attention(
         RuntimeError: an explicit `impl` cannot run here.
     Deterministic, forward and backward; only where SDPA runs on a GPU is the backward as deterministic as SDPA's
     (`torch.use_deterministic_algorithms`). float32 products are IEEE unless torch's float32 matmul precision allows
-    TF32. "native" takes at most 16 queries, on a GPU with head dims that are multiples of 8. Double backward
+    TF32. "native" takes on a GPU at most 16 queries and head dims that are multiples of 8. Double backward
     works with "reference", and with "torch" where return_lse avoids SDPA. Source: CALM (arXiv 2401.02412) section 3.
     """
     if impl == "auto" and lo is None and hi is None and scale is None and _decodes(q, k, v, causal, return_lse):
@@ -77,7 +78,10 @@ def cross_attention(
         lo, hi = (t if t is None else t.expand(q.shape[0], q.shape[1]) for t in (lo, hi))
         if scale <= 0:  # the kernels take the row maximum before scaling; a sign costs no rounding, a product would
             q, scale = (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
-        run = "cross_attention_decode" if decision.impl == "native" else "cross_attention_fwd"
+        run = "cross_attention_fwd"
+        if decision.impl == "native":
+            few = q.device.type == "cuda" or q.shape[1] <= NATIVE_MAX_QUERIES
+            run = "cross_attention_decode" if few else "cross_attention_tiles"
         out, lse = getattr(torch.ops.calm_fast, run)(q, k, v, lo, hi, causal, scale)
     return (out, lse) if return_lse else out
 
@@ -96,8 +100,8 @@ def decide(
 ) -> Decision:
     """Which implementation the same call of `cross_attention` runs, and why; raises what that call would raise.
 
-    auto: few queries without gradients -> native on a CPU; other CPU tensors and float64 -> torch; on a GPU intervals
-    and lse -> triton, plainly causal or full -> torch (SDPA); torch wherever Triton cannot run.
+    auto: native on a CPU, torch where that cannot run or is slow, and for float64; on a GPU intervals and lse ->
+    triton, plainly causal or full -> torch (SDPA); torch wherever Triton cannot run.
     """
     check_impl(_OP, impl)
     _check(q, k, v, lo, hi, causal, scale)
@@ -105,7 +109,7 @@ def decide(
     if impl in ("reference", "torch"):
         return Decision(_OP, impl, "asked for")
     if impl == "native":
-        if why := _native_cannot(q):
+        if why := _native_cannot(q, k):
             raise refuse(_OP, impl, why)
         return Decision(_OP, impl, "asked for")
     obstacle = _triton_cannot(q)
@@ -114,11 +118,14 @@ def decide(
             raise refuse(_OP, impl, obstacle)
         return Decision(_OP, impl, "asked for")
     if q.device.type == "cpu":
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-            return Decision(_OP, "torch", "gradients on a CPU: torch's SDPA is the fast path")
-        if why := _native_cannot(q):
+        few = q.shape[1] <= NATIVE_MAX_QUERIES
+        if why := _native_cannot(q, k) or (None if few else _native.slowness(q.dtype)):
             return Decision(_OP, "torch", f"CPU tensors: torch's SDPA is the fast path ({why})")
-        return Decision(_OP, "native", "few queries on a CPU: keys and values are read once for all of them")
+        if few:
+            return Decision(_OP, "native", "few queries on a CPU: keys and values are read once for all of them")
+        return Decision(
+            _OP, "native", "CPU tensors: scores, softmax and values in one pass over the keys that are seen"
+        )
     square = causal and q.shape[1] == k.shape[1]
     plain = (square or (lo is None and hi is None and not causal)) and not return_lse
     if obstacle:
@@ -129,32 +136,39 @@ def decide(
 
 
 def _decodes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, return_lse: bool) -> bool:
-    """Whether `decide` would surely accept this call and take "native" on a CPU, and nothing records it.
+    """Whether `decide` would surely accept this call and take "native" for few queries on a CPU, and no autograd.
 
-    A step of a generation asks this for every connection: it then skips the checks one by one and the registered op,
-    whose autograd entry takes longer than the attention of a short text.
+    Every connection asks this in every step of a generation, where the checks one by one and the autograd entry of the
+    registered op take longer than the attention of a short text.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not (type(q) is type(k) is type(v) is torch.Tensor):
+    return (
+        _plain(q, k, v)
+        and q.is_cpu
+        and q.shape[1] <= NATIVE_MAX_QUERIES
+        and type(causal) is type(return_lse) is bool
+        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        and not torch._C._are_functorch_transforms_active()
+        and _native_cannot(q, k) is None
+    )
+
+
+def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether `_check` surely has nothing against these tensors, in a third of its time."""
+    if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is torch.Tensor):
         return False
     of, there, dtype = q.shape, k.shape, q.dtype
     return (
         len(of) == len(there) == 4
         and there == v.shape
         and (of[0], of[3]) == (there[0], there[3])
-        and of[1] <= NATIVE_MAX_QUERIES
-        and 0 < of[3] <= _MAX_HEAD_DIM
         and of[2] > 0
+        and of[3] > 0
         and there[2] > 0
         and of[2] % there[2] == 0
         and dtype == k.dtype == v.dtype
-        and dtype in _DTYPES[:3]
-        and q.is_cpu
-        and k.is_cpu
-        and v.is_cpu
+        and dtype in _DTYPES
+        and q.device == k.device == v.device
         and q.layout == k.layout == v.layout == torch.strided
-        and type(causal) is type(return_lse) is bool
-        and not torch._C._are_functorch_transforms_active()
-        and _native.obstacle(_OP, "cpu") is None
     )
 
 
@@ -170,9 +184,12 @@ def _triton_cannot(q: torch.Tensor) -> str | None:
     return triton_obstacle(q.device)
 
 
-def _native_cannot(q: torch.Tensor) -> str | None:
-    if q.shape[1] > NATIVE_MAX_QUERIES:  # a comparison that torch.compile can hold as a guard
-        return f"the compiled library decodes, at most {NATIVE_MAX_QUERIES} queries"
+def _native_cannot(q: torch.Tensor, k: torch.Tensor) -> str | None:
+    # comparisons that torch.compile can hold as guards
+    if q.device.type == "cuda" and q.shape[1] > NATIVE_MAX_QUERIES:
+        return f"the compiled library decodes on a GPU, at most {NATIVE_MAX_QUERIES} queries"
+    if k.shape[1] > _MAX_NATIVE_KEYS:
+        return f"the compiled library takes at most {_MAX_NATIVE_KEYS} keys"
     if q.dtype == torch.float64:
         return "the compiled library computes in float32, q is float64"
     if q.shape[-1] > _MAX_HEAD_DIM:
@@ -191,6 +208,8 @@ def _check(
     causal: bool,
     scale: float | None,
 ) -> None:
+    if lo is None and hi is None and scale is None and type(causal) is bool and _plain(q, k, v):
+        return
     check_tensor(_OP, "q", q, "(B, M, H, D)", _DTYPES)
     check_tensor(_OP, "k", k, "(B, N, Hkv, D)", _DTYPES, q.device)
     check_tensor(_OP, "v", v, "(B, N, Hkv, D)", _DTYPES, q.device)
@@ -242,19 +261,20 @@ def _check_bound(name: str, bound: torch.Tensor, batch: int, m: int, n: int, dev
 
 # ---- the registered ops: what torch.compile, export, FSDP and opcheck see -------------------------------------------
 
+# Triton's; native for few queries, on a CPU and a GPU; native for many, on a CPU
+_FORWARD = ("cross_attention_fwd", "cross_attention_decode", "cross_attention_tiles")
+_BACKWARD = ("cross_attention_bwd", "cross_attention_tiles_bwd")
 _lib = torch.library.Library("calm_fast", "FRAGMENT")
-_lib.define(
-    "cross_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, bool causal, float scale)"
-    " -> (Tensor out, Tensor lse)"
-)
-_lib.define(
-    "cross_attention_decode(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, bool causal, float scale)"
-    " -> (Tensor out, Tensor lse)"
-)
-_lib.define(
-    "cross_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    " Tensor? lo, Tensor? hi, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)"
-)
+for _name in _FORWARD:
+    _lib.define(
+        f"{_name}(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, bool causal, float scale)"
+        " -> (Tensor out, Tensor lse)"
+    )
+for _name in _BACKWARD:
+    _lib.define(
+        f"{_name}(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+        " Tensor? lo, Tensor? hi, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)"
+    )
 
 
 @torch.library.impl(_lib, "cross_attention_fwd", "CompositeExplicitAutograd")
@@ -264,23 +284,6 @@ def _fwd(q, k, v, lo, hi, causal, scale):
     return kernels.launch_cross_attention_fwd(q, k, v, lo, hi, causal, scale)
 
 
-def wide_loads(t: torch.Tensor) -> torch.Tensor:
-    """`t`, or a copy of it where its rows do not begin at multiples of 16 bytes: what the CUDA kernels load at once."""
-    pack = 16 // t.itemsize
-    fits = t.stride(-1) == 1 and all(stride % pack == 0 for stride in t.stride()[:-1]) and t.data_ptr() % 16 == 0
-    return t if fits else t.clone(memory_format=torch.contiguous_format)
-
-
-@torch.library.impl(_lib, "cross_attention_decode", "CompositeExplicitAutograd")
-def _decode(q, k, v, lo, hi, causal, scale):
-    if q.device.type == "cuda":
-        q, k, v = (wide_loads(t) for t in (q, k, v))
-    else:
-        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    lo, hi = (t if t is None else t.contiguous() for t in (lo, hi))
-    return torch.ops.calm_fast._native_cross_attention(q, k, v, lo, hi, causal, scale)
-
-
 @torch.library.impl(_lib, "cross_attention_bwd", "CompositeExplicitAutograd")
 def _bwd(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale):
     from calm_fast.kernels import cross_attention as kernels
@@ -288,14 +291,46 @@ def _bwd(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale):
     return kernels.launch_cross_attention_bwd(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale)
 
 
-@torch.library.register_fake("calm_fast::cross_attention_fwd", lib=_lib)
-@torch.library.register_fake("calm_fast::cross_attention_decode", lib=_lib)
+def wide_loads(t: torch.Tensor) -> torch.Tensor:
+    """`t`, or a copy of it where its rows do not begin at multiples of 16 bytes: what the CUDA kernels load at once."""
+    pack = 16 // t.itemsize
+    fits = t.stride(-1) == 1 and all(stride % pack == 0 for stride in t.stride()[:-1]) and t.data_ptr() % 16 == 0
+    return t if fits else t.clone(memory_format=torch.contiguous_format)
+
+
+def _whole_rows(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    return tuple(t if t is None else t.contiguous() for t in tensors)
+
+
+@torch.library.impl(_lib, "cross_attention_decode", "CompositeExplicitAutograd")
+def _decode(q, k, v, lo, hi, causal, scale):
+    rows = wide_loads if q.device.type == "cuda" else _whole_rows
+    return torch.ops.calm_fast._native_cross_attention(rows(q), rows(k), rows(v), *_contiguous(lo, hi), causal, scale)
+
+
+@torch.library.impl(_lib, "cross_attention_tiles", "CompositeExplicitAutograd")
+def _tiles(q, k, v, lo, hi, causal, scale):
+    rows = (_whole_rows(t) for t in (q, k, v))
+    return torch.ops.calm_fast._native_cross_attention_fwd(*rows, *_contiguous(lo, hi), causal, scale)
+
+
+@torch.library.impl(_lib, "cross_attention_tiles_bwd", "CompositeExplicitAutograd")
+def _tiles_bwd(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale):
+    rows = (_whole_rows(t) for t in (q, k, v))
+    return torch.ops.calm_fast._native_cross_attention_bwd(
+        *_contiguous(dout, dlse), *rows, *_contiguous(out, lse, lo, hi), causal, scale
+    )
+
+
 def _fwd_fake(q, k, v, lo, hi, causal, scale):
     batch, m, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, m), dtype=torch.float32)
 
 
-@torch.library.register_fake("calm_fast::cross_attention_bwd", lib=_lib)
 def _bwd_fake(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -306,31 +341,38 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlse):
-    q, k, v, lo, hi, out, lse = ctx.saved_tensors
-    if dout is None and dlse is None:
-        return (None,) * 7
-    dout = torch.zeros_like(out) if dout is None else dout
-    grads = torch.ops.calm_fast.cross_attention_bwd(dout, dlse, q, k, v, out, lse, lo, hi, ctx.causal, ctx.scale)
-    return (*grads, None, None, None, None)
-
-
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError(f"{_OP}: impl='triton' has no double backward. Use impl='reference' for it.")
-
-
-def _decode_backward(ctx, dout, dlse):
-    if dout is None and dlse is None:
-        return (None,) * 7
-    q, k, v, lo, hi, out, lse = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
+def _decode_bwd(dout, dlse, q, *rest):
+    if q.device.type == "cpu":
+        return torch.ops.calm_fast.cross_attention_tiles_bwd(dout, dlse, q, *rest)
     # few queries: their scores are small enough to be computed again as a whole
-    grads = cross_attention_torch_bwd(dout, dlse, q, k, v, out, lse, lo, hi, ctx.causal, ctx.scale)
-    return (*grads, None, None, None, None)
+    return cross_attention_torch_bwd(dout, dlse, q, *rest)
 
 
-torch.library.register_autograd("calm_fast::cross_attention_fwd", _backward, setup_context=_setup_context, lib=_lib)
-torch.library.register_autograd(
-    "calm_fast::cross_attention_decode", _decode_backward, setup_context=_setup_context, lib=_lib
-)
-torch.library.register_autograd("calm_fast::cross_attention_bwd", _no_double_backward, lib=_lib)
+def _differentiated_by(backward):
+    """The autograd formula of a forward: `backward`(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale)."""
+
+    def formula(ctx, dout, dlse):
+        if dout is None and dlse is None:
+            return (None,) * 7
+        q, k, v, lo, hi, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        return (*backward(dout, dlse, q, k, v, out, lse, lo, hi, ctx.causal, ctx.scale), None, None, None, None)
+
+    return formula
+
+
+def _no_double_backward(impl):
+    def formula(ctx, *grads):
+        raise RuntimeError(f"{_OP}: impl='{impl}' has no double backward. Use impl='reference' for it.")
+
+    return formula
+
+
+_DERIVATIVES = (torch.ops.calm_fast.cross_attention_bwd, _decode_bwd, torch.ops.calm_fast.cross_attention_tiles_bwd)
+for _name, _derivative in zip(_FORWARD, _DERIVATIVES, strict=True):
+    torch.library.register_fake(f"calm_fast::{_name}", _fwd_fake, lib=_lib)
+    _formula = _differentiated_by(_derivative)
+    torch.library.register_autograd(f"calm_fast::{_name}", _formula, setup_context=_setup_context, lib=_lib)
+for _name, _impl in zip(_BACKWARD, ("triton", "native"), strict=True):
+    torch.library.register_fake(f"calm_fast::{_name}", _bwd_fake, lib=_lib)
+    torch.library.register_autograd(f"calm_fast::{_name}", _no_double_backward(_impl), lib=_lib)
