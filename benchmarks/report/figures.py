@@ -155,9 +155,11 @@ def scaling(curve: Curve, quantity: str) -> str | None:
         return None
     xs = sorted({x for line in lines.values() for x, _ in line})
     ys = [y for line in lines.values() for _, y in line]
+    low = min(ys) / 1.5
+    high = 1.6 * max(ys) * (max(ys) / low) ** (0.08 * len(lines))  # the legend stands above the lines
     with canvas.style():
         drawn, axes = canvas.figure(2.5)
-        axes.set(xscale="log", yscale="log", xlim=(xs[0] / 1.15, xs[-1] * 1.15), ylim=(min(ys) / 1.5, max(ys) * 1.6))
+        axes.set(xscale="log", yscale="log", xlim=(xs[0] / 1.15, xs[-1] * 1.15), ylim=(low, high))
         styles = iter(["-", "--", ":", "-."] * 4)
         for impl, line in sorted(lines.items(), key=lambda item: item[0] != curve.headline):
             mine = impl == curve.headline
@@ -175,7 +177,7 @@ def scaling(curve: Curve, quantity: str) -> str | None:
         axes.xaxis.set_major_locator(FixedLocator(xs))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
-        canvas.log_ticks(axes.yaxis, min(ys) / 1.5, max(ys) * 1.6)
+        canvas.log_ticks(axes.yaxis, low, high)
         axes.set_xlabel(curve.series.size)
         axes.set_ylabel("ms" if quantity == "ms" else "peak MiB")
         axes.legend(frameon=False, fontsize=7, loc="upper left", handlelength=2.2)

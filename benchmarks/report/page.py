@@ -45,10 +45,10 @@ td,th{padding:.18rem .9rem .18rem 0;border-bottom:1px solid var(--line);vertical
 .verdicts{font-size:14px}.verdicts .name a{font-weight:600;color:inherit;text-decoration:none}
 .verdicts .name a:hover{text-decoration:underline}.verdicts b.slower{color:var(--missed)}
 .verdicts .name,.verdicts .ratio,.verdicts th{white-space:nowrap}.verdicts b{color:var(--ours);font-size:15px}
-.verdicts small{color:var(--muted);font-size:12px}.verdicts th:first-child{width:17rem}
+.verdicts small{color:var(--muted);font-size:12px;white-space:nowrap}.verdicts th:first-child{width:17rem}
 .verdicts .long{white-space:normal}.verdicts .long a{font-weight:400}
-.others{display:block;color:var(--muted);font-size:12.5px;white-space:normal}.others span{display:inline-block;
-margin-right:.7rem;white-space:nowrap}
+.others{color:var(--muted);font-size:12.5px;white-space:normal;margin-left:.7rem}
+.others span{display:inline-block;white-space:nowrap;margin-right:.8rem}
 .goal{display:inline-block;margin-right:.8rem}
 .box{overflow-x:auto;border:1px solid var(--line);border-radius:6px;padding:.2rem .7rem}
 .box table{font-size:12.5px;width:auto;min-width:100%}.box td,.box th{white-space:nowrap}.box td.why{white-space:normal;
@@ -62,11 +62,12 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;margin:0}d
 overflow-wrap:anywhere}
 @media(min-width:701px){.verdicts wbr{display:none}}
 @media(max-width:700px){body{padding:.9rem .8rem 2rem}
-.verdicts thead{position:absolute;clip-path:inset(50%)}
-.verdicts,.verdicts tbody,.verdicts tr,.verdicts td{display:block;
-width:100%}.verdicts tr{padding:.4rem 0;border-bottom:1px solid var(--line)}.verdicts td{border:0;padding:0}
-.verdicts td.ratio,.verdicts td.floor{display:inline-block;width:auto;margin-right:1rem}
-.verdicts td.floor::after{content:" the floor";color:var(--muted)}.verdicts td:empty{display:none}
+.verdicts thead{position:absolute;clip-path:inset(50%)}.verdicts,.verdicts tbody,.verdicts td{display:block}
+.verdicts tr{display:grid;grid-template-columns:1fr auto;gap:0 .8rem;padding:.4rem 0;
+border-bottom:1px solid var(--line)}
+.verdicts td{grid-column:1/3;border:0;padding:0}.verdicts .name{grid-area:1/1;white-space:normal}
+.verdicts .floor{grid-area:1/2}.verdicts .ratio{white-space:normal}
+.verdicts .floor:not(:empty)::after{content:" the floor";color:var(--muted)}.verdicts td:empty{display:none}
 dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}}
 @media print{@page{margin:12mm}body{font-size:10pt;max-width:none;padding:0}h2{break-after:avoid}
 .verdicts{font-size:8pt}.verdicts b{font-size:8.5pt}.verdicts th:first-child{width:10rem}.verdicts small{font-size:7pt}
@@ -89,8 +90,8 @@ def _spaced(text: str) -> str:
 
 def _others(ratios: Iterable[tuple[str, float]]) -> str:
     """The baselines after the best one."""
-    each = (f"<span>{times(value)} {_spaced(name)}</span>" for name, value in ratios)
-    return f'<span class="others">{" ".join(each)}</span>' if ratios else ""
+    each = " ".join(f"<span>{times(value)} {_e(name)}</span>" for name, value in ratios)
+    return f'<span class="others">{each}</span>' if each else ""
 
 
 def _verdict_row(v: Verdict) -> str:
@@ -186,8 +187,11 @@ def settings(lines: Iterable[tuple[str, str]]) -> str:
 
 def page(rows: Sequence[Row], found: Sequence[Verdict], ceilings: Mapping[str, Ceilings]) -> str:
     """report.html: text, tables and plots, nothing loaded from elsewhere."""
-    device = f'<span class="muted">{_e(rows[0]["device"])}, {_e(rows[0]["date"][:10])}</span>' if rows else ""
-    parts = [f'<div class="head"><h1>calm_fast bench</h1>{device}</div>', _verdicts(found)]
+    device = ", ".join((rows[0]["device"], rows[0]["date"][:10].replace("-", "\u2011"))) if rows else ""
+    parts = [
+        f'<div class="head"><h1>calm_fast bench</h1><span class="muted">{_e(device)}</span></div>',
+        _verdicts(found),
+    ]
     alone = single(found)
     overview = [
         (figures.ratio_bars(alone), "Ratio to the best baseline"),
