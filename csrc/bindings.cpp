@@ -32,10 +32,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(calm_fast, m) {
   m.def("_native_linear_logprob_dlogits(Tensor up, Tensor? down, Tensor hidden, Tensor weight, Tensor? bias,"
         " Tensor targets, Tensor lse, Tensor? entropy, float temperature, float? softcap, int first, Tensor(a!) out,"
         " int lane=-1) -> ()");
-  m.def("_native_linear_nce_fwd(Tensor student, Tensor nat, Tensor neg, Tensor weight, Tensor? bias, Tensor targets,"
-        " float temperature, float? softcap, int lane=-1) -> (Tensor lse, Tensor losses)");
+  m.def("_native_linear_nce_fwd(Tensor? student, Tensor nat, Tensor? neg, Tensor weight, Tensor? bias, Tensor targets,"
+        " float temperature, float? softcap, Tensor(a!)? kept=None, int lane=-1)"
+        " -> (Tensor lse, Tensor losses, Tensor references)");
   m.def("_native_linear_nce_dlogits(Tensor coefficients, Tensor student, Tensor nat, Tensor weight, Tensor? bias,"
         " Tensor targets, Tensor lse, float temperature, float? softcap, int first, Tensor(a!) out, int lane=-1) -> ()");
+  m.def("_native_linear_nce_gradient(Tensor coefficients, Tensor kept, Tensor references, Tensor weight, Tensor targets,"
+        " Tensor lse, float temperature, float? softcap, int lane=-1) -> Tensor");
 }
 CALM_FAST_MODULE(_cpu)
 #else

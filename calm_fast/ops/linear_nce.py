@@ -19,8 +19,6 @@ from calm_fast.ops.vocabulary import (
 from calm_fast.reference.linear_nce import linear_nce_reference
 
 _OP = "linear_nce"
-# implementations that make loss and gradient in one pass
-_STEP_IMPLS = ("torch", "triton")
 
 
 def linear_nce(
@@ -78,7 +76,7 @@ def linear_nce(
     if decision.impl == "reference":
         return linear_nce_reference(student, nat, neg, weight, targets, seq_ids, *options, bias, softcap, ignore_index)
     arguments = (student, nat, neg, weight, bias, targets, seq_ids, *options, softcap, ignore_index, decision.impl)
-    if decision.impl in _STEP_IMPLS and _only_the_student_learns(student, weight, bias):
+    if _only_the_student_learns(student, weight, bias):
         return torch.ops.calm_fast.linear_nce_step(*arguments)[0]
     return torch.ops.calm_fast.linear_nce_fwd(*arguments)[0]
 
@@ -192,6 +190,8 @@ def _step(*args):
         from calm_fast.kernels import linear_nce as kernels
 
         return kernels.launch_linear_nce_step(*args)
+    if impl == "native":
+        return _native_step(*args)
     from calm_fast.torch_impl.linear_nce import linear_nce_torch_step
 
     return linear_nce_torch_step(*args)
@@ -231,10 +231,65 @@ def _native_fwd(
     streams = take(rows, student, nat, neg)
     targets, seq_ids = take(rows, targets.contiguous(), seq_ids)
     bias = None if bias is None else bias.float().contiguous()
-    lse, losses = torch.ops.calm_fast._native_linear_nce_fwd(
-        *streams, weight, bias, targets, temperature, softcap, vocabulary.LANE
+    lse, losses, _ = torch.ops.calm_fast._native_linear_nce_fwd(
+        *streams, weight, bias, targets, temperature, softcap, None, vocabulary.LANE
     )
     return combine(lse, *losses, seq_ids, rows, tokens, alpha, temperature, offset)
+
+
+class _NativeEngine:
+    """See `torch_impl.steps.linear_nce.Engine`. Kept logits are float32, or float16 and relative to the target's."""
+
+    def __init__(self, streams: tuple, head: tuple, temperature: float, most: int) -> None:
+        """streams: student, nat, neg, targets. head: weight, bias, softcap. most: tokens of the largest chunk."""
+        *self.streams, self.targets = streams
+        weight, bias, self.softcap = head
+        self.weight, self.temperature = weight, temperature
+        self.bias = None if bias is None else bias.float().contiguous()
+        dtype = torch.float32 if weight.dtype == torch.float32 else torch.float16
+        self.memory = weight.new_empty(2 * weight.shape[0] * _whole_vectors(most), dtype=dtype)
+
+    def _kept(self, rows: slice) -> torch.Tensor:
+        shape = (2, self.weight.shape[0], _whole_vectors(rows.stop - rows.start))
+        return self.memory[: shape[0] * shape[1] * shape[2]].view(shape)
+
+    def _swept(self, student, nat, neg, rows: slice, kept: torch.Tensor | None) -> tuple:
+        return torch.ops.calm_fast._native_linear_nce_fwd(
+            student, nat[rows], neg, self.weight, self.bias, self.targets[rows], self.temperature, self.softcap, kept,
+            vocabulary.LANE,
+        )  # fmt: skip
+
+    def calibrate(self, rows: slice) -> torch.Tensor:
+        return self._swept(None, self.streams[1], self.streams[2][rows], rows, None)[1][2]
+
+    def sweep(self, rows: slice, calibrated: bool = False) -> tuple[torch.Tensor, ...]:
+        student, nat, neg = self.streams
+        neg = None if calibrated else neg[rows]
+        lse, losses, self.references = self._swept(student[rows], nat, neg, rows, self._kept(rows))
+        return lse, *losses[: 2 if calibrated else 3]
+
+    def gradient(self, rows: slice, lse: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        return torch.ops.calm_fast._native_linear_nce_gradient(
+            coefficients.contiguous(), self._kept(rows), self.references, self.weight, self.targets[rows], lse,
+            self.temperature, self.softcap, vocabulary.LANE,
+        )  # fmt: skip
+
+
+def _whole_vectors(tokens: int) -> int:
+    return -(-tokens // 16) * 16
+
+
+def _native_step(
+    student, nat, neg, weight, bias, targets, seq_ids, alpha, temperature, offset, softcap, ignore_index
+):  # fmt: skip
+    """Sweeps and products by the compiled library; which tokens when is said in torch_impl.steps."""
+    from calm_fast.torch_impl.steps.linear_nce import step
+
+    def engine_of(*streams, most):
+        return _NativeEngine(streams, (weight, bias, softcap), temperature, most)
+
+    streams = (student, nat, neg)
+    return step(engine_of, *streams, weight, targets.contiguous(), seq_ids, alpha, temperature, offset, ignore_index)
 
 
 def _native_bwd(

@@ -56,9 +56,10 @@ def _sweep(
             soft_student.add(z, spare)
         powers = soft_nat.add(z_nat, spare)
         if with_student:
-            soft_nat.weigh(powers, z)
+            soft_nat.weigh(powers, tiles.without_banned(z))
         if with_neg:
-            neg.weigh(neg.add(z_neg, spare), z_neg.sub_(z_nat))
+            powers = neg.add(z_neg, spare)
+            neg.weigh(powers, tiles.without_banned(z_neg).sub_(tiles.without_banned(z_nat)))
     lse, lse_soft, lse_nat = student.log_sum(), soft_student.log_sum(), soft_nat.log_sum()
     kl = neg.mean() - neg.log_sum() + nat.log_sum()
     return torch.stack((lse, lse_soft, lse_nat)), lse - at_target.values, lse_soft - tau * soft_nat.mean(), kl
@@ -231,9 +232,8 @@ def linear_nce_torch_step(
         the loss () and (T, d), both in the compute dtype; 0 for ignored tokens.
     """
 
-    def engine_of(*streams_and_most):
-        *streams, most = streams_and_most
-        return _TorchEngine(tuple(streams), (weight, bias, softcap), temperature, most)
+    def engine_of(*streams: torch.Tensor, most: int) -> _TorchEngine:
+        return _TorchEngine(streams, (weight, bias, softcap), temperature, most)
 
     options = (alpha, temperature, offset, ignore_index)
     return step(engine_of, student, nat, neg, weight, targets, seq_ids, *options)

@@ -2,12 +2,15 @@
 // two steps of exp2 that read a number's bits. NaN survives: maximum(a, b) gives b where either is NaN, so b is the data.
 //
 // fused(a, b, c) = a b + c, rounded once where the lane can. dot(acc, a, b) adds a product of 32-bit operands: one
-// float32 each, or two bfloat16 each (kPairs). greater(a, b) and same(a, b) are masks for any() and pick(mask, x, y).
+// float32 each, or two bfloat16 each (kPairs), as paired(even, odd) makes them. store_half and load_half are IEEE half
+// precision in memory. greater(a, b) and same(a, b) are masks for any() and pick(mask, x, y).
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include <torch/headeronly/util/Half.h>
 
 #include "common/lanes.h"
 
@@ -85,6 +88,11 @@ LANE V scaled(V a, V rounded) {
   }
   return out;
 }
+LANE void store_half(uint16_t* to, V a) {
+  for (int i = 0; i < kWidth; ++i) to[i] = torch::headeronly::detail::fp16_ieee_from_fp32_value(a.x[i]);
+}
+LANE V load_half(const uint16_t* from) { CALM_FAST_EACH(torch::headeronly::detail::fp16_ieee_to_fp32_value(from[i])); }
+LANE V paired(V even, V) { return even; }
 CALM_FAST_EXP2
 #undef CALM_FAST_EACH
 #undef LANE
@@ -117,6 +125,13 @@ LANE V scaled(V a, V rounded) {
   const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(rounded), 23);
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), n));
 }
+LANE void store_half(uint16_t* to, V a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+LANE V load_half(const uint16_t* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+LANE V paired(V even, V) { return even; }
 CALM_FAST_EXP2
 #undef LANE
 }  // namespace avx2
@@ -143,6 +158,13 @@ CALM_FAST_EXP2
   LANE V scaled(V a, V rounded) {                                                                         \
     const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(rounded), 23);                                \
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), n));                              \
+  }                                                                                                       \
+  LANE void store_half(uint16_t* to, V a) {                                                               \
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;                               \
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(a, kNearest));                    \
+  }                                                                                                       \
+  LANE V load_half(const uint16_t* from) {                                                                \
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));                   \
   }
 
 namespace avx512 {
@@ -150,6 +172,7 @@ namespace avx512 {
 constexpr bool kPairs = false;
 CALM_FAST_AVX512_VECTORS
 LANE V dot(V acc, V a, V b) { return _mm512_fmadd_ps(a, b, acc); }
+LANE V paired(V even, V) { return even; }
 CALM_FAST_EXP2
 #undef LANE
 }  // namespace avx512
@@ -159,6 +182,11 @@ namespace avx512_bf16 {
 constexpr bool kPairs = true;
 CALM_FAST_AVX512_VECTORS
 LANE V dot(V acc, V a, V b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+LANE V paired(V even, V odd) {
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+  return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
 CALM_FAST_EXP2
 #undef LANE
 }  // namespace avx512_bf16

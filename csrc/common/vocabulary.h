@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "common/lanes.h"
 
@@ -43,6 +44,11 @@ class Host {
   virtual ~Host() = default;
   // aligned to a cache line, for as long as the host lives
   virtual float* memory(int64_t words) = 0;
+  float* zeroed(int64_t words) {
+    float* found = memory(words > 0 ? words : 1);
+    std::memset(found, 0, static_cast<size_t>(words) * 4);
+    return found;
+  }
   // calls body(context, i) for every i < tasks, in any order, some at the same time
   virtual void run(void (*body)(void*, int64_t), void* context, int64_t tasks) = 0;
 };
@@ -51,10 +57,20 @@ class Host {
 void sweep_logprob(
     Lane lane, const Matrix& hidden, const Head& head, const int64_t* targets, const Logprob& out, Host& host);
 
-// student, nat, neg (T, d).
+// Logits that a sweep leaves behind for gradient_nce: (V, stride) for student and nat, stride being T rounded up to 16.
+// 16 bits wide they are relative to the logit of their token's target, of which `references` (2, stride) keeps both.
+// Beyond 65504 above it there is no room: infinity, and so NaN in that token's gradient.
+struct NceKept {
+  void *student, *nat;  // null = nothing kept
+  float* references;
+  int64_t stride;
+  Type type;  // float32 or float16
+};
+
+// student, nat, neg (T, d); without student only lse_nat and kl, without neg all but kl.
 void sweep_nce(
-    Lane lane, const Matrix& student, const Matrix& nat, const Matrix& neg, const Head& head, const int64_t* targets,
-    const Nce& out, Host& host);
+    Lane lane, const Matrix* student, const Matrix& nat, const Matrix* neg, const Head& head, const int64_t* targets,
+    const Nce& out, const NceKept& kept, Host& host);
 
 // Columns first .. first + columns of the logit gradients, column by column: out[c * stride + t], in the inputs' type.
 struct Tile {
@@ -78,5 +94,10 @@ struct NceGradient {
 void dlogits_nce(
     Lane lane, const Matrix& student, const Matrix& nat, const Head& head, const int64_t* targets,
     const NceGradient& in, const Tile& out, Host& host);
+
+// gradient (T, d) = dz weight, from kept logits; bias is in them already.
+void gradient_nce(
+    Lane lane, const NceKept& kept, const Head& head, const int64_t* targets, int64_t tokens, const NceGradient& in,
+    float* gradient, Host& host);
 
 }  // namespace calm_fast::vocabulary

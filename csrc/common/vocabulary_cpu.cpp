@@ -1,160 +1,22 @@
 // Drivers of the vocabulary sweeps: memory, blocks of tokens, splits of the vocabulary, and what the splits add up to.
 
-#include "common/vocabulary.h"
-
-// GCC 12 takes the undefined operand of its own unmasked AVX-512 intrinsics for a variable used uninitialized
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <vector>
 
-#include "common/dtypes.h"
-#include "common/vectors.h"
+#include "common/vocabulary_walk.h"
 
 namespace calm_fast::vocabulary {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr double kLn2 = 0.6931471805599453;
-
-// Columns of one task: a constant, so that neither the other tokens nor the threads change a token's sums.
-constexpr int64_t kSplit = 2048;
 // Bytes of a block's packed hidden states, which are read again for every few columns: a third of a common L3 cache. With
 // 640 KiB, within the L2 cache, d 4096 took a quarter longer: each packed weight row served too few tokens.
 constexpr int64_t kBlockBytes = 4 << 20;
-
-// ---- what the lanes read and write -----------------------------------------------------------------------------------
-
-struct Running {
-  float *max, *total, *weighted;  // per token of a block
-};
-
-struct LogprobSums {
-  Running running;
-  float* larger;
-};
-
-struct LogprobSweep {
-  const LogprobSums* sums;  // of each split
-  const float* at_target;
-  float scale;
-  bool want_entropy, want_rank;
-};
-
-struct NceSums {
-  Running student, soft_student, nat, soft_nat, neg;
-};
-
-struct NceSweep {
-  const NceSums* sums;
-  float scale;
-  bool plain;  // temperature 1
-};
-
-// per token of a block: dz = 2^x (constant + linear x), x = scale z + minus_lse, and `up` more at the target
-struct LogprobSlope {
-  const float *minus_lse, *constant, *linear, *up, *target;
-  float scale, softcap;
-  Type type;
-  Tile out;
-  int64_t first_token;
-};
-
-struct NceSlope {
-  const float *minus_lse, *minus_lse_soft, *minus_lse_nat, *hard, *soft, *target;
-  float scale, softcap;
-  bool plain;
-  Type type;
-  Tile out;
-  int64_t first_token;
-};
-
-// One block of tokens on its way through the vocabulary.
-struct Walk {
-  const Head* head;
-  const void* visitor;
-  const Matrix* const* hidden;  // of each stream
-  int64_t first_token;
-  uint32_t* panels;   // hidden states packed, stream by stream
-  uint32_t* scratch;  // of each split
-  int64_t scratch_words, padding, streams, tokens, padded, first, last, splits;
-};
-
-struct LaneFunctions {
-  int64_t rows, group, width;
-  bool pairs;
-  void (*pack_tokens)(void*, int64_t);
-  void (*target_logits)(const Walk&, const int64_t* targets, float* out);
-  void (*sweep_logprob)(void*, int64_t);
-  void (*sweep_nce)(void*, int64_t);
-  void (*slope_logprob)(void*, int64_t);
-  void (*slope_nce)(void*, int64_t);
-};
-
-}  // namespace
-}  // namespace calm_fast::vocabulary
-
-// ---- the lanes -------------------------------------------------------------------------------------------------------
-
-#define CALM_FAST_VOCABULARY_LANE(name, rows) \
-  namespace calm_fast::vocabulary {           \
-  namespace {                                 \
-  namespace name##_lane {                     \
-  using namespace calm_fast::name;            \
-  constexpr int kRows = rows;
-
-#define LANE inline
-CALM_FAST_VOCABULARY_LANE(scalar, 4)
-#include "common/vocabulary_lane.h"
-}}}  // NOLINT
-#undef LANE
-#if CALM_FAST_X86
-#define LANE CALM_FAST_AVX2 inline
-CALM_FAST_VOCABULARY_LANE(avx2, 4)
-#include "common/vocabulary_lane.h"
-}}}  // NOLINT
-#undef LANE
-#define LANE CALM_FAST_AVX512 inline
-CALM_FAST_VOCABULARY_LANE(avx512, 8)
-#include "common/vocabulary_lane.h"
-}}}  // NOLINT
-#undef LANE
-#define LANE CALM_FAST_AVX512_BF16 inline
-CALM_FAST_VOCABULARY_LANE(avx512_bf16, 8)
-#include "common/vocabulary_lane.h"
-}}}  // NOLINT
-#undef LANE
-#endif
-
-namespace calm_fast::vocabulary {
-namespace {
-
-const LaneFunctions& functions_of(Lane lane, Type type) {
-#if CALM_FAST_X86
-  if (lane == Lane::avx512_bf16 && type == Type::bfloat16) return avx512_bf16_lane::kFunctions;
-  if (lane >= Lane::avx512) return avx512_lane::kFunctions;
-  if (lane == Lane::avx2) return avx2_lane::kFunctions;
-#endif
-  return scalar_lane::kFunctions;
-}
-
-// ---- memory ----------------------------------------------------------------------------------------------------------
-
-float* zeroed(Host& host, int64_t words) {
-  float* memory = host.memory(std::max<int64_t>(words, 1));
-  std::memset(memory, 0, static_cast<size_t>(words) * 4);
-  return memory;
-}
-
-int64_t whole(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+// Parts of the product with logit gradients that may run at the same time; each packs weights into memory of its own.
+constexpr int64_t kTasks = 32;
 
 // Blocks of the tokens and splits of columns first .. last, with the memory that all blocks share.
 class Plan {
@@ -167,8 +29,8 @@ class Plan {
         most_(block_of(tokens, streams)),
         scratch_words_(whole((lane_.rows + 4) * words_, 16) + streams * lane_.rows * lane_.group) {
     const int64_t panel_words = (lane_.rows + 4) * words_;
-    float* panels = zeroed(host, streams * most_ * words_);
-    float* scratch = zeroed(host, std::max(splits * scratch_words_, (4 + lane_.width) * words_));
+    float* panels = host.zeroed(streams * most_ * words_);
+    float* scratch = host.zeroed(std::max(splits * scratch_words_, (4 + lane_.width) * words_));
     walk_ = Walk{
         &head, nullptr, nullptr, 0, reinterpret_cast<uint32_t*>(panels), reinterpret_cast<uint32_t*>(scratch),
         scratch_words_, whole(panel_words, 16) - panel_words, streams, 0, most_, first, last, splits};
@@ -185,7 +47,9 @@ class Plan {
     walk_.tokens = tokens;
     host_.run(lane_.pack_tokens, &walk_, splits);
   }
-  void target_logits(const int64_t* targets, float* out) const { lane_.target_logits(walk_, targets, out); }
+  void target_logits(int64_t stream, const int64_t* targets, float* out) const {
+    lane_.target_logits(walk_, stream, targets, out);
+  }
   void run(void (*body)(void*, int64_t), const void* visitor) {
     walk_.visitor = visitor;
     host_.run(body, &walk_, splits);
@@ -214,7 +78,7 @@ class Plan {
 class Sums {
  public:
   Sums(Host& host, const Plan& plan, int64_t count)
-      : most_(plan.most()), count_(count), memory_(zeroed(host, plan.splits * count * most_)) {}
+      : most_(plan.most()), count_(count), memory_(host.zeroed(plan.splits * count * most_)) {}
   float* array(int64_t split, int64_t index) { return memory_ + (split * count_ + index) * most_; }
   Running running(int64_t split, int64_t index) {
     return Running{array(split, index), array(split, index + 1), array(split, index + 2)};
@@ -269,7 +133,7 @@ void sweep_logprob(
     Lane lane, const Matrix& hidden, const Head& head, const int64_t* targets, const Logprob& out, Host& host) {
   Plan plan(host, lane, head, hidden.rows, 1, 0, head.weight.rows);
   Sums memory(host, plan, 4);
-  float* at_target = zeroed(host, plan.most());
+  float* at_target = host.zeroed(plan.most());
   std::vector<LogprobSums> sums;
   for (int64_t i = 0; i < plan.splits; ++i) sums.push_back({memory.running(i, 0), memory.array(i, 3)});
   const float scale = kLog2e / head.temperature;
@@ -278,7 +142,7 @@ void sweep_logprob(
   for (int64_t first = 0; first < hidden.rows; first += plan.most()) {
     const int64_t tokens = std::min(plan.most(), hidden.rows - first);
     plan.take(streams, first, tokens);
-    plan.target_logits(targets + first, at_target);
+    plan.target_logits(0, targets + first, at_target);
     for (const LogprobSums& s : sums) {
       clear(s.running, plan.most());
       std::fill(s.larger, s.larger + plan.most(), 0.0f);
@@ -300,12 +164,16 @@ void sweep_logprob(
 }
 
 void sweep_nce(
-    Lane lane, const Matrix& student, const Matrix& nat, const Matrix& neg, const Head& head, const int64_t* targets,
-    const Nce& out, Host& host) {
+    Lane lane, const Matrix* student, const Matrix& nat, const Matrix* neg, const Head& head, const int64_t* targets,
+    const Nce& out, const NceKept& kept, Host& host) {
   const bool plain = head.temperature == 1.0f;
-  Plan plan(host, lane, head, student.rows, 3, 0, head.weight.rows);
+  std::vector<const Matrix*> streams;
+  if (student) streams.push_back(student);
+  streams.push_back(&nat);
+  if (neg) streams.push_back(neg);
+  Plan plan(host, lane, head, nat.rows, static_cast<int64_t>(streams.size()), 0, head.weight.rows);
   Sums memory(host, plan, plain ? 9 : 15);
-  float* at_target = zeroed(host, plan.most());
+  float *at_target = host.zeroed(plan.most()), *nat_at_target = host.zeroed(plan.most());
   std::vector<NceSums> sums;
   for (int64_t i = 0; i < plan.splits; ++i) {
     NceSums s{memory.running(i, 0), {}, {}, memory.running(i, 3), memory.running(i, 6)};
@@ -314,12 +182,22 @@ void sweep_nce(
     sums.push_back(s);
   }
   const float scale = kLog2e / head.temperature;
-  const NceSweep sweep{sums.data(), scale, plain};
-  const Matrix* streams[] = {&student, &nat, &neg};
-  for (int64_t first = 0; first < student.rows; first += plan.most()) {
-    const int64_t tokens = std::min(plan.most(), student.rows - first);
-    plan.take(streams, first, tokens);
-    plan.target_logits(targets + first, at_target);
+  NceSweep sweep{
+      sums.data(), scale, plain, head.bias && head.softcap == 0, student != nullptr, neg != nullptr,
+      {{kept.student, kept.references, kept.stride, head.weight.rows, 0, kept.type},
+       {kept.nat, kept.references + kept.stride, kept.stride, head.weight.rows, 0, kept.type}}};
+  for (int64_t first = 0; first < nat.rows; first += plan.most()) {
+    const int64_t tokens = std::min(plan.most(), nat.rows - first);
+    plan.take(streams.data(), first, tokens);
+    if (student) plan.target_logits(0, targets + first, at_target);
+    if (kept.nat) {
+      plan.target_logits(1, targets + first, nat_at_target);
+      for (int64_t t = 0; t < tokens; ++t) {
+        kept.references[first + t] = std::isfinite(at_target[t]) ? at_target[t] : 0.0f;
+        kept.references[kept.stride + first + t] = std::isfinite(nat_at_target[t]) ? nat_at_target[t] : 0.0f;
+      }
+      for (KeptLogits& k : sweep.kept) k.first_token = first;
+    }
     for (const NceSums& s : sums) {
       for (const Running& r : {s.student, s.soft_student, s.nat, s.soft_nat, s.neg}) clear(r, plan.most());
     }
@@ -333,12 +211,13 @@ void sweep_nce(
         soft_teacher.add(s.soft_nat, t, false);
         negative.add(s.neg, t, false);
       }
+      out.lse_nat[first + t] = static_cast<float>(soft_teacher.log_sum());
+      if (neg) out.kl[first + t] = static_cast<float>(negative.mean() - negative.log_sum() + teacher.log_sum());
+      if (!student) continue;
       out.lse[first + t] = static_cast<float>(one.log_sum());
       out.lse_soft[first + t] = static_cast<float>(soft.log_sum());
-      out.lse_nat[first + t] = static_cast<float>(soft_teacher.log_sum());
       out.hard[first + t] = static_cast<float>(-one.log_share(at_target[t]));
       out.soft[first + t] = static_cast<float>(soft.log_sum() - soft_teacher.mean() / head.temperature);
-      out.kl[first + t] = static_cast<float>(negative.mean() - negative.log_sum() + teacher.log_sum());
     }
   }
 }
@@ -360,7 +239,7 @@ void dlogits_logprob(
     const Tile& out, Host& host) {
   Plan plan(host, lane, head, hidden.rows, 1, out.first, out.first + out.columns);
   const int64_t most = plan.most();
-  float *lse = zeroed(host, 5 * most), *constant = lse + most, *linear = lse + 2 * most, *up = lse + 3 * most;
+  float *lse = host.zeroed(5 * most), *constant = lse + most, *linear = lse + 2 * most, *up = lse + 3 * most;
   float* target = lse + 4 * most;
   const float scale = kLog2e / head.temperature;
   LogprobSlope slope{
@@ -383,30 +262,81 @@ void dlogits_logprob(
   }
 }
 
-void dlogits_nce(
-    Lane lane, const Matrix& student, const Matrix& nat, const Head& head, const int64_t* targets,
-    const NceGradient& in, const Tile& out, Host& host) {
-  Plan plan(host, lane, head, student.rows, 2, out.first, out.first + out.columns);
-  const int64_t most = plan.most();
-  float *lse = zeroed(host, 6 * most), *lse_soft = lse + most, *lse_nat = lse + 2 * most, *hard = lse + 3 * most;
-  float *soft = lse + 4 * most, *target = lse + 5 * most;
-  NceSlope slope{
-      lse, lse_soft, lse_nat, hard, soft, target, kLog2e / head.temperature, head.softcap, head.temperature == 1.0f,
-      head.weight.type, out, 0};
-  const Matrix* streams[] = {&student, &nat};
-  for (int64_t first = 0; first < student.rows; first += most) {
-    const int64_t tokens = std::min(most, student.rows - first);
-    plan.take(streams, first, tokens);
+namespace {
+
+// What the gradient of the logits needs of each token, for up to `most` of them.
+class NceTokens {
+ public:
+  NceTokens(Host& host, const Head& head, const Tile& out, int64_t most) : temperature_(head.temperature) {
+    float* at = host.zeroed(6 * most);
+    for (float*& array : arrays_) array = at, at += most;
+    const auto& [lse, lse_soft, lse_nat, hard, soft, target] = arrays_;
+    slope = NceSlope{
+        lse, lse_soft, lse_nat, hard, soft, target, kLog2e / head.temperature, head.softcap, head.temperature == 1.0f,
+        head.weight.type, out, 0};
+  }
+  void take(const NceGradient& in, const int64_t* targets, int64_t first, int64_t tokens) {
+    const auto& [lse, lse_soft, lse_nat, hard, soft, target] = arrays_;
     for (int64_t t = 0; t < tokens; ++t) {
       lse[t] = static_cast<float>(-in.lse[first + t] / kLn2);
       lse_soft[t] = static_cast<float>(-in.lse_soft[first + t] / kLn2);
       lse_nat[t] = static_cast<float>(-in.lse_nat[first + t] / kLn2);
       hard[t] = in.hard[first + t];
-      soft[t] = in.soft[first + t] / head.temperature;
+      soft[t] = in.soft[first + t] / temperature_;
     }
-    local_targets(targets + first, tokens, out, target);
+    local_targets(targets + first, tokens, slope.out, target);
     slope.first_token = first;
-    plan.run(plan.lane().slope_nce, &slope);
+  }
+
+  NceSlope slope;
+
+ private:
+  float temperature_;
+  float* arrays_[6];
+};
+
+}  // namespace
+
+void dlogits_nce(
+    Lane lane, const Matrix& student, const Matrix& nat, const Head& head, const int64_t* targets,
+    const NceGradient& in, const Tile& out, Host& host) {
+  Plan plan(host, lane, head, student.rows, 2, out.first, out.first + out.columns);
+  NceTokens token(host, head, out, plan.most());
+  const Matrix* streams[] = {&student, &nat};
+  for (int64_t first = 0; first < student.rows; first += plan.most()) {
+    const int64_t tokens = std::min(plan.most(), student.rows - first);
+    plan.take(streams, first, tokens);
+    token.take(in, targets, first, tokens);
+    plan.run(plan.lane().slope_nce, &token.slope);
+  }
+}
+
+void gradient_nce(
+    Lane lane, const NceKept& kept, const Head& head, const int64_t* targets, int64_t tokens, const NceGradient& in,
+    float* gradient, Host& host) {
+  const LaneFunctions& functions = functions_of(lane, head.weight.type);
+  const int64_t columns = head.weight.columns, vocabulary = head.weight.rows, width = whole(tokens, functions.width);
+  const int64_t words = functions.pairs ? kDepth / 2 : kDepth;
+  const int64_t tasks = std::min<int64_t>(whole(columns, functions.strip) / functions.strip, kTasks);
+  const int64_t scratch_words = words * functions.strip + functions.rows * functions.group;
+  NceTokens token(host, head, Tile{nullptr, 0, vocabulary, 0}, width);
+  token.take(in, targets, 0, tokens);
+  float *panels = host.zeroed(kSplit / kDepth * words * width), *scratch = host.zeroed(tasks * scratch_words);
+  float* sums = host.zeroed(columns * width);
+  NceStep step{
+      token.slope,
+      {{kept.student, kept.references, kept.stride, head.weight.rows, 0, kept.type},
+       {kept.nat, kept.references + kept.stride, kept.stride, head.weight.rows, 0, kept.type}},
+      &head.weight, reinterpret_cast<uint32_t*>(panels), reinterpret_cast<uint32_t*>(scratch), sums, scratch_words,
+      tokens, width, 0, 0, tasks};
+  for (; step.first < vocabulary; step.first = step.last) {
+    step.last = std::min(step.first + kSplit, vocabulary);
+    const int64_t blocks = whole(step.last - step.first, kDepth) / kDepth;
+    host.run(functions.logit_panels, &step, blocks * (whole(tokens, functions.group) / functions.group));
+    host.run(functions.hidden_gradient, &step, tasks);
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t c = 0; c < columns; ++c) gradient[t * columns + c] = sums[c * width + t];
   }
 }
 

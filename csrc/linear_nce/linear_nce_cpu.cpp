@@ -1,4 +1,5 @@
-// linear_nce on the CPU: three products, running sums and logit gradients a tile at a time (common/vocabulary_lane.h).
+// linear_nce on the CPU: three products, running sums and logit gradients a tile at a time (common/vocabulary_lane.h),
+// and the gradient of the hidden states from logits that a sweep kept (common/vocabulary_step_lane.h).
 
 #include <optional>
 #include <tuple>
@@ -15,25 +16,44 @@ using namespace vocabulary;
 
 constexpr const char* kOp = "linear_nce";
 
+// Memory of kept logits: (2, V, stride), float16 for 16-bit inputs.
+NceKept kept_of(const Tensor& kept, const Tensor& references, const Head& head, int64_t tokens) {
+  const bool wide = head.weight.type == Type::float32;
+  const int64_t stride = (tokens + 15) / 16 * 16;
+  STD_TORCH_CHECK(head.weight.rows < (int64_t{1} << 24), kOp, ": `weight` has too many rows");
+  check_tensor(kOp, "kept", kept, {2, head.weight.rows, stride}, wide ? ScalarType::Float : ScalarType::Half);
+  check_tensor(kOp, "references", references, {2, stride}, ScalarType::Float);
+  char* data = static_cast<char*>(kept.mutable_data_ptr());
+  return NceKept{
+      data, data + head.weight.rows * stride * (wide ? 4 : 2), static_cast<float*>(references.mutable_data_ptr()), stride,
+      wide ? Type::float32 : Type::float16};
+}
+
 // lse (3, T): log-sum-exps of the student, of the student and of nat over the temperature; losses (3, T): the hard and
-// the soft cross-entropy and KL(p_neg || p_nat) of each token
-std::tuple<Tensor, Tensor> linear_nce_fwd(
-    Tensor student, Tensor nat, Tensor neg, Tensor weight, std::optional<Tensor> bias, Tensor targets,
-    double temperature, std::optional<double> softcap, int64_t lane) {
+// the soft cross-entropy and KL(p_neg || p_nat) of each token; 0 where the stream for them is missing. Fills `kept`,
+// which needs the student; references (2, stride) belong to it.
+std::tuple<Tensor, Tensor, Tensor> linear_nce_fwd(
+    std::optional<Tensor> student, Tensor nat, std::optional<Tensor> neg, Tensor weight, std::optional<Tensor> bias,
+    Tensor targets, double temperature, std::optional<double> softcap, std::optional<Tensor> kept, int64_t lane) {
   const Head head = head_of(kOp, weight, bias, temperature, softcap);
-  const Matrix rows = rows_of(kOp, "student", student, head);
-  const int64_t tokens = rows.rows;
-  const Matrix nats = rows_of(kOp, "nat", nat, head, tokens), negs = rows_of(kOp, "neg", neg, head, tokens);
+  const Matrix nats = rows_of(kOp, "nat", nat, head);
+  const int64_t tokens = nats.rows;
+  std::optional<Matrix> rows, negs;
+  if (student) rows = rows_of(kOp, "student", *student, head, tokens);
+  if (neg) negs = rows_of(kOp, "neg", *neg, head, tokens);
   const int64_t* at = targets_of(kOp, targets, tokens, head.weight.rows);
   const Lane chosen = choose_lane(kOp, lane);
-  TorchHost host(student);
+  TorchHost host(nat);
 
-  Tensor lse = torch::stable::new_empty(student, {3, tokens}, ScalarType::Float);
-  Tensor losses = torch::stable::new_empty(student, {3, tokens}, ScalarType::Float);
+  STD_TORCH_CHECK(student || !kept, kOp, ": `kept` needs `student`");
+  Tensor references = torch::stable::new_zeros(nat, {2, kept ? (tokens + 15) / 16 * 16 : 0}, ScalarType::Float);
+  const NceKept memory = kept ? kept_of(*kept, references, head, tokens) : NceKept{};
+  Tensor lse = torch::stable::new_zeros(nat, {3, tokens}, ScalarType::Float);
+  Tensor losses = torch::stable::new_zeros(nat, {3, tokens}, ScalarType::Float);
   float *sums = static_cast<float*>(lse.mutable_data_ptr()), *loss = static_cast<float*>(losses.mutable_data_ptr());
   const Nce out{sums, sums + tokens, sums + 2 * tokens, loss, loss + tokens, loss + 2 * tokens};
-  sweep_nce(chosen, rows, nats, negs, head, at, out, host);
-  return {lse, losses};
+  sweep_nce(chosen, rows ? &*rows : nullptr, nats, negs ? &*negs : nullptr, head, at, out, memory, host);
+  return {lse, losses, references};
 }
 
 // Fills out (columns, T), in weight's dtype, with the logit gradients of columns first .. ; coefficients (2, T) weigh
@@ -56,11 +76,32 @@ void linear_nce_dlogits(
   dlogits_nce(choose_lane(kOp, lane), rows, nats, head, at, in, tile, host);
 }
 
+// (T, d) float32: the gradient of the hidden states whose logits are in `kept`; coefficients and lse as above.
+Tensor linear_nce_gradient(
+    Tensor coefficients, Tensor kept, Tensor references, Tensor weight, Tensor targets, Tensor lse, double temperature,
+    std::optional<double> softcap, int64_t lane) {
+  const Head head = head_of(kOp, weight, std::nullopt, temperature, softcap);
+  const int64_t tokens = targets.numel();
+  const int64_t* at = targets_of(kOp, targets, tokens, head.weight.rows);
+  const NceKept memory = kept_of(kept, references, head, tokens);
+  check_tensor(kOp, "coefficients", coefficients, {2, tokens}, ScalarType::Float);
+  check_tensor(kOp, "lse", lse, {3, tokens}, ScalarType::Float);
+  const auto* hard = static_cast<const float*>(coefficients.const_data_ptr());
+  const auto* sums = static_cast<const float*>(lse.const_data_ptr());
+  const NceGradient in{sums, sums + tokens, sums + 2 * tokens, hard, hard + tokens};
+  const Lane chosen = choose_lane(kOp, lane);
+  TorchHost host(weight);
+  Tensor gradient = torch::stable::new_empty(weight, {tokens, head.weight.columns}, ScalarType::Float);
+  gradient_nce(chosen, memory, head, at, tokens, in, static_cast<float*>(gradient.mutable_data_ptr()), host);
+  return gradient;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
   m.impl("_native_linear_nce_fwd", TORCH_BOX(&linear_nce_fwd));
   m.impl("_native_linear_nce_dlogits", TORCH_BOX(&linear_nce_dlogits));
+  m.impl("_native_linear_nce_gradient", TORCH_BOX(&linear_nce_gradient));
 }
 
 }  // namespace calm_fast

@@ -9,7 +9,7 @@ from calm_fast.ops.linear_nce import linear_nce
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("impl_name", ["reference"])
+@pytest.mark.parametrize("impl_name", ["reference", "torch"])
 def test_a_banned_token_is_as_good_as_absent(impl_name, temperature):
     """p_neg log(p_neg / p_nat) and p_nat log p_student are 0 where all three are 0."""
     gen = torch.Generator().manual_seed(3)

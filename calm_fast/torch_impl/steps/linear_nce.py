@@ -133,7 +133,7 @@ def step(
     it is known, longer ones are calibrated first, which takes one product more.
 
     Args:
-        engine_of: makes the engine from student, nat, neg, targets and the tokens of the largest chunk.
+        engine_of: makes the engine from student, nat, neg, targets and most=, the tokens of the largest chunk.
     """
     tokens, rows = targets.shape[0], valid_rows(targets, ignore_index)
     student, nat, neg, targets, seq_ids = take(rows, student, nat, neg, targets, seq_ids)
@@ -146,7 +146,7 @@ def step(
     streams = take(order, student, nat, neg, targets)
     ids = seq_ids if order is None else seq_ids[order]
     place = rows if order is None else order if rows is None else rows[order]
-    engine = engine_of(*streams, max(c.stop - c.start for c in chunks + parts))
+    engine = engine_of(*streams, most=max(c.stop - c.start for c in chunks + parts))
     numbers = gradient.new_zeros((3, count))  # hard, soft, kl
 
     def weigh(tokens_of: torch.Tensor | slice) -> torch.Tensor:

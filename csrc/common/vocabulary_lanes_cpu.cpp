@@ -1,0 +1,65 @@
+// The four lanes of the vocabulary sweeps, each the same sources under another target (common/vectors.h).
+
+#include "common/vocabulary_walk.h"
+
+// GCC 12 takes the undefined operand of its own unmasked AVX-512 intrinsics for a variable used uninitialized
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#include <cstring>
+
+#include "common/dtypes.h"
+#include "common/vectors.h"
+
+#define CALM_FAST_VOCABULARY_LANE(name, rows) \
+  namespace calm_fast::vocabulary {           \
+  namespace {                                 \
+  namespace name##_lane {                     \
+  using namespace calm_fast::name;            \
+  constexpr int kRows = rows;
+
+#define LANE inline
+CALM_FAST_VOCABULARY_LANE(scalar, 4)
+#include "common/vocabulary_products_lane.h"
+#include "common/vocabulary_lane.h"
+#include "common/vocabulary_step_lane.h"
+}}}  // NOLINT
+#undef LANE
+#if CALM_FAST_X86
+#define LANE CALM_FAST_AVX2 inline
+CALM_FAST_VOCABULARY_LANE(avx2, 4)
+#include "common/vocabulary_products_lane.h"
+#include "common/vocabulary_lane.h"
+#include "common/vocabulary_step_lane.h"
+}}}  // NOLINT
+#undef LANE
+#define LANE CALM_FAST_AVX512 inline
+CALM_FAST_VOCABULARY_LANE(avx512, 8)
+#include "common/vocabulary_products_lane.h"
+#include "common/vocabulary_lane.h"
+#include "common/vocabulary_step_lane.h"
+}}}  // NOLINT
+#undef LANE
+#define LANE CALM_FAST_AVX512_BF16 inline
+CALM_FAST_VOCABULARY_LANE(avx512_bf16, 8)
+#include "common/vocabulary_products_lane.h"
+#include "common/vocabulary_lane.h"
+#include "common/vocabulary_step_lane.h"
+}}}  // NOLINT
+#undef LANE
+#endif
+
+namespace calm_fast::vocabulary {
+
+const LaneFunctions& functions_of(Lane lane, Type type) {
+#if CALM_FAST_X86
+  if (lane == Lane::avx512_bf16 && type == Type::bfloat16) return avx512_bf16_lane::kFunctions;
+  if (lane >= Lane::avx512) return avx512_lane::kFunctions;
+  if (lane == Lane::avx2) return avx2_lane::kFunctions;
+#endif
+  return scalar_lane::kFunctions;
+}
+
+}  // namespace calm_fast::vocabulary
