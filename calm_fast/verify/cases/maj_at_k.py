@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from calm_fast.verify.numerics import Case, Inputs, Rounding, Values, sum_variance, unit_roundoff
+from calm_fast.verify.voting_samples import draw_samples
 
 # the rule counts accumulation in float32; these results are accumulated in float64
 _DOUBLE = (unit_roundoff(torch.float64) / unit_roundoff(torch.float32)) ** 2
@@ -103,30 +104,13 @@ class MajAtKCases:
         """The op's arguments from a fixed seed. Samples that do not vote hold what must not matter."""
         s: Spec = case.spec
         g = torch.Generator().manual_seed(zlib.crc32(repr(s).encode()))
-
-        def laid_out(values: torch.Tensor) -> torch.Tensor:  # strided: every other column of a transposed matrix
-            return values.repeat_interleave(2, 1).T.contiguous().T[:, ::2] if s.strided else values
-
         correct = torch.randint(0, s.classes, (s.q,), generator=g)
         answers = torch.randint(0, s.classes, (s.q, s.k), generator=g)
         share = torch.rand(s.q, 1, generator=g) * 2 * s.right
         answers = torch.where(torch.rand(s.q, s.k, generator=g) < share, correct.unsqueeze(1), answers)
-        scores = torch.randn(s.q, s.k, generator=g, dtype=torch.float64)
-        if s.step:
-            scores = (scores / s.step).round() * s.step
-        scores = scores.to(case.dtype)
-        scores[torch.rand(s.q, s.k, generator=g) < s.unscored] = float("nan")
-        valid = None
-        if s.invalid is not None:
-            valid = torch.rand(s.q, s.k, generator=g) >= s.invalid
-            answers[~valid] = -7
-            scores[~valid] = float("inf")
-            valid = laid_out(valid).to(device)
         return {
-            "answers": laid_out(answers).to(device),
+            **draw_samples(s, answers, case.dtype, device, g),
             "correct": correct.to(device),
-            "scores": None if s.rule == "count" else laid_out(scores).to(device),
-            "valid": valid,
             "ks": list(s.ks),
             "method": s.method,
             "resamples": s.resamples,

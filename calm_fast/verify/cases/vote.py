@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from calm_fast.verify.numerics import Case, Inputs, Rounding, Values
+from calm_fast.verify.voting_samples import draw_samples
 
 
 @dataclass(frozen=True)
@@ -80,28 +81,11 @@ class VoteCases:
         """The op's arguments from a fixed seed. Samples that do not vote hold what must not matter."""
         s: Spec = case.spec
         g = torch.Generator().manual_seed(zlib.crc32(repr(s).encode()))
-
-        def laid_out(values: torch.Tensor) -> torch.Tensor:  # strided: every other column of a transposed matrix
-            return values.repeat_interleave(2, 1).T.contiguous().T[:, ::2] if s.strided else values
-
         answers = torch.randint(0, s.classes, (s.q, s.k), generator=g)
         if s.largest:
             answers = s.largest - answers * (s.largest // s.classes)
-        scores = torch.randn(s.q, s.k, generator=g, dtype=torch.float64)
-        if s.step:
-            scores = (scores / s.step).round() * s.step
-        scores = scores.to(case.dtype)
-        scores[torch.rand(s.q, s.k, generator=g) < s.unscored] = float("nan")
-        valid = None
-        if s.invalid is not None:
-            valid = torch.rand(s.q, s.k, generator=g) >= s.invalid
-            answers[~valid] = -7
-            scores[~valid] = float("inf")
-            valid = laid_out(valid).to(device)
         return {
-            "answers": laid_out(answers).to(device),
-            "scores": None if s.rule == "count" else laid_out(scores).to(device),
-            "valid": valid,
+            **draw_samples(s, answers, case.dtype, device, g),
             "rule": s.rule,
             "lam": s.lam,
         }

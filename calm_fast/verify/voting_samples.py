@@ -1,0 +1,45 @@
+"""The scores and the valid mask that cases of vote and maj_at_k draw for their answers."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class SampleSpec(Protocol):
+    """What a case's Spec says of its samples."""
+
+    rule: str
+    step: float  # scores are multiples of it, so that sums of different classes meet; 0 = any
+    unscored: float  # share of NaN scores
+    invalid: float | None  # share of samples that do not vote; None = no `valid` at all
+    strided: bool
+
+
+def draw_samples(
+    spec: SampleSpec, answers: torch.Tensor, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, torch.Tensor | None]:
+    """answers (Q, K) int64, scores (Q, K) `dtype` or None, valid (Q, K) bool or None, laid out as `spec` says.
+
+    Samples that do not vote hold what must not matter: class -7 and an infinite score.
+    """
+
+    def laid_out(values: torch.Tensor) -> torch.Tensor:  # strided: every other column of a transposed matrix
+        values = values.repeat_interleave(2, 1).T.contiguous().T[:, ::2] if spec.strided else values
+        return values.to(device)
+
+    scores = torch.randn(answers.shape, generator=generator, dtype=torch.float64)
+    if spec.step:
+        scores = (scores / spec.step).round() * spec.step
+    scores = scores.to(dtype)
+    scores[torch.rand(answers.shape, generator=generator) < spec.unscored] = float("nan")
+    valid = None
+    if spec.invalid is not None:
+        valid = torch.rand(answers.shape, generator=generator) >= spec.invalid
+        answers, scores = answers.masked_fill(~valid, -7), scores.masked_fill(~valid, float("inf"))
+    return {
+        "answers": laid_out(answers),
+        "scores": None if spec.rule == "count" else laid_out(scores),
+        "valid": None if valid is None else laid_out(valid),
+    }
