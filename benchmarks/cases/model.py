@@ -72,7 +72,7 @@ def _scaling(
     found = []
     for count in (1, 2, 4, 8):
         name, many = f"s1_augmenters_{count}", replace(s, augmenters=count, m=lengths[0] * 2)
-        found.append(training_case(name, many, dtype, device, only=against[1:], series=AUGMENTERS, share=_POINT))
+        found.append(training_case(name, many, dtype, device, only=against, series=AUGMENTERS, share=_POINT))
     for m in lengths:
         name, longer = f"s2_length_{m}", replace(s, m=m)
         found.append(training_case(name, longer, dtype, device, only=against, series=LENGTH, share=_POINT))

@@ -75,6 +75,24 @@ def _loop(s: ModelShape, inputs: Inputs, step: Callable[[int, torch.Tensor], tor
     return run
 
 
+def _our_loop(s: ModelShape) -> Callable[[Inputs], Thunk]:
+    """Our model in the bare loop of `_cached`, without transformers' generate."""
+
+    def prepare(inputs: Inputs) -> Thunk:
+        model = composed(inputs)
+        kept: dict[str, Any] = {}
+
+        def step(i: int, ids: torch.Tensor) -> torch.Tensor:
+            past = {"past_key_values": kept["cache"]} if i else {}
+            out = model(input_ids=ids[:, -1:] if i else ids, use_cache=True, logits_to_keep=1, **past)
+            kept["cache"] = out.past_key_values
+            return out.logits[:, 0]
+
+        return _loop(s, inputs, step)
+
+    return prepare
+
+
 def _layers(inputs: Inputs, dtype: torch.dtype | None, **options: Any) -> Callable[..., torch.Tensor]:
     """The connections' equations one by one; options as for `unfolded_layer`."""
     heads = inputs["anchor"].config.num_attention_heads
@@ -237,6 +255,7 @@ def generation_case(
     small = s.reduced()
     contestants = [
         Contestant("calm_fast", _by_length(s, _ours), ours=True),
+        Contestant("calm_fast_loop", _by_length(s, _our_loop), ours=True),
     ]
     contestants += [Contestant(which, _by_length(s, partial(_cached, sdpa=LOOPS[which]))) for which in loops]
     for which in recompute:

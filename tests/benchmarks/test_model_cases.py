@@ -43,7 +43,7 @@ def test_every_contestant_is_right_and_timed(name):
     assert [row["failure"] for row in rows] == [None] * len(rows)
     assert all(row["ms"] > 0 and row["peak_bytes"] > 0 for row in rows)
     wanted = {"calm_fast", "parts"} | (
-        {"eager_cache", "unfolded_sdpa_cache", "eager_recompute", "released", "calm_pytorch"}
+        {"calm_fast_loop", "eager_cache", "unfolded_sdpa_cache", "eager_recompute", "released", "calm_pytorch"}
         if "generation" in name
         else {"eager", "unfolded_sdpa"} | ({"released"} if "augmenters" not in name else set())
     )
@@ -64,7 +64,9 @@ def test_a_connection_that_is_left_out_is_caught(build, monkeypatch):
     shape = TALK if build is generation_case else STEP
     rows, _ = measure(build("t", shape, torch.float32, CPU), SETTING)
     failures = {row["impl"]: row["failure"] for row in rows}
-    assert failures.pop("calm_fast").startswith("wrong: error") and not any(failures.values())
+    ours = {name for name in failures if name.startswith("calm_fast")}
+    assert ours == ({"calm_fast", "calm_fast_loop"} if build is generation_case else {"calm_fast"})
+    assert all(failures.pop(name).startswith("wrong: error") for name in ours) and not any(failures.values())
 
 
 def test_plain_definition_is_the_transformers_model():
@@ -139,6 +141,7 @@ def test_scaling_curves_have_their_points(device):
         assert case.share < 1 and case.headline == "calm_fast"
     assert set(curves) == {model.AUGMENTERS, model.LENGTH, model.LAYER_LENGTH}
     assert [case.shape["augmenters"] for case in curves[model.AUGMENTERS]] == [1, 2, 4, 8]
+    assert all([c.name for c in case.contestants][:3] == ["calm_fast", "eager", "unfolded_sdpa"] for case in found)
     for curve, points in curves.items():
         sizes = [case.shape[curve.size] for case in points]
         assert sizes == sorted(set(sizes)) and len(sizes) >= 4
