@@ -19,6 +19,7 @@ from .vocabulary import (
     row_pointers,
     running_sum,
     tile_position,
+    without_banned,
 )
 
 # rows of `part`: log-sum-exps in log2 units and means; the last two only where the temperature is not 1
@@ -31,6 +32,14 @@ _LSE_NEG = tl.constexpr(3)
 _MEAN_NEG = tl.constexpr(4)
 _LSE_SOFT = tl.constexpr(5)
 _LSE_NAT_SOFT = tl.constexpr(6)
+
+
+@triton.jit
+def finite(z, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """z with 0 for a banned token's -inf, which a softcap makes finite anyway."""
+    if HAS_SOFTCAP:
+        return z
+    return without_banned(z, HAS_BIAS)
 
 
 @triton.jit(do_not_specialize=["T", "ignore_index", "splits"])
@@ -106,20 +115,22 @@ def _linear_nce_sweep_kernel(
         if not PLAIN:
             max_q, sum_q, weights, shrink = running_sum(max_q, sum_q, z_s, inside, tau * LOG2_E)
             max_r, sum_r, weights, shrink = running_sum(max_r, sum_r, z_p, inside, tau * LOG2_E)
-        mean_p = mean_p * shrink + tl.sum(weights * z_s, 1)
+        mean_p = mean_p * shrink + tl.sum(weights * finite(z_s, HAS_BIAS, HAS_SOFTCAP), 1)
         max_n, sum_n, weights, shrink = running_sum(max_n, sum_n, z_n, inside, LOG2_E)
-        mean_n = mean_n * shrink + tl.sum(weights * (z_n - z_p), 1)
+        gap = finite(z_n, HAS_BIAS, HAS_SOFTCAP) - finite(z_p, HAS_BIAS, HAS_SOFTCAP)
+        mean_n = mean_n * shrink + tl.sum(weights * gap, 1)
 
     part = part_ptr + tl.cast(split, tl.int64) * T + rows
     plane = tl.cast(splits, tl.int64) * T
     tl.store(part + _LSE * plane, max_s + tl.log2(sum_s), mask=valid)
     tl.store(part + _LSE_NAT * plane, max_p + tl.log2(sum_p), mask=valid)
     tl.store(part + _LSE_NEG * plane, max_n + tl.log2(sum_n), mask=valid)
-    tl.store(part + _MEAN_NEG * plane, mean_n / sum_n, mask=valid)
+    # a split of nothing but banned tokens has no mean, and weighs nothing
+    tl.store(part + _MEAN_NEG * plane, tl.where(sum_n == 0.0, 0.0, mean_n / sum_n), mask=valid)
     if PLAIN:
-        tl.store(part + _MEAN_NAT * plane, mean_p / sum_p, mask=valid)
+        tl.store(part + _MEAN_NAT * plane, tl.where(sum_p == 0.0, 0.0, mean_p / sum_p), mask=valid)
     else:
-        tl.store(part + _MEAN_NAT * plane, mean_p / sum_r, mask=valid)
+        tl.store(part + _MEAN_NAT * plane, tl.where(sum_r == 0.0, 0.0, mean_p / sum_r), mask=valid)
         tl.store(part + _LSE_SOFT * plane, max_q + tl.log2(sum_q), mask=valid)
         tl.store(part + _LSE_NAT_SOFT * plane, max_r + tl.log2(sum_r), mask=valid)
     own = (targets >= begin) & (targets < begin + SPLIT_V)

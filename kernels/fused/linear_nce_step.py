@@ -28,15 +28,15 @@ _SCALE = 2.0**14
 _ALIGN = 16  # logits a row is padded to, so that every row begins at a whole vector
 _NO_SEQUENCE = torch.iinfo(torch.int64).max
 
-# (LANES, WIDTH): a vector of 16 bytes for each lane, two lanes for each thread
-_STATS_16BIT, _STATS_FLOAT = LaunchConfig(512, 8, 8, 1), LaunchConfig(512, 4, 8, 1)
+# (LANES, WIDTH): a lane for each thread, a vector of 16 bytes for each lane (with Triton 3.6 two lanes spilled)
+_STATS_16BIT, _STATS_FLOAT = LaunchConfig(256, 8, 8, 1), LaunchConfig(256, 4, 8, 1)
 _DZ = LaunchConfig(1024, 4096, 8, 1)  # BLOCK_J, BLOCK
 _CALIBRATE = LaunchConfig(64, 64, 4, 1)
 _PARTS = {
     "stats": (_linear_nce_stats_kernel, "LANES", "WIDTH"),
     "dz": (_linear_nce_dz_kernel, "BLOCK_J", "BLOCK"),
 }
-_INTERPRETER = {"stats": LaunchConfig(4, 8, 4, 1), "dz": LaunchConfig(4, 32, 4, 1)}
+_INTERPRETER = {"stats": LaunchConfig(8, 8, 4, 1), "dz": LaunchConfig(8, 64, 4, 1)}
 
 
 def row_config(part: str, dtype: torch.dtype) -> LaunchConfig:

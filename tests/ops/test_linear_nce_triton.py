@@ -1,0 +1,350 @@
+"""linear_nce's one-pass training step in Triton: both of its forms, forced on chunks of a few tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from calm_fast.ops.linear_nce import linear_nce
+from calm_fast.verify.cases.linear_nce import CASES, Spec
+from calm_fast.verify.numerics import Case, judge, truth_of
+
+pytest.importorskip("triton", reason="the kernels need Triton; it has wheels for Linux only")
+from calm_fast.kernels import linear_nce as kernels
+from calm_fast.kernels import linear_nce_step as step
+
+FORMS = pytest.mark.parametrize("whole", [True, False], ids=["whole-sequences", "any-tokens"])
+# every branch of the kernels; test_linear_nce.py runs all cases through the op, in one chunk
+IN_FLOAT = (
+    "single", "one-column", "all-ignored", "many-sequences", "past-edges", "long-rows", "temperature-low", "softcap",
+    "bias", "everything", "hard-only", "soft-only", "negative-offset", "sharp", "far-teachers", "strided",
+)  # fmt: skip
+IN_HALF = ("plain", "everything", "sharp")
+SMALL = [CASES.case(name, torch.float32, frozen=True) for name in IN_FLOAT]
+SMALL += [CASES.case(name, dtype, frozen=True) for dtype in (torch.bfloat16, torch.float16) for name in IN_HALF]
+TENSORS = ("student", "nat", "neg", "weight", "bias", "targets", "seq_ids")
+NUMBERS = ("alpha", "temperature", "offset", "softcap")
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, kernel_device):
+    """The CPU through the interpreter, or the GPU: one session compiles kernels or interprets them, never both."""
+    if request.param == "interpreter" and kernel_device.type != "cpu":
+        pytest.skip("this session has a GPU: its kernels are compiled")
+    return kernel_device
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fresh memory is full of NaN, so whatever a kernel leaves unwritten, padding of the rows included, shows."""
+    empty = torch.Tensor.new_empty
+
+    def filled(self, *args, **kwargs):
+        t = empty(self, *args, **kwargs)
+        return t.fill_(math.nan) if t.is_floating_point() else t
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+
+
+def build(name="plain", dtype=torch.float32, device="cpu", **changes):
+    return CASES.build(CASES.case(name, dtype, frozen=True, **changes), torch.device(device))
+
+
+def run(inputs, rows=None, whole=None, **changes):
+    """(loss, gradient) of the launcher; `rows` tokens in a chunk, at least the longest sequence with `whole`."""
+    given = {name: inputs[name] for name in (*TENSORS, *NUMBERS)} | changes
+    if whole and rows is not None:
+        rows = max(rows, longest(given))
+    return kernels.launch_linear_nce_step(*given.values(), -100, rows=rows, whole=whole)
+
+
+def longest(inputs):
+    ids = inputs["seq_ids"][inputs["targets"] != -100]
+    return int(ids.bincount().max()) if ids.numel() else 1
+
+
+def wrong_rows(case, inputs, truth, whole, rows):
+    loss, gradient = run(inputs, rows, whole)
+    values = {"loss": loss, "dstudent": (gradient * inputs["dloss"]).to(case.dtype)}
+    return [row for row in judge(case, "triton", inputs["student"].device, values, truth) if not row.ok]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_small_chunks_within_the_error_rule(case: Case, device):
+    inputs = CASES.build(case, device)
+    truth = truth_of(CASES, inputs, case.dtype)
+    for whole in (True, False):
+        assert not wrong_rows(case, inputs, truth, whole, 6), f"whole={whole}"
+
+
+@FORMS
+@pytest.mark.parametrize("rows", [1, 2, 5, 100])
+def test_sequences_cross_chunks_and_interleave(device, whole, rows):
+    spec = Spec(41, 16, 53, sequences=7, frozen=True)
+    case = Case(CASES.op, "crossing", torch.float32, spec)
+    inputs = CASES.build(case, device)
+    assert (inputs["seq_ids"].diff() != 0).sum() > 20
+    assert not wrong_rows(case, inputs, truth_of(CASES, inputs, case.dtype), whole, rows)
+
+
+def test_the_order_of_tokens_does_not_change_a_bit_of_whole_sequences(device):
+    inputs = build("nothing-ignored", device=device)
+    loss, gradient = run(inputs, 8, True)
+    order = torch.sort(inputs["seq_ids"], stable=True).indices
+    moved = {name: inputs[name][order] for name in ("student", "nat", "neg", "targets", "seq_ids")}
+    moved_loss, moved_gradient = run({**inputs, **moved}, 8, True)
+    assert torch.equal(moved_loss, loss) and torch.equal(moved_gradient, gradient[order])
+
+
+@FORMS
+def test_all_tokens_ignored_and_no_tokens(device, whole):
+    inputs = build("all-ignored", device=device)
+    loss, gradient = run(inputs, 4, whole)
+    assert loss.item() == 0.0 and gradient.shape == (7, 16) and not gradient.any()
+    nothing = {name: inputs[name][:0] for name in ("student", "nat", "neg", "targets", "seq_ids")}
+    loss, gradient = run(inputs, 4, whole, **nothing)
+    assert loss.item() == 0.0 and gradient.shape == (0, 16) and gradient.dtype == torch.float32
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ignored_rows_may_hold_anything(device, whole, dtype):
+    inputs = build("everything", dtype, device, ignored=0.5)
+    ignored = inputs["targets"] == -100
+    assert 5 < int(ignored.sum()) < 16
+    loss, gradient = run(inputs, 5, whole)
+    assert not gradient[ignored].any()
+    for bad in (math.nan, math.inf):
+        nasty = {n: inputs[n].masked_fill(ignored.unsqueeze(1), bad) for n in ("student", "nat", "neg")}
+        again, other = run(inputs, 5, whole, **nasty)
+        assert torch.equal(again, loss) and torch.equal(other, gradient)
+
+
+@FORMS
+def test_an_infinite_weight_reaches_no_ignored_row(device, whole):
+    """A row of zeros times infinity is NaN: the product's rows of ignored tokens must not come through."""
+    inputs = build(device=device)
+    inputs["weight"][3] = math.inf
+    _, gradient = run(inputs, 5, whole)
+    ignored = inputs["targets"] == -100
+    assert not gradient[ignored].any() and gradient[~ignored].isnan().any()
+
+
+@FORMS
+def test_a_bias_of_minus_infinity_rules_a_token_out(device, whole):
+    """Runs of banned tokens as long as several vectors of a lane: each adds 0, as if it were not there."""
+    inputs = build("bias", device=device, v=141)
+    banned = torch.arange(141, device=device) % 4 == 1
+    banned[32:128] = True
+    kept = (~banned).nonzero().squeeze(1)
+    short = {name: inputs[name][kept] for name in ("weight", "bias")}
+    targets = inputs["targets"].remainder(len(kept)).where(inputs["targets"] != -100, -100)
+    expected = run(inputs, 5, whole, **short, targets=targets)
+    long = torch.where(targets == -100, -100, kept[targets.clamp(min=0)])
+    actual = run(inputs, 5, whole, bias=inputs["bias"].masked_fill(banned, -math.inf), targets=long)
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_bias_of_minus_infinity_with_a_trained_head(device, temperature):
+    """The sweep's splits: one of them holds banned tokens only."""
+    inputs = build("bias", device=device, v=141, temperature=temperature)
+    banned = torch.arange(141, device=device) % 4 == 1
+    banned[64:128] = True
+    inputs["bias"] = inputs["bias"].masked_fill(banned, -math.inf)
+    inputs["targets"] = torch.where(inputs["targets"] > 0, 0, inputs["targets"])
+    inputs["frozen"] = False
+    double = {n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in inputs.items()}
+    actual, expected = CASES.run(inputs, "triton"), CASES.run(double, "reference")
+    assert not actual["dweight"][banned].any() and not actual["dbias"][banned].any()
+    for name, found in actual.items():
+        torch.testing.assert_close(found.double(), expected[name].double(), rtol=2e-5, atol=2e-6)
+
+
+@FORMS
+def test_expanded_and_transposed_inputs(device, whole):
+    inputs = build("strided", device=device)
+    inputs["nat"] = inputs["nat"][:1].expand(13, -1)
+    inputs["bias"] = inputs["bias"][:1].expand(53)
+    packed = {n: t.contiguous() if isinstance(t, torch.Tensor) else t for n, t in inputs.items()}
+    assert not inputs["student"].is_contiguous() and not inputs["weight"].is_contiguous()
+    for a, b in zip(run(inputs, 5, whole), run(packed, 5, whole), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@FORMS
+def test_float16_gradients_do_not_vanish(device, whole, monkeypatch):
+    """p - p_nat of about 1e-5: near the end of float16's numbers unless it is scaled."""
+    inputs = build(dtype=torch.float16, device=device, t=9, v=700, teacher_gap=0.02, alpha=1.0)
+    double = {n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in inputs.items()}
+    expected = CASES.run({**double, "dloss": torch.ones((), device=device)}, "reference")["dstudent"]
+
+    def error():
+        return (run(inputs, 4, whole)[1] - expected).abs().max() / expected.abs().max()
+
+    assert error() < 0.05
+    monkeypatch.setattr(step, "_SCALE", 2.0**-13)
+    assert error() > 0.2
+
+
+@FORMS
+def test_large_coefficients_stay_within_float16(device, whole):
+    inputs = build("everything", torch.float16, device, alpha=-200.0, offset=3000.0, temperature=30.0)
+    loss, gradient = run(inputs, 8, whole)
+    double = {n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in inputs.items()}
+    expected = CASES.run({**double, "dloss": torch.ones((), device=device)}, "reference")
+    assert abs(loss - expected["loss"]) < 1e-3 * abs(expected["loss"])
+    assert (gradient - expected["dstudent"]).abs().max() < 5e-3 * expected["dstudent"].abs().max()
+
+
+def test_a_sequence_longer_than_a_chunk_takes_any_tokens(device):
+    inputs = build("one-sequence", device=device)
+    with pytest.raises(ValueError, match="do not fit chunks of 4 tokens"):
+        kernels.launch_linear_nce_step(*(inputs[n] for n in (*TENSORS, *NUMBERS)), -100, rows=4, whole=True)
+    for a, b in zip(run(inputs, 4), run(inputs, 4, False), strict=True):
+        assert torch.equal(a, b)
+
+
+@FORMS
+def test_deterministic(device, whole):
+    inputs = build("everything", torch.bfloat16, device)
+    first = run(inputs, 6, whole)
+    for _ in range(20 if device.type == "cuda" else 1):
+        assert all(torch.equal(a, b) for a, b in zip(run(inputs, 6, whole), first, strict=True))
+
+
+@pytest.mark.parametrize(("whole", "products"), [(True, 4), (False, 5)])
+def test_how_many_products_are_taken(device, monkeypatch, whole, products):
+    """Whole sequences leave ignored tokens out of them altogether."""
+    inputs = build(device=device)
+    tokens = int((inputs["targets"] != -100).sum()) if whole else 13
+    multiply, taken = step._multiply, []
+
+    def counted(a, b, out):
+        taken.append(a.shape[0] * a.shape[1] * b.shape[1])
+        multiply(a, b, out)
+
+    monkeypatch.setattr(step, "_multiply", counted)
+    run(inputs, 6, whole)
+    assert sum(taken) == products * tokens * 16 * 53
+
+
+def test_chunks_of_whole_sequences():
+    gen = torch.Generator().manual_seed(5)
+    for sequences, rows in ((1, 60), (5, 30), (20, 9), (60, 3)):
+        ids = torch.randint(0, sequences, (60,), generator=gen)
+        targets = torch.where(torch.rand(60, generator=gen) < 0.3, -100, 1)
+        lengths = ids[targets == 1].bincount()
+        plan = step._by_sequence(targets, ids, -100, rows)
+        if int(lengths.max()) > rows:
+            assert plan is None
+            continue
+        order, sorted_ids, borders = plan
+        assert borders[0] == 0 and borders[-1] == int((targets == 1).sum())
+        assert sorted(order[: borders[-1]].tolist()) == (targets == 1).nonzero().squeeze(1).tolist()
+        seen = []
+        for first, end in zip(borders, borders[1:], strict=False):
+            assert 0 < end - first <= rows
+            chunk = ids[order[first:end]]
+            assert torch.equal(chunk, sorted_ids[first:end])
+            seen += chunk.unique().tolist()
+        assert len(seen) == len(set(seen)) == int((lengths > 0).sum())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "v", "dtype", "rows"),
+    [
+        (8192, 128256, torch.bfloat16, 1024),
+        (8192, 256000, torch.bfloat16, 640),
+        (8192, 128256, torch.float32, 640),
+        (300, 128256, torch.bfloat16, 300),
+        (8192, 400_000_000, torch.bfloat16, 1),
+    ],
+)
+def test_rows_of_a_chunk(tokens, v, dtype, rows):
+    weight = torch.empty(1, dtype=dtype).expand(v, 1)
+    assert step._chunk_rows(tokens, weight, None) == rows
+    assert rows == 1 or 3 * rows * v * dtype.itemsize <= 1 << 30
+
+
+def test_only_a_student_that_learns_alone_takes_the_step(device, monkeypatch):
+    inputs = build(device=device)
+    calls, launch = [], kernels.launch_linear_nce_step
+
+    def recorded(*args):
+        calls.append(args)
+        return launch(*args)
+
+    monkeypatch.setattr(kernels, "launch_linear_nce_step", recorded)
+
+    def loss(**changes):
+        given = {n: inputs[n] for n in (*TENSORS, *NUMBERS)} | changes
+        return linear_nce(**given, impl="triton")
+
+    student, weight = (inputs[n].detach().clone().requires_grad_() for n in ("student", "weight"))
+    loss()
+    loss(student=student, weight=weight).backward()
+    with torch.no_grad():
+        loss(student=student)
+    assert not calls
+    loss(student=student).backward()
+    assert len(calls) == 1
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(kernel_device):
+    if kernel_device.type != "cuda":
+        pytest.skip("needs a CUDA GPU")
+    return kernel_device
+
+
+@pytest.mark.gpu
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("v", [32000, 32003])
+def test_full_chunks_on_a_gpu_within_the_error_rule(gpu, whole, dtype, v):
+    """Blocks of many lanes, several chunks, rows of the vocabulary with and without padding."""
+    case = Case(CASES.op, "gpu", dtype, Spec(700, 256, v, sequences=9, frozen=True))
+    inputs = CASES.build(case, gpu)
+    assert not wrong_rows(case, inputs, truth_of(CASES, inputs, dtype), whole, 256)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_takes_any_tokens(gpu):
+    inputs = build("everything", torch.bfloat16, gpu)
+    expected = run(inputs, 8, False)  # compiles the kernels
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run(inputs, 8, False)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(inputs, 8)
+    for t in captured:
+        t.fill_(math.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.gpu
+@FORMS
+def test_memory_on_a_gpu_is_a_chunk_and_the_gradient(gpu, whole):
+    tokens, d, v = 4096, 512, 65536
+    gen = torch.Generator(gpu).manual_seed(0)
+    student, nat, neg = (torch.randn(tokens, d, generator=gen, device=gpu).bfloat16() for _ in range(3))
+    weight = torch.randn(v, d, generator=gen, device=gpu).bfloat16()
+    targets, ids = torch.randint(0, v, (tokens,), device=gpu), torch.arange(tokens, device=gpu) // 64
+    arguments = (student, nat, neg, weight, None, targets, ids, 0.5, 1.0, 0.5, None, -100)
+    kernels.launch_linear_nce_step(*arguments, whole=whole)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kernels.launch_linear_nce_step(*arguments, whole=whole)
+    chunk = 3 * (1024 if whole else 512) * v * 2
+    assert torch.cuda.max_memory_allocated() - before < chunk + 4 * tokens * d * 4 + (32 << 20)
