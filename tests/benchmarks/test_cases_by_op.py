@@ -107,7 +107,7 @@ def test_cases_have_unique_names_and_known_targets(op, suite, device):
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
-@pytest.mark.parametrize("op", [op for op in REGISTRY if op != "model"])
+@pytest.mark.parametrize("op", REGISTRY)
 def test_every_quick_case_has_two_baselines_that_do_the_same_work(op, device):
     for case in cases(op, device, "quick"):
         assert len([c for c in case.contestants if not c.ours and not c.yardstick]) >= 2, case.name
