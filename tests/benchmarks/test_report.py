@@ -206,6 +206,18 @@ def test_page_begins_with_a_verdict_for_every_case(page):
     assert "**WRONG**" in markdown
 
 
+def test_page_begins_with_the_ratio_to_every_baseline(page):
+    html, markdown, chosen = page
+    first = html[: html.index("<h2")].replace("<wbr>", "")
+    for c in (c for c in chosen if c.series is None and c is not chosen[0]):  # that one has a wrong baseline
+        (line,) = re.findall(rf'<a href="#{c.name}">.*?</tr>', first)
+        (text_line,) = (line for line in markdown.splitlines() if line.startswith(f"| {c.name} ("))
+        rivals = [k.name for k in c.contestants if not k.ours and not k.yardstick]
+        assert len(rivals) >= 2
+        for name in rivals:
+            assert re.search(rf"\d+x(</b>)? {name}<", line) and re.search(rf"\d+x {name}[ ,]", text_line), name
+
+
 def test_page_is_made_for_phones_and_paper(page):
     assert '<meta name="viewport" content="width=device-width,initial-scale=1">' in page[0]
     assert "@media print" in page[0] and "@media(max-width:700px)" in page[0]
