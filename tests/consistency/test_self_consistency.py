@@ -214,6 +214,8 @@ def test_ready_samples_from_rows_and_files(tmp_path) -> None:
     assert (first.answer, first.weight, first.total, first.ties, first.credit) == ("2", 2.0, 3.0, 1, 1.0)
     assert (second.answer, second.ties, second.credit) == ("2", 2, 0.5)  # a tie shares its credit
     assert (third.answer, third.ties, third.credit) == (None, 0, None)
+    bare = run.from_samples([{**ROWS[0], "answer": 2}])[0]  # a number is an answer too
+    assert (bare.reference, bare.credit) == ("2", 1.0)
     scored = [{**row, "scores": [0.1, 0.9, None, float("nan")][: len(row["generated_answer"])]} for row in ROWS]
     adaptive = SelfConsistency(progress=False).from_samples(scored)
     assert adaptive[0].weight == pytest.approx(1.1 + 1.5)  # a sample without score takes the mean of the others
@@ -300,8 +302,8 @@ def test_bad_questions_and_rows_are_named() -> None:
     ready = SelfConsistency(progress=False).from_samples
     with pytest.raises(ValueError, match="row 0: `generated_answer` must be a list of strings, got str"):
         ready([{"question": "x", "generated_answer": "y"}])
-    with pytest.raises(ValueError, match="row 0: `answer` must be a string, got int"):
-        ready([{**ROWS[0], "answer": 2}])
+    with pytest.raises(ValueError, match="row 0: `answer` must be a string or a finite number, got a list of int"):
+        ready([{**ROWS[0], "answer": [2]}])
     with pytest.raises(ValueError, match="row 0: `scores` must be a list of 4 numbers, .* got 1 values"):
         ready([{**ROWS[0], "scores": [1.0]}])
     for wrong in ("a", float("inf")):
