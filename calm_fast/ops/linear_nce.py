@@ -246,8 +246,7 @@ class _NativeEngine:
         weight, bias, self.softcap = head
         self.weight, self.temperature = weight, temperature
         self.bias = None if bias is None else bias.float().contiguous()
-        dtype = torch.float32 if weight.dtype == torch.float32 else torch.float16
-        self.memory = weight.new_empty(2 * weight.shape[0] * _whole_vectors(most), dtype=dtype)
+        self.memory = weight.new_empty(2 * weight.shape[0] * _whole_vectors(most), dtype=_kept_dtype(weight))
 
     def _kept(self, rows: slice) -> torch.Tensor:
         shape = (2, self.weight.shape[0], _whole_vectors(rows.stop - rows.start))
@@ -275,6 +274,11 @@ class _NativeEngine:
         )  # fmt: skip
 
 
+def _kept_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Of a kept logit: three bits more than bfloat16 has."""
+    return torch.float16 if weight.dtype == torch.bfloat16 else torch.float32
+
+
 def _whole_vectors(tokens: int) -> int:
     return -(-tokens // 16) * 16
 
@@ -288,8 +292,8 @@ def _native_step(
     def engine_of(*streams, most):
         return _NativeEngine(streams, (weight, bias, softcap), temperature, most)
 
-    streams = (student, nat, neg)
-    return step(engine_of, *streams, weight, targets.contiguous(), seq_ids, alpha, temperature, offset, ignore_index)
+    options = (alpha, temperature, offset, ignore_index, _kept_dtype(weight))
+    return step(engine_of, student, nat, neg, weight, targets.contiguous(), seq_ids, *options)
 
 
 def _native_bwd(

@@ -235,5 +235,5 @@ def linear_nce_torch_step(
     def engine_of(*streams: torch.Tensor, most: int) -> _TorchEngine:
         return _TorchEngine(streams, (weight, bias, softcap), temperature, most)
 
-    options = (alpha, temperature, offset, ignore_index)
+    options = (alpha, temperature, offset, ignore_index, weight.dtype)
     return step(engine_of, student, nat, neg, weight, targets, seq_ids, *options)

@@ -58,8 +58,9 @@ void sweep_logprob(
     Lane lane, const Matrix& hidden, const Head& head, const int64_t* targets, const Logprob& out, Host& host);
 
 // Logits that a sweep leaves behind for gradient_nce: (V, stride) for student and nat, stride being T rounded up to 16.
-// 16 bits wide they are relative to the logit of their token's target, of which `references` (2, stride) keeps both.
-// Beyond 65504 above it there is no room: infinity, and so NaN in that token's gradient.
+// 16 bits wide they are relative to the logit of their token's target, of which `references` (2, stride) keeps both, and
+// the log-sum-exps of the sweep are those of the rounded logits. Beyond 65504 above the target there is no room: infinity,
+// and so NaN in that token's gradient.
 struct NceKept {
   void *student, *nat;  // null = nothing kept
   float* references;

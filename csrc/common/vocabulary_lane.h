@@ -85,29 +85,43 @@ LANE void finite(const Place& p, float* z) {
   }
 }
 
-// A group's tile to where it outlives the sweep.
-LANE void keep(const KeptLogits& to, const Place& p, const float* z) {
+// A group's tile to where it outlives the sweep, and what it is there, if it is 16 bits wide, to `rounded`.
+LANE void keep(const KeptLogits& to, const Place& p, const float* z, float* rounded) {
+  const int64_t token = to.first_token + p.at;
   for (int r = 0; r < p.n; ++r) {
-    const int64_t at = to.place(p.first + r, to.first_token + p.at, kGroup);
+    const int64_t at = to.place(p.first + r, token, kGroup);
     for (int j = 0; j < p.vectors; ++j) {
-      const V value = load(z + r * kGroup + j * kWidth);
+      const int i = r * kGroup + j * kWidth;
       if (to.type == Type::float32) {
-        store(static_cast<float*>(to.data) + at + j * kWidth, value);
+        store(static_cast<float*>(to.data) + at + j * kWidth, load(z + i));
       } else {
-        const V reference = load(to.reference + to.first_token + p.at + j * kWidth);
-        store_half(static_cast<uint16_t*>(to.data) + at + j * kWidth, sub(value, reference));
+        const V reference = load(to.reference + token + j * kWidth);
+        uint16_t* half = static_cast<uint16_t*>(to.data) + at + j * kWidth;
+        store_half(half, sub(load(z + i), reference));
+        store(rounded + i, add(load_half(half), reference));
       }
     }
   }
 }
 
+// Logits of student and nat into memory. Rounded ones have sums of their own, so that their probabilities add up to 1: a
+// sum of others would leave a certain token's p - 1, and the difference of two certain ones, nothing but rounding.
+LANE void keep(const NceSweep& s, const Place& p, const float* z, const float* nat) {
+  const NceSums& to = s.sums[p.split];
+  alignas(64) float rounded[kRows * kGroup];
+  keep(s.kept[0], p, z, rounded);
+  if (s.rounds) {
+    account<Weigh::nothing>(to.kept_student, p.at, p.vectors, p.n, rounded, nullptr, kLog2e);
+    if (!s.plain) account<Weigh::nothing>(to.kept_soft_student, p.at, p.vectors, p.n, rounded, nullptr, s.scale);
+  }
+  keep(s.kept[1], p, nat, rounded);
+  if (s.rounds) account<Weigh::nothing>(to.kept_nat, p.at, p.vectors, p.n, rounded, nullptr, s.scale);
+}
+
 LANE void visit(const NceSweep& s, const Place& p, float* z) {
   const NceSums& to = s.sums[p.split];
   float *nat = z + (s.student ? kRows * kGroup : 0), *neg = nat + kRows * kGroup;
-  if (s.kept[0].data) {
-    keep(s.kept[0], p, z);
-    keep(s.kept[1], p, nat);
-  }
+  if (s.kept[0].data) keep(s, p, z, nat);
   if (s.student) account<Weigh::nothing>(to.student, p.at, p.vectors, p.n, z, nullptr, kLog2e);
   if (!s.plain) {
     if (s.student) account<Weigh::nothing>(to.soft_student, p.at, p.vectors, p.n, z, nullptr, s.scale);

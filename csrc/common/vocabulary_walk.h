@@ -38,6 +38,7 @@ struct LogprobSweep {
 
 struct NceSums {
   Running student, soft_student, nat, soft_nat, neg;
+  Running kept_student, kept_soft_student, kept_nat;  // of kept logits, where those are rounded
 };
 
 // Logits that outlive a sweep: group by group of tokens, in a group column by column. Where they are 16 bits wide, a
@@ -63,6 +64,7 @@ struct NceSweep {
   bool banned;  // a bias may be -infinity, and no softcap ends it
   bool student, neg;  // which streams are there beside nat
   KeptLogits kept[2];  // of the student and of nat
+  bool rounds;         // kept logits are not the sweep's own
 };
 
 // per token of a block: dz = 2^x (constant + linear x), x = scale z + minus_lse, and `up` more at the target

@@ -16,9 +16,9 @@ using namespace vocabulary;
 
 constexpr const char* kOp = "linear_nce";
 
-// Memory of kept logits: (2, V, stride), float16 for 16-bit inputs.
+// Memory of kept logits: (2, V, stride), float16 for bfloat16 inputs, else float32.
 NceKept kept_of(const Tensor& kept, const Tensor& references, const Head& head, int64_t tokens) {
-  const bool wide = head.weight.type == Type::float32;
+  const bool wide = head.weight.type != Type::bfloat16;
   const int64_t stride = (tokens + 15) / 16 * 16;
   STD_TORCH_CHECK(head.weight.rows < (int64_t{1} << 24), kOp, ": `weight` has too many rows");
   check_tensor(kOp, "kept", kept, {2, head.weight.rows, stride}, wide ? ScalarType::Float : ScalarType::Half);
@@ -31,7 +31,7 @@ NceKept kept_of(const Tensor& kept, const Tensor& references, const Head& head, 
 
 // lse (3, T): log-sum-exps of the student, of the student and of nat over the temperature; losses (3, T): the hard and
 // the soft cross-entropy and KL(p_neg || p_nat) of each token; 0 where the stream for them is missing. Fills `kept`,
-// which needs the student; references (2, stride) belong to it.
+// which needs the student; references (2, stride) belong to it, and lse is then that of what is kept.
 std::tuple<Tensor, Tensor, Tensor> linear_nce_fwd(
     std::optional<Tensor> student, Tensor nat, std::optional<Tensor> neg, Tensor weight, std::optional<Tensor> bias,
     Tensor targets, double temperature, std::optional<double> softcap, std::optional<Tensor> kept, int64_t lane) {

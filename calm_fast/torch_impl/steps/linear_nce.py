@@ -109,9 +109,9 @@ def whole_sequences(seq_ids: torch.Tensor, fit: int) -> tuple[torch.Tensor | Non
     return None if torch.equal(ids, seq_ids) else order, chunks, parts
 
 
-def _tokens_of_a_chunk(tokens: int, weight: torch.Tensor) -> int:
-    kept = _KEPT if weight.device.type == "cpu" else _KEPT_GPU
-    return min(max(_TOKENS, tokens // 4), kept // (2 * weight.shape[0] * weight.element_size()))
+def _tokens_of_a_chunk(tokens: int, weight: torch.Tensor, kept: torch.dtype) -> int:
+    memory = _KEPT if weight.device.type == "cpu" else _KEPT_GPU
+    return min(max(_TOKENS, tokens // 4), memory // (2 * weight.shape[0] * kept.itemsize))
 
 
 def step(
@@ -126,6 +126,7 @@ def step(
     temperature: float,
     offset: float,
     ignore_index: int,
+    kept: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss () and the student's gradient (T, d) at dloss = 1, both in the compute dtype.
 
@@ -134,6 +135,7 @@ def step(
 
     Args:
         engine_of: makes the engine from student, nat, neg, targets and most=, the tokens of the largest chunk.
+        kept: the dtype of a kept logit.
     """
     tokens, rows = targets.shape[0], valid_rows(targets, ignore_index)
     student, nat, neg, targets, seq_ids = take(rows, student, nat, neg, targets, seq_ids)
@@ -142,7 +144,7 @@ def step(
     count = targets.shape[0]
     if count == 0:
         return gradient.new_zeros(()), gradient
-    order, chunks, parts = whole_sequences(seq_ids, _tokens_of_a_chunk(count, weight))
+    order, chunks, parts = whole_sequences(seq_ids, _tokens_of_a_chunk(count, weight, kept))
     streams = take(order, student, nat, neg, targets)
     ids = seq_ids if order is None else seq_ids[order]
     place = rows if order is None else order if rows is None else rows[order]

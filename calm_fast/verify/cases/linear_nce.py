@@ -59,10 +59,20 @@ _SPECS: dict[str, Spec] = {
     "sharp": Spec(11, 16, 67, magnitude=12.0),
     "far-teachers": Spec(11, 16, 67, teacher_gap=3.0, magnitude=2.0),
     "strided": Spec(13, 16, 53, strided=True, bias=True),
+    "everything-frozen": Spec(
+        21, 24, 83, temperature=1.7, softcap=4.0, bias=True, alpha=0.8, offset=0.25, magnitude=2.0, frozen=True
+    ),
+    "bias-frozen": Spec(19, 17, 53, bias=True, frozen=True),
+    "sharp-frozen": Spec(11, 16, 67, magnitude=12.0, frozen=True),
+    "far-teachers-frozen": Spec(11, 16, 67, teacher_gap=3.0, magnitude=2.0, frozen=True),
+    # a step takes whole sequences up to 128 tokens at once: several chunks, and sequences that do not fit into one
+    "chunks-frozen": Spec(300, 8, 41, sequences=9, frozen=True),
+    "long-sequences-frozen": Spec(300, 8, 41, sequences=2, frozen=True),
     "strided-frozen": Spec(13, 16, 53, strided=True, frozen=True, temperature=2.0),
 }
 # half precision proves the casts; the logic is proven in float32, where bounds are tightest
 _HALF = ("plain", "frozen", "past-edges", "long-rows-frozen", "wide", "everything", "sharp", "all-ignored")
+_HALF += ("everything-frozen", "sharp-frozen", "far-teachers-frozen", "chunks-frozen", "long-sequences-frozen")
 _OPTIONS = ("alpha", "temperature", "offset", "bias", "softcap")
 
 
