@@ -27,12 +27,12 @@ class Shape(TokenShape):
     head: bool = False
 
     def flops(self) -> int:
-        """Three products, then the student's and the NAT teacher's again, and one or two with the logits' gradient."""
-        return 2 * self.t * self.d * self.v * (7 if self.head else 6)
+        """The least that is known: three products for logits that stay at hand, and one or two with their gradient."""
+        return 2 * self.t * self.d * self.v * (5 if self.head else 4)
 
     def bytes(self, itemsize: int) -> int:
-        """Both passes read the weight; the second also two streams again and writes the gradients."""
-        return itemsize * self.d * (6 * self.t + (3 if self.head else 2) * self.v)
+        """The weight and three streams are read once, the gradients written; logits that stay at hand move nothing."""
+        return itemsize * self.d * (4 * self.t + (2 if self.head else 1) * self.v)
 
 
 def _make(s: Shape, dtype: torch.dtype, device: torch.device) -> Callable[[int], Inputs]:
