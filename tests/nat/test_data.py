@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import warnings
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from calm_fast.nat import Example, RationaleDataset, read_rows, split_rationales
 from calm_fast.nat.data import IGNORE, RightPadding
@@ -75,6 +77,17 @@ def test_the_loss_covers_the_rationale_and_the_end(tiny) -> None:
     assert tok.decode(covered[:-1]) == example.rationale and covered[-1] == tok.eos_token_id
     assert tok.decode(item["input_ids"][: -len(covered)]) == example.question + "\n"
     assert all(label in (IGNORE, i) for i, label in zip(item["input_ids"], item["labels"], strict=True))
+
+
+def test_a_tokenizer_that_ends_every_text_ends_the_question_not(tiny) -> None:
+    """As T5's and BART's do: an end token behind the question would separate it from its rationale."""
+    _, tok, _ = tiny
+    ending = copy.deepcopy(tok)
+    end = (tok.eos_token, tok.eos_token_id)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    assert ending("What")["input_ids"][-1] == tok.eos_token_id
+    example = Example("What is 1 + 1?", "We add: 2")
+    assert RationaleDataset([example], ending)[0] == RationaleDataset([example], tok)[0]
 
 
 def test_long_examples_keep_half_the_window_for_the_question(tiny) -> None:

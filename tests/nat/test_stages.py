@@ -173,6 +173,9 @@ def test_run_refuses_another_runs_folder_and_one_sided_data(model_folder, rows_f
     one_sided.write_text("".join(json.dumps(r | {"generated_answer": r["generated_answer"][:1]}) + "\n" for r in rows))
     with pytest.raises(ValueError, match="holds no wrong rationale"):
         nat.run(one_sided, model_folder, out, FAST)
+    results = json.loads((out / "results.json").read_text())
+    results["losses"]["negative"] = [{"step": 1, "loss": 1.0}]  # as if a stage had been trained there
+    (out / "results.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match="`out` holds a run with other settings, data"):
         nat.run(rows_file, model_folder, out, dataclasses.replace(FAST, seed=1))
 
