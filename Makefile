@@ -25,7 +25,7 @@ help:
 	@echo "make wheel-check  build sdist and wheel, check what they hold and that they install"
 	@echo "make bench        speed against strong baselines on this machine"
 	@echo "make results      write README's tables from the committed rows in benchmarks/results/"
-	@echo "make native       compile what changed in csrc/ (set-up and test do it by themselves)"
+	@echo "make native       compile what changed in csrc/ (set-up, demo, test and bench do it by themselves)"
 	@echo "make setup        only the set-up (done once, again when pyproject.toml or setup.py change)"
 	@echo "make clean        remove $(VENV) and build leftovers"
 	@echo
@@ -73,7 +73,7 @@ $(NATIVE): $(wildcard csrc/*.cpp csrc/*/*) | $(STAMP)
 	  echo "[native] compiling failed; the end of $(LOG) is above"; exit 1; }
 	@touch "$(NATIVE)"
 
-demo: $(STAMP)
+demo: $(STAMP) $(NATIVE)
 	@echo "[demo] composing two small language models: key-value arithmetic on keys the composition never saw"
 	@"$(VENV)/bin/calm-fast" demo $(ARGS)
 

@@ -14,6 +14,7 @@ import pytest
 
 from calm_fast.benchmarks.report.facts import verdicts
 from calm_fast.benchmarks.results_table import listed, newest, read
+from calm_fast.ops import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -115,5 +116,11 @@ def test_public_names_in_prose_exist(page: Path) -> None:
 
 def test_every_page_is_listed_in_the_index() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
-    pages = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").glob("**/*.md")} - {"README.md"}
-    assert pages == {link for link in re.findall(r"\]\(([\w/.-]+\.md)\)", index) if not link.startswith("..")}
+    pages = {p.name for p in (ROOT / "docs").glob("*.md")} - {"README.md"} | {f"kernels/{op}.md" for op in OPS}
+    assert pages <= set(re.findall(r"\]\(([\w/.-]+\.md)\)", index))
+
+
+def test_targets_that_run_the_code_compile_what_changed() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in ("demo", "test", "bench"):
+        assert re.search(rf"^{target}:.* \$\(NATIVE\)$", makefile, re.MULTILINE), target
