@@ -42,7 +42,7 @@ class _Weights(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> _Weights:
         """In `dtype`; scale is multiplied with H_B in H_B's dtype."""
-        return _Weights(self.scale, *(None if t is None else in_dtype(t, dtype) for t in self[1:]))
+        return _Weights(self.scale, *[t if t is None or t.dtype == dtype else t.to(dtype) for t in self[1:]])
 
 
 # child module and its parameter, in the order of _Weights
@@ -182,12 +182,12 @@ class CrossAttention(nn.Module):
         batch, m, _ = hidden.shape
         new = augmenter.shape[1]
         heads, kv_heads, d = self.num_heads, self.num_kv_heads, self.head_dim
-        inner = in_dtype(augmenter, dtype)
+        inner = augmenter if augmenter.dtype == dtype else augmenter.to(dtype)
         w = self._choose_weights(dtype, hidden, inner)
         normed = hidden if self.norm is None else normalised(hidden, self.eps)
         if w.scale is not None:
             normed = normed * in_dtype(w.scale, normed.dtype)
-        q = F.linear(in_dtype(normed, dtype), w.q, w.q_bias).view(batch, m, heads, d)
+        q = F.linear(normed if normed.dtype == dtype else normed.to(dtype), w.q, w.q_bias).view(batch, m, heads, d)
 
         if w.proj is not None:
             inner = F.linear(inner, w.proj, w.proj_bias)
@@ -215,21 +215,19 @@ class CrossAttention(nn.Module):
     def _choose_weights(self, dtype: torch.dtype, hidden: torch.Tensor, augmenter: torch.Tensor) -> _Weights:
         """What this call multiplies with: kept weights where no gradient can flow to the parameters."""
         params = self._params()
-        if not may_cache(params):
-            self._folded.clear()
-            return self._weights(params, dtype, hidden, augmenter)
-        return self._folded.get(params, (dtype,), lambda: self._kept_weights(params, dtype))
+        if may_cache(params):
+            return self._folded.get(params, (dtype,), lambda: self._kept_weights(_Weights(*params), dtype))
+        self._folded.clear()
+        return self._weights(_Weights(*params), dtype, hidden, augmenter)
 
-    def _params(self) -> _Weights:
-        """The parameters, None where the layer has none."""
-        if not torch.compiler.is_compiling():
-            child = self._modules.get
-            try:  # where modules keep them: asking for 12 attributes takes four times as long
-                return _Weights(*[None if (m := child(c)) is None else m._parameters[k] for c, k in _PLACES])
-            except KeyError:
-                pass  # a child computes its weight, or wraps the module that holds it
-        found = ((getattr(self, child), key) for child, key in _PLACES)
-        return _Weights(*[None if module is None else getattr(module, key) for module, key in found])
+    def _params(self) -> tuple[torch.Tensor | None, ...]:
+        """The parameters in the order of _Weights, None where the layer has none."""
+        child = self._modules.get
+        try:  # where modules keep them: asking for 12 attributes takes four times as long
+            return tuple([None if (m := child(c)) is None else m._parameters[k] for c, k in _PLACES])
+        except KeyError:  # a child computes its weight, or wraps the module that holds it
+            found = ((getattr(self, name), key) for name, key in _PLACES)
+            return tuple([None if module is None else getattr(module, key) for module, key in found])
 
     def _kept_weights(self, w: _Weights, dtype: torch.dtype) -> _Weights:
         """What calls without gradients multiply with: everything folded that makes one call cheaper."""
@@ -249,9 +247,12 @@ class CrossAttention(nn.Module):
 
     def _folding_pays(self, w: _Weights, augmenter: torch.Tensor) -> bool:
         grad, device_type = torch.is_grad_enabled(), augmenter.device.type
+        training = False
+        for t in w if grad else ():
+            training = training or (t is not None and t.requires_grad)
         return self._cost(
             augmenter.shape[0] * augmenter.shape[1],
-            training=grad and any(t is not None and t.requires_grad for t in w),
+            training=training,
             augmenter_grad=grad and augmenter.requires_grad,
             param_slowness=slowness(w.proj.dtype, device_type),
             compute_slowness=slowness(augmenter.dtype, device_type),
@@ -274,8 +275,18 @@ class CrossAttention(nn.Module):
         return w._replace(k=weight @ w.proj, k_bias=bias, v=None, v_bias=None, proj=None, proj_bias=None)
 
     def _check(self, anchor: torch.Tensor, augmenter: torch.Tensor) -> None:
-        if not torch.compiler.is_compiling() and self._plainly_right(anchor, augmenter):
-            return
+        if type(anchor) is type(augmenter) is torch.Tensor:  # all at once, as every step of a generation asks
+            of, there = anchor.shape, augmenter.shape
+            if (
+                len(of) == len(there) == 3
+                and of[2] == self.anchor_dim
+                and there[2] == self.augmenter_dim
+                and of[0] == there[0]
+                and anchor.is_floating_point()
+                and augmenter.is_floating_point()
+                and anchor.device == augmenter.device == self.q_proj.weight.device
+            ):
+                return
         for name, value, letters, width in (
             ("anchor_hidden", anchor, "(B, M, DB)", self.anchor_dim),
             ("augmenter_hidden", augmenter, "(B, N, DA)", self.augmenter_dim),
@@ -294,19 +305,6 @@ class CrossAttention(nn.Module):
         ):
             if device != anchor.device:
                 raise bad_value(_NAME, name, f"on {anchor.device} like anchor_hidden", f"device {device}")
-
-    def _plainly_right(self, anchor: torch.Tensor, augmenter: torch.Tensor) -> bool:
-        """The checks of `_check` in a quarter of their time; False may also mean that they would pass."""
-        if type(anchor) is not torch.Tensor or type(augmenter) is not torch.Tensor:
-            return False
-        of, there = anchor.shape, augmenter.shape
-        return (
-            len(of) == len(there) == 3
-            and (of[2], there[2], of[0]) == (self.anchor_dim, self.augmenter_dim, there[0])
-            and anchor.is_floating_point()
-            and augmenter.is_floating_point()
-            and anchor.device == augmenter.device == self.q_proj.weight.device
-        )
 
     @classmethod
     def from_released(cls, state_dict: Mapping[str, torch.Tensor], num_heads: int) -> CrossAttention:

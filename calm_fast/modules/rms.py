@@ -17,11 +17,13 @@ def normalised(hidden: torch.Tensor, eps: float) -> torch.Tensor:
     """hidden / sqrt(mean(hidden^2) + eps) over the last dimension, in hidden's dtype, computed in at least float32."""
     if hidden.is_cuda:
         return F.rms_norm(hidden, hidden.shape[-1:], None, eps)  # one fused kernel there
-    large = hidden.numel() >= _LARGE and not torch.compiler.is_compiling()
-    if large and torch.is_grad_enabled() and hidden.requires_grad:
-        return _Normalise.apply(hidden, eps)[0]
-    wide = in_dtype(hidden, torch.promote_types(hidden.dtype, torch.float32))
-    return in_dtype(wide * _inverse_rms(wide, eps), hidden.dtype)
+    if hidden.requires_grad and torch.is_grad_enabled() and hidden.numel() >= _LARGE:
+        if not torch.compiler.is_compiling():
+            return _Normalise.apply(hidden, eps)[0]
+    if hidden.dtype in (torch.float32, torch.float64):
+        return hidden * _inverse_rms(hidden, eps)
+    wide = hidden.float()
+    return (wide * _inverse_rms(wide, eps)).to(hidden.dtype)
 
 
 def _inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:

@@ -57,8 +57,8 @@ def cross_attention(
     TF32. "native" takes on a GPU at most 16 queries and head dims that are multiples of 8. Double backward
     works with "reference", and with "torch" where return_lse avoids SDPA. Source: CALM (arXiv 2401.02412) section 3.
     """
-    if impl == "auto" and lo is None and hi is None and scale is None and _decodes(q, k, v, causal, return_lse):
-        out, lse = _decode(q, k, v, None, None, causal, q.shape[3] ** -0.5)
+    if impl == "auto" and lo is None and hi is None and scale is None and _surely_native(q, k, v, causal, return_lse):
+        out, lse = _run_native(q, k, v, causal, q.shape[3] ** -0.5)
         return (out, lse) if return_lse else out
     decision = decide(q, k, v, lo=lo, hi=hi, causal=causal, scale=scale, return_lse=return_lse, impl=impl)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -112,9 +112,8 @@ def decide(
         if why := _native_cannot(q, k):
             raise refuse(_OP, impl, why)
         return Decision(_OP, impl, "asked for")
-    obstacle = _triton_cannot(q)
     if impl == "triton":
-        if obstacle:
+        if obstacle := _triton_cannot(q):
             raise refuse(_OP, impl, obstacle)
         return Decision(_OP, impl, "asked for")
     if q.device.type == "cpu":
@@ -128,48 +127,55 @@ def decide(
         )
     square = causal and q.shape[1] == k.shape[1]
     plain = (square or (lo is None and hi is None and not causal)) and not return_lse
-    if obstacle:
+    if obstacle := _triton_cannot(q):
         return Decision(_OP, "torch", f"Triton cannot run: {obstacle}", costly=not plain)
     if plain:
         return Decision(_OP, "torch", "plainly causal or full attention on a GPU: SDPA has a kernel for it")
     return Decision(_OP, "triton", "an interval mask or lse: SDPA would store an (M, N) mask or the scores")
 
 
-def _decodes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, return_lse: bool) -> bool:
-    """Whether `decide` would surely accept this call and take "native" for few queries on a CPU, and no autograd.
+def _surely_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, return_lse: bool) -> bool:
+    """Whether `decide` surely accepts this call and takes "native" on a CPU; False may also mean that it would.
 
-    Every connection asks this in every step of a generation, where the checks one by one and the autograd entry of the
-    registered op take longer than the attention of a short text.
+    Every connection asks this in every step, where the checks one by one take longer than attention over a short text.
     """
-    return (
-        _plain(q, k, v)
-        and q.is_cpu
-        and q.shape[1] <= NATIVE_MAX_QUERIES
-        and type(causal) is type(return_lse) is bool
-        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        and not torch._C._are_functorch_transforms_active()
-        and _native_cannot(q, k) is None
-    )
-
-
-def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether `_check` surely has nothing against these tensors, in a third of its time."""
-    if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is torch.Tensor):
+    if not (type(q) is type(k) is type(v) is torch.Tensor) or torch.compiler.is_compiling():
         return False
     of, there, dtype = q.shape, k.shape, q.dtype
     return (
-        len(of) == len(there) == 4
+        q.is_cpu
+        and k.is_cpu
+        and v.is_cpu
+        and len(of) == len(there) == 4
         and there == v.shape
         and (of[0], of[3]) == (there[0], there[3])
         and of[2] > 0
-        and of[3] > 0
         and there[2] > 0
         and of[2] % there[2] == 0
+        and 0 < of[3] <= _MAX_HEAD_DIM
+        and there[1] <= _MAX_NATIVE_KEYS
         and dtype == k.dtype == v.dtype
-        and dtype in _DTYPES
-        and q.device == k.device == v.device
+        and dtype in _DTYPES[:3]
         and q.layout == k.layout == v.layout == torch.strided
+        and type(causal) is type(return_lse) is bool
+        and not torch._C._are_functorch_transforms_active()
+        and _native.obstacle(_OP, "cpu") is None
+        and (of[1] <= NATIVE_MAX_QUERIES or _native.slowness(dtype) is None)
     )
+
+
+def _run_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float):
+    """out and lse of a call that is `_surely_native`; without autograd not through the registered op's entry to it."""
+    few = q.shape[1] <= NATIVE_MAX_QUERIES
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        run = torch.ops.calm_fast.cross_attention_decode if few else torch.ops.calm_fast.cross_attention_tiles
+    elif not few:
+        run = _tiles
+    elif q.stride(3) == k.stride(3) == v.stride(3) == 1:
+        run = torch.ops.calm_fast._native_cross_attention
+    else:
+        run = _decode
+    return run(q, k, v, None, None, causal, scale)
 
 
 def _autocasts(device_type: str) -> bool:
@@ -208,8 +214,6 @@ def _check(
     causal: bool,
     scale: float | None,
 ) -> None:
-    if lo is None and hi is None and scale is None and type(causal) is bool and _plain(q, k, v):
-        return
     check_tensor(_OP, "q", q, "(B, M, H, D)", _DTYPES)
     check_tensor(_OP, "k", k, "(B, N, Hkv, D)", _DTYPES, q.device)
     check_tensor(_OP, "v", v, "(B, N, Hkv, D)", _DTYPES, q.device)

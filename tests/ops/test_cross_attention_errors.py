@@ -138,7 +138,7 @@ def no_kernel(monkeypatch):
     def forbidden(*args, **kwargs):
         pytest.fail("a kernel ran on bad input")
 
-    for name in ("cross_attention_reference", "cross_attention_torch", "_decode"):
+    for name in ("cross_attention_reference", "cross_attention_torch", "_run_native"):
         monkeypatch.setattr(OPS_MODULE, name, forbidden)
     for name in ("cross_attention_fwd", "cross_attention_decode"):
         monkeypatch.setattr(torch.ops.calm_fast, name, forbidden)

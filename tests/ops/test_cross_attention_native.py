@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -177,6 +179,24 @@ def test_auto_takes_it_for_few_queries():
     assert calm_fast.explain("cross_attention", *tensors(d=264)).impl == "torch"
     q.requires_grad_()
     assert "few queries" in calm_fast.explain("cross_attention", q, k, v).reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("m", "d"), [(1, 24), (16, 24), (17, 24), (3, 264)])
+def test_what_is_called_at_once_is_what_decide_says(dtype, m, d):
+    owner = importlib.import_module("calm_fast.ops.cross_attention")
+    q, k, v = (t.to(dtype) for t in tensors(m=m, d=d))
+    wanted = owner.decide(q, k, v).impl == "native"
+    assert owner._surely_native(q, k, v, False, False) == wanted
+    assert not owner._surely_native(q, k, v[:, 1:], False, False) and not owner._surely_native(q, k, v, None, False)
+    for recorded in (False, True) if wanted else ():
+        q.requires_grad_(recorded)
+        at_once, asked = cross_attention(q, k, v, causal=True), cross_attention(q, k, v, causal=True, impl="native")
+        assert torch.equal(at_once, asked) and at_once.requires_grad == recorded
+    if wanted:  # rows with gaps
+        apart = torch.stack((k, k), -1)[..., 0]
+        q = q.detach()
+        assert apart.stride(-1) == 2 and torch.equal(cross_attention(q, apart, v), cross_attention(q, k, v))
 
 
 def test_autocast_is_ignored():
