@@ -20,7 +20,7 @@ __all__ = ["launch_linear_nce_step", "step_specs"]
 _INTERPRETED = not isinstance(_linear_nce_stats_kernel, triton.runtime.JITFunction)
 
 # rows of the gradient's product: at d 4096 that is 128 output tiles of 128 x 256 for the 132 multiprocessors of an
-# H200; and most bytes of a chunk's logits, which shorten it where the vocabulary is large
+# H200; and most bytes of a chunk's logits: fewer rows where the vocabulary is large, more for a long sequence
 _ROWS = 1024
 _BYTES = 1 << 30
 # dz lies within +-1, times this well within float16's range: probabilities below 2^-24 would vanish in it
@@ -137,31 +137,35 @@ class _Chunks:
         return product
 
 
-def _chunk_rows(tokens: int, weight: torch.Tensor, rows: int | None) -> int:
-    """Tokens of a chunk: `rows` if given, else what the limits of this file allow."""
-    if rows is None:
-        bytes_per_token = 3 * (weight.shape[0] + _ALIGN) * weight.element_size()
-        fit = _BYTES // bytes_per_token
-        rows = min(_ROWS, fit // 128 * 128 or fit)
-    return max(1, min(rows, tokens))
+def _chunk_rows(tokens: int, weight: torch.Tensor, rows: int | None) -> tuple[int, int]:
+    """Tokens of a chunk, and how many there may be where one sequence is longer: `rows` if given, else by _BYTES."""
+    if rows is not None:
+        return min(rows, tokens), min(rows, tokens)
+    most = max(1, _BYTES // (3 * (weight.shape[0] + _ALIGN) * weight.element_size()))
+    return min(_ROWS, most // 128 * 128 or most, tokens), min(most, tokens)
 
 
 def _by_sequence(
-    targets: torch.Tensor, seq_ids: torch.Tensor, ignore_index: int, rows: int
+    targets: torch.Tensor, seq_ids: torch.Tensor, ignore_index: int, rows: int, most: int
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]] | None:
     """Chunks of whole sequences, without ignored tokens; waits for the device once.
 
+    Args:
+        targets, seq_ids: (T,). rows: tokens of a chunk, unless the longest sequence has more of them. most: tokens.
     Returns:
         order, ids (T,): which tokens, sequence by sequence, the ignored ones at the end, and their sequences; the
-        borders of the chunks, the last one being how many tokens count. None where a sequence exceeds `rows`.
+        borders of the chunks, the last one being how many tokens count. None where a sequence exceeds `most`.
     """
     ids, order = torch.sort(seq_ids.masked_fill(targets == ignore_index, _NO_SEQUENCE), stable=True)
     found, lengths = torch.unique_consecutive(ids.cpu(), return_counts=True)
     lengths = lengths[: found.numel() - int(found[-1] == _NO_SEQUENCE)]
-    if lengths.numel() and int(lengths.max()) > rows:
+    if not lengths.numel():
+        return order, ids, [0]
+    longest = int(lengths.max())
+    if longest > most:
         return None
-    ends, borders = lengths.cumsum(0), [0]
-    while lengths.numel() and borders[-1] < int(ends[-1]):
+    ends, borders, rows = lengths.cumsum(0), [0], max(rows, longest)
+    while borders[-1] < int(ends[-1]):
         last = torch.searchsorted(ends, borders[-1] + rows, right=True) - 1
         borders.append(int(ends[last]))
     return order, ids, borders
@@ -201,26 +205,21 @@ def launch_linear_nce_step(
     gradient = torch.zeros((tokens, student.shape[1]), dtype=torch.float32, device=device)
     if tokens == 0:
         return gradient.new_zeros(()), gradient
-    rows = _chunk_rows(tokens, weight, rows)
+    rows, most = _chunk_rows(tokens, weight, rows)
     options = {"tau": 1.0 / temperature, "softcap": softcap or 0.0, "ignore_index": ignore_index}
     targets, seq_ids = targets.contiguous(), seq_ids.contiguous()
-    head, numbers = ((student, nat, neg), weight, bias), (alpha, offset)
-    if whole is None:
-        whole = device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-        plan = _by_sequence(targets, seq_ids, ignore_index, rows) if whole else None
-    elif whole:
-        plan = _by_sequence(targets, seq_ids, ignore_index, rows)
-        if plan is None:
-            raise ValueError(f"linear_nce: whole sequences do not fit chunks of {rows} tokens")
-    else:
-        plan = None
-    if plan is None:
-        return _any_tokens(head, targets, seq_ids, options, numbers, rows, gradient)
-    return _whole_sequences(head, targets, plan, options, numbers, rows, gradient)
+    head, numbers, plan = ((student, nat, neg), weight, bias), (alpha, offset), None
+    if whole or (whole is None and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())):
+        plan = _by_sequence(targets, seq_ids, ignore_index, rows, most)
+    if plan is not None:
+        return _whole_sequences(head, targets, plan, options, numbers, gradient)
+    if whole:
+        raise ValueError(f"linear_nce: whole sequences do not fit chunks of {most} tokens")
+    return _any_tokens(head, targets, seq_ids, options, numbers, rows, gradient)
 
 
 def _whole_sequences(
-    head: tuple, targets: torch.Tensor, plan: tuple, options: dict, numbers: tuple, rows: int, gradient: torch.Tensor
+    head: tuple, targets: torch.Tensor, plan: tuple, options: dict, numbers: tuple, gradient: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dz is final as soon as a chunk has been read: one gradient row a token."""
     order, ids, borders = plan
@@ -228,11 +227,13 @@ def _whole_sequences(
     if count == 0:
         return gradient.new_zeros(()), gradient
     order, ids = order[:count], ids[:count]
-    chunks = _Chunks(*head, targets.index_select(0, order), ids, options, min(rows, count), 1)
+    parts = list(zip(borders, borders[1:], strict=False))
+    rows = max(end - first for first, end in parts)
+    chunks = _Chunks(*head, targets.index_select(0, order), ids, options, rows, 1)
     losses = gradient.new_empty(count)
     # what dz reaches before it is scaled, so that it neither vanishes nor overflows in float16
     size = abs(1.0 - alpha) + abs(alpha) / options["tau"] * (abs(offset) + 1.0)
-    for first, end in zip(borders, borders[1:], strict=False):
+    for first, end in parts:
         chunks.read(first, end - first, order)
         product = chunks.gradients(first, end - first, alpha, offset, _SCALE / size, losses)
         gradient.index_copy_(0, order[first:end], product.mul_(size / _SCALE / count))

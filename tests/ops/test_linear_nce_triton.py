@@ -237,7 +237,7 @@ def test_chunks_of_whole_sequences():
         ids = torch.randint(0, sequences, (60,), generator=gen)
         targets = torch.where(torch.rand(60, generator=gen) < 0.3, -100, 1)
         lengths = ids[targets == 1].bincount()
-        plan = step._by_sequence(targets, ids, -100, rows)
+        plan = step._by_sequence(targets, ids, -100, rows, rows)
         if int(lengths.max()) > rows:
             assert plan is None
             continue
@@ -254,19 +254,27 @@ def test_chunks_of_whole_sequences():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "v", "dtype", "rows"),
+    ("tokens", "v", "dtype", "rows", "most"),
     [
-        (8192, 128256, torch.bfloat16, 1024),
-        (8192, 256000, torch.bfloat16, 640),
-        (8192, 128256, torch.float32, 640),
-        (300, 128256, torch.bfloat16, 300),
-        (8192, 400_000_000, torch.bfloat16, 1),
+        (8192, 128256, torch.bfloat16, 1024, 1395),
+        (8192, 256000, torch.bfloat16, 640, 699),
+        (8192, 128256, torch.float32, 640, 697),
+        (8192, 32000, torch.bfloat16, 1024, 5589),
+        (300, 128256, torch.bfloat16, 300, 300),
+        (8192, 400_000_000, torch.bfloat16, 1, 1),
     ],
 )
-def test_rows_of_a_chunk(tokens, v, dtype, rows):
+def test_rows_of_a_chunk(tokens, v, dtype, rows, most):
     weight = torch.empty(1, dtype=dtype).expand(v, 1)
-    assert step._chunk_rows(tokens, weight, None) == rows
-    assert rows == 1 or 3 * rows * v * dtype.itemsize <= 1 << 30
+    assert step._chunk_rows(tokens, weight, None) == (rows, most)
+    assert most == 1 or 3 * most * v * dtype.itemsize <= 1 << 30
+
+
+def test_a_chunk_grows_for_a_long_sequence():
+    ids = torch.tensor([2] * 3 + [0] * 7 + [1] * 2)
+    targets = torch.ones_like(ids)
+    assert step._by_sequence(targets, ids, -100, 4, 8)[2] == [0, 7, 12]
+    assert step._by_sequence(targets, ids, -100, 4, 6) is None
 
 
 def test_only_a_student_that_learns_alone_takes_the_step(device, monkeypatch):
