@@ -122,15 +122,15 @@ def _graded(file: Path, data: Any, limit: int | None, progress: bool) -> Graded:
 
 
 def _tokenizer(model: str | os.PathLike) -> Any:
+    wanted = "nat: `model` must be the folder of a transformers causal language model with its tokenizer"
+    if not Path(model).is_dir():  # transformers would take it for a name on the hub
+        raise ValueError(f"{wanted}, got {os.fspath(model)!r}, which is no folder")
     try:
         AutoConfig.from_pretrained(os.fspath(model))
         return AutoTokenizer.from_pretrained(os.fspath(model))
     except (OSError, ValueError) as problem:
         reason = str(problem).strip().splitlines()[0]
-        raise ValueError(
-            "nat: `model` must be the folder of a transformers causal language model with its tokenizer, "
-            f"got {os.fspath(model)!r}: {reason}"
-        ) from problem
+        raise ValueError(f"{wanted}, got {os.fspath(model)!r}: {reason}") from problem
 
 
 def _resume(file: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,8 @@ def test_a_run_that_trained_nothing_does_not_keep_the_folder(model_folder, rows_
     empty.mkdir()
     with pytest.raises(ValueError, match=r"`model` must be the folder of a transformers .*, got '.*empty': "):
         nat.run(rows_file, empty, out, SETTINGS)
+    with pytest.raises(ValueError, match=r"`model` must be the folder .*nowhere', which is no folder"):
+        nat.run(rows_file, tmp_path / "nowhere", out, SETTINGS)
     assert not out.exists()
     with pytest.raises(ValueError, match="match no module of LlamaForCausalLM"):
         nat.run(rows_file, model_folder, out, replace(SETTINGS, target_modules=("query",)), limit=1)
