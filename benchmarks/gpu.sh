@@ -298,7 +298,8 @@ part_tests() {
   # only the files that hold such tests: another one's import must not end the run, nor every worker collect it.
   # addopts without --benchmark-disable, which only pytest-benchmark knows; -v: a stopped run's log names what was done
   mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
-  step tests "$1" "${python}" -m pytest -m gpu -v "${workers[@]}" -p no:cacheprovider --continue-on-collection-errors \
+  step tests "$1" "${python}" -m pytest -m gpu -v "${workers[@]}" -p no:cacheprovider \
+    -p calm_fast.benchmarks.broken_context --continue-on-collection-errors \
     -o addopts="--import-mode=importlib --strict-markers --strict-config -ra" --junitxml "${work}/tests.xml" \
     "${files[@]}"
 }

@@ -180,6 +180,47 @@ def test_a_library_that_does_not_compile_fails_the_call_and_stops_nothing(stoppe
     assert "native: FAILED (exit 3)" in done.stdout and "tests: ok" in done.stdout and "no library" in done.stdout
 
 
+BREAKING = """
+import pytest
+
+from calm_fast.benchmarks import broken_context
+
+broke = []
+broken_context.broken = lambda: "an illegal memory access" if broke else None
+
+
+def test_breaks():
+    broke.append(True)
+    assert False
+
+
+@pytest.mark.parametrize("i", range(8))
+def test_next(i):
+    assert not broke
+"""
+
+
+def run_breaking(tmp_path: Path, *args: str) -> str:
+    (tmp_path / "test_breaking.py").write_text(BREAKING)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-p", "calm_fast.benchmarks.broken_context", "-p", "no:cacheprovider"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(
+        [*command, *args, str(tmp_path)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    ).stdout
+
+
+def test_a_broken_gpu_context_fails_one_test_not_all_that_follow(tmp_path):
+    out = run_breaking(tmp_path, "-n", "1")
+    assert "8 passed" in out and "FAILED test_breaking.py::test_breaks" in out and "test_next" not in out
+
+
+def test_without_workers_a_broken_gpu_context_ends_the_run_and_says_where(tmp_path):
+    out = run_breaking(tmp_path)
+    assert "the GPU context broke in test_breaking.py::test_breaks: an illegal memory access" in out
+    assert "1 failed" in out and "passed" not in out
+
+
 def test_part_selects():
     done = gpu_sh("--dry-run", "--part", "layer", "--commit", "abc123")
     assert [p for p in PARTS if f"=== {p}: " in done.stdout] == ["layer"]
