@@ -301,6 +301,13 @@ def test_only_a_student_that_learns_alone_takes_the_step(device, monkeypatch):
     assert len(calls) == 1
 
 
+def test_opcheck(device):
+    inputs = build("everything", device=device, t=5)
+    inputs["student"].requires_grad_()
+    arguments = tuple(inputs[n] for n in (*TENSORS, *NUMBERS))
+    torch.library.opcheck(torch.ops.calm_fast.linear_nce_step.default, (*arguments, -100, "triton"))
+
+
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
 
 
