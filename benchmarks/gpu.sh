@@ -405,19 +405,20 @@ native "${site:-}"
 publish
 call=1 reserved=${NATIVE_LIMIT} # what a dry run knows: limits
 for part in "${chosen[@]}"; do
-  if ((dry && reserved + LIMIT[${part}] > total)); then
+  limit="${LIMIT[${part}]}"
+  if ((dry && reserved + limit > total)); then
     ((reserved = NATIVE_LIMIT, ++call))
     echo "--- call ${call}"
   fi
-  reserved=$((reserved + LIMIT[${part}]))
+  reserved=$((reserved + limit))
   echo "=== ${part}: ${WHAT[${part}]}"
-  if ((!dry && SECONDS + LIMIT[${part}] > total)); then
-    echo "gpu.sh: not begun: ${SECONDS} s are spent, its limit is ${LIMIT[${part}]} s, a call has ${total} s" >&2
+  if ((!dry && SECONDS + limit > total)); then
+    echo "gpu.sh: not begun: ${SECONDS} s are spent, its limit is ${limit} s, a call has ${total} s" >&2
     summary+=("${part}: not run, no time left")
     left+=("${part}")
     continue
   fi
-  "part_${part}" "${LIMIT[${part}]}"
+  "part_${part}" "${limit}"
   publish
 done
 if ((dry)); then
