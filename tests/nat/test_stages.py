@@ -111,6 +111,33 @@ def test_the_nce_loss_is_the_definition_on_the_models_logits(tiny, datasets, tmp
     assert all(layer.lora_a_pos.grad is not None for layer in dual_lora_layers(student).values())
 
 
+def test_the_constants_of_the_loss_are_those_of_the_settings(tiny, datasets, tmp_path, monkeypatch) -> None:
+    make, tok, _ = tiny
+    teacher = add_dual_lora(make(), FAST.target_modules, rank=2, gate_dim=4, value_dim=4)
+    seen, own = [], NCETrainer.compute_loss
+
+    def noted(self, *args, **kwargs):
+        seen.append((self.options, self.teachers.model is teacher))
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(NCETrainer, "compute_loss", noted)
+    settings = dataclasses.replace(FAST, steps=1, nce_alpha=0.25, nce_temperature=3.0, nce_offset=0.75)
+    stages.distil_nce(teacher, datasets[0], tok.pad_token_id, tmp_path, settings)
+    assert seen == [({"alpha": 0.25, "temperature": 3.0, "offset": 0.75}, True)]
+
+
+def test_teachers_are_read_without_dropout_and_keep_their_mode(tiny, datasets) -> None:
+    make, tok, _ = tiny
+    teacher = add_dual_lora(make(), FAST.target_modules, rank=2, gate_dim=4, value_dim=4, dropout=0.5)
+    for layer in dual_lora_layers(teacher).values():
+        for p in layer.parameters(recurse=False):
+            torch.nn.init.normal_(p, std=0.3)
+    batch = RightPadding(tok.pad_token_id)(datasets[0].items[:3])
+    teacher.train()
+    first, second = (DualTeacher(teacher)(batch["input_ids"], batch["attention_mask"]) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) and teacher.training
+
+
 def test_an_interrupted_stage_resumes_to_the_same_weights(tiny, datasets, tmp_path, monkeypatch) -> None:
     make, tok, _ = tiny
     _, wrong = datasets
