@@ -173,16 +173,15 @@ void sweep_nce(
   if (neg) streams.push_back(neg);
   Plan plan(host, lane, head, nat.rows, static_cast<int64_t>(streams.size()), 0, head.weight.rows);
   const bool rounds = kept.nat && kept.type == Type::float16;
-  Sums memory(host, plan, 24);
+  Sums memory(host, plan, 18);
   float *at_target = host.zeroed(plan.most()), *nat_at_target = host.zeroed(plan.most());
   std::vector<NceSums> sums;
   for (int64_t i = 0; i < plan.splits; ++i) {
-    NceSums s{memory.running(i, 0), {}, {}, memory.running(i, 3), memory.running(i, 6), {}, {}, {}};
+    NceSums s{
+        memory.running(i, 0), {}, {}, memory.running(i, 3), memory.running(i, 6), memory.array(i, 15),
+        memory.array(i, plain ? 15 : 16), memory.array(i, 17)};
     s.soft_student = plain ? s.student : memory.running(i, 9);
     s.nat = plain ? s.soft_nat : memory.running(i, 12);
-    s.kept_student = rounds ? memory.running(i, 15) : s.student;
-    s.kept_nat = rounds ? memory.running(i, 18) : s.soft_nat;
-    s.kept_soft_student = !rounds ? s.soft_student : plain ? s.kept_student : memory.running(i, 21);
     sums.push_back(s);
   }
   const float scale = kLog2e / head.temperature;
@@ -205,27 +204,29 @@ void sweep_nce(
     }
     for (const NceSums& s : sums) {
       for (const Running& r : {s.student, s.soft_student, s.nat, s.soft_nat, s.neg}) clear(r, plan.most());
-      for (const Running& r : {s.kept_student, s.kept_soft_student, s.kept_nat}) clear(r, plan.most());
+      for (float* drift : {s.student_drift, s.soft_student_drift, s.nat_drift}) {
+        std::fill(drift, drift + plan.most(), 0.0f);
+      }
     }
     plan.run(plan.lane().sweep_nce, &sweep);
     for (int64_t t = 0; t < tokens; ++t) {
       Total one(kLog2e), soft(scale), teacher(kLog2e), soft_teacher(scale), negative(kLog2e);
-      Total kept_one(kLog2e), kept_soft(scale), kept_teacher(scale);
+      Total one_drift(kLog2e), soft_drift(scale), teacher_drift(scale);
       for (const NceSums& s : sums) {
-        kept_one.add(s.kept_student, t, false);
-        kept_soft.add(s.kept_soft_student, t, false);
-        kept_teacher.add(s.kept_nat, t, false);
+        one_drift.add({s.student.max, s.student.total, s.student_drift}, t, false);
+        soft_drift.add({s.soft_student.max, s.soft_student.total, s.soft_student_drift}, t, false);
+        teacher_drift.add({s.soft_nat.max, s.soft_nat.total, s.nat_drift}, t, false);
         one.add(s.student, t, false);
         soft.add(s.soft_student, t, false);
         teacher.add(s.nat, t, false);
         soft_teacher.add(s.soft_nat, t, false);
         negative.add(s.neg, t, false);
       }
-      out.lse_nat[first + t] = static_cast<float>(kept_teacher.log_sum());
+      out.lse_nat[first + t] = static_cast<float>(soft_teacher.log_sum() + teacher_drift.mean() / head.temperature);
       if (neg) out.kl[first + t] = static_cast<float>(negative.mean() - negative.log_sum() + teacher.log_sum());
       if (!student) continue;
-      out.lse[first + t] = static_cast<float>(kept_one.log_sum());
-      out.lse_soft[first + t] = static_cast<float>(kept_soft.log_sum());
+      out.lse[first + t] = static_cast<float>(one.log_sum() + one_drift.mean());
+      out.lse_soft[first + t] = static_cast<float>(soft.log_sum() + soft_drift.mean() / head.temperature);
       out.hard[first + t] = static_cast<float>(-one.log_share(at_target[t]));
       out.soft[first + t] = static_cast<float>(soft.log_sum() - soft_teacher.mean() / head.temperature);
     }

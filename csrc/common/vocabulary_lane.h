@@ -6,8 +6,11 @@
 // per token of a group: sum exp2(scale z - max), and the same sum weighted
 enum class Weigh { nothing, exponent, values };
 
-template <Weigh kWeigh, bool kWhole>
-LANE void account(const Running& to, int64_t at, int vectors, int n, const float* z, const float* values, float scale) {
+// drift, where given, are further weights, whose sum is `drifted`
+template <Weigh kWeigh, bool kWhole, bool kDrift>
+LANE void account(
+    const Running& to, int64_t at, int vectors, int n, const float* z, const float* values, float scale,
+    const float* drift, float* drifted) {
   const int rows = kWhole ? kRows : n;
   for (int j = 0; j < vectors; ++j) {
     const float* from = z + j * kWidth;
@@ -16,6 +19,7 @@ LANE void account(const Running& to, int64_t at, int vectors, int n, const float
     for (int r = 1; r < rows; ++r) top = maximum(top, load(from + r * kGroup));
     V max = load(to.max + token), total = load(to.total + token);
     V weighted = kWeigh == Weigh::nothing ? set1(0.0f) : load(to.weighted + token);
+    V moved = kDrift ? load(drifted + token) : set1(0.0f);
     const M larger = greater(top, max);
     if (any(larger)) {  // a new maximum is rare after the first tiles
       top = pick(larger, top, max);
@@ -23,6 +27,7 @@ LANE void account(const Running& to, int64_t at, int vectors, int n, const float
       const V shrink = exp2_of(shift);
       if (kWeigh == Weigh::exponent) weighted = fused(shift, total, weighted);
       weighted = mul(weighted, shrink);
+      if (kDrift) moved = mul(moved, shrink);
       total = mul(total, shrink);
       max = top;
       store(to.max + token, max);
@@ -39,16 +44,20 @@ LANE void account(const Running& to, int64_t at, int vectors, int n, const float
       }
       if (kWeigh == Weigh::exponent) weighted = fused(power, maximum(set1(-126.0f), x), weighted);
       if (kWeigh == Weigh::values) weighted = fused(power, load(values + j * kWidth + r * kGroup), weighted);
+      if (kDrift) moved = fused(power, load(drift + j * kWidth + r * kGroup), moved);
     }
     store(to.total + token, add(total, add(even, odd)));
     if (kWeigh != Weigh::nothing) store(to.weighted + token, weighted);
+    if (kDrift) store(drifted + token, moved);
   }
 }
 
-template <Weigh kWeigh>
-LANE void account(const Running& to, int64_t at, int vectors, int n, const float* z, const float* values, float scale) {
-  if (n == kRows) return account<kWeigh, true>(to, at, vectors, n, z, values, scale);
-  account<kWeigh, false>(to, at, vectors, n, z, values, scale);
+template <Weigh kWeigh, bool kDrift = false>
+LANE void account(
+    const Running& to, int64_t at, int vectors, int n, const float* z, const float* values, float scale,
+    const float* drift = nullptr, float* drifted = nullptr) {
+  if (n == kRows) return account<kWeigh, true, kDrift>(to, at, vectors, n, z, values, scale, drift, drifted);
+  account<kWeigh, false, kDrift>(to, at, vectors, n, z, values, scale, drift, drifted);
 }
 
 // ---- what happens to a tile ------------------------------------------------------------------------------------------
@@ -85,51 +94,54 @@ LANE void finite(const Place& p, float* z) {
   }
 }
 
-// A group's tile to where it outlives the sweep, and what it is there, if it is 16 bits wide, to `rounded`.
-LANE void keep(const KeptLogits& to, const Place& p, const float* z, float* rounded) {
+// A group's tile to where it outlives the sweep; `drift` is what rounding to 16 bits adds there, or 0.
+LANE void keep(const KeptLogits& to, const Place& p, const float* z, float* drift) {
   const int64_t token = to.first_token + p.at;
   for (int r = 0; r < p.n; ++r) {
     const int64_t at = to.place(p.first + r, token, kGroup);
     for (int j = 0; j < p.vectors; ++j) {
       const int i = r * kGroup + j * kWidth;
+      const V value = load(z + i);
       if (to.type == Type::float32) {
-        store(static_cast<float*>(to.data) + at + j * kWidth, load(z + i));
+        store(static_cast<float*>(to.data) + at + j * kWidth, value);
       } else {
         const V reference = load(to.reference + token + j * kWidth);
         uint16_t* half = static_cast<uint16_t*>(to.data) + at + j * kWidth;
-        store_half(half, sub(load(z + i), reference));
-        store(rounded + i, add(load_half(half), reference));
+        store_half(half, sub(value, reference));
+        const V added = maximum(set1(-1.0f), sub(add(load_half(half), reference), value));
+        store(drift + i, pick(same(value, set1(-kInfinity)), set1(0.0f), added));
       }
     }
   }
 }
 
-// Logits of student and nat into memory. Rounded ones have sums of their own, so that their probabilities add up to 1: a
-// sum of others would leave a certain token's p - 1, and the difference of two certain ones, nothing but rounding.
-LANE void keep(const NceSweep& s, const Place& p, const float* z, const float* nat) {
-  const NceSums& to = s.sums[p.split];
-  alignas(64) float rounded[kRows * kGroup];
-  keep(s.kept[0], p, z, rounded);
-  if (s.rounds) {
-    account<Weigh::nothing>(to.kept_student, p.at, p.vectors, p.n, rounded, nullptr, kLog2e);
-    if (!s.plain) account<Weigh::nothing>(to.kept_soft_student, p.at, p.vectors, p.n, rounded, nullptr, s.scale);
-  }
-  keep(s.kept[1], p, nat, rounded);
-  if (s.rounds) account<Weigh::nothing>(to.kept_nat, p.at, p.vectors, p.n, rounded, nullptr, s.scale);
+// What a sweep without kept logits, or with exact ones, does; the sums of a sweep whose logits are rounded know by how
+// much that moves the log-sum-exp, so that the probabilities add up to 1. Without that a certain token's p - 1, or the
+// difference of two certain probabilities, would be nothing but rounding.
+template <Weigh kWeigh>
+LANE void account(
+    const NceSweep& s, const Running& to, float* drifted, const Place& p, const float* z, const float* values,
+    float scale, const float* drift) {
+  if (s.rounds) return account<kWeigh, true>(to, p.at, p.vectors, p.n, z, values, scale, drift, drifted);
+  account<kWeigh>(to, p.at, p.vectors, p.n, z, values, scale);
 }
 
 LANE void visit(const NceSweep& s, const Place& p, float* z) {
   const NceSums& to = s.sums[p.split];
   float *nat = z + (s.student ? kRows * kGroup : 0), *neg = nat + kRows * kGroup;
-  if (s.kept[0].data) keep(s, p, z, nat);
-  if (s.student) account<Weigh::nothing>(to.student, p.at, p.vectors, p.n, z, nullptr, kLog2e);
+  alignas(64) float drift[2][kRows * kGroup];
+  if (s.kept[0].data) {
+    keep(s.kept[0], p, z, drift[0]);
+    keep(s.kept[1], p, nat, drift[1]);
+  }
+  if (s.student) account<Weigh::nothing>(s, to.student, to.student_drift, p, z, nullptr, kLog2e, drift[0]);
   if (!s.plain) {
-    if (s.student) account<Weigh::nothing>(to.soft_student, p.at, p.vectors, p.n, z, nullptr, s.scale);
+    if (s.student) account<Weigh::nothing>(s, to.soft_student, to.soft_student_drift, p, z, nullptr, s.scale, drift[0]);
     account<Weigh::nothing>(to.nat, p.at, p.vectors, p.n, nat, nullptr, kLog2e);
   }
   if (s.banned) finite(p, z);
   if (s.student) {
-    account<Weigh::values>(to.soft_nat, p.at, p.vectors, p.n, nat, z, s.scale);
+    account<Weigh::values>(s, to.soft_nat, to.nat_drift, p, nat, z, s.scale, drift[1]);
   } else {
     account<Weigh::nothing>(to.soft_nat, p.at, p.vectors, p.n, nat, nullptr, s.scale);
   }

@@ -38,7 +38,7 @@ struct LogprobSweep {
 
 struct NceSums {
   Running student, soft_student, nat, soft_nat, neg;
-  Running kept_student, kept_soft_student, kept_nat;  // of kept logits, where those are rounded
+  float *student_drift, *soft_student_drift, *nat_drift;  // what rounding kept logits adds to them, weighted alike
 };
 
 // Logits that outlive a sweep: group by group of tokens, in a group column by column. Where they are 16 bits wide, a
