@@ -228,7 +228,7 @@ def _dual_lora_problem(part: str, r: int, tokens: int, width: int, h: int) -> Pr
     if few:
         tried = grid((16,), (32, 64, 128), (2, 4), (2, 3), 128, 2048)
     else:
-        tried = grid((32, 64, 128), (32, 64, 128), (4, 8), (1,) if part == "gelu_bwd" else (2, 3), 256, 2048)
+        tried = grid((32, 64, 128), (32, 64, 128), (4, 8), (1, 2) if part == "gelu_bwd" else (2, 3), 256, 2048)
     if part == "gate_bwd":  # no columns of its own
         tried = tuple(LaunchConfig(m, 64, w, 2) for m in ((4, 8, 16) if few else (16, 32, 64)) for w in (2, 4, 8))
     shape = {"T": tokens, "N": width}

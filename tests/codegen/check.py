@@ -3,7 +3,8 @@
     python tests/codegen/check.py                 all kernels, sm_80 sm_90 sm_100
     python tests/codegen/check.py --arch 90       one architecture
     python tests/codegen/check.py --only decode   kernels whose name contains a word
-    python tests/codegen/check.py --update        record today's sizes for the installed Triton
+    python tests/codegen/check.py --update        record today's sizes for the installed Triton, and the table
+    python tests/codegen/check.py --table         only write docs/kernels/machine_code.md from the record
 
 Each op's `calm_fast.kernels.<op>.codegen_specs()` names the kernels and representative arguments. Hard facts
 (no spills, no float64, tensor cores where promised, shared memory within the limit) hold for every Triton;
@@ -83,7 +84,7 @@ def jobs_of(source: str) -> list[tuple[str, str, int]]:
     return [(source, n, arch) for n, spec in specs.items() for arch in getattr(spec, "archs", SHARED_LIMIT)]
 
 
-def examine(source: str, name: str, arch: int) -> tuple[Facts | None, list[str], float]:
+def examine(source: str, name: str, arch: int) -> tuple[Facts | None, dict[str, Any], list[str], float]:
     """Runs in a worker process: compile one kernel for one architecture and collect what is wrong with it."""
     begin = time.perf_counter()
     spec = named_specs(source)[name]
@@ -91,9 +92,10 @@ def examine(source: str, name: str, arch: int) -> tuple[Facts | None, list[str],
         cubin, shared, tensor_memory = compile_cubin(spec, arch)
     except Exception as error:  # a kernel that does not compile is a finding, not a crash of the tool
         text = str(error).strip() or repr(error)
-        return None, [f"does not compile: {type(error).__name__}: {text[-400:]}"], time.perf_counter() - begin
+        return None, {}, [f"does not compile: {type(error).__name__}: {text[-400:]}"], time.perf_counter() - begin
     facts = read_facts(cubin, arch, shared, tensor_memory)
-    return facts, hard_problems(facts, spec.expectations["tensor_core"]), time.perf_counter() - begin
+    problems = hard_problems(facts, spec.expectations["tensor_core"])
+    return facts, golden.numbers(facts, spec), problems, time.perf_counter() - begin
 
 
 def describe(facts: Facts) -> str:
@@ -102,11 +104,11 @@ def describe(facts: Facts) -> str:
     return f"{size}  {matrix}"
 
 
-def compare(name: str, facts: Facts, record: golden.Golden) -> list[str]:
-    then = record.get(name, {}).get(str(facts.arch))
+def compare(name: str, arch: int, now: dict[str, Any], record: golden.Golden) -> list[str]:
+    then = record.get(name, {}).get(str(arch))
     if then is None:
         return ["not in the golden record; look at the numbers, then run with --update"]
-    return golden.growth(golden.numbers(facts), then)
+    return golden.growth(now, then)
 
 
 def run_all(jobs: list[tuple[str, str, int]], record: golden.Golden | None) -> tuple[golden.Golden, int]:
@@ -118,10 +120,10 @@ def run_all(jobs: list[tuple[str, str, int]], record: golden.Golden | None) -> t
         futures = {pool.submit(examine, *job): job for job in jobs}
         for done, future in enumerate(as_completed(futures), 1):
             _, name, arch = futures[future]
-            facts, problems, seconds = future.result()
+            facts, now, problems, seconds = future.result()
             if facts:
-                today.setdefault(name, {})[str(arch)] = golden.numbers(facts)
-                problems = problems + (compare(name, facts, record) if record is not None else [])
+                today.setdefault(name, {})[str(arch)] = now
+                problems = problems + (compare(name, arch, now, record) if record is not None else [])
             failed += bool(problems)
             text = describe(facts) if facts else ""
             print(f"[{done}/{len(jobs)}] {name} sm_{arch} {seconds:5.1f} s {text}", flush=True)
@@ -138,6 +140,12 @@ def update_record(version: str, today: golden.Golden, kept: golden.Golden, faile
     for name, rows in today.items():
         kept[name] = kept.get(name, {}) | rows
     print(f"recorded in {golden.save(version, kept).name}")
+    write_table(version, kept)
+
+
+def write_table(version: str, record: golden.Golden) -> None:
+    golden.PAGE.write_text(golden.page(version, record))
+    print(f"written: {golden.PAGE.relative_to(golden.FOLDER.parents[2])}")
 
 
 def report_stale(record: golden.Golden, today: golden.Golden) -> int:
@@ -152,6 +160,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_LIMIT), default=sorted(SHARED_LIMIT))
     parser.add_argument("--only", metavar="WORD", help="kernels whose name contains WORD")
     parser.add_argument("--update", action="store_true", help="record today's sizes instead of comparing")
+    parser.add_argument("--table", action="store_true", help="write the table of the record and stop")
     parser.add_argument("--list", action="store_true", help="print the kernels' names and stop")
     parser.add_argument("--specs", metavar="MODULE", help="take codegen_specs() from this module or .py file only")
     return parser.parse_args(argv)
@@ -164,6 +173,13 @@ def main(argv: list[str] | None = None) -> int:
         clean_environment(cache)
         import triton
 
+        if arguments.table:
+            record = golden.load(triton.__version__)
+            if record is None:
+                print(f"no table: nothing recorded for Triton {triton.__version__}")
+                return 1
+            write_table(triton.__version__, record)
+            return 0
         sources = [arguments.specs] if arguments.specs else list(kernel_modules())
         every = [job for source in sources for job in jobs_of(source)]
         if arguments.list:

@@ -1,17 +1,37 @@
-"""The recorded size of every kernel, one JSON file per Triton version: growth must be seen."""
+"""The recorded machine code of every kernel, one JSON file per Triton version: growth must be seen.
+
+docs/kernels/machine_code.md shows the rows of one architecture to people; it is written from the newest record.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from calm_fast.benchmarks.machine_code import Facts
+from calm_fast.benchmarks.machine_code import Facts, blocks_per_multiprocessor
 
 FOLDER = Path(__file__).resolve().parent / "golden"
+TILE = (
+    "BLOCK_M",
+    "BLOCK_R",
+    "BLOCK_T",
+    "BLOCK_N",
+    "BLOCK_V",
+    "BLOCK_J",
+    "BLOCK_K",
+    "BLOCK_D",
+    "BLOCK",
+    "LANES",
+    "WIDTH",
+)
 REGISTER_SLACK = 8  # one allocation granule per thread
 SIZE_SLACK = 1.10
 
-Golden = dict[str, dict[str, dict[str, int]]]  # kernel name -> arch -> numbers
+PAGE = FOLDER.parents[2] / "docs" / "kernels" / "machine_code.md"
+SHOWN = "90"  # the architecture of the page
+
+Golden = dict[str, dict[str, dict[str, Any]]]  # kernel name -> arch -> numbers
 
 
 def path_for(version: str) -> Path:
@@ -24,8 +44,21 @@ def load(version: str) -> Golden | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def numbers(facts: Facts) -> dict[str, int]:
-    return {"registers": facts.registers, "instructions": facts.instructions, "shared": facts.shared}
+def numbers(facts: Facts, spec: Any) -> dict[str, Any]:
+    """What is recorded of a kernel. spec: its entry of codegen_specs()."""
+    tile = [f"{key.removeprefix('BLOCK_')} {spec.constexprs[key]}" for key in spec.constexprs if key in TILE]
+    return {
+        "registers": facts.registers,
+        "instructions": facts.instructions,
+        "shared": facts.shared,
+        "spills": facts.local_accesses,
+        "matrix": f"{facts.matrix_instructions} {min(facts.tensor_core).split('.')[0]}" if facts.tensor_core else "",
+        "async": facts.async_copies,
+        "blocks": blocks_per_multiprocessor(facts, spec.num_warps),
+        "warps": spec.num_warps,
+        "stages": spec.num_stages,
+        "tile": ", ".join(tile),
+    }
 
 
 def save(version: str, golden: Golden) -> Path:
@@ -48,3 +81,36 @@ def growth(now: dict[str, int], then: dict[str, int]) -> list[str]:
         "shared": then["shared"],
     }
     return [f"{key} grew from {then[key]} to {now[key]}" for key, limit in limits.items() if now[key] > limit]
+
+
+def page(version: str, golden: Golden) -> str:
+    """The page about the machine code of SHOWN, from a record."""
+    lines = [
+        f"# Machine code of the Triton kernels, sm_{SHOWN}",
+        "",
+        f"Written by `make codegen ARGS=--table` from the record of Triton {version}; `make codegen` compares. Every",
+        "kernel with the launch numbers in code, compiled without a GPU: what the compiler made, not how fast it is.",
+        "",
+        "- spills: instructions that touch local memory; any is an error.",
+        "- matrix: tensor-core instructions; HGMMA works for a group of four warps, HMMA for one.",
+        "- async: instructions that copy from global to shared memory past the registers, so that products and loads",
+        "  overlap. 0 in a kernel with products means that nothing is pipelined.",
+        "- blocks, warps: how many fit on a multiprocessor at once, by registers and shared memory (an estimate).",
+        "",
+        "| kernel | tile | stages | registers | spills | shared, KiB | matrix | async | blocks | warps |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in sorted(golden):
+        row = golden[name].get(SHOWN)
+        if row is None or "tile" not in row:
+            continue
+        cells = [f"`{name.removesuffix(f'_sm{SHOWN}')}`", row["tile"], row["stages"], row["registers"], row["spills"]]
+        cells += [
+            f"{row['shared'] / 1024:.1f}",
+            row["matrix"],
+            row["async"],
+            row["blocks"],
+            row["blocks"] * row["warps"],
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"

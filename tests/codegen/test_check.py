@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,8 +17,9 @@ sys.path.insert(0, str(HERE))  # the tool is a script with helpers beside it, no
 
 import golden  # noqa: E402
 
-from calm_fast.benchmarks.machine_code import Facts, hard_problems  # noqa: E402
+from calm_fast.benchmarks.machine_code import Facts, blocks_per_multiprocessor, hard_problems  # noqa: E402
 
+SPEC = SimpleNamespace(num_warps=4, num_stages=3, constexprs={"BLOCK_M": 64, "BLOCK_N": 32, "CAUSAL": True})
 GOOD = Facts(90, 100, 240, 24576, 0, 0, 0, (), ("HGMMA.64x64x16.F32.BF16",))
 
 
@@ -106,13 +110,33 @@ def test_growth_is_reported_beyond_the_slack_only():
 def test_record_survives_a_round_trip(tmp_path, monkeypatch):
     monkeypatch.setattr(golden, "FOLDER", tmp_path / "golden")
     assert golden.load("0.0.0") is None
-    record = {
-        "b": {"90": golden.numbers(GOOD), "100": golden.numbers(GOOD)},
-        "a": {"80": golden.numbers(GOOD)},
-    }
+    row = golden.numbers(GOOD, SPEC)
+    record = {"b": {"90": row, "100": row}, "a": {"80": row}}
     path = golden.save("0.0.0", record)
     assert golden.load("0.0.0") == record
     assert path.read_text().index('"a"') < path.read_text().index('"b"')
+
+
+def test_blocks_of_a_multiprocessor_follow_the_scarcest_thing():
+    assert blocks_per_multiprocessor(GOOD, 4) == 4  # 104 registers of 128 threads
+    assert blocks_per_multiprocessor(replace(GOOD, registers=24), 4) == 9  # 25 KiB of 228 each
+    assert blocks_per_multiprocessor(replace(GOOD, registers=24, shared=0), 4) == 16  # warps
+    assert blocks_per_multiprocessor(replace(GOOD, registers=24, shared=0), 1) == 32  # blocks
+    assert blocks_per_multiprocessor(replace(GOOD, registers=255, shared=227 * 1024), 8) == 1
+    assert blocks_per_multiprocessor(replace(GOOD, arch=100, tensor_memory=256), 4) == 2
+
+
+def test_numbers_and_page_show_what_was_compiled():
+    facts = replace(GOOD, matrix_instructions=12, async_copies=7)
+    row = golden.numbers(facts, SPEC)
+    assert (row["matrix"], row["async"], row["tile"], row["blocks"]) == ("12 HGMMA", 7, "M 64, N 32", 4)
+    text = golden.page("0.0.0", {"fwd_sm90": {"90": row}, "other_sm80": {"80": row}})
+    assert text.splitlines()[-1] == "| `fwd` | M 64, N 32 | 3 | 100 | 0 | 24.0 | 12 HGMMA | 7 | 4 | 16 |"
+
+
+def test_the_page_is_that_of_the_record():
+    version = re.search(r"record of Triton (\S+);", golden.PAGE.read_text())[1]
+    assert golden.PAGE.read_text() == golden.page(version, golden.load(version)), "run: make codegen ARGS=--table"
 
 
 def test_record_covers_every_kernel(bad_run):
