@@ -1,0 +1,210 @@
+"""The C++ of linear_nce's training step: kept logits and the gradient made of them, in every lane."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calm_fast import _native
+from calm_fast.ops import vocabulary
+from calm_fast.verify.cases.linear_nce import CASES
+from calm_fast.verify.numerics import check
+
+if why := _native.obstacle("linear_nce"):
+    pytest.skip(why, allow_module_level=True)
+
+LANES = ("scalar", "avx2", "avx512", "avx512_bf16")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FROZEN = [case for case in CASES.cases() if case.spec.frozen]
+
+
+@pytest.fixture(params=LANES)
+def lane(request, monkeypatch):
+    """Forces the lane for this test."""
+    best = _native.build_info()["_cpu"]["best lane here"]
+    if LANES.index(request.param) > LANES.index(best):
+        pytest.skip(f"this CPU ends at {best}")
+    monkeypatch.setattr(vocabulary, "LANE", LANES.index(request.param))
+    return request.param
+
+
+def draw(t, d, v, dtype, seed=0):
+    """student, nat, neg, weight, targets; logits of standard deviation 1."""
+    gen = torch.Generator().manual_seed(seed)
+    streams = [torch.randn(t, d, generator=gen).to(dtype) for _ in range(3)]
+    weight = (torch.randn(v, d, generator=gen) * d**-0.5).to(dtype)
+    return *streams, weight, torch.randint(0, v, (t,), generator=gen)
+
+
+def memory(weight, tokens):
+    dtype = torch.float16 if weight.dtype == torch.bfloat16 else torch.float32
+    return torch.full((2, weight.shape[0], -(-tokens // 16) * 16), float("nan"), dtype=dtype)
+
+
+def gradient(student, nat, weight, targets, coefficients, bias=None, temperature=1.0, softcap=None):
+    """(T, d) at given coefficients (2, T), from logits kept by a sweep."""
+    kept, options = memory(weight, len(targets)), (temperature, softcap)
+    fwd, bwd = (getattr(torch.ops.calm_fast, f"_native_linear_nce_{name}") for name in ("fwd", "gradient"))
+    lse, _, references = fwd(student, nat, None, weight, bias, targets, *options, kept, vocabulary.LANE)
+    return bwd(coefficients, kept, references, weight, targets, lse, *options, vocabulary.LANE)
+
+
+def truth(student, nat, weight, targets, coefficients, bias=None, temperature=1.0, softcap=None):
+    student, nat, weight, (hard, soft) = student.double(), nat.double(), weight.double(), coefficients.double()
+    z, z_nat = (h @ weight.T + (0 if bias is None else bias.double()) for h in (student, nat))
+    slope = 1.0
+    if softcap is not None:
+        z, z_nat = (softcap * torch.tanh(x / softcap) for x in (z, z_nat))
+        slope = 1 - (z / softcap) ** 2
+    one = torch.nn.functional.one_hot(targets, len(weight))
+    p, q, r = z.softmax(1), (z / temperature).softmax(1), (z_nat / temperature).softmax(1)
+    return ((hard[:, None] * (p - one) + soft[:, None] / temperature * (q - r)) * slope) @ weight
+
+
+def weights(tokens, seed=9):
+    gen = torch.Generator().manual_seed(seed)
+    return torch.rand(2, tokens, generator=gen) + 0.5
+
+
+@pytest.mark.parametrize("case", FROZEN, ids=str)
+def test_every_lane_within_the_error_rule(case, lane):
+    wrong = [row for row in check(CASES, case, "native", torch.device("cpu")) if not row.ok]
+    assert not wrong
+
+
+# tokens about whole vectors and groups, columns about blocks of 512 and splits of 2048, widths about strips of 16, 32
+SHAPES = [(1, 3, 511), (16, 15, 512), (47, 16, 513), (48, 31, 2047), (49, 33, 2049), (97, 40, 4609), (145, 2, 9)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("t", "d", "v"), SHAPES)
+def test_edges_in_every_lane(t, d, v, dtype, lane):
+    student, nat, _, weight, targets = draw(t, d, v, dtype)
+    targets[-1], targets[0] = v - 1, 0
+    arguments = (student, nat, weight, targets, weights(t))
+    bias = torch.linspace(-1, 1, v)
+    for options in ({}, {"bias": bias, "temperature": 0.7, "softcap": 5.0}):
+        found, expected = gradient(*arguments, **options), truth(*arguments, **options)
+        # logits relative to the target's, at most 16 away, have 11 bits; dz is rounded to 8
+        step = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-18
+        assert (found.double() - expected).norm() <= step * expected.norm()
+        assert (found.double() - expected).abs().max() <= 4 * step * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides_and_company_in_every_lane(dtype, lane):
+    student, nat, _, weight, targets = draw(101, 37, 2600, dtype)
+    coefficients = weights(101)
+    expected = gradient(student, nat, weight, targets, coefficients)
+    wide, spread = torch.zeros(2600, 40, dtype=dtype), torch.zeros(2600, 74, dtype=dtype)
+    wide[:, 2:39], spread[:, ::2] = weight, weight
+    for other in (wide[:, 2:39], spread[:, ::2], weight.T.contiguous().T):
+        assert torch.equal(gradient(student, nat, other, targets, coefficients), expected)
+    for part in (slice(0, 1), slice(7, 60), slice(60, 101)):
+        some = (student[part], nat[part], weight, targets[part], coefficients[:, part].contiguous())
+        assert torch.equal(gradient(*some), expected[part])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_and_two_threads_give_the_same_bits(dtype):
+    student, nat, _, weight, targets = draw(70, 140, 4500, dtype)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(gradient(student, nat, weight, targets, weights(70)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_kept_logits_change_no_loss(lane):
+    """What a sweep returns of each token is the same with and without memory for logits, and with fewer streams."""
+    for dtype in DTYPES:
+        student, nat, neg, weight, targets = draw(50, 20, 2100, dtype)
+        fwd = torch.ops.calm_fast._native_linear_nce_fwd
+        rest = (weight, None, targets, 1.5, None)
+        _, losses, _ = fwd(student, nat, neg, *rest, None, vocabulary.LANE)
+        assert torch.equal(fwd(student, nat, neg, *rest, memory(weight, 50), vocabulary.LANE)[1], losses)
+        without = fwd(student, nat, None, *rest, memory(weight, 50), vocabulary.LANE)[1]
+        assert torch.equal(without[:2], losses[:2]) and not without[2].any()
+        assert torch.equal(fwd(None, nat, neg, *rest, None, vocabulary.LANE)[1][2], losses[2])
+
+
+def test_two_certain_distributions_cancel(lane):
+    """Student and teacher certain of the same other token: the small difference of two ones must survive 16 bits."""
+    weight = torch.eye(40, 48).bfloat16()
+    targets = torch.arange(12)
+    student, nat = (torch.nn.functional.one_hot(targets + 20, 48).bfloat16() * size for size in (9.0, 12.0))
+    coefficients = torch.stack((torch.zeros(12), torch.ones(12)))
+    found = gradient(student, nat, weight, targets, coefficients).double()
+    expected = truth(student, nat, weight, targets, coefficients)
+    assert expected.abs().max() < 0.01
+    assert (found - expected).abs().max() <= 2.0**-7 * expected.abs().max()
+
+
+def test_what_is_not_finite_stays_in_its_token(lane):
+    for dtype in DTYPES:
+        student, nat, _, weight, targets = draw(70, 12, 2100, dtype)
+        expected = gradient(student, nat, weight, targets, weights(70))
+        student[3], student[20, 0], nat[69] = float("nan"), float("inf"), float("-inf")
+        found = gradient(student, nat, weight, targets, weights(70))
+        others = torch.ones(70, dtype=torch.bool)
+        others[[3, 20, 69]] = False
+        assert torch.equal(found[others], expected[others]) and found[~others].isnan().all()
+
+
+def test_logits_beyond_16_bits(lane):
+    """70000 below the target is as good as -infinity; 70000 above it does not fit, and is NaN, not something else."""
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).bfloat16()
+    student = torch.tensor([[70144.0, 70144.0], [70144.0, 70144.0], [1.0, 2.0]]).bfloat16()
+    targets = torch.tensor([0, 2, 1])
+    found = gradient(student, student, weight, targets, weights(3))
+    expected = truth(student, student, weight, targets, weights(3))
+    torch.testing.assert_close(found[[0, 2]].double(), expected[[0, 2]], rtol=2.0**-7, atol=2.0**-9)
+    assert found[1].isnan().all()
+
+
+def test_masked_columns(lane):
+    """A bias of -inf takes a column out of both streams."""
+    for dtype in DTYPES:
+        student, nat, neg, weight, targets = draw(20, 12, 2100, dtype)
+        targets, coefficients = targets.remainder(1000), weights(20)
+        bias = torch.zeros(2100)
+        bias[1000:] = float("-inf")
+        found = gradient(student, nat, weight, targets, coefficients, bias=bias)
+        expected = truth(student, nat, weight[:1000], targets, coefficients)
+        step = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-18
+        assert (found.double() - expected).norm() <= step * expected.norm()
+        fwd = torch.ops.calm_fast._native_linear_nce_fwd
+        losses = fwd(student, nat, neg, weight, bias, targets, 1.0, None, None, vocabulary.LANE)[1]
+        short = fwd(student, nat, neg, weight[:1000], None, targets, 1.0, None, None, vocabulary.LANE)[1]
+        torch.testing.assert_close(losses, short, rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_direct_calls_are_refused():
+    student, nat, neg, weight, targets = draw(5, 8, 30, torch.float32)
+    ops = torch.ops.calm_fast
+    with pytest.raises(RuntimeError, match="linear_nce: `kept` needs `student`"):
+        ops._native_linear_nce_fwd(None, nat, neg, weight, None, targets, 1.0, None, memory(weight, 5))
+    for kept in (memory(weight, 17), memory(weight[:29], 5), memory(weight, 5).half(), memory(weight, 5)[:1]):
+        with pytest.raises(RuntimeError, match="linear_nce: `kept`"):
+            ops._native_linear_nce_fwd(student, nat, neg, weight, None, targets, 1.0, None, kept)
+    kept = memory(weight, 5)
+    lse, _, references = ops._native_linear_nce_fwd(student, nat, neg, weight, None, targets, 1.0, None, kept)
+    good = [weights(5), kept, references, weight, targets, lse, 1.0, None]
+    bad = {
+        0: (weights(4), weights(5).double()),
+        1: (memory(weight, 17), kept.half()),
+        2: (references[:, :5].contiguous(),),
+        3: (weight[:29], weight.bfloat16()),
+        4: (targets + 30, targets[:4], targets.int()),
+        5: (lse[:2],),
+        6: (0.0,),
+        7: (-1.0,),
+    }
+    for position, values in bad.items():
+        for value in values:
+            with pytest.raises(RuntimeError, match="linear_nce"):
+                ops._native_linear_nce_gradient(*[value if i == position else x for i, x in enumerate(good)])
