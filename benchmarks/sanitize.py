@@ -126,6 +126,26 @@ def _linear_nce(t: int, full: bool, device: torch.device, dtype: torch.dtype) ->
     return _both(found, truth, leaves, True)
 
 
+def _linear_nce_step(
+    t: int, full: bool, whole: bool, device: torch.device, dtype: torch.dtype
+) -> tuple[Results, Results]:
+    """Loss and gradient in one pass, in chunks of a few tokens; both forms, whatever the op would choose."""
+    from calm_fast.kernels.linear_nce import launch_linear_nce_step
+
+    d, v, draw = 40, _vocabulary(device), _draw(device, dtype)
+    streams, weight, bias = [draw(t, d) for _ in range(3)], draw(v, d, size=d**-0.5), draw(v) if full else None
+    targets, seq_ids = _tokens(t, v, device), torch.arange(t, device=device) // 5
+    temperature, softcap = (2.0, 5.0) if full else (1.0, None)
+    options = (targets, seq_ids, 0.5, temperature, 0.5)
+    found = launch_linear_nce_step(*streams, weight, bias, *options, softcap, _IGNORED, rows=7, whole=whole)
+
+    student, nat, neg, wide = (x.double() for x in (*streams, weight))
+    student.requires_grad_()
+    bias = None if bias is None else bias.double()
+    loss = linear_nce_reference(student, nat, neg, wide, *options, bias, softcap, _IGNORED)
+    return list(found), [loss.detach(), *torch.autograd.grad(loss, student)]
+
+
 def _linear_logprob(t: int, full: bool, device: torch.device, dtype: torch.dtype) -> tuple[Results, Results]:
     d, v, draw = 40, _vocabulary(device), _draw(device, dtype)
     leaves = [draw(t, d), draw(v, d, size=d**-0.5)] + ([draw(v)] if full else [])
@@ -204,6 +224,10 @@ CALLS: dict[str, Call] = {
     "dual_lora: compiled, released, wide bottleneck": partial(_dual_lora, 9, 5, 2, "gelu", False, m=530, compiled=True),
     "linear_nce: plain": partial(_linear_nce, 21, False),
     "linear_nce: temperature, bias, softcap": partial(_linear_nce, 21, True),
+    "linear_nce: one pass, whole sequences": partial(_linear_nce_step, 21, False, True),
+    "linear_nce: one pass, any tokens": partial(_linear_nce_step, 21, False, False),
+    "linear_nce: one pass, whole sequences, temperature, bias, softcap": partial(_linear_nce_step, 21, True, True),
+    "linear_nce: one pass, any tokens, temperature, bias, softcap": partial(_linear_nce_step, 21, True, False),
     "linear_logprob: plain": partial(_linear_logprob, 21, False),
     "linear_logprob: entropy, rank, temperature, bias, softcap": partial(_linear_logprob, 21, True),
     "vote: count, a warp a question": partial(_vote, 7, 37, "count"),
