@@ -114,6 +114,14 @@ def test_every_torn_tail_is_repaired(tmp_path, name) -> None:
         assert sorted(indices(out)) == [0, 1]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_is_in_the_file_when_append_returns(tmp_path, name) -> None:
+    with Journal(tmp_path / name, {}) as journal:
+        for index in range(3):
+            journal.append([{"index": index, "question": "q"}])
+            assert indices(tmp_path / name) == list(range(index + 1))
+
+
 def test_a_gzipped_journal_of_large_and_many_writes(tmp_path) -> None:
     rows = [{"index": i, "question": f"{i} " + "ab" * (60_000 * (i == 3))} for i in range(50)]
     for start in range(0, 50, 2):

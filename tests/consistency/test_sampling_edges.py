@@ -9,7 +9,7 @@ from tiny_models import EOS, FAMILIES, VOCAB, character_tokenizer
 
 from calm_fast import SelfConsistency, score_sequences
 from calm_fast.consistency.prefix import PrefixReader, evaluating
-from calm_fast.consistency.sampling import PromptBatch, Sampling
+from calm_fast.consistency.sampling import PromptBatch, Sample, Sampling
 
 
 def model_that_ends(*tokens: int):
@@ -50,6 +50,14 @@ def test_the_models_own_end_tokens_end_a_sample_and_are_not_in_its_text() -> Non
     results = SelfConsistency(model, tokenizer, n=8, max_new_tokens=40, progress=False)(QUESTIONS[:2])
     texts = [text for r in results for text in r.rationales]
     assert min(map(len, texts)) < 10 and not any("#" in text for text in texts)
+
+
+def test_a_text_ends_at_its_first_stop_string() -> None:
+    """A token may hold more than the stop string that it completes."""
+    run = consistency(stop=("##", "!"))
+    sample = Sample(run.tokenizer("7##8!9##")["input_ids"], 0.0, True)
+    assert run._text(sample, [EOS]) == "7"
+    assert run._text(Sample([*run.tokenizer("7!")["input_ids"], EOS], 0.0, True), [EOS]) == "7"
 
 
 def test_temperature_zero_ignores_the_cuts_and_its_scores_are_the_models() -> None:
