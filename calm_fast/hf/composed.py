@@ -105,6 +105,18 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.anchor.get_output_embeddings()
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        raise ValueError(
+            "resize_token_embeddings: the parts embed the tokens and are shared with the caller; "
+            "resize the anchor and the augmenters, then compose them"
+        )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "continuous batching (generate_batch, paged caches): its packed rows have 4-D masks and one cache, a "
+            "composition reads several; use generate() with left padding"
+        )
+
     def train(self, mode: bool = True) -> ComposedForCausalLM:
         """Training mode of the connections only: the frozen parts never use dropout."""
         super().train(mode)

@@ -1,0 +1,89 @@
+"""Ways of generating that people use: drafts, pipelines, continued caches, guidance; and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, pipeline
+
+from calm_fast.hf import ComposedForCausalLM, compose
+from tests.hf.families import EOS, FAMILIES, PAD, VOCAB, composed_model, prompts
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+
+def words() -> PreTrainedTokenizerFast:
+    """One word for each token id."""
+    inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token=f"w{PAD}"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=f"w{PAD}", eos_token=f"w{EOS}", unk_token=f"w{PAD}", padding_side="left"
+    )
+
+
+@pytest.mark.parametrize("draft", ["another model", "its own anchor"])
+def test_a_draft_model_changes_no_token(draft: str) -> None:
+    composed, ids = composed_model("llama"), prompts(1)
+    assistant = composed.anchor if draft == "its own anchor" else FAMILIES["llama"].model(5, width=16, depth=1)
+    assert torch.equal(composed.generate(ids, **GREEDY, assistant_model=assistant), composed.generate(ids, **GREEDY))
+
+
+def test_a_composition_drafts_for_another_model() -> None:
+    composed, ids = composed_model("llama"), prompts(1)
+    target = FAMILIES["llama"].model(7)
+    assert torch.equal(target.generate(ids, **GREEDY, assistant_model=composed), target.generate(ids, **GREEDY))
+
+
+def test_a_returned_cache_continues() -> None:
+    composed, ids = composed_model("llama"), prompts()
+    first = composed.generate(ids, **GREEDY | {"max_new_tokens": 3}, return_dict_in_generate=True)
+    more = {"past_key_values": first.past_key_values, "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(composed.generate(first.sequences, **more), composed.generate(ids, **GREEDY))
+
+
+@pytest.mark.parametrize(
+    "how", [{"guidance_scale": 1.5}, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}, {"num_beams": 3}]
+)
+def test_logits_processors_and_scores_do_not_mind_the_cache(how: dict[str, Any]) -> None:
+    composed, ids = composed_model("llama"), prompts()
+    how = GREEDY | how | {"return_dict_in_generate": True, "output_scores": True}
+    cached, again = composed.generate(ids, **how), composed.generate(ids, **how, use_cache=False)
+    assert torch.equal(cached.sequences, again.sequences)
+    for one, two in zip(cached.scores, again.scores, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
+
+
+def test_a_text_generation_pipeline_pads_its_batch_on_the_left() -> None:
+    composed, tokenizer = composed_model("llama"), words()
+    texts = ["w5 w17 w3", "w9 w2 w40 w8 w21 w6"]
+    how = {"return_full_text": False, **GREEDY}
+    pipe = pipeline("text-generation", model=composed, tokenizer=tokenizer)
+    together = [row[0]["generated_text"] for row in pipe(texts, batch_size=2, **how)]
+    for text, got in zip(texts, together, strict=True):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        alone = composed.generate(ids, **GREEDY)[0, ids.shape[1] :]
+        assert got.split() == tokenizer.decode(alone, skip_special_tokens=True).split()
+
+
+def test_models_given_as_paths_follow_a_device_map(tmp_path: Any) -> None:
+    pytest.importorskip("accelerate")
+    parts = [FAMILIES["llama"].model(seed) for seed in (0, 1)]
+    for name, part in zip("ab", parts, strict=True):
+        part.save_pretrained(tmp_path / name)
+    model = compose(tmp_path / "a", tmp_path / "b", "uniform:2", model_kwargs={"device_map": "cpu"})
+    ids = prompts()
+    assert isinstance(model, ComposedForCausalLM)
+    assert torch.equal(model.generate(ids, **GREEDY), parts[0].generate(ids, **GREEDY))  # untrained: the anchor
+
+
+def test_what_cannot_be_done_says_what_to_do() -> None:
+    composed = composed_model("llama")
+    with pytest.raises(ValueError, match="resize the anchor and the augmenters, then compose"):
+        composed.resize_token_embeddings(VOCAB + 3)
+    with pytest.raises(ValueError, match=r"continuous batching .*use generate\(\) with left padding"):
+        composed.generate_batch([[5, 6, 7], [8, 9]], max_new_tokens=2)
+    with pytest.raises(ValueError, match="inputs_embeds is not taken"):
+        composed.generate(inputs_embeds=torch.randn(1, 3, 32), max_new_tokens=2)
