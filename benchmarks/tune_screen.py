@@ -109,7 +109,8 @@ def examine(op: str, index: int, config: LaunchConfig, arch: int) -> list[str]:
     except Exception as failure:  # noqa: BLE001 - a candidate that does not compile is an answer
         return [f"does not compile: {type(failure).__name__}: {str(failure).strip()[-200:]}"]
     expected = "warp" if problem.matrix else False
-    return sorted({text for facts, own in found for text in hard_problems(facts, expected if own == config else None)})
+    # identity: the other kernels of the launch chose theirs themselves, equal ones among them
+    return sorted({text for facts, own in found if own is config for text in hard_problems(facts, expected)})
 
 
 class Screen:

@@ -32,7 +32,7 @@ _LOG2_E = 1.4426950408889634
 _MAX_HEAD_DIM = 256
 _DECODE_ROWS = 64  # the split-key kernel takes over at this many query rows of a KV head ...
 _DECODE_M = 16  # ... or at this many queries, whatever the group
-_ROW_TILE = 64  # query rows per program of the row terms kernel
+_ROW_TILE = 64  # query rows per program of the row terms kernel up to head dim 128; above, half: 64 spilled
 _RANGE_TILES = 16  # query tiles a step of the range kernel looks at
 _SMALL = LaunchConfig(_ROW_TILE, 64, 4, 3)  # row terms, query ranges, combine: no product, nothing to tune
 _INTERPRETED = interpreted(_cross_attention_fwd_kernel)
@@ -240,9 +240,10 @@ def _launch_rows(
     batch, m, _, heads, _, d = p.sizes
     out = addressable(out, rows=1)
     lse2, delta = (torch.empty((batch, heads, m), dtype=torch.float32, device=out.device) for _ in range(2))
+    tile = _ROW_TILE if d <= 128 else _ROW_TILE // 2
     launch(
         _cross_attention_bwd_rows_kernel,
-        triton.cdiv(m, _ROW_TILE) * heads * batch,
+        triton.cdiv(m, tile) * heads * batch,
         out.device,
         _SMALL,
         *(out, dout, lse.contiguous(), dlse if dlse is None else dlse.contiguous(), lse2, delta),
@@ -251,7 +252,7 @@ def _launch_rows(
         *(m, heads),
         D=d,
         BLOCK_D=_padded(d),
-        BLOCK_M=_ROW_TILE,
+        BLOCK_M=tile,
         HAS_DLSE=dlse is not None,
     )
     return lse2, delta

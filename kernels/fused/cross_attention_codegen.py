@@ -73,6 +73,7 @@ def codegen_specs() -> list[CodegenSpec]:
     ranges = {"BLOCK_M": 64, "BLOCK_N": 128, "TILES": 16, "HAS_LO": True, "HAS_HI": True} | _UNIT
     for name, fn, constants in (
         ("rows_bf16_d128", _cross_attention_bwd_rows_kernel, rows),
+        ("rows_bf16_d256", _cross_attention_bwd_rows_kernel, rows | {"D": 256, "BLOCK_D": 256, "BLOCK_M": 32}),
         ("combine_bf16_d128", _cross_attention_combine_kernel, combine),
         ("ranges", _cross_attention_query_ranges_kernel, ranges),
     ):
