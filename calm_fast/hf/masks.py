@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from calm_fast._validate import values_checked
+from calm_fast._validate import readable, values_checked
 
 
 class Visibility(NamedTuple):
@@ -70,6 +70,12 @@ def aligned_visibility(
             f"got {tuple(attention_mask.shape)}"
         )
     mask = attention_mask.bool()
+    if new == 1 and past > 0 and readable(mask):
+        # a step of a generation: where each row is real from its first one on, the new token reads all of that
+        first = mask.to(torch.uint8).argmax(dim=1)
+        starts, real = first.tolist(), mask.sum(dim=1).tolist()
+        if all(start + count == past + 1 for start, count in zip(starts, real, strict=True)):
+            return Visibility(first.to(torch.int32).unsqueeze(1), None, False) if any(starts) else CAUSAL
     if not torch.compiler.is_compiling():
         # the plain causal paths are the fast ones; later steps of a generation do not ask again
         if past == 0 and bool(mask.all()):

@@ -174,7 +174,14 @@ def test_visibility_of_padding_documents_and_steps() -> None:
     assert lo.tolist() == [[2] * 4, [0] * 4]
     assert hi.tolist() == [[2, 2, 3, 4], [1, 2, 3, 0]]
     lo, hi, _ = aligned_visibility(mask[:1], None, 1, 3, 1)
-    assert (lo.tolist(), hi.tolist()) == ([[2]], [[4]])
+    assert (lo.tolist(), lo.dtype, hi) == ([[2]], torch.int32, None)  # to the last one, itself
+    assert aligned_visibility(ones(2, 4), None, 2, 3, 1) is CAUSAL
+    lo, hi, _ = aligned_visibility(mask, None, 2, 3, 1)
+    assert lo.tolist() == [[2], [0]] and hi.tolist() == [[4], [0]]  # the second row's token is padding
+    lo, hi, _ = aligned_visibility(torch.tensor([[0, 0, 0], [0, 1, 1]]), None, 2, 2, 1)
+    assert lo.tolist() == [[0], [1]] and hi.tolist() == [[0], [3]]
+    with pytest.raises(ValueError, match="zeros between ones"):
+        aligned_visibility(torch.tensor([[1, 0, 1]]), None, 1, 2, 1)
     lo, hi, _ = aligned_visibility(None, torch.tensor([[0, 1, 0, 1, 2]]), 2, 0, 5)
     assert lo.tolist() == [[0, 0, 2, 2, 2]] * 2 and hi.tolist() == [[1, 2, 3, 4, 5]] * 2
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from families import EOS, FAMILIES, PAD, VOCAB, composed_model, prompts
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 
 from calm_fast.hf import ComposedForCausalLM, compose
-from tests.hf.families import EOS, FAMILIES, PAD, VOCAB, composed_model, prompts
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
