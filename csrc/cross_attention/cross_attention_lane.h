@@ -4,13 +4,9 @@
 // A unit of work is one KV head of one sequence and one split of its keys, with every query row that reads that head
 // (M queries x H / Hkv heads): each key and value is read from memory once for all of them.
 
-// Rows of keys or values as float32, padded with zeros to `width`; in place where they lie so in memory already.
+// Rows of keys or values as float32, padded with zeros to `width`.
 template <class T>
 LANE const float* staged(float* spare, const T* from, int64_t stride, int64_t keys, int64_t d, int64_t width) {
-  if constexpr (std::is_same_v<T, float>) {
-    // stride == width as well: the loops walk rows that lie `width` apart
-    if (d == width && stride == width) return from;
-  }
   for (int64_t j = 0; j < keys; ++j) {
     const T* row = from + j * stride;
     float* to = spare + j * width;
@@ -32,12 +28,43 @@ LANE const float* staged(float* spare, const T* from, int64_t stride, int64_t ke
   return spare;
 }
 
+// A vector of float32 from numbers of any dtype.
+template <class T>
+LANE V widened(const T* from) {
+  if constexpr (std::is_same_v<T, float>) return load(from);
+#if CALM_FAST_X86
+  else if constexpr (kWidth == 16) return load16(from);
+  else if constexpr (kWidth == 8) return load8(from);
+#endif
+  else {
+    float each[kWidth];
+    for (int i = 0; i < kWidth; ++i) each[i] = to_float(from[i]);
+    return load(each);
+  }
+}
+
+// Rows that are read next: the processor does not foresee the jump from keys to values and back. kAhead: fetch them.
+struct Ahead {
+  const char* at;
+  int64_t stride, bytes, rows;
+};
+
+LANE void prefetch(const Ahead& ahead, int64_t row) {
+  if (row >= ahead.rows) return;
+  for (int64_t i = 0; i < ahead.bytes; i += 64) __builtin_prefetch(ahead.at + row * ahead.stride + i);
+  asm volatile("");  // GCC drops the calls of a function that does nothing but prefetch
+}
+
 // scores[r * kBlock + j] = q_r . k_j: kRows rows by 4 keys in registers, every sum in the same order whatever the tile
-template <int kRows>
-LANE void score(float* scores, const float* q, const float* k, int64_t keys, int64_t width) {
+template <int kRows, bool kAhead, class T>
+LANE void score(
+    float* scores, const float* q, const T* k, int64_t stride, int64_t keys, int64_t width, const Ahead& ahead) {
   for (int64_t j = 0; j < keys; j += 4) {
-    const float* key[4];
-    for (int64_t i = 0; i < 4; ++i) key[i] = k + (j + i < keys ? j + i : keys - 1) * width;  // what is too many is erased
+    const T* key[4];
+    for (int64_t i = 0; i < 4; ++i) {
+      key[i] = k + (j + i < keys ? j + i : keys - 1) * stride;  // what is too many is erased
+      if (kAhead) prefetch(ahead, j + i);
+    }
     V acc[kRows][4];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -47,7 +74,7 @@ LANE void score(float* scores, const float* q, const float* k, int64_t keys, int
     for (int64_t c = 0; c < width; c += kWidth) {
       V x[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) x[i] = load(key[i] + c);
+      for (int i = 0; i < 4; ++i) x[i] = widened(key[i] + c);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         const V y = load(q + r * width + c);
@@ -61,9 +88,10 @@ LANE void score(float* scores, const float* q, const float* k, int64_t keys, int
 }
 
 // acc[r][i] = acc[r][i] * shrink[r] + sum_j weights[r][j] values[j][i]: kRows rows by kCount vectors of i in registers
-template <int kRows, int kCount>
+template <int kRows, int kCount, bool kAhead, class T>
 LANE void weigh_tile(
-    float* acc, const float* shrink, const float* weights, const float* values, int64_t keys, int64_t width) {
+    float* acc, const float* shrink, const float* weights, const T* values, int64_t stride, int64_t keys,
+    int64_t width, const Ahead& ahead) {
   V sums[kRows][kCount];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -71,9 +99,10 @@ LANE void weigh_tile(
     for (int c = 0; c < kCount; ++c) sums[r][c] = mul(load(acc + r * width + c * kWidth), set1(shrink[r]));
   }
   for (int64_t j = 0; j < keys; ++j) {
+    if (kAhead) prefetch(ahead, j);
     V x[kCount];
 #pragma GCC unroll 8
-    for (int c = 0; c < kCount; ++c) x[c] = load(values + j * width + c * kWidth);
+    for (int c = 0; c < kCount; ++c) x[c] = widened(values + j * stride + c * kWidth);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const V w = set1(weights[r * kBlock + j]);
@@ -88,14 +117,18 @@ LANE void weigh_tile(
   }
 }
 
-template <int kRows>
+template <int kRows, bool kAhead, class T>
 LANE void weigh(
-    float* acc, const float* shrink, const float* weights, const float* values, int64_t keys, int64_t width) {
+    float* acc, const float* shrink, const float* weights, const T* values, int64_t stride, int64_t keys,
+    int64_t width, const Ahead& ahead) {
   int64_t i = 0;
   for (; i + 4 * kWidth <= width; i += 4 * kWidth) {
-    weigh_tile<kRows, 4>(acc + i, shrink, weights, values + i, keys, width);
+    const auto tile = kAhead && i == 0 ? weigh_tile<kRows, 4, kAhead, T> : weigh_tile<kRows, 4, false, T>;
+    tile(acc + i, shrink, weights, values + i, stride, keys, width, ahead);
   }
-  for (; i < width; i += kWidth) weigh_tile<kRows, 1>(acc + i, shrink, weights, values + i, keys, width);
+  for (; i < width; i += kWidth) {
+    weigh_tile<kRows, 1, false>(acc + i, shrink, weights, values + i, stride, keys, width, ahead);
+  }
 }
 
 // Scores [begin, end) of a block become weights relative to the row's running maximum; the others become 0.
@@ -127,9 +160,50 @@ LANE float soften(float* scores, int64_t begin, int64_t end, float scale_log2, f
 }
 
 template <class T>
+LANE void all_scores(const Unit& u, const T* k, int64_t stride, int64_t keys, const Ahead& ahead) {
+  int64_t r = 0;
+  for (; r + 4 <= u.rows; r += 4) {
+    const auto four = r == 0 ? score<4, true, T> : score<4, false, T>;
+    four(u.scores + r * kBlock, u.q + r * u.width, k, stride, keys, u.width, ahead);
+  }
+  for (; r < u.rows; ++r) {
+    const auto one = r == 0 ? score<1, true, T> : score<1, false, T>;
+    one(u.scores + r * kBlock, u.q + r * u.width, k, stride, keys, u.width, ahead);
+  }
+}
+
+// v: value 0 of the block; low, high: the keys of all numbers that any row sees, from which scores are counted
+template <class T>
+LANE void all_values(const Unit& u, const T* v, int64_t stride, int64_t low, int64_t high, const Ahead& ahead) {
+  bool fetched = false;
+  for (int64_t r = 0; r < u.rows;) {
+    const int64_t begin = (u.lo[r] > low ? u.lo[r] : low) - low, end = (u.hi[r] < high ? u.hi[r] : high) - low;
+    int64_t count = 1;  // rows with this interval, at most 4: the heads of one query at least share it
+    while (count < 4 && r + count < u.rows && u.lo[r + count] == u.lo[r] && u.hi[r + count] == u.hi[r]) ++count;
+    if (begin < end) {
+      count = count < 4 ? 1 : 4;
+      float shrink[4];
+      for (int64_t i = 0; i < count; ++i) {
+        shrink[i] = soften(u.scores + (r + i) * kBlock, begin, end, u.scale_log2, u.max[r + i], u.total[r + i]);
+      }
+      const auto add = count == 4 ? (fetched ? weigh<4, false, T> : weigh<4, true, T>)
+                                  : (fetched ? weigh<1, false, T> : weigh<1, true, T>);
+      add(
+          u.acc + r * u.width, shrink, u.scores + r * kBlock + begin, v + begin * stride, stride, end - begin, u.width,
+          ahead);
+      fetched = true;
+    }
+    r += count;
+  }
+}
+
+template <class T>
 LANE void attend(const Unit& u) {
   const auto* k = static_cast<const T*>(u.k);
   const auto* v = static_cast<const T*>(u.v);
+  // numbers are widened once for all rows, or as they are read where there are too few rows to share that
+  const bool direct = u.d == u.width && (std::is_same_v<T, float> || u.rows < 4);
+  const int64_t size = static_cast<int64_t>(sizeof(T)), bytes = u.d * size;
   for (int64_t start = u.first; start < u.last; start += kBlock) {
     const int64_t stop = start + kBlock < u.last ? start + kBlock : u.last;
     int64_t low = stop, high = start;  // of the keys that any row sees
@@ -140,27 +214,16 @@ LANE void attend(const Unit& u) {
       high = end > high ? end : high;
     }
     if (low >= high) continue;
-    const int64_t keys = high - low;
-    const float* block = staged(u.spare, k + low * u.k_stride, u.k_stride, keys, u.d, u.width);
-    int64_t r = 0;
-    for (; r + 4 <= u.rows; r += 4) score<4>(u.scores + r * kBlock, u.q + r * u.width, block, keys, u.width);
-    for (; r < u.rows; ++r) score<1>(u.scores + r * kBlock, u.q + r * u.width, block, keys, u.width);
-
-    block = staged(u.spare, v + low * u.v_stride, u.v_stride, keys, u.d, u.width);
-    for (r = 0; r < u.rows;) {
-      const int64_t begin = (u.lo[r] > low ? u.lo[r] : low) - low, end = (u.hi[r] < high ? u.hi[r] : high) - low;
-      int64_t count = 1;  // rows with this interval, at most 4: the heads of one query at least share it
-      while (count < 4 && r + count < u.rows && u.lo[r + count] == u.lo[r] && u.hi[r + count] == u.hi[r]) ++count;
-      if (begin < end) {
-        count = count < 4 ? 1 : 4;
-        float shrink[4];
-        for (int64_t i = 0; i < count; ++i) {
-          shrink[i] = soften(u.scores + (r + i) * kBlock, begin, end, u.scale_log2, u.max[r + i], u.total[r + i]);
-        }
-        const auto add = count == 4 ? weigh<4> : weigh<1>;
-        add(u.acc + r * u.width, shrink, u.scores + r * kBlock + begin, block + begin * u.width, end - begin, u.width);
-      }
-      r += count;
+    const int64_t keys = high - low, more = u.last - stop < kBlock ? u.last - stop : kBlock;
+    const T *block = k + low * u.k_stride, *values = v + low * u.v_stride;
+    const Ahead next_values{reinterpret_cast<const char*>(values), u.v_stride * size, bytes, keys};
+    const Ahead next_keys{reinterpret_cast<const char*>(k + stop * u.k_stride), u.k_stride * size, bytes, more};
+    if (direct) {
+      all_scores(u, block, u.k_stride, keys, next_values);
+      all_values(u, values, u.v_stride, low, high, next_keys);
+    } else {
+      all_scores(u, staged(u.spare, block, u.k_stride, keys, u.d, u.width), u.width, keys, next_values);
+      all_values(u, staged(u.spare, values, u.v_stride, keys, u.d, u.width), u.width, low, high, next_keys);
     }
   }
 }
