@@ -137,12 +137,12 @@ class _Chunks:
         return product
 
 
-def _chunk_rows(tokens: int, weight: torch.Tensor, rows: int | None) -> tuple[int, int]:
-    """Tokens of a chunk, and how many there may be where one sequence is longer: `rows` if given, else by _BYTES."""
+def _chunk_rows(weight: torch.Tensor, rows: int | None) -> tuple[int, int]:
+    """Rows of the gradient's product, and how many where one sequence is longer: `rows` if given, else by _BYTES."""
     if rows is not None:
-        return min(rows, tokens), min(rows, tokens)
+        return rows, rows
     most = max(1, _BYTES // (3 * (weight.shape[0] + _ALIGN) * weight.element_size()))
-    return min(_ROWS, most // 128 * 128 or most, tokens), min(most, tokens)
+    return min(_ROWS, most // 128 * 128 or most), most
 
 
 def _by_sequence(
@@ -205,7 +205,7 @@ def launch_linear_nce_step(
     gradient = torch.zeros((tokens, student.shape[1]), dtype=torch.float32, device=device)
     if tokens == 0:
         return gradient.new_zeros(()), gradient
-    rows, most = _chunk_rows(tokens, weight, rows)
+    rows, most = _chunk_rows(weight, rows)
     options = {"tau": 1.0 / temperature, "softcap": softcap or 0.0, "ignore_index": ignore_index}
     targets, seq_ids = targets.contiguous(), seq_ids.contiguous()
     head, numbers, plan = ((student, nat, neg), weight, bias), (alpha, offset), None
@@ -251,7 +251,7 @@ def _any_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two gradient rows a token, weighed when the KL of all sequences is known."""
     tokens, tau, (alpha, offset) = targets.shape[0], options["tau"], numbers
-    half = max(1, rows // 2)  # the gradient's product has `rows` rows here too
+    half = max(1, min(rows // 2, tokens))  # the gradient's product has `rows` rows here too
     chunks = _Chunks(*head, targets, seq_ids, options, half, 2)
     soft = torch.empty_like(gradient)
     for first in range(0, tokens, half):
