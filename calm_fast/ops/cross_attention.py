@@ -47,7 +47,7 @@ def cross_attention(
         return_lse: also return the log-sum-exp.
         impl: "auto", "reference", "torch", "triton" or "native"; an explicit choice is honoured or refused.
     Returns:
-        out (B, M, H, D) in q's dtype; with return_lse (out, lse), lse (B, H, M) float32.
+        out (B, M, H, D) in q's dtype; with return_lse (out, lse), lse (B, H, M) float32 (float64 for float64 input).
         Both are differentiable in q, k and v. Accumulation is in float32, autocast is ignored.
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
@@ -116,6 +116,8 @@ def decide(
         if obstacle := _triton_cannot(q):
             raise refuse(_OP, impl, obstacle)
         return Decision(_OP, impl, "asked for")
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return Decision(_OP, "torch", "inside a torch.func transform, which follows torch's own ops")
     if q.device.type == "cpu":
         few = q.shape[1] <= NATIVE_MAX_QUERIES
         if why := _native_cannot(q, k) or (None if few else _native.slowness(q.dtype)):
@@ -159,7 +161,7 @@ def _surely_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bo
         and q.layout == k.layout == v.layout == torch.strided
         and type(causal) is type(return_lse) is bool
         and not torch._C._are_functorch_transforms_active()
-        and _native.obstacle(_OP, "cpu") is None
+        and _native_cannot(q, k) is None
         and (of[1] <= NATIVE_MAX_QUERIES or _native.slowness(dtype) is None)
     )
 
@@ -202,7 +204,10 @@ def _native_cannot(q: torch.Tensor, k: torch.Tensor) -> str | None:
         return f"head dim {q.shape[-1]} is larger than {_MAX_HEAD_DIM}"
     if q.device.type == "cuda" and q.shape[-1] % 8:
         return f"the CUDA kernels load 16 bytes at once: the head dim must be a multiple of 8, not {q.shape[-1]}"
-    return _native.obstacle(_OP, q.device.type)
+    if obstacle := _native.obstacle(_OP, q.device.type):
+        return obstacle
+    # a checkout whose library was compiled before its sources changed
+    return None if q.shape[1] <= NATIVE_MAX_QUERIES else _native.obstacle(f"{_OP}_bwd", q.device.type)
 
 
 def _check(
@@ -231,7 +236,8 @@ def _check(
     if heads < 1 or d < 1:
         raise bad_value(_OP, "q", "of at least one head and head dim 1", f"shape {tuple(q.shape)}")
     if kv_heads < 1 or heads % kv_heads != 0:
-        raise bad_value(_OP, "k", f"of a number of heads that divides q's {heads}", f"{kv_heads} heads")
+        expected = f"(B, N, Hkv, D) with a number of heads that divides q's {heads}"
+        raise bad_value(_OP, "k", expected, f"shape {tuple(k.shape)}, {kv_heads} heads")
     check_bool(_OP, "causal", causal)
     for name, bound in (("lo", lo), ("hi", hi)):
         if bound is None:

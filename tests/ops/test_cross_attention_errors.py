@@ -35,6 +35,7 @@ def made(**changes):
 
 
 FLOATS = "float32, bfloat16, float16, float64"
+KV_LAYOUT = "(B, N, Hkv, D) with a number of heads that divides q's 4"
 PER_ROW = "of shape (B, M) = (2, 5) or (M,) = (5,)"
 OK_HI = torch.full((M,), N, dtype=torch.int32)
 
@@ -83,17 +84,17 @@ BAD = {
     "no kv heads": (
         {n: lambda t: t[:, :, :0] for n in "kv"},
         ValueError,
-        "`k` must be of a number of heads that divides q's 4, got 0 heads",
+        f"`k` must be {KV_LAYOUT}, got shape (2, 7, 0, 8), 0 heads",
     ),
     "3 kv heads": (
         {n: lambda t: t[:, :, :1].expand(-1, -1, 3, -1) for n in "kv"},
         ValueError,
-        "`k` must be of a number of heads that divides q's 4, got 3 heads",
+        f"`k` must be {KV_LAYOUT}, got shape (2, 7, 3, 8), 3 heads",
     ),
     "8 kv heads": (
         {n: lambda t: t.repeat(1, 1, 4, 1) for n in "kv"},
         ValueError,
-        "`k` must be of a number of heads that divides q's 4, got 8 heads",
+        f"`k` must be {KV_LAYOUT}, got shape (2, 7, 8, 8), 8 heads",
     ),
     # lo and hi
     "lo list": ({"lo": [0] * M}, TypeError, f"`lo` must be an int32 tensor {PER_ROW}, got list [0, 0, 0, 0, 0]"),

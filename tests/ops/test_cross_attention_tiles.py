@@ -297,3 +297,34 @@ def test_a_wrong_direct_backward_is_refused(name):
     arguments[name] = arguments[name][:, :-1].contiguous()
     with pytest.raises(RuntimeError, match=f"`{name}` must have shape"):
         raw_bwd(**arguments)
+
+
+@pytest.mark.parametrize("m", [3, 40], ids=["few", "many"])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"lo": True}], ids=["full", "causal", "intervals"])
+def test_torch_func_transforms_work_with_auto(m, options):
+    """Registered ops have no rules for them; inside one `auto` is torch, and says so."""
+    g = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(2, n, 4, 16, generator=g) for n in (m, 50, 50))
+    options = {"lo": torch.arange(m, dtype=torch.int32)} if "lo" in options else options
+
+    def loss(q, k, v):
+        assert calm_fast.explain("cross_attention", q, k, v, **options).impl == "torch"
+        return cross_attention(q, k, v, **options).square().sum()
+
+    found = torch.func.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    expected = torch.autograd.grad(cross_attention(*leaves, **options).square().sum(), leaves)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_library_without_the_tiles_leaves_many_queries_to_torch(monkeypatch):
+    """A checkout whose library is older than its sources."""
+    known = _native.obstacle
+    monkeypatch.setattr(
+        _native, "obstacle", lambda op, device="cpu": f"has no {op}" if op.endswith("_bwd") else known(op, device)
+    )
+    q, k = torch.randn(1, 40, 2, 8), torch.randn(1, 40, 2, 8)
+    decision = calm_fast.explain("cross_attention", q, k, k)
+    assert decision.impl == "torch" and "has no cross_attention_bwd" in str(decision)
+    assert cross_attention(q, k, k).shape == q.shape
+    assert calm_fast.explain("cross_attention", q[:, :4], k, k).impl == "native"
