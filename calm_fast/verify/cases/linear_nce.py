@@ -66,13 +66,13 @@ _SPECS: dict[str, Spec] = {
     "sharp-frozen": Spec(11, 16, 67, magnitude=12.0, frozen=True),
     "far-teachers-frozen": Spec(11, 16, 67, teacher_gap=3.0, magnitude=2.0, frozen=True),
     # a step takes whole sequences up to 128 tokens at once: several chunks, and sequences that do not fit into one
-    "chunks-frozen": Spec(300, 8, 41, sequences=9, frozen=True),
-    "long-sequences-frozen": Spec(300, 8, 41, sequences=2, frozen=True),
+    "chunks-frozen": Spec(170, 8, 41, sequences=9, frozen=True),
+    "long-sequences-frozen": Spec(170, 8, 41, sequences=1, frozen=True),
     "strided-frozen": Spec(13, 16, 53, strided=True, frozen=True, temperature=2.0),
 }
 # half precision proves the casts; the logic is proven in float32, where bounds are tightest
 _HALF = ("plain", "frozen", "past-edges", "long-rows-frozen", "wide", "everything", "sharp", "all-ignored")
-_HALF += ("everything-frozen", "sharp-frozen", "far-teachers-frozen", "chunks-frozen", "long-sequences-frozen")
+_HALF += ("everything-frozen", "sharp-frozen", "far-teachers-frozen")
 _OPTIONS = ("alpha", "temperature", "offset", "bias", "softcap")
 
 
