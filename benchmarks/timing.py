@@ -1,13 +1,14 @@
 """Measuring: interleaved times, peak memory, and the machine's two ceilings.
 
-Contestants of a case take turns, one call each, in an order that rotates every round: drift of a shared machine
-(clock, memory traffic of others) hits all of them alike, so ratios of their medians hold although absolute times may
-not.
+Contestants of a case take turns, one call each, in a new random order every round: drift of a shared machine (clock,
+memory traffic of others) hits all of them alike, and so do the caches that a predecessor leaves behind, so ratios of
+their medians hold although absolute times may not.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import time
 import tracemalloc
@@ -123,6 +124,7 @@ def interleave(
     """
     timer = Timer(device, cold)
     names, samples = list(thunks), {name: [] for name in thunks}
+    shuffled = random.Random(0)  # in a fixed circle everybody would always follow the same one
     for thunk in thunks.values():
         for _ in range(budget.warmup):
             thunk()
@@ -130,8 +132,8 @@ def interleave(
     while names and done < budget.max_rounds:
         if done >= budget.min_rounds and time.perf_counter() - begin > budget.seconds:
             break
-        turn = done % len(names)
-        for name in names[turn:] + names[:turn]:
+        shuffled.shuffle(names)
+        for name in names:
             samples[name].append(timer(thunks[name]))
         done += 1
     return {name: summarise(values) for name, values in samples.items()}

@@ -31,13 +31,17 @@ def test_floor_is_the_larger_of_arithmetic_and_movement(flops, moved, expected):
     assert Ceilings(flops_per_s=1e12, bytes_per_s=1e8).floor_ms(flops, moved) == pytest.approx(expected)
 
 
-def test_interleave_takes_turns_and_rotates_the_order():
+def test_interleave_takes_turns_in_an_order_that_changes():
     calls = []
     thunks = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    times = interleave(thunks, CPU, Budget(seconds=0.0, min_rounds=4, max_rounds=9, warmup=2))
+    times = interleave(thunks, CPU, Budget(seconds=0.0, min_rounds=12, max_rounds=20, warmup=2))
     assert calls[:6] == list("aabbcc")
-    assert calls[6:] == list("abcbcacababc")
-    assert {t.rounds for t in times.values()} == {4}
+    rounds = ["".join(calls[begin : begin + 3]) for begin in range(6, len(calls), 3)]
+    assert len(rounds) == 12 and {"".join(sorted(turn)) for turn in rounds} == {"abc"}
+    assert len({turn[0] for turn in rounds}) == 3, "everybody begins a round now and then"
+    followers = {(first, then) for turn in rounds for first, then in zip(turn, turn[1:], strict=False)}
+    assert len(followers) == 6, "everybody follows everybody"
+    assert {t.rounds for t in times.values()} == {12}
 
 
 def test_interleave_ends_after_the_last_round():
