@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from calm_fast import ops
+from calm_fast._validate import bad_type
 from calm_fast.consistency.answers import extract_answer
 from calm_fast.consistency.samples import answer_text, check_row
 
@@ -107,8 +108,12 @@ def _first_text(answers: Sequence[str | None], classes: list[int], valid: list[b
 
 def as_questions(questions: Sequence[str], references: Sequence[str | None] | None) -> list[Question]:
     """Questions without samples yet, checked."""
-    if isinstance(questions, str) or not all(isinstance(text, str) for text in questions):
-        raise TypeError(f"{_CALLER}: `questions` must be a sequence of strings")
+    sized = hasattr(questions, "__len__") and hasattr(questions, "__iter__")
+    if isinstance(questions, (str, Mapping)) or not sized:
+        raise bad_type(_CALLER, "questions", "a sequence of strings", questions)
+    wrong = next((pair for pair in enumerate(questions) if not isinstance(pair[1], str)), None)
+    if wrong is not None:
+        raise bad_type(_CALLER, f"questions[{wrong[0]}]", "a string", wrong[1])
     references = [None] * len(questions) if references is None else list(references)
     if len(references) != len(questions):
         raise ValueError(

@@ -8,7 +8,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from calm_fast._validate import bad_type, bad_value, check_finite_number, check_tensor
+
 LOSSES = ("power", "margin", "bce")
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def ranking_loss(
@@ -33,7 +36,19 @@ def ranking_loss(
         logits (Q, K) float. labels (Q, K) bool: right. valid (Q, K) bool: which entries are rationales.
     Returns:
         a scalar, 0 with zero gradients where no question counts.
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
     """
+    if loss not in LOSSES:
+        raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
+    check_tensor("ranking_loss", "logits", logits, "(Q, K)", _FLOATS)
+    for name, flags in (("labels", labels), ("valid", valid)):
+        check_tensor("ranking_loss", name, flags, "(Q, K)", (torch.bool,), logits.device)
+        if flags.shape != logits.shape:
+            expected = f"of the shape of `logits`, {tuple(logits.shape)}"
+            raise bad_value("ranking_loss", name, expected, f"shape {tuple(flags.shape)}")
+    for name, number in (("margin", margin), ("power", power)):
+        check_finite_number("ranking_loss", name, number)
     right, wrong = labels & valid, ~labels & valid
     n_right, n_wrong = right.sum(1), wrong.sum(1)
     if loss == "bce":
@@ -43,11 +58,9 @@ def ranking_loss(
         s, counts = logits.sigmoid(), (n_right > 0) & (n_wrong > 0)
         if loss == "power":
             per_question = _mean((1 - s) ** power, right) + _mean(s**power, wrong)
-        elif loss == "margin":
+        else:
             gaps = F.relu(margin - (s[:, :, None] - s[:, None, :]))
             per_question = _mean(gaps.flatten(1), (right[:, :, None] & wrong[:, None, :]).flatten(1))
-        else:
-            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
     return torch.where(counts, per_question, 0.0).sum() / counts.sum().clamp(min=1)
 
 
@@ -65,10 +78,21 @@ class PairAccuracy(NamedTuple):
 
 def pair_counts(scores: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """(won, pairs), each (Q,) float64: pairs of a question in the right order, ties 1/2, and all its pairs."""
+    for name, rows in (("scores", scores), ("labels", labels)):
+        if isinstance(rows, str) or not hasattr(rows, "__len__"):
+            raise bad_type("pair_accuracy", name, "a sequence with one entry per question", rows)
+    if len(labels) != len(scores):
+        expected = f"a sequence with one entry per question, {len(scores)} as in `scores`"
+        raise bad_value("pair_accuracy", "labels", expected, f"{len(labels)} entries")
     won, pairs = torch.zeros(len(scores), dtype=torch.float64), torch.zeros(len(scores), dtype=torch.float64)
     for i, (s, right) in enumerate(zip(scores, labels, strict=True)):
-        right = torch.as_tensor(right, dtype=torch.bool)
+        right = torch.as_tensor(right, dtype=torch.bool).cpu()
         s = torch.as_tensor(s).cpu()
+        if s.dim() != 1:
+            raise bad_value("pair_accuracy", f"scores[{i}]", "1-dimensional (K_q,)", f"shape {tuple(s.shape)}")
+        if right.shape != s.shape:
+            expected = f"one label for each of {len(s)} scores"
+            raise bad_value("pair_accuracy", f"labels[{i}]", expected, f"shape {tuple(right.shape)}")
         gaps = s[right][:, None] - s[~right][None, :]
         won[i] = ((gaps > 0).double() + 0.5 * (gaps == 0).double()).sum()
         pairs[i] = gaps.numel()
@@ -80,6 +104,8 @@ def pair_accuracy(scores: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]
 
     Args:
         scores: per question (K_q,) float. labels: per question (K_q,) bool, right or not.
+    Raises:
+        TypeError, ValueError: scores and labels differ in their lengths; the message says where.
     """
     won, pairs = pair_counts(scores, labels)
     total = float(pairs.sum())

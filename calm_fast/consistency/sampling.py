@@ -20,10 +20,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from calm_fast._validate import bad_type, check_finite_number
+from calm_fast._validate import bad_type, bad_value, check_finite_number
 from calm_fast.consistency.prefix import PrefixReader, branch
 
 _CALLER = "SelfConsistency"
+_RANGES = {
+    "max_new_tokens": "a positive integer",
+    "temperature": "at least 0",
+    "top_k": "a positive integer or None",
+    "top_p": "above 0 and at most 1, or None",
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p"):
+        for name, expected in _RANGES.items():
             value = getattr(self, name)
             if value is None and name.startswith("top"):
                 continue
@@ -48,7 +54,7 @@ class Sampling:
             whole = name in ("max_new_tokens", "top_k")
             right = {"temperature": value >= 0, "top_p": 0 < value <= 1}.get(name, value >= 1)
             if not right or (whole and not isinstance(value, int)):
-                raise ValueError(f"{_CALLER}: `{name}` is out of range, got {value!r}")
+                raise bad_value(_CALLER, name, expected, repr(value))
         # a string is a sequence of strings too: every letter of it would end a sample
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise bad_type(_CALLER, "stop", "a sequence of strings, none of them empty", self.stop)

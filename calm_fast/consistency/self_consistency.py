@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -106,6 +107,12 @@ class SelfConsistency:
         for name, value in (("n", n), ("batch_size", batch_size), ("round_size", rounds)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{_CALLER}: `{name}` must be a positive integer, got {value!r}")
+        options = [field.name for field in fields(Sampling)]
+        if unknown := sorted(sampling.keys() - set(options)):
+            raise TypeError(
+                f"{_CALLER}: unknown option {', '.join(unknown)}; beside its own arguments it takes those of sampling: "
+                f"{', '.join(options)}"
+            )
         self.model, self.tokenizer, self.ranker = model, tokenizer, ranker
         self.n, self.rule, self.lam, self.seed = n, rule, lam, seed
         self.prompt, self.pattern, self.equality, self.grouping = prompt, pattern, equality, dict(grouping or {})

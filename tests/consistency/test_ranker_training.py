@@ -76,6 +76,38 @@ def test_loss_of_questions_that_say_nothing_is_zero():
         ranking_loss(logits, ones, ones, loss="hinge")
 
 
+def test_bad_arguments_of_loss_and_pair_accuracy_are_named():
+    logits, flags = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    for change, kind, message in (
+        ({"logits": [[0.1]]}, TypeError, r"`logits` must be a tensor \(Q, K\), got list"),
+        ({"logits": logits[0]}, ValueError, r"`logits` must be 2-dimensional \(Q, K\), got shape \(3,\)"),
+        ({"logits": logits.long()}, TypeError, "`logits` must have dtype float32, .*, got torch.int64"),
+        ({"labels": flags.long()}, TypeError, "`labels` must have dtype bool, got torch.int64"),
+        ({"labels": flags[:1]}, ValueError, r"`labels` must be of the shape of `logits`, \(2, 3\), got shape \(1, 3\)"),
+        ({"valid": None}, TypeError, r"`valid` must be a tensor \(Q, K\), got NoneType"),
+        ({"valid": flags[:, :2]}, ValueError, r"`valid` must be .* got shape \(2, 2\)"),
+        ({"margin": "0.3"}, TypeError, "`margin` must be a finite number, got str '0.3'"),
+        ({"power": float("inf")}, ValueError, "`power` must be finite, got inf"),
+    ):
+        with pytest.raises(kind, match=f"ranking_loss: {message}"):
+            ranking_loss(**({"logits": logits, "labels": flags, "valid": flags} | change))
+    rows = [torch.tensor([0.9, 0.5]), torch.tensor([0.1])]
+    for scores, labels, kind, message in (
+        (rows, [[True, False]], ValueError, "`labels` must be .* one entry per question, 2 as in `scores`, got 1 entries"),
+        (
+            rows,
+            [[True, False], [True, True]],
+            ValueError,
+            r"`labels\[1\]` must be .* each of 1 scores, got shape \(2,\)",
+        ),
+        ([rows[0], rows[0][:, None]], [[True, False]] * 2, ValueError, r"`scores\[1\]` must be 1-dim.* \(2, 1\)"),
+        (0.5, [[True]], TypeError, "`scores` must be a sequence with one entry per question, got float 0.5"),
+        (rows, None, TypeError, "`labels` must be a sequence .*, got NoneType None"),
+    ):
+        with pytest.raises(kind, match=f"pair_accuracy: {message}"):
+            pair_accuracy(scores, labels)
+
+
 def test_pair_accuracy_counts_pairs_within_questions_and_ties_as_halves():
     scores = [torch.tensor([0.9, 0.5, 0.5]), torch.tensor([0.1, 0.2]), torch.tensor([0.3, 0.4]), torch.tensor([])]
     labels = [torch.tensor([True, False, True]), torch.tensor([True, False]), torch.tensor([True, True]), []]

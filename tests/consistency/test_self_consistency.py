@@ -274,14 +274,15 @@ def test_a_ranker_weights_the_vote_and_belongs_to_the_settings(tmp_path) -> None
         ({"equality": "same"}, ValueError, "`equality` must be one of .*, got 'same'"),
         ({"grouping": {"timeout": 0}}, ValueError, "`timeout` must be a positive number of seconds, got 0"),
         ({"grouping": {"gold": ["1"]}}, TypeError, "gold"),
-        ({"temperature": -1}, ValueError, "`temperature` is out of range, got -1"),
-        ({"top_p": 0}, ValueError, "`top_p` is out of range"),
+        ({"temperature": -1}, ValueError, "`temperature` must be at least 0, got -1"),
+        ({"top_p": 0}, ValueError, "`top_p` must be above 0 and at most 1, or None, got 0"),
         ({"top_p": "0.9"}, TypeError, "`top_p` must be a finite number, got str"),
-        ({"top_k": 1.5}, ValueError, "`top_k` is out of range, got 1.5"),
+        ({"top_k": 1.5}, ValueError, "`top_k` must be a positive integer or None, got 1.5"),
+        ({"max_new_tokens": 0}, ValueError, "`max_new_tokens` must be a positive integer, got 0"),
         ({"max_new_tokens": True}, TypeError, "`max_new_tokens` must be a finite number, got bool"),
         ({"stop": "###"}, TypeError, "`stop` must be a sequence of strings, none of them empty, got str '###'"),
         ({"stop": [""]}, TypeError, "`stop` must be a sequence of strings"),
-        ({"max_tokens": 3}, TypeError, "max_tokens"),
+        ({"max_tokens": 3}, TypeError, "^SelfConsistency: unknown option max_tokens; .*: max_new_tokens, temperature"),
     ],
 )
 def test_bad_settings_are_named(change: dict[str, Any], kind: type, message: str) -> None:
@@ -293,8 +294,11 @@ def test_bad_settings_are_named(change: dict[str, Any], kind: type, message: str
 def test_bad_questions_and_rows_are_named() -> None:
     with pytest.raises(ValueError, match=r"`references` must have one entry per question \(2\), got 1"):
         consistency()(QUESTIONS[:2], ["3"])
-    with pytest.raises(TypeError, match="`questions` must be a sequence of strings"):
-        consistency()("1+2?")
+    for wrong, got in (("1+2?", r"str '1\+2\?'"), (None, "NoneType None"), ({"1+2?": "3"}, "dict .*"), (3, "int 3")):
+        with pytest.raises(TypeError, match=f"`questions` must be a sequence of strings, got {got}"):
+            consistency()(wrong)
+    with pytest.raises(TypeError, match=r"`questions\[1\]` must be a string, got int 3"):
+        consistency()(["1+2?", 3])
     with pytest.raises(ValueError, match="the prompt of question '' has no tokens"):
         consistency()([""])
     with pytest.raises(ValueError, match="`model` and `tokenizer` are needed to sample"):
