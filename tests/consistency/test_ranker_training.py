@@ -93,7 +93,7 @@ def test_bad_arguments_of_loss_and_pair_accuracy_are_named():
             ranking_loss(**({"logits": logits, "labels": flags, "valid": flags} | change))
     rows = [torch.tensor([0.9, 0.5]), torch.tensor([0.1])]
     for scores, labels, kind, message in (
-        (rows, [[True, False]], ValueError, "`labels` must be .* one entry per question, 2 as in `scores`, got 1 entries"),
+        (rows, [[True, False]], ValueError, "`labels` must be .* entry per question, 2 as in `scores`, got 1 entries"),
         (
             rows,
             [[True, False], [True, True]],
