@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from calm_fast._validate import describe
 from calm_fast.hf.composed import ComposedForCausalLM
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.connections import resolve_connections
@@ -18,8 +21,19 @@ from calm_fast.hf.saving import reference
 Model = PreTrainedModel | str | os.PathLike
 
 
+def _is_path(model: str | os.PathLike) -> bool:
+    """Whether this can only be a folder: a name on the hub is NAME or OWNER/NAME."""
+    text = os.fspath(model)
+    return not isinstance(model, str) or os.path.isabs(text) or text[:1] in ("", ".", "~") or text.count("/") > 1
+
+
 def _load(name: str, model: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
     if isinstance(model, (str, os.PathLike)):
+        if _is_path(model) and not os.path.exists(model):
+            raise ValueError(
+                f"{name}: expected a loaded model, its folder or its hub name, got {os.fspath(model)!r}, "
+                "a folder that does not exist"
+            )
         model = AutoModelForCausalLM.from_pretrained(os.fspath(model), **kwargs)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{name}: expected a transformers model or a path, got {type(model).__name__}")
@@ -40,6 +54,27 @@ def _check_vocabulary(anchor: PreTrainedModel, augmenters: list[PreTrainedModel]
                 f"anchor's go up to {needed - 1}; expected a shared tokenizer "
                 "(vocab_size: how many ids are in use)"
             )
+
+
+def _dtype_name(dtype: Any) -> str:
+    name = str(dtype).removeprefix("torch.")
+    found = getattr(torch, name, None)
+    known = isinstance(dtype, (str, torch.dtype)) and isinstance(found, torch.dtype)
+    if not known or not found.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point dtype like torch.bfloat16, or its name, got {dtype!r}")
+    return name
+
+
+def _check_options(vocab_size: Any, model_kwargs: Any) -> None:
+    if vocab_size is not None and (
+        isinstance(vocab_size, bool) or not isinstance(vocab_size, Integral) or vocab_size < 1
+    ):
+        raise ValueError(f"vocab_size: expected a positive integer or None, got {describe(vocab_size)}")
+    if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
+        raise ValueError(
+            "model_kwargs: expected a dict of arguments of from_pretrained, like {'dtype': torch.bfloat16}, "
+            f"got {describe(model_kwargs)}"
+        )
 
 
 def _anchor_heads(anchor: PreTrainedModel) -> int:
@@ -81,8 +116,10 @@ def compose(
     use, by default the anchor's embedding rows. model_kwargs: for loading from paths (revision, dtype, ...).
 
     Raises ValueError naming the argument: models that cannot be composed, connections out of range, repeated
-    or of the wrong type, an augmenter that embeds too few token ids.
+    or of the wrong type, an augmenter that embeds too few token ids, a path that does not exist.
     """
+    _check_options(vocab_size, model_kwargs)
+    composition_dtype = None if dtype is None else _dtype_name(dtype)
     kwargs = dict(model_kwargs or {})
     anchor = _load("anchor", anchor, kwargs)
     given = list(augmenters) if isinstance(augmenters, (list, tuple)) else [augmenters]
@@ -121,7 +158,7 @@ def compose(
             "bias": bias,
             "proj": proj,
         },
-        composition_dtype=str(dtype or anchor.dtype).removeprefix("torch."),
+        composition_dtype=composition_dtype or str(anchor.dtype).removeprefix("torch."),
         use_cache=getattr(anchor.config.get_text_config(decoder=True), "use_cache", True),
     )
     return ComposedForCausalLM(config, anchor, models).eval()

@@ -16,7 +16,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from calm_fast.hf.cache import ComposedCache
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.hooks import ANCHOR, Frame, checkpoint_in_eval, install
-from calm_fast.hf.inputs import AugmenterCall, Signature, augmenter_calls, part_inputs, with_cache
+from calm_fast.hf.inputs import (
+    AugmenterCall,
+    Signature,
+    augmenter_calls,
+    check_ids,
+    check_vocabulary,
+    part_inputs,
+    with_cache,
+)
 from calm_fast.hf.layers import device_of, find_layers, headless_path, hidden_size, submodule, truncated_view
 from calm_fast.hf.saving import CompositionFiles
 from calm_fast.modules.cross_attention import CrossAttention
@@ -218,6 +226,7 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
             raise ValueError(
                 "input_ids: expected token ids, which every part embeds itself; inputs_embeds is not taken"
             )
+        check_ids("input_ids", input_ids)
         if past_key_values is not None and not isinstance(past_key_values, ComposedCache):
             raise ValueError(f"past_key_values: expected a ComposedCache, got {type(past_key_values).__name__}")
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -231,6 +240,8 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         }
         separable = past_key_values is None and not use_cache
         calls, packed = augmenter_calls(len(self.augmenters), inputs, external, past, separable)
+        if input_ids.shape[1] > 1 or past == 0:  # a step of a generation has a token of the model's own
+            self._check_vocabularies(calls, inputs)
         if use_cache is None:
             by_default = self.config.use_cache and not self.training and labels is None and not packed
             use_cache = past_key_values is not None or by_default
@@ -251,6 +262,16 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
             self.frame.clear()
         outputs = with_cache(outputs, cache)
         return outputs if return_dict is None or return_dict else outputs.to_tuple()
+
+    def _check_vocabularies(self, calls: list[AugmenterCall], inputs: dict[str, torch.Tensor | None]) -> None:
+        """Every part embeds the token ids that it is given."""
+        shared = [self.anchor]
+        for model, call in zip(self.augmenters, calls, strict=True):
+            if call.inputs is inputs:
+                shared.append(model)
+            else:
+                check_vocabulary("augmenter_input_ids", call.inputs["input_ids"], [model])
+        check_vocabulary("input_ids", inputs["input_ids"], shared)
 
     def _read_augmenters(self, calls: list[AugmenterCall], cache: ComposedCache | None) -> None:
         """Run every augmenter up to its last connected layer; the hooks leave its states in the frame."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
+from calm_fast._validate import describe, values_checked
 from calm_fast.hf.cache import ComposedCache
 from calm_fast.hf.masks import Visibility, aligned_visibility
 
@@ -57,6 +59,33 @@ class Signature:
         return model.device if parameter is None else parameter.device
 
 
+def check_ids(name: str, ids: Any) -> None:
+    """Token ids are an integer tensor (batch, tokens); ValueError otherwise."""
+    if not isinstance(ids, torch.Tensor):
+        raise ValueError(f"{name}: expected a tensor of token ids (batch, tokens), got {describe(ids)}")
+    if ids.ndim != 2:
+        raise ValueError(f"{name}: expected 2 dimensions (batch, tokens), got shape {tuple(ids.shape)}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name}: expected int64 or int32 token ids, got {ids.dtype}")
+
+
+def check_vocabulary(name: str, ids: torch.Tensor, models: Iterable[PreTrainedModel]) -> None:
+    """Every model embeds every id: ValueError otherwise. Looks only where values may be read."""
+    if not values_checked(ids) or ids.numel() == 0:
+        return
+    # asked each time: the parts are the caller's too, who may resize them
+    rows = [(getattr(model.get_input_embeddings(), "num_embeddings", None), model) for model in models]
+    known = [(count, type(model).__name__) for count, model in rows if isinstance(count, int)]
+    if not known:
+        return
+    count, owner = min(known)
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= count:
+        raise ValueError(
+            f"{name}: expected token ids from 0 to {count - 1} ({owner} embeds {count}), got {low if low < 0 else high}"
+        )
+
+
 class AugmenterCall(NamedTuple):
     """One augmenter's token arguments and what the anchor's tokens may read of them."""
 
@@ -67,7 +96,10 @@ class AugmenterCall(NamedTuple):
 def _per_augmenter(name: str, value: Any, count: int) -> list[torch.Tensor | None]:
     values = list(value) if isinstance(value, (list, tuple)) else [value] * count
     if len(values) != count or not all(v is None or isinstance(v, torch.Tensor) for v in values):
-        raise ValueError(f"{name}: expected a tensor, or a list with a tensor or None for each of {count} augmenters")
+        got = describe(value) if not isinstance(value, (list, tuple)) else f"{len(value)}: {describe(value)}"
+        raise ValueError(
+            f"{name}: expected a tensor, or a list with a tensor or None for each of {count} augmenters, got {got}"
+        )
     return values
 
 
@@ -99,6 +131,8 @@ def augmenter_calls(
             if any(value is not None for value in tokens.values()):
                 raise ValueError("augmenter_input_ids: required with an augmenter's own mask or positions")
             tokens = inputs
+        else:
+            check_ids("augmenter_input_ids", tokens["input_ids"])
         calls.append(AugmenterCall(tokens, aligned if hi is None else Visibility(lo, hi, False)))
     return calls, packed
 

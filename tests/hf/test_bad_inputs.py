@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,6 +79,9 @@ def encoder_decoder() -> Any:
         (lambda: (llama(), []), "augmenters: expected at least one model"),
         (lambda: (llama(), torch.nn.Linear(2, 2)), "augmenters: expected a transformers model or a path, got Linear"),
         (lambda: (None, llama()), "anchor: expected a transformers model or a path, got NoneType"),
+        (lambda: ("/nowhere/anchor", llama()), "anchor: .* got '/nowhere/anchor', a folder that does not exist"),
+        (lambda: (llama(), "./nowhere"), "augmenters: .* got './nowhere', a folder that does not exist"),
+        (lambda: (llama(), [Path("nowhere")]), "augmenters: .* got 'nowhere', a folder that does not exist"),
         (lambda: (llama().model, llama()), "anchor: expected a causal language model, got LlamaModel"),
         (lambda: (llama(), llama(vocab=90)), "augmenters: augmenter 0 .* embeds 90 token ids.* go up to 96"),
         (lambda: (llama(), [llama(), llama(vocab=64)]), "augmenters: augmenter 1 .* embeds 64"),
@@ -104,6 +108,12 @@ def test_models_that_cannot_be_composed_are_refused(arguments: Any, message: str
         ({"num_heads": 5}, "num_heads"),
         ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads"),
         ({"connections": [(7, 0)]}, "connections: "),
+        ({"dtype": "float31"}, "dtype: expected a floating-point dtype .*, got 'float31'"),
+        ({"dtype": torch.int64}, "dtype: expected a floating-point dtype .*, got torch.int64"),
+        ({"dtype": 16}, "dtype: .*, got 16"),
+        ({"model_kwargs": "bf16"}, "model_kwargs: expected a dict .*, got str 'bf16'"),
+        ({"vocab_size": "x"}, "vocab_size: expected a positive integer or None, got str 'x'"),
+        ({"vocab_size": 0}, "vocab_size: .*, got int 0"),
     ],
 )
 def test_bad_compose_arguments_are_refused(kwargs: dict[str, Any], message: str) -> None:
@@ -124,6 +134,14 @@ def ones(*shape: int) -> torch.Tensor:
     ("kwargs", "message"),
     [
         ({"input_ids": None}, "input_ids: expected token ids"),
+        ({"input_ids": "1+2?"}, "input_ids: expected a tensor of token ids .*, got str '1\\+2\\?'"),
+        ({"input_ids": prompts()[0]}, r"input_ids: expected 2 dimensions \(batch, tokens\), got shape \(9,\)"),
+        ({"input_ids": prompts().float()}, "input_ids: expected int64 or int32 token ids, got torch.float32"),
+        ({"input_ids": prompts() + 97}, "input_ids: expected token ids from 0 to 96 .Llama.* embeds 97.*, got 1"),
+        ({"input_ids": prompts() - 97}, "input_ids: expected token ids from 0 to 96 .*, got -"),
+        ({"input_ids": ones(2, 1) * 97}, "input_ids: .* from 0 to 96 .*, got 97"),
+        ({"augmenter_input_ids": ones(2, 3) * 97, "hi": ones(2, 9)}, "augmenter_input_ids: .* 0 to 96 .*, got 97"),
+        ({"augmenter_input_ids": ones(3), "hi": ones(2, 9)}, r"augmenter_input_ids: .*, got shape \(3,\)"),
         ({"inputs_embeds": torch.zeros(2, 9, 32)}, "input_ids: .* inputs_embeds is not taken"),
         ({"attention_mask": ones(2, 8)}, r"attention_mask: expected shape \(2, 9\).*got \(2, 8\)"),
         ({"attention_mask": ones(2, 1, 9, 9)}, r"attention_mask: .*got \(2, 1, 9, 9\)"),
@@ -133,7 +151,7 @@ def ones(*shape: int) -> torch.Tensor:
         ({"lo": ones(2, 9)}, "hi: required"),
         ({"augmenter_attention_mask": ones(2, 9), "hi": ones(2, 9)}, "augmenter_input_ids: required"),
         ({"hi": [ones(2, 9), ones(2, 9)]}, "hi: expected a tensor, or a list .* 1 augmenters"),
-        ({"hi": [3]}, "hi: expected a tensor"),
+        ({"hi": [3]}, r"hi: expected a tensor.*, got 1: list \[3\]"),
         ({"hi": ones(2, 8)}, "hi"),
     ],
 )
@@ -142,6 +160,14 @@ def test_bad_forward_arguments_are_refused(kwargs: dict[str, Any], message: str)
     with pytest.raises((ValueError, TypeError), match=message):
         composed(**({"input_ids": prompts()} | kwargs))
     assert composed.frame.stage is None
+
+
+def test_ids_that_only_the_anchor_embeds_are_refused() -> None:
+    composed = compose(llama(), llama(vocab=90), "uniform:1", vocab_size=90)
+    with pytest.raises(ValueError, match="input_ids: expected token ids from 0 to 89 .*, got 93"):
+        composed(ones(1, 4) * 93)
+    hi = torch.full((1, 4), 4, dtype=torch.int32)  # an augmenter that reads its own tokens does not limit the anchor's
+    assert composed(ones(1, 4) * 93, augmenter_input_ids=ones(1, 4), hi=hi).logits.shape == (1, 4, 97)
 
 
 def test_a_foreign_cache_is_refused_by_generate() -> None:
