@@ -161,7 +161,7 @@ def test_bad_usage_is_one_line_and_exit_2(model, tmp_path):
         (("train", broken, "--model", model, "--out", tmp_path / "x"), "generated_answer"),
         (("train", file, "--model", tmp_path / "none", "--out", tmp_path / "x"), "none"),
         (("score", file, "--ranker", tmp_path, "--out", tmp_path / "x.jsonl"), "no ranker.json"),
-        (("score", file, "--ranker", tmp_path / "run", "--out", tmp_path / "y.jsonl", "--device", "nowhere"), "--device"),
+        (("score", file, "--ranker", tmp_path / "run", "--out", tmp_path / "y", "--device", "nowhere"), "--device"),
     ):
         result = invoke(*arguments)
         assert result.exit_code == 2 and named in " ".join(result.output.split()), result.output
