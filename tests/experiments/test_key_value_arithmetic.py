@@ -241,7 +241,9 @@ def test_layer_is_checked_before_it_is_timed(monkeypatch):
     case = speed.Case("tiny", 2, 9, 24, 32, 4, training=True)
     measured = speed.measure(case, seconds=0)
     assert measured.ours_ms > 0 and measured.eager_ms > 0
-    assert 0 < measured.eager_error < 1e-5 and measured.choice.startswith("cross_attention: torch")
+    assert 0 < measured.eager_error < 1e-5
+    # Which of the two the CPU takes depends on whether the native library was built here.
+    assert measured.choice.startswith(("cross_attention: native (", "cross_attention: torch ("))
     monkeypatch.setattr(calm_fast.CrossAttention, "forward", lambda self, anchor, augmenter, causal: anchor)
     with pytest.raises(RuntimeError, match="not timed"):
         speed.measure(case, seconds=0)
