@@ -116,7 +116,8 @@ def measure(case: Case, setting: Setting, say: Say = lambda _: None) -> tuple[li
     prepared = ready(case, setting, say)
     say(f"{case.name}: timing {len(prepared.thunks)} contestants in turns")
     plain = ceiling_work(setting.device, case.dtype)
-    times = interleave({**prepared.thunks, **plain.thunks}, setting.device, setting.budget_of(case), setting.cold)
+    thunks = {**prepared.thunks, **plain.thunks}
+    times = interleave(thunks, setting.device, setting.budget_of(case), setting.cold, case.headline)
     ceilings = plain.ceilings(times)
     rows = [row(case, setting, c, prepared, times.get(c.name), ceilings) for c in case.contestants]
     return rows, ceilings

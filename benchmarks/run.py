@@ -22,7 +22,7 @@ from calm_fast.benchmarks.measure import Setting, is_red, measure
 from calm_fast.benchmarks.registry import REGISTRY, SUITES, Case, cases
 from calm_fast.benchmarks.timing import Budget, Ceilings
 
-_SECONDS = {"quick": 8.0, "full": 40.0}
+_SECONDS = {"quick": 6.0, "full": 40.0}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +34,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=Path("bench_out"), help="folder for results (default: bench_out)")
     p.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    p.add_argument("--seconds", type=float, help="timing budget of one case (default: 8 quick, 40 full)")
+    usual = ", ".join(f"{seconds:g} {suite}" for suite, seconds in _SECONDS.items())
+    p.add_argument(
+        "--seconds", type=float, help=f"timing budget of one case, close results may take it twice (default: {usual})"
+    )
     p.add_argument("--cold", action="store_true", help="overwrite a CPU's caches before each call (a GPU's always are)")
     p.add_argument(
         "--memory", choices=memory.CHOICES,

@@ -24,12 +24,18 @@ _PRODUCT, _COPY = "ceiling: product", "ceiling: copy"
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to measure: rounds until `seconds` are spent, at least `min_rounds`, at most `max_rounds`."""
+    """How long to measure: rounds until `seconds` are spent, at least `min_rounds`, at most `max_rounds`.
+
+    Where that gave fewer than `enough` rounds, whoever is within `close` times the headline's median goes on until it
+    has `enough`, for `seconds` more at most; see `interleave`.
+    """
 
     seconds: float = 10.0
     min_rounds: int = 5
     max_rounds: int = 200
     warmup: int = 1
+    enough: int = 15
+    close: float = 1.5
 
 
 @dataclass(frozen=True)
@@ -113,18 +119,41 @@ class Timer:
         return _call_cuda(thunk) if self.cuda else _call_cpu(thunk)
 
 
+def _undecided(samples: Mapping[str, list[float]], headline: str | None, close: float) -> list[str]:
+    """Those whose median is within `close` times the headline's, and the ceilings; nobody without a headline."""
+    if headline not in samples:
+        return []
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    low, high = medians[headline] / close, medians[headline] * close
+    return [name for name, ms in medians.items() if low <= ms <= high or name in (_PRODUCT, _COPY)]
+
+
 def interleave(
-    thunks: Mapping[str, Callable[[], object]], device: torch.device, budget: Budget, cold: bool | None = None
+    thunks: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    budget: Budget,
+    cold: bool | None = None,
+    headline: str | None = None,
 ) -> dict[str, Times]:
     """Time every thunk, in turns.
+
+    With a headline, a second phase follows where slow contestants left time for few rounds only: those close to the
+    headline, itself and the two ceilings take turns on, while those far off, whose ratio is clear, keep what they have.
 
     Args:
         thunks: name -> callable without arguments; compiled and checked already.
         device: where they run. budget: how long. cold: see `Timer`.
+        headline: the thunk that the others are compared with; None, or not among `thunks`: there is one phase only.
     """
     timer = Timer(device, cold)
     names, samples = list(thunks), {name: [] for name in thunks}
     shuffled = random.Random(0)  # in a fixed circle everybody would always follow the same one
+
+    def take_turns(names: list[str]) -> None:
+        shuffled.shuffle(names)
+        for name in names:
+            samples[name].append(timer(thunks[name]))
+
     for thunk in thunks.values():
         for _ in range(budget.warmup):
             thunk()
@@ -132,10 +161,14 @@ def interleave(
     while names and done < budget.max_rounds:
         if done >= budget.min_rounds and time.perf_counter() - begin > budget.seconds:
             break
-        shuffled.shuffle(names)
-        for name in names:
-            samples[name].append(timer(thunks[name]))
+        take_turns(names)
         done += 1
+    most = min(budget.enough, budget.max_rounds)
+    if 0 < done < most and (names := _undecided(samples, headline, budget.close)):
+        begin = time.perf_counter()
+        while done < most and time.perf_counter() - begin < budget.seconds:
+            take_turns(names)
+            done += 1
     return {name: summarise(values) for name, values in samples.items()}
 
 

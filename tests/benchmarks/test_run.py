@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from calm_fast.benchmarks import measure as measure_module
 from calm_fast.benchmarks import memory, registry, timing
 from calm_fast.benchmarks.measure import ROW_FIELDS, Setting, error_bound, relative_error
 from calm_fast.benchmarks.registry import CannotRunError, Case, Contestant, Target
@@ -286,6 +287,19 @@ def test_a_case_takes_its_share_of_the_time():
     setting = Setting(torch.device("cpu"), "cpu", {}, None, Budget(10.0, min_rounds=3))
     assert setting.budget_of(whole) == setting.budget
     assert setting.budget_of(replace(whole, share=0.3)) == Budget(3.0, min_rounds=3)
+
+
+def test_the_headline_of_the_case_is_whom_others_must_be_close_to(bench, monkeypatch):
+    given = []
+    whole = measure_module.interleave
+
+    def seen(thunks, device, budget, cold, headline):
+        given.append((headline, set(thunks)))
+        return whole(thunks, device, budget, cold, headline)
+
+    monkeypatch.setattr(measure_module, "interleave", seen)
+    assert bench(Contestant("fast", plain, ours=True), Contestant("baseline", plain))[0] == 0
+    assert given == [("fast", {"fast", "baseline", timing._PRODUCT, timing._COPY})]
 
 
 def test_no_case_fits_is_a_usage_error(capsys):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -47,6 +48,84 @@ def test_interleave_takes_turns_in_an_order_that_changes():
 def test_interleave_ends_after_the_last_round():
     times = interleave({"a": lambda: None}, CPU, Budget(seconds=100.0, min_rounds=1, max_rounds=3))
     assert times["a"].rounds == 3
+
+
+@pytest.fixture
+def turns(monkeypatch):
+    """turns(ms, budget, headline): `interleave` on a clock that only calls move, by `ms` of each name, without waiting.
+
+    Gives the times, the names in the order of their calls and the seconds that passed. ms: a number, or one a call.
+    """
+
+    def run(ms, budget, headline):
+        clock, calls = [0.0], []
+
+        def timer(thunk):
+            name = thunk()
+            calls.append(name)
+            took = ms[name][calls.count(name) - 1] if isinstance(ms[name], list) else ms[name]
+            clock[0] += took / 1e3
+            return took
+
+        monkeypatch.setattr(timing, "Timer", lambda device, cold: timer)
+        monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+        times = interleave({name: (lambda name=name: name) for name in ms}, CPU, budget, headline=headline)
+        return times, calls, clock[0]
+
+    return run
+
+
+SLOW = {
+    **{"ours": 100.0, "a bit faster": 70.0, "a bit slower": 145.0, "faster": 60.0, "slower": 160.0, "slow": 4000.0},
+    **{timing._PRODUCT: 1.0, timing._COPY: 900.0},
+}
+
+
+def test_close_contestants_and_ceilings_go_on_and_those_far_off_stop(turns):
+    times, calls, _ = turns(SLOW, Budget(seconds=20.0, warmup=0), "ours")
+    on = {"ours", "a bit faster", "a bit slower", timing._PRODUCT, timing._COPY}
+    assert {name: t.rounds for name, t in times.items()} == {name: 15 if name in on else 5 for name in SLOW}
+    later = calls[5 * len(SLOW) :]
+    rounds = [later[begin : begin + len(on)] for begin in range(0, len(later), len(on))]
+    assert len(rounds) == 10 and all(set(turn) == on for turn in rounds)
+    assert len({turn[0] for turn in rounds}) > 1 and len({tuple(turn) for turn in rounds}) > 5, "newly shuffled"
+
+
+def test_samples_of_both_phases_count(turns):
+    times, _, _ = turns({"ours": [100.0] * 5 + [120.0] * 10, "slow": 4000.0}, Budget(seconds=20.0, warmup=0), "ours")
+    assert (times["ours"].ms, times["ours"].p20, times["slow"].ms) == (120.0, 100.0, 4000.0)
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, 5), (1.0, 8), (1.1, 8), (1.3, 9), (100.0, 15)])
+def test_going_on_takes_the_budget_once_more_at_most(turns, seconds, expected):
+    # the first phase takes 5 rounds or more whatever the budget; a round of the second one 0.4 s, the last may overrun
+    slow = {"ours": 200.0, "other": 200.0, "slow": 25_000.0}
+    times, _, passed = turns(slow, Budget(seconds, warmup=0), "ours")
+    assert {name: t.rounds for name, t in times.items()} == {"ours": expected, "other": expected, "slow": 5}
+    assert passed - 5 * 25.4 < seconds + 0.4
+
+
+def test_going_on_ends_at_the_most_rounds(turns):
+    times, _, _ = turns(SLOW, Budget(seconds=20.0, max_rounds=7, warmup=0), "ours")
+    assert times["ours"].rounds == 7 and times["slow"].rounds == 5
+
+
+def test_enough_and_close_are_the_budgets(turns):
+    times, _, _ = turns(SLOW, Budget(seconds=20.0, warmup=0, enough=9, close=2.0), "ours")
+    assert {name for name, t in times.items() if t.rounds == 9} == set(SLOW) - {"slow"} and times["slow"].rounds == 5
+
+
+@pytest.mark.parametrize("headline", [None, "broke before it was timed"])
+def test_nobody_goes_on_without_a_headline(turns, headline):
+    times, _, _ = turns(SLOW, Budget(seconds=20.0, warmup=0), headline)
+    assert {t.rounds for t in times.values()} == {5}
+
+
+def test_with_enough_rounds_a_headline_changes_nothing(turns):
+    budget = Budget(seconds=2.0, warmup=0)
+    fast = {"ours": 10.0, "other": 11.0, "slow": 100.0}
+    assert turns(fast, budget, "ours") == turns(fast, budget, None)
+    assert turns(fast, budget, "ours")[0]["slow"].rounds == 17
 
 
 def test_cold_overwrites_the_caches_before_each_call(monkeypatch):
