@@ -19,8 +19,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(calm_fast, m) {
   m.def("_native_dual_lora_mix(Tensor zg, Tensor u, Tensor up, int r_pos, int lane=-1) -> Tensor");
   m.def("_native_dual_lora_update(Tensor zg, Tensor y, Tensor up, Tensor? u, Tensor? c2, int r_pos) -> Tensor");
   m.def("_native_dual_lora_weigh(Tensor zg, int r_pos) -> Tensor");
-  m.def("_native_dual_lora_pack(Tensor w, int lane=-1) -> Tensor");
-  m.def("_native_dual_lora_linear(Tensor x, Tensor packed, int n, Tensor? add=None, int lane=-1) -> Tensor");
+  m.def("_native_packed_linear(Tensor x, Tensor packed, int n, Tensor? add=None, int lane=-1) -> Tensor");
+  m.def("_native_packed_linear_pack(Tensor w, int lane=-1) -> Tensor");
   m.def("_native_vote(Tensor answers, Tensor? scores, Tensor? valid, bool adaptive, float lam, int lane=-1)"
         " -> (Tensor winner, Tensor weight, Tensor total, Tensor margin, Tensor ties)");
   m.def("_native_maj_at_k_exact(Tensor answers, Tensor correct, Tensor? valid, int[] ks, int lane=-1) -> Tensor credit");

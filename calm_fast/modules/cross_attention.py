@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from calm_fast import ops
 from calm_fast._validate import bad_type, bad_value
 from calm_fast.modules.folding import FoldedWeights, KeyValueCost, key_value_cost, may_cache, slowness
 from calm_fast.modules.rms import in_dtype, normalised
+from calm_fast.ops.packed_linear import Packed, can_pack, linear, linear_into, pack
 
 _NAME = "CrossAttention"
 
@@ -25,18 +25,19 @@ class KeyValueCache(Protocol):
 
 
 class _Weights(NamedTuple):
-    """Weights (out, in) and biases (out,) in the order they are used; v None: k holds [W_k; W_v]; scale: the norm's."""
+    """Weights (out, in) and biases (out,) in the order they are used; v None: k holds [W_k; W_v]; scale: the norm's.
+    Kept weights are packed where the compiled library multiplies with them."""
 
     scale: torch.Tensor | None
-    q: torch.Tensor
+    q: torch.Tensor | Packed
     q_bias: torch.Tensor | None
-    proj: torch.Tensor | None
+    proj: torch.Tensor | Packed | None
     proj_bias: torch.Tensor | None
-    k: torch.Tensor
+    k: torch.Tensor | Packed
     k_bias: torch.Tensor | None
-    v: torch.Tensor | None
+    v: torch.Tensor | Packed | None
     v_bias: torch.Tensor | None
-    o: torch.Tensor
+    o: torch.Tensor | Packed
     o_bias: torch.Tensor | None
     post: torch.Tensor | None
 
@@ -51,6 +52,9 @@ _PLACES = (
     ("k_proj", "weight"), ("k_proj", "bias"), ("v_proj", "weight"), ("v_proj", "bias"),
     ("o_proj", "weight"), ("o_proj", "bias"), ("post_norm", "weight"),
 )  # fmt: skip
+
+
+_PRODUCTS = ("q", "proj", "k", "v", "o")  # of _Weights, what tokens are multiplied with
 
 
 class CrossAttention(nn.Module):
@@ -187,23 +191,23 @@ class CrossAttention(nn.Module):
         normed = hidden if self.norm is None else normalised(hidden, self.eps)
         if w.scale is not None:
             normed = normed * in_dtype(w.scale, normed.dtype)
-        q = F.linear(normed if normed.dtype == dtype else normed.to(dtype), w.q, w.q_bias).view(batch, m, heads, d)
+        q = linear(normed if normed.dtype == dtype else normed.to(dtype), w.q, w.q_bias).view(batch, m, heads, d)
 
         if w.proj is not None:
-            inner = F.linear(inner, w.proj, w.proj_bias)
+            inner = linear(inner, w.proj, w.proj_bias)
         if w.v is None:
-            k, v = F.linear(inner, w.k, w.k_bias).view(batch, new, 2, kv_heads, d).unbind(2)
+            k, v = linear(inner, w.k, w.k_bias).view(batch, new, 2, kv_heads, d).unbind(2)
         else:
-            k = F.linear(inner, w.k, w.k_bias).view(batch, new, kv_heads, d)
-            v = F.linear(inner, w.v, w.v_bias).view(batch, new, kv_heads, d)
+            k = linear(inner, w.k, w.k_bias).view(batch, new, kv_heads, d)
+            v = linear(inner, w.v, w.v_bias).view(batch, new, kv_heads, d)
         if cache is not None:
             k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2))
             k, v = k.transpose(1, 2), v.transpose(1, 2)
 
         out = ops.cross_attention(q, k, v, lo=lo, hi=hi, causal=causal).flatten(2)
         if w.o_bias is None and w.post is None and hidden.dtype == dtype:
-            return torch.addmm(hidden.flatten(0, 1), out.flatten(0, 1), w.o.t()).view(hidden.shape)
-        update = F.linear(out, w.o, w.o_bias)
+            return linear_into(hidden, out, w.o)
+        update = linear(out, w.o, w.o_bias)
         if w.post is not None:
             update = normalised(update, self.eps) * w.post
         # without a bias, a row that attends to nothing adds 0 by itself
@@ -216,7 +220,9 @@ class CrossAttention(nn.Module):
         """What this call multiplies with: kept weights where no gradient can flow to the parameters."""
         params = self._params()
         if may_cache(params):
-            return self._folded.get(params, (dtype,), lambda: self._kept_weights(_Weights(*params), dtype))
+            packed = dtype == torch.float32 and can_pack(hidden, augmenter)
+            compute = lambda: self._kept_weights(_Weights(*params), dtype, packed)  # noqa: E731
+            return self._folded.get(params, (dtype, packed), compute)
         self._folded.clear()
         return self._weights(_Weights(*params), dtype, hidden, augmenter)
 
@@ -229,12 +235,15 @@ class CrossAttention(nn.Module):
             found = ((getattr(self, name), key) for name, key in _PLACES)
             return tuple([None if module is None else getattr(module, key) for module, key in found])
 
-    def _kept_weights(self, w: _Weights, dtype: torch.dtype) -> _Weights:
+    def _kept_weights(self, w: _Weights, dtype: torch.dtype, packed: bool) -> _Weights:
         """What calls without gradients multiply with: everything folded that makes one call cheaper."""
         if w.scale is not None:
             w = w._replace(scale=None, q=w.q * w.scale)
         fold = w.proj is not None and self._cost(1, cached=True).fold
-        return self._stacked(w, fold).to(dtype)
+        w = self._stacked(w, fold).to(dtype)
+        if not packed:
+            return w
+        return w._replace(**{name: pack(t) for name in _PRODUCTS if (t := getattr(w, name)) is not None})
 
     def _weights(self, w: _Weights, dtype: torch.dtype, hidden: torch.Tensor, augmenter: torch.Tensor) -> _Weights:
         """What one call with H_B and H_A multiplies with; gradients flow through it to the parameters."""

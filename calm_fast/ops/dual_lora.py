@@ -11,6 +11,7 @@ import torch
 from calm_fast import _native
 from calm_fast._dispatch import Decision, check_impl, refuse, triton_obstacle
 from calm_fast._validate import bad_type, bad_value, check_pair, check_tensor
+from calm_fast.ops.packed_linear import Packed, can_pack, linear, pack
 from calm_fast.reference.dual_lora import dual_lora_reference
 from calm_fast.torch_impl.dual_lora import (
     Folded,
@@ -124,10 +125,9 @@ def dual_lora_folded(
 
 def project_folded(x: torch.Tensor, folded: Folded, lora_x: torch.Tensor | None = None) -> torch.Tensor:
     """`project`, by the compiled library where `folded` is packed for it and autograd records nothing."""
-    if folded.packed is None or lora_x is not None or _differentiated(x, *folded[:2]):
+    if folded.packed is None or lora_x is not None or not can_pack(x) or _differentiated(*folded[:2]):
         return project(x, folded, lora_x)
-    flat, rows = x.reshape(-1, x.shape[-1]).contiguous(), folded.down.shape[0]
-    return _library()._native_dual_lora_linear(flat, folded.packed[0], rows).view(*x.shape[:-1], rows)
+    return linear(x, folded.packed[0])
 
 
 def pack_folded(folded: Folded) -> Folded:
@@ -135,11 +135,11 @@ def pack_folded(folded: Folded) -> Folded:
 
     For factors that are kept: a copy costs about what it saves on 200 tokens.
     """
-    if folded.down.dtype != torch.float32 or folded.down.device.type != "cpu" or _native.obstacle(_OP, "cpu"):
+    if _native.obstacle(_OP):
         return folded
     factors = (folded.down, folded.up) if folded.c1 is None else (folded.down, folded.c1, folded.c2)
-    packed = tuple(_library()._native_dual_lora_pack(t.contiguous()) for t in factors)
-    return folded._replace(packed=packed) if packed[0].numel() else folded  # nothing to gain without AVX-512
+    packed = tuple(map(pack, factors))
+    return folded._replace(packed=packed) if type(packed[0]) is Packed else folded
 
 
 def _native_obstacle(y: torch.Tensor, rank: int) -> str | None:
@@ -186,7 +186,8 @@ def _apply(zg: torch.Tensor, y: torch.Tensor, folded: Folded, r_pos: int, impl: 
         return dual_lora_torch(zg, y, folded, r_pos)
     flat_zg, flat_y = zg.reshape(-1, zg.shape[-1]), y.reshape(-1, y.shape[-1])
     if impl == "native":
-        packed = (None, None, *(folded.packed or ())[1:])[-2:]  # of the last product, and before it of c1
+        # of the last product, and before it of c1
+        packed = (None, None, *(p.panels for p in (folded.packed or ())[1:]))[-2:]
         out = torch.ops.calm_fast.dual_lora_native(flat_zg, flat_y, *folded[1:4], *packed, r_pos)
     elif folded.c1 is None:
         out = torch.ops.calm_fast.dual_lora_fwd(flat_zg, flat_y, folded.up, r_pos)
@@ -367,11 +368,11 @@ def _native_fwd(zg, y, up, c1, c2, packed_c1, packed_last, r_pos):
     if c1 is None:
         mix, last = library._native_dual_lora_weigh(zg, r_pos), up
     else:
-        u = y @ c1.mT if packed_c1 is None else library._native_dual_lora_linear(y, packed_c1, c1.shape[0])
+        u = y @ c1.mT if packed_c1 is None else library._native_packed_linear(y, packed_c1, c1.shape[0])
         mix, last = library._native_dual_lora_mix(zg, u, up.contiguous(), r_pos), c2
     if packed_last is None:
         return torch.addmm(y, mix, last.mT)
-    return library._native_dual_lora_linear(mix, packed_last, last.shape[0], y)
+    return library._native_packed_linear(mix, packed_last, last.shape[0], y)
 
 
 @torch.library.impl(_lib, "dual_lora_native", "CUDA")

@@ -16,14 +16,15 @@ class Folded(NamedTuple):
         two gate logits one dot product of the two halves of `down x`.
     up: "none": (d_out, R) = W_v [s_pos B_pos, s_neg B_neg]; "gelu": (m, R) = C1 [s_pos B_pos, s_neg B_neg].
     c1 (m, d_out), c2 (d_out, m): the value factors of "gelu"; None with "none".
-    packed: down and, "none": up, "gelu": c1, c2 again as the compiled library reads them; None where nothing is packed.
+    packed: down and, "none": up, "gelu": c1, c2 again as `calm_fast.ops.packed_linear` keeps them; None where nothing
+        is packed.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     c1: torch.Tensor | None = None
     c2: torch.Tensor | None = None
-    packed: tuple[torch.Tensor, ...] | None = None
+    packed: tuple | None = None
 
     def to(self, dtype: torch.dtype) -> Folded:
         return Folded(*(t if t is None else t.to(dtype) for t in self[:4]))

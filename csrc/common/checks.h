@@ -2,12 +2,12 @@
 // of torch.ops.calm_fast._native_* from reading outside a tensor. They throw, so never call them inside parallel_for.
 #pragma once
 
-#include <initializer_list>
 #include <string>
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 
 namespace calm_fast {
 
@@ -22,7 +22,7 @@ inline std::string shape_text(const Tensor& tensor) {
 
 // Shape `sizes` (-1: any length there), row-major without gaps, the given dtype.
 inline void check_tensor(
-    const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+    const char* op, const char* name, const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());
   std::string expected;
   int64_t i = 0;

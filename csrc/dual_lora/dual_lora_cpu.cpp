@@ -1,8 +1,8 @@
-// dual_lora on the CPU: the gate, both rank updates, both gelus and the mix in one pass over u; packed products.
+// dual_lora on the CPU: the gate, both rank updates, both gelus and the mix in one pass over u.
 //
 // The chain of the released form is zg = x down^T, u = y C1^T, mix = a_pos gelu(u + up_pos z_pos) +
 // a_neg gelu(u + up_neg z_neg), out = y + mix C2^T; of the paper's, mix = [a_pos z_pos, a_neg z_neg], out = y + mix up^T.
-// calm_fast/ops/dual_lora.py puts it together.
+// calm_fast/ops/dual_lora.py puts it together, the products are torch's or those of common/packed_linear_cpu.cpp.
 
 #include <cmath>
 #include <cstring>
@@ -16,7 +16,6 @@
 #include "common/lanes.h"
 #include "common/parallel.h"
 #include "dual_lora/gelu.h"
-#include "dual_lora/packed_product.h"
 
 namespace calm_fast {
 namespace {
@@ -153,41 +152,10 @@ Tensor dual_lora_weigh(const Tensor& zg, int64_t r_pos) {
   return mix;
 }
 
-// w (n, k) float32 in panels for dual_lora_linear; (0,) where this CPU has no use for them
-Tensor dual_lora_pack(const Tensor& w, int64_t lane) {
-  const char* op = "_native_dual_lora_pack";
-  if (choose_lane(op, lane) < Lane::avx512) return torch::stable::new_empty(w, {0});
-  check_tensor(op, "w", w, {-1, -1}, ScalarType::Float);
-  const int64_t n = w.size(0), k = w.size(1);
-  Tensor packed = torch::stable::new_empty(w, {panels(n), k, kPanel});
-  pack_panels(static_cast<const float*>(w.data_ptr()), n, k, static_cast<float*>(packed.data_ptr()));
-  return packed;
-}
-
-// x (T, k) w^T [+ add (T, n)], float32, w (n, k) as dual_lora_pack gives it
-Tensor dual_lora_linear(
-    const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& add, int64_t lane) {
-  const char* op = "_native_dual_lora_linear";
-  STD_TORCH_CHECK(
-      choose_lane(op, lane) >= Lane::avx512, op, ": packed products need AVX-512, which lane ", lane, " does not have");
-  check_tensor(op, "x", x, {-1, -1}, ScalarType::Float);
-  const int64_t tokens = x.size(0), k = x.size(1);
-  STD_TORCH_CHECK(n >= 0, op, ": `n` must not be negative, got ", n);
-  check_tensor(op, "packed", packed, {panels(n), k, kPanel}, ScalarType::Float);
-  if (add) check_tensor(op, "add", *add, {tokens, n}, ScalarType::Float);
-  Tensor out = torch::stable::new_empty(x, {tokens, n});
-  packed_product(
-      static_cast<const float*>(x.data_ptr()), static_cast<const float*>(packed.data_ptr()),
-      add ? static_cast<const float*>(add->data_ptr()) : nullptr, static_cast<float*>(out.data_ptr()), tokens, n, k);
-  return out;
-}
-
 }  // namespace
 }  // namespace calm_fast
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
   m.impl("_native_dual_lora_mix", TORCH_BOX(&calm_fast::dual_lora_mix));
   m.impl("_native_dual_lora_weigh", TORCH_BOX(&calm_fast::dual_lora_weigh));
-  m.impl("_native_dual_lora_pack", TORCH_BOX(&calm_fast::dual_lora_pack));
-  m.impl("_native_dual_lora_linear", TORCH_BOX(&calm_fast::dual_lora_linear));
 }

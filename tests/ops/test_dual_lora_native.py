@@ -41,9 +41,9 @@ def packs(request):
 
 def test_lanes_below_avx512_pack_nothing_and_refuse_packed_products():
     w, ops = torch.ones(5, 6), library()
-    assert ops._native_dual_lora_pack(w, LANES["scalar"]).numel() == 0
+    assert ops._native_packed_linear_pack(w, LANES["scalar"]).numel() == 0
     with pytest.raises(RuntimeError, match="packed products need AVX-512"):
-        ops._native_dual_lora_linear(w, torch.ones(1, 6, 32), 5, None, LANES["scalar"])
+        ops._native_packed_linear(w, torch.ones(1, 6, 32), 5, None, LANES["scalar"])
 
 
 def ulp(values):
@@ -117,8 +117,8 @@ def test_packed_product_equals_the_product(packs, tokens, n, k, added):
     generator = torch.Generator().manual_seed(k)
     x, w = torch.randn(tokens, k, generator=generator), torch.randn(n, k, generator=generator)
     add = torch.randn(tokens, n, generator=generator) if added else None
-    packed = library()._native_dual_lora_pack(w, packs)
-    out = library()._native_dual_lora_linear(x, packed, n, add, packs)
+    packed = library()._native_packed_linear_pack(w, packs)
+    out = library()._native_packed_linear(x, packed, n, add, packs)
     truth = x.double() @ w.double().mT + (add.double() if added else 0)
     bound = (k + 2) * torch.finfo(torch.float32).eps * (x.abs().double() @ w.abs().double().mT + 8)
     assert out.shape == (tokens, n) and ((out - truth).abs() <= bound).all()
@@ -127,24 +127,24 @@ def test_packed_product_equals_the_product(packs, tokens, n, k, added):
 def test_results_do_not_depend_on_threads_or_company(packs):
     generator = torch.Generator().manual_seed(1)
     x, w, add = (torch.randn(*shape, generator=generator) for shape in ((300, 700), (65, 700), (300, 65)))
-    packed, threads = library()._native_dual_lora_pack(w), torch.get_num_threads()
+    packed, threads = library()._native_packed_linear_pack(w), torch.get_num_threads()
     runs = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            u = library()._native_dual_lora_linear(x, packed, 65, add)
+            u = library()._native_packed_linear(x, packed, 65, add)
             runs.append((u, library()._native_dual_lora_mix(x[:, :8].contiguous(), u, w[:, :4].contiguous(), 1)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
-    part = library()._native_dual_lora_linear(x[17:40].contiguous(), packed, 65, add[17:40].contiguous())
+    part = library()._native_packed_linear(x[17:40].contiguous(), packed, 65, add[17:40].contiguous())
     assert torch.equal(part, runs[0][0][17:40])
 
 
 def test_a_nan_stays_in_its_row(packs):
     x, w = torch.randn(40, 300), torch.randn(35, 300)
     x[13, 299] = float("nan")
-    out = library()._native_dual_lora_linear(x, library()._native_dual_lora_pack(w), 35)
+    out = library()._native_packed_linear(x, library()._native_packed_linear_pack(w), 35)
     assert out[13].isnan().all() and not out[torch.arange(40) != 13].isnan().any()
 
 

@@ -1,4 +1,4 @@
-// out (T, n) = x (T, k) w^T [+ add], float32, w (n, k) packed once: the skinny products of dual_lora on AVX-512.
+// out (T, n) = x (T, k) w^T [+ add], float32, w (n, k) packed once, on AVX-512.
 //
 // w is kept in panels of 32 of its rows, (ceil(n / 32), k, 32), zero behind row n: what the kernel reads is contiguous.
 // A tile is 14 tokens x 32 columns, 28 of the 32 registers; x is copied beside it first, because the rows of a matrix
