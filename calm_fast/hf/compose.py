@@ -16,25 +16,15 @@ from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.connections import resolve_connections
 from calm_fast.hf.inputs import Signature
 from calm_fast.hf.layers import find_layers
-from calm_fast.hf.saving import reference
+from calm_fast.hf.saving import named, reference
 
 Model = PreTrainedModel | str | os.PathLike
 
 
-def _is_path(model: str | os.PathLike) -> bool:
-    """Whether this can only be a folder: a name on the hub is NAME or OWNER/NAME."""
-    text = os.fspath(model)
-    return not isinstance(model, str) or os.path.isabs(text) or text[:1] in ("", ".", "~") or text.count("/") > 1
-
-
 def _load(name: str, model: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
     if isinstance(model, (str, os.PathLike)):
-        if _is_path(model) and not os.path.exists(model):
-            raise ValueError(
-                f"{name}: expected a loaded model, its folder or its hub name, got {os.fspath(model)!r}, "
-                "a folder that does not exist"
-            )
-        model = AutoModelForCausalLM.from_pretrained(os.fspath(model), **kwargs)
+        with named(name, model, "a loaded model, its folder or its hub name"):
+            model = AutoModelForCausalLM.from_pretrained(os.fspath(model), **kwargs)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{name}: expected a transformers model or a path, got {type(model).__name__}")
     return model
@@ -116,7 +106,7 @@ def compose(
     use, by default the anchor's embedding rows. model_kwargs: for loading from paths (revision, dtype, ...).
 
     Raises ValueError naming the argument: models that cannot be composed, connections out of range, repeated
-    or of the wrong type, an augmenter that embeds too few token ids, a path that does not exist.
+    or of the wrong type, an augmenter that embeds too few token ids, a model that cannot be loaded.
     """
     _check_options(vocab_size, model_kwargs)
     composition_dtype = None if dtype is None else _dtype_name(dtype)

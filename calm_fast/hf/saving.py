@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from calm_fast.hf.config import FORMAT_VERSION, ComposedConfig
 from calm_fast.hf.layers import hidden_size
@@ -35,12 +37,45 @@ def reference(model: PreTrainedModel) -> str:
     return os.path.abspath(path) if os.path.isdir(path) else path
 
 
+def _is_path(where: str | os.PathLike) -> bool:
+    """Whether this can only be a folder: a name on the hub is NAME or OWNER/NAME."""
+    text = os.fspath(where)
+    path = not isinstance(where, str) or os.path.isabs(text) or text.count("/") > 1
+    return path or text[:1] in ("", ".", "~") or text.endswith("/")
+
+
+@contextlib.contextmanager
+def named(name: str, where: str | os.PathLike, expected: str) -> Iterator[None]:
+    """Around what loads `where`: a folder that is not there, or cannot be read, is a ValueError about `name`."""
+    text = os.fspath(where)
+    missing = not os.path.exists(text)
+    start = f"{name}: expected {expected}, got {text!r}"
+    absent = "a folder that does not exist" + ("" if os.path.isabs(text) else f" in {os.getcwd()}")
+    if missing and _is_path(where):
+        raise ValueError(f"{start}, {absent}")
+    try:
+        yield
+    except OSError as problem:
+        why = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        if missing:
+            why = f"{absent}; as the name of a model on the hub it could not be loaded either ({why})"
+        raise ValueError(f"{start}, {why}") from problem
+
+
+def _read_config(folder: str, hub: dict[str, Any]) -> ComposedConfig:
+    file = os.path.join(folder, hub.get("subfolder") or "", CONFIG_NAME)
+    if os.path.isdir(folder) and not os.path.isfile(file):  # transformers would go on with a config's defaults
+        raise OSError(f"a folder without {CONFIG_NAME}")
+    return ComposedConfig.from_pretrained(folder, **hub)
+
+
 def _load_part(name: str, path: str, revision: str | None, folder: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     if not path:
         raise ValueError(f"{name}: this composition was made from a model without a path; pass the loaded model")
     beside = os.path.join(folder, path)  # a relative path means "beside the composition" before "where I stand"
     where = beside if os.path.isdir(beside) else path
-    return AutoModelForCausalLM.from_pretrained(where, revision=revision or "main", **kwargs)
+    with named(name, where, "the model that the composition refers to (or pass the loaded model)"):
+        return AutoModelForCausalLM.from_pretrained(where, revision=revision or "main", **kwargs)
 
 
 def _check_part(name: str, model: Any, config: Any) -> None:
@@ -98,13 +133,15 @@ class CompositionFiles:
 
         Remaining arguments (dtype, device_map, ...) go to the parts' own from_pretrained; the composition
         tensors keep the dtype they were saved in. Raises ValueError for a format version this release does
-        not know, a part that is not the one composed, or a reference that is missing.
+        not know, a part that is not the one composed, or a folder or reference that is missing.
         """
         kwargs = {name: value for name, value in kwargs.items() if name not in IGNORED}
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         folder = os.fspath(pretrained_model_name_or_path)
-        if config is None:
-            config = ComposedConfig.from_pretrained(folder, **hub)
+        with named("pretrained_model_name_or_path", pretrained_model_name_or_path, "a composition (folder, hub name)"):
+            if config is None:
+                config = _read_config(folder, hub)
+            weights = cached_file(folder, SAFE_WEIGHTS_NAME, **hub)
         if anchor is None:
             anchor = _load_part("anchor", config.anchor_path, config.anchor_revision, folder, kwargs)
         if augmenters is None:
@@ -119,7 +156,7 @@ class CompositionFiles:
 
         config.anchor_config, config.augmenter_configs = anchor.config, [model.config for model in augmenters]
         composed = cls(config, anchor, augmenters)
-        composed.load_composition(cached_file(folder, SAFE_WEIGHTS_NAME, **hub))
+        composed.load_composition(weights)
         composed.config.name_or_path = composed.name_or_path = folder
         return composed.eval()
 

@@ -144,6 +144,39 @@ def test_wrong_or_missing_parts_are_refused(folder: Path) -> None:
         load(where, anchor="llama")
 
 
+@pytest.mark.parametrize("name", ["models/composed", "composed", "./composed", "a/b/c"])
+def test_a_composition_that_is_not_there_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"pretrained_model_name_or_path: .*'{name}', a folder that does not exist"):
+        ComposedForCausalLM.from_pretrained(name)
+    Path(name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"pretrained_model_name_or_path: .*'{name}', a folder without config.json"):
+        ComposedForCausalLM.from_pretrained(name)
+
+
+def test_files_and_parts_that_are_not_there_are_named(folder: Path) -> None:
+    (folder / "augmenter").rename(folder / "moved")
+    with pytest.raises(ValueError, match="augmenters: .*pass the loaded.*augmenter', a folder that does not exist"):
+        ComposedForCausalLM.from_pretrained(folder / "composed")
+    (folder / "composed" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="pretrained_model_name_or_path: .* model.safetensors"):
+        ComposedForCausalLM.from_pretrained(folder / "composed")
+
+
+def test_a_name_of_the_hub_is_still_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OWNER/NAME, no folder here, is read from the cache that the hub's files are kept in."""
+    revision = "0" * 40
+    kept = tmp_path / "cache" / "models--owner--anchor"
+    shutil.copytree(folder / "anchor", kept / "snapshots" / revision)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text(revision)
+    monkeypatch.chdir(tmp_path)
+    composed = compose(
+        "owner/anchor", folder / "augmenter", "uniform:1", model_kwargs={"cache_dir": str(tmp_path / "cache")}
+    )
+    assert composed.config.anchor_path == "owner/anchor"
+
+
 def test_models_without_a_path_must_be_passed(tmp_path: Path) -> None:
     anchor, augmenter = FAMILIES["llama"].model(0), FAMILIES["llama"].model(1)
     composed = randomize(compose(anchor, augmenter, "uniform:2"))
