@@ -21,6 +21,7 @@ from calm_fast.hf.inputs import (
     Signature,
     augmenter_calls,
     check_ids,
+    check_tensors,
     check_vocabulary,
     part_inputs,
     with_cache,
@@ -161,6 +162,11 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         anchor_cache = DynamicCache(config=texts[0]) if anchor_cache is None else anchor_cache
         return ComposedCache(anchor_cache, [DynamicCache(config=text) for text in texts[1:]], len(self.pairs))
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        # generate() asks the mask for its shape long before the first forward
+        check_tensors(**{name: model_kwargs.get(name) for name in ("attention_mask", "position_ids")})
+        super()._validate_model_kwargs(model_kwargs)
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
@@ -227,6 +233,7 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
                 "input_ids: expected token ids, which every part embeds itself; inputs_embeds is not taken"
             )
         check_ids("input_ids", input_ids)
+        check_tensors(attention_mask=attention_mask, position_ids=position_ids, labels=labels)
         if past_key_values is not None and not isinstance(past_key_values, ComposedCache):
             raise ValueError(f"past_key_values: expected a ComposedCache, got {type(past_key_values).__name__}")
         past = 0 if past_key_values is None else past_key_values.get_seq_length()

@@ -69,6 +69,13 @@ def check_ids(name: str, ids: Any) -> None:
         raise ValueError(f"{name}: expected int64 or int32 token ids, got {ids.dtype}")
 
 
+def check_tensors(**given: Any) -> None:
+    """Each is a tensor or None, as plain transformers models take them; ValueError naming it otherwise."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name}: expected a tensor (batch, tokens) or None, got {describe(value)}")
+
+
 def check_vocabulary(name: str, ids: torch.Tensor, models: Iterable[PreTrainedModel]) -> None:
     """Every model embeds every id: ValueError otherwise. Looks only where values may be read."""
     if not values_checked(ids) or ids.numel() == 0:

@@ -149,6 +149,11 @@ def ones(*shape: int) -> torch.Tensor:
         ({"attention_mask": ones(2, 8)}, r"attention_mask: expected shape \(2, 9\).*got \(2, 8\)"),
         ({"attention_mask": ones(2, 1, 9, 9)}, r"attention_mask: .*got \(2, 1, 9, 9\)"),
         ({"attention_mask": ones(2, 9) - torch.eye(9)[3:5].int()}, "attention_mask: .*zeros between ones"),
+        ({"attention_mask": [[1] * 9] * 2}, "attention_mask: expected a tensor .* or None, got list"),
+        ({"attention_mask": ones(2, 9).numpy()}, "attention_mask: expected a tensor .* or None, got ndarray"),
+        ({"attention_mask": "ones"}, "attention_mask: expected a tensor .* or None, got str 'ones'"),
+        ({"position_ids": [list(range(9))]}, "position_ids: expected a tensor .* or None, got list"),
+        ({"labels": prompts().tolist()}, "labels: expected a tensor .* or None, got list"),
         ({"past_key_values": object()}, "past_key_values: expected a ComposedCache, got object"),
         ({"augmenter_input_ids": prompts()}, "hi: required"),
         ({"lo": ones(2, 9)}, "hi: required"),
@@ -163,6 +168,12 @@ def test_bad_forward_arguments_are_refused(kwargs: dict[str, Any], message: str)
     with pytest.raises((ValueError, TypeError), match=message):
         composed(**({"input_ids": prompts()} | kwargs))
     assert composed.frame.stage is None
+
+
+@pytest.mark.parametrize("mask", [[[1] * 9] * 2, ones(2, 9).numpy()], ids=["list", "numpy"])
+def test_a_mask_that_is_no_tensor_is_refused_by_generate(mask: Any) -> None:
+    with pytest.raises(ValueError, match="attention_mask: expected a tensor .* or None, got (list|ndarray)"):
+        composed_model("llama").generate(prompts(), attention_mask=mask, max_new_tokens=2)
 
 
 def test_ids_that_only_the_anchor_embeds_are_refused() -> None:
