@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -51,18 +54,29 @@ def _options(
     pass
 
 
-def _folder(out: Path) -> Path:
-    """`out`, created; one readable line where that fails, before minutes of work are lost."""
+@contextlib.contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """`out`, created; one readable line where that fails, before minutes of work are lost.
+
+    If the command fails and has left nothing in it, the folders that were created here go again.
+    """
+    new = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise typer.BadParameter(f"cannot create the folder {out}: {problem.strerror}", param_hint="--out") from problem
-    try:
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as problem:
-        raise typer.BadParameter(f"cannot write into {out}: {problem.strerror}", param_hint="--out") from problem
-    return out
+        try:
+            what = "create the folder"
+            out.mkdir(parents=True, exist_ok=True)
+            what = "write into"
+            with tempfile.TemporaryFile(dir=out):
+                pass
+        except OSError as problem:
+            raise typer.BadParameter(f"cannot {what} {out}: {problem.strerror}", param_hint="--out") from problem
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first that holds something ends it
+            for folder in new:
+                with contextlib.suppress(FileNotFoundError):  # not made yet
+                    folder.rmdir()
+        raise
 
 
 @app.command()
@@ -75,10 +89,10 @@ def demo(
     Trains A (knows keys), B (knows numbers) and their composition, about 4 minutes on 2 CPU cores; prints accuracies
     beside the paper's and writes results.json and report.html.
     """
-    _folder(out)
-    from calm_fast.experiments import key_value_arithmetic
+    with _folder(out):
+        from calm_fast.experiments import key_value_arithmetic
 
-    key_value_arithmetic.run(out, seed)
+        key_value_arithmetic.run(out, seed)
 
 
 @app.command()
@@ -95,17 +109,16 @@ def verify(
     Exit code 1 if any quantity exceeds its bound. Where there is no GPU, Triton kernels run in Triton's CPU
     interpreter, in a fresh process.
     """
-    if json_file is not None:
-        _folder(json_file.parent)
-    from calm_fast.ops import OPS
-    from calm_fast.verify import run
+    with contextlib.nullcontext() if json_file is None else _folder(json_file.parent):
+        from calm_fast.ops import OPS
+        from calm_fast.verify import run
 
-    ops, impls = op or OPS, impl or ()
-    try:
-        run.plan(ops, impls)
-    except ValueError as problem:
-        raise typer.BadParameter(str(problem)) from problem
-    raise typer.Exit(run.verify(ops, impls, json_file, every_row=not brief))
+        ops, impls = op or OPS, impl or ()
+        try:
+            run.plan(ops, impls)
+        except ValueError as problem:
+            raise typer.BadParameter(str(problem)) from problem
+        raise typer.Exit(run.verify(ops, impls, json_file, every_row=not brief))
 
 
 @app.command()
@@ -124,13 +137,13 @@ def bench(
     More options: python -m calm_fast.benchmarks.run --help. Exit code 1 if an implementation computes something wrong,
     with --compare 3 if this checkout is slower than REV.
     """
-    _folder(out)
-    from calm_fast.benchmarks.run import main as run_main
+    with _folder(out):
+        from calm_fast.benchmarks.run import main as run_main
 
-    chosen = [word for name in op or () for word in ("--op", name)]
-    chosen += ["--compare", compare] if compare is not None else []
-    chosen += ["--memory", memory.value] if memory is not None else []
-    raise typer.Exit(run_main(["--suite", suite.value, "--out", str(out), *chosen]))
+        chosen = [word for name in op or () for word in ("--op", name)]
+        chosen += ["--compare", compare] if compare is not None else []
+        chosen += ["--memory", memory.value] if memory is not None else []
+        raise typer.Exit(run_main(["--suite", suite.value, "--out", str(out), *chosen]))
 
 
 @app.command()
@@ -153,23 +166,23 @@ def nat(
     Rows have question, answer and generated_answer (list). Rationales count as right if they reach the row's answer.
     Writes negative/ and student/ (PEFT adapters), nat/ and results.json; the same call goes on where it was stopped.
     """
-    _folder(out)
-    from calm_fast.nat import Settings, run
+    with _folder(out):
+        from calm_fast.nat import Settings, run
 
-    try:
-        settings = Settings(
-            steps=steps, batch_size=batch_size, learning_rate=lr, rank=rank, variant=variant, seed=seed,
-            target_modules=tuple(target or ("q_proj", "v_proj")),
-        )  # fmt: skip
-        results = run(data, model, out, settings, limit=limit, max_length=max_length)
-    except ValueError as problem:
-        raise typer.BadParameter(str(problem)) from problem
-    for reason, count in results["left_out"].items():
-        typer.echo(f"left out {count} rows with {reason}")
-    for stage, losses in results["losses"].items():
-        typer.echo(f"{stage:10} loss {losses[0]['loss']:.4f} -> {losses[-1]['loss']:.4f}")
-    for path, gate in results["gates"].items():
-        typer.echo(f"{path:50} negative share {gate['mean']:.3f} +- {gate['std']:.3f}")
+        try:
+            settings = Settings(
+                steps=steps, batch_size=batch_size, learning_rate=lr, rank=rank, variant=variant, seed=seed,
+                target_modules=tuple(target or ("q_proj", "v_proj")),
+            )  # fmt: skip
+            results = run(data, model, out, settings, limit=limit, max_length=max_length)
+        except ValueError as problem:
+            raise typer.BadParameter(str(problem)) from problem
+        for reason, count in results["left_out"].items():
+            typer.echo(f"left out {count} rows with {reason}")
+        for stage, losses in results["losses"].items():
+            typer.echo(f"{stage:10} loss {losses[0]['loss']:.4f} -> {losses[-1]['loss']:.4f}")
+        for path, gate in results["gates"].items():
+            typer.echo(f"{path:50} negative share {gate['mean']:.3f} +- {gate['std']:.3f}")
 
 
 rank = typer.Typer(help="Train and use a ranking model for self-consistency.", no_args_is_help=True)
@@ -220,23 +233,23 @@ def rank_train(
     if dtype not in ("float32", "bfloat16", "float16") or (train_backbone and dtype != "float32"):
         raise typer.BadParameter("float32, or of a frozen model bfloat16 or float16", param_hint="--dtype")
     _check_device(device)
-    _folder(out)
-    try:
-        settings = RankerSettings(
-            loss=loss, epochs=epochs, questions_per_step=batch_size, learning_rate=lr,
-            backbone_learning_rate=backbone_lr, seed=seed,
-        )  # fmt: skip
-        results = run_training(
-            read_rows(data, limit), model, out, settings, train_backbone=train_backbone, max_length=max_length,
-            dtype=getattr(torch, dtype), hidden=hidden, holdout=holdout, pattern=answer_regex, workers=workers,
-            device=device,
-        )  # fmt: skip
-    except (ValueError, OSError) as problem:
-        raise typer.BadParameter(str(problem)) from problem
-    typer.echo(f"loss {results['losses'][0]:.4f} -> {results['losses'][-1]:.4f}")
-    for side, row in results["pair_accuracy"].items():
-        share = "-" if row["accuracy"] is None else f"{row['accuracy']:.4f}"
-        typer.echo(f"pair accuracy, {side.replace('_', ' ')}: {share} ({row['pairs']} pairs)")
+    with _folder(out):
+        try:
+            settings = RankerSettings(
+                loss=loss, epochs=epochs, questions_per_step=batch_size, learning_rate=lr,
+                backbone_learning_rate=backbone_lr, seed=seed,
+            )  # fmt: skip
+            results = run_training(
+                read_rows(data, limit), model, out, settings, train_backbone=train_backbone, max_length=max_length,
+                dtype=getattr(torch, dtype), hidden=hidden, holdout=holdout, pattern=answer_regex, workers=workers,
+                device=device,
+            )  # fmt: skip
+        except (ValueError, OSError) as problem:
+            raise typer.BadParameter(str(problem)) from problem
+        typer.echo(f"loss {results['losses'][0]:.4f} -> {results['losses'][-1]:.4f}")
+        for side, row in results["pair_accuracy"].items():
+            share = "-" if row["accuracy"] is None else f"{row['accuracy']:.4f}"
+            typer.echo(f"pair accuracy, {side.replace('_', ' ')}: {share} ({row['pairs']} pairs)")
 
 
 @rank.command("score")
@@ -255,12 +268,12 @@ def rank_score(
     from calm_fast.consistency.samples import read_rows
 
     _check_device(device)
-    _folder(out.parent)
-    try:
-        run_scoring(read_rows(data, limit, need_answer=False), ranker, out, backbone=backbone, device=device)
-    except (ValueError, OSError) as problem:
-        raise typer.BadParameter(str(problem)) from problem
-    typer.echo(f"wrote {out}")
+    with _folder(out.parent):
+        try:
+            run_scoring(read_rows(data, limit, need_answer=False), ranker, out, backbone=backbone, device=device)
+        except (ValueError, OSError) as problem:
+            raise typer.BadParameter(str(problem)) from problem
+        typer.echo(f"wrote {out}")
 
 
 @app.command()
@@ -293,20 +306,20 @@ def vote(
         raise typer.BadParameter(f"expected numbers like 1,2,4,8, got {k!r}", param_hint="--k") from problem
     if any(size < 1 for size in ks) or len(set(ks)) < len(ks):
         raise typer.BadParameter(f"expected different sizes of at least 1, got {k!r}", param_hint="--k")
-    _folder(out)
-    from rich.console import Console
+    with _folder(out):
+        from rich.console import Console
 
-    from calm_fast.consistency import vote_report
+        from calm_fast.consistency import vote_report
 
-    settings = vote_report.VoteSettings(
-        ks=ks, rule=rule, lam=lam, scores=scores, resamples=resamples, seed=seed, answer_regex=answer_regex,
-        equality=equality, workers=workers, timeout=timeout, cache_dir=cache,
-    )  # fmt: skip
-    try:
-        report = vote_report.run(file, out, settings, limit=limit)
-    except ValueError as problem:
-        raise typer.BadParameter(str(problem)) from problem
-    vote_report.print_report(report, Console())
+        settings = vote_report.VoteSettings(
+            ks=ks, rule=rule, lam=lam, scores=scores, resamples=resamples, seed=seed, answer_regex=answer_regex,
+            equality=equality, workers=workers, timeout=timeout, cache_dir=cache,
+        )  # fmt: skip
+        try:
+            report = vote_report.run(file, out, settings, limit=limit)
+        except ValueError as problem:
+            raise typer.BadParameter(str(problem)) from problem
+        vote_report.print_report(report, Console())
 
 
 @app.command()

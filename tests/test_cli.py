@@ -89,6 +89,24 @@ def test_a_folder_where_a_file_is_wanted_is_refused_before_the_work(tmp_path):
     assert result.exit_code == 2 and "is a directory" in result.output
 
 
+def test_a_failed_command_takes_the_folders_that_it_made_away(monkeypatch, tmp_path):
+    from calm_fast.experiments import key_value_arithmetic
+
+    def fail(out, seed):
+        if seed:
+            (out / "kept.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(key_value_arithmetic, "run", fail)
+    made = tmp_path / "a" / "b"
+    for out, seed, left in ((made, 0, []), (tmp_path, 0, []), (made, 1, [tmp_path / "a"])):
+        invoke("demo", "--out", str(out), "--seed", str(seed))
+        assert list(tmp_path.iterdir()) == left
+    assert (made / "kept.json").is_file()
+    assert invoke("verify", "--op", "nothing", "--json", str(tmp_path / "c" / "x.json")).exit_code == 2
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
 def test_no_command_shows_the_help_and_exits_2():
     result = invoke()
     assert result.exit_code == 2 and "Commands:" in result.output

@@ -18,7 +18,7 @@ from calm_fast.consistency.consensus import solution
 from calm_fast.consistency.journal import Journal
 from calm_fast.consistency.ranker import Ranker, fingerprint
 from calm_fast.consistency.ranker_losses import PairAccuracy, pair_accuracy
-from calm_fast.consistency.ranker_training import RankerSettings, train_ranker
+from calm_fast.consistency.ranker_training import RankerSettings, questions_to_rank, train_ranker
 from calm_fast.consistency.samples import write_rows
 
 Rows = Sequence[dict[str, Any]]
@@ -109,7 +109,6 @@ def run_training(
     if not 0 <= holdout < 1:
         raise ValueError(f"holdout: expected a share of at least 0 and below 1, got {holdout}")
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     decisive = {k: v for k, v in asdict(settings).items() if k not in ("progress", "save_every")}
     ranker = Ranker.from_backbone(
         model, train_backbone=train_backbone, max_length=max_length, hidden=hidden, dtype=dtype, seed=settings.seed
@@ -119,17 +118,24 @@ def run_training(
         "dtype": str(dtype), "holdout": holdout, "backbone": fingerprint(ranker.backbone), "rows": _digest(rows),
         "pattern": pattern,
     }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)  # not before the model has been read
     _claim(out / "identity.json", identity, "a run")
     labels = _kept_labels(out / "labels.json", rows, pattern, out / "answers", workers, settings.progress)
     known = [i for i, row in enumerate(labels) if len(row)]
     held = _held_out(known, holdout, settings.seed)
     seen = [i for i in known if i not in held]
-    if device is not None:
-        ranker.to(device)
 
     def pick(values: Sequence[Any], chosen: Sequence[int]) -> list[Any]:
         return [values[i] for i in chosen]
 
+    try:
+        questions_to_rank(pick(labels, seen))  # before hours of features
+    except ValueError:
+        for file in ("identity.json", "labels.json"):  # such a run never ends: `out` is free for mended rows
+            (out / file).unlink()
+        raise
+    if device is not None:
+        ranker.to(device)
     questions, rationales = [row["question"] for row in rows], [row["generated_answer"] for row in rows]
     features = None if train_backbone else cached_features(ranker, rows, out / "features", progress=settings.progress)
     texts = {"questions": pick(questions, seen), "rationales": pick(rationales, seen)} if features is None else {}

@@ -50,6 +50,14 @@ class RankerSettings:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
 
 
+def questions_to_rank(truth: Sequence[torch.Tensor]) -> list[bool]:
+    """Per question, whether it has both right and wrong rationales; ValueError where none has."""
+    mixed = [bool(row.any()) and not bool(row.all()) for row in truth]
+    if not any(mixed):
+        raise ValueError("labels: no question has both right and wrong rationales, so there is nothing to rank")
+    return mixed
+
+
 def train_ranker(
     ranker: Ranker,
     labels: Sequence[Sequence[bool] | torch.Tensor],
@@ -74,9 +82,7 @@ def train_ranker(
     """
     settings = settings or RankerSettings()
     truth = [torch.as_tensor(row, dtype=torch.bool).cpu() for row in labels]
-    mixed = [bool(row.any()) and not bool(row.all()) for row in truth]
-    if not any(mixed):
-        raise ValueError("labels: no question has both right and wrong rationales, so there is nothing to rank")
+    mixed = questions_to_rank(truth)
     if features is None and (questions is None or rationales is None):
         raise ValueError("train_ranker: expected `questions` and `rationales`, or `features`")
     if ranker.train_backbone:

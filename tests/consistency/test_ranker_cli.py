@@ -166,3 +166,37 @@ def test_bad_usage_is_one_line_and_exit_2(model, tmp_path):
         result = invoke(*arguments)
         assert result.exit_code == 2 and named in " ".join(result.output.split()), result.output
         assert "Traceback" not in result.output
+
+
+def test_a_failed_training_leaves_no_empty_folder(model, tmp_path):
+    file = written(tmp_path / "rows.jsonl", rows(6))
+    broken = written(tmp_path / "broken.jsonl", [{"question": "a", "answer": "b"}])
+    out = tmp_path / "deep" / "run"
+    for arguments in (
+        ("train", broken, "--model", model, "--out", out),
+        ("train", file, "--model", tmp_path / "none", "--out", out),
+        ("train", file, "--model", model, "--out", out, "--loss", "hinge"),
+        ("train", file, "--model", model, "--out", out, "--max-length", 4096),
+        ("score", file, "--ranker", tmp_path, "--out", out / "x.jsonl"),
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 2 and not out.parent.exists(), result.output
+    with pytest.raises(OSError, match="none"):
+        ranker_pipeline.run_training(rows(6), tmp_path / "none", out)
+    assert not out.parent.exists()
+    out.mkdir(parents=True)
+    assert invoke("train", broken, "--model", model, "--out", out).exit_code == 2
+    assert out.is_dir()  # it was there before
+
+
+def test_rows_with_nothing_to_rank_do_not_claim_the_folder(model, tmp_path, monkeypatch):
+    content = rows(6)
+    useless = [{**row, "generated_answer": [row["answer"]] * 2} for row in content]
+    arguments = ["--model", model, "--out", tmp_path / "run", "--max-length", 48, "--epochs", 1, "--workers", 1]
+    features = Ranker.features
+    monkeypatch.delattr(Ranker, "features")  # said before the model reads anything
+    result = invoke("train", written(tmp_path / "useless.jsonl", useless), *arguments)
+    assert result.exit_code == 2 and "nothing to rank" in " ".join(result.output.split())
+    monkeypatch.setattr(Ranker, "features", features, raising=False)
+    result = invoke("train", written(tmp_path / "rows.jsonl", content), *arguments)
+    assert result.exit_code == 0, result.output
