@@ -17,11 +17,11 @@ AT = 0.2  # where the mark of a line is, below its text
 
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
-    "font.size": 7.5,
+    "font.size": 8.4,
     "text.color": INK,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": MUTED,
-    "axes.labelsize": 7.5,
+    "axes.labelsize": 8,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -31,8 +31,8 @@ _STYLE = {
     "grid.linewidth": 0.6,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "xtick.minor.size": 0,

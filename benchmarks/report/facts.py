@@ -243,10 +243,13 @@ def single(found: Sequence[Verdict]) -> list[Verdict]:
 
 
 def summary(found: Sequence[Verdict]) -> dict[str, int]:
-    """Counts for the head of the report: cases, and targets by state; wrong counts rows."""
-    states = [goal.state for v in found for goal in v.goals]
+    """Counts for the head of the report: cases, and targets by state, growth among them; wrong counts rows."""
+    drawn = curves(found)
+    states = [goal.state for v in found for goal in v.goals] + [curve.state for curve in drawn]
+    points = sum(v.series in {curve.series for curve in drawn} for v in found)
     return {
         "cases": len(found),
+        **({"of them on scaling curves": points} if points else {}),
         "targets met": states.count(MET),
         "missed": states.count(MISSED),
         "targets not measured": states.count(ABSENT),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from calm_fast.benchmarks.report import canvas
 from calm_fast.benchmarks.report.canvas import AMBER, INK, MUTED, OTHER, OURS, RED, YARDSTICK
@@ -19,7 +20,8 @@ def case_times(v: Verdict) -> str | None:
         drawn, axes = canvas.lines(len(rows), "ms; whiskers p20 - p80; dashed: floor")
         for y, row in enumerate(rows):
             color = OURS if row["ours"] else YARDSTICK if row["impl"] in v.yardsticks else OTHER
-            axes.barh(y + canvas.AT, row["ms"], height=0.3, color=color)
+            edge = OURS if row["ours"] else OTHER  # a pale bar is seen on paper by its edge
+            axes.barh(y + canvas.AT, row["ms"], height=0.3, color=color, edgecolor=edge, linewidth=0.6)
             axes.plot([row["p20"], row["p80"]], [y + canvas.AT] * 2, color=INK, linewidth=0.8)
             canvas.caption(axes, y, row["impl"], f"{number(row['ms'])} ms", OURS if row["ours"] else INK)
         axes.axvline(rows[0]["floor_ms"], color=INK, linestyle=(0, (3, 2)), linewidth=0.8)
@@ -46,7 +48,7 @@ def _dots(
         for y, (v, mine, others) in enumerate(shown):
             at = y + canvas.AT
             if others:
-                axes.plot([mine, max(others, key=lambda x: abs(x - mine))], [at, at], color=OTHER, linewidth=0.8)
+                axes.plot([min(mine, *others), max(mine, *others)], [at, at], color=OTHER, linewidth=0.8)
             axes.plot(others, [at] * len(others), "o", color=OTHER, markersize=3.6)
             axes.plot([mine], [at], "o", color=OURS, markersize=4.6)
             canvas.caption(axes, y, v.name, show(mine))
@@ -76,7 +78,7 @@ def floor_dots(found: Sequence[Verdict]) -> str | None:
     """Measured over floor: ours and the best baseline of each case."""
     return _dots(
         "floors", found, lambda v, row: row["ms"] / row["floor_ms"] if row["floor_ms"] else None,
-        "measured / floor (1: nothing left to save); pale: best baseline", "Distance to the floor of each case",
+        "time / floor; pale: best baseline", "Distance to the floor of each case",
         times, lambda v: [v.rival] if v.rival else [],
     )  # fmt: skip
 
@@ -112,36 +114,52 @@ def _roofline(dtype: str, members: Sequence[Verdict], c: Ceilings) -> str:
     left = min(ridge / 4, *(x / 2 for x, _ in points))
     right = max(ridge * 4, *(x * 2 for x, _ in points))
     rates = [rate(row) for _, v in points for row in (v.ours, v.rival) if row]
-    low, high = min(*rates, left * c.bytes_per_s) / 2, c.flops_per_s * 2.5
+    low, high = min(*rates, left * c.bytes_per_s) / 2, max(c.flops_per_s * 4, 2 * max(rates))
     with canvas.style():
-        drawn, axes = canvas.figure(2.9)
+        drawn, axes = canvas.figure(3.4, left=0.56)
         axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(low, high))
         axes.plot([left, ridge, right], [left * c.bytes_per_s, c.flops_per_s, c.flops_per_s], color=INK, linewidth=1)
-        axes.text(right, c.flops_per_s * 1.15, f"product {c.flops_per_s / 1e9:.3g} GFLOP/s", ha="right", va="bottom")
-        axes.text(0.015, 0.985, f"slope: copy {c.bytes_per_s / 1e9:.3g} GB/s", transform=axes.transAxes, va="top")
+        said = f"level: product {c.flops_per_s / 1e9:.3g} GFLOP/s\nslope: copy {c.bytes_per_s / 1e9:.3g} GB/s"
+        axes.text(0.015, 0.985, said, transform=axes.transAxes, va="top", linespacing=1.4)
         for x, v in points:
             if v.rival:
                 axes.plot([x, x], [rate(v.rival), rate(v.ours)], color=OTHER, linewidth=0.8)
                 axes.plot([x], [rate(v.rival)], "o", color=OTHER, markersize=3.6)
             axes.plot([x], [rate(v.ours)], "o", color=OURS, markersize=4.6)
-        _number(axes, [(x, rate(v.ours)) for x, v in points])
+        _number(axes, [(x, rate(v.ours)) for x, v in points], [(x, rate(v.rival)) for x, v in points if v.rival])
         canvas.log_ticks(axes.xaxis, left, right, 6)
         canvas.log_ticks(axes.yaxis, low, high, 6)
-        axes.set_xlabel("FLOP / byte, the fewest of both; pale: best baseline")
+        axes.set_xlabel("FLOP / byte; pale: best baseline")
         axes.set_ylabel("FLOP/s")
         return canvas.svg(drawn, f"roofline-{dtype}", f"Roofline of the {dtype} cases")
 
 
-def _number(axes, points: Sequence[tuple[float, float]]) -> None:
-    """1, 2, ... beside the points, lower where one would cover another."""
-    placed: list[tuple[float, float]] = []
-    for index, point in sorted(enumerate(points, 1), key=lambda p: -p[1][1]):
-        x, y = axes.transData.transform(point)
-        while any(abs(x - ox) < 17 and abs(y - oy) < 11 for ox, oy in placed):
-            y -= 1
-        placed.append((x, y))
-        at = axes.transData.inverted().transform((x + 5, y))
-        axes.text(*at, str(index), fontsize=7, color=MUTED, va="center", ha="left", clip_on=False)
+def _number(axes: Any, points: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]]) -> None:
+    """1, 2, ... near the points where it covers no mark and no other number, with a thin line where that is far."""
+    marks = [tuple(axes.transData.transform(point)) for point in (*points, *others)]
+    taken = [(x, y, 5.0, 5.0) for x, y in marks]  # centre, half width, half height in pixels
+    for index, (x, y) in enumerate(marks[: len(points)], 1):
+        wide, high = 3.4 * len(str(index)) + 1, 5.5
+        spots = [
+            (x + dx * (r + wide), y + dy * (r + high), wide, high)
+            for r in (5, 12, 20, 28, 36, 44)
+            for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
+        ]
+        inside = (s for s in spots if axes.bbox.contains(s[0], s[1]))
+        spot = next((s for s in inside if not any(_cover(s, t) for t in taken)), spots[0])
+        taken.append(spot)
+        at = axes.transData.inverted().transform(spot[:2])
+        if spots.index(spot) >= 8:
+            axes.plot([points[index - 1][0], at[0]], [points[index - 1][1], at[1]], color=MUTED, linewidth=0.4)
+        axes.text(
+            *at, str(index), fontsize=7.5, color=INK, va="center_baseline", ha="center", clip_on=False,
+            bbox={"pad": 0.2, "facecolor": "white", "edgecolor": "none"},
+        )  # fmt: skip
+
+
+def _cover(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Whether two boxes (centre x, y, half width, half height) share a point."""
+    return abs(a[0] - b[0]) < a[2] + b[2] and abs(a[1] - b[1]) < a[3] + b[3]
 
 
 def scaling(curve: Curve, quantity: str) -> str | None:
@@ -160,17 +178,18 @@ def scaling(curve: Curve, quantity: str) -> str | None:
     with canvas.style():
         drawn, axes = canvas.figure(2.5)
         axes.set(xscale="log", yscale="log", xlim=(xs[0] / 1.15, xs[-1] * 1.15), ylim=(low, high))
-        styles = iter(["-", "--", ":", "-."] * 4)
+        styles = iter([("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")] * 4)  # told apart without colour too
         for impl, line in sorted(lines.items(), key=lambda item: item[0] != curve.headline):
             mine = impl == curve.headline
+            dashes, marker = next(styles)
             axes.plot(
-                *zip(*line, strict=True), next(styles), marker="o", markersize=3.6, linewidth=1.6 if mine else 1.0,
-                color=OURS if mine else MUTED, label=impl,
+                *zip(*line, strict=True), dashes, marker=marker, markersize=3.8, linewidth=1.6 if mine else 1.0,
+                color=OURS if mine else MUTED, markerfacecolor=OURS if mine else "white", label=impl,
             )  # fmt: skip
         if quantity == "ms":
             (x0, y0), x1 = lines[curve.headline][0], xs[-1]
             power = curve.series.power
-            axes.plot([x0, x1], [y0, y0 * (x1 / x0) ** power], color=RED, linewidth=0.7, linestyle=(0, (1, 2)),
+            axes.plot([x0, x1], [y0, y0 * (x1 / x0) ** power], color=RED, linewidth=1, linestyle=(0, (1, 2)),
                       label="linear" if power == 1 else f"{curve.series.size}^{power:g}")  # fmt: skip
         from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -180,6 +199,6 @@ def scaling(curve: Curve, quantity: str) -> str | None:
         canvas.log_ticks(axes.yaxis, low, high)
         axes.set_xlabel(curve.series.size)
         axes.set_ylabel("ms" if quantity == "ms" else "peak MiB")
-        axes.legend(frameon=False, fontsize=7, loc="upper left", handlelength=2.2)
+        axes.legend(frameon=False, fontsize=8, loc="upper left", handlelength=3)
         name = f"scaling-{curve.series.title}-{quantity}".replace(" ", "-").replace(",", "")
         return canvas.svg(drawn, name, f"{curve.series.title}: {quantity} by {curve.series.size}")

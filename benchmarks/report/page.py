@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 
 from calm_fast.benchmarks.report import figures
 from calm_fast.benchmarks.report.facts import (
@@ -24,6 +26,12 @@ from calm_fast.benchmarks.report.facts import (
 from calm_fast.benchmarks.report.text import HEADINGS, HOW, rows_table
 from calm_fast.benchmarks.timing import Ceilings
 
+BRIEF = (
+    "1.50x: that baseline takes 1.5 times as long as calm_fast; the best baseline stands first. Floor: what the "
+    "arithmetic or the memory traffic alone would take here."
+)
+BARS = "Blue: calm_fast, the headline first; grey: baselines; pale: yardsticks, which do less than the case asks for."
+
 _CLASS = {MET: "met", MISSED: "missed", ABSENT: "open", OPEN: "open", WRONG: "wrong"}
 
 CSS = """
@@ -35,7 +43,7 @@ background:#fff;max-width:76rem;margin:0 auto;padding:1.2rem 1rem 3rem}
 h1{font-size:1.35rem;margin:0}
 h2{font-size:1.05rem;margin:2rem 0 .5rem;border-top:1px solid var(--line);padding-top:.8rem}
 h3{font-size:.9rem;margin:0}
-p,dd,li{max-width:70ch}.muted,figcaption{color:var(--muted);font-size:13px}
+p,dd,li{max-width:70ch}.muted,figcaption{color:var(--muted);font-size:13px}.muted a{color:var(--ours)}
 .head{display:flex;flex-wrap:wrap;gap:.2rem 1rem;align-items:baseline;margin-bottom:.6rem}
 .counts span{margin-right:.9rem;white-space:nowrap}
 .met{color:var(--met)}.missed{color:var(--missed)}.wrong{color:var(--wrong);font-weight:600}.open{color:var(--muted)}
@@ -49,10 +57,13 @@ td,th{padding:.18rem .9rem .18rem 0;border-bottom:1px solid var(--line);vertical
 .verdicts .long{white-space:normal}.verdicts .long a{font-weight:400}
 .others{color:var(--muted);font-size:12.5px;white-space:normal;margin-left:.7rem}
 .others span{display:inline-block;white-space:nowrap;margin-right:.8rem}
-.goal{display:inline-block;margin-right:.8rem}
+.goal,.item{display:inline-block;margin-right:.8rem}.item{white-space:nowrap}.item b{color:var(--ink)}
+.verdicts .op th{padding:.45rem 0 0;font-size:13px;font-weight:400;border:0}
+sup{line-height:0}p.counts,p.muted{max-width:none;margin:.4rem 0}
 .box{overflow-x:auto;border:1px solid var(--line);border-radius:6px;padding:.2rem .7rem}
 .box table{font-size:12.5px;width:auto;min-width:100%}.box td,.box th{white-space:nowrap}.box td.why{white-space:normal;
-min-width:16rem}.box tr.ours td:nth-child(2){color:var(--ours);font-weight:600}.box tr:last-child td{border-bottom:0}
+min-width:16rem}.box tr.ours td:first-child{color:var(--ours);font-weight:600}
+.box tbody:last-child tr:last-child td{border-bottom:0}.box tbody th{color:var(--ink);padding-top:.6rem}
 .box td.num,.box th.num{text-align:right}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:1.2rem 1.6rem;
 align-items:start}
@@ -60,20 +71,27 @@ figure{margin:0;min-width:0;break-inside:avoid}svg{display:block;width:100%;heig
 figcaption{margin:.1rem 0 .3rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;margin:0}dt{color:var(--muted)}dd{margin:0;
 overflow-wrap:anywhere}
-@media(min-width:701px){.verdicts wbr{display:none}}
-@media(max-width:700px){body{padding:.9rem .8rem 2rem}
-.verdicts thead{position:absolute;clip-path:inset(50%)}.verdicts,.verdicts tbody,.verdicts td{display:block}
+@media print,screen and (min-width:901px){.verdicts wbr{display:none}}
+@media screen and (max-width:900px){body{padding:.9rem .8rem 2rem}
+.verdicts thead{display:block;position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+.verdicts,.verdicts tbody,.verdicts td{display:block}
+.verdicts .op th{display:block;grid-column:1/3}
 .verdicts tr{display:grid;grid-template-columns:1fr auto;gap:0 .8rem;padding:.4rem 0;
 border-bottom:1px solid var(--line)}
 .verdicts td{grid-column:1/3;border:0;padding:0}.verdicts .name{grid-area:1/1;white-space:normal}
-.verdicts .floor{grid-area:1/2}.verdicts .ratio{white-space:normal}
+.verdicts .op{border:0;padding:.2rem 0 0}.verdicts .floor{grid-area:1/2}.verdicts .ratio{white-space:normal}
 .verdicts .floor:not(:empty)::after{content:" the floor";color:var(--muted)}.verdicts td:empty{display:none}
-dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}}
+.box{padding:.2rem .5rem}.box td,.box th{padding-right:.55rem}dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}}
 @media print{@page{margin:12mm}body{font-size:10pt;max-width:none;padding:0}h2{break-after:avoid}
-.verdicts{font-size:8pt}.verdicts b{font-size:8.5pt}.verdicts th:first-child{width:10rem}.verdicts small{font-size:7pt}
-tr{break-inside:avoid}
+.verdicts{font-size:8pt}.verdicts b{font-size:8.5pt}
+.verdicts th:first-child{width:10.5rem}
+.verdicts thead th{font-size:8pt}.verdicts td,.verdicts th{padding:.08rem .6rem .08rem 0}
+.verdicts .op th{padding:.15rem 0 0;font-size:7.5pt}
+.verdicts small,.others{font-size:7pt}.others{margin-left:.4rem}.others span,.goal{margin-right:.5rem}
+p.muted,figcaption{font-size:8pt}tr,.box tbody{break-inside:avoid}p,dd{max-width:none}
 .grid{grid-template-columns:1fr 1fr;gap:5mm}
-.box{overflow:visible;border:0;padding:0}.box table{font-size:6.8pt}.box td,.box th{padding-right:1.6mm}
+.box{overflow:visible;border:0;padding:0}.box table{font-size:7.5pt}.box th{font-size:7.5pt}
+.box td,.box th{padding-right:1.6mm}
 .box td.why{min-width:0}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
 """
@@ -86,6 +104,11 @@ def _e(text: str) -> str:
 def _spaced(text: str) -> str:
     """Names may break after an underscore; comparisons as in print."""
     return _e(text).replace("_", "_<wbr>").replace("&gt;= ", "\u2265\u202f").replace("&lt;= ", "\u2264\u202f")
+
+
+def _powers(text: str) -> str:
+    """M^1.13 with the exponent raised."""
+    return re.sub(r"\^([\d.?]+)", r"<sup>\1</sup>", _spaced(text))
 
 
 def _others(ratios: Iterable[tuple[str, float]]) -> str:
@@ -119,12 +142,13 @@ def _curve_row(curve: Curve) -> str:
     v = curve.largest
     best, *others = v.ratios or [("", None)]
     ratio = f"<b>{times(best[1])}</b> {_spaced(best[0])}{_others(others)}" if v.ratio else ""
-    found = ABSENT if curve.state == ABSENT else f"{_spaced(curve.series.size)}^{curve.found}, {curve.state}"
+    found = ABSENT if curve.state == ABSENT else f"{curve.series.size}^{curve.found}, {curve.state}"
+    goal = _powers(f"{curve.wanted}: {found}")
     return (
         f'<tr><td class="name long"><a href="#scaling">{_e(curve.series.title)}</a> <small>{_e(curve.series.size)} '
         f"{curve.sizes[0]} to {curve.sizes[-1]}</small></td>"
         f'<td class="ratio">{ratio}</td><td class="floor">{times(v.above_floor)}</td>'
-        f'<td><span class="goal {_CLASS[curve.state]}">{_spaced(curve.wanted)}: {found}</span></td></tr>'
+        f'<td><span class="goal {_CLASS[curve.state]}">{goal}</span></td></tr>'
     )
 
 
@@ -134,21 +158,27 @@ def _verdicts(found: Sequence[Verdict]) -> str:
         f'<span class="{classes.get(what, "") if count else "open"}">{count} {_e(what)}</span>'
         for what, count in summary(found).items()
     )
-    head = "<th>case</th><th>times faster than each baseline</th><th>above floor</th><th>target</th>"
+    head = "<th>case</th><th>times faster than each baseline</th><th>time / floor</th><th>target</th>"
+    groups = [(op, "".join(map(_verdict_row, members))) for op, members in groupby(single(found), lambda v: v.op)]
+    drawn = curves(found)
+    if drawn:
+        groups.append(("scaling curves, ratios at the largest size", "".join(map(_curve_row, drawn))))
+    bodies = (f'<tbody><tr class="op"><th colspan="4">{_e(title)}</th></tr>{lines}</tbody>' for title, lines in groups)
     return (
-        f'<p class="counts">{counts}</p><table class="verdicts"><thead><tr>{head}</tr></thead><tbody>'
-        f"{''.join(map(_verdict_row, single(found)))}{''.join(map(_curve_row, curves(found)))}</tbody></table>"
+        f'<p class="counts">{counts}</p><p class="muted">{_e(BRIEF)} <a href="#how">How to read it</a></p>'
+        f'<table class="verdicts"><thead><tr>{head}</tr></thead>{"".join(bodies)}</table>'
     )
 
 
 def _figure(plot: str, title: str, caption: str = "", anchor: str = "") -> str:
+    """`caption` is html."""
     target = f' id="{_e(anchor)}"' if anchor else ""
     head = f"<h3{target}>{_spaced(title)}</h3>"
-    return f"<figure>{head}{f'<figcaption>{_spaced(caption)}</figcaption>' if caption else ''}{plot}</figure>"
+    return f"<figure>{head}{f'<figcaption>{caption}</figcaption>' if caption else ''}{plot}</figure>"
 
 
 def _numbered(names: Iterable[str]) -> str:
-    return ", ".join(f"{i} {name}" for i, name in enumerate(names, 1))
+    return " ".join(f'<span class="item"><b>{i}</b> {_e(name)}</span>' for i, name in enumerate(names, 1))
 
 
 def _grid(plots: Iterable[str]) -> str:
@@ -156,19 +186,20 @@ def _grid(plots: Iterable[str]) -> str:
 
 
 def _rows(found: Sequence[Verdict]) -> str:
-    numeric = range(2, 8)
-    head = "".join(f"<th{' class=num' if i in numeric else ''}>{_e(h)}</th>" for i, h in enumerate(HEADINGS))
-    flat = [row for v in found for row in v.rows]
-    body = []
-    for row, line in zip(flat, rows_table(found), strict=True):
-        if row["ms"] is None:
-            kind = "wrong" if any(row is r for v in found for r in v.red) else "open"
-            cells = f'<td>{_e(line[0])}</td><td>{_e(line[1])}</td><td class="{kind}">no time</td>'
-            cells += f'<td class="why {kind}" colspan="5">{_e(line[3])}</td>'
-        else:
-            cells = "".join(f"<td{' class=num' if i in numeric else ''}>{_e(c)}</td>" for i, c in enumerate(line))
-        body.append(f"<tr{' class=ours' if row['ours'] else ''}>{cells}</tr>")
-    return f'<div class="box"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    """A body of the table for each case: its name is a line of its own, so a phone shows the times beside the names."""
+    head = "".join(f"<th{' class=num' if i else ''}>{_e(h)}</th>" for i, h in enumerate(HEADINGS[1:]))
+    bodies = []
+    for v in (v for v in found if v.rows):
+        body = [f'<tr><th colspan="7">{_e(v.name)}</th></tr>']
+        for row, (_, name, *values) in zip(v.rows, rows_table([v]), strict=True):
+            if row["ms"] is None:
+                kind = "wrong" if any(row is r for r in v.red) else "open"
+                cells = f'<td class="num {kind}">no time</td><td class="why {kind}" colspan="5">{_e(values[1])}</td>'
+            else:
+                cells = "".join(f"<td class=num>{_e(value)}</td>" for value in values)
+            body.append(f"<tr{' class=ours' if row['ours'] else ''}><td>{_e(name)}</td>{cells}</tr>")
+        bodies.append(f"<tbody>{''.join(body)}</tbody>")
+    return f'<div class="box"><table><thead><tr>{head}</tr></thead>{"".join(bodies)}</table></div>'
 
 
 def document(title: str, body: str) -> str:
@@ -207,16 +238,16 @@ def page(rows: Sequence[Row], found: Sequence[Verdict], ceilings: Mapping[str, C
         _figure(plot, curve.series.title, said)
         for curve in curves(found)
         for plot, said in (
-            (figures.scaling(curve, "ms"), f"{curve.wanted}, found {curve.series.size}^{curve.found}"),
+            (figures.scaling(curve, "ms"), _powers(f"{curve.wanted}, found {curve.series.size}^{curve.found}")),
             (figures.scaling(curve, "peak_bytes"), "peak memory"),
         )
         if plot
     ]
     if lines:
         parts += ['<h2 id="scaling">Scaling</h2>', _grid(lines)]
-    each = [_figure(plot, v.name, v.shape, v.name) for v in alone if (plot := figures.case_times(v))]
-    parts += ["<h2>Case by case</h2>", _grid(each)]
+    each = [_figure(plot, v.name, _spaced(v.shape), v.name) for v in alone if (plot := figures.case_times(v))]
+    parts += ["<h2>Case by case</h2>", f'<p class="muted">{_e(BARS)}</p>', _grid(each)]
     parts += ["<h2>Every row</h2>", _rows(found)]
     parts += ["<h2>Setting</h2>", settings(setting_lines(rows, ceilings))]
-    parts += ["<h2>How to read it</h2>", f"<p>{_e(HOW)}</p>"]
+    parts += ['<h2 id="how">How to read it</h2>', *(f"<p>{_e(part)}</p>" for part in HOW)]
     return document("calm_fast bench", "".join(parts))

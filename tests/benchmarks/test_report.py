@@ -11,7 +11,7 @@ import torch
 from calm_fast.benchmarks import report
 from calm_fast.benchmarks.measure import ROW_FIELDS
 from calm_fast.benchmarks.registry import REGISTRY, Case, Contestant, Series, Target, cases
-from calm_fast.benchmarks.report import canvas, facts, text
+from calm_fast.benchmarks.report import canvas, facts, figures, text
 from calm_fast.benchmarks.timing import Ceilings
 
 CPU = torch.device("cpu")
@@ -220,8 +220,48 @@ def test_page_begins_with_the_ratio_to_every_baseline(page):
 
 def test_page_is_made_for_phones_and_paper(page):
     assert '<meta name="viewport" content="width=device-width,initial-scale=1">' in page[0]
-    assert "@media print" in page[0] and "@media(max-width:700px)" in page[0]
+    assert "@media print" in page[0] and "@media screen and (max-width:900px)" in page[0]
     assert re.search(r"\.box\{[^}]*overflow-x:auto", page[0]) and '<div class="box"><table>' in page[0]
+
+
+def test_page_groups_verdicts_by_op_and_rows_by_case(page):
+    html, _, chosen = page
+    ops = list(dict.fromkeys(c.op for c in chosen if c.series is None))
+    assert re.findall(r'<tr class="op"><th colspan="4">(.*?)</th>', html)[: len(ops)] == ops
+    table = html[html.index("<h2>Every row</h2>") :]
+    bodies = dict(re.findall(r'<tbody><tr><th colspan="7">(.*?)</th></tr>(.*?)</tbody>', table))
+    assert list(bodies) == [c.name for c in chosen]
+    for c in chosen[1:]:  # a wrong row of the first has no numbers
+        lines = re.findall(r"<tr.*?</tr>", bodies[c.name])
+        assert len(lines) >= 2 and all(line.count("<td") == 7 for line in lines)
+
+
+def test_page_says_how_to_read_it_where_it_is_needed(page):
+    html, markdown, _ = page
+    assert '<a href="#how">How to read it</a>' in html[: html.index("<h2")]
+    for part in text.HOW:
+        assert part in markdown
+
+
+def test_growth_counts_among_the_targets():
+    for power, met in ((1.0, 1), (2.0, 0)):
+        rows, members = scaling(power)
+        found = facts.summary(facts.verdicts([*rows, *ROWS], [*members, case()]))
+        assert (found["cases"], found["of them on scaling curves"]) == (5, 4)
+        assert (found["targets met"], found["missed"]) == (met, 1 - met)
+
+
+def test_numbers_of_a_roofline_cover_no_mark_and_no_other_number():
+    points = [(100.0 * 1.02**i, 1e10 * 1.03**i) for i in range(12)]  # closer than a number is wide
+    with canvas.style():
+        _, axes = canvas.figure(3.4)
+        axes.set(xscale="log", yscale="log", xlim=(1, 1e4), ylim=(1e8, 1e12))
+        figures._number(axes, points, [(100.0, 9e9)])
+    boxes = [t.get_window_extent() for t in axes.texts]
+    marks = [axes.transData.transform(p) for p in [*points, (100.0, 9e9)]]
+    assert [t.get_text() for t in axes.texts] == [str(i) for i in range(1, 13)]
+    assert not any(box.contains(*mark) for box in boxes for mark in marks)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_a_report_of_nothing_says_so(tmp_path):
