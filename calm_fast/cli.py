@@ -13,6 +13,8 @@ from typing import Annotated
 
 import typer
 
+from calm_fast._pipe import quiet_end
+
 app = typer.Typer(
     name="calm-fast",
     help="Fused building blocks for composing frozen language models.",
@@ -334,13 +336,14 @@ def env(
 
 def main() -> None:
     """The console script. Bad input is one line and exit code 2; an unexpected error keeps its traceback."""
-    try:
-        app()
-    except ImportError as problem:  # a broken or missing package: `calm-fast env` says which
-        typer.echo(
-            f"calm-fast: {type(problem).__name__}: {problem}. `calm-fast env` shows what is installed.", err=True
-        )
-        sys.exit(1)
+    with quiet_end():
+        try:
+            app()
+        except ImportError as problem:  # a broken or missing package: `calm-fast env` says which
+            typer.echo(
+                f"calm-fast: {type(problem).__name__}: {problem}. `calm-fast env` shows what is installed.", err=True
+            )
+            sys.exit(1)
 
 
 if __name__ == "__main__":

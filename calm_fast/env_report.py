@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from calm_fast._pipe import quiet_end
 from calm_fast._version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "math-verify", "matplotlib", "typer", "rich")
@@ -181,4 +182,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with quiet_end():
+        sys.exit(main())

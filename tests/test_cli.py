@@ -218,6 +218,35 @@ def test_env_survives_a_broken_triton(broken):
     assert impls["triton"].startswith("no: its kernels cannot be imported (OSError")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # the output fails at the program's end, or where it is printed
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["calm_fast", "env"],
+        ["calm_fast.env_report"],
+        ["calm_fast", "verify", "--op", "vote", "--impl", "torch"],
+    ],
+    ids=" ".join,
+)
+def test_output_without_a_reader_ends_the_program_quietly(args, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    try:
+        command = [sys.executable, "-m", *args]
+        result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, env=env)
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_closed_output_is_no_error():
+    result = fresh(
+        "-c", "import sys; sys.stdout = None; sys.argv[1:] = ['env']; from calm_fast.cli import main; main()"
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_env_module_refuses_unknown_arguments(capsys):
     assert env_report.main(["--yaml"]) == 2
     assert "usage: python -m calm_fast.env_report [--json]" in capsys.readouterr().err
