@@ -78,7 +78,7 @@ def floor_dots(found: Sequence[Verdict]) -> str | None:
     """Measured over floor: ours and the best baseline of each case."""
     return _dots(
         "floors", found, lambda v, row: row["ms"] / row["floor_ms"] if row["floor_ms"] else None,
-        "time / floor; pale: best baseline", "Distance to the floor of each case",
+        "measured / floor; pale: best baseline", "Distance to the floor of each case",
         times, lambda v: [v.rival] if v.rival else [],
     )  # fmt: skip
 

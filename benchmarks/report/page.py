@@ -83,9 +83,9 @@ border-bottom:1px solid var(--line)}
 .verdicts .floor:not(:empty)::after{content:" the floor";color:var(--muted)}.verdicts td:empty{display:none}
 .box{padding:.2rem .5rem}.box td,.box th{padding-right:.55rem}dl{grid-template-columns:1fr}dd{margin-bottom:.4rem}}
 @media print{@page{margin:12mm}body{font-size:10pt;max-width:none;padding:0}h2{break-after:avoid}
-.verdicts{font-size:8pt}.verdicts b{font-size:8.5pt}
-.verdicts th:first-child{width:10.5rem}
-.verdicts thead th{font-size:8pt}.verdicts td,.verdicts th{padding:.08rem .6rem .08rem 0}
+p.counts{font-size:9pt}.verdicts{font-size:8pt;table-layout:fixed}.verdicts b{font-size:8.5pt}
+.verdicts th:first-child{width:10.5rem}.verdicts th:nth-child(2){width:15.5rem}.verdicts th:nth-child(3){width:4rem}
+.verdicts thead th{font-size:8pt;white-space:normal}.verdicts td,.verdicts th{padding:.08rem .6rem .08rem 0}
 .verdicts .op th{padding:.15rem 0 0;font-size:7.5pt}
 .verdicts small,.others{font-size:7pt}.others{margin-left:.4rem}.others span,.goal{margin-right:.5rem}
 p.muted,figcaption{font-size:8pt}tr,.box tbody{break-inside:avoid}p,dd{max-width:none}
@@ -158,7 +158,7 @@ def _verdicts(found: Sequence[Verdict]) -> str:
         f'<span class="{classes.get(what, "") if count else "open"}">{count} {_e(what)}</span>'
         for what, count in summary(found).items()
     )
-    head = "<th>case</th><th>times faster than each baseline</th><th>time / floor</th><th>target</th>"
+    head = "<th>case</th><th>times faster than each baseline</th><th>measured / floor</th><th>target</th>"
     groups = [(op, "".join(map(_verdict_row, members))) for op, members in groupby(single(found), lambda v: v.op)]
     drawn = curves(found)
     if drawn:
