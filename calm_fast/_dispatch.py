@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 IMPLS = ("auto", "reference", "torch", "triton", "native")
+# what `transformed` finds
+VMAP, FORWARD = "torch.func.vmap", "forward-mode differentiation"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,27 @@ def check_impl(op: str, impl: str) -> None:
 def refuse(op: str, impl: str, why: str) -> RuntimeError:
     """The error for an explicit `impl` that cannot run: it is never replaced by another one."""
     return RuntimeError(f"{op}: impl={impl!r} cannot run here: {why}. Use impl='auto' to let the op choose.")
+
+
+def transformed() -> str | None:
+    """What takes derivatives or batches by following torch's own ops, and would lose its way in a compiled one; None
+    outside of torch.func's transforms and forward-mode differentiation."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        kinds = {level.key().name for level in torch._C._functorch.get_interpreter_stack() or ()}
+        return FORWARD if "Jvp" in kinds else VMAP if kinds == {"Vmap"} else "a torch.func transform"
+    return FORWARD if forward_ad._current_level >= 0 else None
+
+
+def followed(op: str, impl: str) -> Decision | None:
+    """What a call does where `transformed` finds something: auto is torch, kernels refuse forward mode; else None."""
+    follower = transformed()
+    if follower == FORWARD and impl in ("triton", "native"):
+        raise refuse(op, impl, f"{follower} follows torch's own ops only")
+    if follower and impl == "auto":
+        return Decision(op, "torch", f"inside {follower}, which follows torch's own ops")
+    return None
 
 
 def triton_interpreted() -> bool:

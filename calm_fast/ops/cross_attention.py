@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from calm_fast import _native
-from calm_fast._dispatch import Decision, check_impl, refuse, triton_obstacle, warn_once
+from calm_fast._dispatch import Decision, check_impl, followed, refuse, transformed, triton_obstacle, warn_once
 from calm_fast._validate import bad_type, bad_value, check_bool, check_finite_number, check_tensor, values_checked
 from calm_fast.reference.cross_attention import cross_attention_reference
 from calm_fast.torch_impl.cross_attention import cross_attention_torch, cross_attention_torch_bwd
@@ -108,6 +108,8 @@ def decide(
     check_bool(_OP, "return_lse", return_lse)
     if impl in ("reference", "torch"):
         return Decision(_OP, impl, "asked for")
+    if decision := followed(_OP, impl):
+        return decision
     if impl == "native":
         if why := _native_cannot(q, k):
             raise refuse(_OP, impl, why)
@@ -116,8 +118,6 @@ def decide(
         if obstacle := _triton_cannot(q):
             raise refuse(_OP, impl, obstacle)
         return Decision(_OP, impl, "asked for")
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return Decision(_OP, "torch", "inside a torch.func transform, which follows torch's own ops")
     if q.device.type == "cpu":
         few = q.shape[1] <= NATIVE_MAX_QUERIES
         if why := _native_cannot(q, k) or (None if few else _native.slowness(q.dtype)):
@@ -160,7 +160,7 @@ def _surely_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bo
         and dtype in _DTYPES[:3]
         and q.layout == k.layout == v.layout == torch.strided
         and type(causal) is type(return_lse) is bool
-        and not torch._C._are_functorch_transforms_active()
+        and transformed() is None
         and _native_cannot(q, k) is None
         and (of[1] <= NATIVE_MAX_QUERIES or _native.slowness(dtype) is None)
     )

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from calm_fast import _native
-from calm_fast._dispatch import Decision, check_impl, refuse, triton_obstacle
+from calm_fast._dispatch import Decision, check_impl, followed, refuse, triton_obstacle
+from calm_fast._packed import Packed, can_pack, linear, pack
 from calm_fast._validate import bad_type, bad_value, check_pair, check_tensor
-from calm_fast.ops.packed_linear import Packed, can_pack, linear, pack
 from calm_fast.reference.dual_lora import dual_lora_reference
 from calm_fast.torch_impl.dual_lora import (
     Folded,
@@ -119,8 +119,8 @@ def dual_lora_folded(
         out (..., d_out). The caller has made sure of shapes, of one dtype and of autocast being off.
     """
     check_impl(_OP, impl)
-    why_not = _differentiated(zg, y, *(t for t in folded[:4] if t is not None))
-    return _apply(zg, y, folded, r_pos, _choose(y, folded.up.shape[1], impl, why_not).impl)
+    why_torch = _differentiated(zg, y, *(t for t in folded[:4] if t is not None))
+    return _apply(zg, y, folded, r_pos, _choose(y, folded.up.shape[1], impl, why_torch).impl)
 
 
 def project_folded(x: torch.Tensor, folded: Folded, lora_x: torch.Tensor | None = None) -> torch.Tensor:
@@ -162,6 +162,8 @@ def _choose(y: torch.Tensor, rank: int, impl: str, why_torch: str) -> Decision:
     """why_torch: why on a CPU torch is better for this call than the compiled library; "" where it is not."""
     if impl in ("reference", "torch"):
         return Decision(_OP, impl, "asked for")
+    if decision := followed(_OP, impl):
+        return decision
     if impl == "native" or (impl == "auto" and y.device.type == "cpu"):
         obstacle = _native_obstacle(y, rank)
         if impl == "native":
@@ -186,8 +188,7 @@ def _apply(zg: torch.Tensor, y: torch.Tensor, folded: Folded, r_pos: int, impl: 
         return dual_lora_torch(zg, y, folded, r_pos)
     flat_zg, flat_y = zg.reshape(-1, zg.shape[-1]), y.reshape(-1, y.shape[-1])
     if impl == "native":
-        # of the last product, and before it of c1
-        packed = (None, None, *(p.panels for p in (folded.packed or ())[1:]))[-2:]
+        packed = (None, None, *(p.panels for p in (folded.packed or ())[1:]))[-2:]  # of c1 or None, of the last product
         out = torch.ops.calm_fast.dual_lora_native(flat_zg, flat_y, *folded[1:4], *packed, r_pos)
     elif folded.c1 is None:
         out = torch.ops.calm_fast.dual_lora_fwd(flat_zg, flat_y, folded.up, r_pos)

@@ -16,7 +16,7 @@ class Folded(NamedTuple):
         two gate logits one dot product of the two halves of `down x`.
     up: "none": (d_out, R) = W_v [s_pos B_pos, s_neg B_neg]; "gelu": (m, R) = C1 [s_pos B_pos, s_neg B_neg].
     c1 (m, d_out), c2 (d_out, m): the value factors of "gelu"; None with "none".
-    packed: down and, "none": up, "gelu": c1, c2 again as `calm_fast.ops.packed_linear` keeps them; None where nothing
+    packed: down and, "none": up, "gelu": c1, c2 again as `calm_fast._packed` keeps them; None where nothing
         is packed.
     """
 

@@ -39,13 +39,6 @@ def packs(request):
     return number_of(request.param)
 
 
-def test_lanes_below_avx512_pack_nothing_and_refuse_packed_products():
-    w, ops = torch.ones(5, 6), library()
-    assert ops._native_packed_linear_pack(w, LANES["scalar"]).numel() == 0
-    with pytest.raises(RuntimeError, match="packed products need AVX-512"):
-        ops._native_packed_linear(w, torch.ones(1, 6, 32), 5, None, LANES["scalar"])
-
-
 def ulp(values):
     """Spacing of float32 at the size of `values`, as float64."""
     at = values.float().abs()
@@ -96,32 +89,6 @@ def test_mix_equals_its_formula_in_every_lane(lane, dtype, tokens, m, r_pos, r_n
     assert out.dtype == dtype
     scalar = library()._native_dual_lora_mix(zg, u, up, r_pos, LANES["scalar"])
     assert torch.equal(out, scalar), "lanes differ in how many values they take at once, in nothing else"
-
-
-@pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize(
-    ("tokens", "n", "k"),
-    [
-        (1, 1, 1),
-        (3, 33, 300),
-        (14, 32, 256),
-        (15, 31, 257),
-        (127, 70, 513),
-        (260, 40, 16),
-        (2, 5, 0),
-        (0, 4, 4),
-        (9, 0, 3),
-    ],
-)
-def test_packed_product_equals_the_product(packs, tokens, n, k, added):
-    generator = torch.Generator().manual_seed(k)
-    x, w = torch.randn(tokens, k, generator=generator), torch.randn(n, k, generator=generator)
-    add = torch.randn(tokens, n, generator=generator) if added else None
-    packed = library()._native_packed_linear_pack(w, packs)
-    out = library()._native_packed_linear(x, packed, n, add, packs)
-    truth = x.double() @ w.double().mT + (add.double() if added else 0)
-    bound = (k + 2) * torch.finfo(torch.float32).eps * (x.abs().double() @ w.abs().double().mT + 8)
-    assert out.shape == (tokens, n) and ((out - truth).abs() <= bound).all()
 
 
 def test_results_do_not_depend_on_threads_or_company(packs):

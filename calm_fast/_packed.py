@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from calm_fast import _native
+from calm_fast._dispatch import transformed
 
 _OP = "packed_linear"
 
@@ -24,16 +25,14 @@ class Packed(NamedTuple):
 
 
 def can_pack(*tensors: torch.Tensor) -> bool:
-    """Whether these tensors can be multiplied with a packed weight: plain float32 on a CPU, and nothing (autograd,
-    torch.func, torch.compile) has to follow what is computed.
+    """Whether these tensors can be multiplied with a packed weight: plain float32 on a CPU, and nothing has to
+    follow what is computed (autograd, torch.func, torch.compile).
     """
     grad = torch.is_grad_enabled()
     for t in tensors:
         if type(t) is not torch.Tensor or not t.is_cpu or t.dtype != torch.float32 or (grad and t.requires_grad):
             return False
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return _native.obstacle(_OP) is None
+    return not torch.compiler.is_compiling() and transformed() is None and _native.obstacle(_OP) is None
 
 
 def pack(weight: torch.Tensor) -> Packed | torch.Tensor:

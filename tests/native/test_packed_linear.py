@@ -1,0 +1,191 @@
+"""Products with packed weights: the compiled function, when a layer may keep them so, and what it then gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import calm_fast
+from calm_fast import _native
+from calm_fast._packed import Packed, can_pack, linear, linear_into, pack
+
+pytestmark = pytest.mark.skipif(
+    _native.obstacle("packed_linear") is not None, reason=str(_native.obstacle("packed_linear"))
+)
+LANES = {"scalar": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
+
+
+def library():
+    return torch.ops.calm_fast
+
+
+@pytest.fixture(params=["avx512", "avx512_bf16"])
+def packs(request):
+    """Lanes that have packed products."""
+    best = _native.build_info()["_cpu"]["best lane here"]
+    if LANES[request.param] > LANES[best]:
+        pytest.skip(f"the best lane of this CPU is {best}")
+    return LANES[request.param]
+
+
+@pytest.fixture
+def packing():
+    """Tests that need the best lane here to pack."""
+    if not isinstance(pack(torch.ones(2, 2)), Packed):
+        pytest.skip("this CPU has no AVX-512: nothing is packed")
+
+
+def test_lanes_below_avx512_pack_nothing_and_refuse_packed_products():
+    w, ops = torch.ones(5, 6), library()
+    assert ops._native_packed_linear_pack(w, LANES["scalar"]).numel() == 0
+    with pytest.raises(RuntimeError, match="packed products need AVX-512"):
+        ops._native_packed_linear(w, torch.ones(1, 6, 32), 5, None, LANES["scalar"])
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "n", "k"),
+    [
+        (1, 1, 1),
+        (3, 33, 300),
+        (14, 32, 256),
+        (15, 31, 257),
+        (127, 70, 513),
+        (260, 40, 16),
+        (2, 5, 0),
+        (0, 4, 4),
+        (9, 0, 3),
+    ],
+)
+def test_packed_product_equals_the_product(packs, tokens, n, k, added):
+    generator = torch.Generator().manual_seed(k)
+    x, w = torch.randn(tokens, k, generator=generator), torch.randn(n, k, generator=generator)
+    add = torch.randn(tokens, n, generator=generator) if added else None
+    packed = library()._native_packed_linear_pack(w, packs)
+    out = library()._native_packed_linear(x, packed, n, add, packs)
+    truth = x.double() @ w.double().mT + (add.double() if added else 0)
+    bound = (k + 2) * torch.finfo(torch.float32).eps * (x.abs().double() @ w.abs().double().mT + 8)
+    assert out.shape == (tokens, n) and ((out - truth).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7), (2, 0, 7)])
+def test_linear_takes_any_leading_dimensions(packing, shape):
+    g = torch.Generator().manual_seed(2)
+    x, w, bias = torch.randn(*shape, generator=g), torch.randn(40, 7, generator=g), torch.randn(40, generator=g)
+    residual = torch.randn(*shape[:-1], 40, generator=g)
+    kept = pack(w)
+    assert isinstance(kept, Packed)
+    truth = x.double() @ w.double().mT
+    for found, expected in (
+        (linear(x, kept), truth),
+        (linear(x, kept, bias), truth + bias),
+        (linear_into(residual, x, kept), truth + residual),
+        (linear(x, w, bias), truth + bias),
+        (linear_into(residual, x, w), truth + residual),
+    ):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    turned = torch.randn(*shape[:-1], 7, 2, generator=g)[..., 0]  # not contiguous
+    torch.testing.assert_close(linear(turned, kept), turned @ w.mT, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"x": torch.ones(3, 6)}, "`packed` must have shape"),
+        ({"x": torch.ones(3, 5, dtype=torch.float64)}, "`x` has the wrong dtype"),
+        ({"x": torch.ones(5, 3).t()}, "`x` must be contiguous"),
+        ({"n": 33}, "`packed` must have shape"),
+        ({"n": -1}, "`n` must not be negative"),
+        ({"add": torch.ones(3, 3)}, "`add` must have shape"),
+        ({"x": torch.tensor(1.0)}, "`x` must have shape"),
+    ],
+)
+def test_a_wrong_direct_call_is_named(packs, wrong, message):
+    arguments = {"x": torch.ones(3, 5), "packed": library()._native_packed_linear_pack(torch.ones(4, 5), packs), "n": 4}
+    with pytest.raises(RuntimeError, match=message):
+        library()._native_packed_linear(**(arguments | wrong))
+
+
+def test_only_what_nothing_follows_is_packed(packing):
+    x = torch.randn(2, 4)
+    leaf = x.clone().requires_grad_()
+    assert can_pack(x) and not can_pack(x, leaf) and not can_pack(x.double()) and not can_pack(x.bfloat16())
+    assert not can_pack(torch.nn.Parameter(x)), "a subclass may mean anything"
+    with torch.no_grad():
+        assert can_pack(leaf)
+    for transform in (torch.func.vmap, torch.func.grad):
+        seen = []
+
+        def look(t, seen=seen):
+            seen.append(can_pack(torch.ones(2)))
+            return t.sum()
+
+        transform(look)(x)
+        assert seen == [False]
+    with torch.autograd.forward_ad.dual_level():
+        assert not can_pack(x)
+    assert pack(x.double()).dtype == torch.float64 and torch.equal(pack(x.bfloat16()), x.bfloat16())
+
+
+def layer(**options):
+    torch.manual_seed(0)
+    made = calm_fast.CrossAttention(48, 24, 4, **options)
+    torch.nn.init.normal_(made.o_proj.weight)
+    return made
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"proj": False}, {"bias": True}, {"post_norm": True}, {"pre_norm": False, "num_kv_heads": 2}],
+    ids=str,
+)
+def test_a_layer_with_packed_weights_is_as_exact_as_without(packing, options):
+    made = layer(**options)
+    anchor, augmenter = torch.randn(2, 9, 48), torch.randn(2, 13, 24)
+    plain = made(anchor, augmenter, causal=True).detach()  # gradients are recorded: nothing is kept
+    with torch.no_grad():
+        packed = made(anchor, augmenter, causal=True)
+    kept = made._folded._value
+    assert isinstance(kept.q, Packed) and isinstance(kept.k, Packed) and isinstance(kept.o, Packed)
+    truth = made.double()(anchor.double(), augmenter.double(), causal=True).detach()
+    error, bound = ((t.double() - truth).norm() / truth.norm() for t in (packed, plain))
+    assert error <= 2 * bound + torch.finfo(torch.float32).eps / 2
+
+
+def test_a_frozen_layer_still_passes_gradients_on(packing):
+    """Packed products have no gradient: a call that autograd records gets the plain weights, also in between."""
+    made = layer().requires_grad_(False)
+    anchor, augmenter = torch.randn(1, 5, 48), torch.randn(1, 6, 24)
+    with torch.no_grad():
+        quiet = made(anchor, augmenter)
+    leaves = anchor.clone().requires_grad_(), augmenter.clone().requires_grad_()
+    made(*leaves).sum().backward()
+    double = layer().double().requires_grad_(False)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    double(*wide).sum().backward()
+    for leaf, expected in zip(leaves, wide, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), expected.grad, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(made(anchor, augmenter), quiet)
+
+
+def test_packed_weights_follow_their_parameters(packing):
+    made = layer()
+    anchor, augmenter = torch.randn(1, 5, 48), torch.randn(1, 6, 24)
+    with torch.no_grad():
+        before = made(anchor, augmenter)
+        made.o_proj.weight.mul_(2)
+        after = made(anchor, augmenter)
+    torch.testing.assert_close(after - anchor, 2 * (before - anchor), rtol=1e-4, atol=1e-5)
+
+
+def test_a_token_alone_and_in_company_is_the_same_bits(packing):
+    """Generation with a cache gives what one pass gives because no sum depends on how many tokens there are."""
+    made = layer()
+    anchor, augmenter = torch.randn(3, 40, 48), torch.randn(3, 40, 24)
+    kept = pack(made.q_proj.weight.detach())
+    whole = linear(anchor, kept)
+    assert torch.equal(whole[1, 7], linear(anchor[1, 7], kept))
+    with torch.no_grad():
+        many = made(anchor, augmenter)
+        assert torch.equal(many[1:2], made(anchor[1:2], augmenter[1:2]))
