@@ -18,7 +18,10 @@ constexpr int64_t kPanel = 32;           // columns of a panel: two vectors
 constexpr int64_t kTileRows = 14;        // tokens of a tile
 constexpr int64_t kDepth = 256;          // k at a time: a tile of x is 14 KiB
 constexpr int64_t kPackedRow = 256 + 16; // floats between copied rows of x, no power of two
-constexpr int64_t kChunkRows = 9 * kTileRows;
+// Tokens that one pass over the weight serves. A weight beyond the L2 cache (1 MiB and up) comes from further away in
+// every pass: the more tokens then, the better, as long as their copy leaves the L2 cache room for panels.
+constexpr int64_t kChunkRows = 9 * kTileRows, kMostRows = 27 * kTileRows;
+constexpr int64_t kLargeWeight = int64_t{1} << 21;
 constexpr int64_t kGroupFloats = 32 << 10;  // panels that stay in the L2 cache while all tiles of a chunk pass
 
 inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
@@ -104,9 +107,9 @@ struct Product {
   int64_t tokens, n, k;
 };
 
-// Rows [begin, end) of the output, columns of panels [first, last); end - begin <= kChunkRows.
+// Rows [begin, end) of the output, columns of panels [first, last); end - begin <= kMostRows.
 inline void product_part(const Product& s, int64_t begin, int64_t end, int64_t first, int64_t last) {
-  alignas(64) float copied[kChunkRows * kPackedRow];
+  alignas(64) float copied[kMostRows * kPackedRow];
   const int64_t n = s.n, k = s.k, rows = end - begin, tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t from = 0; from == 0 || from < k; from += kDepth) {  // k = 0 still writes `add`, or zeros
     const int64_t depth = std::min(kDepth, k - from);
@@ -150,7 +153,8 @@ inline void packed_product(
   if (tokens == 0 || n == 0) return;
   const int64_t threads = torch::stable::get_num_threads(), count = panels(n);
   const int64_t most = (tokens + kTileRows - 1) / kTileRows;
-  const int64_t chunks = std::max((tokens + kChunkRows - 1) / kChunkRows, std::min(threads, most));
+  const int64_t rows = n * k < kLargeWeight ? kChunkRows : kMostRows;
+  const int64_t chunks = std::max((tokens + rows - 1) / rows, std::min(threads, most));
   const int64_t parts = std::min(count, (threads + chunks - 1) / chunks);
   const Product s{x, packed, add, out, tokens, n, k};
   parallel_for(chunks * parts, 1, [&](int64_t begin, int64_t end) {
