@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from calm_fast.benchmarks import memory
 from calm_fast.benchmarks.registry import CannotRunError, Case, Contestant, Inputs, Thunk, Values
 from calm_fast.benchmarks.timing import Budget, Ceilings, Times, ceiling_work, interleave, peak_bytes
 
@@ -104,6 +105,7 @@ def ready(case: Case, setting: Setting, say: Say = lambda _: None) -> Ready:
         thunk = _attempt(lambda c=contestant: c.prepare(inputs), name, failures)
         if thunk is not None and _attempt(lambda t=thunk: t(), name, failures) is not None:
             thunks[name], peaks[name] = thunk, peak_bytes(thunk, setting.device, contestant.python)
+    memory.reserve(2 * max(peaks.values(), default=0))
     return Ready(verdicts, failures, thunks, peaks)
 
 
