@@ -40,7 +40,8 @@ def pack(weight: torch.Tensor) -> Packed | torch.Tensor:
 
     For weights that are kept: packing costs about what it saves on 200 tokens.
     """
-    if weight.dtype != torch.float32 or weight.device.type != "cpu" or _native.obstacle(_OP):
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter)  # others multiply in their own way: quantized, sharded
+    if not plain or weight.dtype != torch.float32 or not weight.is_cpu or _native.obstacle(_OP):
         return weight
     panels = torch.ops.calm_fast._native_packed_linear_pack(weight.contiguous())
     return Packed(panels, weight.shape[0]) if panels.dim() == 3 else weight  # no panels without AVX-512

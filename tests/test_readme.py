@@ -67,7 +67,8 @@ def test_every_number_of_the_first_table_is_a_committed_row() -> None:
     for least, words, baseline, least_of_all, case in claims:
         rows = {row["impl"]: row for row in latest[case]}
         field = QUANTITY[words]
-        assert rows[baseline][field] / rows["calm_fast"][field] >= float(least), (case, baseline, words)
+        ours = rows.get("calm_fast") or rows["auto"]  # an op's own cases name the choice
+        assert rows[baseline][field] / ours[field] >= float(least), (case, baseline, words)
         assert not least_of_all or best[case] >= float(least_of_all), (case, "the best baseline")
 
 

@@ -46,6 +46,31 @@ print(json.dumps(found))
 """
 
 
+# How far the process grows when it makes a block of 64 MiB, without and with a reserve of 128, of which it keeps all.
+RESERVE = """
+import json, os
+import torch
+from calm_fast.benchmarks import memory
+
+def resident():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def growth():
+    before = resident()
+    blocks.append(torch.ones(64 << 20, dtype=torch.uint8))
+    return (resident() - before) / (64 << 20)
+
+blocks = []
+memory.settle(torch.device("cpu"))
+growth()
+found = [growth()]
+memory.reserve(128 << 20)
+found += [growth(), growth()]
+print(json.dumps(found))
+"""
+
+
 class Library:
     """A C library that notes what it is told."""
 
@@ -74,6 +99,25 @@ def foreign(monkeypatch):
     """Another C library."""
     monkeypatch.setattr(memory, "_c_library", object)
     monkeypatch.setattr(memory, "_kept", False)
+
+
+@pytest.mark.skipif(memory.obstacle() is not None, reason=str(memory.obstacle()))
+def test_a_reserve_is_there_when_a_block_is_made():
+    done = subprocess.run([sys.executable, "-c", RESERVE], capture_output=True, text=True, check=True, timeout=120)
+    without, first, second = json.loads(done.stdout)
+    assert without > 0.9 and first < 0.1 and second < 0.1
+
+
+def test_a_reserve_is_bounded_and_for_kept_memory_only(library, monkeypatch):
+    made = []
+    monkeypatch.setattr(memory.torch, "empty", lambda size, dtype: made.append(size) or torch.zeros(1))
+    memory.reserve(1 << 20)
+    assert made == []
+    memory.settle(CPU)
+    monkeypatch.setattr(memory, "_available", lambda: 4 << 20)
+    memory.reserve(1 << 19)
+    memory.reserve(1 << 40)
+    assert made == [1 << 19, 1 << 20]
 
 
 @pytest.mark.skipif(memory.obstacle() is not None, reason=str(memory.obstacle()))

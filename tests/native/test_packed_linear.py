@@ -127,6 +127,24 @@ def test_only_what_nothing_follows_is_packed(packing):
     assert pack(x.double()).dtype == torch.float64 and torch.equal(pack(x.bfloat16()), x.bfloat16())
 
 
+class Halved(torch.Tensor):
+    """A weight that multiplies in its own way, as quantized ones do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            x, weight = args[:2]
+            return x @ (weight.as_subclass(torch.Tensor) / 2).mT
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_a_weight_of_another_kind_multiplies_in_its_own_way(packing):
+    x, w = torch.randn(3, 4), torch.randn(5, 4)
+    kept = pack(w.as_subclass(Halved))
+    assert type(kept) is Halved
+    torch.testing.assert_close(linear(x, kept).as_subclass(torch.Tensor), x @ w.mT / 2)
+
+
 def layer(**options):
     torch.manual_seed(0)
     made = calm_fast.CrossAttention(48, 24, 4, **options)
