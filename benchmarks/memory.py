@@ -9,6 +9,7 @@ therefore the default here.
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import torch
 
@@ -59,12 +60,17 @@ def reserve(size: int) -> None:
 
 
 def _available() -> int:
-    """Bytes that programs could still get; 0 where the system does not say."""
+    """Bytes that this process could still get, also in a container; 0 where the system does not say."""
     try:
         with open("/proc/meminfo") as lines:
-            return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
+            free = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
     except OSError:
         return 0
+    try:
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # another system, or "max"
+        return free
+    return max(0, min(free, limit - used))
 
 
 def settle(device: torch.device, wanted: str | None = None) -> str:

@@ -57,7 +57,9 @@ def transformed() -> str | None:
         return None
     if torch._C._are_functorch_transforms_active():
         kinds = {level.key().name for level in torch._C._functorch.get_interpreter_stack() or ()}
-        return FORWARD if "Jvp" in kinds else VMAP if kinds == {"Vmap"} else "a torch.func transform"
+        if "Jvp" not in kinds and forward_ad._current_level < 0:
+            return VMAP if kinds <= {"Vmap", "Functionalize"} else "a torch.func transform"
+        return FORWARD
     return FORWARD if forward_ad._current_level >= 0 else None
 
 

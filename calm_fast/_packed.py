@@ -26,13 +26,15 @@ class Packed(NamedTuple):
 
 def can_pack(*tensors: torch.Tensor) -> bool:
     """Whether these tensors can be multiplied with a packed weight: plain float32 on a CPU, and nothing has to
-    follow what is computed (autograd, torch.func, torch.compile).
+    follow what is computed (autograd, torch.func, torch.compile, a dispatch mode).
     """
     grad = torch.is_grad_enabled()
     for t in tensors:
         if type(t) is not torch.Tensor or not t.is_cpu or t.dtype != torch.float32 or (grad and t.requires_grad):
             return False
-    return not torch.compiler.is_compiling() and transformed() is None and _native.obstacle(_OP) is None
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed():
+        return False
+    return _native.obstacle(_OP) is None
 
 
 def pack(weight: torch.Tensor) -> Packed | torch.Tensor:

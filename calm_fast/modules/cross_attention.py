@@ -187,7 +187,7 @@ class CrossAttention(nn.Module):
         new = augmenter.shape[1]
         heads, kv_heads, d = self.num_heads, self.num_kv_heads, self.head_dim
         inner = augmenter if augmenter.dtype == dtype else augmenter.to(dtype)
-        w = self._choose_weights(dtype, hidden, inner)
+        w = self._choose_weights(dtype, hidden, inner, cache is not None)
         normed = hidden if self.norm is None else normalised(hidden, self.eps)
         if w.scale is not None:
             normed = normed * in_dtype(w.scale, normed.dtype)
@@ -216,11 +216,14 @@ class CrossAttention(nn.Module):
             update = update.masked_fill(~sees, 0.0)
         return hidden + update.to(hidden.dtype)
 
-    def _choose_weights(self, dtype: torch.dtype, hidden: torch.Tensor, augmenter: torch.Tensor) -> _Weights:
+    def _choose_weights(
+        self, dtype: torch.dtype, hidden: torch.Tensor, augmenter: torch.Tensor, cached: bool
+    ) -> _Weights:
         """What this call multiplies with: kept weights where no gradient can flow to the parameters."""
         params = self._params()
         if may_cache(params):
-            packed = dtype == torch.float32 and can_pack(hidden, augmenter)
+            # a cache's keys may carry a graph of their own
+            packed = dtype == torch.float32 and not (cached and torch.is_grad_enabled()) and can_pack(hidden, augmenter)
             compute = lambda: self._kept_weights(_Weights(*params), dtype, packed)  # noqa: E731
             return self._folded.get(params, (dtype, packed), compute)
         self._folded.clear()

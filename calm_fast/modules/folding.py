@@ -87,9 +87,12 @@ class FoldedWeights:
 
     def clear(self) -> None:
         """Forget everything kept."""
-        self._seen: tuple = ()
-        self._extra: tuple = ()
-        self._value: tuple[torch.Tensor | None, ...] | None = None
+        self._kept: tuple[tuple, tuple, tuple] | None = None  # value, extra, seen: one tuple, other threads may read it
+
+    @property
+    def value(self) -> tuple | None:
+        """What is kept; None where nothing is."""
+        return self._kept and self._kept[0]
 
     def get(
         self,
@@ -98,20 +101,22 @@ class FoldedWeights:
         compute: Callable[[], tuple[torch.Tensor | None, ...]],
     ) -> tuple[torch.Tensor | None, ...]:
         """`compute()`, or what it gave before for the same `params` (same values) and the same `extra` key."""
-        if self._value is None or extra != self._extra or not self._unchanged(params):
+        kept = self._kept
+        if kept is None or extra != kept[1] or not self._unchanged(params, kept[2]):
             with torch.inference_mode(False), torch.no_grad():  # usable outside of inference mode later
-                self._value = compute()
-            self._extra = extra
+                value = compute()
             # the detached alias keeps the storage alive, so that its address can't come to mean other values
-            self._seen = tuple(
+            seen = tuple(
                 None if p is None else (p, p._version, p.data_ptr(), p.dtype, p.device, p.detach()) for p in params
             )
-        return self._value
+            self._kept = kept = (value, extra, seen)
+        return kept[0]
 
-    def _unchanged(self, params: tuple[torch.Tensor | None, ...]) -> bool:
-        if len(params) != len(self._seen):
+    @staticmethod
+    def _unchanged(params: tuple[torch.Tensor | None, ...], before: tuple) -> bool:
+        if len(params) != len(before):
             return False
-        for p, seen in zip(params, self._seen, strict=True):
+        for p, seen in zip(params, before, strict=True):
             if p is None or seen is None:
                 if p is not seen:
                     return False

@@ -22,7 +22,8 @@ inline std::string shape_text(const Tensor& tensor) {
 
 // Shape `sizes` (-1: any length there), row-major without gaps, the given dtype.
 inline void check_tensor(
-    const char* op, const char* name, const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+    const char* op, const char* name, const Tensor& tensor, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+    ScalarType dtype) {
   bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());
   std::string expected;
   int64_t i = 0;

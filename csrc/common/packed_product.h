@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "common/lanes.h"
 #include "common/parallel.h"
@@ -109,8 +110,9 @@ struct Product {
 
 // Rows [begin, end) of the output, columns of panels [first, last); end - begin <= kMostRows.
 inline void product_part(const Product& s, int64_t begin, int64_t end, int64_t first, int64_t last) {
-  alignas(64) float copied[kMostRows * kPackedRow];
   const int64_t n = s.n, k = s.k, rows = end - begin, tiles = (rows + kTileRows - 1) / kTileRows;
+  const std::unique_ptr<float[]> copy(new float[rows * kPackedRow]);  // up to 411 KB: too much for some threads' stacks
+  float* const copied = copy.get();
   for (int64_t from = 0; from == 0 || from < k; from += kDepth) {  // k = 0 still writes `add`, or zeros
     const int64_t depth = std::min(kDepth, k - from);
     for (int64_t i = 0; i < rows; ++i) {
@@ -154,7 +156,8 @@ inline void packed_product(
   const int64_t threads = torch::stable::get_num_threads(), count = panels(n);
   const int64_t most = (tokens + kTileRows - 1) / kTileRows;
   const int64_t rows = n * k < kLargeWeight ? kChunkRows : kMostRows;
-  const int64_t chunks = std::max((tokens + rows - 1) / rows, std::min(threads, most));
+  int64_t chunks = std::max((tokens + rows - 1) / rows, std::min(threads, most));
+  chunks = std::min(most, (chunks + threads - 1) / threads * threads);  // as many for every thread
   const int64_t parts = std::min(count, (threads + chunks - 1) / chunks);
   const Product s{x, packed, add, out, tokens, n, k};
   parallel_for(chunks * parts, 1, [&](int64_t begin, int64_t end) {

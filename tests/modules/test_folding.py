@@ -144,8 +144,8 @@ def test_folded_weights_are_neither_copied_nor_pickled() -> None:
     h = torch.randn(1, 3, 8)
     with torch.no_grad():
         layer(h, h)
-    assert layer._folded._value is not None
-    assert copy.deepcopy(layer)._folded._value is None
+    assert layer._folded.value is not None
+    assert copy.deepcopy(layer)._folded.value is None
     assert not any("folded" in key for key in layer.state_dict())
 
 

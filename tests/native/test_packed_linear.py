@@ -163,7 +163,7 @@ def test_a_layer_with_packed_weights_is_as_exact_as_without(packing, options):
     plain = made(anchor, augmenter, causal=True).detach()  # gradients are recorded: nothing is kept
     with torch.no_grad():
         packed = made(anchor, augmenter, causal=True)
-    kept = made._folded._value
+    kept = made._folded.value
     assert isinstance(kept.q, Packed) and isinstance(kept.k, Packed) and isinstance(kept.o, Packed)
     truth = made.double()(anchor.double(), augmenter.double(), causal=True).detach()
     error, bound = ((t.double() - truth).norm() / truth.norm() for t in (packed, plain))
@@ -185,6 +185,49 @@ def test_a_frozen_layer_still_passes_gradients_on(packing):
         torch.testing.assert_close(leaf.grad.double(), expected.grad, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         assert torch.equal(made(anchor, augmenter), quiet)
+
+
+def test_gradients_flow_through_a_cache(packing):
+    """Keys and values of a cache may carry a graph that the layer's own inputs do not show."""
+
+    class Prefix:
+        def __init__(self, keys, values):
+            self.keys, self.values = keys, values
+
+        def update(self, keys, values):
+            return torch.cat((self.keys, keys), 2), torch.cat((self.values, values), 2)
+
+    def gradient(made, keys, values, anchor, augmenter):
+        leaf = values.clone().requires_grad_()
+        made(anchor, augmenter, cache=Prefix(keys, leaf)).square().sum().backward()
+        return leaf.grad
+
+    made = layer().requires_grad_(False)
+    inputs = *torch.randn(2, 1, 4, 3, 12).unbind(), torch.randn(1, 5, 48), torch.randn(1, 2, 24)
+    expected = gradient(layer().requires_grad_(False).double(), *(t.double() for t in inputs))
+    torch.testing.assert_close(gradient(made, *inputs).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_packed_under_a_dispatch_mode(packing):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False):
+        assert not can_pack(torch.ones(2, 2))
+
+
+def test_a_product_needs_little_of_a_thread_s_stack(packing):
+    """Threads of other programs have stacks of a few hundred KB."""
+    import threading
+
+    x, kept, found = torch.randn(2000, 2048), pack(torch.randn(1100, 2048)), []
+    old = threading.stack_size(256 << 10)
+    try:
+        thread = threading.Thread(target=lambda: found.append(linear(x, kept)))
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(old)
+    assert torch.equal(found[0], linear(x, kept))
 
 
 def test_packed_weights_follow_their_parameters(packing):

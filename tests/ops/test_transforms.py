@@ -73,6 +73,9 @@ def test_vocabulary_ops(function, impl):
         torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-4)
         with pytest.raises(RuntimeError, match="only impl='reference' has derivatives"):
             way(lambda x: function(x, impl), x, t)
+    with pytest.raises(RuntimeError, match="inside forward-mode differentiation only"):
+        forward_mode(torch.func.vmap(lambda x: function(x, impl)), x[None], t[None])
+    torch.testing.assert_close(torch.func.functionalize(lambda x: function(x, impl))(x), function(x, impl))
     with pytest.raises(RuntimeError, match="inside a torch.func transform only impl='reference'"):
         torch.func.grad(lambda x: function(x, impl).sum())(x)
     batched = torch.func.vmap(lambda x: function(x, impl))(torch.stack((x, t)))
