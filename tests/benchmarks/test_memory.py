@@ -46,7 +46,7 @@ print(json.dumps(found))
 """
 
 
-# How far the process grows when it makes a block of 64 MiB, without and with a reserve of 128, of which it keeps all.
+# How far the process grows when it makes a block of 64 MiB, without and with a reserve of 200.
 RESERVE = """
 import json, os
 import torch
@@ -65,7 +65,7 @@ blocks = []
 memory.settle(torch.device("cpu"))
 growth()
 found = [growth()]
-memory.reserve(128 << 20)
+memory.reserve(200 << 20)
 found += [growth(), growth()]
 print(json.dumps(found))
 """
