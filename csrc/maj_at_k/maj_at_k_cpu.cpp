@@ -94,9 +94,8 @@ Tensor maj_at_k_resample_cpu(
   }
   const void* given = weighted ? scores->const_data_ptr() : nullptr;
   const Sizes sizes(ks);
-  const Lane chosen = choose_lane("maj_at_k", lane);
-  const Draw draw = draw_for(chosen);
-  const CountRow count = count_row_for(chosen);
+  const RowLane rows = row_lane_for(choose_lane("maj_at_k", lane));
+  const RoundKeys keys(static_cast<uint64_t>(seed));
   const int64_t width = static_cast<int64_t>(ks.size()), distinct = static_cast<int64_t>(sizes.ascending.size());
   Tensor result = torch::stable::new_empty(answers, {in.questions, width}, ScalarType::Double);
   double* out = static_cast<double*>(result.mutable_data_ptr());
@@ -132,12 +131,11 @@ Tensor maj_at_k_resample_cpu(
       const int64_t used = present ? sizes.below(question.n) : 0;
       for (int64_t at = 0; at < distinct; ++at) scratch.credits[at] = at < used ? 0.0 : whole;
       const auto number = static_cast<uint32_t>(q);
-      const auto key = static_cast<uint64_t>(seed);
       if (used && !weighted && question.n <= kByteSamples) {
-        byte_resamples(question, sizes, used, resamples, key, number, draw, count, inverse.data(), scratch);
+        byte_resamples(question, sizes, used, resamples, keys, number, rows, inverse.data(), scratch);
       } else if (used) {
         for (int64_t i = 0; !weighted && i < question.n; ++i) scratch.own[i] = 1.0;
-        weighted_resamples(question, sizes, used, resamples, key, number, draw, scratch);
+        weighted_resamples(question, sizes, used, resamples, keys, number, rows.draw_words, scratch);
       }
       for (int64_t at = 0; at < used; ++at) scratch.credits[at] /= static_cast<double>(resamples);
       for (int64_t column = 0; column < width; ++column) out[q * width + column] = scratch.credits[sizes.at[column]];

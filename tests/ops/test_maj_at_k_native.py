@@ -44,12 +44,12 @@ def test_every_lane_returns_the_same_bits(case: Case, lane):
 @pytest.mark.parametrize("k", [1, 2, 15, 16, 17, 63, 64, 65, 254, 255, 256, 257])
 @pytest.mark.parametrize("classes", [2, 300])
 def test_resampled_bits_are_the_definition_s(k, classes, lane):
-    """At the edges of a group of 16 resamples and of what fits into bytes; credits are added in the same order."""
+    """At the edges of groups of 16 resamples, rows of 64, and of what fits into bytes; credits are added in the same order."""
     g = torch.Generator().manual_seed(k)
     answers, correct = torch.randint(0, classes, (2, k), generator=g), torch.zeros(2, dtype=torch.int64)
     answers[:, ::3] = 0
     ks = sorted({1, 2, 3, max(1, k // 2), max(1, k - 1), k, k + 1})
-    for resamples in (1, 16, 17, 33) if k < 100 else (17,):
+    for resamples in (1, 16, 17, 33, 65) if k < 100 else (17,):
         options = (answers, correct, None, None, ks, "resample", resamples, "count", 1.0, -7)
         assert torch.equal(_native_maj_at_k(*options, lane), maj_at_k_reference(*options))
 
