@@ -131,8 +131,9 @@ Tensor maj_at_k_resample_cpu(
       const int64_t used = present ? sizes.below(question.n) : 0;
       for (int64_t at = 0; at < distinct; ++at) scratch.credits[at] = at < used ? 0.0 : whole;
       const auto number = static_cast<uint32_t>(q);
-      if (used && !weighted && question.n <= kByteSamples) {
-        byte_resamples(question, sizes, used, resamples, keys, number, rows, inverse.data(), scratch);
+      if (used && question.n <= kByteSamples) {
+        byte_resamples(
+            question, sizes, used, resamples, keys, number, rows, weighted, inverse.data(), scratch);
       } else if (used) {
         for (int64_t i = 0; !weighted && i < question.n; ++i) scratch.own[i] = 1.0;
         weighted_resamples(question, sizes, used, resamples, keys, number, rows.draw_words, scratch);

@@ -13,6 +13,7 @@
 namespace calm_fast::maj_at_k_cpu {
 
 constexpr int64_t kByteSamples = 255;  // so many samples, their classes and their counts fit into bytes
+constexpr int64_t kRow = 64;  // resamples a row, one byte each
 
 // Memory of one thread beside the question's.
 struct ShuffleScratch {
@@ -21,14 +22,14 @@ struct ShuffleScratch {
         state(arena.take<uint32_t>(samples)),
         weights(arena.take<double>(samples)),
         own(arena.take<double>(samples)),
-        sums(arena.take<double>(samples + 1)),
+        sums(arena.take<double>((samples + 1) * (samples <= kByteSamples ? kRow : 1))),
+        absent(arena.take<double>(samples <= kByteSamples ? (samples + 1) * kRow : 0)),
         credits(arena.take<double>(sizes)) {}
   uint32_t *draws, *state;
-  double *weights, *own, *sums;  // of all samples, of the voting ones in their order, of the classes
+  double *weights, *own;  // of all samples, of the voting ones in their order
+  double *sums, *absent;  // of the classes; up to kByteSamples samples (classes, kRow)
   double* credits;  // of the sizes
 };
-
-constexpr int64_t kRow = 64;  // resamples a row, one byte each
 
 // A register of each lane. A lane works on a row in pieces of its own size: GCC 12 takes vectors that are longer than a
 // register apart into single bytes.
@@ -38,8 +39,8 @@ using Bytes64 = uint8_t __attribute__((vector_size(64), may_alias));
 template <class V>
 constexpr int64_t kPieces = kRow / static_cast<int64_t>(sizeof(V));
 
-// What 64 resamples of a question of up to kByteSamples samples that count 1 each work on; what the usual question uses
-// of it stays in the L1 cache.
+// What 64 resamples of a question of up to kByteSamples samples work on; what the usual question uses of it stays in the
+// L1 cache.
 struct ByteShuffles {
   template <class V>
   static V& piece(uint8_t (&rows)[kByteSamples + 1][kRow], int64_t row, int64_t at) {
@@ -240,28 +241,90 @@ CALM_FAST_AVX512 inline void count_row_avx512(
 }
 #endif
 
+constexpr double kAbsent = -std::numeric_limits<double>::infinity();  // the sum of a class without a sample
+
+// The same for weights, where s.drawn holds places: sums in the order of the draws. The resamples take turns, since an
+// addition to a sum in memory waits for the one before it. `absent` is minus infinity until a class has a sample, then 0:
+// no branch that cannot be foreseen, and every sum over the classes runs in vectors.
+inline __attribute__((always_inline)) void weigh_row(
+    const ByteShuffles& s, const Question& question, const int64_t* ascending, int64_t used, int64_t resamples,
+    const double* inverse, const ShuffleScratch& scratch) {
+  double* __restrict__ const sums = scratch.sums;
+  double* __restrict__ const absent = scratch.absent;
+  for (int64_t at = 0; at < question.classes * kRow; ++at) sums[at] = 0.0, absent[at] = kAbsent;
+  int64_t i = 0;
+  for (int64_t at = 0; at < used; ++at) {
+    for (; i < ascending[at]; ++i) {
+      for (int64_t g = 0; g < resamples; ++g) {
+        const uint8_t place = s.drawn[i][g];
+        const int64_t own = question.classes_of[place] * kRow + g;
+        sums[own] += scratch.own[place];
+        absent[own] = 0.0;
+      }
+    }
+    double top[kRow], ties[kRow] = {};
+    for (double& own : top) own = kAbsent;
+    for (int64_t c = 0; c < question.classes * kRow; c += kRow) {
+      for (int64_t g = 0; g < kRow; ++g) {
+        const double sum = sums[c + g] + absent[c + g];
+        top[g] = sum > top[g] ? sum : top[g];
+      }
+    }
+    for (int64_t c = 0; c < question.classes * kRow; c += kRow) {
+      for (int64_t g = 0; g < kRow; ++g) ties[g] += top[g] - (sums[c + g] + absent[c + g]) <= kTied ? 1.0 : 0.0;
+    }
+    for (int64_t g = 0; g < kRow; ++g) ties[g] = top[g] - (sums[g] + absent[g]) <= kTied ? ties[g] : 0.0;
+    for (int64_t g = 0; g < resamples; ++g) scratch.credits[at] += inverse[static_cast<int64_t>(ties[g])];
+  }
+}
+
+using WeighRow = void (*)(
+    const ByteShuffles&, const Question&, const int64_t*, int64_t, int64_t, const double*, const ShuffleScratch&);
+
+inline void weigh_row_scalar(
+    const ByteShuffles& s, const Question& question, const int64_t* ascending, int64_t used, int64_t resamples,
+    const double* inverse, const ShuffleScratch& scratch) {
+  weigh_row(s, question, ascending, used, resamples, inverse, scratch);
+}
+
+#if CALM_FAST_X86
+CALM_FAST_AVX2 inline void weigh_row_avx2(
+    const ByteShuffles& s, const Question& question, const int64_t* ascending, int64_t used, int64_t resamples,
+    const double* inverse, const ShuffleScratch& scratch) {
+  weigh_row(s, question, ascending, used, resamples, inverse, scratch);
+}
+
+CALM_FAST_AVX512 inline void weigh_row_avx512(
+    const ByteShuffles& s, const Question& question, const int64_t* ascending, int64_t used, int64_t resamples,
+    const double* inverse, const ShuffleScratch& scratch) {
+  weigh_row(s, question, ascending, used, resamples, inverse, scratch);
+}
+#endif
+
 // What one lane does with a row of 64 resamples.
 struct RowLane {
   Draw<uint8_t> draw;
   Draw<uint32_t> draw_words;
   DrawnClasses drawn_classes;
   CountRow count;
+  WeighRow weigh;
 };
 
 inline RowLane row_lane_for(Lane lane) {
 #if CALM_FAST_X86
   if (lane >= Lane::avx512) {
-    return {draw_avx512<uint8_t>, draw_avx512<uint32_t>, drawn_classes_avx512, count_row_avx512};
+    return {draw_avx512<uint8_t>, draw_avx512<uint32_t>, drawn_classes_avx512, count_row_avx512, weigh_row_avx512};
   }
-  if (lane == Lane::avx2) return {draw_avx2<uint8_t>, draw_avx2<uint32_t>, drawn_classes_avx2, count_row_avx2};
+  if (lane == Lane::avx2) {
+    return {draw_avx2<uint8_t>, draw_avx2<uint32_t>, drawn_classes_avx2, count_row_avx2, weigh_row_avx2};
+  }
 #endif
-  return {draw_scalar<uint8_t>, draw_scalar<uint32_t>, drawn_classes_scalar, count_row_scalar};
+  return {draw_scalar<uint8_t>, draw_scalar<uint32_t>, drawn_classes_scalar, count_row_scalar, weigh_row_scalar};
 }
 
-// Any weights and any number of samples: sums in the order of the draws; a class without a sample stands at minus infinity.
+// Any weights and any number of samples: sums in the order of the draws.
 inline void weighted_shuffle(
     const Question& question, const Sizes& sizes, int64_t used, const uint32_t* draws, const ShuffleScratch& s) {
-  constexpr double kAbsent = -std::numeric_limits<double>::infinity();
   for (int64_t i = 0; i < question.n; ++i) s.state[i] = static_cast<uint32_t>(i);
   for (int32_t c = 0; c < question.classes; ++c) s.sums[c] = kAbsent;
   int64_t i = 0;
@@ -283,7 +346,6 @@ inline void weighted_shuffle(
 
 // The credit of all voting samples together, weighted.
 inline double whole_weighted(const Question& question, const ShuffleScratch& s) {
-  constexpr double kAbsent = -std::numeric_limits<double>::infinity();
   for (int32_t c = 0; c < question.classes; ++c) s.sums[c] = kAbsent;
   double top = kAbsent;
   for (int64_t i = 0; i < question.n; ++i) {
@@ -297,13 +359,14 @@ inline double whole_weighted(const Question& question, const ShuffleScratch& s) 
   return 1.0 / ties;
 }
 
-// Sums of credits of the first `used` sizes, all below question.n, over the resamples, into s.credits.
+// Sums of credits of the first `used` sizes, all below question.n, over the resamples, into s.credits. Up to kByteSamples
+// samples, each counting 1 or, weighted, s.own.
 inline void byte_resamples(
     const Question& question, const Sizes& sizes, int64_t used, int64_t resamples, const RoundKeys& keys,
-    uint32_t number, const RowLane& lane, const double* inverse, const ShuffleScratch& s) {
+    uint32_t number, const RowLane& lane, bool weighted, const double* inverse, const ShuffleScratch& s) {
   ByteShuffles shuffles;
   const int64_t draws = sizes.ascending[used - 1], n = question.n;
-  for (int64_t i = 0; i < n; ++i) shuffles.class_at[i] = static_cast<uint8_t>(question.classes_of[i]);
+  for (int64_t i = 0; i < n; ++i) shuffles.class_at[i] = static_cast<uint8_t>(weighted ? i : question.classes_of[i]);
   for (int64_t first = 0; first < resamples; first += kRow) {
     const int64_t rest = resamples - first < kRow ? resamples - first : kRow;
     for (int64_t group = 0; group * kGroup < rest; ++group) {
@@ -316,7 +379,11 @@ inline void byte_resamples(
       }
     }
     if (n <= kRow) lane.drawn_classes(shuffles, draws);
-    lane.count(shuffles, question.classes, sizes.ascending.data(), used, rest, inverse, s.credits);
+    if (weighted) {
+      lane.weigh(shuffles, question, sizes.ascending.data(), used, rest, inverse, s);
+    } else {
+      lane.count(shuffles, question.classes, sizes.ascending.data(), used, rest, inverse, s.credits);
+    }
   }
 }
 

@@ -60,6 +60,23 @@ def test_weighted_bits_are_the_definition_s(lane):
         assert torch.equal(run(inputs, lane), maj_at_k_reference(*arguments(inputs)))
 
 
+@pytest.mark.parametrize("k", [1, 17, 63, 64, 65, 255, 256])
+@pytest.mark.parametrize("classes", [3, 300])
+def test_weighted_bits_are_the_definition_s_at_every_size(k, classes, lane):
+    """At the edges of what is followed back (64), swapped as bytes (255) and done one by one; sums of either sign, equal
+    sums, infinite ones."""
+    g = torch.Generator().manual_seed(k)
+    answers, correct = torch.randint(0, classes, (3, k), generator=g), torch.zeros(3, dtype=torch.int64)
+    answers[:, ::3] = 0
+    scores = torch.randn(3, k, generator=g)
+    scores[1] = scores[1].round()
+    scores[2, k // 2] = float("inf")
+    ks = sorted({1, 2, max(1, k // 2), max(1, k - 1), k})
+    for resamples in (1, 17, 65) if k < 100 else (17,):
+        options = (answers, correct, scores, None, ks, "resample", resamples, "weighted", 1.0, 11)
+        assert torch.equal(_native_maj_at_k(*options, lane), maj_at_k_reference(*options))
+
+
 @pytest.mark.parametrize("name", ["ragged", "doubling", "resample", "everything"])
 def test_threads_do_not_matter(name):
     inputs = CASES.build(CASES.case(name, torch.float32, q=200), torch.device("cpu"))
