@@ -14,7 +14,7 @@ constexpr int kGroup = 16;  // resamples a group
 
 constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kStep0 = 0x9E3779B9u, kStep1 = 0xBB67AE85u;
-constexpr int kRounds = 10, kShared = 3;  // of all resamples' rounds, those that SharedRounds does
+constexpr int kRounds = 10, kShared = 3;  // the first kShared begin in SharedRounds
 
 // The keys of Philox's rounds, in memory, whence one instruction spreads a key over its register.
 struct RoundKeys {

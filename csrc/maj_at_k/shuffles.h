@@ -1,8 +1,10 @@
 // Resampled credits on the CPU: draws of 16 resamples in vector registers, then shuffles and votes of 64 of them.
 //
-// Credits are added up in the order of the resamples, so every lane returns the same bits as the definition.
+// Credits are added up in the order of the resamples, so every lane returns the same bits as the definition (where k
+// leaves samples out; else the one credit is not averaged).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -14,6 +16,7 @@ namespace calm_fast::maj_at_k_cpu {
 
 constexpr int64_t kByteSamples = 255;  // so many samples, their classes and their counts fit into bytes
 constexpr int64_t kRow = 64;  // resamples a row, one byte each
+constexpr int64_t kFollowed = 64;  // so many samples are followed back: four byte shuffles look up so many places
 
 // Memory of one thread beside the question's.
 struct ShuffleScratch {
@@ -22,12 +25,12 @@ struct ShuffleScratch {
         state(arena.take<uint32_t>(samples)),
         weights(arena.take<double>(samples)),
         own(arena.take<double>(samples)),
-        sums(arena.take<double>((samples + 1) * (samples <= kByteSamples ? kRow : 1))),
-        absent(arena.take<double>(samples <= kByteSamples ? (samples + 1) * kRow : 0)),
+        sums(arena.take<double>(std::max((std::min(samples, kByteSamples) + 1) * kRow, samples + 1))),
+        absent(arena.take<double>((std::min(samples, kByteSamples) + 1) * kRow)),
         credits(arena.take<double>(sizes)) {}
   uint32_t *draws, *state;
   double *weights, *own;  // of all samples, of the voting ones in their order
-  double *sums, *absent;  // of the classes; up to kByteSamples samples (classes, kRow)
+  double *sums, *absent;  // of the classes; with up to kByteSamples voting samples (classes, kRow)
   double* credits;  // of the sizes
 };
 
@@ -39,8 +42,8 @@ using Bytes64 = uint8_t __attribute__((vector_size(64), may_alias));
 template <class V>
 constexpr int64_t kPieces = kRow / static_cast<int64_t>(sizeof(V));
 
-// What 64 resamples of a question of up to kByteSamples samples work on; what the usual question uses of it stays in the
-// L1 cache.
+// What 64 resamples of a question of up to kByteSamples samples work on; what the usual question uses of it stays in
+// the L1 cache.
 struct ByteShuffles {
   template <class V>
   static V& piece(uint8_t (&rows)[kByteSamples + 1][kRow], int64_t row, int64_t at) {
@@ -54,9 +57,9 @@ struct ByteShuffles {
   alignas(64) uint8_t class_at[kByteSamples + 1] = {};
 };
 
-// More than 64 samples: the classes that resamples 16 group .. of the row draw, by swaps in memory. A sample once drawn
-// is not looked at again, so a swap is one store. The resamples take turns: a load that may meet a store of its own
-// resample comes long after it.
+// More than kFollowed samples: the classes that resamples 16 group .. of the row draw, by swaps in memory. A sample
+// once drawn is not looked at again, so a swap is one store. The resamples take turns: a load that may meet a store of
+// its own resample comes long after it.
 inline void shuffle(ByteShuffles& s, const uint32_t* draws, int64_t count, int64_t group) {
   for (auto& own : s.deck) __builtin_memcpy(own, s.class_at, sizeof(own));
   for (int64_t i = 0; i < count; ++i) {
@@ -70,11 +73,12 @@ inline void shuffle(ByteShuffles& s, const uint32_t* draws, int64_t count, int64
   }
 }
 
-// Up to 64 samples, nothing is swapped. Draw j moved the sample of place j to place from[j]; so what draw i finds at a
-// place is followed back through the draws before it to where it lay at first: for j = i - 1 .. 0, at from[j] means it
-// came from j. That is a comparison and a selection in registers for each pair of draws, without a store that a load
-// would wait for. The work grows with the square of the draws: many draws are better swapped. kTogether draws at a time:
-// each is a chain of steps that wait for each other. drawn[first ..] becomes the places before the shuffle.
+// Up to kFollowed samples, nothing is swapped. Draw j moved the sample of place j to place from[j]; so what draw i
+// finds at a place is followed back through the draws before it to where it lay at first: for j = i - 1 .. 0, at
+// from[j] means it came from j. That is a comparison and a selection in registers for each pair of draws, without a
+// store that a load would wait for. The work grows with the square of the draws: many draws are better swapped.
+// kTogether draws at a time: each is a chain of steps that wait for each other. drawn[first ..] becomes the places
+// before the shuffle.
 template <class V, int kTogether>
 inline __attribute__((always_inline)) void follow_back(ByteShuffles& s, int64_t first, int64_t p) {
   V at[kTogether];
@@ -102,14 +106,13 @@ inline __attribute__((always_inline)) void places_drawn(ByteShuffles& s, int64_t
   }
 }
 
-// drawn: the classes of 64 resamples of a question of up to 64 samples. Resamples behind the last one hold any bytes,
-// which nothing reads later: a place is taken modulo 64, or gives class 0.
+// drawn: the classes of 64 resamples of a question of up to kFollowed samples.
 using DrawnClasses = void (*)(ByteShuffles& s, int64_t count);
 
 inline void drawn_classes_scalar(ByteShuffles& s, int64_t count) {
   places_drawn<Bytes16, 2>(s, count);
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t g = 0; g < kRow; ++g) s.drawn[i][g] = s.class_at[s.drawn[i][g] % kRow];
+    for (int64_t g = 0; g < kRow; ++g) s.drawn[i][g] = s.class_at[s.drawn[i][g]];
   }
 }
 
@@ -244,8 +247,8 @@ CALM_FAST_AVX512 inline void count_row_avx512(
 constexpr double kAbsent = -std::numeric_limits<double>::infinity();  // the sum of a class without a sample
 
 // The same for weights, where s.drawn holds places: sums in the order of the draws. The resamples take turns, since an
-// addition to a sum in memory waits for the one before it. `absent` is minus infinity until a class has a sample, then 0:
-// no branch that cannot be foreseen, and every sum over the classes runs in vectors.
+// addition to a sum in memory waits for the one before it. `absent` is minus infinity until a class has a sample, then
+// 0: no branch that cannot be foreseen, and every sum over the classes runs in vectors.
 inline __attribute__((always_inline)) void weigh_row(
     const ByteShuffles& s, const Question& question, const int64_t* ascending, int64_t used, int64_t resamples,
     const double* inverse, const ShuffleScratch& scratch) {
@@ -359,8 +362,8 @@ inline double whole_weighted(const Question& question, const ShuffleScratch& s) 
   return 1.0 / ties;
 }
 
-// Sums of credits of the first `used` sizes, all below question.n, over the resamples, into s.credits. Up to kByteSamples
-// samples, each counting 1 or, weighted, s.own.
+// Sums of credits of the first `used` sizes, all below question.n, over the resamples, into s.credits. Up to
+// kByteSamples samples, each counting 1 or, weighted, s.own.
 inline void byte_resamples(
     const Question& question, const Sizes& sizes, int64_t used, int64_t resamples, const RoundKeys& keys,
     uint32_t number, const RowLane& lane, bool weighted, const double* inverse, const ShuffleScratch& s) {
@@ -371,14 +374,18 @@ inline void byte_resamples(
     const int64_t rest = resamples - first < kRow ? resamples - first : kRow;
     for (int64_t group = 0; group * kGroup < rest; ++group) {
       const auto resample = static_cast<uint32_t>(first + group * kGroup);
-      if (n <= kRow) {
+      if (n <= kFollowed) {
         lane.draw(keys, number, resample, draws, n, shuffles.from[0] + group * kGroup, kRow);
       } else {
         lane.draw_words(keys, number, resample, draws, n, s.draws, kGroup);
         shuffle(shuffles, s.draws, draws, group);
       }
     }
-    if (n <= kRow) lane.drawn_classes(shuffles, draws);
+    if (n <= kFollowed) {
+      const int64_t drawn = (rest + kGroup - 1) / kGroup * kGroup;  // behind the last group: any places
+      for (int64_t i = 0; drawn < kRow && i < draws; ++i) __builtin_memset(shuffles.from[i] + drawn, 0, kRow - drawn);
+      lane.drawn_classes(shuffles, draws);
+    }
     if (weighted) {
       lane.weigh(shuffles, question, sizes.ascending.data(), used, rest, inverse, s);
     } else {

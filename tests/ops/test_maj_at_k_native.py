@@ -44,7 +44,7 @@ def test_every_lane_returns_the_same_bits(case: Case, lane):
 @pytest.mark.parametrize("k", [1, 2, 15, 16, 17, 63, 64, 65, 254, 255, 256, 257])
 @pytest.mark.parametrize("classes", [2, 300])
 def test_resampled_bits_are_the_definition_s(k, classes, lane):
-    """At the edges of groups of 16 resamples, rows of 64, and of what fits into bytes; credits are added in the same order."""
+    """At the edges of groups of 16 resamples, rows of 64 and what fits into bytes; credits are added in one order."""
     g = torch.Generator().manual_seed(k)
     answers, correct = torch.randint(0, classes, (2, k), generator=g), torch.zeros(2, dtype=torch.int64)
     answers[:, ::3] = 0
@@ -63,8 +63,8 @@ def test_weighted_bits_are_the_definition_s(lane):
 @pytest.mark.parametrize("k", [1, 17, 63, 64, 65, 255, 256])
 @pytest.mark.parametrize("classes", [3, 300])
 def test_weighted_bits_are_the_definition_s_at_every_size(k, classes, lane):
-    """At the edges of what is followed back (64), swapped as bytes (255) and done one by one; sums of either sign, equal
-    sums, infinite ones."""
+    """At the edges of what is followed back (64), swapped as bytes (255) and done one by one; sums of either sign,
+    equal sums, infinite ones."""
     g = torch.Generator().manual_seed(k)
     answers, correct = torch.randint(0, classes, (3, k), generator=g), torch.zeros(3, dtype=torch.int64)
     answers[:, ::3] = 0
@@ -75,6 +75,19 @@ def test_weighted_bits_are_the_definition_s_at_every_size(k, classes, lane):
     for resamples in (1, 17, 65) if k < 100 else (17,):
         options = (answers, correct, scores, None, ks, "resample", resamples, "weighted", 1.0, 11)
         assert torch.equal(_native_maj_at_k(*options, lane), maj_at_k_reference(*options))
+
+
+@pytest.mark.parametrize("rule", ["count", "weighted"])
+@pytest.mark.parametrize("k", [250, 300, 400])
+def test_what_votes_decides_not_what_is_there(k, rule, lane):
+    """More samples than fit into bytes, of which 3, 40, 255 or 256 vote: each question goes the way of its size."""
+    g = torch.Generator().manual_seed(k)
+    answers, correct = torch.randint(0, 40, (4, k), generator=g), torch.zeros(4, dtype=torch.int64)
+    answers[:, ::3] = 0
+    scores = torch.randn(4, k, generator=g) if rule == "weighted" else None
+    valid = torch.stack([torch.randperm(k, generator=g) < n for n in (3, 40, 255, 256)])
+    options = (answers, correct, scores, valid, [1, 2, 20, 254], "resample", 17, rule, 1.0, 3)
+    torch.testing.assert_close(_native_maj_at_k(*options, lane), maj_at_k_reference(*options), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ragged", "doubling", "resample", "everything"])
