@@ -38,7 +38,7 @@ def can_pack(*tensors: torch.Tensor) -> bool:
 
 
 def pack(weight: torch.Tensor) -> Packed | torch.Tensor:
-    """`weight` (rows, k) packed, or itself where the compiled library has no use for it.
+    """`weight` (rows, k), any dtype, packed where it is plain float32 on a CPU with AVX-512; elsewhere itself.
 
     For weights that are kept: packing costs about what it saves on 200 tokens.
     """
@@ -50,7 +50,9 @@ def pack(weight: torch.Tensor) -> Packed | torch.Tensor:
 
 
 def linear(x: torch.Tensor, weight: Packed | torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (..., k) times the weight, transposed, plus bias (rows,): (..., rows)."""
+    """x (..., k) times the weight (rows, k), transposed, plus bias (rows,): (..., rows). All float32 where it is
+    Packed, else of one dtype; RuntimeError from the product where shapes do not fit.
+    """
     if type(weight) is not Packed:
         return F.linear(x, weight, bias)
     out = torch.ops.calm_fast._native_packed_linear(x.contiguous(), weight.panels, weight.rows)
@@ -58,7 +60,9 @@ def linear(x: torch.Tensor, weight: Packed | torch.Tensor, bias: torch.Tensor | 
 
 
 def linear_into(residual: torch.Tensor, x: torch.Tensor, weight: Packed | torch.Tensor) -> torch.Tensor:
-    """residual (..., rows) + x (..., k) times the weight, transposed; one pass over the residual."""
+    """residual (..., rows) + x (..., k) times the weight (rows, k), transposed; one pass over the residual. Dtypes and
+    errors as in `linear`.
+    """
     if type(weight) is Packed:
         return torch.ops.calm_fast._native_packed_linear(
             x.contiguous(), weight.panels, weight.rows, residual.contiguous()

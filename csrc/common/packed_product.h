@@ -7,8 +7,10 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include "common/lanes.h"
 #include "common/parallel.h"
@@ -108,10 +110,12 @@ struct Product {
   int64_t tokens, n, k;
 };
 
-// Rows [begin, end) of the output, columns of panels [first, last); end - begin <= kMostRows.
-inline void product_part(const Product& s, int64_t begin, int64_t end, int64_t first, int64_t last) {
+// Rows [begin, end) of the output, columns of panels [first, last); end - begin <= kMostRows. False: out of memory.
+inline bool product_part(const Product& s, int64_t begin, int64_t end, int64_t first, int64_t last) {
   const int64_t n = s.n, k = s.k, rows = end - begin, tiles = (rows + kTileRows - 1) / kTileRows;
-  const std::unique_ptr<float[]> copy(new float[rows * kPackedRow]);  // up to 411 KB: too much for some threads' stacks
+  // up to 411 KB: too much for some threads' stacks
+  const std::unique_ptr<float[]> copy(new (std::nothrow) float[rows * kPackedRow]);
+  if (!copy) return false;
   float* const copied = copy.get();
   for (int64_t from = 0; from == 0 || from < k; from += kDepth) {  // k = 0 still writes `add`, or zeros
     const int64_t depth = std::min(kDepth, k - from);
@@ -144,6 +148,7 @@ inline void product_part(const Product& s, int64_t begin, int64_t end, int64_t f
       }
     }
   }
+  return true;
 }
 
 #endif  // CALM_FAST_X86
@@ -160,13 +165,15 @@ inline void packed_product(
   chunks = std::min(most, (chunks + threads - 1) / threads * threads);  // as many for every thread
   const int64_t parts = std::min(count, (threads + chunks - 1) / chunks);
   const Product s{x, packed, add, out, tokens, n, k};
+  std::atomic<bool> out_of_memory{false};  // nothing may be thrown inside parallel_for
   parallel_for(chunks * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / parts, part = task % parts;
-      product_part(
-          s, chunk * tokens / chunks, (chunk + 1) * tokens / chunks, part * count / parts, (part + 1) * count / parts);
+      const int64_t first = part * count / parts, last = (part + 1) * count / parts;
+      if (!product_part(s, chunk * tokens / chunks, (chunk + 1) * tokens / chunks, first, last)) out_of_memory = true;
     }
   });
+  STD_TORCH_CHECK(!out_of_memory, "packed_linear: out of memory");
 #else
   (void)x, (void)packed, (void)add, (void)out, (void)tokens, (void)n, (void)k;
 #endif
