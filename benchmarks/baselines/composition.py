@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from calm_fast.benchmarks.baselines.cross_attention import EPS, explicit_attention, rms_norm
+from calm_fast.hf.cache_names import cache_argument
 
 After = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -66,11 +67,9 @@ def run_layers(
     past = 0 if cache is None else cache.get_seq_length()
     positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
     rotary = decoder.rotary_emb(hidden, positions)
+    kept = {cache_argument(decoder.layers[0].forward): cache, "use_cache": cache is not None}
     for index, layer in enumerate(list(decoder.layers)[:depth]):
-        hidden = layer(
-            hidden, attention_mask=None, position_ids=positions, past_key_values=cache, use_cache=cache is not None,
-            position_embeddings=rotary,
-        )  # fmt: skip
+        hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary, **kept)
         hidden = hidden if after is None else after(index, hidden)
     return hidden
 

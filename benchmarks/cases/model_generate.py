@@ -17,6 +17,7 @@ from calm_fast.benchmarks.baselines.cross_attention import PlainHook, ReleasedHo
 from calm_fast.benchmarks.cases.model_shape import OP, ModelShape
 from calm_fast.benchmarks.cases.model_training import composed
 from calm_fast.benchmarks.registry import Case, Contestant, Inputs, Target, Thunk, Values
+from calm_fast.hf.cache_names import cache_argument
 
 
 def _split(inputs: Inputs, s: ModelShape) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,9 +84,9 @@ def _our_loop(s: ModelShape) -> Callable[[Inputs], Thunk]:
         kept: dict[str, Any] = {}
 
         def step(i: int, ids: torch.Tensor) -> torch.Tensor:
-            past = {"past_key_values": kept["cache"]} if i else {}
+            past = {"cache": kept["cache"]} if i else {}
             out = model(input_ids=ids[:, -1:] if i else ids, use_cache=True, logits_to_keep=1, **past)
-            kept["cache"] = out.past_key_values
+            kept["cache"] = out.cache
             return out.logits[:, 0]
 
         return _loop(s, inputs, step)
@@ -188,10 +189,10 @@ def _parts(s: ModelShape) -> Callable[[Inputs], Thunk]:
         def run() -> Values:
             values = {"logprob": _generate(anchor, prompt, tokens)}
             for index, model in enumerate(inputs["augmenters"]):
-                cache, new = DynamicCache(config=model.config), prompt
+                new, past = prompt, {cache_argument(model.model.forward): DynamicCache(config=model.config)}
                 with torch.no_grad():
                     for i in range(s.new):
-                        state = model.model(input_ids=new, past_key_values=cache, use_cache=True).last_hidden_state
+                        state = model.model(input_ids=new, use_cache=True, **past).last_hidden_state
                         new = tokens[:, i : i + 1]
                 values[f"state_{index}"] = state[:, -1:]
             return values

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from calm_fast.hf import ComposedCache, ComposedForCausalLM
-from calm_fast.hf.inputs import Signature, part_inputs
+from calm_fast.hf.inputs import Signature, lacks_cache, part_inputs
 
 # cache layers that hold keys and values only: continuing a copy of them, by any number of tokens, is what the model
 # would have computed from the start. Recurrent states are not: some families continue them by one token at a time.
@@ -45,15 +45,14 @@ class PrefixReader:
     """Runs a model on prompts and on their continuations, with caches that can be branched where the family allows it.
 
     `shares` is False where a prompt's cache cannot be continued by copies: models that keep a recurrent state (Mamba,
-    RWKV, hybrids), or no transformers Cache at all. Callers then feed whole sequences.
+    RWKV, hybrids), or no transformers Cache at all. Callers then feed whole sequences. `signature` is None for families
+    without a Cache. Raises ValueError if the model takes its cache under a name that is not known: reading every prompt
+    anew for each token would give the same results, many times slower, without a word.
     """
 
     def __init__(self, model: PreTrainedModel, share: bool = True) -> None:
         self.model = model
-        try:
-            self.signature: Signature | None = Signature.of(model)
-        except ValueError:  # the state is kept outside a Cache
-            self.signature = None
+        self.signature = None if lacks_cache(model) else Signature.of(model)
         self.shares = share and self.signature is not None and _plain(self.new_cache())
 
     def new_cache(self) -> Cache:

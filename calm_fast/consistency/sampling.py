@@ -170,7 +170,7 @@ class PromptBatch:
         ends = _Ends(self.ends, stop, len(rows), length, ids.device)
         more: dict[str, Any] = {}
         if self.cache is not None:
-            more["past_key_values"] = branch(self.cache, index)
+            more[self.reader.signature.generated] = branch(self.cache, index)
         if self.reader.signature is not None:
             more["attention_mask"] = mask
         sequences = model.generate(

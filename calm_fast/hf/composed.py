@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from calm_fast.hf.cache import ComposedCache
+from calm_fast.hf.cache_names import NAMES, alias_cache, cache_of, generate_argument, given_cache, with_cache
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.hooks import ANCHOR, Frame, checkpoint_in_eval, install
 from calm_fast.hf.inputs import (
@@ -24,11 +25,18 @@ from calm_fast.hf.inputs import (
     check_tensors,
     check_vocabulary,
     part_inputs,
-    with_cache,
 )
 from calm_fast.hf.layers import device_of, find_layers, headless_path, hidden_size, submodule, truncated_view
 from calm_fast.hf.saving import CompositionFiles
 from calm_fast.modules.cross_attention import CrossAttention
+
+
+def _own_cache(**given: Any) -> ComposedCache | None:
+    """The cache given under one of its names; ValueError for two of them, or a cache of another kind."""
+    name, cache = given_cache(**given)
+    if cache is not None and not isinstance(cache, ComposedCache):
+        raise ValueError(f"{name}: expected a ComposedCache, got {type(cache).__name__}")
+    return cache
 
 
 class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
@@ -67,7 +75,6 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
             anchor = AutoModelForCausalLM.from_config(config.anchor_config)
         if augmenters is None:
             augmenters = [AutoModelForCausalLM.from_config(sub) for sub in config.augmenter_configs]
-        self.signatures = [Signature.of(model) for model in (anchor, *augmenters)]
         self.pairs = [(i, a, b) for i, pairs in enumerate(config.connections) for a, b in pairs]
         depths = [max(1, 1 + max(a for a, _ in pairs)) for pairs in config.connections]
 
@@ -84,6 +91,8 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         self.headless = [
             headless_path(m, path) for m, path in zip(self.augmenters, config.augmenter_layers, strict=True)
         ]
+        called = [submodule(m, names) for m, names in zip(self.augmenters, self.headless, strict=True)]
+        self.signatures = [Signature.of(anchor), *map(Signature.of, augmenters, called)]
         self.connections = nn.ModuleList(self._connection(i, anchor_layers[max(b, 0)]) for i, _, b in self.pairs)
         self.first_of = [next(c for c, p in enumerate(self.pairs) if p[0] == i) for i in range(len(self.augmenters))]
         self.by_layer = {b: [c for c, pair in enumerate(self.pairs) if pair[2] == b] for _, _, b in self.pairs}
@@ -177,11 +186,21 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
                     "call forward step by step for an augmenter with other tokens"
                 )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and not isinstance(cache, ComposedCache):
-            if getattr(cache, "_is_user_defined", False):
-                raise ValueError(f"past_key_values: expected a ComposedCache, got {type(cache).__name__}")
-            model_kwargs["past_key_values"] = self.new_cache(cache)
+        name = generate_argument()
+        cache = model_kwargs.get(name)
+        if cache is not None and not isinstance(cache, ComposedCache):  # transformers' own: generate() took no other
+            model_kwargs[name] = self.new_cache(cache)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' generate; a ComposedCache is taken and returned as ``cache`` and as ``past_key_values``.
+
+        Raises ValueError for a cache given under both names, or one that is not a ComposedCache.
+        """
+        cache = _own_cache(**{name: kwargs.pop(name, None) for name in NAMES})
+        if cache is not None:
+            kwargs[generate_argument()] = cache
+        outputs = super().generate(*args, **kwargs)
+        return alias_cache(outputs, cache_of(outputs)) if isinstance(outputs, ModelOutput) else outputs
 
     def _add_residuals(
         self, calls: list[AugmenterCall], cache: ComposedCache | None, layer: int, hidden: torch.Tensor
@@ -203,7 +222,7 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: ComposedCache | None = None,
+        cache: ComposedCache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -213,15 +232,17 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         lo: Any = None,
         hi: Any = None,
         return_dict: bool | None = None,
+        past_key_values: ComposedCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the composed model, with the anchor's own loss, hidden states and attentions.
 
         input_ids (B, M) int64; attention_mask (B, past + M), 1 = real, one block of ones per row;
         position_ids (1 or B, M), whose restarts separate documents without a mask and cache, as in
-        transformers; labels (B, M), shifted by the anchor's loss; past_key_values: a ComposedCache, returned
-        under the same name. By default a cache is kept in eval mode without labels. The remaining arguments
-        go to the anchor.
+        transformers; labels (B, M), shifted by the anchor's loss; cache: a ComposedCache, also taken as
+        past_key_values or cache_params, as transformers called it before 5.24; the outputs hold it as ``cache``
+        and as ``past_key_values``. By default a cache is kept in eval mode without labels. The remaining
+        arguments go to the anchor.
 
         Per augmenter (a tensor for all of them, or a list with an entry or None for each): lo, hi (B, M)
         int32 say which augmenter tokens each token may read instead of the aligned causal rule;
@@ -234,9 +255,9 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
             )
         check_ids("input_ids", input_ids)
         check_tensors(attention_mask=attention_mask, position_ids=position_ids, labels=labels)
-        if past_key_values is not None and not isinstance(past_key_values, ComposedCache):
-            raise ValueError(f"past_key_values: expected a ComposedCache, got {type(past_key_values).__name__}")
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        recurrent = kwargs.pop("cache_params", None)
+        cache = _own_cache(cache=cache, past_key_values=past_key_values, cache_params=recurrent)
+        past = 0 if cache is None else cache.get_seq_length()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         external = {
             "augmenter_input_ids": augmenter_input_ids,
@@ -245,14 +266,15 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
             "lo": lo,
             "hi": hi,
         }
-        separable = past_key_values is None and not use_cache
+        separable = cache is None and not use_cache
         calls, packed = augmenter_calls(len(self.augmenters), inputs, external, past, separable)
         if input_ids.shape[1] > 1 or past == 0:  # a step of a generation has a token of the model's own
             self._check_vocabularies(calls, inputs)
         if use_cache is None:
             by_default = self.config.use_cache and not self.training and labels is None and not packed
-            use_cache = past_key_values is not None or by_default
-        cache = past_key_values if past_key_values is not None or not use_cache else self.new_cache()
+            use_cache = cache is not None or by_default
+        if cache is None and use_cache:
+            cache = self.new_cache()
 
         if labels is not None:
             kwargs["labels"] = labels
@@ -267,7 +289,7 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
             outputs = self.anchor(**(prepared | kwargs), return_dict=True)
         finally:
             self.frame.clear()
-        outputs = with_cache(outputs, cache)
+        outputs = with_cache(outputs, cache, self.signatures[0].generated)
         return outputs if return_dict is None or return_dict else outputs.to_tuple()
 
     def _check_vocabularies(self, calls: list[AugmenterCall], inputs: dict[str, torch.Tensor | None]) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from calm_fast.hf.cache_names import NAMES
+
 FORMAT_VERSION = 1
 
 
@@ -30,7 +32,7 @@ class ComposedConfig(PreTrainedConfig):
     model_type = "calm_fast_composed"
     sub_configs = {"anchor_config": AutoConfig}
     has_no_defaults_at_init = True
-    keys_to_ignore_at_inference = ["past_key_values"]  # Trainer would gather the cache as a prediction
+    keys_to_ignore_at_inference = list(NAMES)  # Trainer would gather the cache as a prediction
 
     def __init__(
         self,

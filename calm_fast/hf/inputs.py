@@ -11,47 +11,81 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
-from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
+from calm_fast._compatibility import tried
 from calm_fast._validate import describe, values_checked
-from calm_fast.hf.cache import ComposedCache
+from calm_fast.hf.cache_names import NAMES, cache_argument, generate_argument
 from calm_fast.hf.masks import Visibility, aligned_visibility
 
-CACHE_ARGUMENTS = ("past_key_values", "cache_params")
-# families that name the argument and still keep their state inside the model
-STATE_INSIDE = ("recurrent_gemma",)
+# families without a transformers Cache, which transformers' own flag does not name
+WITHOUT_CACHE = {
+    "recurrent_gemma": "it keeps its state inside the model",
+    "openai-gpt": "it has none: every step reads the whole text",
+    "xlm": "its cache is a dict of its own",
+}
+
+
+def lacks_cache(model: PreTrainedModel) -> str:
+    """Return why this family does without a transformers Cache, or "" if it takes one (or should: see Signature.of)."""
+    if known := WITHOUT_CACHE.get(model.config.model_type):
+        return known
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+        return "it keeps its state outside of one"
+    return ""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What a family's forward names: its cache argument, and if it takes positions and logits_to_keep.
+    """Names a family's forward uses: its cache argument, and whether it takes positions and logits_to_keep.
 
-    stock: inputs are prepared by transformers' own method, which changes nothing in a step without padding; home: the
-    module that holds the model's first parameter, and the parameter's name there.
+    cache: the name under which the called module takes the cache; prepared: the same of the family's
+    prepare_inputs_for_generation; generated: the same of transformers' generate. stock: inputs are prepared by
+    transformers' own method, which changes nothing in a step without padding; home: the module that holds the model's
+    first parameter, and the parameter's name there.
     """
 
     cache: str
+    prepared: str
+    generated: str
     position_ids: bool
     logits_to_keep: bool
     stock: bool = False
     home: tuple[nn.Module, str] | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Signature:
-        """Read it from the model; ValueError for families with state outside a transformers Cache."""
-        names = set(inspect.signature(model.forward).parameters)
-        cache = next((name for name in CACHE_ARGUMENTS if name in names), None)
-        takes_cache = getattr(model, "_supports_default_dynamic_cache", lambda: True)()
-        takes_cache = takes_cache and model.config.model_type not in STATE_INSIDE
-        if cache is None or not takes_cache or model.config.is_encoder_decoder:
+    def of(cls, model: PreTrainedModel, called: nn.Module | None = None) -> Signature:
+        """Read it from the model; `called` is the module inside it that will be called, by default the model itself.
+
+        Raises ValueError for an encoder-decoder, for a family without a transformers Cache, and for a forward whose
+        cache argument has no name known here: that one is never taken for a family without a cache.
+        """
+        name = type(model).__name__
+        if model.config.is_encoder_decoder:
+            raise ValueError(f"{name} cannot be composed: expected a decoder-only model, got an encoder-decoder")
+        if why := lacks_cache(model):
+            raise ValueError(f"{name} cannot be composed: expected a model that takes a transformers Cache, and {why}")
+        called = model if called is None else called
+        cache = cache_argument(called.forward)
+        if cache is None:
             raise ValueError(
-                f"{type(model).__name__} cannot be composed: expected a decoder-only model whose forward "
-                f"takes a transformers Cache ({' or '.join(CACHE_ARGUMENTS)})"
+                f"{type(called).__name__}.forward: expected a cache argument named {' or '.join(NAMES)}, got none. "
+                f"{tried('transformers')} A family that has no cache says so by a _supports_default_dynamic_cache() "
+                "that returns False."
             )
+        names = inspect.signature(model.forward).parameters
         prepare = getattr(type(model), "prepare_inputs_for_generation", None)
+        prepared = None if prepare is None else cache_argument(prepare)
         stock = prepare is GenerationMixin.prepare_inputs_for_generation and not model.is_remote_code()
         home = next(((m, name) for m in model.modules() for name, p in m._parameters.items() if p is not None), None)
-        return cls(cache, "position_ids" in names, "logits_to_keep" in names, stock, home)
+        return cls(
+            cache,
+            prepared or generate_argument(),
+            generate_argument(),
+            "position_ids" in names,
+            "logits_to_keep" in names,
+            stock,
+            home,
+        )
 
     def device(self, model: PreTrainedModel) -> torch.device:
         """model.device without the walk through the modules that it takes: every step of a generation asks."""
@@ -172,21 +206,14 @@ def part_inputs(
         inputs["position_ids"] = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
     if cache is None:
         return {**inputs, "use_cache": False}
-    inputs |= {signature.cache: cache, "use_cache": True}
+    inputs["use_cache"] = True
     plain = type(cache) is DynamicCache and (inputs["attention_mask"] is None or inputs.get("position_ids") is not None)
     if (signature.stock and plain) or not hasattr(model, "prepare_inputs_for_generation"):
-        return inputs
+        return inputs | {signature.cache: cache}
+    inputs[signature.prepared] = cache
     prepared = model.prepare_inputs_for_generation(**inputs, is_first_iteration=past == 0)
     prepared.pop("logits_to_keep", None)  # some families fill in their own; the caller's counts
+    for name in NAMES:  # code of another release prepares under another name than forward takes
+        if name != signature.cache and name in prepared:
+            prepared[signature.cache] = prepared.pop(name)
     return prepared
-
-
-def with_cache(outputs: ModelOutput, cache: ComposedCache | None) -> ModelOutput:
-    """The anchor's outputs with the composed cache as ``past_key_values`` (families differ in the name)."""
-    if "cache_params" in type(outputs).__dataclass_fields__:
-        outputs = CausalLMOutputWithPast(
-            loss=outputs.loss, logits=outputs.logits, hidden_states=outputs.get("hidden_states")
-        )
-    if cache is not None:
-        outputs["past_key_values"] = cache
-    return outputs

@@ -1,0 +1,57 @@
+"""Versions of other packages that calm_fast has been tried with, from the record beside this file.
+
+``compatibility.json`` holds one entry per run of a test lane; ``tests/contract/lanes.py`` writes it, and with it
+``docs/compatibility.md``. Nothing here decides what calm_fast does: it only tells a person what was tried.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+RECORD = Path(__file__).with_name("compatibility.json")
+
+
+@functools.cache
+def lanes() -> tuple[dict[str, Any], ...]:
+    """Return the recorded runs, the oldest transformers first; empty if there is no record."""
+    try:
+        return tuple(json.loads(RECORD.read_text(encoding="utf-8"))["lanes"])
+    except OSError:
+        return ()
+
+
+def tried_range(package: str) -> tuple[str, str] | None:
+    """Return the (lowest, newest) version of `package` in recorded runs without failures, or None if there is none."""
+    from packaging.version import Version
+
+    found = [lane["versions"].get(package) for lane in lanes() if not lane["failed"]]
+    ordered = sorted({version for version in found if version}, key=Version)
+    return (ordered[0], ordered[-1]) if ordered else None
+
+
+def newer_than_tried(package: str, version: str) -> str:
+    """Return the newest version of `package` that was tried if `version` is newer than it, else ""."""
+    from packaging.version import InvalidVersion, Version
+
+    span = tried_range(package)
+    try:
+        # a local label says how a package was built (torch 2.13.0+cu130), not that it is newer
+        newer = span is not None and Version(Version(version).public) > Version(Version(span[1]).public)
+    except InvalidVersion:
+        return ""
+    return span[1] if newer else ""
+
+
+def tried(package: str) -> str:
+    """Return a sentence with the installed version of `package` and the versions calm_fast was tried with."""
+    try:
+        installed = f"{package} {importlib.metadata.version(package)} is installed"
+    except importlib.metadata.PackageNotFoundError:
+        installed = f"{package} is not installed"
+    span = tried_range(package)
+    known = "" if span is None else f"; calm_fast was tried with {span[0]} to {span[1]}"
+    return f"{installed}{known} (docs/compatibility.md says what to do about a release that breaks it)."
