@@ -200,6 +200,13 @@ def test_nan_in_one_sequence_stays_there(impl):
     assert gradient[own].isnan().all() and torch.equal(gradient[~own], expected[~own])
 
 
+def product_scratch(weight: torch.Tensor) -> int:
+    """Bytes that one bare product with `weight` takes beside its result: with AMX, oneDNN packs the weight."""
+    rows = torch.randn(128, weight.shape[0]).to(weight.dtype)
+    torch.mm(rows, weight)
+    return peak_bytes(lambda: torch.mm(rows, weight), CPU) - rows.shape[0] * weight.shape[1] * weight.itemsize
+
+
 @pytest.mark.parametrize("tokens", [512, 2048])
 def test_memory_is_a_tenth_of_full_logits(tokens, impl):
     """Sequences of a quarter of all tokens, the longest that keep their logits; six (T, V) tensors without the op."""
@@ -210,4 +217,5 @@ def test_memory_is_a_tenth_of_full_logits(tokens, impl):
     inputs |= {"targets": torch.randint(0, v, (tokens,), generator=gen), "seq_ids": torch.arange(tokens) * 4 // tokens}
     full = 6 * tokens * v * 2
     small = full // 6 + (16 << 20) if tokens == 512 else full // 10
-    assert peak_bytes(lambda: step(inputs, impl), CPU) < small
+    step(inputs, impl)  # a math library keeps scratch memory from its first call on
+    assert peak_bytes(lambda: step(inputs, impl), CPU) < small + product_scratch(inputs["weight"])
