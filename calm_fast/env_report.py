@@ -19,7 +19,20 @@ from typing import Any
 from calm_fast._pipe import quiet_end
 from calm_fast._version import __version__
 
-_PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "math-verify", "matplotlib", "typer", "rich")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "math-verify",
+    "matplotlib",
+    "typer",
+    "rich",
+    "tqdm",
+)
 _VARIABLES = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 

@@ -103,8 +103,9 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         # the config object is the composition's own record; the parts keep their own attention implementation
         config._attn_implementation_internal = anchor.config._attn_implementation
         self.post_init()
-        own = {f"connections.{name}" for name in self.connections.state_dict()}
-        self._keys_to_ignore_on_save = {name for name in self.state_dict() if name not in own}
+        own, kept = {f"connections.{name}" for name in self.connections.state_dict()}, self.state_dict()
+        self._keys_to_ignore_on_save = {name for name in kept if name not in own}
+        self.all_tied_weights_keys = {name: to for name, to in self.all_tied_weights_keys.items() if name in kept}
 
     def _connection(self, augmenter: int, anchor_layer: nn.Module) -> CrossAttention:
         widths = hidden_size(self.anchor), hidden_size(self.augmenters[augmenter])
@@ -116,6 +117,9 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         """Nothing to do: the parts come initialised, and CrossAttention initialises itself."""
 
     initialize_weights = init_weights
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the parts come tied, and an augmenter's view has no LM head. Trainer calls it on resuming."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.anchor.get_input_embeddings()

@@ -73,6 +73,20 @@ def test_resumed_training_equals_uninterrupted(tmp_path: Path) -> None:
     assert not torch.equal(next(iter(weights(loaded).values())), next(iter(expected.values())))
 
 
+def test_training_resumes_where_the_parts_tie_their_lm_head(tmp_path: Path) -> None:
+    """Most small models do. Trainer ties again after it has read a checkpoint; an augmenter's view has no LM head."""
+    model = composed_model("gemma3_text")
+    assert model.anchor.lm_head.weight is model.anchor.get_input_embeddings().weight
+    trainer(model, tmp_path, 2, save_strategy="steps", save_steps=1).train()
+    resumed = composed_model("gemma3_text")
+    trainer(resumed, tmp_path, 2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    expected = weights(model)
+    for name, value in weights(resumed).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6, msg=name)
+    assert resumed.anchor.lm_head.weight is resumed.anchor.get_input_embeddings().weight
+    assert all(name in resumed.state_dict() for name in resumed.all_tied_weights_keys)
+
+
 def test_gradient_accumulation_weighs_tokens_not_batches(tmp_path: Path) -> None:
     """num_items_in_batch reaches the anchor's loss: 2 x 4 rows accumulate to the step of 8 rows."""
     got = []

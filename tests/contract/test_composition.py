@@ -1,0 +1,135 @@
+"""Compositions of five families: the anchor at first, cached generation equals recomputation, Trainer, files."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import EOS, FAMILIES, OTHERS, PAD, prompts, randomize
+from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
+
+from calm_fast import ComposedForCausalLM, compose
+from calm_fast.hf import ComposedCache
+
+NAMES = ("llama", "gpt2", "gemma3_text", "mixtral", "mamba")
+MODELS = FAMILIES | OTHERS
+STEPS = 6
+each_family = pytest.mark.parametrize("name", NAMES)
+
+
+def fresh(name: str, parts: Any = None) -> ComposedForCausalLM:
+    """An untrained composition of two models of one family."""
+    anchor, augmenter = parts or (MODELS[name].model(0), MODELS[name].model(1))
+    return compose(anchor, augmenter, [(-1, -1), (0, 1), (1, 2)], num_heads=4)
+
+
+@cache
+def shared(name: str) -> ComposedForCausalLM:
+    """One composition with random weights per family, for the tests that only read it."""
+    return randomize(fresh(name))
+
+
+def left_padded() -> dict[str, torch.Tensor]:
+    ids = prompts()
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, PAD), "attention_mask": mask}
+
+
+@each_family
+@torch.no_grad()
+def test_an_untrained_composition_is_its_anchor(name: str) -> None:
+    anchor, inputs = MODELS[name].model(0), left_padded()
+    before = anchor(**inputs).logits
+    assert torch.equal(fresh(name, (anchor, MODELS[name].model(1))).forward(**inputs).logits, before)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "static": {"cache_implementation": "static"},
+}
+
+
+@each_family
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_generation_equals_recomputation(name: str, variant: str) -> None:
+    composed, inputs = shared(name), left_padded()
+    how = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+    how |= VARIANTS[variant]
+    torch.manual_seed(0)
+    cached = composed.generate(**inputs, **how)
+    torch.manual_seed(0)
+    how.pop("cache_implementation", None)
+    assert torch.equal(cached, composed.generate(**inputs, **how, use_cache=False))
+    # the row without padding, step by step through the plain forward: neither generate() nor a cache takes part
+    if variant in ("greedy", "static"):
+        ids = inputs["input_ids"][1:]
+        for _ in range(STEPS):
+            with torch.no_grad():
+                ids = torch.cat([ids, composed(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        assert torch.equal(cached[1:], ids)
+
+
+@each_family
+@torch.no_grad()
+def test_cached_steps_equal_one_forward(name: str) -> None:
+    composed, ids = shared(name), prompts()
+    full = composed(ids, use_cache=False).logits
+    step = composed(ids[:, :8])
+    assert isinstance(step.cache, ComposedCache) and step.past_key_values is step.cache
+    for spelling in ("cache", "past_key_values"):
+        again = composed(ids[:, :8]).cache
+        last = composed(ids[:, 8:], **{spelling: again})
+        torch.testing.assert_close(last.logits, full[:, 8:], rtol=0, atol=1e-4)
+
+
+@each_family
+def test_a_foreign_cache_is_refused(name: str) -> None:
+    composed, ids = shared(name), prompts()
+    for spelling in ("cache", "past_key_values"):
+        foreign = DynamicCache(config=composed.anchor.config)
+        with pytest.raises(ValueError, match=f"{spelling}: expected a ComposedCache, got DynamicCache"):
+            composed.generate(ids, max_new_tokens=2, **{spelling: foreign})
+
+
+def trainer(model: ComposedForCausalLM, out: Path, steps: int, **more: Any) -> Trainer:
+    rows = [{"input_ids": row, "labels": row} for row in prompts(12, 8, seed=11).tolist()]
+    settings = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    settings |= {"report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 1, "save_strategy": "no"}
+    arguments = TrainingArguments(output_dir=str(out), max_steps=steps, **(settings | more))
+    return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+
+
+@each_family
+def test_trainer_trains_evaluates_and_resumes(name: str, tmp_path: Path) -> None:
+    straight, resumed = fresh(name), fresh(name)
+    whole = trainer(straight, tmp_path / "a", 4, save_strategy="steps", save_steps=2)
+    before = whole.evaluate()["eval_loss"]
+    whole.train()
+    assert whole.evaluate()["eval_loss"] < before
+    trainer(resumed, tmp_path / "b", 4).train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    expected, got = straight.connections.state_dict(), resumed.connections.state_dict()
+    assert all(bool(value.any()) for key, value in expected.items() if "o_proj.weight" in key)
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, rtol=0, atol=1e-6, msg=key)
+
+
+@each_family
+@torch.no_grad()
+def test_a_saved_composition_is_the_same_model(name: str, tmp_path: Path) -> None:
+    parts = [MODELS[name].model(0), MODELS[name].model(1)]
+    for part, folder in zip(parts, ("anchor", "augmenter"), strict=True):
+        part.save_pretrained(tmp_path / folder)
+    loaded = [AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("anchor", "augmenter")]
+    composed, inputs = randomize(fresh(name, loaded)), left_padded()
+    composed.save_pretrained(tmp_path / "composed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "composed")
+    assert isinstance(again, ComposedForCausalLM)
+    assert torch.equal(again(**inputs).logits, composed(**inputs).logits)
+    assert not (again(**inputs).logits - loaded[0](**inputs).logits).abs().max() < 1e-2
+    assert again.generation_config.eos_token_id == EOS
