@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from calm_fast import get_gates, nat, record_gates, save_dual_lora, save_lora_adapter
@@ -75,15 +74,15 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int, m
     items = [{"input_ids": ids, "labels": ids} for ids in tokenizer(texts)["input_ids"]]
     items = [{key: ids[:max_length] + [1] for key, ids in item.items()} for item in items]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98))
-    for step in (bar := tqdm(range(steps), desc="pre-training")):
+    for step in range(steps):
         batch = RightPadding(0)([items[i] for i in torch.randint(len(items), (8,))])
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 20 == 0 or step == steps - 1:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+        if step % max(1, steps // 5) == 0 or step == steps - 1:
+            print(f"pre-training step {step}: loss {loss.item():.3f}", flush=True)
     return model.eval()
 
 

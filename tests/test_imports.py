@@ -11,7 +11,17 @@ import pytest
 import calm_fast
 
 ROOT = Path(__file__).resolve().parents[1]
-HELPERS = ("_version", "_compatibility", "_dispatch", "_validate", "_tuning", "_native", "_packed", "_pipe")
+HELPERS = (
+    "_version",
+    "_compatibility",
+    "_dispatch",
+    "_validate",
+    "_tuning",
+    "_native",
+    "_packed",
+    "_pipe",
+    "_progress",
+)
 # floor -> what it may import of calm_fast besides itself (a helper may import the helpers)
 IMPLEMENTATIONS = ("kernels", "torch_impl", "reference")
 OPS = ("ops", *IMPLEMENTATIONS, *HELPERS)

@@ -8,10 +8,11 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
+from calm_fast._progress import progress_bar
 from calm_fast.consistency.answers import first_match_classes, normalise, rational
 from calm_fast.consistency.math_pool import Comparison, compare
 from calm_fast.consistency.math_worker import decided
@@ -81,7 +82,7 @@ def group_answers(
     gold = [None] * len(answers) if gold is None else gold
     rows = [[_blank_is_none(text) for text in (right, *row)] for right, row in zip(gold, answers, strict=True)]
     given_up: tuple[tuple[int, str, str], ...] = ()
-    with tqdm(total=len(rows), desc="grouping answers", unit="question", disable=not progress) as bar:
+    with progress_bar(total=len(rows), desc="grouping answers", unit="question", shown=progress) as bar:
         if equality == "math":
             classes, given_up = _by_math(rows, workers, timeout, VerdictCache(cache_dir, timeout), bar)
         else:
@@ -176,7 +177,7 @@ class _Question:
 
 
 def _by_math(
-    rows: list[list[str | None]], workers: int | None, timeout: float, cache: VerdictCache, bar: tqdm
+    rows: list[list[str | None]], workers: int | None, timeout: float, cache: VerdictCache, bar: Any
 ) -> tuple[list[list[int | None]], tuple[tuple[int, str, str], ...]]:
     plain: dict[str, tuple[str, Fraction | None]] = {}
     questions = [_Question(row, plain) for row in rows]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from calm_fast._progress import progress_bar
 from calm_fast.consistency.ranker_inputs import Encoded, PairEncoder, batches_by_length, pooled
 
 FORMAT_VERSION = 1
@@ -158,7 +159,7 @@ class Ranker(nn.Module):
         out = torch.empty(len(items), self.head.sizes["features"])
         training = self.training
         self.eval()
-        with _bar(len(items), "encoding rationales", progress) as bar:
+        with progress_bar(total=len(items), desc="encoding rationales", unit="rationale", shown=progress) as bar:
             for batch in batches_by_length(items, self.batch_tokens):
                 out[batch] = pooled(self.backbone, [items[i] for i in batch], self.pad_id).cpu()
                 bar.update(len(batch))
@@ -301,9 +302,3 @@ def _load_backbone(source: str | os.PathLike, dtype: torch.dtype) -> nn.Module:
         raise ValueError(f"{source}: transformers has no encoder-only class for {config.model_type}")
     kind = AutoModelForTextEncoding if encoder_only else AutoModel
     return kind.from_pretrained(os.fspath(source), dtype=dtype).eval()
-
-
-def _bar(total: int, text: str, shown: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc=text, unit="rationale", disable=not shown)

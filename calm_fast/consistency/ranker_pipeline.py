@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from calm_fast._progress import progress_bar
 from calm_fast._version import versions
 from calm_fast.consistency.answers import extract_answer
 from calm_fast.consistency.consensus import solution
@@ -58,7 +59,6 @@ def cached_features(ranker: Ranker, rows: Rows, folder: str | os.PathLike, *, pr
         ValueError: `folder` holds features of another backbone, length or rows.
     """
     from safetensors.torch import load_file, save_file
-    from tqdm.auto import tqdm
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def cached_features(ranker: Ranker, rows: Rows, folder: str | os.PathLike, *, pr
     _claim(folder / "features.json", identity, "features")
     features: list[torch.Tensor] = []
     starts = range(0, len(rows), _CHUNK)
-    for start in tqdm(starts, desc="features", unit=f"{_CHUNK} questions", disable=not progress):
+    for start in progress_bar(starts, desc="features", unit=f"{_CHUNK} questions", shown=progress):
         file = folder / f"chunk_{start:07d}.safetensors"
         part = rows[start : start + _CHUNK]
         if not file.is_file():
@@ -178,7 +178,6 @@ def run_scoring(
         ranker: folder of a ranker, or a run's folder that holds one. out: the file, gzip where it ends in .gz.
         backbone: where the ranker's frozen backbone is now, if it moved.
     """
-    from tqdm.auto import tqdm
 
     out, folder = Path(out), Path(ranker)
     folder = folder / "ranker" if (folder / "ranker").is_dir() else folder
@@ -189,7 +188,7 @@ def run_scoring(
     with Journal(out.with_name(f".{out.name}.part"), {"ranker": _digest(weights), "rows": _digest(rows)}) as journal:
         scores = {i: row["scores"] for i, row in journal.rows.items()}
         steps = range(0, len(rows), _STEP)
-        for start in tqdm(steps, desc="scoring", unit=f"{_STEP} questions", disable=not progress):
+        for start in progress_bar(steps, desc="scoring", unit=f"{_STEP} questions", shown=progress):
             chunk = rows[start : start + _STEP]
             # a step is scored as a whole: a resumed run forms the batches of an unbroken one, and so the same last bits
             if all(start + i in scores for i in range(len(chunk))):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from calm_fast._progress import progress_bar
 from calm_fast.consistency.ranker import Ranker
 from calm_fast.consistency.ranker_losses import LOSSES, ranking_loss
 
@@ -166,7 +167,6 @@ def _fit(
     checkpoint: Path | None,
     identity: str,
 ) -> list[float]:
-    from tqdm.auto import tqdm
     from transformers import get_cosine_schedule_with_warmup
 
     groups = [{"params": list(ranker.head.parameters()), "lr": settings.learning_rate}]
@@ -182,7 +182,7 @@ def _fit(
     devices = {p.device for p in parameters if p.device.type == "cuda"}
     with (
         torch.random.fork_rng(devices=list(devices)),
-        tqdm(total=total, initial=len(losses), desc="training", unit="step", disable=not settings.progress) as bar,
+        progress_bar(total=total, initial=len(losses), desc="training", unit="step", shown=settings.progress) as bar,
     ):
         for step in range(len(losses), total):
             epoch, place = divmod(step, per_epoch)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from calm_fast._progress import progress_bar
 from calm_fast._validate import bad_type
 from calm_fast.consistency.head import find_linear_head, hidden_states
 from calm_fast.consistency.prefix import PrefixReader, branch, check_model, evaluating
@@ -80,7 +81,7 @@ def score_sequences(
     results = []
     with evaluating(model):
         scorer = _Scorer(model, max_tokens, share_prompt, return_entropy, impl)
-        for prompt, rows in _progress(pairs, progress):
+        for prompt, rows in progress_bar(pairs, desc="scoring", unit="prompt", shown=progress):
             logprobs, entropies = scorer.score(prompt, rows)
             tokens = torch.tensor([len(row) for row in rows], dtype=torch.int64)
             total = torch.tensor([row.double().sum().item() for row in logprobs], dtype=torch.float64)
@@ -88,14 +89,6 @@ def score_sequences(
             kept = (logprobs if return_tokens else None, entropies if return_entropy else None)
             results.append(SequenceScores(total, mean, tokens, *kept))
     return results
-
-
-def _progress(pairs: list[Any], progress: bool) -> Any:
-    if not progress:
-        return pairs
-    from tqdm.auto import tqdm
-
-    return tqdm(pairs, desc="scoring", unit="prompt")
 
 
 class _Scorer:

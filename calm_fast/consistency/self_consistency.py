@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from calm_fast import ops
+from calm_fast._progress import progress_bar
 from calm_fast._validate import bad_type, check_finite_number
 from calm_fast.consistency.answers import extract_answer
 from calm_fast.consistency.consensus import (
@@ -139,7 +140,10 @@ class SelfConsistency:
         if self.model is None:
             raise ValueError(f"{_CALLER}: `model` and `tokenizer` are needed to sample; from_samples() does without")
         items = as_questions(questions, references)
-        with _bar(self.progress, len(items), "sampling") as bar, evaluating(self.model):
+        with (
+            progress_bar(total=len(items), desc="sampling", unit="question", shown=self.progress) as bar,
+            evaluating(self.model),
+        ):
             return self._resumable(items, out, "sampled", bar, self._sampled)
 
     def from_samples(
@@ -162,7 +166,7 @@ class SelfConsistency:
                     f"{_CALLER}: rule {self.rule!r} needs scores and row {bare} has none: give `ranker`, `model` with "
                     "`tokenizer`, rows with scores, or rule='count'"
                 )
-        with _bar(self.progress, len(items), "voting") as bar:
+        with progress_bar(total=len(items), desc="voting", unit="question", shown=self.progress) as bar:
             return self._resumable(items, out, "ready", bar, self._ready)
 
     # ---- resuming ---------------------------------------------------------------------------------------------------
@@ -312,9 +316,3 @@ def _identity(model: Any) -> str | None:
         return None
     weights = f" {fingerprint(model)[:16]}" if isinstance(model, torch.nn.Module) else ""
     return type(model).__qualname__ + weights
-
-
-def _bar(shown: bool, total: int, text: str) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc=text, unit="question", disable=not shown)

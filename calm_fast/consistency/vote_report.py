@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from tqdm.auto import tqdm
 
 from calm_fast import ops
+from calm_fast._progress import progress_bar
 from calm_fast.consistency.answers import extract_answer
 from calm_fast.consistency.consensus import solution
 from calm_fast.consistency.curves import any_at_k
@@ -92,7 +92,7 @@ def run(
     graded = [number for number, answer in enumerate(gold) if answer is not None]
     if not graded:
         raise ValueError(f"{Path(file).name}: no row has an `answer` to compare with")
-    bar = tqdm([rows[n] for n in graded], desc="reading answers", unit="question", disable=not progress)
+    bar = progress_bar([rows[n] for n in graded], desc="reading answers", unit="question", shown=progress)
     answers = [[extract_answer(text, settings.answer_regex) for text in row["generated_answer"]] for row in bar]
     groups = group_answers(
         answers, gold=[gold[n] for n in graded], equality=settings.equality, workers=settings.workers,

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from calm_fast import ops
+from calm_fast._progress import progress_bar
 from calm_fast._version import versions
 from calm_fast.consistency import Groups, Ranker, RankerSettings, extract_answer, group_answers, train_ranker
 from calm_fast.consistency.ranker_losses import LOSSES, pair_counts
@@ -196,7 +196,7 @@ def compare(train: Split, dev: Split, recipe: Recipe, seeds: Sequence[int]) -> d
     for size in (s for s in recipe.sizes if s < len(train.labels)):
         arms[f"{main}, {size} questions"] = (main, lambda seed, size=size: train.some(size, seed))
     results = {}
-    with tqdm(total=len(arms) * len(seeds), desc="training heads", unit="head") as bar:
+    with progress_bar(total=len(arms) * len(seeds), desc="training heads", unit="head") as bar:
         for name, (loss, data) in arms.items():
             scores = []
             for seed in seeds:
@@ -209,7 +209,7 @@ def compare(train: Split, dev: Split, recipe: Recipe, seeds: Sequence[int]) -> d
 def cross_validate(both: Split, recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:
     """Every loss and the control, each question scored by a head that never saw it; more questions, less noise."""
     arms, results = _arms(both, recipe), {}
-    with tqdm(total=len(arms) * len(seeds), desc="cross-validation", unit=f"{recipe.folds} heads") as bar:
+    with progress_bar(total=len(arms) * len(seeds), desc="cross-validation", unit=f"{recipe.folds} heads") as bar:
         for name, (loss, data) in arms.items():
             scores = []
             for seed in seeds:

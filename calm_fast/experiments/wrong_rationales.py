@@ -26,10 +26,10 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from calm_fast import nat
+from calm_fast._progress import progress_bar
 from calm_fast._version import versions
 from calm_fast.consistency.answers import equivalent, extract_answer
 from calm_fast.hf.dual_lora import get_gates, record_gates, save_lora_adapter
@@ -270,7 +270,7 @@ def run(
     torch.set_num_threads(1)  # the same numbers whatever the machine's number of cores
     try:
         with torch.random.fork_rng(devices=[]):
-            for seed in tqdm(seeds, desc="wrong rationales", unit="seed", disable=not progress):
+            for seed in progress_bar(seeds, desc="wrong rationales", unit="seed", shown=progress):
                 runs.append(run_seed(recipe, seed))
                 results = json.loads(json.dumps(summarise(recipe, seeds, runs, time.process_time() - start)))
                 (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

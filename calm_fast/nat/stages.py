@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from calm_fast._progress import progress_bar
 from calm_fast._validate import bad_type, bad_value, check_finite_number
 from calm_fast.hf.dual_lora import add_dual_lora, dual_lora_layers
 from calm_fast.modules.dual_lora import VARIANTS
@@ -77,7 +78,7 @@ class Settings:
             seed=self.seed,
             data_seed=self.seed,
             report_to=[],
-            disable_tqdm=not self.progress,
+            disable_tqdm=True,  # `_Progress` shows it
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
@@ -183,6 +184,27 @@ def _seed(settings: Settings) -> None:
     torch.manual_seed(settings.seed)
 
 
+class _Progress(TrainerCallback):
+    """The steps of a stage and the last logged loss."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        steps = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
+        self.bar = progress_bar(desc=self.stage, shown=state.is_world_process_zero, **steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix({"loss": f"{float(logs['loss']):.3f}"}, refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
 def _fit(
     trainer_class: type[DualLoRATrainer],
     model: nn.Module,
@@ -199,8 +221,9 @@ def _fit(
         data_collator=RightPadding(pad_id),
         **options,
     )
-    if not settings.progress:
-        trainer.remove_callback(PrinterCallback)  # without a bar Trainer prints every log line instead
+    trainer.remove_callback(PrinterCallback)  # without a bar of its own Trainer prints every log line
+    if settings.progress:
+        trainer.add_callback(_Progress(Path(out).name))
     last = get_last_checkpoint(os.fspath(out)) if Path(out).is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     return [entry for entry in trainer.state.log_history if "loss" in entry]

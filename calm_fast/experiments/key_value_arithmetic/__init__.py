@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from tqdm import tqdm
 
 import calm_fast
+from calm_fast._progress import progress_bar
 from calm_fast._version import versions
 from calm_fast.experiments.key_value_arithmetic import report, speed
 from calm_fast.experiments.key_value_arithmetic.data import ROW, World, mixture_a, mixture_b, mixture_composition
@@ -37,7 +37,7 @@ from calm_fast.experiments.key_value_arithmetic.training import (
 __all__ = ["Recipe", "run"]
 
 
-Bars = Callable[[str, int], Callable[[range], tqdm]]
+Bars = Callable[[str, int], Callable[[range], Any]]
 
 
 @contextmanager
@@ -68,10 +68,9 @@ def _train_alone(*args: Any) -> list[float]:
 
 
 def _bars(enabled: bool) -> Bars:
-    def bar(title: str, line: int) -> Callable[[range], tqdm]:
-        return lambda steps: tqdm(
-            steps, desc=f"{title:<18}", position=line, disable=not enabled, mininterval=0.5, unit="step"
-        )
+    def bar(title: str, line: int) -> Callable[[range], Any]:
+        options = {"desc": f"{title:<18}", "position": line, "mininterval": 0.5, "unit": "step"}
+        return lambda steps: progress_bar(steps, shown=enabled, **options)
 
     return bar
 

@@ -1,0 +1,43 @@
+"""Progress of long work: a bar on a terminal or in a notebook, a line every few seconds in a log file."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+SECONDS = 5.0  # between two lines where the output is no terminal
+_LINE = "{desc} {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+_CONTROL = re.compile(r"[\r\n]|\x1b\[A")  # how tqdm redraws a bar in place
+
+
+class _Lines:
+    """A text file to which every state of a bar goes as a line of its own."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.last = file, ""
+
+    def write(self, text: str) -> None:
+        line = _CONTROL.sub("", text).strip()
+        if line and line != self.last:
+            self.file.write(line + "\n")
+            self.last = line
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> Any:
+    """Return a tqdm bar over `iterable`, or one that is moved by update().
+
+    Where standard error is neither a terminal nor a notebook (a redirected command, CI) it writes a line of text every
+    five seconds instead of redrawing itself at every step.
+
+    shown: False gives a bar that writes nothing. options: of ``tqdm.tqdm``, like total, desc and unit.
+    """
+    from tqdm.auto import tqdm
+
+    if shown and not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+        options |= {"file": _Lines(sys.stderr), "mininterval": SECONDS, "bar_format": _LINE}
+    return tqdm(iterable, disable=not shown, **options)
