@@ -13,11 +13,12 @@ NATIVE := $(VENV)/.calm-fast-native
 LOG := $(VENV)/set-up.log
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native demo test lint codegen cuda-gate sanitize wheel-check bench results clean
+.PHONY: help setup upgrade native demo test contract lint codegen cuda-gate sanitize wheel-check bench results clean
 
 help:
 	@echo "make demo         set up, then run the main job: calm-fast demo (about 4 minutes on 2 cores)"
 	@echo "make test         set up, then run the whole test suite (about 12 minutes on 2 cores)"
+	@echo "make contract     what we take from other packages, against their lowest, GPU machines' and newest releases (3 min)"
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make codegen      compile every Triton kernel for sm_80, sm_90, sm_100 and check the machine code (no GPU)"
 	@echo "make cuda-gate    compile every CUDA source for sm_80, sm_90a, sm_100a; spills are errors (no GPU; needs nvcc)"
@@ -27,6 +28,7 @@ help:
 	@echo "make results      write README's tables from the committed rows in benchmarks/results/"
 	@echo "make native       compile what changed in csrc/ (set-up, demo, test and bench do it by themselves)"
 	@echo "make setup        only the set-up (done once, again when pyproject.toml or setup.py change)"
+	@echo "make upgrade      every dependency but torch to the newest release that pyproject.toml allows"
 	@echo "make clean        remove $(VENV) and build leftovers"
 	@echo
 	@echo "ARGS='...'        extra arguments for demo, test, codegen, bench, e.g. make demo ARGS='--seed 1'"
@@ -65,6 +67,13 @@ $(STAMP): pyproject.toml setup.py
 	touch "$(STAMP)" "$(NATIVE)"; \
 	echo "[set-up] done in $$(( $$(date +%s) - begin )) s; not repeated until pyproject.toml or setup.py change"
 
+upgrade: $(STAMP)
+	@echo "[upgrade] newest releases of every dependency but torch"
+	@"$(PY)" -m pip install --no-compile --disable-pip-version-check --upgrade --upgrade-strategy eager \
+	  $$("$(PY)" tests/contract/lanes.py --newest) >>"$(LOG)" 2>&1 || { tail -n 25 "$(LOG)"; \
+	  echo "[upgrade] pip install failed; the end of $(LOG) is above"; exit 1; }
+	@"$(PY)" tests/contract/lanes.py --changed
+
 native: $(NATIVE)
 
 $(NATIVE): $(wildcard csrc/*.cpp csrc/*/*) | $(STAMP)
@@ -80,6 +89,10 @@ demo: $(STAMP) $(NATIVE)
 test: $(STAMP) $(NATIVE)
 	@echo "[test] the whole suite, two processes; GPU tests skip themselves where there is no GPU"
 	@"$(PY)" -m pytest -n 2 $(ARGS)
+
+contract: $(STAMP) $(NATIVE)
+	@echo "[contract] other releases of transformers and the rest, in throw-away environments"
+	@"$(PY)" tests/contract/lanes.py $(ARGS)
 
 lint: $(STAMP)
 	@echo "[lint] ruff check, ruff format --check"

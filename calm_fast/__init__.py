@@ -37,12 +37,15 @@ __all__ = ["__version__", *_LAZY, *_SUBMODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        value = getattr(importlib.import_module(_LAZY[name]), name)
-    elif name in _SUBMODULES:
-        value = importlib.import_module(f"calm_fast.{name}")
-    else:
+    if name not in _LAZY and name not in _SUBMODULES:
         raise AttributeError(f"module 'calm_fast' has no attribute {name!r}")
+    from calm_fast._compatibility import importing
+
+    with importing("transformers"):
+        if name in _LAZY:
+            value = getattr(importlib.import_module(_LAZY[name]), name)
+        else:
+            value = importlib.import_module(f"calm_fast.{name}")
     globals()[name] = value
     return value
 

@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,5 +55,33 @@ def tried(package: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         installed = f"{package} is not installed"
     span = tried_range(package)
-    known = "" if span is None else f"; calm_fast was tried with {span[0]} to {span[1]}"
+    known = "" if span is None else f"; calm_fast was tried with {package} {span[0]} to {span[1]}"
     return f"{installed}{known} (docs/compatibility.md says what to do about a release that breaks it)."
+
+
+class IncompatibleRelease(ImportError):
+    """A name that calm_fast needs is not in the installed release of another package."""
+
+
+@contextlib.contextmanager
+def importing(package: str) -> Iterator[None]:
+    """Around imports that need `package`: a missing name raises IncompatibleRelease, with the versions tried."""
+    try:
+        yield
+    except IncompatibleRelease:
+        raise
+    except ImportError as problem:
+        if (problem.name or "").split(".")[0] != package:
+            raise
+        raise IncompatibleRelease(f"{problem.msg}. {tried(package)}", name=problem.name) from problem
+
+
+def require(package: str, owner: type, *names: str) -> None:
+    """Check that a class of `package` has the methods that calm_fast overrides.
+
+    Raises IncompatibleRelease naming those that are missing and the versions tried: an override that is never called
+    would show itself as some other error, far away.
+    """
+    missing = " and ".join(name for name in names if not hasattr(owner, name))
+    if missing:
+        raise IncompatibleRelease(f"{owner.__name__}: expected a method {missing}, got none. {tried(package)}")

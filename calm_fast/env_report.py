@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from calm_fast._compatibility import newer_than_tried
 from calm_fast._pipe import quiet_end
 from calm_fast._version import __version__
 
@@ -157,12 +158,14 @@ def collect() -> dict[str, Any]:
     _, triton_problem = _load("triton")
     problems = {"torch": torch_problem, "triton": triton_problem}
     versions = {name: _ask(lambda name=name: _version(name)) for name in _PACKAGES}
+    newer = {name: _ask(lambda name=name: newer_than_tried(name, versions[name])) for name in _PACKAGES}
     return {
         "calm_fast": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _ask(_cpu),
         "versions": versions,
+        "newer than tested": {name: tested for name, tested in newer.items() if tested},
         "broken imports": {n: p for n, p in problems.items() if p and versions[n] != "not installed"},
         "devices": {} if torch is None else _devices(torch),
         "compiled library": _compiled_library(torch_problem),
@@ -174,6 +177,8 @@ def collect() -> dict[str, Any]:
 def lines(report: dict[str, Any]) -> list[str]:
     """The report for a person."""
     found = [f"calm_fast {report['calm_fast']}, Python {report['python']}, {report['system']}", report["cpu"]]
+    newer = {name: f", newer than tested ({tested})" for name, tested in report["newer than tested"].items()}
+    report = report | {"versions": {name: v + newer.get(name, "") for name, v in report["versions"].items()}}
     for title in ("versions", "broken imports", "devices", "compiled library", "environment"):
         if report[title]:
             found += ["", title, *(f"  {name:<26}{value}" for name, value in report[title].items())]

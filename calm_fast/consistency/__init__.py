@@ -34,7 +34,10 @@ __all__ = [*_LAZY]
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'calm_fast.consistency' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"calm_fast.consistency.{_LAZY[name]}"), name)
+    from calm_fast._compatibility import importing
+
+    with importing("transformers"):
+        value = getattr(importlib.import_module(f"calm_fast.consistency.{_LAZY[name]}"), name)
     globals()[name] = value
     return value
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from calm_fast._compatibility import importing
 
-from calm_fast.hf.cache import ComposedCache
-from calm_fast.hf.compose import compose
-from calm_fast.hf.composed import ComposedForCausalLM
-from calm_fast.hf.config import ComposedConfig
-from calm_fast.hf.connections import resolve_connections
-from calm_fast.hf.layers import find_layers
+with importing("transformers"):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from calm_fast.hf.cache import ComposedCache
+    from calm_fast.hf.compose import compose
+    from calm_fast.hf.composed import ComposedForCausalLM
+    from calm_fast.hf.config import ComposedConfig
+    from calm_fast.hf.connections import resolve_connections
+    from calm_fast.hf.layers import find_layers
 
 AutoConfig.register(ComposedConfig.model_type, ComposedConfig, exist_ok=True)
 AutoModelForCausalLM.register(ComposedConfig, ComposedForCausalLM, exist_ok=True)

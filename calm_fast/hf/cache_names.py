@@ -15,7 +15,7 @@ from typing import Any
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
-from calm_fast._compatibility import tried
+from calm_fast._compatibility import IncompatibleRelease, tried
 
 NAMES = ("cache", "past_key_values", "cache_params")  # newest first
 
@@ -34,11 +34,11 @@ def cache_argument(function: Callable[..., Any]) -> str | None:
 def generate_argument() -> str:
     """Return the name under which generate() takes, passes on and returns a cache in the installed transformers.
 
-    Raises ImportError if transformers uses none of the known names.
+    Raises IncompatibleRelease, an ImportError, if transformers uses none of the known names.
     """
     name = cache_argument(GenerationMixin.prepare_inputs_for_generation)
     if name is None:
-        raise ImportError(
+        raise IncompatibleRelease(
             f"GenerationMixin.prepare_inputs_for_generation: expected a cache argument named {' or '.join(NAMES)}, got "
             f"none. {tried('transformers')}"
         )

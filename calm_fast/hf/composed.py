@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
+from calm_fast._compatibility import require
 from calm_fast.hf.cache import ComposedCache
 from calm_fast.hf.cache_names import NAMES, alias_cache, cache_of, generate_argument, given_cache, with_cache
 from calm_fast.hf.config import ComposedConfig
@@ -70,6 +71,8 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         anchor: PreTrainedModel | None = None,
         augmenters: list[PreTrainedModel] | None = None,
     ) -> None:
+        require("transformers", GenerationMixin, "_prepare_cache_for_generation", "_validate_model_kwargs")
+        require("transformers", PreTrainedModel, "_set_gradient_checkpointing", "enable_input_require_grads")
         super().__init__(config)
         if anchor is None:
             anchor = AutoModelForCausalLM.from_config(config.anchor_config)
