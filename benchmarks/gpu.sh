@@ -296,11 +296,12 @@ part_tests() {
   # most of the time is compiling kernels, which several processes share
   if "${python}" -c "import xdist" 2>/dev/null; then workers=(-n 12); fi
   # only the files that hold such tests: another one's import must not end the run, nor every worker collect it.
-  # addopts without --benchmark-disable, which only pytest-benchmark knows; -v: a stopped run's log names what was done
+  # addopts without --benchmark-disable, which only pytest-benchmark knows; -v: a stopped run's log names what was done;
+  # warnings are no errors here: the packages are older than those of CI
   mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
   step tests "$1" "${python}" -m pytest -m gpu -v "${workers[@]}" -p no:cacheprovider \
     -p calm_fast.benchmarks.broken_context --continue-on-collection-errors \
-    -o addopts="--import-mode=importlib --strict-markers --strict-config -ra" --junitxml "${work}/tests.xml" \
+    -o addopts="--import-mode=importlib --strict-markers --strict-config -ra" -o filterwarnings= --junitxml "${work}/tests.xml" \
     "${files[@]}"
 }
 

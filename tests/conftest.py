@@ -6,8 +6,10 @@ when a kernel is decorated, and OpenMP reads OMP_NUM_THREADS when it is loaded.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -46,6 +48,41 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+# beginnings of messages that another package causes, with its owner
+_CAUSED_ELSEWHERE = ("Passing `generation_config` together with",)  # transformers' own assisted generation
+
+
+class _Deprecations(logging.Handler):
+    """Keeps what transformers logs about names that are to go. (Its warnings are errors by pyproject.toml.)"""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message and not message.startswith(_CAUSED_ELSEWHERE):
+            self.messages.append(message)
+
+
+_DEPRECATIONS = _Deprecations()
+logging.getLogger("transformers").addHandler(_DEPRECATIONS)
+
+
+@pytest.fixture(autouse=True)
+def _no_deprecated_names(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test in which transformers logs a deprecation, unless it writes an old name on purpose."""
+    log = sys.modules.get("transformers.utils.logging")
+    if log is not None:
+        getattr(
+            log.warning_once, "cache_clear", lambda: None
+        )()  # or only the first test that causes a message would see it
+    _DEPRECATIONS.messages.clear()
+    yield
+    if request.node.get_closest_marker("old_names") is None:
+        assert not _DEPRECATIONS.messages, f"transformers logged: {_DEPRECATIONS.messages}"
 
 
 @pytest.fixture(scope="session")

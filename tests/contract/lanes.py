@@ -133,7 +133,7 @@ def run_suite(lane: str, python: Path, folder: Path) -> Outcome:
     command = [python, "-m", "pytest", str(ROOT / "tests" / "contract"), "-n", "2", "-q", f"--junitxml={report}"]
     settings = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, env=settings, capture_output=True, text=True)
-    counts = {"tests": 0, "failures": 0, "errors": 1, "skipped": 0}  # pytest itself did not start
+    counts = {"tests": 1, "failures": 0, "errors": 1, "skipped": 0}  # pytest itself did not start
     if report.is_file():
         suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
         counts = {name: int(suite.get(name, 0)) for name in counts}

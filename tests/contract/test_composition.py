@@ -12,7 +12,7 @@ from families import EOS, FAMILIES, OTHERS, PAD, prompts, randomize
 from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
 from calm_fast import ComposedForCausalLM, compose
-from calm_fast.hf import ComposedCache
+from calm_fast.hf import ComposedCache, find_layers
 
 NAMES = ("llama", "gpt2", "gemma3_text", "mixtral", "mamba")
 MODELS = FAMILIES | OTHERS
@@ -75,6 +75,7 @@ def test_cached_generation_equals_recomputation(name: str, variant: str) -> None
         assert torch.equal(cached[1:], ids)
 
 
+@pytest.mark.old_names
 @each_family
 @torch.no_grad()
 def test_cached_steps_equal_one_forward(name: str) -> None:
@@ -117,6 +118,24 @@ def test_trainer_trains_evaluates_and_resumes(name: str, tmp_path: Path) -> None
     assert all(bool(value.any()) for key, value in expected.items() if "o_proj.weight" in key)
     for key, value in expected.items():
         torch.testing.assert_close(got[key], value, rtol=0, atol=1e-6, msg=key)
+
+
+@each_family
+def test_gradient_checkpointing_reaches_the_layers_above_the_first_connection(name: str) -> None:
+    composed, ids = randomize(fresh(name)).train(), prompts()
+
+    def gradients() -> list[torch.Tensor]:
+        composed.zero_grad()
+        composed(ids, labels=ids).loss.backward()
+        return [parameter.grad.clone() for parameter in composed.connections.parameters()]
+
+    expected = gradients()
+    names = (f"{word}_checkpointing_enable" for word in ("activation", "gradient"))
+    next(getattr(composed, name) for name in names if hasattr(composed, name))({"use_reentrant": False})
+    layers = find_layers(composed.anchor)[1]
+    assert [layer.gradient_checkpointing and layer.training for layer in layers] == [False, True, True]
+    for got, want in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
 @each_family

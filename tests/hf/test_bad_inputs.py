@@ -154,7 +154,7 @@ def ones(*shape: int) -> torch.Tensor:
         ({"attention_mask": "ones"}, "attention_mask: expected a tensor .* or None, got str 'ones'"),
         ({"position_ids": [list(range(9))]}, "position_ids: expected a tensor .* or None, got list"),
         ({"labels": prompts().tolist()}, "labels: expected a tensor .* or None, got list"),
-        ({"past_key_values": object()}, "past_key_values: expected a ComposedCache, got object"),
+        ({"cache": object()}, "cache: expected a ComposedCache, got object"),
         ({"augmenter_input_ids": prompts()}, "hi: required"),
         ({"lo": ones(2, 9)}, "hi: required"),
         ({"augmenter_attention_mask": ones(2, 9), "hi": ones(2, 9)}, "augmenter_input_ids: required"),
@@ -185,8 +185,8 @@ def test_ids_that_only_the_anchor_embeds_are_refused() -> None:
 
 
 def test_a_foreign_cache_is_refused_by_generate() -> None:
-    with pytest.raises(ValueError, match="past_key_values: expected a ComposedCache, got DynamicCache"):
-        composed_model("llama").generate(prompts(), past_key_values=DynamicCache(), max_new_tokens=2)
+    with pytest.raises(ValueError, match="cache: expected a ComposedCache, got DynamicCache"):
+        composed_model("llama").generate(prompts(), cache=DynamicCache(), max_new_tokens=2)
 
 
 def test_layers_named_by_path_are_used() -> None:

@@ -96,6 +96,7 @@ def made(kind: type[LlamaForCausalLM], seed: int = 0) -> LlamaForCausalLM:
 # ---- what users write ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.old_names
 @each_name
 @torch.no_grad()
 def test_forward_takes_and_returns_every_name(name: str) -> None:
@@ -116,6 +117,7 @@ def test_the_cache_keeps_its_place_among_the_arguments() -> None:
     assert composed(ids[:, 5:], None, None, cache).cache is cache
 
 
+@pytest.mark.old_names
 @each_name
 def test_generate_takes_and_returns_every_name(name: str) -> None:
     composed, ids = composed_model("llama"), prompts()
@@ -154,6 +156,7 @@ def test_trainer_never_gathers_the_cache_as_a_prediction(tmp_path: Path) -> None
 # ---- what a transformers release calls it --------------------------------------------------------------------------
 
 
+@pytest.mark.old_names
 @pytest.mark.parametrize("kind", [NewNameOnly, OldNameOnly])
 def test_a_forward_that_knows_one_name_alone_is_composed_and_generates(kind: type[LlamaForCausalLM]) -> None:
     ids = prompts()
@@ -174,6 +177,7 @@ def test_a_forward_that_knows_the_new_name_alone_shares_its_prompt_in_scoring() 
     assert torch.equal(found.sum, expected.sum)
 
 
+@pytest.mark.old_names
 def test_outputs_without_the_field_are_put_into_some_that_have_it() -> None:
     @dataclass
     class Bare(ModelOutput):

@@ -197,7 +197,7 @@ def test_packed_documents_do_not_see_each_other(name: str) -> None:
     packed = composed(ids, position_ids=positions)
     apart = torch.cat([composed(ids[:, :4]).logits, composed(ids[:, 4:]).logits], 1)
     torch.testing.assert_close(packed.logits, apart, rtol=0, atol=1e-4)
-    assert packed.past_key_values is None
+    assert packed.cache is None
 
 
 @torch.no_grad()
@@ -221,9 +221,9 @@ def test_outside_tokens_with_a_cache_equal_all_at_once(pair: tuple[int, int]) ->
     hi = torch.tensor([0, 0, 1, 1, 3, 3, 4, 5, 6], dtype=torch.int32).expand(2, 9)
     want = composed(ids, augmenter_input_ids=other, hi=hi).logits
     first = composed(ids[:, :7], augmenter_input_ids=other[:, :4], hi=hi[:, :7], use_cache=True)
-    cache = first.past_key_values
+    cache = first.cache
     assert cache.get_seq_length() == 7  # the anchor's tokens, not the augmenter's
-    rest = composed(ids[:, 7:], past_key_values=cache, augmenter_input_ids=other[:, 4:], hi=hi[:, 7:])
+    rest = composed(ids[:, 7:], cache=cache, augmenter_input_ids=other[:, 4:], hi=hi[:, 7:])
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), want, rtol=0, atol=1e-4)
 
 
@@ -258,7 +258,7 @@ def test_float32_composition_over_bfloat16_models(autocast: bool) -> None:
 
 def test_cache_reports_and_resets_every_part() -> None:
     composed, ids = composed_model("llama"), prompts()
-    cache = composed(ids).past_key_values
+    cache = composed(ids).cache
     assert isinstance(cache, ComposedCache) and not cache.is_compileable
     assert len(cache.layers) == 3 + 3 + 3 and all(layer.get_seq_length() == 9 for layer in cache.layers)
     cache.crop(-2)
@@ -286,7 +286,7 @@ def test_families_that_name_things_differently(name: str) -> None:
     with torch.no_grad():
         full = composed(ids, use_cache=False).logits
         first = composed(ids[:, :8], use_cache=True)  # one token left: all that Mamba itself can continue with
-        rest = composed(ids[:, 8:], past_key_values=first.past_key_values)
+        rest = composed(ids[:, 8:], cache=first.cache)
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), full, rtol=0, atol=1e-4)
 
 

@@ -11,6 +11,7 @@ import torch
 from families import EOS, FAMILIES, PAD, composed_model, prompts
 
 from calm_fast.hf import ComposedCache, ComposedForCausalLM, compose
+from calm_fast.hf.cache_names import cache_argument, cache_of
 
 NAMES = list(FAMILIES)
 each_family = pytest.mark.parametrize("name", NAMES)
@@ -57,7 +58,7 @@ def test_logits_at_init_are_the_anchors_bit_for_bit(name: str) -> None:
 def stepwise(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Logits of a left-padded batch in two cached pieces, positions left to the model."""
     first = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True)
-    return model(ids[:, 6:], attention_mask=mask, past_key_values=first.past_key_values).logits
+    return model(ids[:, 6:], attention_mask=mask, **{cache_argument(model.forward): cache_of(first)}).logits
 
 
 @each_family
@@ -154,11 +155,11 @@ def test_cached_logits_equal_full_logits_step_by_step(name: str) -> None:
     outputs = composed(ids[:, :3], use_cache=True)
     steps = [outputs.logits]
     for piece in (ids[:, 3:7], ids[:, 7:]):
-        assert isinstance(outputs.past_key_values, ComposedCache)
-        outputs = composed(piece, past_key_values=outputs.past_key_values)
+        assert isinstance(outputs.cache, ComposedCache)
+        outputs = composed(piece, cache=outputs.cache)
         steps.append(outputs.logits)
     torch.testing.assert_close(torch.cat(steps, 1), full, rtol=0, atol=1e-4)
-    assert outputs.past_key_values.get_seq_length() == 8
+    assert outputs.cache.get_seq_length() == 8
 
 
 @each_family
@@ -169,7 +170,7 @@ def test_frozen_parts_get_no_gradient_and_no_dropout(name: str) -> None:
     first = composed(ids, labels=ids)
     torch.manual_seed(2)
     second = composed(ids, labels=ids)
-    assert torch.equal(first.logits, second.logits) and first.past_key_values is None
+    assert torch.equal(first.logits, second.logits) and first.cache is None
     first.loss.backward()
     for parameter_name, parameter in composed.named_parameters():
         if parameter_name.startswith("connections."):

@@ -40,7 +40,7 @@ def test_a_composition_drafts_for_another_model() -> None:
 def test_a_returned_cache_continues() -> None:
     composed, ids = composed_model("llama"), prompts()
     first = composed.generate(ids, **GREEDY | {"max_new_tokens": 3}, return_dict_in_generate=True)
-    more = {"past_key_values": first.past_key_values, "max_new_tokens": 5, "do_sample": False}
+    more = {"cache": first.cache, "max_new_tokens": 5, "do_sample": False}
     assert torch.equal(composed.generate(first.sequences, **more), composed.generate(ids, **GREEDY))
 
 

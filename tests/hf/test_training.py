@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from calm_fast.hf import ComposedForCausalLM, compose, find_layers
 
 ROWS = 16
+# Trainer's name for gradient checkpointing in this transformers version
+CHECKPOINTING = next(
+    f"{word}_checkpointing"
+    for word in ("activation", "gradient")
+    if f"{word}_checkpointing" in signature(TrainingArguments).parameters
+)
 
 
 def dataset() -> list[dict[str, list[int]]]:
@@ -147,7 +154,7 @@ def test_trainer_with_gradient_checkpointing_equals_without(tmp_path: Path) -> N
     got = []
     for enabled in (False, True):
         model = fresh()
-        trainer(model, tmp_path, 3, gradient_checkpointing=enabled).train()
+        trainer(model, tmp_path, 3, **{CHECKPOINTING: enabled}).train()
         got.append(weights(model))
     for name, value in got[0].items():
         torch.testing.assert_close(value, got[1][name], rtol=1e-4, atol=1e-5, msg=name)
