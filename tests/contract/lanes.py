@@ -132,7 +132,10 @@ def run_suite(lane: str, python: Path, folder: Path) -> Outcome:
     report, begin = folder / "report.xml", time.perf_counter()
     command = [python, "-m", "pytest", str(ROOT / "tests" / "contract"), "-n", "2", "-q", f"--junitxml={report}"]
     settings = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, env=settings, capture_output=True, text=True)
+    command += ["-p", "no:cacheprovider"]
+    if not lane.startswith("newest"):
+        command += ["-o", "filterwarnings="]  # older releases warn of each other
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
     counts = {"tests": 1, "failures": 0, "errors": 1, "skipped": 0}  # pytest itself did not start
     if report.is_file():
         suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
