@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from calm_fast.hf import ComposedCache, ComposedForCausalLM
 from calm_fast.hf.inputs import Signature, lacks_cache, part_inputs
 
 # cache layers that hold keys and values only: continuing a copy of them, by any number of tokens, is what the model
 # would have computed from the start. Recurrent states are not: some families continue them by one token at a time.
-_PLAIN_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+_RECURRENT = LinearAttentionCacheLayerMixin
 
 
 @contextmanager
@@ -46,14 +54,15 @@ class PrefixReader:
 
     `shares` is False where a prompt's cache cannot be continued by copies: models that keep a recurrent state (Mamba,
     RWKV, hybrids), or no transformers Cache at all. Callers then feed whole sequences. `signature` is None for families
-    without a Cache. Raises ValueError if the model takes its cache under a name that is not known: reading every prompt
-    anew for each token would give the same results, many times slower, without a word.
+    without a Cache. Reading every prompt anew gives the same results many times slower, so it never happens without a
+    word where it is not known of the family: ValueError if the model takes its cache under an unknown name, a warning
+    if it does not keep its tokens in the cache, or keeps them in layers that are not known here.
     """
 
     def __init__(self, model: PreTrainedModel, share: bool = True) -> None:
         self.model = model
         self.signature = None if lacks_cache(model) else Signature.of(model)
-        self.shares = share and self.signature is not None and _plain(self.new_cache())
+        self.shares = share and self.signature is not None and self._shareable(self.new_cache())
 
     def new_cache(self) -> Cache:
         if isinstance(self.model, ComposedForCausalLM):
@@ -89,13 +98,29 @@ class PrefixReader:
 
     def filled(self, cache: Cache, tokens: int) -> bool:
         """Whether the model really kept all tokens in the cache; if not, it is never asked to share again."""
-        layers = [layer for layer in cache.layers if type(layer).__name__ != "DummyLayer"]
-        self.shares = _plain(cache) and bool(layers) and all(layer.get_seq_length() == tokens for layer in layers)
+        layers = _used(cache)
+        self.shares = self._shareable(cache)
+        if self.shares and not (layers and all(layer.get_seq_length() == tokens for layer in layers)):
+            self.shares = False
+            self._warn(f"its forward did not keep {tokens} tokens in the cache it was given")
         return self.shares
 
+    def _shareable(self, cache: Cache) -> bool:
+        """Whether copies of the cache may be continued: all its layers hold keys and values only."""
+        others = [layer for layer in _used(cache) if type(layer) not in _PLAIN_LAYERS]
+        unknown = sorted({type(layer).__name__ for layer in others if not isinstance(layer, _RECURRENT)})
+        if unknown:
+            self._warn(f"a copy of its cache ({', '.join(unknown)}) is not known to continue as the cache does")
+        return not others
 
-def _plain(cache: Cache) -> bool:
-    return all(type(layer).__name__ in _PLAIN_LAYERS for layer in cache.layers)
+    def _warn(self, why: str) -> None:
+        name = type(self.model).__name__
+        warnings.warn(f"{name}: every prompt is read anew for every sample, because {why}", stacklevel=2)
+
+
+def _used(cache: Cache) -> list[Any]:
+    """The layers of a cache without the place holders for model layers that keep nothing."""
+    return [layer for layer in cache.layers if type(layer).__name__ != "DummyLayer"]
 
 
 def branch(cache: Cache, rows: torch.Tensor) -> Cache:

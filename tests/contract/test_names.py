@@ -19,17 +19,18 @@ import calm_fast
 from calm_fast.hf import ComposedCache, ComposedConfig, ComposedForCausalLM
 from calm_fast.hf.cache_names import NAMES, generate_argument
 
-PACKAGE = Path(calm_fast.__file__).parent
+ROOT = Path(calm_fast.__file__).parents[1]
+FOLDERS = ("calm_fast", "benchmarks", "examples")
 OTHERS = ("transformers", "peft", "accelerate", "safetensors", "math_verify", "typer", "rich", "tqdm")
 
 
 def imports() -> Iterator[tuple[str, str, str]]:
-    """(file, module, name) of every import from another package in calm_fast, those inside functions included."""
-    for file in sorted(PACKAGE.rglob("*.py")):
+    """(file, module, name) of every import from another package, those inside functions included."""
+    for file in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.split(".")[0] in OTHERS:
                 for alias in node.names:
-                    yield file.relative_to(PACKAGE).as_posix(), node.module, alias.name
+                    yield file.relative_to(ROOT).as_posix(), node.module, alias.name
 
 
 def test_every_imported_name_exists() -> None:

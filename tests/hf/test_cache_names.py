@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, OTHERS, composed_model, prompts, randomize
 from transformers import DynamicCache, LlamaForCausalLM, Trainer, TrainingArguments
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import ModelOutput
 
 from calm_fast.consistency.prefix import PrefixReader
@@ -231,6 +232,44 @@ def test_generate_without_a_known_name_says_what_was_tried(monkeypatch: pytest.M
     finally:
         monkeypatch.undo()
         generate_argument.cache_clear()
+
+
+class Forgetful(LlamaForCausalLM):
+    """A Llama whose forward takes the cache, and drops it on the way to the layers."""
+
+    def forward(self, input_ids: Any = None, cache: Cache | None = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids, **kwargs)
+
+
+def test_a_cache_that_is_not_filled_is_told() -> None:
+    model, llama = made(Forgetful), FAMILIES["llama"].model(0)
+    asked = [[5, 6, 7]], [[[8, 9], [10]]]
+    with pytest.warns(UserWarning, match="Forgetful: every prompt is read anew .* did not keep 3 tokens in the cache"):
+        (found,) = score_sequences(model, *asked)
+    torch.testing.assert_close(found.sum, score_sequences(llama, *asked)[0].sum, rtol=0, atol=1e-5)
+
+
+def test_cache_layers_of_an_unknown_kind_are_told() -> None:
+    class Compressed(DynamicLayer): ...
+
+    class OwnLayers(PrefixReader):
+        def new_cache(self) -> Cache:
+            cache = DynamicCache()
+            cache.layers = [Compressed(), Compressed()]
+            return cache
+
+    with pytest.warns(
+        UserWarning, match=r"LlamaForCausalLM: every prompt .* a copy of its cache \(Compressed\) is not"
+    ):
+        reader = OwnLayers(FAMILIES["llama"].model(0))
+    assert not reader.shares
+
+
+@pytest.mark.parametrize("name", ["mamba", "qwen3_next", "rwkv"])
+def test_a_known_recurrent_state_is_no_surprise(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not PrefixReader(OTHERS[name].model()).shares
 
 
 @pytest.mark.parametrize("name", ["rwkv", "recurrent_gemma"])
