@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from typer.testing import CliRunner
 
 import calm_fast
@@ -156,7 +157,7 @@ def test_env_reports_versions_devices_and_implementations():
     import torch
 
     report = json.loads(invoke("env", "--json").output)
-    assert report["versions"]["torch"] == torch.__version__
+    assert Version(report["versions"]["torch"]).public == Version(torch.__version__).public  # the build may be left out
     assert set(report["implementations"]["cross_attention"]) == {"reference", "torch", "triton", "native"}
     assert report["implementations"]["cross_attention"]["torch"] == "yes"
     native = report["implementations"]["cross_attention"]["native"]
