@@ -28,7 +28,7 @@ help:
 	@echo "make results      write README's tables from the committed rows in benchmarks/results/"
 	@echo "make native       compile what changed in csrc/ (set-up, demo, test and bench do it by themselves)"
 	@echo "make setup        only the set-up (done once, again when pyproject.toml or setup.py change)"
-	@echo "make upgrade      every dependency but torch to the newest release that pyproject.toml allows"
+	@echo "make upgrade      dependencies to the newest releases that pyproject.toml allows (not torch and the build tools)"
 	@echo "make clean        remove $(VENV) and build leftovers"
 	@echo
 	@echo "ARGS='...'        extra arguments for demo, test, codegen, bench, e.g. make demo ARGS='--seed 1'"
@@ -68,7 +68,7 @@ $(STAMP): pyproject.toml setup.py
 	echo "[set-up] done in $$(( $$(date +%s) - begin )) s; not repeated until pyproject.toml or setup.py change"
 
 upgrade: $(STAMP)
-	@echo "[upgrade] newest releases of every dependency but torch"
+	@echo "[upgrade] the newest releases of what calm_fast and its tests need; torch and the build tools stay"
 	@"$(PY)" -m pip install --no-compile --disable-pip-version-check --upgrade --upgrade-strategy eager \
 	  $$("$(PY)" tests/contract/lanes.py --newest) >>"$(LOG)" 2>&1 || { tail -n 25 "$(LOG)"; \
 	  echo "[upgrade] pip install failed; the end of $(LOG) is above"; exit 1; }

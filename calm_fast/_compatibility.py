@@ -65,7 +65,7 @@ class IncompatibleRelease(ImportError):
 
 @contextlib.contextmanager
 def importing(package: str) -> Iterator[None]:
-    """Around imports that need `package`: a missing name raises IncompatibleRelease, with the versions tried."""
+    """Wrap imports from `package`: if a name is missing, raise IncompatibleRelease with the versions tried."""
     try:
         yield
     except IncompatibleRelease:
@@ -79,8 +79,8 @@ def importing(package: str) -> Iterator[None]:
 def require(package: str, owner: type, *names: str) -> None:
     """Check that a class of `package` has the methods that calm_fast overrides.
 
-    Raises IncompatibleRelease naming those that are missing and the versions tried: an override that is never called
-    would show itself as some other error, far away.
+    Raises IncompatibleRelease naming the missing ones; otherwise our override would silently never be called, and the
+    failure would surface elsewhere.
     """
     missing = " and ".join(name for name in names if not hasattr(owner, name))
     if missing:

@@ -38,6 +38,7 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, *
     """
     from tqdm.auto import tqdm
 
+    shown = shown and sys.stderr is not None
     if shown and not (sys.stderr.isatty() or "ipykernel" in sys.modules):
         options |= {"file": _Lines(sys.stderr), "mininterval": SECONDS, "bar_format": _LINE}
     return tqdm(iterable, disable=not shown, **options)

@@ -54,15 +54,24 @@ class PrefixReader:
 
     `shares` is False where a prompt's cache cannot be continued by copies: models that keep a recurrent state (Mamba,
     RWKV, hybrids), or no transformers Cache at all. Callers then feed whole sequences. `signature` is None for families
-    without a Cache. Reading every prompt anew gives the same results many times slower, so it never happens without a
-    word where it is not known of the family: ValueError if the model takes its cache under an unknown name, a warning
-    if it does not keep its tokens in the cache, or keeps them in layers that are not known here.
+    without a Cache. Rereading every prompt gives the same results but is many times slower. It is silent only for
+    families known to need it: otherwise an unknown cache name is a ValueError, and an unfilled or unknown cache warns.
     """
 
     def __init__(self, model: PreTrainedModel, share: bool = True) -> None:
         self.model = model
         self.signature = None if lacks_cache(model) else Signature.of(model)
         self.shares = share and self.signature is not None and self._shareable(self.new_cache())
+
+    @property
+    def pads(self) -> bool:
+        """Whether prompts of different length can be read together, left-padded.
+
+        False without a Cache, and for families whose forward takes no positions: some of them (the decoders of BART and
+        Whisper) count the padding.
+        """
+        parts = self.model.signatures if isinstance(self.model, ComposedForCausalLM) else [self.signature]
+        return all(part is not None and part.position_ids for part in parts)
 
     def new_cache(self) -> Cache:
         if isinstance(self.model, ComposedForCausalLM):
@@ -110,7 +119,7 @@ class PrefixReader:
         others = [layer for layer in _used(cache) if type(layer) not in _PLAIN_LAYERS]
         unknown = sorted({type(layer).__name__ for layer in others if not isinstance(layer, _RECURRENT)})
         if unknown:
-            self._warn(f"a copy of its cache ({', '.join(unknown)}) is not known to continue as the cache does")
+            self._warn(f"cache layers of type {' and '.join(unknown)} are not known to be safe to copy and continue")
         return not others
 
     def _warn(self, why: str) -> None:

@@ -209,8 +209,7 @@ class SelfConsistency:
     def _sampled(self, items: list[Question], bar: Any) -> Any:
         """Lists of results, as their questions finish."""
         reader = PrefixReader(self.model)
-        # a model without a Cache takes no padding: one prompt at a time
-        together = 1 if reader.signature is None else max(1, self.batch_size // self.round_size)
+        together = max(1, self.batch_size // self.round_size) if reader.pads else 1
         for start in range(0, len(items), together):
             batch = items[start : start + together]
             prompts = [self._prompt_ids(item.text) for item in batch]

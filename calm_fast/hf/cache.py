@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+
+def cache_of_first_layers(config: PreTrainedConfig, depth: int) -> DynamicCache:
+    """Return an empty cache for a decoder of which only the first `depth` layers run.
+
+    Layers that never run would stay empty, and a hybrid of attention and recurrent layers may ask one of them how many
+    tokens it has seen. An attention layer is kept even if none of the first ones is one: transformers asks it.
+    """
+    cache = DynamicCache(config=config)
+    rest, cache.layers = cache.layers[depth:], cache.layers[:depth]
+    if not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        cache.layers += [layer for layer in rest if isinstance(layer, CacheLayerMixin)][:1]
+    return cache
 
 
 class ComposedCache(Cache):

@@ -20,14 +20,23 @@ from calm_fast._compatibility import IncompatibleRelease, tried
 NAMES = ("cache", "past_key_values", "cache_params")  # newest first
 
 
+def _named(function: Callable[..., Any]) -> dict[str, bool]:
+    """Known names among the parameters of `function`, newest first -> whether the annotation is a dict."""
+    parameters = inspect.signature(function).parameters
+    return {name: "dict[" in str(parameters[name].annotation).lower() for name in NAMES if name in parameters}
+
+
 def cache_argument(function: Callable[..., Any]) -> str | None:
     """Return the name under which `function` takes a transformers Cache, or None if no parameter has a known name.
 
-    A parameter annotated as a dict is not a Cache: XLM has had such a ``cache`` all along.
+    A parameter annotated as a dict is not a Cache: XLM and Flaubert have had such a ``cache`` all along.
     """
-    parameters = inspect.signature(function).parameters
-    named = (name for name in NAMES if name in parameters)
-    return next((name for name in named if "dict[" not in str(parameters[name].annotation).lower()), None)
+    return next((name for name, own in _named(function).items() if not own), None)
+
+
+def has_own_cache(function: Callable[..., Any]) -> bool:
+    """Return whether `function` takes a cache under a known name that is a dict, not a transformers Cache."""
+    return any(_named(function).values())
 
 
 @functools.cache
@@ -53,7 +62,7 @@ def given_cache(**given: Any) -> tuple[str, Any]:
     found = [(name, cache) for name, cache in given.items() if cache is not None]
     if len(found) > 1:
         names = " and ".join(name for name, _ in found)
-        raise ValueError(f"{names}: expected one of them, they are names of the same cache; got both")
+        raise ValueError(f"{names}: these name the same cache; expected only one of them")
     return found[0] if found else (next(iter(given)), None)
 
 
@@ -67,9 +76,10 @@ def cache_of(outputs: ModelOutput) -> Any:
 def with_cache(outputs: ModelOutput, cache: Any, field: str) -> ModelOutput:
     """Return `outputs` with `cache` under `field`, and readable as ``outputs.cache`` and ``outputs.past_key_values``.
 
-    Outputs of a class without that field (Mamba's until 5.23) are put into a CausalLMOutputWithPast.
+    Outputs of a class without that field (Mamba's until 5.23) or without attentions (Mamba's) are put into a
+    CausalLMOutputWithPast.
     """
-    if field not in type(outputs).__dataclass_fields__:
+    if not {field, "attentions"} <= type(outputs).__dataclass_fields__.keys():
         outputs = CausalLMOutputWithPast(
             loss=outputs.loss,
             logits=outputs.logits,
@@ -82,7 +92,7 @@ def with_cache(outputs: ModelOutput, cache: Any, field: str) -> ModelOutput:
 
 
 def alias_cache(outputs: ModelOutput, cache: Any) -> ModelOutput:
-    """Make `cache` readable from `outputs` as an attribute under the names that this release's class does not know."""
+    """Make `cache` an attribute of `outputs` under whichever of the two names its class lacks; return `outputs`."""
     for name in ("cache", "past_key_values"):
         if not hasattr(type(outputs), name):
             setattr(outputs, name, cache)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, Pr
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from calm_fast._compatibility import require
-from calm_fast.hf.cache import ComposedCache
+from calm_fast.hf.cache import ComposedCache, cache_of_first_layers
 from calm_fast.hf.cache_names import NAMES, alias_cache, cache_of, generate_argument, given_cache, with_cache
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.hooks import ANCHOR, Frame, checkpoint_in_eval, install
@@ -79,7 +79,7 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         if augmenters is None:
             augmenters = [AutoModelForCausalLM.from_config(sub) for sub in config.augmenter_configs]
         self.pairs = [(i, a, b) for i, pairs in enumerate(config.connections) for a, b in pairs]
-        depths = [max(1, 1 + max(a for a, _ in pairs)) for pairs in config.connections]
+        self.depths = [max(1, 1 + max(a for a, _ in pairs)) for pairs in config.connections]
 
         config.anchor_layers, anchor_layers = find_layers(anchor, config.anchor_layers)
         found = [find_layers(m, path) for m, path in zip(augmenters, config.augmenter_layers, strict=True)]
@@ -89,7 +89,7 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         self.anchor = anchor
         self.augmenters = nn.ModuleList(
             truncated_view(model, path, depth)
-            for model, (path, _), depth in zip(augmenters, found, depths, strict=True)
+            for model, (path, _), depth in zip(augmenters, found, self.depths, strict=True)
         )
         self.headless = [
             headless_path(m, path) for m, path in zip(self.augmenters, config.augmenter_layers, strict=True)
@@ -176,7 +176,8 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         """An empty cache for generation, around ``anchor_cache`` (default: a DynamicCache)."""
         texts = [part.config.get_text_config(decoder=True) for part in (self.anchor, *self.augmenters)]
         anchor_cache = DynamicCache(config=texts[0]) if anchor_cache is None else anchor_cache
-        return ComposedCache(anchor_cache, [DynamicCache(config=text) for text in texts[1:]], len(self.pairs))
+        caches = [cache_of_first_layers(text, depth) for text, depth in zip(texts[1:], self.depths, strict=True)]
+        return ComposedCache(anchor_cache, caches, len(self.pairs))
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         # generate() asks the mask for its shape long before the first forward
@@ -195,7 +196,8 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         name = generate_argument()
         cache = model_kwargs.get(name)
-        if cache is not None and not isinstance(cache, ComposedCache):  # transformers' own: generate() took no other
+        # made by transformers: generate() has already refused any other kind
+        if cache is not None and not isinstance(cache, ComposedCache):
             model_kwargs[name] = self.new_cache(cache)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -14,34 +14,33 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from calm_fast._compatibility import tried
 from calm_fast._validate import describe, values_checked
-from calm_fast.hf.cache_names import NAMES, cache_argument, generate_argument
+from calm_fast.hf.cache_names import NAMES, cache_argument, generate_argument, has_own_cache
 from calm_fast.hf.masks import Visibility, aligned_visibility
 
 # families without a transformers Cache, which transformers' own flag does not name
 WITHOUT_CACHE = {
-    "recurrent_gemma": "it keeps its state inside the model",
-    "openai-gpt": "it has none: every step reads the whole text",
-    "xlm": "its cache is a dict of its own",
+    "recurrent_gemma": "keeps its state inside the model",
+    "openai-gpt": "has none: every step reads the whole text",
 }
 
 
 def lacks_cache(model: PreTrainedModel) -> str:
-    """Return why this family does without a transformers Cache, or "" if it takes one (or should: see Signature.of)."""
+    """Return why this family has no transformers Cache, or "" if it is expected to take one."""
     if known := WITHOUT_CACHE.get(model.config.model_type):
         return known
     if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
-        return "it keeps its state outside of one"
-    return ""
+        return "keeps its state elsewhere"
+    return "has a cache of its own, a dict" if has_own_cache(model.forward) else ""
 
 
 @dataclass(frozen=True)
 class Signature:
     """Names a family's forward uses: its cache argument, and whether it takes positions and logits_to_keep.
 
-    cache: the name under which the called module takes the cache; prepared: the same of the family's
-    prepare_inputs_for_generation; generated: the same of transformers' generate. stock: inputs are prepared by
-    transformers' own method, which changes nothing in a step without padding; home: the module that holds the model's
-    first parameter, and the parameter's name there.
+    cache, prepared, generated: the cache's argument name in the called module's forward, in the family's
+    prepare_inputs_for_generation, and in transformers' generate. stock: inputs are prepared by transformers' own
+    method, which changes nothing in a step without padding. home: the module that holds the model's first parameter,
+    and the parameter's name there.
     """
 
     cache: str
@@ -54,23 +53,24 @@ class Signature:
 
     @classmethod
     def of(cls, model: PreTrainedModel, called: nn.Module | None = None) -> Signature:
-        """Read it from the model; `called` is the module inside it that will be called, by default the model itself.
+        """Read it from the model. `called`: the module inside it that will be called, by default the model itself.
 
         Raises ValueError for an encoder-decoder, for a family without a transformers Cache, and for a forward whose
-        cache argument has no name known here: that one is never taken for a family without a cache.
+        cache argument has no known name: such a model is never silently treated as having no cache.
         """
         name = type(model).__name__
         if model.config.is_encoder_decoder:
             raise ValueError(f"{name} cannot be composed: expected a decoder-only model, got an encoder-decoder")
         if why := lacks_cache(model):
-            raise ValueError(f"{name} cannot be composed: expected a model that takes a transformers Cache, and {why}")
+            raise ValueError(f"{name} cannot be composed: expected a model with a transformers Cache; this one {why}")
         called = model if called is None else called
         cache = cache_argument(called.forward)
         if cache is None:
+            got = ", ".join(inspect.signature(called.forward).parameters)
             raise ValueError(
-                f"{type(called).__name__}.forward: expected a cache argument named {' or '.join(NAMES)}, got none. "
-                f"{tried('transformers')} A family that has no cache says so by a _supports_default_dynamic_cache() "
-                "that returns False."
+                f"{type(called).__name__}.forward: expected a cache argument named {' or '.join(NAMES)}, got the "
+                f"arguments {got}. If forward is wrapped, wrap it with functools.wraps; if the model has no cache, "
+                f"define _supports_default_dynamic_cache() to return False. {tried('transformers')}"
             )
         names = inspect.signature(model.forward).parameters
         prepare = getattr(type(model), "prepare_inputs_for_generation", None)

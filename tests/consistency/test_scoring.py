@@ -25,7 +25,7 @@ from calm_fast.verify.numerics import error, sum_variance, unit_roundoff
 
 PROMPTS = rows(9, 1, 13)
 COMPLETIONS = [rows(5, 1, 11, 5, 2, 0, seed=i + 1) for i in range(3)]
-RECOMPUTED = ("mamba", "qwen3_next", "rwkv", "recurrent_gemma")  # no cache that copies may continue
+RECOMPUTED = ("mamba", "qwen3_next", "olmo_hybrid", "rwkv", "recurrent_gemma")  # no cache that copies may continue
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
 TINY |= {"intermediate_size": 48, "max_position_embeddings": 64, "num_key_value_heads": 2}
 # families with something behind the linear head -> (1 / factor, cap / factor)

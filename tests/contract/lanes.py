@@ -9,8 +9,9 @@
     python tests/contract/lanes.py --changed                what is newer or older here than in constraints.txt
 
 Every lane is a virtual environment in a temporary folder that shares what is installed here (torch above all, and this
-checkout) and has packages of its own in front of it. Where the newest releases fail, each package that changed since
-constraints.txt is put back alone, and the one without which the suite passes is named. Exit code 1 if a lane failed.
+checkout) and has packages of its own in front of it. If the newest releases fail, each package that changed since
+constraints.txt is reverted in turn, and the one whose reversal makes the suite pass is named. Exit code 1 if a lane
+failed.
 """
 
 from __future__ import annotations
@@ -42,18 +43,18 @@ PAGE = ROOT / "docs" / "compatibility.md"
 CONSTRAINTS = ROOT / "constraints.txt"
 MARKS = ("<!-- lanes: written by `make contract ARGS=--record` -->", "<!-- end of lanes -->")
 
-# never installed by a lane: torch is gigabytes with CUDA, and the others do not take part in the contract
-SHARED = ("torch", "ruff", "build", "setuptools", "ninja", "wheel")
-# the columns of the page; the record holds them and triton
+# never installed by a lane: torch is gigabytes with CUDA and brings its own triton, the others do not take part
+SHARED = ("torch", "triton", "ruff", "build", "setuptools", "ninja", "wheel")
+# the columns of the page
 COLUMNS = ("transformers", "peft", "accelerate", "torch", "numpy", "math-verify", "typer", "python")
-GPU_MACHINES = "transformers==5.17.0"  # what the GPU machines of the project carry
+GPU_MACHINES = "==5.17.0"  # the transformers that the GPU machines of the project carry
 LANES = ("lowest", "5.17", "newest")
 UPGRADE = ("--upgrade", "--upgrade-strategy", "eager")  # what the named packages need is the newest possible, too
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run of the contract suite: the versions it saw, how many tests passed, failed and were skipped, the output."""
+    """A run of the contract suite: the versions of everything it saw, the number of tests by result, the output."""
 
     lane: str
     versions: dict[str, str]
@@ -66,7 +67,9 @@ class Outcome:
     def row(self) -> dict[str, Any]:
         """The outcome as the record holds it."""
         counts = {"passed": self.passed, "failed": self.failed, "skipped": self.skipped}
-        return {"lane": self.lane, "date": datetime.date.today().isoformat(), **counts, "versions": self.versions}
+        named = sorted({*requirements(), "torch", "triton", "python"} & self.versions.keys())
+        versions = {name: self.versions[name] for name in named}
+        return {"lane": self.lane, "date": datetime.date.today().isoformat(), **counts, "versions": versions}
 
 
 def requirements() -> dict[str, Requirement]:
@@ -89,42 +92,56 @@ def lower_bound(requirement: Requirement) -> str:
 def wanted(lane: str, pins: Iterable[str] = ()) -> list[str]:
     """What pip is asked for in a lane; `pins` are for a lane of their own."""
     known = requirements()
-
-    def spelled(requirement: Requirement, specifier: str) -> str:
-        extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
-        return f"{requirement.name}{extras}{specifier}"
-
+    fixed = {canonicalize_name(Requirement(pin).name): str(Requirement(pin).specifier) for pin in pins}
     if lane == "lowest":
-        return [spelled(requirement, f"=={lower_bound(requirement)}") for requirement in known.values()]
-    fixed = {canonicalize_name(Requirement(pin).name): pin for pin in ([GPU_MACHINES] if lane == "5.17" else pins)}
-    newest = [spelled(r, str(r.specifier)) for name, r in known.items() if name not in fixed]
-    # said aloud, or pip would upgrade it as somebody's dependency
-    return [*newest, *fixed.values(), f"torch=={importlib.metadata.version('torch')}"]
+        fixed = {name: f"=={lower_bound(requirement)}" for name, requirement in known.items()}
+    elif lane == "5.17":
+        fixed = {"transformers": GPU_MACHINES}
+    # torch is listed explicitly; otherwise pip would upgrade it as a dependency of another package
+    fixed.setdefault("torch", f"=={importlib.metadata.version('torch')}")
+
+    def spelled(name: str) -> str:
+        extras = sorted(known[name].extras) if name in known else []
+        specifier = fixed.get(name) or str(known[name].specifier)
+        return f"{name}[{','.join(extras)}]{specifier}" if extras else f"{name}{specifier}"
+
+    return [spelled(name) for name in dict.fromkeys((*known, *fixed))]
 
 
 def make_environment(folder: Path, packages: Iterable[str]) -> Path:
-    """A virtual environment with `packages` in front of everything that is installed here; its Python."""
+    """A virtual environment with `packages` in front of everything that is installed here; its Python.
+
+    Raises RuntimeError with pip's message if they cannot be installed.
+    """
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = folder / "bin" / "python"
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = Path(subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.strip())
-    here = sorted({str(Path(path)) for path in sys.path if path.rstrip("/").endswith("-packages")})
+    here = dict.fromkeys(path for path in sys.path if path.rstrip("/").endswith("-packages"))
     # addsitedir also runs the .pth files there: this checkout is installed through one
     lines = "".join(f"import site; site.addsitedir({path!r})\n" for path in here)
     (own / "zz_shared.pth").write_text(lines, encoding="utf-8")
     command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile", *UPGRADE]
     done = subprocess.run([*command, *packages], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"[contract] pip could not install {' '.join(packages)}:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"pip could not install {' '.join(packages)}:\n{done.stderr[-3000:]}")
     return python
 
 
-def versions_of(python: Path) -> dict[str, str]:
-    """Version of every package of the contract in an environment."""
-    names = sorted({*requirements(), "torch"})
-    code = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
-    done = subprocess.run([python, "-c", code, *names], check=True, capture_output=True, text=True)
-    return {**json.loads(done.stdout), "python": platform.python_version()}
+_FREEZE = """
+import importlib.metadata as m, json
+found = {}
+for d in m.distributions():  # the first on the path is the one that is imported
+    found.setdefault(d.metadata["Name"], d.version)
+print(json.dumps(found))
+"""
+
+
+def versions_of(python: str | Path) -> dict[str, str]:
+    """Version of every distribution that a Python sees, and of Python itself."""
+    done = subprocess.run([python, "-c", _FREEZE], check=True, capture_output=True, text=True)
+    found = {canonicalize_name(name): version for name, version in json.loads(done.stdout).items()}
+    return {**found, "python": platform.python_version()}
 
 
 def run_suite(lane: str, python: Path, folder: Path) -> Outcome:
@@ -151,10 +168,13 @@ def try_lane(lane: str, packages: list[str]) -> Outcome:
     """Make the environment of a lane, run the suite in it, and take it away again."""
     print(f"[contract] {lane}: installing", flush=True)
     with tempfile.TemporaryDirectory(prefix="contract-") as folder:
-        outcome = run_suite(lane, make_environment(Path(folder, "venv"), packages), Path(folder))
-    told = ", ".join(f"{name} {outcome.versions[name]}" for name in COLUMNS)
+        try:
+            outcome = run_suite(lane, make_environment(Path(folder, "venv"), packages), Path(folder))
+        except RuntimeError as problem:
+            outcome = Outcome(lane, {}, 0, 1, 0, 0.0, str(problem))
+    told = ", ".join(f"{name} {outcome.versions[name]}" for name in COLUMNS if name in outcome.versions)
     result = f"{outcome.passed} passed" if not outcome.failed else f"FAILED ({outcome.failed} of the suite)"
-    print(f"[contract] {lane}: {result} in {outcome.seconds:.0f} s with {told}", flush=True)
+    print(f"[contract] {lane}: {result} in {outcome.seconds:.0f} s with {told or 'nothing installed'}", flush=True)
     return outcome
 
 
@@ -171,32 +191,43 @@ def differences(now: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
     """Every package whose version is another one than before, as `name before -> now`."""
     found = []
     for name, version in sorted(now.items()):
-        if name in before and Version(Version(version).public) != Version(before[name]):
+        if name in before and Version(version).public != Version(before[name]).public:
             found.append(f"{name} {before[name]} -> {version}")
     return found
 
 
-def installed() -> dict[str, str]:
-    """Every distribution that is installed here, calm_fast itself and pip left out."""
-    found = {canonicalize_name(d.metadata["Name"]): d.version for d in importlib.metadata.distributions()}
-    return {name: version for name, version in sorted(found.items()) if name not in ("calm-fast", "pip")}
+def needed(versions: Mapping[str, str]) -> dict[str, str]:
+    """Those of the distributions here that calm_fast and its tests need, directly or through another; not triton, whose
+    version belongs to the build of torch."""
+    found, waiting = set(), [("calm-fast", frozenset({"", "test"}))]
+    while waiting:
+        name, extras = waiting.pop()
+        for text in importlib.metadata.requires(name) or []:
+            r = Requirement(text)
+            key = canonicalize_name(r.name)
+            applies = r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in {"", *extras})
+            if applies and key in versions and (key, frozenset(r.extras)) not in found:
+                found.add((key, frozenset(r.extras)))
+                waiting.append((key, frozenset(r.extras)))
+    return {name: versions[name] for name in sorted({name for name, _ in found} - {"triton"})}
 
 
 def constraints(versions: Mapping[str, str]) -> str:
     """The text of constraints.txt."""
+    release = ".".join(platform.python_version_tuple()[:2])
     head = [
-        "# Exact versions of the last run in which every test passed, on Linux with Python "
-        f"{platform.python_version_tuple()[0]}.{platform.python_version_tuple()[1]} and a CPU build of torch.",
+        f"# Exact versions of the last run in which every test passed, on Linux with Python {release}. Triton",
+        "# is not among them: each build of torch brings its own.",
         "# pip install -c constraints.txt .      written by: make contract ARGS=--record",
     ]
     return "\n".join([*head, *(f"{name}=={Version(version).public}" for name, version in versions.items())]) + "\n"
 
 
 def culprits(failed: Outcome, before: Mapping[str, str]) -> list[str]:
-    """The packages that changed since constraints.txt and make the suite pass again when put back alone."""
+    """The packages that changed since constraints.txt and make the suite pass again when reverted alone."""
     changed = [line.split()[0] for line in differences(failed.versions, before)]
     found = []
-    for name in changed:
+    for name in (name for name in changed if name not in SHARED):
         lane = f"newest, but {name} {before[name]}"
         if not try_lane(lane, wanted("newest", [f"{name}=={before[name]}"])).failed:
             found.append(name)
@@ -209,20 +240,25 @@ def explain(failed: Outcome) -> None:
     changed = differences(failed.versions, before)
     print(failed.output[-6000:])
     print(f"[contract] changed since the last green run: {', '.join(changed) or 'nothing'}")
-    for name in culprits(failed, before) if failed.lane == "newest" else []:
+    if failed.lane != "newest" or not changed:
+        return
+    guilty = culprits(failed, before)
+    for name in guilty:
         print(
             f"[contract] {name} {failed.versions[name]} broke it: with {name} {before[name]} and everything else as "
             "it is, the suite passes (docs/compatibility.md says what to do)"
         )
+    if not guilty:
+        print("[contract] none of them alone broke it: the suite fails with each of them reverted")
 
 
 # ---- the record and its page ----------------------------------------------------------------------------------------
 
 
 def merged(rows: Iterable[dict[str, Any]], new: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The record with new rows: one row for each lane, transformers and torch; by transformers, then lane."""
-    table = {(r["lane"], r["versions"]["transformers"], r["versions"]["torch"]): r for r in (*rows, *new)}
-    return [table[key] for key in sorted(table, key=lambda key: (Version(key[1]), Version(key[2]), key[0]))]
+    """The record with new rows: one for each lane, and in the newest lane for each transformers; in that order."""
+    kept = {(r["lane"], r["versions"]["transformers"] if r["lane"] == "newest" else ""): r for r in (*rows, *new)}
+    return sorted(kept.values(), key=lambda r: (Version(r["versions"]["transformers"]), r["lane"]))
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
@@ -242,13 +278,18 @@ def page(text: str, rows: Iterable[dict[str, Any]]) -> str:
 
 
 def record(outcomes: Iterable[Outcome]) -> None:
-    """Write what was seen into the record, its page and, where the newest lane is among it, constraints.txt."""
+    """Write what was seen into the record, its page and, if the newest lane is among it, constraints.txt."""
     outcomes = list(outcomes)
-    rows = merged(json.loads(RECORD.read_text(encoding="utf-8"))["lanes"], (o.row() for o in outcomes))
+    rows = merged(json.loads(RECORD.read_text(encoding="utf-8"))["lanes"], (o.row() for o in outcomes if o.versions))
     RECORD.write_text(json.dumps({"lanes": rows}, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
-    if any(o.lane == "newest" and not o.failed for o in outcomes):
-        CONSTRAINTS.write_text(constraints(installed()), encoding="utf-8")
+    for newest in (o for o in outcomes if o.lane == "newest" and not o.failed):
+        here = needed(versions_of(sys.executable))
+        # the whole suite runs here: what it did not see is not written down as having passed
+        if other := differences(needed(newest.versions), here):
+            print(f"[contract] constraints.txt stays: {', '.join(other)} (make upgrade, the whole suite, then again)")
+        else:
+            CONSTRAINTS.write_text(constraints(here), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -264,9 +305,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.changed:
         before = read_constraints(CONSTRAINTS.read_text(encoding="utf-8"))
-        print(
-            f"[contract] changed since the last green run: {', '.join(differences(installed(), before)) or 'nothing'}"
-        )
+        changed = differences(versions_of(sys.executable), before)
+        print(f"[contract] changed since the last green run: {', '.join(changed) or 'nothing'}")
         return 0
     lanes = {lane: wanted(lane) for lane in options.lane or (() if options.pin else LANES)}
     lanes |= {pin.replace("==", " "): wanted("pinned", [pin]) for pin in options.pin}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from families import EOS, FAMILIES, OTHERS, PAD, prompts, randomize
 from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
-from calm_fast import ComposedForCausalLM, compose
+from calm_fast import ComposedForCausalLM, compose, score_sequences
+from calm_fast.consistency.prefix import PrefixReader
 from calm_fast.hf import ComposedCache, find_layers
 
 NAMES = ("llama", "gpt2", "gemma3_text", "mixtral", "mamba")
@@ -73,6 +75,22 @@ def test_cached_generation_equals_recomputation(name: str, variant: str) -> None
             with torch.no_grad():
                 ids = torch.cat([ids, composed(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
         assert torch.equal(cached[1:], ids)
+
+
+@pytest.mark.parametrize("name", (*NAMES, "olmo_hybrid"))
+@torch.no_grad()
+def test_an_augmenter_that_stops_early_fills_its_cache(name: str) -> None:
+    """Its last layer is not connected, so that it never runs, and has no place in the cache."""
+    parts, ids = [MODELS[name].model(0), MODELS[name].model(1)], prompts()
+    composed = randomize(compose(*parts, [(0, 1), (1, 2)], num_heads=4))
+    outputs = composed(ids[:, :8])
+    assert all(layer.get_seq_length() == 8 for layer in outputs.cache.layers if hasattr(layer, "get_seq_length"))
+    last = composed(ids[:, 8:], cache=outputs.cache).logits
+    torch.testing.assert_close(last, composed(ids, use_cache=False).logits[:, 8:], rtol=0, atol=1e-4)
+    assert PrefixReader(composed).shares == (name not in ("mamba", "olmo_hybrid"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        score_sequences(composed, [[5, 6, 7]], [[[8, 9], [10]]])
 
 
 @pytest.mark.old_names

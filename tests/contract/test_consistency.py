@@ -51,7 +51,7 @@ def test_a_prompt_is_read_once_where_the_cache_holds_keys_and_values(name: str) 
     assert PrefixReader(model_of(name)).shares == (name != "mamba")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "bart"])
+@pytest.mark.parametrize("name", NAMES)
 def test_samples_are_those_of_reading_every_prompt_anew(name: str) -> None:
     """At temperature 0 a sample is the model's own greedy continuation, without any cache."""
     model, tokenizer = model_of(name), character_tokenizer()

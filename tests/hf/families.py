@@ -83,6 +83,12 @@ OTHERS = {
             | {"shared_expert_intermediate_size": 16}
             | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
         ),
+        Family(
+            "olmo_hybrid",
+            extra=_ROPE
+            | {"linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_key_head_dim": 8}
+            | {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+        ),
         Family("rwkv", heads="", extra={"attention_hidden_size": 32}),
         Family("recurrent_gemma", extra={"intermediate_size": 48, "lru_width": 32, "num_key_value_heads": 1}),
         Family("ctrl", "n_embd", "n_layer", "n_head", {"dff": 48}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,29 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, OTHERS, composed_model, prompts, randomize
-from transformers import DynamicCache, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    DynamicCache,
+    FlaubertWithLMHeadModel,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    XLMWithLMHeadModel,
+)
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import ModelOutput
 
 from calm_fast.consistency.prefix import PrefixReader
 from calm_fast.consistency.scoring import score_sequences
 from calm_fast.hf import ComposedCache, ComposedForCausalLM, compose
-from calm_fast.hf.cache_names import NAMES, cache_argument, cache_of, generate_argument, given_cache, with_cache
+from calm_fast.hf.cache_names import (
+    NAMES,
+    cache_argument,
+    cache_of,
+    generate_argument,
+    given_cache,
+    has_own_cache,
+    with_cache,
+)
 from calm_fast.hf.inputs import Signature, lacks_cache
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -132,7 +148,7 @@ def test_generate_takes_and_returns_every_name(name: str) -> None:
 def test_two_names_at_once_are_named(call: str) -> None:
     composed, ids = composed_model("llama"), prompts()
     both = {"cache": composed.new_cache(), "past_key_values": composed.new_cache()}
-    with pytest.raises(ValueError, match="cache and past_key_values: expected one of them"):
+    with pytest.raises(ValueError, match="cache and past_key_values: these name the same cache"):
         getattr(composed, call)(ids, **both)
 
 
@@ -207,7 +223,7 @@ def test_every_family_takes_its_cache_under_a_known_name(name: str) -> None:
 
 def test_an_unknown_name_is_an_error_that_says_what_was_tried() -> None:
     model = made(UnknownName)
-    text = r"UnknownName\.forward: expected a cache argument named cache or .*got none\. transformers \S+ is installed"
+    text = r"UnknownName\.forward: expected a cache argument named cache or .*got the arguments input_ids, .*memory"
     for call in (lambda: compose(model, model, "uniform:1"), lambda: PrefixReader(model)):
         with pytest.raises(ValueError, match=text):
             call()
@@ -215,10 +231,26 @@ def test_an_unknown_name_is_an_error_that_says_what_was_tried() -> None:
         score_sequences(model, [[5, 6]], [[[7]]])
 
 
-def test_a_dict_is_no_cache() -> None:
-    assert cache_argument(DictCache.forward) is None
-    with pytest.raises(ValueError, match="DictCache.forward: expected a cache argument"):
+def test_a_dict_is_a_cache_of_the_familys_own() -> None:
+    assert cache_argument(DictCache.forward) is None and lacks_cache(made(DictCache))
+    assert PrefixReader(made(DictCache)).signature is None
+    with pytest.raises(ValueError, match="DictCache cannot be composed: .* this one has a cache of its own, a dict"):
         Signature.of(made(DictCache))
+
+
+@pytest.mark.parametrize("kind", [XLMWithLMHeadModel, FlaubertWithLMHeadModel])
+def test_families_whose_cache_is_a_dict_are_known(kind: Any) -> None:
+    assert has_own_cache(kind.forward) and cache_argument(kind.forward) is None
+
+
+def test_a_wrapper_that_hides_the_signature_is_named() -> None:
+    model = FAMILIES["llama"].model(0)
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    with pytest.raises(ValueError, match=r"got the arguments args, kwargs\. If forward is wrapped, wrap it"):
+        PrefixReader(model)
+    model.forward = functools.wraps(forward)(model.forward)
+    assert PrefixReader(model).shares
 
 
 def test_generate_without_a_known_name_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,9 +290,7 @@ def test_cache_layers_of_an_unknown_kind_are_told() -> None:
             cache.layers = [Compressed(), Compressed()]
             return cache
 
-    with pytest.warns(
-        UserWarning, match=r"LlamaForCausalLM: every prompt .* a copy of its cache \(Compressed\) is not"
-    ):
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM: every prompt .* cache layers of type Compressed are not"):
         reader = OwnLayers(FAMILIES["llama"].model(0))
     assert not reader.shares
 
@@ -277,7 +307,7 @@ def test_families_without_a_cache_are_known_as_such(name: str) -> None:
     model = OTHERS[name].model()
     assert lacks_cache(model)
     assert PrefixReader(model).signature is None and not PrefixReader(model).shares
-    with pytest.raises(ValueError, match="expected a model that takes a transformers Cache, and it keeps its state"):
+    with pytest.raises(ValueError, match="expected a model with a transformers Cache; this one keeps its state"):
         compose(model, model, "uniform:1")
 
 

@@ -272,7 +272,7 @@ def test_cache_reports_and_resets_every_part() -> None:
     assert all(layer.get_seq_length() == plain.get_seq_length() for layer in cache.layers)
 
 
-@pytest.mark.parametrize("name", ["mamba", "mpt", "gptj", "qwen3_next"])
+@pytest.mark.parametrize("name", ["mamba", "mpt", "gptj", "qwen3_next", "olmo_hybrid"])
 def test_families_that_name_things_differently(name: str) -> None:
     family, ids = OTHERS[name], prompts()
     composed = compose(family.model(0), family.model(1), [(-1, -1), (0, 1)], num_heads=4)
