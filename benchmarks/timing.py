@@ -19,6 +19,8 @@ import torch
 
 _FLUSH_BYTES = 256 << 20  # larger than a GPU's L2 and than the part of a CPU's L3 that one core fills
 _CEILING_SIZES = {"cuda": (8192, 1 << 30), "cpu": (1536, 1 << 24)}  # width of the product, elements of the copy
+_UNDISTURBED_S = 2e-4  # a reading of the queue takes 10 to 30 us; one that lost its core, a time slice of 1 ms or more
+_READINGS = 20
 _PRODUCT, _COPY = "ceiling: product", "ceiling: copy"
 
 
@@ -76,18 +78,35 @@ def _queued_ns() -> int | None:
         return None
 
 
+def _queue_reading() -> tuple[float, int | None, float]:
+    """Read the queue's counter undisturbed: (time before, nanoseconds queued, time after).
+
+    A thread that loses its core inside the reading leaves it open which side of the reading that wait belongs to, so
+    such a reading is repeated.
+    """
+    for _ in range(_READINGS):
+        before = time.perf_counter()
+        queued = _queued_ns()
+        after = time.perf_counter()
+        if after - before < _UNDISTURBED_S:
+            break
+    return before, queued, after
+
+
 def _call_cpu(thunk: Callable[[], object]) -> float:
     """Milliseconds of one call, less the time its thread stood in the scheduler's queue because of other programs.
 
     With several threads only the calling thread's queue is known, so nothing is taken off.
     """
-    alone = torch.get_num_threads() == 1
-    before = _queued_ns() if alone else None
-    begin = time.perf_counter()
+    if torch.get_num_threads() != 1:
+        begin = time.perf_counter()
+        thunk()
+        return 1e3 * (time.perf_counter() - begin)
+    _, queued_before, begin = _queue_reading()
     thunk()
-    took = time.perf_counter() - begin
-    after = _queued_ns() if alone else None
-    queued = 0.0 if before is None or after is None else (after - before) / 1e9
+    end, queued_after, _ = _queue_reading()
+    took = end - begin
+    queued = 0.0 if queued_before is None or queued_after is None else (queued_after - queued_before) / 1e9
     return 1e3 * (took - queued if queued < took else took)
 
 

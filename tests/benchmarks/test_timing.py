@@ -217,12 +217,27 @@ def test_time_lost_to_other_programs_does_not_count(monkeypatch):
     assert 195 < took < 300 < wall
 
 
+@pytest.mark.parametrize("loses", [1, 2, 3])
+def test_core_lost_between_reading_the_queue_and_the_call_is_not_taken_off(monkeypatch, loses):
+    lost_ns, readings = [0], [0]
+
+    def queued_ns():  # read, then off the core for 20 ms before the caller goes on
+        before, readings[0] = lost_ns[0], readings[0] + 1
+        if readings[0] <= loses:
+            time.sleep(0.02)
+            lost_ns[0] += 20_000_000
+        return before
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(timing, "_queued_ns", queued_ns)
+    assert 49 < timing._call_cpu(lambda: time.sleep(0.05)) < 150
+
+
 def test_sleeping_counts():
     assert timing._call_cpu(lambda: time.sleep(0.05)) > 45
 
 
 def test_queue_longer_than_the_call_takes_nothing_off(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    answers = iter([0, 10**12])
-    monkeypatch.setattr(timing, "_queued_ns", lambda: next(answers))
+    monkeypatch.setattr(timing, "_queued_ns", lambda: time.perf_counter_ns() * 1000)
     assert timing._call_cpu(lambda: time.sleep(0.01)) >= 10
