@@ -39,6 +39,7 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, *
     from tqdm.auto import tqdm
 
     shown = shown and sys.stderr is not None
-    if shown and not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+    terminal = getattr(sys.stderr, "isatty", lambda: False)()  # a stream that goes to a logger often has no isatty
+    if shown and not (terminal or "ipykernel" in sys.modules):
         options |= {"file": _Lines(sys.stderr), "mininterval": SECONDS, "bar_format": _LINE}
     return tqdm(iterable, disable=not shown, **options)

@@ -74,11 +74,10 @@ logging.getLogger("transformers").addHandler(_DEPRECATIONS)
 @pytest.fixture(autouse=True)
 def _no_deprecated_names(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test in which transformers logs a deprecation, unless it writes an old name on purpose."""
-    log = sys.modules.get("transformers.utils.logging")
-    if log is not None:
-        getattr(
-            log.warning_once, "cache_clear", lambda: None
-        )()  # or only the first test that causes a message would see it
+    if "transformers" in sys.modules:
+        from transformers.utils.logging import warning_once
+
+        warning_once.cache_clear()  # or only the first test that causes a message would see it
     _DEPRECATIONS.messages.clear()
     yield
     if request.node.get_closest_marker("old_names") is None:

@@ -52,6 +52,20 @@ def test_nothing_is_shown_where_nothing_is_asked_for(monkeypatch: pytest.MonkeyP
     assert shown(monkeypatch, terminal=terminal, **{"shown": False}) == ""
 
 
+def test_a_stream_that_knows_no_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ToLogger:
+        lines: list[str] = []
+
+        def write(self, text: str) -> None:
+            self.lines.append(text)
+
+        def flush(self) -> None: ...
+
+    monkeypatch.setattr(sys, "stderr", ToLogger())
+    assert list(progress_bar(range(3), desc="work")) == [0, 1, 2]
+    assert ToLogger.lines[-1].startswith("work 100% 3/3")
+
+
 def test_a_bar_moved_by_hand_shows_its_postfix(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)

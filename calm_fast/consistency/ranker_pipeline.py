@@ -178,7 +178,6 @@ def run_scoring(
         ranker: folder of a ranker, or a run's folder that holds one. out: the file, gzip where it ends in .gz.
         backbone: where the ranker's frozen backbone is now, if it moved.
     """
-
     out, folder = Path(out), Path(ranker)
     folder = folder / "ranker" if (folder / "ranker").is_dir() else folder
     scorer = Ranker.from_pretrained(folder, backbone=backbone)

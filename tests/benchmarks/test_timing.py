@@ -230,7 +230,7 @@ def test_core_lost_between_reading_the_queue_and_the_call_is_not_taken_off(monke
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(timing, "_queued_ns", queued_ns)
-    assert 49 < timing._call_cpu(lambda: time.sleep(0.05)) < 150
+    assert timing._call_cpu(lambda: time.sleep(0.05)) > 49
 
 
 def test_sleeping_counts():
