@@ -16,8 +16,8 @@ LOG := $(VENV)/set-up.log
 .PHONY: help setup upgrade native demo test contract lint codegen cuda-gate sanitize wheel-check bench results clean
 
 help:
-	@echo "make demo         set up, then run the main job: calm-fast demo (about 5 minutes on 2 cores)"
-	@echo "make test         set up, then run the whole test suite (about 18 minutes on 2 cores)"
+	@echo "make demo         set up, then run the main job: calm-fast demo (5 to 11 minutes on 2 cores)"
+	@echo "make test         set up, then run the whole test suite (17 to 26 minutes on 2 cores)"
 	@echo "make contract     what we take from other packages, against their lowest, GPU machines' and newest releases (4 min)"
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make codegen      compile every Triton kernel for sm_80, sm_90, sm_100 and check the machine code (no GPU)"
