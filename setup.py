@@ -227,7 +227,7 @@ setup(
     packages=packages(),
     package_dir=MAPPED,
     package_data={
-        "calm_fast": ["py.typed", "compatibility.json"],
+        "calm_fast": ["py.typed", "core/compatibility.json"],
         "calm_fast.kernels": ["**/*.json"],
         "calm_fast.benchmarks": ["*.sh", "*.ini", "results/**"],
     },

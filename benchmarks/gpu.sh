@@ -247,7 +247,7 @@ native() {
   for module in "${folder}"/calm_fast/_c*.so; do
     if [[ -f "${module}" ]]; then ln -sfn "${module}" "${site}/calm_fast/${module##*/}"; fi
   done
-  "${python}" -c 'from calm_fast import _native; print("native:", _native.build_info())' || true
+  "${python}" -c 'from calm_fast.core import native_library; print("native:", native_library.build_info())' || true
 }
 
 check_needs() {

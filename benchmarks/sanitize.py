@@ -14,7 +14,8 @@ from functools import partial
 
 import torch
 
-from calm_fast import _native, ops
+from calm_fast import ops
+from calm_fast.core import native_library
 from calm_fast.reference.cross_attention import cross_attention_reference
 from calm_fast.reference.dual_lora import dual_lora_reference
 from calm_fast.reference.linear_logprob import linear_logprob_reference
@@ -166,7 +167,7 @@ def _linear_logprob(t: int, full: bool, device: torch.device, dtype: torch.dtype
 
 def _compiled(op: str, device: torch.device) -> str:
     """The compiled library; torch where it is not, and then it says that nothing of the library was watched."""
-    why = _native.obstacle(op, device.type)
+    why = native_library.obstacle(op, device.type)
     if why and device.type == "cuda":
         print(f"{op}: torch's ops run instead of the library's kernel: {why}", file=sys.stderr)
     return "torch" if why else "native"

@@ -2,7 +2,7 @@
 
 Candidates are compiled first, in several processes and without touching the GPU; those that spill, do not fit into
 shared memory or miss the tensor cores are out (the checks of `make codegen`). What is left must give what the present
-config gives before its time counts. The file is what `calm_fast._tuning` looks configs up in.
+config gives before its time counts. The file is what `calm_fast.core.launch_config` looks configs up in.
 
     ... tune --dry-run              what would be tried, and how long it takes at most; no GPU needed
     ... tune --dry-run --screen 90  compiles it all for sm_90 and says what is out, and why
@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from calm_fast._tuning import LaunchConfig, gpu_slug
 from calm_fast.benchmarks import machine
 from calm_fast.benchmarks.measure import relative_error
 from calm_fast.benchmarks.timing import Budget, interleave
 from calm_fast.benchmarks.tune_problems import OPS, Problem, Run, problems
 from calm_fast.benchmarks.tune_screen import Screen
+from calm_fast.core.launch_config import LaunchConfig, gpu_slug
 
 _TOLERANCE = 1e-2  # bf16 results of two tilings differ by rounding, about 1e-3
 _BUDGET = Budget(seconds=0.4, min_rounds=5, max_rounds=40)

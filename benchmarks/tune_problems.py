@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from calm_fast._tuning import LaunchConfig
+from calm_fast.core.launch_config import LaunchConfig
 
 Run = Callable[[LaunchConfig], dict[str, torch.Tensor]]
 HALF = torch.bfloat16
@@ -28,9 +28,9 @@ _FEW_TOKENS = 16
 class Problem:
     """One kernel at one shape.
 
-    depth and shape: as `_tuning` looks an entry up. default(arch): the launch numbers in code. prepare(device): inputs,
-    and a function that launches the kernel with given numbers. group: entries that must be written together, or one of
-    them would be taken for the other's shape. matrix: it multiplies on tensor cores.
+    depth and shape: as `core.launch_config` looks an entry up. default(arch): the launch numbers in code.
+    prepare(device): inputs, and a function that launches the kernel with given numbers. group: entries that must be
+    written together, or one of them would be taken for the other's shape. matrix: it multiplies on tensor cores.
     """
 
     op: str

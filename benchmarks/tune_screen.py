@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from calm_fast._tuning import LaunchConfig
 from calm_fast.benchmarks.machine_code import Facts, hard_problems, read_facts
 from calm_fast.benchmarks.tune_problems import Problem, problems
+from calm_fast.core.launch_config import LaunchConfig
 
 _MULTIPROCESSORS = 132  # of the GPU that is not there; only launch grids depend on it
 

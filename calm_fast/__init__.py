@@ -20,7 +20,7 @@ _LAZY = {
     "SelfConsistency": "calm_fast.consistency.self_consistency",
     "DualLoRALinear": "calm_fast.modules.dual_lora",
     "add_dual_lora": "calm_fast.hf.dual_lora",
-    "explain": "calm_fast._dispatch",
+    "explain": "calm_fast.core.dispatch",
     "get_gates": "calm_fast.hf.dual_lora",
     "load_dual_lora": "calm_fast.hf.dual_lora",
     "record_gates": "calm_fast.hf.dual_lora",
@@ -29,7 +29,7 @@ _LAZY = {
     "save_lora_adapter": "calm_fast.hf.dual_lora",
     "score_sequences": "calm_fast.consistency.scoring",
     "set_dual_lora_mode": "calm_fast.hf.dual_lora",
-    "validate_values": "calm_fast._validate",
+    "validate_values": "calm_fast.core.checks",
 }
 _SUBMODULES = ("ops", "modules", "reference", "hf", "nat", "consistency")
 
@@ -39,7 +39,7 @@ __all__ = ["__version__", *_LAZY, *_SUBMODULES]
 def __getattr__(name: str) -> Any:
     if name not in _LAZY and name not in _SUBMODULES:
         raise AttributeError(f"module 'calm_fast' has no attribute {name!r}")
-    from calm_fast._compatibility import importing
+    from calm_fast.core.compatibility import importing
 
     with importing("transformers"):
         if name in _LAZY:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from calm_fast import _native
-from calm_fast._dispatch import transformed
+from calm_fast.core import native_library
+from calm_fast.core.dispatch import transformed
 
 _OP = "packed_linear"
 
@@ -34,7 +34,7 @@ def can_pack(*tensors: torch.Tensor) -> bool:
             return False
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed():
         return False
-    return _native.obstacle(_OP) is None
+    return native_library.obstacle(_OP) is None
 
 
 def pack(weight: torch.Tensor) -> Packed | torch.Tensor:
@@ -43,7 +43,7 @@ def pack(weight: torch.Tensor) -> Packed | torch.Tensor:
     For weights that are kept: packing costs about what it saves on 200 tokens.
     """
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter)  # others multiply in their own way: quantized, sharded
-    if not plain or weight.dtype != torch.float32 or not weight.is_cpu or _native.obstacle(_OP):
+    if not plain or weight.dtype != torch.float32 or not weight.is_cpu or native_library.obstacle(_OP):
         return weight
     panels = torch.ops.calm_fast._native_packed_linear_pack(weight.contiguous())
     return Packed(panels, weight.shape[0]) if panels.dim() == 3 else weight  # no panels without AVX-512

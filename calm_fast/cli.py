@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from calm_fast._pipe import quiet_end
+from calm_fast.core.broken_pipe import quiet_end
 
 app = typer.Typer(
     name="calm-fast",

@@ -16,9 +16,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from calm_fast._compatibility import newer_than_tried
-from calm_fast._pipe import quiet_end
 from calm_fast._version import __version__
+from calm_fast.core.broken_pipe import quiet_end
+from calm_fast.core.compatibility import newer_than_tried
 
 _PACKAGES = (
     "torch",
@@ -116,11 +116,11 @@ def _implementations(torch: Any, torch_problem: str) -> dict[str, dict[str, str]
 
 
 def _runs(torch: Any, op: str, impl: str) -> str:
-    from calm_fast import _dispatch, _native
+    from calm_fast.core import dispatch, native_library
 
     if impl == "native":
         devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-        whys = {device: _native.obstacle(op, device) for device in devices}
+        whys = {device: native_library.obstacle(op, device) for device in devices}
         served = [device for device, why in whys.items() if not why]
         return f"yes, for {' and '.join(served)} tensors" if served else f"no: {next(iter(whys.values()))}"
     if impl != "triton":
@@ -129,20 +129,20 @@ def _runs(torch: Any, op: str, impl: str) -> str:
     if importlib.util.find_spec(kernels) is None:
         return "no: this op has no Triton kernel"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    why = _dispatch.triton_obstacle(device)
+    why = dispatch.triton_obstacle(device)
     if why:
         return f"no: {why}"
     _, problem = _load(kernels)
     if problem:
         return f"no: its kernels cannot be imported ({problem})"
-    return "yes, in Triton's CPU interpreter" if _dispatch.triton_interpreted() else "yes"
+    return "yes, in Triton's CPU interpreter" if dispatch.triton_interpreted() else "yes"
 
 
 def _compiled_library(torch_problem: str) -> dict[str, str]:
     """For each extension module how it was built and the SIMD lane of this CPU, or why it is not loaded."""
     if torch_problem:
         return {"every part": f"no: torch cannot be imported ({torch_problem})"}
-    native, problem = _load("calm_fast._native")
+    native, problem = _load("calm_fast.core.native_library")
     info = {"every part": problem} if native is None else _ask(native.build_info)
     if isinstance(info, str):
         return {"every part": info}

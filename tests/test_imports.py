@@ -11,20 +11,9 @@ import pytest
 import calm_fast
 
 ROOT = Path(__file__).resolve().parents[1]
-HELPERS = (
-    "_version",
-    "_compatibility",
-    "_dispatch",
-    "_validate",
-    "_tuning",
-    "_native",
-    "_packed",
-    "_pipe",
-    "_progress",
-)
-# floor -> what it may import of calm_fast besides itself (a helper may import the helpers)
+# floor -> what it may import of calm_fast besides itself
 IMPLEMENTATIONS = ("kernels", "torch_impl", "reference")
-OPS = ("ops", *IMPLEMENTATIONS, *HELPERS)
+OPS = ("ops", *IMPLEMENTATIONS, "_packed", "core", "_version")
 MODULES = ("modules", *OPS)
 HF = ("hf", *MODULES)
 CONSISTENCY = ("consistency", *HF)
@@ -32,11 +21,13 @@ NAT = ("nat", *CONSISTENCY)
 DOORS = ("experiments", "verify", "benchmarks", "env_report", "cli", *NAT)
 USERS = ("experiments", "benchmarks", "cli")  # they may `import calm_fast` as anybody else does
 FLOORS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(HELPERS, HELPERS),
+    "_version": (),
+    "core": ("_version",),
+    "_packed": ("core",),
     "reference": (),
-    "torch_impl": HELPERS,
-    "kernels": ("_tuning",),
-    "ops": (*IMPLEMENTATIONS, *HELPERS),
+    "torch_impl": ("core",),
+    "kernels": ("core",),
+    "ops": (*IMPLEMENTATIONS, "_packed", "core"),
     "modules": OPS,
     "hf": MODULES,
     "consistency": HF,
@@ -50,7 +41,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "__init__": ("_version",),
 }
 # The dispatcher names ops and modules by string, the package by lazy import: strings are checked as well.
-LAZY_DOORS = {"__init__": ("", *DOORS), "_dispatch": ("ops",)}
+LAZY_DOORS = {"__init__": ("", *DOORS), "core": ("ops",)}
 
 
 def sources() -> dict[str, Path]:
@@ -82,7 +73,7 @@ def imported(tree: ast.Module, module: str, is_package: bool) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             stem = ".".join([*base, *([node.module] if node.module else [])])
-            if stem == "calm_fast":  # `from calm_fast import _native` names a module, not an attribute
+            if stem == "calm_fast":  # `from calm_fast import ops` names a module, not an attribute
                 yield from (PUBLIC.get(alias.name, f"calm_fast.{alias.name}") for alias in node.names)
             else:
                 yield stem
@@ -149,8 +140,8 @@ def test_only_kernels_import_triton(module):
     ("module", "source"),
     [
         ("reference.x", "from calm_fast.ops import x"),
-        ("reference.x", "from calm_fast import _validate"),
-        ("kernels.x", "from calm_fast import _dispatch"),
+        ("reference.x", "from calm_fast.core import checks"),
+        ("kernels.x", "from calm_fast import _packed"),
         ("ops.x", "from calm_fast import CrossAttention"),
         ("kernels.x", "from ..torch_impl.x import y"),
         ("torch_impl.x", "import calm_fast.reference.x"),
@@ -159,7 +150,7 @@ def test_only_kernels_import_triton(module):
         ("modules.x", "import importlib\nimportlib.import_module(f'calm_fast.hf.{name}')"),
         ("hf.x", "from calm_fast.cli import main"),
         ("hf.x", "import calm_fast"),
-        ("_validate", "from calm_fast.ops.x import y"),
+        ("core.checks", "from calm_fast.modules.x import y"),
         ("__main__", "from calm_fast import hf"),
     ],
 )
@@ -170,8 +161,8 @@ def test_rule_sees_an_import_that_points_up(module, source):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("kernels.x", "from calm_fast._tuning import y\nfrom calm_fast.kernels.z import w\nfrom . import v"),
-        ("ops.x", "from calm_fast import _native\nfrom calm_fast.reference.x import y"),
+        ("kernels.x", "from calm_fast.core.launch_config import y\nfrom calm_fast.kernels.z import w\nfrom . import v"),
+        ("ops.x", "from calm_fast.core import native_library\nfrom calm_fast.reference.x import y"),
         ("hf.x", "import torch, transformers\nfrom .layers import y\nfrom ..modules.x import z"),
     ],
 )

@@ -96,8 +96,8 @@ def test_source_that_does_not_compile_is_an_error_that_names_the_way_out(tree):
 
 CHECK = """
 import torch, calm_fast
-from calm_fast import _native
-print(_native.__file__, _native.obstacle("dual_lora"), sep="|")
+from calm_fast.core import native_library
+print(native_library.__file__, native_library.obstacle("dual_lora"), sep="|")
 """
 
 

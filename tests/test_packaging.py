@@ -180,8 +180,8 @@ def test_installed_wheel_runs_its_compiled_library(installed, wheel, tmp_path):
 import sys
 sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
 import torch, calm_fast
-from calm_fast import _native
-print(_native.__file__, _native.obstacle("dual_lora"))
+from calm_fast.core import native_library
+print(native_library.__file__, native_library.obstacle("dual_lora"))
 x, y, a, b, w = (torch.randn(*s) for s in ((3, 8), (3, 8), (2, 8), (8, 2), (8, 8)))
 out = [calm_fast.ops.dual_lora(x, y, a, b, a, b, w, w, (w,), scaling=1.0, impl=i) for i in ("native", "reference")]
 torch.testing.assert_close(*out)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from calm_fast import _native
 from calm_fast.cli import app
+from calm_fast.core import native_library
 from calm_fast.verify import numerics, run
 from calm_fast.verify.cases import op_cases
 
@@ -159,7 +159,7 @@ def invoke(*args):
 
 
 def test_verify_torch_passes_and_writes_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(_native, "obstacle", lambda op, device="cpu": "the compiled library is away")
+    monkeypatch.setattr(native_library, "obstacle", lambda op, device="cpu": "the compiled library is away")
     file = tmp_path / "deep" / "rows.json"
     result = invoke("--impl", "torch", "--impl", "native", "--json", str(file))
     assert result.exit_code == 0, result.output
@@ -183,7 +183,7 @@ def test_verify_exits_1_on_a_wrong_implementation(wrong, monkeypatch, tmp_path):
 
 
 def test_verify_exits_1_where_nothing_ran(monkeypatch):
-    monkeypatch.setattr(_native, "obstacle", lambda op, device="cpu": "it was not built")
+    monkeypatch.setattr(native_library, "obstacle", lambda op, device="cpu": "it was not built")
     monkeypatch.setattr(run.emulation, "has_adapter", lambda op: False)
     result = invoke("--impl", "native")
     assert result.exit_code == 1 and "nothing is proven" in result.output

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from calm_fast import _native, ops
+from calm_fast import ops
 from calm_fast.benchmarks.baselines.cross_attention import explicit_attention, visible
 from calm_fast.benchmarks.cases.alignment import aligned_intervals
 from calm_fast.benchmarks.graphs import graphed
 from calm_fast.benchmarks.registry import CannotRunError, Case, Contestant, Inputs, Target, Thunk, Values
+from calm_fast.core import native_library
 from calm_fast.ops.cross_attention import NATIVE_MAX_QUERIES
 
 OP = "cross_attention"
@@ -212,7 +213,7 @@ def core_case(
     """
     impls = ["auto", "torch"]
     few = s.m <= NATIVE_MAX_QUERIES or device.type == "cpu"
-    if few and _native.obstacle(OP, device.type) is None:
+    if few and native_library.obstacle(OP, device.type) is None:
         impls.append("native")
     contestants = [Contestant(impl, _ours(s, impl), ours=True) for impl in impls]
     if device.type == "cuda":
@@ -241,7 +242,7 @@ def decode_case(name: str, s: CoreShape, dtype: torch.dtype, device: torch.devic
     def captured(prepare: Callable[[Inputs], Thunk]) -> Callable[[Inputs], Thunk]:
         return lambda inputs: graphed(prepare(inputs))
 
-    impls = ["torch", "triton"] + ["native"] * (_native.obstacle(OP, device.type) is None)
+    impls = ["torch", "triton"] + ["native"] * (native_library.obstacle(OP, device.type) is None)
     contestants = [Contestant(f"{impl}_graph", captured(_ours(s, impl)), ours=True) for impl in impls]
     contestants += [Contestant(f"{label}_graph", captured(_sdpa(s, backend))) for label, backend in _BACKENDS.items()]
     contestants.append(Contestant("eager_graph", captured(_eager(s))))

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from calm_fast import _native
 from calm_fast.benchmarks.baselines.dual_lora import concatenated, formula, peft_layer, single_lora
 from calm_fast.benchmarks.graphs import graphed
 from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Target, Thunk, Values
+from calm_fast.core import native_library
 
 OP = "dual_lora"
 SCALE = 2.0
@@ -235,7 +235,7 @@ def layer_case(
         kinds += [(which, _definition(s, which)) for which in ("base_linear", "single_lora")]
     contestants = [Contestant("calm_fast", _ours(s), ours=True)]
     if s.added and device.type == "cpu":  # what the layer chooses between
-        present = ["torch"] + ["native"] * (_native.obstacle(OP, "cpu") is None)
+        present = ["torch"] + ["native"] * (native_library.obstacle(OP, "cpu") is None)
         contestants += [Contestant(f"calm_fast_{impl}", _kept(s, impl), ours=True) for impl in present]
     contestants += [
         Contestant(which, _plain(s, which), definition=d, yardstick=which not in WHOLE) for which, d in kinds
@@ -244,7 +244,7 @@ def layer_case(
         contestants.append(Contestant("compiled_formula", _plain(s, "formula", compiled=True), definition=kinds[0][1]))
     if graph:
         contestants.append(Contestant("calm_fast_graph", _ours(s, graph=True), ours=True))
-        if _native.obstacle(OP, device.type) is None:  # `auto` is Triton
+        if native_library.obstacle(OP, device.type) is None:  # `auto` is Triton
             contestants.append(Contestant("calm_fast_native_graph", _kept(s, "native", graph=True), ours=True))
         contestants += [
             Contestant(f"{which}_graph", _plain(s, which, graph=True), definition=d, yardstick=which not in WHOLE)

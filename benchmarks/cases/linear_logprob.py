@@ -9,9 +9,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from calm_fast import _native
 from calm_fast.benchmarks.baselines.vocabulary import chunked_logprob, imported, log_softmax_logprob, mean_cross_entropy
 from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Series, Target, Thunk, Values
+from calm_fast.core import native_library
 
 OP = "linear_logprob"
 VOCABULARY = Series("log-probabilities, size of the vocabulary", "V")
@@ -114,7 +114,7 @@ def explicit(op: str, device: torch.device) -> list[str]:
     """On a CPU the implementations that "auto" chooses from, so that each has its own row."""
     if device.type != "cpu":
         return []
-    return ["torch"] + ["native"] * (_native.obstacle(op, "cpu") is None)
+    return ["torch"] + ["native"] * (native_library.obstacle(op, "cpu") is None)
 
 
 def _product(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ __all__ = [*_LAZY]
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'calm_fast.consistency' has no attribute {name!r}")
-    from calm_fast._compatibility import importing
+    from calm_fast.core.compatibility import importing
 
     with importing("transformers"):
         value = getattr(importlib.import_module(f"calm_fast.consistency.{_LAZY[name]}"), name)

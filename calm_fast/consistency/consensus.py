@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from calm_fast import ops
-from calm_fast._validate import bad_type
 from calm_fast.consistency.answers import extract_answer
 from calm_fast.consistency.samples import answer_text, check_row
+from calm_fast.core.checks import bad_type
 
 _CALLER = "SelfConsistency"
 

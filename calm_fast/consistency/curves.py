@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from calm_fast._validate import bad_value, check_tensor
+from calm_fast.core.checks import bad_value, check_tensor
 from calm_fast.ops.maj_at_k import Curve, check_sizes, curve
 from calm_fast.ops.voting import check_votes
 

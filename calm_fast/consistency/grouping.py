@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from calm_fast._progress import progress_bar
 from calm_fast.consistency.answers import first_match_classes, normalise, rational
 from calm_fast.consistency.math_pool import Comparison, compare
 from calm_fast.consistency.math_worker import decided
 from calm_fast.consistency.verdict_cache import VerdictCache
+from calm_fast.core.progress import progress_bar
 
 EQUALITIES = ("math", "exact", "text")
 _QUESTIONS_PER_WORKER = 8  # starting a process costs as much as a few questions

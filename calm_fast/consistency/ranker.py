@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from calm_fast._progress import progress_bar
 from calm_fast.consistency.ranker_inputs import Encoded, PairEncoder, batches_by_length, pooled
+from calm_fast.core.progress import progress_bar
 
 FORMAT_VERSION = 1
 _CONFIG, _HEAD, _BACKBONE, _TOKENIZER = "ranker.json", "head.safetensors", "backbone", "tokenizer"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from calm_fast._validate import bad_type, bad_value, check_finite_number, check_tensor
+from calm_fast.core.checks import bad_type, bad_value, check_finite_number, check_tensor
 
 LOSSES = ("power", "margin", "bce")
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from calm_fast._progress import progress_bar
 from calm_fast._version import versions
 from calm_fast.consistency.answers import extract_answer
 from calm_fast.consistency.consensus import solution
@@ -21,6 +20,7 @@ from calm_fast.consistency.ranker import Ranker, fingerprint
 from calm_fast.consistency.ranker_losses import PairAccuracy, pair_accuracy
 from calm_fast.consistency.ranker_training import RankerSettings, questions_to_rank, train_ranker
 from calm_fast.consistency.samples import write_rows
+from calm_fast.core.progress import progress_bar
 
 Rows = Sequence[dict[str, Any]]
 _CHUNK = 250  # questions whose features, or scores, are computed and kept together

@@ -20,8 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from calm_fast._validate import bad_type, bad_value, check_finite_number
 from calm_fast.consistency.prefix import PrefixReader, branch
+from calm_fast.core.checks import bad_type, bad_value, check_finite_number
 
 _CALLER = "SelfConsistency"
 _RANGES = {

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from calm_fast._progress import progress_bar
-from calm_fast._validate import bad_type
 from calm_fast.consistency.head import find_linear_head, hidden_states
 from calm_fast.consistency.prefix import PrefixReader, branch, check_model, evaluating
+from calm_fast.core.checks import bad_type
+from calm_fast.core.progress import progress_bar
 
 _CALLER = "score_sequences"
 _LOGITS_AT_ONCE = 2**26  # elements; for heads that are not linear

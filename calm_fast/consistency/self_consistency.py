@@ -11,8 +11,6 @@ from typing import Any
 import torch
 
 from calm_fast import ops
-from calm_fast._progress import progress_bar
-from calm_fast._validate import bad_type, check_finite_number
 from calm_fast.consistency.answers import extract_answer
 from calm_fast.consistency.consensus import (
     Question,
@@ -32,6 +30,8 @@ from calm_fast.consistency.samples import read_rows
 from calm_fast.consistency.sampling import PromptBatch, Sample, Sampling
 from calm_fast.consistency.scoring import score_sequences
 from calm_fast.consistency.stopping import leader_probability
+from calm_fast.core.checks import bad_type, check_finite_number
+from calm_fast.core.progress import progress_bar
 from calm_fast.ops.voting import RULES
 
 _CALLER = "SelfConsistency"

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from calm_fast._validate import bad_type, bad_value, check_finite_number, values_checked
+from calm_fast.core.checks import bad_type, bad_value, check_finite_number, values_checked
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calm_fast._compatibility import importing
+from calm_fast.core.compatibility import importing
 
 with importing("transformers"):
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
-from calm_fast._compatibility import IncompatibleRelease, tried
+from calm_fast.core.compatibility import IncompatibleRelease, tried
 
 NAMES = ("cache", "past_key_values", "cache_params")  # newest first
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from calm_fast._validate import describe
+from calm_fast.core.checks import describe
 from calm_fast.hf.composed import ComposedForCausalLM
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.connections import resolve_connections

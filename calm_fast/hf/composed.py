@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
-from calm_fast._compatibility import require
+from calm_fast.core.compatibility import require
 from calm_fast.hf.cache import ComposedCache, cache_of_first_layers
 from calm_fast.hf.cache_names import NAMES, alias_cache, cache_of, generate_argument, given_cache, with_cache
 from calm_fast.hf.config import ComposedConfig

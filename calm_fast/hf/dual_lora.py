@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from calm_fast._validate import bad_type
+from calm_fast.core.checks import bad_type
 from calm_fast.hf.adapters import LoraFactors, read_adapter, write_adapter
 from calm_fast.modules.dual_lora import DualLoRALinear, GateStatistics
 

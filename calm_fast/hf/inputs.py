@@ -12,8 +12,8 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from calm_fast._compatibility import tried
-from calm_fast._validate import describe, values_checked
+from calm_fast.core.checks import describe, values_checked
+from calm_fast.core.compatibility import tried
 from calm_fast.hf.cache_names import NAMES, cache_argument, generate_argument, has_own_cache
 from calm_fast.hf.masks import Visibility, aligned_visibility
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from calm_fast._validate import readable, values_checked
+from calm_fast.core.checks import readable, values_checked
 
 
 class Visibility(NamedTuple):

@@ -1,6 +1,6 @@
 """Learning from wrong rationales in three stages: negative LoRA, NAT, NCE (arXiv 2312.12832)."""
 
-from calm_fast._compatibility import importing
+from calm_fast.core.compatibility import importing
 
 with importing("transformers"):
     from calm_fast.nat.data import Example, RationaleDataset, read_rows, split_rationales

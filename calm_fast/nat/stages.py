@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from calm_fast._progress import progress_bar
-from calm_fast._validate import bad_type, bad_value, check_finite_number
+from calm_fast.core.checks import bad_type, bad_value, check_finite_number
+from calm_fast.core.progress import progress_bar
 from calm_fast.hf.dual_lora import add_dual_lora, dual_lora_layers
 from calm_fast.modules.dual_lora import VARIANTS
 from calm_fast.nat.data import RationaleDataset, RightPadding

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from calm_fast import _native
-from calm_fast._dispatch import Decision, check_impl, followed, refuse, transformed, triton_obstacle, warn_once
-from calm_fast._validate import bad_type, bad_value, check_bool, check_finite_number, check_tensor, values_checked
+from calm_fast.core import native_library
+from calm_fast.core.checks import bad_type, bad_value, check_bool, check_finite_number, check_tensor, values_checked
+from calm_fast.core.dispatch import Decision, check_impl, followed, refuse, transformed, triton_obstacle, warn_once
 from calm_fast.reference.cross_attention import cross_attention_reference
 from calm_fast.torch_impl.cross_attention import cross_attention_torch, cross_attention_torch_bwd
 
@@ -120,7 +120,7 @@ def decide(
         return Decision(_OP, impl, "asked for")
     if q.device.type == "cpu":
         few = q.shape[1] <= NATIVE_MAX_QUERIES
-        if why := _native_cannot(q, k) or (None if few else _native.slowness(q.dtype)):
+        if why := _native_cannot(q, k) or (None if few else native_library.slowness(q.dtype)):
             return Decision(_OP, "torch", f"CPU tensors: torch's SDPA is the fast path ({why})")
         if few:
             return Decision(_OP, "native", "few queries on a CPU: keys and values are read once for all of them")
@@ -162,7 +162,7 @@ def _surely_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bo
         and type(causal) is type(return_lse) is bool
         and transformed() is None
         and _native_cannot(q, k) is None
-        and (of[1] <= NATIVE_MAX_QUERIES or _native.slowness(dtype) is None)
+        and (of[1] <= NATIVE_MAX_QUERIES or native_library.slowness(dtype) is None)
     )
 
 
@@ -204,10 +204,10 @@ def _native_cannot(q: torch.Tensor, k: torch.Tensor) -> str | None:
         return f"head dim {q.shape[-1]} is larger than {_MAX_HEAD_DIM}"
     if q.device.type == "cuda" and q.shape[-1] % 8:
         return f"the CUDA kernels load 16 bytes at once: the head dim must be a multiple of 8, not {q.shape[-1]}"
-    if obstacle := _native.obstacle(_OP, q.device.type):
+    if obstacle := native_library.obstacle(_OP, q.device.type):
         return obstacle
     # a checkout whose library was compiled before its sources changed
-    return None if q.shape[1] <= NATIVE_MAX_QUERIES else _native.obstacle(f"{_OP}_bwd", q.device.type)
+    return None if q.shape[1] <= NATIVE_MAX_QUERIES else native_library.obstacle(f"{_OP}_bwd", q.device.type)
 
 
 def _check(

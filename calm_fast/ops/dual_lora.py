@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from calm_fast import _native
-from calm_fast._dispatch import Decision, check_impl, followed, refuse, triton_obstacle
 from calm_fast._packed import Packed, can_pack, linear, pack
-from calm_fast._validate import bad_type, bad_value, check_pair, check_tensor
+from calm_fast.core import native_library
+from calm_fast.core.checks import bad_type, bad_value, check_pair, check_tensor
+from calm_fast.core.dispatch import Decision, check_impl, followed, refuse, triton_obstacle
 from calm_fast.reference.dual_lora import dual_lora_reference
 from calm_fast.torch_impl.dual_lora import (
     Folded,
@@ -135,7 +135,7 @@ def pack_folded(folded: Folded) -> Folded:
 
     For factors that are kept: a copy costs about what it saves on 200 tokens.
     """
-    if _native.obstacle(_OP):
+    if native_library.obstacle(_OP):
         return folded
     factors = (folded.down, folded.up) if folded.c1 is None else (folded.down, folded.c1, folded.c2)
     packed = tuple(map(pack, factors))
@@ -150,7 +150,7 @@ def _native_obstacle(y: torch.Tensor, rank: int) -> str | None:
             return f"the CUDA kernels decode, at most {CUDA_MAX_TOKENS} tokens"
         if rank > _CUDA_MAX_RANK:
             return f"the CUDA kernels take R_pos + R_neg up to {_CUDA_MAX_RANK}, not {rank}"
-    return _native.obstacle(_OP, y.device.type)
+    return native_library.obstacle(_OP, y.device.type)
 
 
 def _differentiated(*tensors: torch.Tensor) -> str:
@@ -358,7 +358,7 @@ _register("calm_fast::dual_lora_gelu_bwd", _no_double_backward, lib=_lib)
 
 def _library(device_type: str = "cpu") -> Any:
     """Where the compiled functions are; a graph compiled earlier may run in a process that has not loaded them."""
-    if why := _native.obstacle(_OP, device_type):
+    if why := native_library.obstacle(_OP, device_type):
         raise refuse(_OP, "native", why)
     return torch.ops.calm_fast
 

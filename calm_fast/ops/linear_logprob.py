@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from calm_fast._dispatch import Decision, check_impl
-from calm_fast._validate import check_bool
+from calm_fast.core.checks import check_bool
+from calm_fast.core.dispatch import Decision, check_impl
 from calm_fast.ops import vocabulary
 from calm_fast.ops.vocabulary import check_head, check_numbers, check_targets, choose
 from calm_fast.reference.linear_logprob import linear_logprob_reference

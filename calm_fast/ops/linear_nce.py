@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from calm_fast._dispatch import Decision, check_impl
-from calm_fast._validate import bad_value, check_finite_number, check_tensor, values_checked
+from calm_fast.core.checks import bad_value, check_finite_number, check_tensor, values_checked
+from calm_fast.core.dispatch import Decision, check_impl
 from calm_fast.ops import vocabulary
 from calm_fast.ops.vocabulary import (
     DTYPES,

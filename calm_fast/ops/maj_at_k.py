@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from calm_fast._dispatch import Decision, check_impl
-from calm_fast._validate import bad_type, bad_value, check_tensor
+from calm_fast.core.checks import bad_type, bad_value, check_tensor
+from calm_fast.core.dispatch import Decision, check_impl
 from calm_fast.ops.voting import check_votes, choose
 
 _OP = "maj_at_k"

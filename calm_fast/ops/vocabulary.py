@@ -6,9 +6,9 @@ import functools
 
 import torch
 
-from calm_fast import _native
-from calm_fast._dispatch import VMAP, Decision, refuse, transformed, triton_obstacle
-from calm_fast._validate import bad_type, bad_value, check_finite_number, check_tensor, values_checked
+from calm_fast.core import native_library
+from calm_fast.core.checks import bad_type, bad_value, check_finite_number, check_tensor, values_checked
+from calm_fast.core.dispatch import VMAP, Decision, refuse, transformed, triton_obstacle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,7 +27,7 @@ def _matrix_units() -> bool:
 
 @functools.cache
 def _no_vectors() -> bool:
-    info = _native.build_info()["_cpu"]
+    info = native_library.build_info()["_cpu"]
     return isinstance(info, dict) and info["best lane here"] == "scalar"
 
 
@@ -41,7 +41,7 @@ def _slow_native(dtype: torch.dtype) -> str | None:
     return None
 
 
-# see _dispatch: constants for the compiler
+# see core/dispatch.py: constants for the compiler
 _slow_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -49,7 +49,7 @@ def native_obstacle(op: str, hidden: torch.Tensor) -> str | None:
     """Why the compiled library cannot run `op` on these hidden states; None where it can."""
     if hidden.dtype == torch.float64:
         return "the compiled library computes in float32, the hidden states are float64"
-    return _native.obstacle(op, hidden.device.type)
+    return native_library.obstacle(op, hidden.device.type)
 
 
 def choose(op: str, impl: str, hidden: torch.Tensor, weight: torch.Tensor) -> Decision:

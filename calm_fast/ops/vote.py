@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from calm_fast._dispatch import Decision, check_impl
+from calm_fast.core.dispatch import Decision, check_impl
 from calm_fast.ops.voting import check_votes, choose
 
 _OP = "vote"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from calm_fast import _native
-from calm_fast._dispatch import Decision, refuse
-from calm_fast._validate import bad_value, check_finite_number, check_tensor, values_checked
+from calm_fast.core import native_library
+from calm_fast.core.checks import bad_value, check_finite_number, check_tensor, values_checked
+from calm_fast.core.dispatch import Decision, refuse
 
 RULES = ("count", "weighted", "adaptive")
 SCORE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -73,7 +73,7 @@ def choose(op: str, impl: str, device: torch.device, *, function: str, no_triton
         return Decision(op, impl, "asked for")
     if impl == "triton":
         raise refuse(op, impl, f"there is no Triton kernel: {no_triton}")
-    obstacle = _native.obstacle(function, device.type)
+    obstacle = native_library.obstacle(function, device.type)
     if impl == "native":
         if obstacle:
             raise refuse(op, impl, obstacle)

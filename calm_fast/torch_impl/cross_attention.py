@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from calm_fast._validate import readable
+from calm_fast.core.checks import readable
 
 # query rows per step of the explicit path: bounds its (rows, N) scores to a few MiB per head
 _ROWS = 256

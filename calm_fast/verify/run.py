@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from calm_fast._dispatch import triton_obstacle
+from calm_fast.core.dispatch import triton_obstacle
 from calm_fast.ops import OPS
 from calm_fast.verify import emulation
 from calm_fast.verify.cases import op_cases
@@ -70,9 +70,9 @@ def plan(ops: Sequence[str] = OPS, impls: Sequence[str] = ()) -> list[Part]:
             if impl == "triton":
                 parts.append(_triton_part(op, gpu))
             elif impl == "native":
-                from calm_fast import _native
+                from calm_fast.core import native_library
 
-                parts += [Part(op, impl, device, _native.obstacle(op, device) or "") for device in devices]
+                parts += [Part(op, impl, device, native_library.obstacle(op, device) or "") for device in devices]
                 if emulation.has_adapter(op):
                     parts.append(Part(op, impl, EMULATED, emulation.obstacle(op) or ""))
             else:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import triton
 
-from calm_fast._tuning import LaunchConfig, tuned_config
+from calm_fast.core.launch_config import LaunchConfig, tuned_config
 
 __all__ = [
     "ARCHS", "CodegenSpec", "Gpu", "LaunchConfig", "addressable", "dtype_name", "family", "float32_precision", "gpu",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calm_fast import _native
 from calm_fast.benchmarks import timing
 from calm_fast.benchmarks.baselines import maj_at_k as baselines
 from calm_fast.benchmarks.cases.maj_at_k import Shape, _make, cases, curve_case
 from calm_fast.benchmarks.measure import Setting, measure
 from calm_fast.benchmarks.timing import Budget
+from calm_fast.core import native_library
 from calm_fast.ops import maj_at_k
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def failures(case):
 @pytest.mark.parametrize("slow", [False, True])
 def test_every_contestant_is_right_and_timed(slow):
     found = failures(curve_case("v", SMALL, CPU, slow=slow))
-    if _native.obstacle("maj_at_k_resample"):
+    if native_library.obstacle("maj_at_k_resample"):
         assert found.pop("calm_fast_native").startswith("cannot run")
     assert found == dict.fromkeys(found)
     assert {"python", "calm_fast_torch"} & set(found) == ({"python", "calm_fast_torch"} if slow else set())

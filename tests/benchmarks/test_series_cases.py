@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calm_fast import _native
 from calm_fast.benchmarks import timing
 from calm_fast.benchmarks.cases import linear_logprob, linear_nce
 from calm_fast.benchmarks.cases.cross_attention_core import CoreShape, core_case
 from calm_fast.benchmarks.measure import Setting, is_red, measure
 from calm_fast.benchmarks.registry import cases
 from calm_fast.benchmarks.timing import Budget
+from calm_fast.core import native_library
 
 CPU = torch.device("cpu")
 SETTING = Setting(CPU, "cpu", {}, None, Budget(seconds=0.0, min_rounds=1, warmup=0))
@@ -40,7 +40,7 @@ def test_the_compiled_library_has_a_row_whatever_the_number_of_queries(m):
     case = core_case("t", CoreShape(b=2, m=m, n=40, h=2, d=8), torch.float32, CPU)
     rows, _ = measure(case, SETTING)
     assert not any(row["failure"] for row in rows)
-    present = _native.obstacle("cross_attention", "cpu") is None
+    present = native_library.obstacle("cross_attention", "cpu") is None
     assert ("native" in {row["impl"] for row in rows}) == present
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from calm_fast._tuning import LaunchConfig
 from calm_fast.benchmarks import tune
 from calm_fast.benchmarks.tune_problems import OPS, Problem, problems
 from calm_fast.benchmarks.tune_screen import Screen
+from calm_fast.core.launch_config import LaunchConfig
 
 H200 = "NVIDIA H200"
 

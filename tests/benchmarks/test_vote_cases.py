@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calm_fast import _native
 from calm_fast.benchmarks import timing
 from calm_fast.benchmarks.cases.vote import Shape, cases, vote_case
 from calm_fast.benchmarks.measure import Setting, measure
 from calm_fast.benchmarks.timing import Budget
+from calm_fast.core import native_library
 
 CPU = torch.device("cpu")
 SETTING = Setting(CPU, "cpu", {}, None, Budget(seconds=0.0, min_rounds=1, warmup=0))
@@ -30,7 +30,7 @@ def _small_ceilings(monkeypatch):
 def test_every_contestant_is_right_and_timed(name):
     rows, _ = measure(vote_case("v", SHAPES[name], CPU), SETTING)
     failures = {row["impl"]: row["failure"] for row in rows}
-    if _native.obstacle("vote"):
+    if native_library.obstacle("vote"):
         assert failures.pop("calm_fast_native").startswith("cannot run")
     assert failures == dict.fromkeys(failures)
     assert {row["ours"] for row in rows} == {True, False}

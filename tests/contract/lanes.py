@@ -3,7 +3,7 @@
     python tests/contract/lanes.py                          lowest, 5.17 and newest
     python tests/contract/lanes.py --lane newest            one of them
     python tests/contract/lanes.py --pin transformers==5.20.2   any other release, beside the newest of the rest
-    python tests/contract/lanes.py --record                 write what was seen: calm_fast/compatibility.json,
+    python tests/contract/lanes.py --record                 write what was seen: calm_fast/core/compatibility.json,
                                                             docs/compatibility.md, and constraints.txt
     python tests/contract/lanes.py --newest                 what pip is asked for in the newest lane
     python tests/contract/lanes.py --changed                what is newer or older here than in constraints.txt
@@ -38,7 +38,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORD = ROOT / "calm_fast" / "compatibility.json"
+RECORD = ROOT / "calm_fast" / "core" / "compatibility.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 CONSTRAINTS = ROOT / "constraints.txt"
 MARKS = ("<!-- lanes: written by `make contract ARGS=--record` -->", "<!-- end of lanes -->")

@@ -21,12 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECK = """
 import sys
 import torch
-from calm_fast import _native
+from calm_fast.core import native_library
 from calm_fast.ops import OPS, dual_lora
 from calm_fast.verify.run import Part, run_part
 
-served = [op for op in OPS if _native.obstacle(op, "cpu") is None]
-assert served, _native.obstacle("dual_lora", "cpu")
+served = [op for op in OPS if native_library.obstacle(op, "cpu") is None]
+assert served, native_library.obstacle("dual_lora", "cpu")
 rows = [row for op in served for row in run_part(Part(op, "native", "cpu"))]
 x, y, a, b, w = (torch.randn(*shape) for shape in ((3, 8), (3, 8), (2, 8), (8, 2), (8, 8)))
 run = lambda impl: dual_lora(x, y, a, b, a, b, w, w, (w,), scaling=1.0, impl=impl)

@@ -132,7 +132,7 @@ def child(lane: str, ops: list[str], csrc: Path) -> int:
 
     failed = 0
     if lane == "library":
-        from calm_fast import _native
+        from calm_fast.core import native_library
 
         for part in run.plan(ops or OPS, ["native"]):
             if part.device != "cpu" or part.skipped:
@@ -140,7 +140,7 @@ def child(lane: str, ops: list[str], csrc: Path) -> int:
             rows = list(run.run_part(part))
             failed += sum(not row.ok for row in rows)
             print(f"[sanitize] {part}: {len(rows)} rows, {failed} failed", flush=True)
-        print(f"[sanitize] library: {_native._load('_cpu').__file__}")
+        print(f"[sanitize] library: {native_library._load('_cpu').__file__}")
         return 1 if failed else 0
     emulation.FLAGS = (*emulation.FLAGS, *FLAGS)
     sys.path.insert(0, str(Path(__file__).resolve().parent))

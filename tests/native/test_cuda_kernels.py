@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calm_fast import _native
+from calm_fast.core import native_library
 from calm_fast.verify import run
 from calm_fast.verify.cases import op_cases
 from calm_fast.verify.numerics import check
@@ -26,7 +26,7 @@ def cases(op: str) -> list:
 
 @pytest.mark.parametrize("op", known.emulated_ops())
 def test_kernel_is_right_on_a_gpu(op):
-    if why := _native.obstacle(op, "cuda"):
+    if why := native_library.obstacle(op, "cuda"):
         pytest.skip(why)
     wrong = [row for case in cases(op) for row in check(op_cases(op), case, "native", "cuda") if not row.ok]
     assert not wrong
@@ -34,7 +34,7 @@ def test_kernel_is_right_on_a_gpu(op):
 
 @pytest.mark.parametrize("op", known.emulated_ops())
 def test_twenty_runs_give_the_same_bits(op):
-    if why := _native.obstacle(op, "cuda"):
+    if why := native_library.obstacle(op, "cuda"):
         pytest.skip(why)
     ops = op_cases(op)
     for case in known.FEW[op]():
@@ -50,7 +50,7 @@ def test_gpu_and_emulation_agree(op):
     """The same source, the same bits, where all arithmetic is float64 in a fixed order."""
     from calm_fast.verify import emulation
 
-    if why := _native.obstacle(op, "cuda") or emulation.obstacle(op):
+    if why := native_library.obstacle(op, "cuda") or emulation.obstacle(op):
         pytest.skip(why)
     if op not in ("vote", "maj_at_k"):
         pytest.skip("its float32 exponentials differ in their last bits between CPU and GPU")

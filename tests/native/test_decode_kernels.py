@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from calm_fast import _native
+from calm_fast.core import native_library
 from calm_fast.ops import cross_attention, dual_lora
 from calm_fast.ops.cross_attention import wide_loads
 from calm_fast.reference.cross_attention import cross_attention_reference
@@ -188,7 +188,7 @@ def test_limits_are_those_of_the_source():
 
 
 def on_gpu(op):
-    if why := _native.obstacle(op, "cuda"):
+    if why := native_library.obstacle(op, "cuda"):
         pytest.skip(why)
     return torch.device("cuda")
 

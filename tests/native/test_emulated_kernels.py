@@ -104,10 +104,12 @@ def test_auto_takes_the_cuda_kernels_and_says_that_nobody_measured_them(monkeypa
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     import calm_fast
-    from calm_fast import _native
+    from calm_fast.core import native_library
 
     only_resampled = "the compiled library has no maj_at_k_exact for cuda tensors"
-    monkeypatch.setattr(_native, "obstacle", lambda op, device: only_resampled if op == "maj_at_k_exact" else None)
+    monkeypatch.setattr(
+        native_library, "obstacle", lambda op, device: only_resampled if op == "maj_at_k_exact" else None
+    )
     with FakeTensorMode():
         answers = torch.zeros(3, 4, dtype=torch.int64, device="cuda")
         correct = torch.zeros(3, dtype=torch.int64, device="cuda")

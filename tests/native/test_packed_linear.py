@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import calm_fast
-from calm_fast import _native
 from calm_fast._packed import Packed, can_pack, linear, linear_into, pack
+from calm_fast.core import native_library
 
 pytestmark = pytest.mark.skipif(
-    _native.obstacle("packed_linear") is not None, reason=str(_native.obstacle("packed_linear"))
+    native_library.obstacle("packed_linear") is not None, reason=str(native_library.obstacle("packed_linear"))
 )
 LANES = {"scalar": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 
@@ -22,7 +22,7 @@ def library():
 @pytest.fixture(params=["avx512", "avx512_bf16"])
 def packs(request):
     """Lanes that have packed products."""
-    best = _native.build_info()["_cpu"]["best lane here"]
+    best = native_library.build_info()["_cpu"]["best lane here"]
     if LANES[request.param] > LANES[best]:
         pytest.skip(f"the best lane of this CPU is {best}")
     return LANES[request.param]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calm_fast import _native
+from calm_fast.core import native_library
 from calm_fast.ops import linear_logprob, linear_nce, vocabulary
 from calm_fast.verify.cases.linear_logprob import CASES as LOGPROB
 from calm_fast.verify.cases.linear_nce import CASES as NCE
 from calm_fast.verify.numerics import check, unit_roundoff
 
-if why := _native.obstacle("linear_logprob"):
+if why := native_library.obstacle("linear_logprob"):
     pytest.skip(why, allow_module_level=True)
 
 LANES = ("scalar", "avx2", "avx512", "avx512_bf16")
@@ -22,7 +22,7 @@ CASES = [(cases, case) for cases in (LOGPROB, NCE) for case in cases.cases()]
 @pytest.fixture(params=LANES)
 def lane(request, monkeypatch):
     """Forces the lane for this test."""
-    best = _native.build_info()["_cpu"]["best lane here"]
+    best = native_library.build_info()["_cpu"]["best lane here"]
     if LANES.index(request.param) > LANES.index(best):
         pytest.skip(f"this CPU ends at {best}")
     monkeypatch.setattr(vocabulary, "LANE", LANES.index(request.param))
@@ -80,7 +80,7 @@ def test_many_blocks_of_wide_tokens(lane):
 
 def test_lanes_are_different_code(monkeypatch):
     """A forced lane that ran another one's code would prove nothing: the bits of their sums differ."""
-    best = LANES.index(_native.build_info()["_cpu"]["best lane here"])
+    best = LANES.index(native_library.build_info()["_cpu"]["best lane here"])
     found = []
     hidden, weight, targets = draw(40, 64, 3000, torch.bfloat16)
     for lane in range(best + 1):

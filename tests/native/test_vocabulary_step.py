@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calm_fast import _native
+from calm_fast.core import native_library
 from calm_fast.ops import vocabulary
 from calm_fast.verify.cases.linear_nce import CASES
 from calm_fast.verify.numerics import check
 
-if why := _native.obstacle("linear_nce"):
+if why := native_library.obstacle("linear_nce"):
     pytest.skip(why, allow_module_level=True)
 
 LANES = ("scalar", "avx2", "avx512", "avx512_bf16")
@@ -21,7 +21,7 @@ FROZEN = [case for case in CASES.cases() if case.spec.frozen]
 @pytest.fixture(params=LANES)
 def lane(request, monkeypatch):
     """Forces the lane for this test."""
-    best = _native.build_info()["_cpu"]["best lane here"]
+    best = native_library.build_info()["_cpu"]["best lane here"]
     if LANES.index(request.param) > LANES.index(best):
         pytest.skip(f"this CPU ends at {best}")
     monkeypatch.setattr(vocabulary, "LANE", LANES.index(request.param))

@@ -409,7 +409,7 @@ def test_impl_that_cannot_run_is_refused_with_the_reason(monkeypatch):
 def test_validate_values_reads_tensors_elsewhere_only_when_asked(monkeypatch):
     """A CPU tensor stands in for one on a GPU: `readable` says no to it."""
     q, k, v = tensors(dtype=torch.float32)
-    validate = importlib.import_module("calm_fast._validate")
+    validate = importlib.import_module("calm_fast.core.checks")
     monkeypatch.setattr(validate, "readable", lambda tensor: False)
     bad = torch.full((5,), 8, dtype=torch.int32)
     cross_attention(q, k, v, hi=bad, impl="reference")  # not read: no error
@@ -428,7 +428,7 @@ def test_float32_is_ieee_by_default():
 
 
 def test_a_costly_fallback_warns_once(monkeypatch) -> None:
-    dispatch = importlib.import_module("calm_fast._dispatch")
+    dispatch = importlib.import_module("calm_fast.core.dispatch")
     owner = importlib.import_module("calm_fast.ops.cross_attention")
     decision = dispatch.Decision("cross_attention", "torch", "Triton cannot run: not installed", costly=True)
     monkeypatch.setattr(owner, "decide", lambda *a, **k: decision)

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import calm_fast
-from calm_fast import _native
+from calm_fast.core import native_library
 from calm_fast.ops import cross_attention
 from calm_fast.verify.cases import op_cases
 from calm_fast.verify.numerics import check, judge, truth_of
 from calm_fast.verify.run import Part, cases_of
 
 pytestmark = pytest.mark.skipif(
-    _native.obstacle("cross_attention") is not None, reason=str(_native.obstacle("cross_attention"))
+    native_library.obstacle("cross_attention") is not None, reason=str(native_library.obstacle("cross_attention"))
 )
 CASES = op_cases("cross_attention")
 NATIVE_CASES = [case for case in cases_of(Part("cross_attention", "native", "cpu")) if case.spec.m <= 16]

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import calm_fast
-from calm_fast import _native
+from calm_fast.core import native_library
 from calm_fast.ops import cross_attention
 from calm_fast.verify.cases import op_cases
 from calm_fast.verify.numerics import check, judge, truth_of
 
 pytestmark = pytest.mark.skipif(
-    _native.obstacle("cross_attention") is not None, reason=str(_native.obstacle("cross_attention"))
+    native_library.obstacle("cross_attention") is not None, reason=str(native_library.obstacle("cross_attention"))
 )
 OPS_MODULE = importlib.import_module("calm_fast.ops.cross_attention")
 CASES = op_cases("cross_attention")
@@ -250,7 +250,7 @@ def test_auto_takes_it_unless_torch_is_faster(monkeypatch):
     for grad in (False, True):
         decision = calm_fast.explain("cross_attention", *(t.requires_grad_(grad) for t in args))
         assert decision.impl == "native" and "one pass" in decision.reason
-    monkeypatch.setattr(_native, "slowness", lambda dtype: "this CPU has matrix units")
+    monkeypatch.setattr(native_library, "slowness", lambda dtype: "this CPU has matrix units")
     decision = calm_fast.explain("cross_attention", *args)
     assert decision.impl == "torch" and "matrix units" in decision.reason
     assert calm_fast.explain("cross_attention", *args, impl="native").impl == "native"
@@ -319,9 +319,11 @@ def test_torch_func_transforms_work_with_auto(m, options):
 
 def test_a_library_without_the_tiles_leaves_many_queries_to_torch(monkeypatch):
     """A checkout whose library is older than its sources."""
-    known = _native.obstacle
+    known = native_library.obstacle
     monkeypatch.setattr(
-        _native, "obstacle", lambda op, device="cpu": f"has no {op}" if op.endswith("_bwd") else known(op, device)
+        native_library,
+        "obstacle",
+        lambda op, device="cpu": f"has no {op}" if op.endswith("_bwd") else known(op, device),
     )
     q, k = torch.randn(1, 40, 2, 8), torch.randn(1, 40, 2, 8)
     decision = calm_fast.explain("cross_attention", q, k, k)

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from calm_fast._tuning import tuned_config
+from calm_fast.core.launch_config import tuned_config
 from calm_fast.reference.cross_attention import cross_attention_reference
 from calm_fast.verify.cases import op_cases
 from calm_fast.verify.cases.cross_attention import Spec, causal, full, scattered, window

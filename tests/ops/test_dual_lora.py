@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from calm_fast import _native
-from calm_fast._dispatch import triton_obstacle
+from calm_fast.core import native_library
+from calm_fast.core.dispatch import triton_obstacle
 from calm_fast.ops.dual_lora import decide, dual_lora
 from calm_fast.reference.dual_lora import dual_lora_reference
 from calm_fast.torch_impl.dual_lora import dual_lora_torch, fold_dual_lora, negative_share, project
@@ -62,7 +62,7 @@ def triton_device(request, kernel_device):
 @pytest.fixture(params=["torch", "native", "triton-interpreter", pytest.param("triton-cuda", marks=GPU)])
 def impl(request, kernel_device):
     name, _, where = request.param.partition("-")
-    if name == "native" and (why := _native.obstacle("dual_lora", kernel_device.type)):
+    if name == "native" and (why := native_library.obstacle("dual_lora", kernel_device.type)):
         pytest.skip(why)
     if where:
         interpreter_or_gpu(where, kernel_device)
@@ -267,7 +267,7 @@ def test_auto_on_cpu_is_torch_where_autograd_records_or_nothing_is_compiled(monk
     decision = decide(**arguments, scaling=1.0)
     assert decision.impl == "torch" and "CPU" in decision.reason and "autograd" in decision.reason
     assert torch.equal(call(inputs), call(inputs, "torch"))
-    monkeypatch.setattr(_native, "obstacle", lambda *_: "the compiled library is away")
+    monkeypatch.setattr(native_library, "obstacle", lambda *_: "the compiled library is away")
     with torch.no_grad():
         decision = decide(**arguments, scaling=1.0)
     assert decision.impl == "torch" and "the compiled library is away" in decision.reason

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import calm_fast
-from calm_fast import _native
+from calm_fast.core import native_library
 from calm_fast.ops.dual_lora import decide, dual_lora, dual_lora_folded, pack_folded, project_folded
 from calm_fast.torch_impl.dual_lora import Folded, dual_lora_backward_torch, dual_lora_torch, fold_dual_lora, project
 
 pytestmark = pytest.mark.skipif(
-    _native.obstacle("dual_lora") is not None, reason=str(_native.obstacle("dual_lora", "cpu"))
+    native_library.obstacle("dual_lora") is not None, reason=str(native_library.obstacle("dual_lora", "cpu"))
 )
 LANES = {"scalar": 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,7 +22,7 @@ def library():
 
 
 def number_of(name):
-    best = _native.build_info()["_cpu"]["best lane here"]
+    best = native_library.build_info()["_cpu"]["best lane here"]
     if LANES[name] > LANES[best]:
         pytest.skip(f"the best lane of this CPU is {best}")
     return LANES[name]

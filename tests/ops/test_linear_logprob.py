@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from calm_fast import _native
-from calm_fast._dispatch import triton_obstacle
 from calm_fast.benchmarks.timing import peak_bytes
+from calm_fast.core import native_library
+from calm_fast.core.dispatch import triton_obstacle
 from calm_fast.ops import vocabulary as ops_vocabulary
 from calm_fast.ops.linear_logprob import decide, linear_logprob
 from calm_fast.torch_impl import vocabulary
@@ -55,7 +55,7 @@ def impl(request, kernel_device):
         pytest.skip("this session has a GPU: its kernels are compiled")
     if where and (why := triton_obstacle(kernel_device)):
         pytest.skip(f"Triton cannot run: {why}")
-    if name == "native" and (why := _native.obstacle(CASES.op)):
+    if name == "native" and (why := native_library.obstacle(CASES.op)):
         pytest.skip(why)
     return name
 
@@ -360,7 +360,7 @@ def test_auto_on_a_cpu(monkeypatch):
     arguments = {name: inputs[name] for name in ("hidden", "weight", "targets")}
     wide = {k: v.double() if v.is_floating_point() else v for k, v in arguments.items()}
     monkeypatch.setattr(ops_vocabulary, "_slow_native", lambda dtype: None)
-    monkeypatch.setattr(_native, "obstacle", lambda op, device: None)
+    monkeypatch.setattr(native_library, "obstacle", lambda op, device: None)
     assert decide(**arguments).impl == "native"
     assert decide(**wide).impl == "torch"
     large = torch.zeros(1 << 18, arguments["hidden"].shape[1])
@@ -375,7 +375,7 @@ def test_auto_on_a_cpu(monkeypatch):
     monkeypatch.setattr(ops_vocabulary, "_slow_native", lambda dtype: "matrix units")
     assert decide(**arguments).impl == "torch" and "matrix units" in decide(**arguments).reason
     assert decide(**arguments, impl="native").impl == "native"
-    monkeypatch.setattr(_native, "obstacle", lambda op, device: "the compiled library does not load")
+    monkeypatch.setattr(native_library, "obstacle", lambda op, device: "the compiled library does not load")
     assert decide(**arguments).impl == "torch"
     with pytest.raises(RuntimeError, match="native.*compiled library"):
         linear_logprob(**arguments, impl="native")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from calm_fast import _native
 from calm_fast.benchmarks.timing import peak_bytes
+from calm_fast.core import native_library
 from calm_fast.ops.linear_nce import linear_nce
 from calm_fast.torch_impl.steps import linear_nce as steps
 from calm_fast.verify.cases.linear_nce import CASES
@@ -19,7 +19,7 @@ OPTIONS = ("alpha", "temperature", "offset", "bias", "softcap")
 
 @pytest.fixture(params=["torch", "native"])
 def impl(request):
-    if request.param == "native" and (why := _native.obstacle(CASES.op)):
+    if request.param == "native" and (why := native_library.obstacle(CASES.op)):
         pytest.skip(why)
     return request.param
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import calm_fast
-from calm_fast import _native
+from calm_fast.core import native_library
 from calm_fast.ops.maj_at_k import maj_at_k
 
 IDS = torch.zeros(3, 4, dtype=torch.int64)
@@ -72,7 +72,7 @@ def test_triton_is_refused_with_the_reason():
 @pytest.mark.parametrize("method", ["exact", "resample"])
 def test_auto_takes_the_compiled_library_where_it_runs(method):
     decision = calm_fast.explain("maj_at_k", **good(), method=method)
-    obstacle = _native.obstacle(f"maj_at_k_{method}")
+    obstacle = native_library.obstacle(f"maj_at_k_{method}")
     assert decision.impl == ("torch" if obstacle else "native")
     if obstacle:
         with pytest.raises(RuntimeError, match="impl='native' cannot run here"):
@@ -90,8 +90,8 @@ def op_arguments(method, rule, impl):
 @pytest.mark.parametrize("impl", ["reference", "torch", "native"])
 @pytest.mark.parametrize(("method", "rule"), [("exact", "count"), ("resample", "count"), ("resample", "adaptive")])
 def test_opcheck(method, rule, impl):
-    if impl == "native" and _native.obstacle(f"maj_at_k_{method}"):
-        pytest.skip(_native.obstacle(f"maj_at_k_{method}"))
+    if impl == "native" and native_library.obstacle(f"maj_at_k_{method}"):
+        pytest.skip(native_library.obstacle(f"maj_at_k_{method}"))
     torch.library.opcheck(torch.ops.calm_fast.maj_at_k_fwd, op_arguments(method, rule, impl))
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from calm_fast import _native
+from calm_fast.core import native_library
 from calm_fast.ops.vote import Vote, decide, vote
 from calm_fast.ops.vote import _native_vote as native_vote
 from calm_fast.torch_impl import vote as vote_impl
@@ -30,7 +30,7 @@ LANES = {"scalar": 0, "avx2": 1, "avx512": 2}
 @pytest.fixture(params=LANES)
 def lane(request):
     """A call of the compiled library that forces one lane."""
-    if why := _native.obstacle("vote"):
+    if why := native_library.obstacle("vote"):
         pytest.skip(why)
 
     def call(answers, scores, valid, rule, lam):
@@ -334,7 +334,7 @@ def test_any_int64_is_a_class_to_the_library(lane):
 
 
 def test_the_library_refuses_wrong_tensors_of_a_direct_call():
-    if why := _native.obstacle("vote"):
+    if why := native_library.obstacle("vote"):
         pytest.skip(why)
     answers, scores = torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, 4)
     call = torch.ops.calm_fast._native_vote
@@ -354,9 +354,9 @@ def test_the_library_refuses_wrong_tensors_of_a_direct_call():
 
 def test_auto_takes_the_library_where_it_is(monkeypatch):
     answers = torch.zeros(2, 3, dtype=torch.int64)
-    monkeypatch.setattr(_native, "obstacle", lambda op, device_type="cpu": None)
+    monkeypatch.setattr(native_library, "obstacle", lambda op, device_type="cpu": None)
     assert (decide(answers).impl, decide(answers, impl="native").impl) == ("native", "native")
-    monkeypatch.setattr(_native, "obstacle", lambda op, device_type="cpu": "it was not built")
+    monkeypatch.setattr(native_library, "obstacle", lambda op, device_type="cpu": "it was not built")
     assert decide(answers).impl == "torch" and "it was not built" in str(decide(answers))
     with pytest.raises(RuntimeError, match="it was not built"):
         vote(answers, impl="native")

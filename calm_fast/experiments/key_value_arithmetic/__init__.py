@@ -20,8 +20,8 @@ from rich.console import Console
 from torch import nn
 
 import calm_fast
-from calm_fast._progress import progress_bar
 from calm_fast._version import versions
+from calm_fast.core.progress import progress_bar
 from calm_fast.experiments.key_value_arithmetic import report, speed
 from calm_fast.experiments.key_value_arithmetic.data import ROW, World, mixture_a, mixture_b, mixture_composition
 from calm_fast.experiments.key_value_arithmetic.evaluation import accuracies, examples

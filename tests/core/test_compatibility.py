@@ -13,10 +13,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from calm_fast import _compatibility, env_report
-from calm_fast._compatibility import IncompatibleRelease, importing, newer_than_tried, require, tried, tried_range
+from calm_fast import env_report
+from calm_fast.core import compatibility
+from calm_fast.core.compatibility import IncompatibleRelease, importing, newer_than_tried, require, tried, tried_range
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_lanes() -> ModuleType:
@@ -69,8 +70,8 @@ def test_constraints_satisfy_every_requirement() -> None:
 
 
 def test_the_record_is_installed_with_the_package() -> None:
-    assert _compatibility.RECORD == lanes.RECORD
-    assert _compatibility.lanes() == tuple(ROWS)
+    assert compatibility.RECORD == lanes.RECORD
+    assert compatibility.lanes() == tuple(ROWS)
 
 
 # ---- the lanes ------------------------------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ def newer(monkeypatch: pytest.MonkeyPatch) -> None:
     tested = {"lane": "newest", "failed": 0, "versions": {"transformers": "5.2.0", "torch": "2.13.0+cpu"}}
     older = {"lane": "lowest", "failed": 0, "versions": {"transformers": "5.1.0"}}
     broken = {"lane": "newest", "failed": 4, "versions": {"transformers": "7.0.0"}}
-    monkeypatch.setattr(_compatibility, "lanes", lambda: (older, tested, broken))
+    monkeypatch.setattr(compatibility, "lanes", lambda: (older, tested, broken))
 
 
 def test_env_says_what_is_newer_than_tested(newer: None) -> None:
@@ -216,13 +217,13 @@ def test_versions_are_compared_as_versions(newer: None, version: str, expected: 
 
 
 def test_without_a_record_nothing_is_newer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(_compatibility, "RECORD", tmp_path / "absent.json")
-    _compatibility.lanes.cache_clear()
+    monkeypatch.setattr(compatibility, "RECORD", tmp_path / "absent.json")
+    compatibility.lanes.cache_clear()
     try:
         assert newer_than_tried("transformers", "99.0") == "" and "was tried with" not in tried("transformers")
     finally:
         monkeypatch.undo()
-        _compatibility.lanes.cache_clear()
+        compatibility.lanes.cache_clear()
 
 
 def test_a_missing_name_says_what_is_installed_and_what_was_tried(newer: None) -> None:
@@ -250,7 +251,7 @@ def test_every_door_says_so(door: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("calm_fast._compatibility.IncompatibleRelease: cannot import name '")
+    assert last.startswith("calm_fast.core.compatibility.IncompatibleRelease: cannot import name '")
     assert "is installed; calm_fast was tried with transformers {} to {}".format(*tried_range("transformers")) in last
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from calm_fast import _progress
-from calm_fast._progress import progress_bar
+from calm_fast.core import progress
+from calm_fast.core.progress import progress_bar
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, terminal: bool, **options: Any) -> str:
@@ -28,7 +28,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, terminal: bool, **options: Any) -> st
 
 
 def test_a_log_file_gets_a_few_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_progress, "SECONDS", 0.1)
+    monkeypatch.setattr(progress, "SECONDS", 0.1)
     text = shown(monkeypatch, terminal=False, position=1)
     lines = text.splitlines()
     assert 3 <= len(lines) <= 9 and text.endswith("\n")
@@ -38,7 +38,7 @@ def test_a_log_file_gets_a_few_whole_lines(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_five_seconds_pass_between_two_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _progress.SECONDS == 5
+    assert progress.SECONDS == 5
     assert len(shown(monkeypatch, terminal=False).splitlines()) == 2  # the first and the last
 
 

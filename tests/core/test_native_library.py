@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import calm_fast
-from calm_fast import _native, env_report
+from calm_fast import env_report
+from calm_fast.core import native_library
 from calm_fast.ops import OPS
 
 ROOT = Path(calm_fast.__file__).resolve().parent
@@ -24,17 +25,17 @@ built = pytest.mark.skipif(not BUILT, reason="calm_fast was installed without th
 @pytest.fixture
 def fresh(monkeypatch):
     """The questions asked anew, and forgotten again afterwards."""
-    for cached in (_native._load, _native._served, _native._answer):
+    for cached in (native_library._load, native_library._served, native_library._answer):
         cached.cache_clear()
-        monkeypatch.setattr(_native, cached.__name__, cached)
+        monkeypatch.setattr(native_library, cached.__name__, cached)
     yield monkeypatch
-    for cached in (_native._load, _native._served, _native._answer):
+    for cached in (native_library._load, native_library._served, native_library._answer):
         cached.cache_clear()
 
 
 @built
 def test_library_says_how_it_was_built():
-    info = _native.build_info()["_cpu"]
+    info = native_library.build_info()["_cpu"]
     assert set(info) == {"compiler", "built with torch", "stable ABI target", "Python ABI", "best lane here"}
     assert info["stable ABI target"].lower().startswith("0x020b0000")
     assert info["Python ABI"].lower() == "0x030a0000"
@@ -43,7 +44,7 @@ def test_library_says_how_it_was_built():
 
 @built
 def test_lane_agrees_with_what_torch_sees():
-    lane, seen = _native.build_info()["_cpu"]["best lane here"], torch.backends.cpu.get_cpu_capability()
+    lane, seen = native_library.build_info()["_cpu"]["best lane here"], torch.backends.cpu.get_cpu_capability()
     assert lane.startswith("avx512") == seen.startswith("AVX512")
 
 
@@ -53,18 +54,18 @@ def test_an_op_is_served_exactly_where_its_folder_has_code(op):
     written = (ROOT.parent / "csrc" / op / f"{op}_cpu.cpp").is_file()
     if not (ROOT.parent / "csrc").is_dir():
         pytest.skip("the sources are not beside the package")
-    why = _native.obstacle(op, "cpu")
+    why = native_library.obstacle(op, "cpu")
     assert (why is None) == written
     assert why is None or why == f"the compiled library has no {op} for cpu tensors"
 
 
 @built
 def test_every_declared_function_has_an_implementation():
-    assert _native.obstacle("dual_lora", "cpu") is None
+    assert native_library.obstacle("dual_lora", "cpu") is None
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("calm_fast::_native_")]
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    keys = {"CPU"} if isinstance(_native._load("_cuda"), str) else {"CPU", "CUDA"}
-    cuda = "".join(path.read_text() for path in (Path(__file__).resolve().parents[1] / "csrc").glob("*/*_cuda.cu"))
+    keys = {"CPU"} if isinstance(native_library._load("_cuda"), str) else {"CPU", "CUDA"}
+    cuda = "".join(path.read_text() for path in (Path(__file__).resolve().parents[2] / "csrc").glob("*/*_cuda.cu"))
 
     def found(name: str) -> bool:  # where _cuda is not built, what its sources register has to do
         return any(has(name, key) for key in keys) or ("CUDA" not in keys and f'"{name.split("::")[1]}"' in cuda)
@@ -79,16 +80,16 @@ def test_no_two_ops_answer_to_one_prefix():
 
 
 def test_other_devices_have_no_code():
-    assert _native.obstacle("dual_lora", "mps") == "the compiled library has no code for mps tensors"
+    assert native_library.obstacle("dual_lora", "mps") == "the compiled library has no code for mps tensors"
 
 
 def test_absent_library_is_named(fresh):
     found = importlib.util.find_spec
     fresh.setattr(importlib.util, "find_spec", lambda name: None if "._c" in name else found(name))
     for device, module in (("cpu", "_cpu"), ("cuda", "_cpu")):
-        why = _native.obstacle("dual_lora", device)
+        why = native_library.obstacle("dual_lora", device)
         assert f"the compiled library does not load: calm_fast.{module} is not there" in why
-    assert "not there" in _native.build_info()["_cpu"]
+    assert "not there" in native_library.build_info()["_cpu"]
 
 
 def test_library_that_does_not_load_is_named_with_its_reason(fresh):
@@ -96,8 +97,8 @@ def test_library_that_does_not_load_is_named_with_its_reason(fresh):
         raise ImportError("undefined symbol: torch_parallel_for\nmore")
 
     fresh.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
-    fresh.setattr(_native, "importlib", SimpleNamespace(import_module=broken, util=importlib.util))
-    why = _native.obstacle("dual_lora", "cpu")
+    fresh.setattr(native_library, "importlib", SimpleNamespace(import_module=broken, util=importlib.util))
+    why = native_library.obstacle("dual_lora", "cpu")
     assert f"cannot be loaded with torch {torch.__version__}: undefined symbol: torch_parallel_for" in why
     assert "more" not in why
     x, y, a, b, w = (torch.randn(*s) for s in ((3, 8), (3, 8), (2, 8), (8, 2), (8, 8)))
@@ -112,7 +113,7 @@ def test_report_shows_the_library_or_why_not(fresh):
     assert set(env_report.collect()["compiled library"]) == {"_cpu", "_cuda"}
     found = importlib.util.find_spec
     fresh.setattr(importlib.util, "find_spec", lambda name: None if "._c" in name else found(name))
-    for cached in (_native._load, _native._answer):
+    for cached in (native_library._load, native_library._answer):
         cached.cache_clear()
     report = env_report.collect()
     assert all(text.startswith("no: calm_fast._c") for text in report["compiled library"].values())

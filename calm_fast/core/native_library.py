@@ -60,7 +60,7 @@ def _obstacle(op: str, device_type: str) -> str | None:
     return _answer(op, device_type)  # dynamo looks at this function, which a cache would hide
 
 
-# what torch.compiler.assume_constant_result sets; see _dispatch
+# what torch.compiler.assume_constant_result sets; see dispatch.py
 _obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
