@@ -1,7 +1,7 @@
 """x W^T with a weight that was packed once for the compiled library: what layers keep for inference on a CPU.
 
 Not a public op: `CrossAttention` and `DualLoRALinear` multiply their kept weights with it. float32 and AVX-512 only
-(csrc/common/packed_product.h); everywhere else a weight stays as it is and the product is torch's. No gradients.
+(csrc/packed_linear/packed_product.h); everywhere else a weight stays as it is and the product is torch's. No gradients.
 """
 
 from __future__ import annotations

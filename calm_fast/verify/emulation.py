@@ -1,7 +1,7 @@
 """Runs the CUDA kernels of csrc/ on a CPU: g++ compiles them against the emulation, ctypes calls them.
 
 Slow and watchful: every access to memory is checked (csrc/emulation/cuda_emulation.hpp says for what). One shared
-library per op, from csrc/<op>/<op>_emulated.cpp, built once per process. It needs g++ and csrc/, which a source
+library per op, from csrc/<op>/<part>_emulated.cpp, built once per process. It needs g++ and csrc/, which a source
 checkout and an sdist have, and a wheel has not: emulation proves the sources, not an installation.
 """
 
@@ -71,8 +71,14 @@ def obstacle(op: str) -> str | None:
 
 
 def source(op: str, csrc: Path = CSRC) -> Path:
-    """What is compiled for `op`."""
-    return csrc / op / f"{op}_emulated.cpp"
+    """The file that is compiled for the emulation; csrc/<op>/<op>_emulated.cpp, which is absent, if there is none."""
+    return next((csrc / op).glob("*_emulated.cpp"), csrc / op / f"{op}_emulated.cpp")
+
+
+def kernels(op: str, csrc: Path = CSRC) -> Path:
+    """The device code that `source` includes: <part>.cuh beside <part>_emulated.cpp."""
+    file = source(op, csrc)
+    return file.with_name(file.name.replace("_emulated.cpp", ".cuh"))
 
 
 def compile_emulated(op: str, csrc: Path, library: Path, extra: Sequence[str] = ()) -> None:
@@ -111,7 +117,7 @@ def call(
     """Run the emulated kernel of `op`; the outputs are among `tensors`.
 
     Args:
-        tensors: contiguous CPU tensors (None where optional) in the order csrc/<op>/<op>_emulated.cpp names.
+        tensors: contiguous CPU tensors (None where optional) in the order csrc/<op>/<part>_emulated.cpp names.
         integers, floats: the other arguments, likewise.
     Raises:
         EmulationError: what the emulation found, with block and thread, array and index.

@@ -1,4 +1,4 @@
-// linear_logprob on the CPU: products, running sums and logit gradients a tile at a time (common/vocabulary_lane.h).
+// linear_logprob on the CPU: products, running sums and logit gradients a tile at a time (vocabulary/lane.h).
 
 #include <optional>
 #include <tuple>
@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "common/vocabulary_tensors.h"
+#include "vocabulary/tensors.h"
 
 namespace calm_fast {
 namespace {

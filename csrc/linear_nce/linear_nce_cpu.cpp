@@ -1,5 +1,5 @@
-// linear_nce on the CPU: three products, running sums and logit gradients a tile at a time (common/vocabulary_lane.h),
-// and the gradient of the hidden states from logits that a sweep kept (common/vocabulary_step_lane.h).
+// linear_nce on the CPU: three products, running sums and logit gradients a tile at a time (vocabulary/lane.h),
+// and the gradient of the hidden states from logits that a sweep kept (vocabulary/step_lane.h).
 
 #include <optional>
 #include <tuple>
@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "common/vocabulary_tensors.h"
+#include "vocabulary/tensors.h"
 
 namespace calm_fast {
 namespace {

@@ -51,7 +51,7 @@ def test_lane_agrees_with_what_torch_sees():
 @built
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_is_served_exactly_where_its_folder_has_code(op):
-    written = (ROOT.parent / "csrc" / op / f"{op}_cpu.cpp").is_file()
+    written = any((ROOT.parent / "csrc" / op).glob("*_cpu.cpp"))
     if not (ROOT.parent / "csrc").is_dir():
         pytest.skip("the sources are not beside the package")
     why = native_library.obstacle(op, "cpu")

@@ -2,7 +2,7 @@
 
 EXTRA: cases beside those of `calm-fast verify`, so that every path of the launch plan runs.
 FEW: the cases that a mutant is held against: few, small, and together reaching every barrier.
-WRONG: (old, new) texts in <op>.cuh, each a wrong index or a wrong guard that must be found.
+WRONG: (old, new) texts in the op's device code, each a wrong index or a wrong guard that must be found.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def emulated_ops() -> list[str]:
-    """Every op with a csrc/<op>/<op>_emulated.cpp."""
+    """Every op with a csrc/<op>/<part>_emulated.cpp."""
     return sorted(path.parent.name for path in emulation.CSRC.glob("*/*_emulated.cpp"))
 
 

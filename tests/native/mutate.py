@@ -56,11 +56,11 @@ def replaced(text: str, old: str, new: str) -> Mutant:
 
 
 def copy_of(csrc: Path, folder: Path, op: str, mutant: Mutant) -> Path:
-    """A copy of csrc/ in `folder` whose <op>.cuh is the mutant."""
+    """A copy of csrc/ in `folder` whose device code is the mutant."""
     place = folder / "csrc"
     for name in (op, "common", "emulation"):
         shutil.copytree(csrc / name, place / name, dirs_exist_ok=True)
-    (place / op / f"{op}.cuh").write_text(mutant.text)
+    emulation.kernels(op, place).write_text(mutant.text)
     return place
 
 

@@ -24,7 +24,7 @@ if why := emulation.obstacle("vote"):
 
 
 def source(op: str) -> str:
-    return (emulation.CSRC / op / f"{op}.cuh").read_text()
+    return emulation.kernels(op).read_text()
 
 
 @functools.cache

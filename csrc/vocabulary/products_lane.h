@@ -1,4 +1,4 @@
-// Packing, products and elementwise steps of one lane. Included once per lane by vocabulary_lanes_cpu.cpp, inside that
+// Packing, products and elementwise steps of one lane. Included once per lane by lanes_cpu.cpp, inside that
 // lane's namespace (common/vectors.h) with LANE the attribute of its functions and kRows the weight rows of a tile; no
 // include guard on purpose.
 //

@@ -8,7 +8,7 @@
 
 #include "common/checks.h"
 #include "common/lanes.h"
-#include "common/packed_product.h"
+#include "packed_linear/packed_product.h"
 
 namespace calm_fast {
 namespace {

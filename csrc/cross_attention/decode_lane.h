@@ -1,4 +1,4 @@
-// The decode loop of one lane. Included once per lane by cross_attention_cpu.cpp, inside that lane's namespace
+// The decode loop of one lane. Included once per lane by decode_cpu.cpp, inside that lane's namespace
 // (common/vectors.h) with LANE the attribute of its functions; no include guard on purpose.
 //
 // A unit of work is one KV head of one sequence and one split of its keys, with every query row that reads that head

@@ -1,4 +1,4 @@
-// Products and copies of the tiles of one lane: included by cross_attention_tiles_lane.h, once per lane, inside that
+// Products and copies of the tiles of one lane: included by tiles_lane.h, once per lane, inside that
 // lane's namespace; no include guard on purpose.
 
 // ---- products --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-// cross_attention.cuh on a CPU. tensors: q, k, v (whole storages), lo?, hi?, out, lse; integers: dtype (0 float32,
+// decode.cuh on a CPU. tensors: q, k, v (whole storages), lo?, hi?, out, lse; integers: dtype (0 float32,
 // 1 bfloat16, 2 float16), B, M, H, N, Hkv, D, causal, multiprocessors, then offset, batch, token and head stride of q,
 // of k and of v; floats: scale.
-#include "cross_attention/cross_attention.cuh"
+#include "cross_attention/decode.cuh"
 #include "emulation/call.hpp"
 
 using calm_fast::emulation::Use;

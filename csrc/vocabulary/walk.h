@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "common/vocabulary.h"
+#include "vocabulary/vocabulary.h"
 
 namespace calm_fast::vocabulary {
 

@@ -1,6 +1,6 @@
 // The four lanes of the vocabulary sweeps, each the same sources under another target (common/vectors.h).
 
-#include "common/vocabulary_walk.h"
+#include "vocabulary/walk.h"
 
 // GCC 12 takes the undefined operand of its own unmasked AVX-512 intrinsics for a variable used uninitialized
 #if defined(__GNUC__) && !defined(__clang__)
@@ -22,31 +22,31 @@
 
 #define LANE inline
 CALM_FAST_VOCABULARY_LANE(scalar, 4)
-#include "common/vocabulary_products_lane.h"
-#include "common/vocabulary_lane.h"
-#include "common/vocabulary_step_lane.h"
+#include "vocabulary/products_lane.h"
+#include "vocabulary/lane.h"
+#include "vocabulary/step_lane.h"
 }}}  // NOLINT
 #undef LANE
 #if CALM_FAST_X86
 #define LANE CALM_FAST_AVX2 inline
 CALM_FAST_VOCABULARY_LANE(avx2, 4)
-#include "common/vocabulary_products_lane.h"
-#include "common/vocabulary_lane.h"
-#include "common/vocabulary_step_lane.h"
+#include "vocabulary/products_lane.h"
+#include "vocabulary/lane.h"
+#include "vocabulary/step_lane.h"
 }}}  // NOLINT
 #undef LANE
 #define LANE CALM_FAST_AVX512 inline
 CALM_FAST_VOCABULARY_LANE(avx512, 8)
-#include "common/vocabulary_products_lane.h"
-#include "common/vocabulary_lane.h"
-#include "common/vocabulary_step_lane.h"
+#include "vocabulary/products_lane.h"
+#include "vocabulary/lane.h"
+#include "vocabulary/step_lane.h"
 }}}  // NOLINT
 #undef LANE
 #define LANE CALM_FAST_AVX512_BF16 inline
 CALM_FAST_VOCABULARY_LANE(avx512_bf16, 8)
-#include "common/vocabulary_products_lane.h"
-#include "common/vocabulary_lane.h"
-#include "common/vocabulary_step_lane.h"
+#include "vocabulary/products_lane.h"
+#include "vocabulary/lane.h"
+#include "vocabulary/step_lane.h"
 }}}  // NOLINT
 #undef LANE
 #endif

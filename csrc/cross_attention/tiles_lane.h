@@ -1,4 +1,4 @@
-// Tiles of one lane. Included once per lane by cross_attention_tiles_cpu.cpp, inside that lane's namespace
+// Tiles of one lane. Included once per lane by tiles_cpu.cpp, inside that lane's namespace
 // (common/vectors.h) with LANE the attribute of its functions and kRows the rows of a tile; no include guard on purpose.
 //
 // A vector's elements are queries: a panel holds kPanel queries of one head, packed with queries innermost, so scores
@@ -8,7 +8,7 @@
 constexpr int kVectors = 3;
 constexpr int kPanel = kVectors * kWidth;
 
-#include "cross_attention/cross_attention_tiles_products.h"
+#include "cross_attention/tiles_products.h"
 
 // ---- panels ----------------------------------------------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ struct Functions {
 namespace scalar_lane {
 using namespace calm_fast::scalar;
 constexpr int kRows = 2;
-#include "cross_attention/cross_attention_tiles_lane.h"
+#include "cross_attention/tiles_lane.h"
 }  // namespace scalar_lane
 #undef LANE
 #if CALM_FAST_X86
@@ -83,14 +83,14 @@ constexpr int kRows = 2;
 namespace avx2_lane {
 using namespace calm_fast::avx2;
 constexpr int kRows = 4;
-#include "cross_attention/cross_attention_tiles_lane.h"
+#include "cross_attention/tiles_lane.h"
 }  // namespace avx2_lane
 #undef LANE
 #define LANE CALM_FAST_AVX512 inline
 namespace avx512_lane {
 using namespace calm_fast::avx512;
 constexpr int kRows = 8;
-#include "cross_attention/cross_attention_tiles_lane.h"
+#include "cross_attention/tiles_lane.h"
 }  // namespace avx512_lane
 #undef LANE
 #endif

@@ -7,7 +7,7 @@
 #include <limits>
 #include <vector>
 
-#include "common/vocabulary_walk.h"
+#include "vocabulary/walk.h"
 
 namespace calm_fast::vocabulary {
 namespace {

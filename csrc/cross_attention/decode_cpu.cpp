@@ -73,20 +73,20 @@ CALM_FAST_AVX512 inline void sum4(float* to, __m512 a, __m512 b, __m512 c, __m51
 #define LANE inline
 namespace scalar_lane {
 using namespace calm_fast::scalar;
-#include "cross_attention/cross_attention_lane.h"
+#include "cross_attention/decode_lane.h"
 }  // namespace scalar_lane
 #undef LANE
 #if CALM_FAST_X86
 #define LANE CALM_FAST_AVX2 inline
 namespace avx2_lane {
 using namespace calm_fast::avx2;
-#include "cross_attention/cross_attention_lane.h"
+#include "cross_attention/decode_lane.h"
 }  // namespace avx2_lane
 #undef LANE
 #define LANE CALM_FAST_AVX512 inline
 namespace avx512_lane {
 using namespace calm_fast::avx512;
-#include "cross_attention/cross_attention_lane.h"
+#include "cross_attention/decode_lane.h"
 }  // namespace avx512_lane
 #undef LANE
 #endif

@@ -1,7 +1,7 @@
-// From kept logits to the gradient of the hidden states, in one lane. Included after vocabulary_lane.h, under the same
+// From kept logits to the gradient of the hidden states, in one lane. Included after lane.h, under the same
 // rules; last, for it ends with the table of the lane's functions.
 //
-// The product gradient = dz W is that of vocabulary_products_lane.h with other operands: dz packed with tokens
+// The product gradient = dz W is that of products_lane.h with other operands: dz packed with tokens
 // innermost where the hidden states are, columns of W where its rows are. It never leaves float32.
 
 constexpr int kStrip = 4 * kRows;  // columns of the hidden states packed at once: 64 bytes of a weight row in 16 bits

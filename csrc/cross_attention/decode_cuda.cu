@@ -1,10 +1,10 @@
 // cross_attention for few queries on a GPU: checks, memory of the splits, launches. The kernels are in
-// cross_attention.cuh.
+// decode.cuh.
 #include "common/cuda.h"
 
 #include <limits>
 
-#include "cross_attention/cross_attention.cuh"
+#include "cross_attention/decode.cuh"
 
 namespace calm_fast {
 namespace {

@@ -1,5 +1,5 @@
 // The sweeps of one lane: running sums, logit gradients and the walk that hands tiles to them. Included after
-// vocabulary_products_lane.h, under the same rules.
+// products_lane.h, under the same rules.
 
 // ---- running sums ----------------------------------------------------------------------------------------------------
 

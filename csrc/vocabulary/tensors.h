@@ -8,7 +8,7 @@
 
 #include "common/checks.h"
 #include "common/parallel.h"
-#include "common/vocabulary.h"
+#include "vocabulary/vocabulary.h"
 
 namespace calm_fast::vocabulary {
 
