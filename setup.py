@@ -1,6 +1,6 @@
 """Packages and the compiled library. Everything else that is declarative is in pyproject.toml.
 
-``kernels/fused`` is installed as ``calm_fast.kernels`` and ``benchmarks`` as ``calm_fast.benchmarks``.
+``kernels/<op>`` is installed as ``calm_fast.kernels.<op>`` and ``benchmarks`` as ``calm_fast.benchmarks``.
 The container ``kernels/`` has no ``__init__.py`` on purpose: Hugging Face publishes a package named
 ``kernels`` that transformers imports, and a regular package of that name at the repository root would
 shadow it.
@@ -27,7 +27,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-MAPPED = {"calm_fast.kernels": "kernels/fused", "calm_fast.benchmarks": "benchmarks"}
+KERNELS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
+MAPPED = {"calm_fast.benchmarks": "benchmarks", **{f"calm_fast.kernels.{op}": f"kernels/{op}" for op in KERNELS}}
 TORCH_TARGET = (2, 11)  # the oldest torch whose stable ABI the library is compiled for
 PYTHON_TARGET = (3, 10)
 WITHOUT_BUILDING = {"egg_info", "dist_info", "sdist", "clean", "--version", "--name"}
@@ -228,7 +229,7 @@ setup(
     package_dir=MAPPED,
     package_data={
         "calm_fast": ["py.typed", "core/compatibility.json"],
-        "calm_fast.kernels": ["**/*.json"],
+        **{f"calm_fast.kernels.{op}": ["tuned/*.json"] for op in KERNELS},
         "calm_fast.benchmarks": ["*.sh", "*.ini", "results/**"],
     },
     **native_arguments(),

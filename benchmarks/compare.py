@@ -1,7 +1,7 @@
 """`bench --compare REV`: this checkout as it stands against another revision, the same cases, side by side.
 
 Each side is a process of its own with the same Python. The cases and baselines are this checkout's; the library
-(calm_fast, kernels/fused) is each side's. Short runs of both sides take turns, so what disturbs the machine hits both;
+(calm_fast, kernels) is each side's. Short runs of both sides take turns, so what disturbs the machine hits both;
 a ratio is taken within each pair of runs.
 """
 
@@ -84,7 +84,13 @@ def stage(tree: Path, benchmarks: Path, site: Path) -> Path:
     for entry in (tree / "calm_fast").iterdir():
         if entry.name not in ("__pycache__", "benchmarks", "kernels"):
             (package / entry.name).symlink_to(entry)
-    (package / "kernels").symlink_to(tree / "kernels" / "fused")
+    older = tree / "kernels" / "fused"  # where all kernels lay in one folder
+    if older.is_dir():
+        (package / "kernels").symlink_to(older)
+    else:
+        (package / "kernels").mkdir()
+        for entry in (tree / "calm_fast" / "kernels" / "__init__.py", *(tree / "kernels").iterdir()):
+            (package / "kernels" / entry.name).symlink_to(entry)
     (package / "benchmarks").symlink_to(benchmarks)
     return site
 

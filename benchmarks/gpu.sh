@@ -17,7 +17,7 @@
 # Results are four files in ${OUT:-build/gpu}, written anew after every part, so a call that is killed leaves them too:
 #   results.jsonl   rows of all benchmark cases, as benchmarks/results/ holds them
 #   summary.txt     what ran, how long, what failed, the call that goes on
-#   logs.tar.gz     logs, tests.xml, reports of the benchmarks, tuned files (kernels/fused/tuned/...)
+#   logs.tar.gz     logs, tests.xml, reports of the benchmarks, tuned files (kernels/<op>/tuned/...)
 #   native.tar.gz   the compiled library; unpacked in the checkout it saves the next call the compiling
 #
 # Needs Python >= 3.11 with torch (CUDA), triton, transformers, numpy and pytest, setuptools and nvcc of the same CUDA;
@@ -63,7 +63,7 @@ readonly -A WHAT=(
   [generate]="benchmark case E2: generating with them, against recomputing"
   [generate_long]="benchmark case E2: 512 new tokens, against the two models alone"
   [scaling]="cost by number of augmenters and by length: whole model, one layer"
-  [tune]="launch configs, written to kernels/fused/tuned/<op>/<gpu>.json"
+  [tune]="launch configs, written to kernels/<op>/tuned/<gpu>.json"
 )
 
 usage() {
@@ -203,14 +203,16 @@ step() {
   esac
 }
 
-# calm_fast is spread over three folders (setup.py); a folder of links is importable without installing anything.
+# calm_fast is spread over folders (setup.py); a folder of links is importable without installing anything.
 stage() {
   local site="$1" entry
-  mkdir -p "${site}/calm_fast"
+  mkdir -p "${site}/calm_fast/kernels"
   for entry in "${root}"/calm_fast/*; do # a library that was compiled for another torch stays behind
-    [[ "${entry##*/}" == __pycache__ || "${entry}" == *.so ]] || ln -sfn "${entry}" "${site}/calm_fast/${entry##*/}"
+    [[ "${entry##*/}" == __pycache__ || "${entry##*/}" == kernels || "${entry}" == *.so ]] || ln -sfn "${entry}" "${site}/calm_fast/${entry##*/}"
   done
-  ln -sfn "${root}/kernels/fused" "${site}/calm_fast/kernels"
+  for entry in "${root}"/calm_fast/kernels/*.py "${root}"/kernels/*/; do
+    entry="${entry%/}" && ln -sfn "${entry}" "${site}/calm_fast/kernels/${entry##*/}"
+  done
   ln -sfn "${root}/benchmarks" "${site}/calm_fast/benchmarks"
 }
 
@@ -368,8 +370,8 @@ part_generate_long() { bench generate_long "$1" model --suite full --case e2_lon
 part_scaling() { bench scaling "$1" model --suite full --case s1_ --case s2_ --case s3_; }
 
 part_tune() {
-  step tune "$1" "${python}" -m calm_fast.benchmarks.tune --seconds "$(($1 - 30))" --out kernels/fused/tuned
-  ((dry)) || find kernels/fused/tuned -name '*.json' -newer "${work}/started" -exec cp --parents {} "${work}/" \;
+  step tune "$1" "${python}" -m calm_fast.benchmarks.tune --seconds "$(($1 - 30))" --out kernels
+  ((dry)) || find kernels -path '*/tuned/*.json' -newer "${work}/started" -exec cp --parents {} "${work}/" \;
 }
 
 if ((prepare)); then
@@ -382,7 +384,7 @@ if ((dry)); then
   echo "gpu.sh --dry-run: nothing below is run. Results would go to ${out}; commit ${measured}."
   echo "needs: Python >= 3.11 with torch (CUDA), triton, transformers, numpy, pytest; nvcc and setuptools for the" \
     "compiled library, compute-sanitizer for its part"
-  echo "import: a temporary folder of links to calm_fast/, kernels/fused and benchmarks/, on PYTHONPATH"
+  echo "import: a temporary folder of links to calm_fast/, kernels/ and benchmarks/, on PYTHONPATH"
 else
   rm -rf "${work}" # of an earlier call: not what this one measured
   mkdir -p "${out}" "${work}"

@@ -131,7 +131,7 @@ def _linear_nce_step(
     t: int, full: bool, whole: bool, device: torch.device, dtype: torch.dtype
 ) -> tuple[Results, Results]:
     """Loss and gradient in one pass, in chunks of a few tokens; both forms, whatever the op would choose."""
-    from calm_fast.kernels.linear_nce import launch_linear_nce_step
+    from calm_fast.kernels.linear_nce.launch import launch_linear_nce_step
 
     d, v, draw = 40, _vocabulary(device), _draw(device, dtype)
     streams, weight, bias = [draw(t, d) for _ in range(3)], draw(v, d, size=d**-0.5), draw(v) if full else None

@@ -137,7 +137,7 @@ def tune(todo: Sequence[Job], device: torch.device, deadline: float, processes: 
     A group that the deadline cuts short is left out: of two numbers of tokens, the one that was measured would be
     taken for the other as well.
     """
-    from calm_fast.kernels import launching
+    from calm_fast.kernels.common import launching
 
     arch = launching.gpu(device).arch
     screen = Screen(arch, processes)
@@ -175,8 +175,8 @@ def merge(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[
 
 
 def write(folder: Path, op: str, gpu: str, entries: Sequence[dict[str, Any]]) -> Path:
-    """Merge entries into folder/<op>/<gpu>.json; returns its path."""
-    path = folder / op / f"{gpu_slug(gpu)}.json"
+    """Merge entries into folder/<op>/tuned/<gpu>.json; returns its path."""
+    path = folder / op / "tuned" / f"{gpu_slug(gpu)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(path.read_text())["entries"] if path.is_file() else []
     document = {"op": op, "gpu": gpu, "versions": machine.versions(), "entries": merge(old, entries)}
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m calm_fast.benchmarks.tune", description=__doc__.splitlines()[0])
     p.add_argument("--op", action="append", choices=OPS, help="an op; repeat for several (default: all)")
     p.add_argument("--seconds", type=float, default=270.0, help="after this long nothing new is tried")
-    p.add_argument("--out", type=Path, default=Path("kernels/fused/tuned"), help="folder that holds <op>/<gpu>.json")
+    p.add_argument("--out", type=Path, default=Path("kernels"), help="folder that holds <op>/tuned/<gpu>.json")
     p.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile")
     p.add_argument("--dry-run", action="store_true", help="say what would be tried and how long it takes at most")
     p.add_argument("--screen", type=int, metavar="ARCH", choices=(80, 90, 100), help="with --dry-run: compile for it")

@@ -78,13 +78,13 @@ def _cross_attention() -> Iterator[Problem]:
         b, m, n, h = (16, 1, 4096, 32) if part == "decode" else (2, 4096, 4096, 16)
 
         def default(arch: int, part: str = part, d: int = d) -> LaunchConfig:
-            from calm_fast.kernels.cross_attention_configs import default_config
+            from calm_fast.kernels.cross_attention.configs import default_config
 
             return default_config(part, arch, HALF, d)
 
         def prepare(device: torch.device, part: str = part, sizes: tuple[int, ...] = (b, m, n, h, d)) -> Run:
-            from calm_fast.kernels import cross_attention as kernels
-            from calm_fast.kernels.cross_attention_configs import pick_config
+            from calm_fast.kernels.cross_attention import launch as kernels
+            from calm_fast.kernels.cross_attention.configs import pick_config
 
             b, m, n, h, d = sizes
             q, dout = (torch.randn(b, m, h, d, device=device, dtype=HALF) for _ in range(2))
@@ -174,7 +174,8 @@ def _vocabulary(op: str) -> Iterator[Problem]:
 
 
 def _module(op: str) -> Any:
-    from calm_fast.kernels import linear_logprob, linear_nce
+    from calm_fast.kernels.linear_logprob import launch as linear_logprob
+    from calm_fast.kernels.linear_nce import launch as linear_nce
 
     return linear_nce if op == "linear_nce" else linear_logprob
 
@@ -190,12 +191,12 @@ def _dual_lora() -> Iterator[Problem]:
 
 def _dual_lora_problem(part: str, r: int, tokens: int, width: int, h: int) -> Problem:
     def default(arch: int) -> LaunchConfig:
-        from calm_fast.kernels.dual_lora_configs import default_config
+        from calm_fast.kernels.dual_lora.configs import default_config
 
         return default_config(part, HALF, tokens, r)
 
     def prepare(device: torch.device) -> Run:
-        from calm_fast.kernels import dual_lora as kernels
+        from calm_fast.kernels.dual_lora import launch as kernels
 
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, device=device, dtype=HALF) * shape[-1] ** -0.5

@@ -58,7 +58,7 @@ def compiling(arch: int) -> Iterator[list[tuple[Any, LaunchConfig]]]:
     """
     from triton.runtime import driver
 
-    from calm_fast.kernels import launching
+    from calm_fast.kernels.common import launching
 
     found: list[tuple[Any, LaunchConfig]] = []
 
@@ -87,7 +87,7 @@ def compiling(arch: int) -> Iterator[list[tuple[Any, LaunchConfig]]]:
 
 def compiled_facts(problem: Problem, config: LaunchConfig, arch: int) -> list[tuple[Facts, LaunchConfig]]:
     """The machine code of every kernel that a launch of the problem with `config` starts."""
-    importlib.import_module(f"calm_fast.kernels.{problem.op}")  # what is replaced must be there
+    importlib.import_module(f"calm_fast.kernels.{problem.op}.launch")  # what is replaced must be there
     with compiling(arch) as found:
         problem.prepare(torch.device("meta"))(config)
     return [

@@ -125,14 +125,13 @@ def _runs(torch: Any, op: str, impl: str) -> str:
         return f"yes, for {' and '.join(served)} tensors" if served else f"no: {next(iter(whys.values()))}"
     if impl != "triton":
         return "yes"
-    kernels = f"calm_fast.kernels.{op}"
-    if importlib.util.find_spec(kernels) is None:
+    if importlib.util.find_spec(f"calm_fast.kernels.{op}") is None:
         return "no: this op has no Triton kernel"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     why = dispatch.triton_obstacle(device)
     if why:
         return f"no: {why}"
-    _, problem = _load(kernels)
+    _, problem = _load(f"calm_fast.kernels.{op}.launch")
     if problem:
         return f"no: its kernels cannot be imported ({problem})"
     return "yes, in Triton's CPU interpreter" if dispatch.triton_interpreted() else "yes"

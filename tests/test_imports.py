@@ -47,7 +47,7 @@ LAZY_DOORS = {"__init__": ("", *DOORS), "core": ("ops",)}
 def sources() -> dict[str, Path]:
     """Dotted module name under calm_fast -> file, the mapped folders included."""
     found = {}
-    for folder, prefix in (("calm_fast", ""), ("kernels/fused", "kernels."), ("benchmarks", "benchmarks.")):
+    for folder, prefix in (("calm_fast", ""), ("kernels", "kernels."), ("benchmarks", "benchmarks.")):
         for path in sorted((ROOT / folder).rglob("*.py")):
             name = prefix + ".".join(path.relative_to(ROOT / folder).with_suffix("").parts)
             found[name.removesuffix(".__init__")] = path

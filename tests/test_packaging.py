@@ -20,7 +20,7 @@ import calm_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 MAPPED = {
-    "kernels/fused": "calm_fast/kernels",
+    "kernels": "calm_fast/kernels",
     "benchmarks": "calm_fast/benchmarks",
     "calm_fast": "calm_fast",
 }
@@ -198,7 +198,7 @@ def test_editable_install_maps_both_folders(place, tmp_path):
     kernels, benchmarks = run_python(code, ROOT if place == "root" else tmp_path).splitlines()
     if not Path(kernels).is_relative_to(ROOT):
         pytest.skip("calm_fast is installed from a wheel here, not editable")
-    assert Path(kernels) == ROOT / "kernels/fused/__init__.py"
+    assert Path(kernels) == ROOT / "calm_fast/kernels/__init__.py"
     assert Path(benchmarks) == ROOT / "benchmarks/__init__.py"
 
 

@@ -1,6 +1,6 @@
 """Launch numbers of Triton kernels: a frozen dataclass, safe defaults given by the caller, measured ones from JSON.
 
-A measured file is ``kernels/fused/tuned/<op>/<gpu>.json``:
+A measured file is ``kernels/<op>/tuned/<gpu>.json``:
 
     {"op": ..., "gpu": ..., "versions": {...}, "entries": [
         {"part": "fwd", "dtype": "bfloat16", "head_dim": 128, "shape": {"M": 4096, "N": 4096},
@@ -71,7 +71,7 @@ def tuned_config(
     """The measured config nearest to `shape`, or None where this GPU, part, dtype or head dim was never measured.
 
     Args:
-        folder: ``kernels/fused/tuned/<op>``. gpu: the device's name. part: which kernel of the op.
+        folder: ``kernels/<op>/tuned``. gpu: the device's name. part: which kernel of the op.
         dtype: "bfloat16" and so on. head_dim: as the kernel pads it. shape: named sizes, e.g. {"M": .., "N": ..}.
     """
     matches = [

@@ -289,14 +289,14 @@ for _name in _BACKWARD:
 
 @torch.library.impl(_lib, "cross_attention_fwd", "CompositeExplicitAutograd")
 def _fwd(q, k, v, lo, hi, causal, scale):
-    from calm_fast.kernels import cross_attention as kernels  # imports triton: only where it is used
+    from calm_fast.kernels.cross_attention import launch as kernels  # imports triton: only where it is used
 
     return kernels.launch_cross_attention_fwd(q, k, v, lo, hi, causal, scale)
 
 
 @torch.library.impl(_lib, "cross_attention_bwd", "CompositeExplicitAutograd")
 def _bwd(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale):
-    from calm_fast.kernels import cross_attention as kernels
+    from calm_fast.kernels.cross_attention import launch as kernels
 
     return kernels.launch_cross_attention_bwd(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale)
 

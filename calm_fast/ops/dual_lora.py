@@ -268,7 +268,7 @@ _lib.define(
 
 
 def _launch(name: str, *args: Any) -> Any:
-    from calm_fast.kernels import dual_lora as kernels  # imports triton: only where it is used
+    from calm_fast.kernels.dual_lora import launch as kernels  # imports triton: only where it is used
 
     return getattr(kernels, f"launch_{name}")(*args)
 

@@ -116,7 +116,9 @@ _lib.define(
 def _fwd(*args):
     *args, impl = args
     if impl == "triton":
-        from calm_fast.kernels.linear_logprob import launch_linear_logprob_fwd  # imports triton: only where it is used
+        from calm_fast.kernels.linear_logprob.launch import (
+            launch_linear_logprob_fwd,  # imports triton: only where it is used
+        )
 
         return launch_linear_logprob_fwd(*args)
     if impl == "native":
@@ -142,7 +144,7 @@ def _triton_bwd(
     dlogprob, dentropy, hidden, weight, bias, targets, lse, entropy, temperature, softcap, ignore_index, needs
 ):
     """Logit gradients by a kernel, a chunk at a time; the products that consume them are torch's."""
-    from calm_fast.kernels.linear_logprob import launch_linear_logprob_dlogits
+    from calm_fast.kernels.linear_logprob.launch import launch_linear_logprob_dlogits
     from calm_fast.torch_impl.vocabulary import Gradients
 
     if needs[1]:  # a product with dlogits: 0 times whatever an ignored row holds must be 0

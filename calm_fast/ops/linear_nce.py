@@ -162,7 +162,7 @@ _lib.define("linear_nce_step_bwd(Tensor dloss, Tensor gradient, Tensor student) 
 def _fwd(*args):
     *args, impl = args
     if impl == "triton":
-        from calm_fast.kernels import linear_nce as kernels  # imports triton: only where it is used
+        from calm_fast.kernels.linear_nce import launch as kernels  # imports triton: only where it is used
 
         return kernels.launch_linear_nce_fwd(*args)
     if impl == "native":
@@ -188,7 +188,7 @@ def _bwd(*args):
 def _step(*args):
     *args, impl = args
     if impl == "triton":
-        from calm_fast.kernels import linear_nce as kernels
+        from calm_fast.kernels.linear_nce import launch as kernels
 
         return kernels.launch_linear_nce_step(*args)
     if impl == "native":
@@ -207,7 +207,7 @@ def _triton_bwd(
     dloss, student, nat, weight, bias, targets, lse, coefficients, temperature, softcap, ignore_index, needs
 ):
     """Logit gradients by a kernel, a chunk at a time; the products that consume them are torch's."""
-    from calm_fast.kernels.linear_nce import launch_linear_nce_dlogits
+    from calm_fast.kernels.linear_nce.launch import launch_linear_nce_dlogits
     from calm_fast.torch_impl.vocabulary import Gradients
 
     hidden = student

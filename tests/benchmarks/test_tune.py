@@ -20,20 +20,18 @@ H200 = "NVIDIA H200"
 @pytest.fixture
 def faked_gpu(monkeypatch, tmp_path):
     """gpu(arch): kernels believe that they would run on an H200 of that architecture, with tuned files in tmp_path."""
-    from calm_fast.kernels import (
-        cross_attention_configs,
-        dual_lora_configs,
-        launching,
-        linear_logprob,
-        linear_nce,
-    )
+    from calm_fast.kernels.common import launching
+    from calm_fast.kernels.cross_attention import configs as cross_attention_configs
+    from calm_fast.kernels.dual_lora import configs as dual_lora_configs
+    from calm_fast.kernels.linear_logprob import launch as linear_logprob
+    from calm_fast.kernels.linear_nce import launch as linear_nce
 
     def fake(arch: int) -> Path:
         for module in (launching, cross_attention_configs, dual_lora_configs):
             monkeypatch.setattr(module, "gpu", lambda device: launching.Gpu(H200, arch, 132))
         for module in (linear_logprob, linear_nce):
             monkeypatch.setattr(module, "_INTERPRETED", False)
-        monkeypatch.setattr(launching, "TUNED", tmp_path)
+        monkeypatch.setattr(launching, "KERNELS", tmp_path)
         return tmp_path
 
     return fake
@@ -41,7 +39,10 @@ def faked_gpu(monkeypatch, tmp_path):
 
 def looked_up(problem: Problem) -> LaunchConfig:
     """The launch numbers that the op's launcher takes for the problem's shape."""
-    from calm_fast.kernels import cross_attention_configs, dual_lora_configs, linear_logprob, linear_nce
+    from calm_fast.kernels.cross_attention import configs as cross_attention_configs
+    from calm_fast.kernels.dual_lora import configs as dual_lora_configs
+    from calm_fast.kernels.linear_logprob import launch as linear_logprob
+    from calm_fast.kernels.linear_nce import launch as linear_nce
 
     device = torch.device("cuda", 0)
     if problem.op in ("linear_nce", "linear_logprob"):
@@ -115,7 +116,7 @@ def test_what_tune_writes_is_what_the_launchers_take(faked_gpu, capsys):
             place = {"part": problem.part, "dtype": "bfloat16", "head_dim": problem.depth, "shape": problem.shape}
             entries.append(place | {"config": tune.asdict(config), "ms": 1.0, "ms_before": 2.0})
         path = tune.write(folder, op, H200, entries)
-        assert path == folder / op / "nvidia_h200.json"
+        assert path == folder / op / "tuned" / "nvidia_h200.json"
         document = json.loads(path.read_text())
         assert document["op"] == op and document["gpu"] == H200 and "torch" in document["versions"]
         assert len(document["entries"]) == len(entries)

@@ -6,7 +6,7 @@
     python tests/codegen/check.py --update        record today's sizes for the installed Triton, and the table
     python tests/codegen/check.py --table         only write docs/kernels/machine_code.md from the record
 
-Each op's `calm_fast.kernels.<op>.codegen_specs()` names the kernels and representative arguments. Hard facts
+Each op's `calm_fast.kernels.<op>.launch.codegen_specs()` names the kernels and representative arguments. Hard facts
 (no spills, no float64, tensor cores where promised, shared memory within the limit) hold for every Triton;
 registers, SASS size and shared memory are compared with golden/triton-<version>.json where that exists.
 Exit 1 on any problem.
@@ -61,11 +61,10 @@ def kernel_modules() -> Iterator[str]:
     from calm_fast.ops import OPS
 
     for stem in OPS:
-        name = f"calm_fast.kernels.{stem}"
-        if importlib.util.find_spec(name) is None:
+        if importlib.util.find_spec(f"calm_fast.kernels.{stem}") is None:
             print(f"{stem}: no Triton kernels")
         else:
-            yield name
+            yield f"calm_fast.kernels.{stem}.launch"
 
 
 def named_specs(source: str) -> dict[str, Any]:

@@ -93,9 +93,11 @@ def stage(site: Path) -> Path:
     package = site / "calm_fast"
     package.mkdir(parents=True)
     for entry in (ROOT / "calm_fast").iterdir():
-        if entry.suffix != ".so" and entry.name != "__pycache__":
+        if entry.suffix != ".so" and entry.name not in ("__pycache__", "kernels"):
             (package / entry.name).symlink_to(entry)
-    (package / "kernels").symlink_to(ROOT / "kernels" / "fused")
+    (package / "kernels").mkdir()
+    for entry in (ROOT / "calm_fast" / "kernels" / "__init__.py", *(ROOT / "kernels").iterdir()):
+        (package / "kernels" / entry.name).symlink_to(entry)
     (package / "benchmarks").symlink_to(ROOT / "benchmarks")
     return package
 

@@ -16,8 +16,8 @@ from calm_fast.verify.cases.cross_attention import Spec, causal, full, scattered
 from calm_fast.verify.numerics import Case, check
 
 pytest.importorskip("triton", reason="the kernels need Triton; it has wheels for Linux only")
-from calm_fast.kernels import cross_attention as kernels
-from calm_fast.kernels.cross_attention_configs import default_config
+from calm_fast.kernels.cross_attention import launch as kernels
+from calm_fast.kernels.cross_attention.configs import default_config
 
 OPS = op_cases("cross_attention")
 LaunchConfig = kernels.LaunchConfig

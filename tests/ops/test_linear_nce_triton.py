@@ -12,8 +12,8 @@ from calm_fast.verify.cases.linear_nce import CASES, Spec
 from calm_fast.verify.numerics import Case, judge, truth_of
 
 pytest.importorskip("triton", reason="the kernels need Triton; it has wheels for Linux only")
-from calm_fast.kernels import linear_nce as kernels
-from calm_fast.kernels import linear_nce_step as step
+from calm_fast.kernels.linear_nce import launch as kernels
+from calm_fast.kernels.linear_nce import step
 
 FORMS = pytest.mark.parametrize("whole", [True, False], ids=["whole-sequences", "any-tokens"])
 # every branch of the kernels; test_linear_nce.py runs all cases through the op, in one chunk

@@ -127,7 +127,7 @@ def test_fifty_lengths_compile_a_handful_of_times(impl, mask, monkeypatch):
 
     What a graph computes is the other tests' business: here the kernel is replaced by an empty one for speed.
     """
-    from calm_fast.kernels import cross_attention as kernels
+    from calm_fast.kernels.cross_attention import launch as kernels
 
     def empty(q, k, v, lo, hi, causal, scale):
         return torch.zeros(q.shape), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
@@ -147,7 +147,7 @@ def test_fifty_lengths_compile_a_handful_of_times(impl, mask, monkeypatch):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_decode_steps_share_one_graph(impl, monkeypatch):
     """N grows by one per step, as in generation."""
-    from calm_fast.kernels import cross_attention as kernels
+    from calm_fast.kernels.cross_attention import launch as kernels
 
     def empty(q, k, v, lo, hi, causal, scale):
         return torch.zeros(q.shape), torch.zeros(q.shape[0], q.shape[2], q.shape[1])

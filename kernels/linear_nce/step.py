@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import triton
 
-from .linear_nce_fwd import _linear_nce_calibrate_kernel
-from .linear_nce_rows import STATS, _linear_nce_dz_kernel, _linear_nce_stats_kernel
-from .vocabulary_host import CodegenSpec, LaunchConfig, launch, make_spec
+from calm_fast.kernels.linear_nce.fwd import _linear_nce_calibrate_kernel
+from calm_fast.kernels.linear_nce.rows import STATS, _linear_nce_dz_kernel, _linear_nce_stats_kernel
+from calm_fast.kernels.vocabulary.launch import CodegenSpec, LaunchConfig, launch, make_spec
 
 __all__ = ["launch_linear_nce_step", "step_specs"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .launching import LaunchConfig, family, gpu, measured_config
+from calm_fast.kernels.common.launching import LaunchConfig, family, gpu, measured_config
 
 _INTERPRETER = {
     "fwd": LaunchConfig(16, 32, 4, 1),

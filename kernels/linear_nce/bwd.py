@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .vocabulary import LOG2_E, cap, load_block, matmul_add, row_pointers, tile_position
+from calm_fast.kernels.vocabulary.tiles import LOG2_E, cap, load_block, matmul_add, row_pointers, tile_position
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cross_attention_common import LN_2, LOG2_E, NEG_HUGE, matmul_add
+from calm_fast.kernels.cross_attention.common import LN_2, LOG2_E, NEG_HUGE, matmul_add
 
 __all__ = [
     "LN_2", "LOG2_E", "NEG_HUGE", "any_valid", "cap", "load_block", "matmul_add", "product", "row_pointers",

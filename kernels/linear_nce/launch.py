@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 import triton
 
-from .linear_nce_bwd import _linear_nce_dlogits_kernel
-from .linear_nce_fwd import (
+from calm_fast.kernels.linear_nce.bwd import _linear_nce_dlogits_kernel
+from calm_fast.kernels.linear_nce.fwd import (
     PARTS_PLAIN,
     PARTS_SOFT,
     _linear_nce_calibrate_kernel,
     _linear_nce_combine_kernel,
     _linear_nce_sweep_kernel,
 )
-from .linear_nce_step import launch_linear_nce_step, step_specs
-from .vocabulary_host import (
+from calm_fast.kernels.linear_nce.step import launch_linear_nce_step, step_specs
+from calm_fast.kernels.vocabulary.launch import (
     GROUP,
     CodegenSpec,
     LaunchConfig,

@@ -9,13 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cross_attention_common import (
+from calm_fast.kernels.cross_attention.common import (
     LN_2,
     NEG_HUGE,
     key_block_ranges,
     load_interval,
 )
-from .cross_attention_fwd import attend
+from calm_fast.kernels.cross_attention.fwd import attend
 
 
 @triton.jit(do_not_specialize=["M", "N", "H", "GROUP", "SPLITS"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cross_attention_common import matmul_add
+from calm_fast.kernels.cross_attention.common import matmul_add
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 

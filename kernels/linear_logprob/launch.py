@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 import triton
 
-from .launching import family, interpreted
-from .linear_logprob_kernels import (
+from calm_fast.kernels.common.launching import family, interpreted
+from calm_fast.kernels.linear_logprob.kernels import (
     _linear_logprob_combine_kernel,
     _linear_logprob_dlogits_kernel,
     _linear_logprob_sweep_kernel,
     _linear_logprob_target_kernel,
 )
-from .vocabulary_host import (
+from calm_fast.kernels.vocabulary.launch import (
     GROUP,
     CodegenSpec,
     LaunchConfig,

@@ -26,7 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 ARCHS = (80, 90, 100)  # 10 * compute capability: what default tiles are made for and machine code is checked on
-TUNED = Path(__file__).resolve().parent / "tuned"  # <op>/<gpu>.json, written by calm_fast.benchmarks.tune
+KERNELS = Path(__file__).resolve().parents[1]  # holds <op>/tuned/<gpu>.json, written by calm_fast.benchmarks.tune
 _MAX_STRIDE = 2**22  # 512 rows of a tile times this stay below 2**31: offsets inside a tile are 32-bit
 _POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _FLOATS = ("alpha", "tau", "offset", "softcap")  # scalar arguments that are no integers, and whatever begins with scale
@@ -104,7 +104,7 @@ def measured_config(
         part: which kernel of the op. depth: the padded size of the tile's columns, matched exactly ("head_dim").
         shape: named sizes; the entry nearest to them wins.
     """
-    return tuned_config(TUNED / op, gpu(device).name, part, dtype_name(dtype), depth, dict(shape))
+    return tuned_config(KERNELS / op / "tuned", gpu(device).name, part, dtype_name(dtype), depth, dict(shape))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

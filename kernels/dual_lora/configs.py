@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import triton
 
-from .dual_lora_bwd import _dual_lora_gate_bwd_kernel, _dual_lora_gelu_bwd_kernel
-from .dual_lora_fwd import _dual_lora_mix_kernel, _dual_lora_update_kernel
-from .launching import CodegenSpec, LaunchConfig, gpu, make_spec, measured_config, short_name
+from calm_fast.kernels.common.launching import CodegenSpec, LaunchConfig, gpu, make_spec, measured_config, short_name
+from calm_fast.kernels.dual_lora.bwd import _dual_lora_gate_bwd_kernel, _dual_lora_gelu_bwd_kernel
+from calm_fast.kernels.dual_lora.fwd import _dual_lora_mix_kernel, _dual_lora_update_kernel
 
 _INTERPRETER = LaunchConfig(16, 32, 4, 1)  # small tiles, so that small tests cross tile edges
 _FEW = 16  # tokens that get the small tile: decoding

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .dual_lora_fwd import load_tile, lora_hidden, negative_share, normal_cdf, sigmoid
+from calm_fast.kernels.dual_lora.fwd import load_tile, lora_hidden, negative_share, normal_cdf, sigmoid
 
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 

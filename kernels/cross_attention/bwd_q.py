@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cross_attention_common import (
+from calm_fast.kernels.cross_attention.common import (
     LOG2_E,
     key_block_ranges,
     load_interval,

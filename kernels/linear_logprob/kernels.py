@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .vocabulary import (
+from calm_fast.kernels.vocabulary.tiles import (
     LN_2,
     LOG2_E,
     NEG_HUGE,

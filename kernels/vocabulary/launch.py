@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from . import launching
-from .launching import CodegenSpec, LaunchConfig, addressable, launch
+from calm_fast.kernels.common import launching
+from calm_fast.kernels.common.launching import CodegenSpec, LaunchConfig, addressable, launch
 
 __all__ = ["CodegenSpec", "LaunchConfig", "addressable", "block_d", "constants", "gpu_config", "launch", "make_spec"]
 

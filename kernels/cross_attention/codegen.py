@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 
-from .cross_attention_bwd import _cross_attention_bwd_dq_kernel, _cross_attention_bwd_rows_kernel
-from .cross_attention_bwd_keys import _cross_attention_bwd_dkdv_kernel, _cross_attention_query_ranges_kernel
-from .cross_attention_configs import LaunchConfig, default_config
-from .cross_attention_decode import _cross_attention_combine_kernel, _cross_attention_decode_kernel
-from .cross_attention_fwd import _cross_attention_fwd_kernel
-from .launching import ARCHS, CodegenSpec, make_spec, short_name
+from calm_fast.kernels.common.launching import ARCHS, CodegenSpec, make_spec, short_name
+from calm_fast.kernels.cross_attention.bwd_kv import (
+    _cross_attention_bwd_dkdv_kernel,
+    _cross_attention_query_ranges_kernel,
+)
+from calm_fast.kernels.cross_attention.bwd_q import _cross_attention_bwd_dq_kernel, _cross_attention_bwd_rows_kernel
+from calm_fast.kernels.cross_attention.configs import LaunchConfig, default_config
+from calm_fast.kernels.cross_attention.decode import _cross_attention_combine_kernel, _cross_attention_decode_kernel
+from calm_fast.kernels.cross_attention.fwd import _cross_attention_fwd_kernel
 
 _POINTERS = dict.fromkeys(("lse_ptr", "dlse_ptr", "lse2_ptr", "delta_ptr", "part_ptr", "part_lse_ptr"), "*fp32")
 _POINTERS |= dict.fromkeys(("lo_ptr", "hi_ptr", "ranges_ptr"), "*i32")

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 import triton
 
-from .cross_attention_bwd import _cross_attention_bwd_dq_kernel, _cross_attention_bwd_rows_kernel
-from .cross_attention_bwd_keys import _cross_attention_bwd_dkdv_kernel, _cross_attention_query_ranges_kernel
-from .cross_attention_codegen import codegen_specs
-from .cross_attention_configs import BackwardConfig, LaunchConfig, pick_config
-from .cross_attention_decode import _cross_attention_combine_kernel, _cross_attention_decode_kernel
-from .cross_attention_fwd import _cross_attention_fwd_kernel
-from .launching import addressable, float32_precision, interpreted, launch
+from calm_fast.kernels.common.launching import addressable, float32_precision, interpreted, launch
+from calm_fast.kernels.cross_attention.bwd_kv import (
+    _cross_attention_bwd_dkdv_kernel,
+    _cross_attention_query_ranges_kernel,
+)
+from calm_fast.kernels.cross_attention.bwd_q import _cross_attention_bwd_dq_kernel, _cross_attention_bwd_rows_kernel
+from calm_fast.kernels.cross_attention.codegen import codegen_specs
+from calm_fast.kernels.cross_attention.configs import BackwardConfig, LaunchConfig, pick_config
+from calm_fast.kernels.cross_attention.decode import _cross_attention_combine_kernel, _cross_attention_decode_kernel
+from calm_fast.kernels.cross_attention.fwd import _cross_attention_fwd_kernel
 
 __all__ = [
     "BackwardConfig",

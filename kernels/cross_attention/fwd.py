@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .cross_attention_common import (
+from calm_fast.kernels.cross_attention.common import (
     LN_2,
     NEG_HUGE,
     key_block_ranges,

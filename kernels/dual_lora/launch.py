@@ -9,10 +9,17 @@ from __future__ import annotations
 import torch
 import triton
 
-from .dual_lora_bwd import _dual_lora_gate_bwd_kernel, _dual_lora_gelu_bwd_kernel
-from .dual_lora_configs import LaunchConfig, block_k, block_r, codegen_specs, pick_config, programs_wanted
-from .dual_lora_fwd import _dual_lora_mix_kernel, _dual_lora_update_kernel
-from .launching import addressable, float32_precision, interpreted, launch
+from calm_fast.kernels.common.launching import addressable, float32_precision, interpreted, launch
+from calm_fast.kernels.dual_lora.bwd import _dual_lora_gate_bwd_kernel, _dual_lora_gelu_bwd_kernel
+from calm_fast.kernels.dual_lora.configs import (
+    LaunchConfig,
+    block_k,
+    block_r,
+    codegen_specs,
+    pick_config,
+    programs_wanted,
+)
+from calm_fast.kernels.dual_lora.fwd import _dual_lora_mix_kernel, _dual_lora_update_kernel
 
 __all__ = [
     "LaunchConfig",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .vocabulary import LN_2, LOG2_E
+from calm_fast.kernels.vocabulary.tiles import LN_2, LOG2_E
 
 # the logit of a token that a bias of -inf rules out, and of padding: a finite sum of it, times a weight of 0, is 0
 _BANNED = tl.constexpr(-1.0e30)

@@ -1,0 +1,1 @@
+"""Triton kernels of dual_lora: gate, rank update and their gradients."""
