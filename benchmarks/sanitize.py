@@ -15,11 +15,11 @@ from functools import partial
 import torch
 
 from calm_fast import ops
+from calm_fast._ops.cross_attention.reference import cross_attention_reference
+from calm_fast._ops.dual_lora.reference import dual_lora_reference
+from calm_fast._ops.linear_logprob.reference import linear_logprob_reference
+from calm_fast._ops.linear_nce.reference import linear_nce_reference
 from calm_fast.core import native_library
-from calm_fast.reference.cross_attention import cross_attention_reference
-from calm_fast.reference.dual_lora import dual_lora_reference
-from calm_fast.reference.linear_logprob import linear_logprob_reference
-from calm_fast.reference.linear_nce import linear_nce_reference
 
 LIMIT = 1e-2  # largest relative error of a right answer in float16
 Results = list[torch.Tensor]

@@ -12,8 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from calm_fast.cli import app
-from calm_fast.core import native_library
-from calm_fast.verify import numerics, run
+from calm_fast.core import native_library, numerics, run
 from calm_fast.verify.cases import op_cases
 
 OPS_MODULE = importlib.import_module("calm_fast.ops.cross_attention")

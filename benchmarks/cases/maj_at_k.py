@@ -51,7 +51,7 @@ def _make(s: Shape, device: torch.device) -> Callable[[int], Inputs]:
 
 def _ours(method: str, impl: str) -> Callable[[Inputs], Thunk]:
     def prepare(inputs: Inputs) -> Thunk:
-        from calm_fast.ops.maj_at_k import decide, maj_at_k
+        from calm_fast._ops.maj_at_k.api import decide, maj_at_k
 
         s: Shape = inputs["shape"]
         arguments = {"ks": s.ks(), "method": method, "resamples": s.resamples, "impl": impl}
@@ -81,8 +81,8 @@ def _python(inputs: Inputs) -> Thunk:
 
 
 def _curve(inputs: Inputs, method: str) -> tuple[Values, torch.Tensor]:
-    from calm_fast.ops.maj_at_k import curve
-    from calm_fast.reference.maj_at_k import maj_at_k_reference
+    from calm_fast._ops.maj_at_k.api import curve
+    from calm_fast._ops.maj_at_k.reference import maj_at_k_reference
 
     s: Shape = inputs["shape"]
     answers, correct = inputs["answers"].cpu(), inputs["correct"].cpu()

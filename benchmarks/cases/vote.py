@@ -48,7 +48,7 @@ def _make(s: Shape, device: torch.device) -> Callable[[int], Inputs]:
 
 def _ours(impl: str) -> Callable[[Inputs], Thunk]:
     def prepare(inputs: Inputs) -> Thunk:
-        from calm_fast.ops.vote import decide, vote
+        from calm_fast._ops.vote.api import decide, vote
 
         answers, scores = inputs["answers"], inputs["scores"]
         rule = "count" if scores is None else "weighted"
@@ -92,7 +92,7 @@ def _torch(compute: Callable, s: Shape) -> Callable[[Inputs], Thunk]:
 
 
 def _definition(inputs: Inputs, dtype: torch.dtype) -> Values:
-    from calm_fast.reference.vote import vote_reference
+    from calm_fast._ops.vote.reference import vote_reference
 
     scores = inputs["scores"]
     found = vote_reference(inputs["answers"], scores, rule="count" if scores is None else "weighted")

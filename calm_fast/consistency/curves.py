@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from calm_fast._ops.maj_at_k.api import Curve, check_sizes, curve
+from calm_fast._ops.voting.decide import check_votes
 from calm_fast.core.checks import bad_value, check_tensor
-from calm_fast.ops.maj_at_k import Curve, check_sizes, curve
-from calm_fast.ops.voting import check_votes
 
 _NAME = "any_at_k"
 

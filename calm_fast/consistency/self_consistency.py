@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from calm_fast import ops
+from calm_fast._ops.voting.decide import RULES
 from calm_fast.consistency.answers import extract_answer
 from calm_fast.consistency.consensus import (
     Question,
@@ -32,7 +33,6 @@ from calm_fast.consistency.scoring import score_sequences
 from calm_fast.consistency.stopping import leader_probability
 from calm_fast.core.checks import bad_type, check_finite_number
 from calm_fast.core.progress import progress_bar
-from calm_fast.ops.voting import RULES
 
 _CALLER = "SelfConsistency"
 _READY_AT_ONCE = 256  # questions of ready samples between two writes

@@ -131,7 +131,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
     known = importlib.import_module("calm_fast.ops").OPS
     if op not in known:
         raise ValueError(f"explain: `op` must be one of {', '.join(map(repr, known))}, got {op!r}")
-    decide = importlib.import_module(f"calm_fast.ops.{op}").decide
+    decide = importlib.import_module(f"calm_fast._ops.{op}.api").decide
     try:
         inspect.signature(decide).bind(*args, **kwargs)
     except TypeError as problem:  # in the words of the op, which the caller knows

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from calm_fast import ops
-from calm_fast._packed import Packed, can_pack, linear, linear_into, pack
+from calm_fast._ops.packed_linear.api import Packed, can_pack, linear, linear_into, pack
 from calm_fast.core.checks import bad_type, bad_value
 from calm_fast.modules.folding import FoldedWeights, KeyValueCost, key_value_cost, may_cache, slowness
 from calm_fast.modules.rms import in_dtype, normalised

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from calm_fast._ops.dual_lora.api import dual_lora_folded, pack_folded, project_folded
+from calm_fast._ops.dual_lora.torch_impl import Folded, fold_dual_lora, negative_share
 from calm_fast.core.checks import bad_type, bad_value
 from calm_fast.modules.folding import FoldedWeights, may_cache
-from calm_fast.ops.dual_lora import dual_lora_folded, pack_folded, project_folded
-from calm_fast.torch_impl.dual_lora import Folded, fold_dual_lora, negative_share
 
 _NAME = "DualLoRALinear"
 MODES = ("neg", "pos", "mix")

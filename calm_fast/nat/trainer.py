@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from calm_fast._ops.linear_nce.api import linear_nce
 from calm_fast.hf.dual_lora import dual_lora_layers, save_dual_lora
 from calm_fast.nat.data import IGNORE
-from calm_fast.ops.linear_nce import linear_nce
 
 _WEIGHTS = "dual_lora.safetensors"
 

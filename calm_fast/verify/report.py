@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from calm_fast.verify.numerics import Row
+from calm_fast.core.numerics import Row
 
 
 def console() -> Console:

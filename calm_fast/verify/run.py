@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from calm_fast.core.dispatch import triton_obstacle
+from calm_fast.core.numerics import Case, OpCases, Row, judge, truth_of
 from calm_fast.ops import OPS
 from calm_fast.verify import emulation
 from calm_fast.verify.cases import op_cases
-from calm_fast.verify.numerics import Case, OpCases, Row, judge, truth_of
 
 EMULATED = "cuda, emulated on the CPU"
 

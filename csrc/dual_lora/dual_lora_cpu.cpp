@@ -2,7 +2,7 @@
 //
 // The chain of the released form is zg = x down^T, u = y C1^T, mix = a_pos gelu(u + up_pos z_pos) +
 // a_neg gelu(u + up_neg z_neg), out = y + mix C2^T; of the paper's, mix = [a_pos z_pos, a_neg z_neg], out = y + mix up^T.
-// calm_fast/ops/dual_lora.py puts it together, the products are torch's or those of packed_linear/packed_linear_cpu.cpp.
+// calm_fast/_ops/dual_lora/api.py puts it together, the products are torch's or those of packed_linear/packed_linear_cpu.cpp.
 
 #include <cmath>
 #include <cstring>

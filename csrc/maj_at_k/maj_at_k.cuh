@@ -2,7 +2,7 @@
 //
 // Draws are Philox4x32-10 of (draw / 4, resample, question, 0) under the seed, consumed by a partial Fisher-Yates
 // shuffle of the question's valid samples: a function of those numbers alone, the same on every device
-// (calm_fast/reference/maj_at_k.py). One shuffle serves every k. Credits are added in a fixed order, with no atomics.
+// (calm_fast/_ops/maj_at_k/reference.py). One shuffle serves every k. Credits are added in a fixed order, with no atomics.
 // No torch headers here: the CPU emulation compiles this file too.
 #pragma once
 

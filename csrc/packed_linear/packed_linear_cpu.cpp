@@ -1,4 +1,4 @@
-// x w^T with a weight that is kept packed: what layers multiply with in inference (calm_fast/_packed.py).
+// x w^T with a weight that is kept packed: what layers multiply with in inference (calm_fast/_ops/packed_linear/api.py).
 
 #include <optional>
 #include <vector>

@@ -2,7 +2,7 @@
 //
 // Every thread takes samples i and walks all samples j in order: if one before i has i's answer, i opens no class; else
 // the weights of the equal ones, added in that order, are the class's weight: the bits of the definition
-// (calm_fast/reference/vote.py), with no atomics. That is K^2 / 2 comparisons, cheap for the tens to thousands of
+// (calm_fast/_ops/vote/reference.py), with no atomics. That is K^2 / 2 comparisons, cheap for the tens to thousands of
 // samples a question has. No torch headers here: the CPU emulation compiles this file too.
 #pragma once
 

@@ -1,7 +1,7 @@
 // One question's vote on the CPU, no tensors: the weights of its samples, its classes, the winner.
 //
 // Sums are taken in float64 in the order of the samples by every lane, so all of them return the same bits as
-// calm_fast/reference/vote.py. Compile with -ffp-contract=off: 1 + lam s is two roundings.
+// calm_fast/_ops/vote/reference.py. Compile with -ffp-contract=off: 1 + lam s is two roundings.
 #pragma once
 
 #include <cstdint>

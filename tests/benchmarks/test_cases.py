@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from calm_fast._ops.cross_attention.reference import interval_mask
 from calm_fast.benchmarks import timing
 from calm_fast.benchmarks.baselines.cross_attention import FixedCache, explicit_attention, visible
 from calm_fast.benchmarks.cases.alignment import aligned_intervals
@@ -17,7 +18,6 @@ from calm_fast.benchmarks.measure import Setting, measure
 from calm_fast.benchmarks.registry import REGISTRY, cases
 from calm_fast.benchmarks.timing import Budget
 from calm_fast.ops import OPS
-from calm_fast.reference.cross_attention import interval_mask
 
 CPU = torch.device("cpu")
 SETTING = Setting(CPU, "cpu", {}, None, Budget(seconds=0.0, min_rounds=1, warmup=0))

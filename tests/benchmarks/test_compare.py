@@ -64,7 +64,7 @@ def bench(repo: Path, *args: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_a_slowed_checkout_is_flagged_and_exits_3(repo):
     before = git(repo, "rev-parse", "HEAD")
-    with (repo / "calm_fast/ops/vote.py").open("a") as source:
+    with (repo / "calm_fast/_ops/vote/api.py").open("a") as source:
         source.write(SLOWED)
     arguments = ("--op", "vote", "--case", "v1_vote_weighted", "--seconds", "0", "--compare", "HEAD")
     done = bench(repo, *arguments)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from calm_fast._ops.linear_logprob.torch_impl import linear_logprob_torch_bwd, linear_logprob_torch_fwd
+from calm_fast._ops.linear_nce.torch_impl import linear_nce_torch_bwd, linear_nce_torch_fwd, linear_nce_torch_step
 from calm_fast.benchmarks import timing
 from calm_fast.benchmarks.cases import linear_logprob, linear_nce
 from calm_fast.benchmarks.cases.linear_logprob import logprob_case
 from calm_fast.benchmarks.cases.linear_nce import nce_case
 from calm_fast.benchmarks.measure import Setting, measure
 from calm_fast.benchmarks.timing import Budget
-from calm_fast.torch_impl.linear_logprob import linear_logprob_torch_bwd, linear_logprob_torch_fwd
-from calm_fast.torch_impl.linear_nce import linear_nce_torch_bwd, linear_nce_torch_fwd, linear_nce_torch_step
 
 CPU = torch.device("cpu")
 SETTING = Setting(CPU, "cpu", {}, None, Budget(seconds=0.0, min_rounds=1, warmup=0))

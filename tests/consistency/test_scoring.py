@@ -21,7 +21,7 @@ from calm_fast.benchmarks.timing import peak_bytes
 from calm_fast.consistency.head import find_linear_head
 from calm_fast.consistency.prefix import PrefixReader, branch
 from calm_fast.consistency.scoring import score_sequences
-from calm_fast.verify.numerics import error, sum_variance, unit_roundoff
+from calm_fast.core.numerics import error, sum_variance, unit_roundoff
 
 PROMPTS = rows(9, 1, 13)
 COMPLETIONS = [rows(5, 1, 11, 5, 2, 0, seed=i + 1) for i in range(3)]
@@ -66,7 +66,7 @@ def padded(model: nn.Module, prompt: list[int], completions: list[list[int]]) ->
 
 
 def head_rounding(model: nn.Module, prompt: list[int], completion: list[int]) -> float:
-    """What rounding in the head's product, its cap and the sum over V may do (verify/numerics, second term)."""
+    """What rounding in the head's product, its cap and the sum over V may do (core/numerics.py, second term)."""
     seen: list[torch.Tensor] = []
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import calm_fast
+from calm_fast._ops.dual_lora.reference import dual_lora_reference
 from calm_fast.modules.dual_lora import GATE_BINS, DualLoRALinear
-from calm_fast.reference.dual_lora import dual_lora_reference
 
 D_IN, D_OUT = 24, 40
 FORMS = {

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from calm_fast import nat
+from calm_fast._ops.linear_nce.reference import linear_nce_reference
 from calm_fast.hf.dual_lora import add_dual_lora, dual_lora_layers, save_lora_adapter
 from calm_fast.nat import stages
 from calm_fast.nat.data import IGNORE, RationaleDataset, RightPadding, split_rationales
 from calm_fast.nat.trainer import DualTeacher, NCETrainer, head_of, hidden_states
-from calm_fast.reference.linear_nce import linear_nce_reference
 
 FAST = nat.Settings(
     steps=12, batch_size=4, learning_rate=5e-3, warmup=2, rank=2, gate_dim=4, value_dim=4, save_every=5, progress=False

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 
+from calm_fast.core.numerics import Case
 from calm_fast.verify import emulation
 from calm_fast.verify.cases import op_cases
-from calm_fast.verify.numerics import Case
 
 _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
 

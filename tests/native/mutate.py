@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from calm_fast.core.numerics import Case, Truth, judge, truth_of
 from calm_fast.verify import emulation
 from calm_fast.verify.cases import op_cases
-from calm_fast.verify.numerics import Case, Truth, judge, truth_of
 
 BARRIER = re.compile(r"^\s*(?:__syncthreads\(\)|__syncwarp\(\)|sync_group<\w+>\(\));", re.MULTILINE)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from calm_fast.core import native_library
+from calm_fast.core.numerics import check
 from calm_fast.verify import run
 from calm_fast.verify.cases import op_cases
-from calm_fast.verify.numerics import check
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # helpers beside the tests, not a package
 

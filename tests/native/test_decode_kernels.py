@@ -8,10 +8,10 @@ import re
 import pytest
 import torch
 
+from calm_fast._ops.cross_attention.api import wide_loads
+from calm_fast._ops.cross_attention.reference import cross_attention_reference
 from calm_fast.core import native_library
 from calm_fast.ops import cross_attention, dual_lora
-from calm_fast.ops.cross_attention import wide_loads
-from calm_fast.reference.cross_attention import cross_attention_reference
 from calm_fast.verify import emulation
 from calm_fast.verify.cases import op_cases
 from calm_fast.verify.emulation import SCHEDULES, EmulationError, Schedule
@@ -177,7 +177,7 @@ def test_dual_lora_more_than_64_tokens_are_left_to_others():
 
 
 def test_limits_are_those_of_the_source():
-    from calm_fast.ops.dual_lora import _CUDA_MAX_RANK, CUDA_MAX_FUSED, CUDA_MAX_TOKENS
+    from calm_fast._ops.dual_lora.api import _CUDA_MAX_RANK, CUDA_MAX_FUSED, CUDA_MAX_TOKENS
 
     text = (emulation.CSRC / "dual_lora" / "dual_lora.cuh").read_text()
     found = {name: int(value) for name, value in re.findall(r"(kMax\w+) = (\d+)", text)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import calm_fast
-from calm_fast._packed import Packed, can_pack, linear, linear_into, pack
+from calm_fast._ops.packed_linear.api import Packed, can_pack, linear, linear_into, pack
 from calm_fast.core import native_library
 
 pytestmark = pytest.mark.skipif(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from calm_fast._ops.linear_logprob.cases import CASES as LOGPROB
+from calm_fast._ops.linear_nce.cases import CASES as NCE
+from calm_fast._ops.vocabulary import decide as vocabulary
 from calm_fast.core import native_library
-from calm_fast.ops import linear_logprob, linear_nce, vocabulary
-from calm_fast.verify.cases.linear_logprob import CASES as LOGPROB
-from calm_fast.verify.cases.linear_nce import CASES as NCE
-from calm_fast.verify.numerics import check, unit_roundoff
+from calm_fast.core.numerics import check, unit_roundoff
+from calm_fast.ops import linear_logprob, linear_nce
 
 if why := native_library.obstacle("linear_logprob"):
     pytest.skip(why, allow_module_level=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from calm_fast._ops.linear_nce.cases import CASES
+from calm_fast._ops.vocabulary import decide as vocabulary
 from calm_fast.core import native_library
-from calm_fast.ops import vocabulary
-from calm_fast.verify.cases.linear_nce import CASES
-from calm_fast.verify.numerics import check
+from calm_fast.core.numerics import check
 
 if why := native_library.obstacle("linear_nce"):
     pytest.skip(why, allow_module_level=True)

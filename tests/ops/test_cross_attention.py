@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import calm_fast
+from calm_fast.core.numerics import check, unit_roundoff
 from calm_fast.ops import cross_attention
 from calm_fast.verify.cases import op_cases
-from calm_fast.verify.numerics import check, unit_roundoff
 
 OPS_MODULE = importlib.import_module("calm_fast.ops.cross_attention")
 CASES = op_cases("cross_attention")

@@ -10,7 +10,7 @@ import torch
 
 from calm_fast.ops import cross_attention
 
-MODULE = importlib.import_module("calm_fast.torch_impl.cross_attention")
+MODULE = importlib.import_module("calm_fast._ops.cross_attention.torch_impl")
 M, N = 300, 457
 
 

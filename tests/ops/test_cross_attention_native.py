@@ -9,9 +9,9 @@ import torch
 
 import calm_fast
 from calm_fast.core import native_library
+from calm_fast.core.numerics import check, judge, truth_of
 from calm_fast.ops import cross_attention
 from calm_fast.verify.cases import op_cases
-from calm_fast.verify.numerics import check, judge, truth_of
 from calm_fast.verify.run import Part, cases_of
 
 pytestmark = pytest.mark.skipif(

@@ -10,9 +10,9 @@ import torch
 
 import calm_fast
 from calm_fast.core import native_library
+from calm_fast.core.numerics import check, judge, truth_of
 from calm_fast.ops import cross_attention
 from calm_fast.verify.cases import op_cases
-from calm_fast.verify.numerics import check, judge, truth_of
 
 pytestmark = pytest.mark.skipif(
     native_library.obstacle("cross_attention") is not None, reason=str(native_library.obstacle("cross_attention"))

@@ -9,11 +9,11 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from calm_fast._ops.cross_attention.cases import Spec, causal, full, scattered, window
+from calm_fast._ops.cross_attention.reference import cross_attention_reference
 from calm_fast.core.launch_config import tuned_config
-from calm_fast.reference.cross_attention import cross_attention_reference
+from calm_fast.core.numerics import Case, check
 from calm_fast.verify.cases import op_cases
-from calm_fast.verify.cases.cross_attention import Spec, causal, full, scattered, window
-from calm_fast.verify.numerics import Case, check
 
 pytest.importorskip("triton", reason="the kernels need Triton; it has wheels for Linux only")
 from calm_fast.kernels.cross_attention import launch as kernels

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from calm_fast._ops.dual_lora.api import decide, dual_lora
+from calm_fast._ops.dual_lora.cases import CASES, Spec
+from calm_fast._ops.dual_lora.reference import dual_lora_reference
+from calm_fast._ops.dual_lora.torch_impl import dual_lora_torch, fold_dual_lora, negative_share, project
 from calm_fast.core import native_library
 from calm_fast.core.dispatch import triton_obstacle
-from calm_fast.ops.dual_lora import decide, dual_lora
-from calm_fast.reference.dual_lora import dual_lora_reference
-from calm_fast.torch_impl.dual_lora import dual_lora_torch, fold_dual_lora, negative_share, project
-from calm_fast.verify.cases.dual_lora import CASES, Spec
-from calm_fast.verify.numerics import Case, judge, truth_of
+from calm_fast.core.numerics import Case, judge, truth_of
 
 NAMES = ("x", "y", "a_pos", "b_pos", "a_neg", "b_neg", "w_q", "w_k")
 FORMS = ("plain", "full-value", "plain gelu")

@@ -6,9 +6,15 @@ import pytest
 import torch
 
 import calm_fast
+from calm_fast._ops.dual_lora.api import decide, dual_lora, dual_lora_folded, pack_folded, project_folded
+from calm_fast._ops.dual_lora.torch_impl import (
+    Folded,
+    dual_lora_backward_torch,
+    dual_lora_torch,
+    fold_dual_lora,
+    project,
+)
 from calm_fast.core import native_library
-from calm_fast.ops.dual_lora import decide, dual_lora, dual_lora_folded, pack_folded, project_folded
-from calm_fast.torch_impl.dual_lora import Folded, dual_lora_backward_torch, dual_lora_torch, fold_dual_lora, project
 
 pytestmark = pytest.mark.skipif(
     native_library.obstacle("dual_lora") is not None, reason=str(native_library.obstacle("dual_lora", "cpu"))

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
+from calm_fast._ops.linear_logprob.api import decide, linear_logprob
+from calm_fast._ops.linear_logprob.cases import CASES
+from calm_fast._ops.vocabulary import decide as ops_vocabulary
+from calm_fast._ops.vocabulary import torch_impl as vocabulary
 from calm_fast.benchmarks.timing import peak_bytes
 from calm_fast.core import native_library
 from calm_fast.core.dispatch import triton_obstacle
-from calm_fast.ops import vocabulary as ops_vocabulary
-from calm_fast.ops.linear_logprob import decide, linear_logprob
-from calm_fast.torch_impl import vocabulary
-from calm_fast.verify.cases.linear_logprob import CASES
-from calm_fast.verify.numerics import Case, check, judge, truth_of, unit_roundoff
+from calm_fast.core.numerics import Case, check, judge, truth_of, unit_roundoff
 
 NAMES = ("hidden", "weight", "targets", "bias", "temperature", "softcap", "return_entropy", "return_rank")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calm_fast.ops.linear_logprob import linear_logprob
+from calm_fast._ops.linear_logprob.api import linear_logprob
 
 
 def good():

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from calm_fast._ops.linear_nce.api import decide, linear_nce
+from calm_fast._ops.linear_nce.cases import CASES
+from calm_fast._ops.vocabulary import decide as ops_vocabulary
+from calm_fast._ops.vocabulary import torch_impl as vocabulary
 from calm_fast.benchmarks.timing import peak_bytes
 from calm_fast.core import native_library
 from calm_fast.core.dispatch import triton_obstacle
-from calm_fast.ops import vocabulary as ops_vocabulary
-from calm_fast.ops.linear_nce import decide, linear_nce
-from calm_fast.torch_impl import vocabulary
-from calm_fast.verify.cases.linear_nce import CASES
-from calm_fast.verify.numerics import Case, check
+from calm_fast.core.numerics import Case, check
 
 NAMES = ("student", "nat", "neg", "weight", "targets", "seq_ids")
 OPTIONS = ("alpha", "temperature", "offset", "bias", "softcap")

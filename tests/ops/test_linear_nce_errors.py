@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calm_fast.ops.linear_nce import linear_nce
+from calm_fast._ops.linear_nce.api import linear_nce
 
 
 def good():

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from calm_fast._ops.linear_nce import schedule as steps
+from calm_fast._ops.linear_nce.api import linear_nce
+from calm_fast._ops.linear_nce.cases import CASES
 from calm_fast.benchmarks.timing import peak_bytes
 from calm_fast.core import native_library
-from calm_fast.ops.linear_nce import linear_nce
-from calm_fast.torch_impl.steps import linear_nce as steps
-from calm_fast.verify.cases.linear_nce import CASES
 
 CPU = torch.device("cpu")
 NAMES = ("student", "nat", "neg", "weight", "targets", "seq_ids")

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from calm_fast.ops.linear_nce import linear_nce
-from calm_fast.verify.cases.linear_nce import CASES, Spec
-from calm_fast.verify.numerics import Case, judge, truth_of
+from calm_fast._ops.linear_nce.api import linear_nce
+from calm_fast._ops.linear_nce.cases import CASES, Spec
+from calm_fast.core.numerics import Case, judge, truth_of
 
 pytest.importorskip("triton", reason="the kernels need Triton; it has wheels for Linux only")
 from calm_fast.kernels.linear_nce import launch as kernels

@@ -10,11 +10,11 @@ from fractions import Fraction
 import pytest
 import torch
 
-from calm_fast.ops.maj_at_k import Curve, decide, maj_at_k
-from calm_fast.reference.maj_at_k import maj_at_k_reference, philox
-from calm_fast.torch_impl import maj_at_k as torch_impl
-from calm_fast.verify.cases.maj_at_k import CASES
-from calm_fast.verify.numerics import Case, check, unit_roundoff
+from calm_fast._ops.maj_at_k import torch_impl
+from calm_fast._ops.maj_at_k.api import Curve, decide, maj_at_k
+from calm_fast._ops.maj_at_k.cases import CASES
+from calm_fast._ops.maj_at_k.reference import maj_at_k_reference, philox
+from calm_fast.core.numerics import Case, check, unit_roundoff
 
 U = unit_roundoff(torch.float64)
 NONE = torch.zeros(1, 1, dtype=torch.int64)

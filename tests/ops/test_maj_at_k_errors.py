@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import calm_fast
+from calm_fast._ops.maj_at_k.api import maj_at_k
 from calm_fast.core import native_library
-from calm_fast.ops.maj_at_k import maj_at_k
 
 IDS = torch.zeros(3, 4, dtype=torch.int64)
 

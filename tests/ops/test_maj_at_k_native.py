@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from calm_fast._ops.maj_at_k.api import _native_maj_at_k
+from calm_fast._ops.maj_at_k.cases import CASES
+from calm_fast._ops.maj_at_k.reference import maj_at_k_reference
 from calm_fast.core import native_library
-from calm_fast.ops.maj_at_k import _native_maj_at_k
-from calm_fast.reference.maj_at_k import maj_at_k_reference
-from calm_fast.verify.cases.maj_at_k import CASES
-from calm_fast.verify.numerics import Case
+from calm_fast.core.numerics import Case
 
 OBSTACLE = native_library.obstacle("maj_at_k_exact")
 pytestmark = pytest.mark.skipif(bool(OBSTACLE), reason=str(OBSTACLE))

@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 import torch
 
+from calm_fast._ops.vote import torch_impl as vote_impl
+from calm_fast._ops.vote.api import Vote, decide, vote
+from calm_fast._ops.vote.api import _native_vote as native_vote
+from calm_fast._ops.vote.cases import CASES
 from calm_fast.core import native_library
-from calm_fast.ops.vote import Vote, decide, vote
-from calm_fast.ops.vote import _native_vote as native_vote
-from calm_fast.torch_impl import vote as vote_impl
-from calm_fast.verify.cases.vote import CASES
-from calm_fast.verify.numerics import Case, check
+from calm_fast.core.numerics import Case, check
 
 NAN = float("nan")
 RULES = ("count", "weighted", "adaptive")

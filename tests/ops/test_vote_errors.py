@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import calm_fast
-from calm_fast.ops.vote import decide, vote
+from calm_fast._ops.vote.api import decide, vote
 
 Q, K = 3, 4
 ANSWERS = torch.arange(Q * K).view(Q, K) % 3

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from calm_fast.ops.cross_attention import NATIVE_MAX_QUERIES, wide_loads
+from calm_fast._ops.cross_attention.api import NATIVE_MAX_QUERIES, wide_loads
+from calm_fast.core.numerics import Inputs, Values
 from calm_fast.verify.emulation import CSRC, SCHEDULES, Schedule, call
-from calm_fast.verify.numerics import Inputs, Values
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROCESSORS = 16  # of the GPU that the launch plan is made for

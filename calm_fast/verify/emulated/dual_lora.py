@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from calm_fast.ops.dual_lora import CUDA_MAX_FUSED, CUDA_MAX_TOKENS
-from calm_fast.torch_impl.dual_lora import fold_dual_lora, project
+from calm_fast._ops.dual_lora.api import CUDA_MAX_FUSED, CUDA_MAX_TOKENS
+from calm_fast._ops.dual_lora.torch_impl import fold_dual_lora, project
+from calm_fast.core.numerics import Inputs, Values
 from calm_fast.verify.emulation import CSRC, SCHEDULES, Schedule, call
-from calm_fast.verify.numerics import Inputs, Values
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROCESSORS = 16  # of the GPU that the launch plan is made for

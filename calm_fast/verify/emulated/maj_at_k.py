@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from calm_fast.ops.maj_at_k import curve
+from calm_fast._ops.maj_at_k.api import curve
+from calm_fast.core.numerics import Inputs, Values
 from calm_fast.verify.emulated.vote import two_dtypes
 from calm_fast.verify.emulation import CSRC, SCHEDULES, Schedule, call
-from calm_fast.verify.numerics import Inputs, Values
 
 _MOST_SIZES = 64  # csrc/maj_at_k/maj_at_k.cuh
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
+from calm_fast.core.numerics import Inputs, Values
 from calm_fast.verify.emulation import CSRC, SCHEDULES, Schedule, call
-from calm_fast.verify.numerics import Inputs, Values
 
 _POISON = -77
 
 
 def run(inputs: Inputs, schedule: Schedule = SCHEDULES[0], csrc: Path = CSRC, most_blocks: int = 0) -> Values | None:
-    """winner, weight, total, margin, ties (Q,) of a case's inputs (see `calm_fast.verify.cases.vote`).
+    """winner, weight, total, margin, ties (Q,) of a case's inputs (see `calm_fast._ops.vote.cases`).
 
     most_blocks: the largest grid, so that a block takes several questions in turn; 0 = as planned.
     """

@@ -1,0 +1,1 @@
+"""One room per op; `calm_fast.ops` is their public face. Read reference.py first, then api.py."""

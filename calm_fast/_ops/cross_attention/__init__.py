@@ -1,0 +1,1 @@
+"""The room of cross_attention: definition, public function, implementations, cases."""

@@ -1,0 +1,283 @@
+"""Cases of cross_attention and the rounding analysis of its forward and backward."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from calm_fast._ops.cross_attention.reference import interval_mask
+from calm_fast.core.numerics import Case, Inputs, Rounding, Values, sum_variance
+
+Bounds = dict[str, Any]  # causal, lo, hi
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Sizes and features of one case; `mask` makes causal / lo / hi from (B, M, N, generator)."""
+
+    b: int
+    m: int
+    n: int
+    h: int
+    d: int
+    mask: Callable[[int, int, int, torch.Generator], Bounds]
+    hkv: int | None = None
+    scale: float | None = None
+    strided: bool = False
+    lse: bool = True
+    magnitude: float = 1.0
+
+
+def full(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
+    return {}
+
+
+def causal(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
+    return {"causal": True}
+
+
+def scattered(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
+    """Non-monotone random intervals; about a fifth of the rows is empty, lo > hi included."""
+    a, c = (torch.randint(0, n + 1, (b, m), generator=g) for _ in range(2))
+    lo, hi = torch.minimum(a, c), torch.maximum(a, c)
+    swap = torch.rand(b, m, generator=g) < 0.2
+    return {"lo": torch.where(swap, hi, lo).int(), "hi": torch.where(swap, lo, hi).int()}
+
+
+def monotone(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
+    """Two tokenizers: hi grows by uneven steps, the first rows see nothing yet."""
+    hi = torch.randint(0, 2 * n // m + 2, (b, m), generator=g).cumsum(1).clamp(max=n)
+    hi[:, :2] = 0
+    return {"hi": hi.int()}
+
+
+def left_padding(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
+    pad = torch.arange(b) * 3 % n
+    position = torch.arange(m) + 1 + n - m
+    hi = position.clamp(0, n).expand(b, m)
+    return {"lo": torch.minimum(pad[:, None], hi).int(), "hi": hi.int()}
+
+
+def right_padding(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
+    return {"hi": (n - torch.arange(b) * 4 % n)[:, None].expand(b, m).int()}
+
+
+def packed(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
+    """Three documents one after the other, causal within each; the same for the whole batch, so (M,)."""
+    position = torch.arange(m)
+    start = (position >= m // 4) * (m // 4) + (position >= 2 * m // 3) * (2 * m // 3 - m // 4)
+    return {"lo": (start * n // m).int(), "hi": ((position + 1) * n // m).int()}
+
+
+def window(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
+    hi = (torch.arange(m) + 1 + n - m).clamp(0, n)
+    return {"lo": (hi - 6).clamp(min=0).int(), "hi": hi.int()}
+
+
+_SPECS: dict[str, Spec] = {
+    "full": Spec(2, 5, 7, 2, 16, full),
+    "single": Spec(1, 1, 1, 1, 16, full),
+    "causal": Spec(1, 37, 37, 2, 24, causal),
+    "causal-more-keys": Spec(1, 5, 19, 2, 16, causal),
+    "causal-more-queries": Spec(1, 19, 5, 2, 16, causal),
+    "scattered": Spec(2, 33, 41, 2, 16, scattered),
+    "monotone-blocks": Spec(1, 70, 150, 1, 16, monotone),
+    "left-padding": Spec(3, 13, 13, 1, 16, left_padding),
+    "right-padding": Spec(3, 11, 17, 1, 16, right_padding),
+    "packed": Spec(2, 36, 36, 1, 16, packed),
+    "window": Spec(1, 23, 31, 1, 16, window),
+    "decode": Spec(2, 1, 131, 4, 64, full, hkv=2),
+    "decode-intervals": Spec(3, 1, 131, 2, 16, scattered),
+    "decode-gqa-causal": Spec(2, 5, 70, 8, 24, causal, hkv=2),
+    "decode-splits": Spec(1, 2, 2100, 2, 8, scattered, hkv=1),
+    "decode-dim256": Spec(1, 3, 45, 2, 256, scattered),
+    "gqa": Spec(1, 17, 29, 6, 16, scattered, hkv=2),
+    "mqa-causal": Spec(1, 19, 19, 4, 16, causal, hkv=1),
+    "no-keys": Spec(2, 3, 0, 2, 16, full),
+    "strided": Spec(2, 13, 17, 4, 16, scattered, hkv=2, strided=True),
+    "strided-causal": Spec(2, 13, 13, 2, 16, causal, strided=True),
+    "sharp": Spec(1, 9, 21, 1, 16, scattered, magnitude=12.0),
+    "negative-scale": Spec(1, 9, 21, 1, 16, scattered, scale=-0.3),
+    "dim64": Spec(1, 17, 23, 1, 64, scattered),
+    "dim80": Spec(1, 17, 23, 1, 80, scattered),
+    "dim128": Spec(1, 17, 23, 1, 128, scattered),
+}
+# half precision proves the casts; the logic is proven in float32, where bounds are tightest
+_HALF = ("full", "causal", "scattered", "monotone-blocks", "decode", "gqa", "negative-scale", "dim64", "dim80")
+
+
+class CrossAttentionCases:
+    """See `calm_fast.core.numerics.OpCases`."""
+
+    op = "cross_attention"
+    impls = ("torch", "triton", "native")
+
+    def cases(self) -> list[Case]:
+        found = [self.case(name, torch.float32) for name in _SPECS]
+        # without lse the torch implementation takes another path, and the kernels skip a gradient
+        found += [self.case(name, torch.float32, lse=False) for name in _SPECS]
+        for dtype in (torch.bfloat16, torch.float16):
+            found += [self.case(name, dtype, lse=i % 2 == 0) for i, name in enumerate(_HALF)]
+        return found
+
+    def fits(self, case: Case, impl: str, device: str) -> bool:
+        """On a GPU the compiled library decodes: at most 16 queries."""
+        return impl != "native" or device == "cpu" or case.spec.m <= 16
+
+    def case(self, name: str, dtype: torch.dtype, **changes: Any) -> Case:
+        """The case `name`, with fields of its Spec changed."""
+        spec = replace(_SPECS[name], **changes)
+        return Case(self.op, name if spec.lse else f"{name}, no lse", dtype, spec)
+
+    def build(self, case: Case, device: torch.device) -> dict[str, Any]:
+        """q, k, v, bounds and the upstream gradients dout and dlse (None without lse), all from a fixed seed."""
+        s: Spec = case.spec
+        g = torch.Generator().manual_seed(zlib.crc32(repr((s.b, s.m, s.n, s.h, s.d, s.mask.__name__)).encode()))
+        hkv = s.hkv or s.h
+
+        def normal(*shape: int, size: float = 1.0) -> torch.Tensor:
+            return (torch.randn(shape, generator=g) * size).to(device, case.dtype)
+
+        if s.strided:  # heads first, and k and v as halves of one tensor
+            q = normal(s.b, s.h, s.m, s.d, size=s.magnitude).transpose(1, 2)
+            k, v = normal(s.b, s.n, hkv, 2 * s.d).chunk(2, dim=-1)
+        else:
+            q = normal(s.b, s.m, s.h, s.d, size=s.magnitude)
+            k, v = normal(s.b, s.n, hkv, s.d), normal(s.b, s.n, hkv, s.d)
+        # upstream gradients that differ in size from row to row, so that a row mixed up with another one shows
+        dout = normal(s.b, s.m, s.h, s.d) * (0.5 + torch.arange(s.m, device=device) % 3)[:, None, None].to(case.dtype)
+        dlse = normal(s.b, s.h, s.m).float() if s.lse else None
+        bounds = {"causal": False, "lo": None, "hi": None, **s.mask(s.b, s.m, s.n, g)}
+        bounds = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in bounds.items()}
+        return {"q": q, "k": k, "v": v, **bounds, "scale": s.scale, "dout": dout, "dlse": dlse}
+
+    def run(self, inputs: Inputs, impl: str) -> Values:
+        from calm_fast.ops import cross_attention
+
+        def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            options = {name: inputs[name] for name in ("causal", "lo", "hi", "scale")}
+            result = cross_attention(q, k, v, **options, return_lse=inputs["dlse"] is not None, impl=impl)
+            return result if isinstance(result, tuple) else (result,)
+
+        return _with_gradients(call, inputs)
+
+    def eager(self, inputs: Inputs) -> Values:
+        """Softmax attention as a user writes it: every product and the softmax in q's dtype."""
+
+        def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            group = q.shape[2] // k.shape[2]
+            k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
+            scale = q.shape[-1] ** -0.5 if inputs["scale"] is None else inputs["scale"]
+            visible, empty = _visible(inputs)
+            scores = torch.einsum("bmhd,bnhd->bhmn", q, k) * scale
+            scores = scores.masked_fill(~visible & ~empty, float("-inf"))
+            probs = scores.softmax(dim=-1).masked_fill(empty, 0.0)
+            out = torch.einsum("bhmn,bnhd->bmhd", probs, v)
+            if inputs["dlse"] is None:
+                return (out,)
+            lse = scores.to(inputs["dlse"].dtype).logsumexp(-1).masked_fill(empty.squeeze(-1), float("-inf"))
+            return out, lse
+
+        return _with_gradients(call, inputs)
+
+    def exact(self, inputs: Inputs) -> Values:
+        """A query without keys: out and dq 0, lse -inf; a key without queries: dk and dv 0."""
+        q, k = inputs["q"], inputs["k"]
+        visible, empty = (t.expand(q.shape[0], -1, -1, -1).squeeze(1) for t in _visible(inputs))  # (B, M, N or 1)
+        rows = empty[..., None].expand(q.shape)
+        keys = ~visible.any(dim=1)[..., None, None].expand(k.shape)
+        found = {"out": rows, "dq": rows, "dk": keys, "dv": keys}
+        if inputs["dlse"] is not None:
+            found["lse"] = empty.transpose(1, 2).expand(q.shape[0], q.shape[2], q.shape[1])
+        return found
+
+    def rounding(self, inputs: Inputs) -> dict[str, Rounding]:
+        return _rounding(inputs)
+
+
+def _with_gradients(call: Callable[..., tuple[torch.Tensor, ...]], inputs: Inputs) -> Values:
+    leaves = [inputs[name].detach().requires_grad_() for name in ("q", "k", "v")]
+    results = call(*leaves)
+    upstream = [inputs["dout"], inputs["dlse"]][: len(results)]
+    grads = torch.autograd.grad(results, leaves, [u.to(r.dtype) for u, r in zip(upstream, results, strict=True)])
+    names = ["out", "lse"][: len(results)] + ["dq", "dk", "dv"]
+    return dict(zip(names, (*(r.detach() for r in results), *grads), strict=True))
+
+
+def _visible(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """(1 or B, 1, M, N) the keys each query sees; (1 or B, 1, M, 1) the queries that see none."""
+    q, k = inputs["q"], inputs["k"]
+    mask = interval_mask(inputs["lo"], inputs["hi"], inputs["causal"], q.shape[1], k.shape[1], q.device).unsqueeze(1)
+    return mask, ~mask.any(dim=-1, keepdim=True)
+
+
+def _rounding(inputs: Inputs) -> dict[str, Rounding]:
+    """First-order variances of: scores in float32 -> P -> O = P V; delta = dO.O, dS = P (dP - delta + dlse).
+
+    Rounded to the inputs' dtype on the way: P and dS as operands of a product, O where delta reads it. Tensors are
+    (B, H, M or N, ...). `var_x` is the share of x in A (squares per float32 roundoff), `in_x` its share in R.
+    """
+    q, k, v, dout = (inputs[name].transpose(1, 2) for name in ("q", "k", "v", "dout"))
+    (_, _, m, d), n = q.shape, k.shape[2]
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+    scale = d**-0.5 if inputs["scale"] is None else inputs["scale"]
+    visible, empty = _visible(inputs)
+    scores = q @ k.mT * scale
+    hidden = scores.masked_fill(~visible & ~empty, float("-inf"))
+    p = hidden.softmax(-1).masked_fill(empty, 0.0)
+    lse = hidden.logsumexp(-1, keepdim=True).masked_fill(empty, 0.0)
+    out = p @ v
+
+    # a score: its product over D, then scale, base change and (up to twice as large) the distance to the maximum
+    top = scores.masked_fill(~visible, 0.0).square()
+    top = top.amax(-1, keepdim=True) if n else top.sum(-1, keepdim=True)
+    var_s = sum_variance(d, q.abs() @ k.abs().mT * scale) + 6 * top
+    # the normaliser sums N exponentials (2 roundoffs each) and is rescaled as it goes; then log, then lse itself
+    var_lse = (p.square() * (var_s + 4)).sum(-1, keepdim=True) + 2 * (n + 2) / 3 + 4 + lse.square()
+    var_p = 2 * p.square() * (var_s + var_lse + 4)  # 2: a score's error is also part of its row's lse
+    var_out = 2 * (p.square() * (var_s + 4)) @ v.square() + 2 * out.square() * var_lse
+    var_out = var_out + 2 * sum_variance(n, p @ v.abs())
+    in_out = p.square() @ v.square()
+
+    dp, delta = dout @ v.mT, (dout * out).sum(-1, keepdim=True)
+    dlse = torch.zeros_like(delta) if inputs["dlse"] is None else inputs["dlse"].unsqueeze(-1)
+    t = dp - delta + dlse
+    ds = (p * t).abs()
+    # independent from key to key | common to a row: delta, which reads the rounded O, and lse (relative)
+    var_ds = p.square() * (sum_variance(d, dout.abs() @ v.abs().mT) + 2 * dp.square() + t.square())
+    var_ds = var_ds + var_p * t.square()
+    var_delta = sum_variance(d, (dout * out).abs().sum(-1, keepdim=True)) + 2 * delta.square() + dlse.square()
+    var_delta = var_delta + (dout.square() * var_out).sum(-1, keepdim=True)
+    in_delta = (dout.square() * (out.square() + in_out)).sum(-1, keepdim=True)
+    s2, shared = scale**2, (p @ k).square()
+
+    var_dq = var_ds @ k.square() + var_delta * shared + sum_variance(n, ds @ k.abs())
+    var_dq = var_dq + 2 * ((p * t) @ k).square() * var_lse
+    in_dq = ds.square() @ k.square() + in_delta * shared
+    var_dk = (var_ds + p.square() * var_delta).mT @ q.square()
+    in_dk = (ds.square() + p.square() * in_delta).mT @ q.square()
+
+    def rows(x: torch.Tensor) -> torch.Tensor:  # (B, H, M, D) -> (B, M, H, D)
+        return x.transpose(1, 2)
+
+    def keys(x: torch.Tensor) -> torch.Tensor:  # (B, H, N, D) -> (B, N, Hkv, D): the sum over the heads of a group
+        return x.unflatten(1, (-1, group)).sum(2).transpose(1, 2)
+
+    def sums(x: torch.Tensor) -> torch.Tensor:
+        return sum_variance(m * group, keys(x))
+
+    return {
+        "out": Rounding(rows(in_out), rows(var_out)),
+        "lse": Rounding(0.0, var_lse.squeeze(-1)),
+        "dq": Rounding(s2 * rows(in_dq), s2 * rows(var_dq)),
+        "dk": Rounding(s2 * keys(in_dk), s2 * (keys(var_dk) + sums(ds.mT @ q.abs()))),
+        "dv": Rounding(keys(p.square().mT @ dout.square()), keys(var_p.mT @ dout.square()) + sums(p.mT @ dout.abs())),
+    }
+
+
+CASES = CrossAttentionCases()

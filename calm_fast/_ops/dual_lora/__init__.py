@@ -1,0 +1,1 @@
+"""The room of dual_lora: definition, public function, implementations, cases."""

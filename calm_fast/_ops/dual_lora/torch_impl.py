@@ -1,0 +1,133 @@
+"""dual_lora folded: one skinny product of x, then work that is R or m wide, then one product into the output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Folded(NamedTuple):
+    """The factors of dual_lora multiplied out once; R = R_pos + R_neg, positive columns first.
+
+    down: (2R, d_in) = [A_pos; A_neg; -G_pos; G_neg], G_* = s_* (W_k B_*)^T W_q. The sign makes the difference of the
+        two gate logits one dot product of the two halves of `down x`.
+    up: "none": (d_out, R) = W_v [s_pos B_pos, s_neg B_neg]; "gelu": (m, R) = C1 [s_pos B_pos, s_neg B_neg].
+    c1 (m, d_out), c2 (d_out, m): the value factors of "gelu"; None with "none".
+    packed: down and, "none": up, "gelu": c1, c2 again as `_ops.packed_linear` keeps them; None where nothing
+        is packed.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    c1: torch.Tensor | None = None
+    c2: torch.Tensor | None = None
+    packed: tuple | None = None
+
+    def to(self, dtype: torch.dtype) -> Folded:
+        return Folded(*(t if t is None else t.to(dtype) for t in self[:4]))
+
+
+def fold_dual_lora(
+    a_pos: torch.Tensor,
+    b_pos: torch.Tensor,
+    a_neg: torch.Tensor,
+    b_neg: torch.Tensor,
+    w_q: torch.Tensor,
+    w_k: torch.Tensor,
+    value: Sequence[torch.Tensor],
+    scaling: tuple[float, float],
+    activation: str,
+) -> Folded:
+    """The folded form of the factors (shapes as in `dual_lora_reference`), in their dtype, differentiable.
+
+    (W_k B) first: G R numbers, where W_k^T W_q would be d_out x d_in.
+    """
+    b = torch.cat((b_pos * scaling[0], b_neg * scaling[1]), dim=1)  # (d_out, R)
+    keys = w_k @ b  # (G, R)
+    keys_pos, keys_neg = keys.split((b_pos.shape[1], b_neg.shape[1]), dim=1)
+    gate = torch.cat((-keys_pos, keys_neg), dim=1).mT @ w_q  # (R, d_in)
+    down = torch.cat((a_pos, a_neg, gate))
+    if activation == "gelu":
+        c1, c2 = value
+        return Folded(down, c1 @ b, c1, c2)
+    for factor in value:
+        b = factor @ b
+    return Folded(down, b)
+
+
+def project(x: torch.Tensor, folded: Folded, lora_x: torch.Tensor | None = None) -> torch.Tensor:
+    """[z, g] = down x, (..., 2R); the LoRA half z from `lora_x` (x after dropout) where that is given."""
+    if lora_x is None:
+        return F.linear(x, folded.down)
+    a, gate = folded.down.chunk(2)
+    return torch.cat((F.linear(lora_x, a), F.linear(x, gate)), dim=-1)
+
+
+def negative_share(zg: torch.Tensor) -> torch.Tensor:
+    """p_neg (..., 1) in float32 (float64 for float64) from `project`'s [z, g]."""
+    z, g = zg.to(torch.promote_types(zg.dtype, torch.float32)).chunk(2, dim=-1)
+    return (z * g).sum(-1, keepdim=True).sigmoid()
+
+
+def dual_lora_torch(zg: torch.Tensor, y: torch.Tensor, folded: Folded, r_pos: int) -> torch.Tensor:
+    """out (..., d_out) from [z, g] (..., 2R) of `project` and the frozen layer's output y (..., d_out).
+
+    "none": y + [a_pos z_pos, a_neg z_neg] up^T. "gelu": y + (a_pos gelu(u + z_pos up_pos^T) +
+    a_neg gelu(u + z_neg up_neg^T)) C2^T with u = C1 y. The gate and the mix are float32.
+    """
+    shape, dtype = y.shape, y.dtype
+    zg, y = zg.reshape(-1, zg.shape[-1]), y.reshape(-1, shape[-1])
+    r = zg.shape[1] // 2
+    p_neg = negative_share(zg)
+    weight_pos, weight_neg = 1.5 - p_neg, p_neg - 0.5
+    z_pos, z_neg = zg[:, :r_pos], zg[:, r_pos:r]
+    if folded.c1 is None:
+        mixed = torch.cat((weight_pos * z_pos, weight_neg * z_neg), dim=1).to(dtype)
+        return torch.addmm(y, mixed, folded.up.mT).view(shape)
+    base = F.linear(y, folded.c1)
+    up_pos, up_neg = folded.up.split((r_pos, r - r_pos), dim=1)
+    pos, neg = (F.gelu(torch.addmm(base, z, up.mT)) for z, up in ((z_pos, up_pos), (z_neg, up_neg)))
+    mixed = (weight_pos * pos + weight_neg * neg).to(dtype)
+    return torch.addmm(y, mixed, folded.c2.mT).view(shape)
+
+
+def dual_lora_backward_torch(
+    dout: torch.Tensor, zg: torch.Tensor, y: torch.Tensor, folded: Folded, r_pos: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of zg, y, up, c1 and c2 (None where there is none) of `dual_lora_torch` on flat tensors.
+
+    For a forward pass that autograd cannot see through. docs/kernels/dual_lora.md derives it; all that is not a
+    product is float32.
+    """
+    r, dtype = zg.shape[1] // 2, y.dtype
+    wide = zg.to(torch.promote_types(dtype, torch.float32))
+    z, g = wide.chunk(2, dim=-1)
+    p_neg = negative_share(zg)
+    weights = (1.5 - p_neg, p_neg - 0.5)
+    if folded.c1 is None:
+        weighted = [w * part for w, part in zip(weights, z.split((r_pos, r - r_pos), dim=1), strict=True)]
+        dmix = (dout @ folded.up).to(wide.dtype)
+        dpos, dneg = (dmix * z).split((r_pos, r - r_pos), dim=1)
+        dlogit = p_neg * (1 - p_neg) * (dneg.sum(-1, keepdim=True) - dpos.sum(-1, keepdim=True))
+        dz = torch.cat([w * d for w, d in zip(weights, dmix.split((r_pos, r - r_pos), dim=1), strict=True)], dim=1)
+        dup = dout.mT @ torch.cat(weighted, dim=1).to(dtype)
+        return torch.cat((dz + dlogit * g, dlogit * z), dim=1).to(dtype), dout, dup, None, None
+    u = F.linear(y, folded.c1)
+    parts = [
+        (torch.addmm(u, part, up.mT).to(wide.dtype), part, up, w)
+        for part, up, w in zip(
+            zg[:, :r].split((r_pos, r - r_pos), dim=1), folded.up.split((r_pos, r - r_pos), dim=1), weights, strict=True
+        )
+    ]
+    dmix = (dout @ folded.c2).to(wide.dtype)
+    pos, neg = (F.gelu(h) for h, *_ in parts)
+    dlogit = p_neg * (1 - p_neg) * (dmix * (neg - pos)).sum(-1, keepdim=True)
+    dh = [torch.ops.aten.gelu_backward(w * dmix, h).to(dtype) for h, _, _, w in parts]
+    dz = torch.cat([d @ up for d, (_, _, up, _) in zip(dh, parts, strict=True)], dim=1)
+    dup = torch.cat([d.mT @ part for d, (_, part, _, _) in zip(dh, parts, strict=True)], dim=1)
+    du, mix = dh[0] + dh[1], (weights[0] * pos + weights[1] * neg).to(dtype)
+    dzg = torch.cat((dz + dlogit * g, dlogit * z), dim=1).to(dtype)
+    return dzg, torch.addmm(dout, du, folded.c1), dup, du.mT @ y, dout.mT @ mix

@@ -1,0 +1,1 @@
+"""The room of linear_logprob: definition, public function, implementations, cases."""

@@ -1,0 +1,46 @@
+"""Definition of linear_logprob: log-probabilities of target tokens from hidden states and the LM head."""
+
+from __future__ import annotations
+
+import torch
+
+from calm_fast._ops.vocabulary.reference import expectation, logits_reference
+
+
+def linear_logprob_reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probability of each target, entropy of its distribution and its rank, with all logits in memory.
+
+        p_t = softmax(z_t / temperature),  z = softcap(hidden weight^T + bias)
+        logprob_t = log p_t[target_t];  entropy_t = -sum_v p_t[v] log p_t[v]
+        rank_t = 1 + #{v : z_t[v] > z_t[target_t]}
+
+    Args:
+        hidden: (T, d), any float dtype. weight: (V, d). targets: (T,) int64. bias: (V,) or None; -inf
+            rules a token out: it adds 0 to the entropy.
+        temperature: positive. softcap: positive or None. ignore_index: the target that marks a token to ignore.
+    Returns:
+        logprob, entropy (T,) float32 (float64 for float64 input), rank (T,) int64; all 0 for ignored tokens.
+    Source: ASC scoring, NAT (arXiv 2312.12832) section 3.4.
+    """
+    # an ignored row is dropped, not multiplied by 0: whatever it holds, NaN included, must not matter
+    valid = targets != ignore_index
+    rows = valid.nonzero().squeeze(1)
+    z = logits_reference(hidden[rows], weight, bias, softcap)
+    at = targets[rows].unsqueeze(1)
+    log_p = (z / temperature).log_softmax(-1)
+    logprob, entropy = log_p.gather(1, at).squeeze(1), -expectation(log_p.exp(), log_p)
+    rank = 1 + (z > z.gather(1, at)).sum(-1)
+    nothing = z.new_zeros(targets.shape[0])
+    return (
+        nothing.index_copy(0, rows, logprob),
+        nothing.index_copy(0, rows, entropy),
+        torch.zeros_like(targets).index_copy(0, rows, rank),
+    )

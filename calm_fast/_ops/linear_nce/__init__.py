@@ -1,0 +1,1 @@
+"""The room of linear_nce: definition, public function, implementations, cases."""

@@ -1,0 +1,236 @@
+"""Cases of linear_nce and the rounding analysis of its forward and backward."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from calm_fast._ops.vocabulary.rounding import Logits, Off, gradients, logits
+from calm_fast.core.numerics import Case, Inputs, Rounding, Values
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Sizes and features of one case."""
+
+    t: int
+    d: int
+    v: int
+    sequences: int = 3
+    alpha: float = 0.5
+    temperature: float = 1.0
+    offset: float = 0.5
+    softcap: float | None = None
+    bias: bool = False
+    ignored: float = 0.2  # share of tokens; 1 = all
+    magnitude: float = 1.0  # of the hidden states
+    teacher_gap: float = 0.3  # how far the teachers are from the student
+    frozen: bool = False  # no gradient for weight and bias
+    strided: bool = False
+
+
+_SPECS: dict[str, Spec] = {
+    "plain": Spec(13, 16, 53),
+    "frozen": Spec(13, 16, 53, frozen=True),
+    "single": Spec(1, 1, 1, ignored=0.0, sequences=1),
+    "one-column": Spec(5, 8, 1),
+    "one-token": Spec(1, 24, 97, ignored=0.0, sequences=1),
+    "nothing-ignored": Spec(19, 24, 71, ignored=0.0),
+    "all-ignored": Spec(7, 16, 37, ignored=1.0),
+    "all-ignored-frozen": Spec(7, 16, 37, ignored=1.0, frozen=True),
+    "many-sequences": Spec(31, 16, 41, sequences=31),
+    "one-sequence": Spec(31, 16, 41, sequences=1),
+    "edges": Spec(16, 32, 64),
+    "past-edges": Spec(17, 33, 65),
+    "long-rows": Spec(3, 8, 1101, magnitude=2.0),
+    "long-rows-frozen": Spec(3, 8, 1101, magnitude=2.0, frozen=True),
+    "wide": Spec(7, 200, 45),
+    "temperature": Spec(13, 16, 53, temperature=2.5),
+    "temperature-low": Spec(13, 16, 53, temperature=0.4, frozen=True),
+    "softcap": Spec(13, 16, 53, softcap=2.0, magnitude=3.0),
+    "bias": Spec(13, 16, 53, bias=True),
+    "everything": Spec(21, 24, 83, temperature=1.7, softcap=4.0, bias=True, alpha=0.8, offset=0.25, magnitude=2.0),
+    "hard-only": Spec(13, 16, 53, alpha=0.0),
+    "soft-only": Spec(13, 16, 53, alpha=1.0, temperature=2.0),
+    "negative-offset": Spec(13, 16, 53, offset=-0.75),
+    "sharp": Spec(11, 16, 67, magnitude=12.0),
+    "far-teachers": Spec(11, 16, 67, teacher_gap=3.0, magnitude=2.0),
+    "strided": Spec(13, 16, 53, strided=True, bias=True),
+    "everything-frozen": Spec(
+        21, 24, 83, temperature=1.7, softcap=4.0, bias=True, alpha=0.8, offset=0.25, magnitude=2.0, frozen=True
+    ),
+    "bias-frozen": Spec(19, 17, 53, bias=True, frozen=True),
+    "sharp-frozen": Spec(11, 16, 67, magnitude=12.0, frozen=True),
+    "far-teachers-frozen": Spec(11, 16, 67, teacher_gap=3.0, magnitude=2.0, frozen=True),
+    # a step takes whole sequences up to 128 tokens at once: several chunks, and sequences that do not fit into one
+    "chunks-frozen": Spec(170, 8, 41, sequences=9, frozen=True),
+    "long-sequences-frozen": Spec(170, 8, 41, sequences=1, frozen=True),
+    "strided-frozen": Spec(13, 16, 53, strided=True, frozen=True, temperature=2.0),
+}
+# half precision proves the casts; the logic is proven in float32, where bounds are tightest
+_HALF = ("plain", "frozen", "past-edges", "long-rows-frozen", "wide", "everything", "sharp", "all-ignored")
+_HALF += ("everything-frozen", "sharp-frozen", "far-teachers-frozen")
+_OPTIONS = ("alpha", "temperature", "offset", "bias", "softcap")
+
+
+class LinearNceCases:
+    """See `calm_fast.core.numerics.OpCases`."""
+
+    op = "linear_nce"
+    impls = ("torch", "triton", "native")
+
+    def cases(self) -> list[Case]:
+        found = [self.case(name, torch.float32) for name in _SPECS]
+        return found + [self.case(name, dtype) for dtype in (torch.bfloat16, torch.float16) for name in _HALF]
+
+    def case(self, name: str, dtype: torch.dtype, **changes: Any) -> Case:
+        """The case `name`, with fields of its Spec changed."""
+        return Case(self.op, name, dtype, replace(_SPECS[name], **changes))
+
+    def build(self, case: Case, device: torch.device) -> dict[str, Any]:
+        """The op's arguments and the upstream gradient dloss, all from a fixed seed."""
+        s: Spec = case.spec
+        g = torch.Generator().manual_seed(zlib.crc32(repr(s).encode()))
+
+        def normal(*shape: int, size: float = 1.0) -> torch.Tensor:
+            if s.strided and len(shape) == 2:  # every other column of a transposed matrix
+                return (torch.randn(2 * shape[1], shape[0], generator=g) * size).to(device, case.dtype).T[:, ::2]
+            return (torch.randn(shape, generator=g) * size).to(device, case.dtype)
+
+        student = normal(s.t, s.d, size=s.magnitude)
+        nat, neg = (student + normal(s.t, s.d, size=s.magnitude * s.teacher_gap) for _ in range(2))
+        targets = torch.randint(0, s.v, (s.t,), generator=g)
+        targets[torch.rand(s.t, generator=g) < s.ignored] = -100
+        seq_ids = torch.randint(0, s.sequences, (s.t,), generator=g)
+        return {
+            "student": student,
+            "nat": nat,
+            "neg": neg,
+            "weight": normal(s.v, s.d, size=s.d**-0.5),
+            "targets": targets.to(device),
+            "seq_ids": seq_ids.to(device),
+            **{name: getattr(s, name) for name in _OPTIONS},
+            "bias": normal(s.v) if s.bias else None,
+            "frozen": s.frozen,
+            "dloss": torch.tensor(1.75, device=device),
+        }
+
+    def run(self, inputs: Inputs, impl: str) -> Values:
+        from calm_fast._ops.linear_nce.api import linear_nce
+
+        return _with_gradients(inputs, lambda tensors: linear_nce(**tensors, impl=impl))
+
+    def eager(self, inputs: Inputs) -> Values:
+        """Log-softmax on full logits as a user writes it, every step in the inputs' dtype."""
+        return _with_gradients(inputs, lambda tensors: _eager_loss(**tensors))
+
+    def exact(self, inputs: Inputs) -> Values:
+        """Ignored tokens get gradient 0; without a valid token everything is 0."""
+        ignored = inputs["targets"] == -100
+        found = {"dstudent": ignored.unsqueeze(-1).expand(inputs["student"].shape)}
+        if bool(ignored.all()):
+            found["loss"] = torch.ones((), dtype=torch.bool, device=ignored.device)
+            if not inputs["frozen"]:
+                found["dweight"] = torch.ones_like(inputs["weight"], dtype=torch.bool)
+        return found
+
+    def rounding(self, inputs: Inputs) -> dict[str, Rounding]:
+        return _rounding(inputs)
+
+
+def _with_gradients(inputs: Inputs, call: Any) -> Values:
+    names = ["student"] if inputs["frozen"] else ["student", "weight"] + ["bias"] * (inputs["bias"] is not None)
+    leaves = {name: inputs[name].detach().requires_grad_() for name in names}
+    tensors = {name: value for name, value in inputs.items() if name not in ("frozen", "dloss")} | leaves
+    loss = call(tensors)
+    grads = torch.autograd.grad(loss, list(leaves.values()), inputs["dloss"].to(loss.dtype))
+    return {"loss": loss.detach(), **{f"d{name}": g for name, g in zip(names, grads, strict=True)}}
+
+
+def _eager_loss(student, nat, neg, weight, targets, seq_ids, alpha, temperature, offset, bias, softcap) -> torch.Tensor:
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        z = torch.nn.functional.linear(hidden, weight, bias)
+        return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+    z, valid = head(student), targets != -100
+    count = int(valid.sum())
+    if count == 0:
+        return z.sum() * 0
+    with torch.no_grad():
+        z_nat, z_neg = head(nat), head(neg)
+        log_nat, log_neg = z_nat.log_softmax(-1), z_neg.log_softmax(-1)
+        kl = (log_neg.exp() * (log_neg - log_nat)).sum(-1)
+        same = ((seq_ids[:, None] == seq_ids) & valid).to(kl.dtype)
+        beta = torch.tanh((same * kl).sum(-1) / same.sum(-1).clamp(min=1))
+        teacher = (z_nat / temperature).softmax(-1)
+    soft = -(teacher * (z / temperature).log_softmax(-1)).sum(-1)
+    hard = torch.nn.functional.cross_entropy(z, targets, ignore_index=-100, reduction="none")
+    distillation = temperature**2 * (valid * (offset + beta) * soft).sum() / count
+    return (1 - alpha) * hard.sum() / count + alpha * distillation
+
+
+def _rounding(inputs: Inputs) -> dict[str, Rounding]:
+    """Follows loss and gradients from the three logit products, first order.
+
+    loss = sum_t hard_t (lse - z_target) + soft_t H_t,  soft_t = alpha tau^2 / count (offset + tanh KL_s)
+    dz   = dloss (hard_t (p - 1_target) + soft_t / tau (p^tau - p_nat^tau))
+    """
+    valid, names = inputs["targets"] != -100, ("loss", "dstudent", "dweight", "dbias")
+    tokens = {name: inputs[name][valid] for name in ("student", "nat", "neg", "targets", "seq_ids")}
+    count, targets = tokens["targets"].numel(), tokens["targets"]
+    if count == 0:
+        return {name: Rounding(0.0, 0.0) for name in names}
+    head = (inputs["weight"], inputs["bias"], inputs["softcap"])
+    student, nat, neg = (logits(tokens[name], *head) for name in ("student", "nat", "neg"))
+    tau = 1.0 / inputs["temperature"]
+    c_hard, c_soft = (1 - inputs["alpha"]) / count, inputs["alpha"] / tau**2 / count
+    kept, kept_off = _calibration(nat, neg, tokens["seq_ids"], inputs["offset"])
+
+    (lse, lse_off), (at_target, target_off) = student.log_sum(), student.at(targets)
+    (lse_soft, lse_soft_off), scaled = student.log_sum(tau), (student.off * tau).steps(student.z * tau)
+    mean, mean_off = nat.mean(student.z * tau, scaled, tau)
+    hard, soft = lse - at_target, lse_soft - mean
+    off = (lse_off + target_off).steps(hard, 1) * c_hard
+    off = off + ((lse_soft_off + mean_off).steps(soft, 1) * kept + kept_off * soft) * c_soft
+    terms = c_hard * hard.abs() + (c_soft * kept * soft).abs()
+    loss_off = off.steps(terms).shared().sum(-2, terms.unsqueeze(-1)).map(lambda t: t.squeeze(-1))
+
+    dloss = inputs["dloss"]
+    (p, p_off), (q, q_off), (r, r_off) = student.softmax(), student.softmax(tau), nat.softmax(tau)
+    one = torch.zeros_like(p).scatter_(1, targets.unsqueeze(-1), 1.0)
+    share, share_off = dloss * c_soft * tau * kept.unsqueeze(-1), kept_off.shared() * (dloss * c_soft * tau)
+    dz = dloss * c_hard * (p - one) + share * (q - r)
+    dz_off = p_off * (dloss * c_hard) + (q_off + r_off) * share + share_off * (q - r)
+    dz_off = dz_off.steps(dloss * abs(c_hard) * (p + one) + share.abs() * (q + r))
+    raw, raw_off = student.backward(dz, dz_off)
+    found = {name: o.rounding() for name, o in gradients(raw, raw_off, tokens["student"], inputs["weight"]).items()}
+
+    def scattered(values: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(inputs["student"]).masked_scatter(valid.unsqueeze(-1), values)
+
+    dstudent = Rounding(scattered(found["dhidden"].inputs), scattered(found["dhidden"].accumulate))
+    values = (loss_off.rounding(), dstudent, found["dweight"], found["dbias"])
+    return dict(zip(names, values, strict=True))
+
+
+def _calibration(nat: Logits, neg: Logits, seq_ids: torch.Tensor, offset: float) -> tuple[torch.Tensor, Off]:
+    """offset + tanh KL_s of each token's sequence, (T,)."""
+    gap, gap_off = neg.z - nat.z, (neg.off + nat.off).steps(neg.z - nat.z, 1)
+    mean, mean_off = neg.mean(gap, gap_off)
+    (lse_neg, neg_off), (lse_nat, nat_off) = neg.log_sum(), nat.log_sum()
+    kl = mean - lse_neg + lse_nat
+    kl_off = (mean_off + neg_off + nat_off).steps(kl.abs() + lse_neg.abs() + lse_nat.abs(), 2)
+    same = (seq_ids[:, None] == seq_ids).double()
+    same = same / same.sum(-1, keepdim=True)
+    beta = torch.tanh(same @ kl)
+    off = (
+        kl_off.shared().map(lambda t: t.mT.expand(2, kl.numel(), -1)) * same
+    )  # (2, T, T): row i, every token of its sequence
+    off = off.sum(-1, same * kl) * (1 - beta.square())
+    return offset + beta, off.steps(torch.ones_like(beta)).steps(offset + beta, 1)
+
+
+CASES = LinearNceCases()

@@ -1,0 +1,188 @@
+"""Accuracy of a majority (or weighted) vote as a function of how many samples vote."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from calm_fast._ops.voting.decide import check_votes, choose
+from calm_fast.core.checks import bad_type, bad_value, check_tensor
+from calm_fast.core.dispatch import Decision, check_impl
+
+_OP = "maj_at_k"
+METHODS = ("exact", "resample")
+
+
+class Curve(NamedTuple):
+    """A quantity at each k, (len(ks),) float64 each.
+
+    accuracy: mean over questions. stderr: standard error of that mean over questions (sample standard deviation over
+    the root of their number), NaN for a single question. No questions: both 0.
+    """
+
+    accuracy: torch.Tensor
+    stderr: torch.Tensor
+
+
+def maj_at_k(
+    answers: torch.Tensor,
+    correct: torch.Tensor,
+    scores: torch.Tensor | None = None,
+    *,
+    ks: Sequence[int],
+    valid: torch.Tensor | None = None,
+    method: str = "exact",
+    resamples: int = 1000,
+    rule: str = "count",
+    lam: float = 1.0,
+    seed: int = 0,
+    impl: str = "auto",
+) -> Curve:
+    """Accuracy of a vote of k samples, averaged over subsets of k of each question's valid samples.
+
+        credit of a subset = 1 / (number of tied classes) if the correct class is among the tied ones (see `vote`),
+        else 0;   accuracy[k] = mean over questions of the mean over subsets of size k
+
+    "exact" takes ALL subsets, in closed form (rule "count"): no sampling noise; at k = 1 the share of right samples.
+    "resample" takes `resamples` random subsets without replacement, for every rule. They are a function of (seed,
+    number of the question in the batch, number of the resample) alone: every implementation on every device draws the
+    same ones.
+
+    Args:
+        answers: (Q, K) int64 >= 0, class ids within a question: equal id = equal answer.
+        correct: (Q,) int64, the class id of the right answer; a question none of whose valid samples has it scores 0.
+        scores: (Q, K) float32, float64, bfloat16 or float16, as in `vote`; needed unless rule is "count".
+        ks: sizes >= 1 in any order. A k beyond a question's valid samples uses them all; with none it scores 0.
+        valid: (Q, K) bool; False = the sample does not vote. None = all vote.
+        method: "exact" or "resample". resamples: subsets of each question, 1 to 2^32 - 1. seed: any 64-bit integer,
+            signed or not; both only with "resample".
+        rule: "count", "weighted" or "adaptive". lam: finite, the weight of a score in "adaptive". See `vote`.
+        impl: "auto", "reference", "torch", "triton" or "native"; an explicit choice is honoured or refused.
+    Returns:
+        Curve(accuracy, stderr), (len(ks),) float64 each, in the order of ks. Nothing is differentiable.
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
+        RuntimeError: an explicit `impl` cannot run here.
+    Deterministic; implementations differ by float64 rounding. Source: NAT (arXiv 2312.12832) section 3.4, and for
+    the subsets the pass@k estimator (arXiv 2107.03374).
+    """
+    decision = decide(
+        answers, correct, scores, ks=ks, valid=valid, method=method, resamples=resamples, rule=rule, lam=lam,
+        seed=seed, impl=impl,
+    )  # fmt: skip
+    scores = None if scores is None or rule == "count" else scores.detach()
+    seed = (int(seed) + 2**63) % 2**64 - 2**63  # the same bits as a signed integer
+    credit = torch.ops.calm_fast.maj_at_k_fwd(
+        answers, correct, scores, valid, [int(k) for k in ks], method, int(resamples), rule, float(lam), seed,
+        decision.impl,
+    )  # fmt: skip
+    return curve(credit)
+
+
+def curve(credit: torch.Tensor) -> Curve:
+    """Mean and standard error over the questions of credit (Q, len(ks)) float64."""
+    questions = credit.shape[0]
+    if questions == 0:
+        return Curve(credit.new_zeros(credit.shape[1]), credit.new_zeros(credit.shape[1]))
+    accuracy = credit.sum(0) / questions
+    variance = (credit - accuracy).square().sum(0) / (questions - 1)  # 0 / 0, NaN, for one question
+    return Curve(accuracy, (variance / questions).sqrt())
+
+
+def decide(
+    answers: torch.Tensor,
+    correct: torch.Tensor,
+    scores: torch.Tensor | None = None,
+    *,
+    ks: Sequence[int],
+    valid: torch.Tensor | None = None,
+    method: str = "exact",
+    resamples: int = 1000,
+    rule: str = "count",
+    lam: float = 1.0,
+    seed: int = 0,
+    impl: str = "auto",
+) -> Decision:
+    """Which implementation the same call of `maj_at_k` runs, and why; raises what that call would raise."""
+    check_impl(_OP, impl)
+    check_votes(_OP, answers, scores, valid, rule, lam)
+    check_tensor(_OP, "correct", correct, "(Q,)", (torch.int64,), answers.device)
+    if correct.shape[0] != answers.shape[0]:
+        raise bad_value(_OP, "correct", f"of shape (Q,) = ({answers.shape[0]},)", f"shape {tuple(correct.shape)}")
+    check_sizes(_OP, ks)
+    _check_method(method, resamples, rule, seed)
+    return choose(
+        _OP, impl, answers.device, function=f"{_OP}_{method}",
+        no_triton="a shuffle moves single samples, no tiles of a matrix",
+        cpu="shuffles and sums in compiled loops", gpu="one launch, a thread a resample",
+    )  # fmt: skip
+
+
+def check_sizes(op: str, ks: Sequence[int]) -> None:
+    """Check that `ks` holds integers >= 1, at least one."""
+    if isinstance(ks, (str, bytes, torch.Tensor)) or not isinstance(ks, Sequence):
+        raise bad_type(op, "ks", "a sequence of integers", ks)
+    if not len(ks):
+        raise bad_value(op, "ks", "at least one size", "none")
+    for k in ks:
+        _check_integer(op, "ks", k, "integers", 1, 2**63 - 1)
+
+
+def _check_method(method: str, resamples: int, rule: str, seed: int) -> None:
+    if method not in METHODS:
+        raise bad_value(_OP, "method", f"one of {', '.join(map(repr, METHODS))}", repr(method))
+    if method == "exact" and rule != "count":
+        raise bad_value(_OP, "rule", "'count' with method='exact'; use method='resample' for the others", repr(rule))
+    _check_integer(_OP, "resamples", resamples, "an integer", 1, 2**32 - 1)
+    _check_integer(_OP, "seed", seed, "an integer", -(2**63), 2**64 - 1)
+
+
+def _check_integer(op: str, name: str, value: int, what: str, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise bad_type(op, name, what, value)
+    if not least <= value <= most:
+        raise bad_value(op, name, f"{what} from {least} to {most}", str(value))
+
+
+# ---- the registered op: what torch.compile, export and opcheck see ---------------------------------------------------
+
+_lib = torch.library.Library("calm_fast", "FRAGMENT")
+_lib.define(
+    "maj_at_k_fwd(Tensor answers, Tensor correct, Tensor? scores, Tensor? valid, int[] ks, str method, int resamples,"
+    " str rule, float lam, int seed, str impl) -> Tensor credit"
+)
+
+
+@torch.library.impl(_lib, "maj_at_k_fwd", "CompositeExplicitAutograd")
+def _fwd(*args):
+    *args, impl = args
+    if impl == "reference":
+        from calm_fast._ops.maj_at_k.reference import maj_at_k_reference
+
+        return maj_at_k_reference(*args)
+    if impl == "native":
+        return _native_maj_at_k(*args)
+    from calm_fast._ops.maj_at_k.torch_impl import maj_at_k_torch
+
+    return maj_at_k_torch(*args)
+
+
+def _native_maj_at_k(answers, correct, scores, valid, ks, method, resamples, rule, lam, seed, lane=-1):
+    """`lane`: see csrc/common/lanes.h; every lane returns the same bits."""
+    answers, correct = answers.contiguous(), correct.contiguous()
+    valid = None if valid is None else valid.contiguous()
+    if method == "exact":
+        return torch.ops.calm_fast._native_maj_at_k_exact(answers, correct, valid, ks, lane)
+    if scores is not None:
+        scores = (scores if scores.dtype == torch.float64 else scores.float()).contiguous()  # exact
+    return torch.ops.calm_fast._native_maj_at_k_resample(
+        answers, correct, scores, valid, ks, resamples, rule == "adaptive", lam, seed, lane
+    )
+
+
+@torch.library.register_fake("calm_fast::maj_at_k_fwd", lib=_lib)
+def _fwd_fake(answers, correct, scores, valid, ks, *options):
+    return answers.new_empty((answers.shape[0], len(ks)), dtype=torch.float64)

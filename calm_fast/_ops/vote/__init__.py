@@ -1,0 +1,1 @@
+"""The room of vote: definition, public function, implementations, cases."""

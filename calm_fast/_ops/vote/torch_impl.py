@@ -1,0 +1,86 @@
+"""vote from torch's own ops: a table of votes a question, classes found by a stable sort where their ids are large."""
+
+from __future__ import annotations
+
+import torch
+
+from calm_fast._ops.voting.torch_impl import TIED, ordered_sum, sample_weights
+
+
+def vote_torch(
+    answers: torch.Tensor,
+    scores: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    rule: str,
+    lam: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """winner, weight, total, margin, ties (Q,) as `vote_reference` defines them, the same bits on every device.
+
+    Memory grows with Q K, never with Q K^2.
+    """
+    q, k = answers.shape
+    if not answers.numel():
+        zeros = (torch.zeros(q, dtype=torch.float64, device=answers.device) for _ in range(3))
+        return answers.new_full((q,), -1), *zeros, answers.new_zeros(q)
+    columns, width = class_columns(answers, valid)
+    weights = sample_weights(answers, scores, valid, rule, lam)
+    sums = column_sums(columns, weights, width)
+    opened = sums > 0 if rule == "count" else torch.zeros_like(sums, dtype=torch.bool).scatter_(1, columns, True)
+    opened[:, width] = False  # the column of the samples that do not vote
+    sums.masked_fill_(~opened, -torch.inf)
+    top, at = sums.max(1, keepdim=True)
+    tied = (top - sums <= TIED) & opened
+    ties = tied.sum(1)
+    place = tied.gather(1, columns).to(torch.uint8).argmax(1, keepdim=True)  # the first sample of a tied class
+    winner = answers.gather(1, place).squeeze(1).masked_fill_(ties == 0, -1)
+    weight = sums.gather(1, columns.gather(1, place)).squeeze(1).masked_fill_(ties == 0, 0.0)
+    top = top.squeeze(1)
+    following = sums.scatter_(1, at, -torch.inf).amax(1)
+    margin = torch.where(following.isneginf(), top, top - following).masked_fill_(ties != 1, 0.0)
+    total = weights.sum(1) if rule == "count" else ordered_sum(weights)  # ones add up to the same in any order
+    return winner, weight, total, margin, ties
+
+
+def class_columns(answers: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, int]:
+    """A column for each class of a question: where a table of votes (Q, width + 1) keeps it.
+
+    Returns:
+        columns (Q, K) int64 in 0 .. width - 1, `width` for a sample that does not vote; and width.
+    """
+    k = answers.shape[1]
+    if answers.device.type == "cpu":  # elsewhere reading the largest id would wait for the device
+        known = answers if valid is None else answers.masked_fill(~valid, 0)
+        width = int(known.max()) + 1
+        if width <= 2 * k + 64:  # grouped answers: the ids themselves will do
+            return (known if valid is None else known.masked_fill_(~valid, width)), width
+    return class_slots(answers, valid), k
+
+
+def class_slots(answers: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """For each sample of answers (Q, K) the place of its class's first valid sample; K if not valid."""
+    k = answers.shape[1]
+    keys = answers if valid is None else answers.masked_fill(~valid, -1)
+    keys, order = keys.sort(dim=1, stable=True)
+    begins = torch.ones_like(keys, dtype=torch.bool)
+    torch.ne(keys[:, 1:], keys[:, :-1], out=begins[:, 1:])
+    places = torch.arange(k, device=answers.device).expand_as(keys)
+    start = places.masked_fill(~begins, 0).cummax(1).values
+    first = order.gather(1, start)
+    if valid is not None:
+        first = first.masked_fill(keys < 0, k)
+    return torch.empty_like(order).scatter_(1, order, first)
+
+
+def column_sums(columns: torch.Tensor, weights: torch.Tensor, width: int) -> torch.Tensor:
+    """Sums of weights (Q, K) float64 by column, (Q, width + 1), each added up in the order of the samples."""
+    sums = weights.new_zeros(weights.shape[0], width + 1)
+    if weights.device.type == "cpu":  # one thread walks a row from left to right
+        return sums.scatter_add_(1, columns, weights)
+    return add_in_turns(sums, columns, weights)
+
+
+def add_in_turns(sums: torch.Tensor, columns: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """scatter_add_ of one sample a row at a time: no two additions of a call meet, so their order is the samples'."""
+    for j in range(weights.shape[1]):
+        sums.scatter_add_(1, columns[:, j : j + 1], weights[:, j : j + 1])
+    return sums

@@ -1,1 +1,0 @@
-"""Implementations from torch's own ops: the fast path on a CPU, the fallback everywhere."""
