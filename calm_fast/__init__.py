@@ -27,7 +27,7 @@ _LAZY = {
     "remove_dual_lora": "calm_fast.hf.dual_lora",
     "save_dual_lora": "calm_fast.hf.dual_lora",
     "save_lora_adapter": "calm_fast.hf.dual_lora",
-    "score_sequences": "calm_fast.consistency.scoring",
+    "score_sequences": "calm_fast.consistency.sampling.scoring",
     "set_dual_lora_mode": "calm_fast.hf.dual_lora",
     "validate_values": "calm_fast.core.checks",
 }

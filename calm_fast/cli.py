@@ -228,9 +228,9 @@ def rank_train(
     """
     import torch
 
-    from calm_fast.consistency.ranker_pipeline import run_training
-    from calm_fast.consistency.ranker_training import RankerSettings
-    from calm_fast.consistency.samples import read_rows
+    from calm_fast.consistency.ranking.pipeline import run_training
+    from calm_fast.consistency.ranking.training import RankerSettings
+    from calm_fast.consistency.voting.samples import read_rows
 
     if dtype not in ("float32", "bfloat16", "float16") or (train_backbone and dtype != "float32"):
         raise typer.BadParameter("float32, or of a frozen model bfloat16 or float16", param_hint="--dtype")
@@ -266,8 +266,8 @@ def rank_score(
     device: Annotated[str | None, typer.Option(help="For instance cuda. Default: cpu.")] = None,
 ) -> None:
     """Score every rationale; `calm-fast vote --rule adaptive` reads the result. The same call goes on where stopped."""
-    from calm_fast.consistency.ranker_pipeline import run_scoring
-    from calm_fast.consistency.samples import read_rows
+    from calm_fast.consistency.ranking.pipeline import run_scoring
+    from calm_fast.consistency.voting.samples import read_rows
 
     _check_device(device)
     with _folder(out.parent):
@@ -311,7 +311,7 @@ def vote(
     with _folder(out):
         from rich.console import Console
 
-        from calm_fast.consistency import vote_report
+        from calm_fast.consistency.voting import report as vote_report
 
         settings = vote_report.VoteSettings(
             ks=ks, rule=rule, lam=lam, scores=scores, resamples=resamples, seed=seed, answer_regex=answer_regex,

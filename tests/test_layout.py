@@ -12,12 +12,14 @@ import pytest
 from calm_fast.ops import OPS
 
 ROOT = Path(__file__).resolve().parents[1]
-STEM_FILES = (
-    "calm_fast/reference/{op}.py",
-    "calm_fast/torch_impl/{op}.py",
-    "calm_fast/ops/{op}.py",
-    "calm_fast/verify/cases/{op}.py",
-    "tests/ops/test_{op}*.py",
+# every op's room and the places that carry its name
+ROOM = (
+    "calm_fast/_ops/{op}/reference.py",
+    "calm_fast/_ops/{op}/torch_impl.py",
+    "calm_fast/_ops/{op}/api.py",
+    "calm_fast/_ops/{op}/cases.py",
+    "tests/ops/{op}/test_api.py",
+    "docs/ops/{op}.md",
 )
 # the others work on the user's tensors alone: nothing for an nn.Module to hold
 WITH_PARAMETERS = ("cross_attention", "dual_lora")
@@ -56,40 +58,37 @@ def test_files_are_found():
     assert {"setup.py", "calm_fast/ops.py", "Makefile"} <= {relative(path) for path in FILES}
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("pattern", STEM_FILES)
-def test_op_has_its_file_in_every_folder(op, pattern):
-    assert list(ROOT.glob(pattern.format(op=op))), f"{pattern.format(op=op)} is missing"
+def test_every_op_has_its_room():
+    missing = [pattern.format(op=op) for op in OPS for pattern in ROOM if not (ROOT / pattern.format(op=op)).is_file()]
+    assert not missing, f"missing: {', '.join(missing)}"
 
 
-@pytest.mark.parametrize("op", WITH_PARAMETERS)
-def test_op_with_parameters_has_a_module(op):
-    assert op in OPS
-    assert (ROOT / "calm_fast" / "modules" / f"{op}.py").is_file()
+def test_ops_with_parameters_have_a_module():
+    assert set(WITH_PARAMETERS) <= set(OPS)
+    assert not [op for op in WITH_PARAMETERS if not (ROOT / "calm_fast" / "modules" / f"{op}.py").is_file()]
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_op_has_a_fast_implementation_of_its_own(op):
-    kernels = (ROOT / "kernels" / op).is_dir()
-    native = (ROOT / "csrc" / op).is_dir()
-    assert kernels or native, f"neither kernels/{op}/ nor csrc/{op}/"
+def test_every_op_has_a_fast_implementation_of_its_own():
+    without = [op for op in OPS if not (ROOT / "kernels" / op).is_dir() and not (ROOT / "csrc" / op).is_dir()]
+    assert not without, f"neither kernels/<op>/ nor csrc/<op>/: {', '.join(without)}"
 
 
-@pytest.mark.parametrize("folder", ["reference", "torch_impl", "ops"])
-def test_every_stem_is_a_registered_op(folder):
-    """A file beside the registered stems must be shared code of at least two of them, never a hidden op."""
-    tracked = {path for path in PYTHON if path.parent == ROOT / "calm_fast" / folder}
-    stems = {path.stem for path in tracked} - {"__init__", *OPS}
-    for stem in sorted(stems):
-        users = [op for op in OPS if re.search(rf"\b{stem}\b", read(ROOT / "calm_fast" / folder / f"{op}.py"))]
-        assert len(users) >= 2, f"calm_fast/{folder}/{stem}.py is no registered op and shared by {users or 'none'}"
+def test_every_other_room_is_shared_by_two_ops():
+    """A folder that is no op holds what at least two ops use; it is never an op that hides."""
+    for folder, naming in (("calm_fast/_ops", "_ops.{}."), ("kernels", "kernels.{}."), ("csrc", '"../{}/')):
+        rooms = {path.parent.name for path in FILES if path.parent.parent == ROOT / folder}
+        for room in sorted(rooms - {*OPS, "emulation"}):
+            users = {
+                op for op in OPS for path in FILES if f"/{op}/" in relative(path) and naming.format(room) in read(path)
+            }
+            assert len(users) >= 2, f"{folder}/{room} is no op and is used by {sorted(users) or 'none'}"
 
 
 def lists_that_name(op: str) -> set[str]:
     """Python files of the package that hold the op's stem as an element of a list, tuple, dict or call."""
     naming = set()
     for path in PYTHON:
-        if relative(path).startswith(("calm_fast/ops/__init__", "benchmarks/registry", "calm_fast/")):
+        if relative(path).startswith(("benchmarks/registry", "calm_fast/")):
             for node in ast.walk(ast.parse(read(path))):
                 parts = getattr(node, "elts", None) or getattr(node, "keys", None) or []
                 if any(isinstance(part, ast.Constant) and part.value == op for part in parts):
@@ -97,15 +96,15 @@ def lists_that_name(op: str) -> set[str]:
     return naming
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_op_is_registered_in_exactly_two_lists(op):
-    assert lists_that_name(op) == {"calm_fast/ops.py", "benchmarks/registry.py"}
+def test_ops_are_registered_in_exactly_two_lists():
+    for op in OPS:
+        assert lists_that_name(op) == {"calm_fast/ops.py", "benchmarks/registry.py"}, op
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_op_has_a_readme_row(op):
+def test_every_op_has_a_readme_row():
     rows = [line for line in read(ROOT / "README.md").splitlines() if line.lstrip().startswith("|")]
-    assert any(op in row for row in rows), f"README.md has no table row that names {op}"
+    without = [op for op in OPS if not any(op in row for row in rows)]
+    assert not without, f"README.md has no table row that names {', '.join(without)}"
 
 
 def hard_limit(name: str, suffix: str) -> int | None:
@@ -116,10 +115,13 @@ def hard_limit(name: str, suffix: str) -> int | None:
     return next(limit for folder, limit in HARD_LINES if name.startswith(folder))
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if hard_limit(relative(p), p.suffix)], ids=relative)
-def test_file_is_not_longer_than_its_hard_limit(path):
-    lines, limit = len(read(path).splitlines()), hard_limit(relative(path), path.suffix)
-    assert lines <= limit, f"{relative(path)} has {lines} lines, the limit is {limit}: split it"
+def test_no_file_is_longer_than_its_hard_limit():
+    lengths = {path: len(read(path).splitlines()) for path in FILES}
+    limits = {path: hard_limit(relative(path), path.suffix) for path in FILES}
+    long = [
+        f"{relative(p)}: {lengths[p]} lines, {limits[p]} allowed" for p in FILES if limits[p] and lengths[p] > limits[p]
+    ]
+    assert not long, "split: " + "; ".join(long)
 
 
 @pytest.mark.parametrize("pattern", [LEFTOVER, MACHINE_PATH], ids=["leftover", "machine path"])

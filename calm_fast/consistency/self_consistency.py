@@ -12,8 +12,14 @@ import torch
 
 from calm_fast import ops
 from calm_fast._ops.voting.decide import RULES
-from calm_fast.consistency.answers import extract_answer
-from calm_fast.consistency.consensus import (
+from calm_fast.consistency.answers.equality import extract_answer
+from calm_fast.consistency.answers.grouping import group_answers
+from calm_fast.consistency.ranking.ranker import fingerprint
+from calm_fast.consistency.sampling.prefix import PrefixReader, check_model, evaluating
+from calm_fast.consistency.sampling.sampler import PromptBatch, Sample, Sampling
+from calm_fast.consistency.sampling.scoring import score_sequences
+from calm_fast.consistency.sampling.stopping import leader_probability
+from calm_fast.consistency.voting.consensus import (
     Question,
     SelfConsistencyResult,
     as_questions,
@@ -23,14 +29,8 @@ from calm_fast.consistency.consensus import (
     solution,
     voted,
 )
-from calm_fast.consistency.grouping import group_answers
-from calm_fast.consistency.journal import Journal
-from calm_fast.consistency.prefix import PrefixReader, check_model, evaluating
-from calm_fast.consistency.ranker import fingerprint
-from calm_fast.consistency.samples import read_rows
-from calm_fast.consistency.sampling import PromptBatch, Sample, Sampling
-from calm_fast.consistency.scoring import score_sequences
-from calm_fast.consistency.stopping import leader_probability
+from calm_fast.consistency.voting.journal import Journal
+from calm_fast.consistency.voting.samples import read_rows
 from calm_fast.core.checks import bad_type, check_finite_number
 from calm_fast.core.progress import progress_bar
 

@@ -28,9 +28,9 @@ import torch
 from calm_fast import ops
 from calm_fast._version import versions
 from calm_fast.consistency import Groups, Ranker, RankerSettings, extract_answer, group_answers, train_ranker
-from calm_fast.consistency.ranker_losses import LOSSES, pair_counts
-from calm_fast.consistency.ranker_pipeline import cached_features
-from calm_fast.consistency.samples import read_rows
+from calm_fast.consistency.ranking.losses import LOSSES, pair_counts
+from calm_fast.consistency.ranking.pipeline import cached_features
+from calm_fast.consistency.voting.samples import read_rows
 from calm_fast.core.progress import progress_bar
 
 RULES = ("weighted", "adaptive")

@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from calm_fast import nat
 from calm_fast._version import versions
-from calm_fast.consistency.answers import equivalent, extract_answer
+from calm_fast.consistency.answers.equality import equivalent, extract_answer
 from calm_fast.core.progress import progress_bar
 from calm_fast.hf.dual_lora import get_gates, record_gates, save_lora_adapter
 from calm_fast.nat.data import Example, RationaleDataset, RightPadding

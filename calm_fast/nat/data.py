@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from calm_fast.consistency.answers import extract_answer
-from calm_fast.consistency.consensus import solution
-from calm_fast.consistency.grouping import group_answers
-from calm_fast.consistency.samples import read_rows
+from calm_fast.consistency.answers.equality import extract_answer
+from calm_fast.consistency.answers.grouping import group_answers
+from calm_fast.consistency.voting.consensus import solution
+from calm_fast.consistency.voting.samples import read_rows
 
 __all__ = ["Example", "Graded", "IGNORE", "RationaleDataset", "RightPadding", "grade", "read_rows", "split_rationales"]
 

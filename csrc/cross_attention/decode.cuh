@@ -4,7 +4,7 @@
 // A row is (query, head of the group). A key belongs to a group of kLanes lanes, eight elements a lane, so K and V are
 // read once, 16 bytes at a time, for all rows of the tile. The sums over lanes are exchanged so that each lane ends with
 // the score of one row: it alone does that row's softmax, and hands the weights back. Everything is float32.
-// docs/kernels/cross_attention.md counts bytes and instructions. No torch headers: the CPU emulation compiles this too.
+// docs/ops/cross_attention.md counts bytes and instructions. No torch headers: the CPU emulation compiles this too.
 #pragma once
 
 #include "common/packed.cuh"

@@ -1,4 +1,4 @@
-// The exact credits of one question on the CPU; docs/kernels/maj_at_k.md has the derivation.
+// The exact credits of one question on the CPU; docs/ops/maj_at_k.md has the derivation.
 //
 // For each number w of samples of the right class in the subset: a polynomial in z (samples taken from the others), one
 // for each number t of classes that also have w, whose product over the classes counts the subsets in which nobody has

@@ -1,5 +1,5 @@
 // Sweeps of a vocabulary: what linear_nce and linear_logprob do with z = softcap(rows weight^T + bias) on a CPU, a tile
-// of logits at a time. No torch here; docs/kernels/linear_logprob.md derives it.
+// of logits at a time. No torch here; docs/ops/linear_logprob.md derives it.
 #pragma once
 
 #include <cstdint>

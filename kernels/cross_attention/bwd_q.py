@@ -1,7 +1,7 @@
 """Backward kernels of cross_attention that belong to queries: the terms of each row, and dq.
 
 Nothing is accumulated with atomics, so the gradients are the same bits every time. Derivation:
-docs/kernels/cross_attention.md.
+docs/ops/cross_attention.md.
 """
 
 from __future__ import annotations

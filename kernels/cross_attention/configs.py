@@ -25,7 +25,7 @@ class BackwardConfig:
 
 
 # (block_m, block_n, num_warps, num_stages) by architecture and head dim, for 16-bit inputs: the largest tiles that
-# compile to zero spills for every kind of mask (the table of docs/kernels/cross_attention.md), not measured speeds.
+# compile to zero spills for every kind of mask (the table of docs/ops/cross_attention.md), not measured speeds.
 _Tiles = dict[int, tuple[int, int, int, int]]
 _HALF: dict[int, dict[str, _Tiles]] = {
     80: {  # also within the 99 KiB of shared memory of sm_86 and sm_89

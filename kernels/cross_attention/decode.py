@@ -1,7 +1,7 @@
 """Few query rows against many keys: the key axis is split over programs, a second kernel combines the parts.
 
 All query heads of a KV head share one tile, so every key and value is read once per KV head.
-Derivation: docs/kernels/cross_attention.md.
+Derivation: docs/ops/cross_attention.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Forward kernel of cross_attention: one tile of query rows against the key blocks it can see.
 
-Derivation and measured facts: docs/kernels/cross_attention.md.
+Derivation and measured facts: docs/ops/cross_attention.md.
 """
 
 from __future__ import annotations

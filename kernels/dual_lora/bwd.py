@@ -1,6 +1,6 @@
 """Backward kernels of dual_lora: through the gate, and through the released form's two gelus.
 
-R = R_pos + R_neg columns, positive first; zg (T, 2R) = [z, g]. Derivation: docs/kernels/dual_lora.md.
+R = R_pos + R_neg columns, positive first; zg (T, 2R) = [z, g]. Derivation: docs/ops/dual_lora.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Forward kernels of dual_lora: the gated mix of the released form, and the rank update with gate and residual.
 
-R = R_pos + R_neg columns, positive first; zg (T, 2R) = [z, g]. Derivation: docs/kernels/dual_lora.md.
+R = R_pos + R_neg columns, positive first; zg (T, 2R) = [z, g]. Derivation: docs/ops/dual_lora.md.
 """
 
 from __future__ import annotations

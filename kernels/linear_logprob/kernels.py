@@ -1,6 +1,6 @@
 """Kernels of linear_logprob: sweep the vocabulary, combine its splits, and the gradient of a chunk of logits.
 
-Derivation: docs/kernels/linear_logprob.md.
+Derivation: docs/ops/linear_logprob.md.
 """
 
 from __future__ import annotations

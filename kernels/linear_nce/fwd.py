@@ -1,6 +1,6 @@
 """Forward kernels of linear_nce: sweep the vocabulary, combine its splits, weigh tokens by their sequence.
 
-Derivation: docs/kernels/linear_nce.md.
+Derivation: docs/ops/linear_nce.md.
 """
 
 from __future__ import annotations

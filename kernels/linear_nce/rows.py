@@ -1,6 +1,6 @@
 """Row kernels of linear_nce's one-pass training step: from stored logits of a chunk of tokens to their gradients.
 
-One program takes one token. Derivation and arithmetic: docs/kernels/linear_nce.md, "On a GPU".
+One program takes one token. Derivation and arithmetic: docs/ops/linear_nce.md, "On a GPU".
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Loss and student gradient of linear_nce in one pass over chunks of tokens: torch's products, row kernels between.
 
 For a frozen head on a GPU, where torch's products are faster than those inside our kernels. Two forms, see
-docs/kernels/linear_nce.md, "On a GPU": whole sequences in a chunk, or any tokens and one product more.
+docs/ops/linear_nce.md, "On a GPU": whole sequences in a chunk, or any tokens and one product more.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python tests/codegen/check.py --arch 90       one architecture
     python tests/codegen/check.py --only decode   kernels whose name contains a word
     python tests/codegen/check.py --update        record today's sizes for the installed Triton, and the table
-    python tests/codegen/check.py --table         only write docs/kernels/machine_code.md from the record
+    python tests/codegen/check.py --table         only write docs/ops/machine_code.md from the record
 
 Each op's `calm_fast.kernels.<op>.launch.codegen_specs()` names the kernels and representative arguments. Hard facts
 (no spills, no float64, tensor cores where promised, shared memory within the limit) hold for every Triton;

@@ -1,6 +1,6 @@
 """The recorded machine code of every kernel, one JSON file per Triton version: growth must be seen.
 
-docs/kernels/machine_code.md shows the rows of one architecture to people; it is written from the newest record.
+docs/ops/machine_code.md shows the rows of one architecture to people; it is written from the newest record.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TILE = (
 REGISTER_SLACK = 8  # one allocation granule per thread
 SIZE_SLACK = 1.10
 
-PAGE = FOLDER.parents[2] / "docs" / "kernels" / "machine_code.md"
+PAGE = FOLDER.parents[2] / "docs" / "ops" / "machine_code.md"
 SHOWN = "90"  # the architecture of the page
 
 Golden = dict[str, dict[str, dict[str, Any]]]  # kernel name -> arch -> numbers

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from self_consistency_setup import QUESTIONS, REFERENCES, consistency  # noqa: E402
 
-from calm_fast.consistency.journal import Journal  # noqa: E402
+from calm_fast.consistency.voting.journal import Journal  # noqa: E402
 
 
 class TornStream:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from calm_fast.consistency import extract_answer, group_answers, read_rows
-from calm_fast.consistency.answers import far_apart, first_match_classes, parse_math, rational, verify_both
+from calm_fast.consistency.answers.equality import far_apart, first_match_classes, parse_math, rational, verify_both
 
 # one question: the gold answer, then samples; None where nothing was found
 GOLD = r"\frac{1}{2}"

@@ -14,9 +14,10 @@ from contextlib import closing
 
 import pytest
 
-from calm_fast.consistency import group_answers, grouping, math_pool
-from calm_fast.consistency.math_pool import Comparison, compare
-from calm_fast.consistency.verdict_cache import VerdictCache
+from calm_fast.consistency import group_answers
+from calm_fast.consistency.answers import grouping, math_pool
+from calm_fast.consistency.answers.math_pool import Comparison, compare
+from calm_fast.consistency.answers.verdict_cache import VerdictCache
 
 # a power of 370 million digits in C code, and nested braces that the parser takes minutes for
 STUCK_PAIR = (r"9^{9^{9}}", r"5\%")
@@ -105,7 +106,8 @@ def test_calls_from_threads_do_not_share_a_process(none_kept) -> None:
 
 _FAMILY = """
 import json, multiprocessing, os, signal, sys
-from calm_fast.consistency import group_answers, math_pool
+from calm_fast.consistency import group_answers
+from calm_fast.consistency.answers import math_pool
 
 def grouped():
     return group_answers([["x+1", "1+x", "x"]]).answers.tolist()
@@ -178,7 +180,7 @@ def test_a_process_that_dies_for_no_reason_is_an_error_in_the_end(monkeypatch, t
 
 
 def test_a_process_imports_nothing_heavy() -> None:
-    code = "import sys, calm_fast.consistency.math_worker; print('torch' in sys.modules)"
+    code = "import sys, calm_fast.consistency.answers.math_worker; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.stdout.strip() == "False", run.stderr
 
@@ -230,7 +232,7 @@ def test_what_was_recalled_is_not_written_again(tmp_path) -> None:
 
 
 def test_other_versions_do_not_see_verdicts(tmp_path, monkeypatch) -> None:
-    from calm_fast.consistency import verdict_cache
+    from calm_fast.consistency.answers import verdict_cache
 
     VerdictCache(tmp_path, 1.0).put({("a", "b"): True})
     monkeypatch.setattr(verdict_cache, "_version", lambda name: "0")
@@ -258,7 +260,7 @@ def test_strings_with_separators_do_not_collide(tmp_path) -> None:
 
 def test_processes_may_write_at_the_same_time(tmp_path) -> None:
     code = (
-        "import sys, warnings\nfrom calm_fast.consistency.verdict_cache import VerdictCache\n"
+        "import sys, warnings\nfrom calm_fast.consistency.answers.verdict_cache import VerdictCache\n"
         "warnings.simplefilter('error')\nstart = int(sys.argv[2])\n"
         "for n in range(start, start + 40):\n"
         "    VerdictCache(sys.argv[1], 1.0).put({(str(n), str(m)): m % 2 == 0 for m in range(5)})\n"

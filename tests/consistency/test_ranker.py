@@ -7,8 +7,8 @@ import torch
 from ranker_models import FAMILIES, backbone, rows, saved, tokenizer
 
 from calm_fast.consistency import Ranker
-from calm_fast.consistency.ranker import fingerprint
-from calm_fast.consistency.ranker_inputs import Encoded, PairEncoder, batches_by_length, pooled
+from calm_fast.consistency.ranking.inputs import Encoded, PairEncoder, batches_by_length, pooled
+from calm_fast.consistency.ranking.ranker import fingerprint
 
 QUESTIONS = ["what is 3 + 4 ?", "what is the sum ?", "what ?"]
 RATIONALES = [["so surely the sum is 7", "maybe 8"], [], ["because the sum is the sum so it is 12", "", "7"]]

@@ -13,8 +13,9 @@ from ranker_models import rows, saved, truth
 from typer.testing import CliRunner
 
 from calm_fast.cli import app
-from calm_fast.consistency import Ranker, pair_accuracy, ranker_pipeline
-from calm_fast.consistency.ranker_pipeline import cached_features, label_rationales
+from calm_fast.consistency import Ranker, pair_accuracy
+from calm_fast.consistency.ranking import pipeline as ranker_pipeline
+from calm_fast.consistency.ranking.pipeline import cached_features, label_rationales
 
 
 def invoke(*arguments: Any) -> Any:

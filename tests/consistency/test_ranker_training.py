@@ -11,7 +11,7 @@ import torch
 from ranker_models import backbone, rows, tokenizer, truth
 
 from calm_fast.consistency import Ranker, RankerSettings, pair_accuracy, ranking_loss, train_ranker
-from calm_fast.consistency.ranker_losses import LOSSES
+from calm_fast.consistency.ranking.losses import LOSSES
 
 QUICK = RankerSettings(epochs=15, questions_per_step=16, progress=False, save_every=3)
 FAST = replace(QUICK, learning_rate=1e-2)

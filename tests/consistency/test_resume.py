@@ -18,7 +18,7 @@ from tiny_models import FAMILIES
 
 from calm_fast import SelfConsistency
 from calm_fast.consistency import read_rows
-from calm_fast.consistency.journal import Journal
+from calm_fast.consistency.voting.journal import Journal
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

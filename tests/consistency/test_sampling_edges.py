@@ -8,8 +8,8 @@ from self_consistency_setup import QUESTIONS, consistency
 from tiny_models import EOS, FAMILIES, VOCAB, character_tokenizer
 
 from calm_fast import SelfConsistency, score_sequences
-from calm_fast.consistency.prefix import PrefixReader, evaluating
-from calm_fast.consistency.sampling import PromptBatch, Sample, Sampling
+from calm_fast.consistency.sampling.prefix import PrefixReader, evaluating
+from calm_fast.consistency.sampling.sampler import PromptBatch, Sample, Sampling
 
 
 def model_that_ends(*tokens: int):

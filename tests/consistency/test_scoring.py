@@ -18,9 +18,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import calm_fast
 from calm_fast.benchmarks.timing import peak_bytes
-from calm_fast.consistency.head import find_linear_head
-from calm_fast.consistency.prefix import PrefixReader, branch
-from calm_fast.consistency.scoring import score_sequences
+from calm_fast.consistency.sampling.head import find_linear_head
+from calm_fast.consistency.sampling.prefix import PrefixReader, branch
+from calm_fast.consistency.sampling.scoring import score_sequences
 from calm_fast.core.numerics import error, sum_variance, unit_roundoff
 
 PROMPTS = rows(9, 1, 13)
@@ -167,7 +167,7 @@ def test_other_heads_have_their_logits_computed(kind: str, share: bool, monkeypa
         model.lm_head = head
     else:
         model.register_forward_hook(lambda module, args, out: out.__setitem__("logits", out.logits * out.logits.cos()))
-    monkeypatch.setattr("calm_fast.consistency.scoring._LOGITS_AT_ONCE", 30 * VOCAB)
+    monkeypatch.setattr("calm_fast.consistency.sampling.scoring._LOGITS_AT_ONCE", 30 * VOCAB)
     assert find_linear_head(model, lambda: model(torch.tensor([[5]]))) is None
     got = score_sequences(model, PROMPTS, COMPLETIONS, share_prompt=share, return_tokens=True, return_entropy=True)
     for prompt, completions, x in zip(PROMPTS, COMPLETIONS, got, strict=True):

@@ -15,8 +15,8 @@ from tiny_models import EOS, FAMILIES, OTHERS, PAD, VOCAB, character_tokenizer, 
 
 from calm_fast import SelfConsistency, score_sequences
 from calm_fast.consistency import Ranker, extract_answer, leader_probability
-from calm_fast.consistency.prefix import PrefixReader, evaluating
-from calm_fast.consistency.sampling import PromptBatch, Sampling, _Draw
+from calm_fast.consistency.sampling.prefix import PrefixReader, evaluating
+from calm_fast.consistency.sampling.sampler import PromptBatch, Sampling, _Draw
 
 PROMPTS = rows(9, 1, 13)
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from calm_fast import SelfConsistency
 from calm_fast.cli import app
 from calm_fast.consistency import write_rows
-from calm_fast.consistency.vote_report import VoteSettings, run
+from calm_fast.consistency.voting.report import VoteSettings, run
 
 ROWS = [
     {  # right 2 of 4, alone at the top

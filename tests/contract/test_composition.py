@@ -13,7 +13,7 @@ from families import EOS, FAMILIES, OTHERS, PAD, prompts, randomize
 from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
 from calm_fast import ComposedForCausalLM, compose, score_sequences
-from calm_fast.consistency.prefix import PrefixReader
+from calm_fast.consistency.sampling.prefix import PrefixReader
 from calm_fast.hf import ComposedCache, find_layers
 
 NAMES = ("llama", "gpt2", "gemma3_text", "mixtral", "mamba")

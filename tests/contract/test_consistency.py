@@ -13,7 +13,7 @@ from transformers import BartConfig, BartForCausalLM, BartForConditionalGenerati
 
 from calm_fast import SelfConsistency, ops, score_sequences
 from calm_fast.consistency import group_answers
-from calm_fast.consistency.prefix import PrefixReader
+from calm_fast.consistency.sampling.prefix import PrefixReader
 
 MODELS = FAMILIES | OTHERS
 NAMES = ("llama", "gpt2", "gemma3_text", "mixtral", "mamba", "bart", "composed")

@@ -149,7 +149,7 @@ def test_joined_splits_vote_as_they_do_apart():
 
 
 def test_splits_come_from_rows_an_encoder_and_kept_features(tmp_path, monkeypatch):
-    from calm_fast.consistency import ranker_pipeline
+    from calm_fast.consistency.ranking import pipeline as ranker_pipeline
 
     rows = [
         {"question": "2 + 2", "answer": "\\boxed{4}", "generated_answer": ["\\boxed{4}", "\\boxed{5}", "none"]},

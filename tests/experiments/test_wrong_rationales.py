@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from calm_fast import nat
-from calm_fast.consistency.answers import extract_answer
+from calm_fast.consistency.answers.equality import extract_answer
 from calm_fast.experiments import wrong_rationales as experiment
 
 SHORT = replace(

@@ -22,8 +22,8 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import ModelOutput
 
-from calm_fast.consistency.prefix import PrefixReader
-from calm_fast.consistency.scoring import score_sequences
+from calm_fast.consistency.sampling.prefix import PrefixReader
+from calm_fast.consistency.sampling.scoring import score_sequences
 from calm_fast.hf import ComposedCache, ComposedForCausalLM, compose
 from calm_fast.hf.cache_names import (
     NAMES,

@@ -49,7 +49,7 @@ def dual_lora(
         activation "gelu" (the released code): h_* is y + s_* B_* A_* x in all of this, f(h) = C2 gelu(C1 h),
             out = y + (p_pos + 1/2) f(h_pos) + (p_neg - 1/2) f(h_neg)
 
-    Every implementation but "reference" multiplies the factors out first (exact algebra, docs/kernels/dual_lora.md):
+    Every implementation but "reference" multiplies the factors out first (exact algebra, docs/ops/dual_lora.md):
     x is read by one product with 2 (R_pos + R_neg) columns, and no d_out x d_out matrix meets a token. To fold once
     for many calls, use `calm_fast.DualLoRALinear`.
 

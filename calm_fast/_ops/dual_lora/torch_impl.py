@@ -99,7 +99,7 @@ def dual_lora_backward_torch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of zg, y, up, c1 and c2 (None where there is none) of `dual_lora_torch` on flat tensors.
 
-    For a forward pass that autograd cannot see through. docs/kernels/dual_lora.md derives it; all that is not a
+    For a forward pass that autograd cannot see through. docs/ops/dual_lora.md derives it; all that is not a
     product is float32.
     """
     r, dtype = zg.shape[1] // 2, y.dtype

@@ -97,7 +97,7 @@ class MajAtKCases:
         return Case(self.op, name, dtype, replace(_SPECS[name], **changes))
 
     def fits(self, case: Case, impl: str, device: str) -> bool:
-        """The exact curve has no CUDA kernel (docs/kernels/maj_at_k.md)."""
+        """The exact curve has no CUDA kernel (docs/ops/maj_at_k.md)."""
         return impl != "native" or device == "cpu" or case.spec.method == "resample"
 
     def build(self, case: Case, device: torch.device) -> dict[str, Any]:

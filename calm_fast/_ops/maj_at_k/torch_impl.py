@@ -29,7 +29,7 @@ def maj_at_k_torch(
     lam: float,
     seed: int,
 ) -> torch.Tensor:
-    """Credit (Q, len(ks)) float64 as `maj_at_k_reference` defines it; docs/kernels/maj_at_k.md has the derivation."""
+    """Credit (Q, len(ks)) float64 as `maj_at_k_reference` defines it; docs/ops/maj_at_k.md has the derivation."""
     q = answers.shape[0]
     if not answers.numel():
         return torch.zeros(q, len(ks), dtype=torch.float64, device=answers.device)

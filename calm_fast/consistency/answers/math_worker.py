@@ -21,7 +21,7 @@ from fractions import Fraction
 from typing import Any, TextIO
 from zlib import crc32
 
-from calm_fast.consistency.answers import (
+from calm_fast.consistency.answers.equality import (
     MAX_MATH_LENGTH,
     far_apart,
     first_match_classes,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from calm_fast.consistency.head import find_linear_head, hidden_states
-from calm_fast.consistency.prefix import PrefixReader, branch, check_model, evaluating
+from calm_fast.consistency.sampling.head import find_linear_head, hidden_states
+from calm_fast.consistency.sampling.prefix import PrefixReader, branch, check_model, evaluating
 from calm_fast.core.checks import bad_type
 from calm_fast.core.progress import progress_bar
 

@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from calm_fast.consistency.prefix import PrefixReader, branch
+from calm_fast.consistency.sampling.prefix import PrefixReader, branch
 from calm_fast.core.checks import bad_type, bad_value, check_finite_number
 
 _CALLER = "SelfConsistency"

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from calm_fast._version import versions
-from calm_fast.consistency.answers import extract_answer
-from calm_fast.consistency.consensus import solution
-from calm_fast.consistency.journal import Journal
-from calm_fast.consistency.ranker import Ranker, fingerprint
-from calm_fast.consistency.ranker_losses import PairAccuracy, pair_accuracy
-from calm_fast.consistency.ranker_training import RankerSettings, questions_to_rank, train_ranker
-from calm_fast.consistency.samples import write_rows
+from calm_fast.consistency.answers.equality import extract_answer
+from calm_fast.consistency.ranking.losses import PairAccuracy, pair_accuracy
+from calm_fast.consistency.ranking.ranker import Ranker, fingerprint
+from calm_fast.consistency.ranking.training import RankerSettings, questions_to_rank, train_ranker
+from calm_fast.consistency.voting.consensus import solution
+from calm_fast.consistency.voting.journal import Journal
+from calm_fast.consistency.voting.samples import write_rows
 from calm_fast.core.progress import progress_bar
 
 Rows = Sequence[dict[str, Any]]
@@ -40,7 +40,7 @@ def label_rationales(
     The row's answer is what a solution ends in, or the text itself, as in `calm-fast vote`; a row where it is blank
     gets an empty tensor: nobody knows which of its rationales are right. pattern: last resort of `extract_answer`.
     """
-    from calm_fast.consistency.grouping import group_answers
+    from calm_fast.consistency.answers.grouping import group_answers
 
     gold = [solution(row["answer"], pattern) for row in rows]
     answers = [[extract_answer(r, pattern) for r in row["generated_answer"]] for row in rows]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from calm_fast import ops
-from calm_fast.consistency.answers import extract_answer
-from calm_fast.consistency.samples import answer_text, check_row
+from calm_fast.consistency.answers.equality import extract_answer
+from calm_fast.consistency.voting.samples import answer_text, check_row
 from calm_fast.core.checks import bad_type
 
 _CALLER = "SelfConsistency"

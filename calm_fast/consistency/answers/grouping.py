@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from calm_fast.consistency.answers import first_match_classes, normalise, rational
-from calm_fast.consistency.math_pool import Comparison, compare
-from calm_fast.consistency.math_worker import decided
-from calm_fast.consistency.verdict_cache import VerdictCache
+from calm_fast.consistency.answers.equality import first_match_classes, normalise, rational
+from calm_fast.consistency.answers.math_pool import Comparison, compare
+from calm_fast.consistency.answers.math_worker import decided
+from calm_fast.consistency.answers.verdict_cache import VerdictCache
 from calm_fast.core.progress import progress_bar
 
 EQUALITIES = ("math", "exact", "text")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from calm_fast.consistency.ranker_inputs import Encoded, PairEncoder, batches_by_length, pooled
+from calm_fast.consistency.ranking.inputs import Encoded, PairEncoder, batches_by_length, pooled
 from calm_fast.core.progress import progress_bar
 
 FORMAT_VERSION = 1

@@ -18,11 +18,11 @@ from rich.table import Table
 from calm_fast import ops
 from calm_fast._ops.maj_at_k.api import Curve
 from calm_fast._ops.voting.decide import RULES
-from calm_fast.consistency.answers import extract_answer
-from calm_fast.consistency.consensus import solution
-from calm_fast.consistency.curves import any_at_k
-from calm_fast.consistency.grouping import Groups, group_answers
-from calm_fast.consistency.samples import read_rows, write_rows
+from calm_fast.consistency.answers.equality import extract_answer
+from calm_fast.consistency.answers.grouping import Groups, group_answers
+from calm_fast.consistency.voting.consensus import solution
+from calm_fast.consistency.voting.curves import any_at_k
+from calm_fast.consistency.voting.samples import read_rows, write_rows
 from calm_fast.core.progress import progress_bar
 
 

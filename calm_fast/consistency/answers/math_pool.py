@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 # a process burns its CPU seconds slowly on a busy machine; by the clock it is given this many times as long, and more
 _PATIENCE, _PATIENCE_MORE = 20, 60
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main()"
-_MODULE = "calm_fast.consistency.math_worker"
+_MODULE = "calm_fast.consistency.answers.math_worker"
 # processes without work that are kept (60 MB each at first), and how many questions one may have served to be kept:
 # what sympy and the parser remember grows
 _MOST_KEPT, _SERVED = 4, 5000

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from calm_fast.consistency.ranker import Ranker
-from calm_fast.consistency.ranker_losses import LOSSES, ranking_loss
+from calm_fast.consistency.ranking.losses import LOSSES, ranking_loss
+from calm_fast.consistency.ranking.ranker import Ranker
 from calm_fast.core.progress import progress_bar
 
 

@@ -1,0 +1,1 @@
+"""Final answers of rationales, and which of them are equal."""

@@ -1,0 +1,1 @@
+"""A ranking model over any encoder: its inputs, losses, training and files."""
