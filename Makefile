@@ -13,13 +13,14 @@ NATIVE := $(VENV)/.calm-fast-native
 LOG := $(VENV)/set-up.log
 
 .DEFAULT_GOAL := help
-.PHONY: help setup upgrade native demo test contract lint codegen cuda-gate sanitize wheel-check bench results clean
+.PHONY: help setup upgrade native demo test contract lint types codegen cuda-gate sanitize wheel-check bench results clean
 
 help:
 	@echo "make demo         set up, then run the main job: calm-fast demo (5 to 11 minutes on 2 cores)"
 	@echo "make test         set up, then run the whole test suite (17 to 26 minutes on 2 cores)"
 	@echo "make contract     what we take from other packages, against their lowest, GPU machines' and newest releases (4 min)"
 	@echo "make lint         ruff check and ruff format --check"
+	@echo "make types        mypy on calm_fast, kernels and benchmarks, as an installed package holds them"
 	@echo "make codegen      compile every Triton kernel for sm_80, sm_90, sm_100 and check the machine code (no GPU)"
 	@echo "make cuda-gate    compile every CUDA source for sm_80, sm_90a, sm_100a; spills are errors (no GPU; needs nvcc)"
 	@echo "make sanitize     the C++ code and the emulated CUDA kernels under ASan and UBSan"
@@ -97,6 +98,10 @@ contract: $(STAMP) $(NATIVE)
 lint: $(STAMP)
 	@echo "[lint] ruff check, ruff format --check"
 	@"$(PY)" -m ruff check . && "$(PY)" -m ruff format --check .
+
+types: $(STAMP)
+	@echo "[types] mypy on calm_fast, kernels and benchmarks"
+	@"$(PY)" -m tools.check_types
 
 codegen: $(STAMP)
 	@echo "[codegen] compiling every Triton kernel for each GPU architecture and checking the machine code"

@@ -10,34 +10,34 @@
 #ifndef CALM_FAST_CUDA_MODULE
 STABLE_TORCH_LIBRARY_FRAGMENT(calm_fast, m) {
   // A function with SIMD code takes `lane` last: -1 for the best of this CPU, or one of csrc/common/lanes.h.
-  m.def("_native_cross_attention(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, bool causal, float scale,"
+  m.def("_cross_attention_native_decode(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, bool causal, float scale,"
         " int lane=-1) -> (Tensor out, Tensor lse)");
-  m.def("_native_cross_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, bool causal, float scale,"
+  m.def("_cross_attention_native_fwd(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, bool causal, float scale,"
         " int lane=-1) -> (Tensor out, Tensor lse)");
-  m.def("_native_cross_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+  m.def("_cross_attention_native_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
         " Tensor? lo, Tensor? hi, bool causal, float scale, int lane=-1) -> (Tensor dq, Tensor dk, Tensor dv)");
-  m.def("_native_dual_lora_mix(Tensor zg, Tensor u, Tensor up, int r_pos, int lane=-1) -> Tensor");
-  m.def("_native_dual_lora_update(Tensor zg, Tensor y, Tensor up, Tensor? u, Tensor? c2, int r_pos) -> Tensor");
-  m.def("_native_dual_lora_weigh(Tensor zg, int r_pos) -> Tensor");
-  m.def("_native_packed_linear(Tensor x, Tensor packed, int n, Tensor? add=None, int lane=-1) -> Tensor");
-  m.def("_native_packed_linear_pack(Tensor w, int lane=-1) -> Tensor");
-  m.def("_native_vote(Tensor answers, Tensor? scores, Tensor? valid, bool adaptive, float lam, int lane=-1)"
+  m.def("_dual_lora_native_mix(Tensor zg, Tensor u, Tensor up, int r_pos, int lane=-1) -> Tensor");
+  m.def("_dual_lora_native_update(Tensor zg, Tensor y, Tensor up, Tensor? u, Tensor? c2, int r_pos) -> Tensor");
+  m.def("_dual_lora_native_weigh(Tensor zg, int r_pos) -> Tensor");
+  m.def("_packed_linear_native_fwd(Tensor x, Tensor packed, int n, Tensor? add=None, int lane=-1) -> Tensor");
+  m.def("_packed_linear_native_pack(Tensor w, int lane=-1) -> Tensor");
+  m.def("_vote_native_fwd(Tensor answers, Tensor? scores, Tensor? valid, bool adaptive, float lam, int lane=-1)"
         " -> (Tensor winner, Tensor weight, Tensor total, Tensor margin, Tensor ties)");
-  m.def("_native_maj_at_k_exact(Tensor answers, Tensor correct, Tensor? valid, int[] ks, int lane=-1) -> Tensor credit");
-  m.def("_native_maj_at_k_resample(Tensor answers, Tensor correct, Tensor? scores, Tensor? valid, int[] ks,"
+  m.def("_maj_at_k_native_exact(Tensor answers, Tensor correct, Tensor? valid, int[] ks, int lane=-1) -> Tensor credit");
+  m.def("_maj_at_k_native_resample(Tensor answers, Tensor correct, Tensor? scores, Tensor? valid, int[] ks,"
         " int resamples, bool adaptive, float lam, int seed, int lane=-1) -> Tensor credit");
-  m.def("_native_linear_logprob_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature,"
+  m.def("_linear_logprob_native_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature,"
         " float? softcap, bool want_entropy, bool want_rank, int lane=-1)"
         " -> (Tensor logprob, Tensor entropy, Tensor rank, Tensor lse)");
-  m.def("_native_linear_logprob_dlogits(Tensor up, Tensor? down, Tensor hidden, Tensor weight, Tensor? bias,"
+  m.def("_linear_logprob_native_dlogits(Tensor up, Tensor? down, Tensor hidden, Tensor weight, Tensor? bias,"
         " Tensor targets, Tensor lse, Tensor? entropy, float temperature, float? softcap, int first, Tensor(a!) out,"
         " int lane=-1) -> ()");
-  m.def("_native_linear_nce_fwd(Tensor? student, Tensor nat, Tensor? neg, Tensor weight, Tensor? bias, Tensor targets,"
+  m.def("_linear_nce_native_fwd(Tensor? student, Tensor nat, Tensor? neg, Tensor weight, Tensor? bias, Tensor targets,"
         " float temperature, float? softcap, Tensor(a!)? kept=None, int lane=-1)"
         " -> (Tensor lse, Tensor losses, Tensor references)");
-  m.def("_native_linear_nce_dlogits(Tensor coefficients, Tensor student, Tensor nat, Tensor weight, Tensor? bias,"
+  m.def("_linear_nce_native_dlogits(Tensor coefficients, Tensor student, Tensor nat, Tensor weight, Tensor? bias,"
         " Tensor targets, Tensor lse, float temperature, float? softcap, int first, Tensor(a!) out, int lane=-1) -> ()");
-  m.def("_native_linear_nce_gradient(Tensor coefficients, Tensor kept, Tensor references, Tensor weight, Tensor targets,"
+  m.def("_linear_nce_native_gradient(Tensor coefficients, Tensor kept, Tensor references, Tensor weight, Tensor targets,"
         " Tensor lse, float temperature, float? softcap, int lane=-1) -> Tensor");
 }
 CALM_FAST_MODULE(_cpu)

@@ -19,7 +19,7 @@ import torch
 from torch.autograd import forward_ad
 
 IMPLS = ("auto", "reference", "torch", "triton", "native")
-# what `transformed` finds
+# names that active_transform() returns
 VMAP, FORWARD = "torch.func.vmap", "forward-mode differentiation"
 
 
@@ -50,9 +50,11 @@ def refuse(op: str, impl: str, why: str) -> RuntimeError:
     return RuntimeError(f"{op}: impl={impl!r} cannot run here: {why}. Use impl='auto' to let the op choose.")
 
 
-def transformed() -> str | None:
-    """What takes derivatives or batches by following torch's own ops, and would lose its way in a compiled one; None
-    outside of torch.func's transforms and forward-mode differentiation."""
+def active_transform() -> str | None:
+    """Name of the active torch.func transform or of forward-mode differentiation, or None.
+
+    Both see torch's own ops only; a compiled kernel would break the chain.
+    """
     if torch.compiler.is_compiling():
         return None
     if torch._C._are_functorch_transforms_active():
@@ -63,13 +65,17 @@ def transformed() -> str | None:
     return FORWARD if forward_ad._current_level >= 0 else None
 
 
-def followed(op: str, impl: str) -> Decision | None:
-    """What a call does where `transformed` finds something: auto is torch, kernels refuse forward mode; else None."""
-    follower = transformed()
-    if follower == FORWARD and impl in ("triton", "native"):
-        raise refuse(op, impl, f"{follower} follows torch's own ops only")
-    if follower and impl == "auto":
-        return Decision(op, "torch", f"inside {follower}, which follows torch's own ops")
+def transform_decision(op: str, impl: str) -> Decision | None:
+    """Return the Decision forced by an active transform, else None.
+
+    Raises:
+        RuntimeError: `impl` names a kernel, and forward-mode differentiation is active.
+    """
+    transform = active_transform()
+    if transform == FORWARD and impl in ("triton", "native"):
+        raise refuse(op, impl, f"{transform} follows torch's own ops only")
+    if transform and impl == "auto":
+        return Decision(op, "torch", f"inside {transform}, which follows torch's own ops")
     return None
 
 

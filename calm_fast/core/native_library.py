@@ -1,7 +1,7 @@
 """The compiled library (csrc/): loaded on first use, and why it cannot run an op where it cannot.
 
-Two extension modules register functions `calm_fast::_native_<op>...` with torch: `calm_fast._cpu` for CPU tensors and
-`calm_fast._cuda` for CUDA tensors. Which ops they serve is read from what they registered; there is no list.
+Two extension modules register kernels `calm_fast::_<op>_native_<part>` with torch: `calm_fast._cpu` for CPU tensors,
+`calm_fast._cuda` for CUDA tensors. The names they registered say which ops they serve; there is no list.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 from typing import Any
 
 import torch
 
-_PREFIX = "calm_fast::_native_"
+_KERNEL = re.compile(r"calm_fast::_(\w+?)_native_(\w+)")
 # the schemas are in _cpu, so it is loaded first for either device
 _MODULES = {"cpu": ("_cpu",), "cuda": ("_cpu", "_cuda")}
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -38,10 +39,10 @@ def _load(module: str) -> Any:
 
 @functools.cache
 def _served(device_type: str) -> frozenset[str]:
-    """Names behind `_native_` that have an implementation for this device type; the library is loaded."""
-    found = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith(_PREFIX))
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return frozenset(name.removeprefix(_PREFIX).split(".")[0] for name in found if has(name, _KEYS[device_type]))
+    """`<op>_<part>` of every kernel that the loaded library has for this device type."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    found = (_KERNEL.match(name) for name in torch._C._dispatch_get_all_op_names())
+    return frozenset(f"{m[1]}_{m[2]}" for m in found if m and has_kernel(m.string, _KEYS[device_type]))
 
 
 @functools.cache

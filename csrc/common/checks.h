@@ -1,5 +1,5 @@
 // Checks at the door of a native function. The public op has validated its arguments; these keep a wrong direct call
-// of torch.ops.calm_fast._native_* from reading outside a tensor. They throw, so never call them inside parallel_for.
+// of torch.ops.calm_fast._<op>_native_<part> from reading outside a tensor. They throw, so never call them inside parallel_for.
 #pragma once
 
 #include <string>

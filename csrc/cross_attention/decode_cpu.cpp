@@ -1,4 +1,4 @@
-// calm_fast::_native_cross_attention for CPU tensors: few queries against many keys, one pass over keys and values.
+// calm_fast::_cross_attention_native_decode for CPU tensors: few queries against many keys, one pass over keys and values.
 //
 // The keys of each KV head are cut into splits of a fixed length, worked on in parallel and combined in order: the
 // result depends on no number of threads. Everything is accumulated in float32.
@@ -269,7 +269,7 @@ std::tuple<Tensor, Tensor> cross_attention_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
-  m.impl("_native_cross_attention", TORCH_BOX(&cross_attention_cpu));
+  m.impl("_cross_attention_native_decode", TORCH_BOX(&cross_attention_cpu));
 }
 
 }  // namespace calm_fast::decode

@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor> cross_attention_cuda(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CUDA, m) {
-  m.impl("_native_cross_attention", TORCH_BOX(&cross_attention_cuda));
+  m.impl("_cross_attention_native_decode", TORCH_BOX(&cross_attention_cuda));
 }
 
 }  // namespace calm_fast

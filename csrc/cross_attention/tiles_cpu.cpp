@@ -1,4 +1,4 @@
-// calm_fast::_native_cross_attention_fwd and _bwd for CPU tensors: any number of queries, in tiles; each panel of
+// calm_fast::_cross_attention_native_fwd and _bwd for CPU tensors: any number of queries, in tiles; each panel of
 // queries meets only the blocks of keys that it sees.
 //
 // No sum depends on how the work is divided: every one runs over keys, or over queries, in order, in one thread.
@@ -289,8 +289,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
-  m.impl("_native_cross_attention_fwd", TORCH_BOX(&forward_cpu));
-  m.impl("_native_cross_attention_bwd", TORCH_BOX(&backward_cpu));
+  m.impl("_cross_attention_native_fwd", TORCH_BOX(&forward_cpu));
+  m.impl("_cross_attention_native_bwd", TORCH_BOX(&backward_cpu));
 }
 
 }  // namespace calm_fast::tiles

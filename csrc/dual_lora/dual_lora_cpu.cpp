@@ -109,7 +109,7 @@ void check_ranks(const char* op, const Tensor& zg, int64_t r_pos) {
 
 // mix (T, m) of the released form from zg (T, 2 R), u (T, m), up (m, R)
 Tensor dual_lora_mix(const Tensor& zg, const Tensor& u, const Tensor& up, int64_t r_pos, int64_t lane) {
-  const char* op = "_native_dual_lora_mix";
+  const char* op = "_dual_lora_native_mix";
   check_ranks(op, zg, r_pos);
   const int64_t tokens = zg.size(0), r = zg.size(1) / 2;
   check_tensor(op, "u", u, {tokens, -1}, zg.scalar_type());
@@ -133,7 +133,7 @@ Tensor dual_lora_mix(const Tensor& zg, const Tensor& u, const Tensor& up, int64_
 
 // [a_pos z_pos, a_neg z_neg] (T, R) of the paper's form from zg (T, 2 R)
 Tensor dual_lora_weigh(const Tensor& zg, int64_t r_pos) {
-  const char* op = "_native_dual_lora_weigh";
+  const char* op = "_dual_lora_native_weigh";
   check_ranks(op, zg, r_pos);
   const int64_t tokens = zg.size(0), r = zg.size(1) / 2;
   Tensor mix = torch::stable::new_empty(zg, {tokens, r});
@@ -156,6 +156,6 @@ Tensor dual_lora_weigh(const Tensor& zg, int64_t r_pos) {
 }  // namespace calm_fast
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
-  m.impl("_native_dual_lora_mix", TORCH_BOX(&calm_fast::dual_lora_mix));
-  m.impl("_native_dual_lora_weigh", TORCH_BOX(&calm_fast::dual_lora_weigh));
+  m.impl("_dual_lora_native_mix", TORCH_BOX(&calm_fast::dual_lora_mix));
+  m.impl("_dual_lora_native_weigh", TORCH_BOX(&calm_fast::dual_lora_weigh));
 }

@@ -65,7 +65,7 @@ void for_dtype(const Tensor& tensor, Body body) {
 // out (T, N) = y + mix last^T; the released form where u (T, m) and c2 (N, m) are given, up (m, R); else up (N, R)
 Tensor dual_lora_update_cuda(
     Tensor zg, Tensor y, Tensor up, std::optional<Tensor> u, std::optional<Tensor> c2, int64_t r_pos) {
-  const char* op = "_native_dual_lora_update";
+  const char* op = "_dual_lora_native_update";
   check_ranks(op, zg, up, r_pos);
   const int64_t tokens = zg.size(0), r = zg.size(1) / 2;
   check_further(op, "y", y, tokens, -1, zg);
@@ -102,7 +102,7 @@ Tensor dual_lora_update_cuda(
 
 // mix (T, m) of the released form. `lane` chooses SIMD code on a CPU; here it means nothing.
 Tensor dual_lora_mix_cuda(Tensor zg, Tensor u, Tensor up, int64_t r_pos, int64_t /*lane*/) {
-  const char* op = "_native_dual_lora_mix";
+  const char* op = "_dual_lora_native_mix";
   check_ranks(op, zg, up, r_pos);
   const int64_t tokens = zg.size(0), hidden = up.size(0);
   check_further(op, "u", u, tokens, hidden, zg);
@@ -124,8 +124,8 @@ Tensor dual_lora_mix_cuda(Tensor zg, Tensor u, Tensor up, int64_t r_pos, int64_t
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CUDA, m) {
-  m.impl("_native_dual_lora_update", TORCH_BOX(&dual_lora_update_cuda));
-  m.impl("_native_dual_lora_mix", TORCH_BOX(&dual_lora_mix_cuda));
+  m.impl("_dual_lora_native_update", TORCH_BOX(&dual_lora_update_cuda));
+  m.impl("_dual_lora_native_mix", TORCH_BOX(&dual_lora_mix_cuda));
 }
 
 }  // namespace calm_fast

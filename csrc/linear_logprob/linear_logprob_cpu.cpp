@@ -61,8 +61,8 @@ void linear_logprob_dlogits(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
-  m.impl("_native_linear_logprob_fwd", TORCH_BOX(&linear_logprob_fwd));
-  m.impl("_native_linear_logprob_dlogits", TORCH_BOX(&linear_logprob_dlogits));
+  m.impl("_linear_logprob_native_fwd", TORCH_BOX(&linear_logprob_fwd));
+  m.impl("_linear_logprob_native_dlogits", TORCH_BOX(&linear_logprob_dlogits));
 }
 
 }  // namespace calm_fast

@@ -99,9 +99,9 @@ Tensor linear_nce_gradient(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
-  m.impl("_native_linear_nce_fwd", TORCH_BOX(&linear_nce_fwd));
-  m.impl("_native_linear_nce_dlogits", TORCH_BOX(&linear_nce_dlogits));
-  m.impl("_native_linear_nce_gradient", TORCH_BOX(&linear_nce_gradient));
+  m.impl("_linear_nce_native_fwd", TORCH_BOX(&linear_nce_fwd));
+  m.impl("_linear_nce_native_dlogits", TORCH_BOX(&linear_nce_dlogits));
+  m.impl("_linear_nce_native_gradient", TORCH_BOX(&linear_nce_gradient));
 }
 
 }  // namespace calm_fast

@@ -1,4 +1,4 @@
-// calm_fast::_native_maj_at_k_exact and _native_maj_at_k_resample for CPU tensors: parallel over questions.
+// calm_fast::_maj_at_k_native_exact and _maj_at_k_native_resample for CPU tensors: parallel over questions.
 #include <atomic>
 #include <memory>
 #include <new>
@@ -149,8 +149,8 @@ Tensor maj_at_k_resample_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
-  m.impl("_native_maj_at_k_exact", TORCH_BOX(&maj_at_k_exact_cpu));
-  m.impl("_native_maj_at_k_resample", TORCH_BOX(&maj_at_k_resample_cpu));
+  m.impl("_maj_at_k_native_exact", TORCH_BOX(&maj_at_k_exact_cpu));
+  m.impl("_maj_at_k_native_resample", TORCH_BOX(&maj_at_k_resample_cpu));
 }
 
 }  // namespace calm_fast

@@ -80,7 +80,7 @@ Tensor maj_at_k_resample_cuda(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CUDA, m) {
-  m.impl("_native_maj_at_k_resample", TORCH_BOX(&maj_at_k_resample_cuda));
+  m.impl("_maj_at_k_native_resample", TORCH_BOX(&maj_at_k_resample_cuda));
 }
 
 }  // namespace calm_fast

@@ -15,7 +15,7 @@ namespace {
 
 // w (n, k) float32 in panels for packed_linear; (0,) where this CPU has no use for them
 Tensor packed_linear_pack(const Tensor& w, int64_t lane) {
-  const char* op = "_native_packed_linear_pack";
+  const char* op = "_packed_linear_native_pack";
   if (choose_lane(op, lane) < Lane::avx512) return torch::stable::new_empty(w, {0});
   check_tensor(op, "w", w, {-1, -1}, ScalarType::Float);
   const int64_t n = w.size(0), k = w.size(1);
@@ -27,7 +27,7 @@ Tensor packed_linear_pack(const Tensor& w, int64_t lane) {
 // x (..., k) w^T [+ add (..., n)], float32, w (n, k) as packed_linear_pack gives it
 Tensor packed_linear(
     const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& add, int64_t lane) {
-  const char* op = "_native_packed_linear";
+  const char* op = "_packed_linear_native_fwd";
   STD_TORCH_CHECK(
       choose_lane(op, lane) >= Lane::avx512, op, ": packed products need AVX-512, which lane ", lane, " does not have");
   STD_TORCH_CHECK(x.dim() > 0, op, ": `x` must have shape (..., k), got no dimension");
@@ -54,6 +54,6 @@ Tensor packed_linear(
 }  // namespace calm_fast
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
-  m.impl("_native_packed_linear", TORCH_BOX(&calm_fast::packed_linear));
-  m.impl("_native_packed_linear_pack", TORCH_BOX(&calm_fast::packed_linear_pack));
+  m.impl("_packed_linear_native_fwd", TORCH_BOX(&calm_fast::packed_linear));
+  m.impl("_packed_linear_native_pack", TORCH_BOX(&calm_fast::packed_linear_pack));
 }

@@ -1,4 +1,4 @@
-// calm_fast::_native_vote for CPU tensors: parallel over questions, see vote_core.h.
+// calm_fast::_vote_native_fwd for CPU tensors: parallel over questions, see vote_core.h.
 #include <atomic>
 #include <memory>
 #include <new>
@@ -95,7 +95,7 @@ Votes vote_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
-  m.impl("_native_vote", TORCH_BOX(&vote_cpu));
+  m.impl("_vote_native_fwd", TORCH_BOX(&vote_cpu));
 }
 
 }  // namespace calm_fast

@@ -53,7 +53,7 @@ Votes vote_cuda(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CUDA, m) {
-  m.impl("_native_vote", TORCH_BOX(&vote_cuda));
+  m.impl("_vote_native_fwd", TORCH_BOX(&vote_cuda));
 }
 
 }  // namespace calm_fast

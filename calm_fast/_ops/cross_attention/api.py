@@ -8,7 +8,15 @@ from calm_fast._ops.cross_attention.reference import cross_attention_reference
 from calm_fast._ops.cross_attention.torch_impl import cross_attention_torch, cross_attention_torch_bwd
 from calm_fast.core import native_library
 from calm_fast.core.checks import bad_type, bad_value, check_bool, check_finite_number, check_tensor, values_checked
-from calm_fast.core.dispatch import Decision, check_impl, followed, refuse, transformed, triton_obstacle, warn_once
+from calm_fast.core.dispatch import (
+    Decision,
+    active_transform,
+    check_impl,
+    refuse,
+    transform_decision,
+    triton_obstacle,
+    warn_once,
+)
 
 _OP = "cross_attention"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -78,10 +86,10 @@ def cross_attention(
         lo, hi = (t if t is None else t.expand(q.shape[0], q.shape[1]) for t in (lo, hi))
         if scale <= 0:  # the kernels take the row maximum before scaling; a sign costs no rounding, a product would
             q, scale = (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
-        run = "cross_attention_fwd"
+        run = "cross_attention_triton_fwd"
         if decision.impl == "native":
             few = q.device.type == "cuda" or q.shape[1] <= NATIVE_MAX_QUERIES
-            run = "cross_attention_decode" if few else "cross_attention_tiles"
+            run = "cross_attention_native_decode" if few else "cross_attention_native_fwd"
         out, lse = getattr(torch.ops.calm_fast, run)(q, k, v, lo, hi, causal, scale)
     return (out, lse) if return_lse else out
 
@@ -108,7 +116,7 @@ def decide(
     check_bool(_OP, "return_lse", return_lse)
     if impl in ("reference", "torch"):
         return Decision(_OP, impl, "asked for")
-    if decision := followed(_OP, impl):
+    if decision := transform_decision(_OP, impl):
         return decision
     if impl == "native":
         if why := _native_cannot(q, k):
@@ -160,7 +168,7 @@ def _surely_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bo
         and dtype in _DTYPES[:3]
         and q.layout == k.layout == v.layout == torch.strided
         and type(causal) is type(return_lse) is bool
-        and transformed() is None
+        and active_transform() is None
         and _native_cannot(q, k) is None
         and (of[1] <= NATIVE_MAX_QUERIES or native_library.slowness(dtype) is None)
     )
@@ -170,11 +178,13 @@ def _run_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool,
     """out and lse of a call that is `_surely_native`; without autograd not through the registered op's entry to it."""
     few = q.shape[1] <= NATIVE_MAX_QUERIES
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        run = torch.ops.calm_fast.cross_attention_decode if few else torch.ops.calm_fast.cross_attention_tiles
+        run = (
+            torch.ops.calm_fast.cross_attention_native_decode if few else torch.ops.calm_fast.cross_attention_native_fwd
+        )
     elif not few:
         run = _tiles
     elif q.stride(3) == k.stride(3) == v.stride(3) == 1:
-        run = torch.ops.calm_fast._native_cross_attention
+        run = torch.ops.calm_fast._cross_attention_native_decode
     else:
         run = _decode
     return run(q, k, v, None, None, causal, scale)
@@ -272,8 +282,8 @@ def _check_bound(name: str, bound: torch.Tensor, batch: int, m: int, n: int, dev
 # ---- the registered ops: what torch.compile, export, FSDP and opcheck see -------------------------------------------
 
 # Triton's; native for few queries, on a CPU and a GPU; native for many, on a CPU
-_FORWARD = ("cross_attention_fwd", "cross_attention_decode", "cross_attention_tiles")
-_BACKWARD = ("cross_attention_bwd", "cross_attention_tiles_bwd")
+_FORWARD = ("cross_attention_triton_fwd", "cross_attention_native_decode", "cross_attention_native_fwd")
+_BACKWARD = ("cross_attention_triton_bwd", "cross_attention_native_bwd")
 _lib = torch.library.Library("calm_fast", "FRAGMENT")
 for _name in _FORWARD:
     _lib.define(
@@ -287,14 +297,14 @@ for _name in _BACKWARD:
     )
 
 
-@torch.library.impl(_lib, "cross_attention_fwd", "CompositeExplicitAutograd")
+@torch.library.impl(_lib, "cross_attention_triton_fwd", "CompositeExplicitAutograd")
 def _fwd(q, k, v, lo, hi, causal, scale):
     from calm_fast.kernels.cross_attention import launch as kernels  # imports triton: only where it is used
 
     return kernels.launch_cross_attention_fwd(q, k, v, lo, hi, causal, scale)
 
 
-@torch.library.impl(_lib, "cross_attention_bwd", "CompositeExplicitAutograd")
+@torch.library.impl(_lib, "cross_attention_triton_bwd", "CompositeExplicitAutograd")
 def _bwd(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale):
     from calm_fast.kernels.cross_attention import launch as kernels
 
@@ -316,22 +326,24 @@ def _contiguous(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...
     return tuple(t if t is None else t.contiguous() for t in tensors)
 
 
-@torch.library.impl(_lib, "cross_attention_decode", "CompositeExplicitAutograd")
+@torch.library.impl(_lib, "cross_attention_native_decode", "CompositeExplicitAutograd")
 def _decode(q, k, v, lo, hi, causal, scale):
     rows = wide_loads if q.device.type == "cuda" else _whole_rows
-    return torch.ops.calm_fast._native_cross_attention(rows(q), rows(k), rows(v), *_contiguous(lo, hi), causal, scale)
+    return torch.ops.calm_fast._cross_attention_native_decode(
+        rows(q), rows(k), rows(v), *_contiguous(lo, hi), causal, scale
+    )
 
 
-@torch.library.impl(_lib, "cross_attention_tiles", "CompositeExplicitAutograd")
+@torch.library.impl(_lib, "cross_attention_native_fwd", "CompositeExplicitAutograd")
 def _tiles(q, k, v, lo, hi, causal, scale):
     rows = (_whole_rows(t) for t in (q, k, v))
-    return torch.ops.calm_fast._native_cross_attention_fwd(*rows, *_contiguous(lo, hi), causal, scale)
+    return torch.ops.calm_fast._cross_attention_native_fwd(*rows, *_contiguous(lo, hi), causal, scale)
 
 
-@torch.library.impl(_lib, "cross_attention_tiles_bwd", "CompositeExplicitAutograd")
+@torch.library.impl(_lib, "cross_attention_native_bwd", "CompositeExplicitAutograd")
 def _tiles_bwd(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale):
     rows = (_whole_rows(t) for t in (q, k, v))
-    return torch.ops.calm_fast._native_cross_attention_bwd(
+    return torch.ops.calm_fast._cross_attention_native_bwd(
         *_contiguous(dout, dlse), *rows, *_contiguous(out, lse, lo, hi), causal, scale
     )
 
@@ -353,7 +365,7 @@ def _setup_context(ctx, inputs, output):
 
 def _decode_bwd(dout, dlse, q, *rest):
     if q.device.type == "cpu":
-        return torch.ops.calm_fast.cross_attention_tiles_bwd(dout, dlse, q, *rest)
+        return torch.ops.calm_fast.cross_attention_native_bwd(dout, dlse, q, *rest)
     # few queries: their scores are small enough to be computed again as a whole
     return cross_attention_torch_bwd(dout, dlse, q, *rest)
 
@@ -378,7 +390,11 @@ def _no_double_backward(impl):
     return formula
 
 
-_DERIVATIVES = (torch.ops.calm_fast.cross_attention_bwd, _decode_bwd, torch.ops.calm_fast.cross_attention_tiles_bwd)
+_DERIVATIVES = (
+    torch.ops.calm_fast.cross_attention_triton_bwd,
+    _decode_bwd,
+    torch.ops.calm_fast.cross_attention_native_bwd,
+)
 for _name, _derivative in zip(_FORWARD, _DERIVATIVES, strict=True):
     torch.library.register_fake(f"calm_fast::{_name}", _fwd_fake, lib=_lib)
     _formula = _differentiated_by(_derivative)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from calm_fast._ops.dual_lora.torch_impl import (
 from calm_fast._ops.packed_linear.api import Packed, can_pack, linear, pack
 from calm_fast.core import native_library
 from calm_fast.core.checks import bad_type, bad_value, check_pair, check_tensor
-from calm_fast.core.dispatch import Decision, check_impl, followed, refuse, triton_obstacle
+from calm_fast.core.dispatch import Decision, check_impl, refuse, transform_decision, triton_obstacle
 
 _OP = "dual_lora"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -162,7 +161,7 @@ def _choose(y: torch.Tensor, rank: int, impl: str, why_torch: str) -> Decision:
     """why_torch: why on a CPU torch is better for this call than the compiled library; "" where it is not."""
     if impl in ("reference", "torch"):
         return Decision(_OP, impl, "asked for")
-    if decision := followed(_OP, impl):
+    if decision := transform_decision(_OP, impl):
         return decision
     if impl == "native" or (impl == "auto" and y.device.type == "cpu"):
         obstacle = _native_obstacle(y, rank)
@@ -189,11 +188,13 @@ def _apply(zg: torch.Tensor, y: torch.Tensor, folded: Folded, r_pos: int, impl: 
     flat_zg, flat_y = zg.reshape(-1, zg.shape[-1]), y.reshape(-1, y.shape[-1])
     if impl == "native":
         packed = (None, None, *(p.panels for p in (folded.packed or ())[1:]))[-2:]  # of c1 or None, of the last product
-        out = torch.ops.calm_fast.dual_lora_native(flat_zg, flat_y, *folded[1:4], *packed, r_pos)
+        out = torch.ops.calm_fast.dual_lora_native_fwd(flat_zg, flat_y, *folded[1:4], *packed, r_pos)
     elif folded.c1 is None:
-        out = torch.ops.calm_fast.dual_lora_fwd(flat_zg, flat_y, folded.up, r_pos)
+        out = torch.ops.calm_fast.dual_lora_triton_fwd(flat_zg, flat_y, folded.up, r_pos)
     else:
-        out, _, _ = torch.ops.calm_fast.dual_lora_gelu_fwd(flat_zg, flat_y, folded.c1, folded.up, folded.c2, r_pos)
+        out, _, _ = torch.ops.calm_fast.dual_lora_triton_gelu_fwd(
+            flat_zg, flat_y, folded.c1, folded.up, folded.c2, r_pos
+        )
     return out.view(y.shape)
 
 
@@ -251,50 +252,68 @@ def _check_options(value: Sequence[torch.Tensor], scaling: Any, activation: Any)
 # computed only where it is asked for.
 
 _lib = torch.library.Library("calm_fast", "FRAGMENT")
-_lib.define("dual_lora_fwd(Tensor zg, Tensor y, Tensor up, int r_pos) -> Tensor")
-_lib.define("dual_lora_bwd(Tensor dmix, Tensor zg, int r_pos) -> (Tensor dzg, Tensor mix)")
+_lib.define("dual_lora_triton_fwd(Tensor zg, Tensor y, Tensor up, int r_pos) -> Tensor")
+_lib.define("dual_lora_triton_bwd(Tensor dmix, Tensor zg, int r_pos) -> (Tensor dzg, Tensor mix)")
 _lib.define(
-    "dual_lora_gelu_fwd(Tensor zg, Tensor y, Tensor c1, Tensor up, Tensor c2, int r_pos)"
+    "dual_lora_triton_gelu_fwd(Tensor zg, Tensor y, Tensor c1, Tensor up, Tensor c2, int r_pos)"
     " -> (Tensor out, Tensor u, Tensor mix)"
 )
 _lib.define(
-    "dual_lora_gelu_bwd(Tensor dmix, Tensor zg, Tensor u, Tensor up, int r_pos)"
+    "dual_lora_triton_gelu_bwd(Tensor dmix, Tensor zg, Tensor u, Tensor up, int r_pos)"
     " -> (Tensor dzg, Tensor dpos, Tensor dneg)"
 )
 _lib.define(
-    "dual_lora_native(Tensor zg, Tensor y, Tensor up, Tensor? c1, Tensor? c2, Tensor? packed_c1, Tensor? packed_last,"
-    " int r_pos) -> Tensor"
+    "dual_lora_native_fwd(Tensor zg, Tensor y, Tensor up, Tensor? c1, Tensor? c2, Tensor? packed_c1,"
+    " Tensor? packed_last, int r_pos) -> Tensor"
 )
 
 
-def _launch(name: str, *args: Any) -> Any:
-    from calm_fast.kernels.dual_lora import launch as kernels  # imports triton: only where it is used
+@torch.library.impl(_lib, "dual_lora_triton_fwd", "CompositeExplicitAutograd")
+def _triton_fwd(zg, y, up, r_pos):
+    from calm_fast.kernels.dual_lora import launch  # imports Triton: only where a kernel is launched
 
-    return getattr(kernels, f"launch_{name}")(*args)
-
-
-for _name in ("dual_lora_fwd", "dual_lora_bwd", "dual_lora_gelu_fwd", "dual_lora_gelu_bwd"):
-    _lib.impl(_name, functools.partial(_launch, _name), "CompositeExplicitAutograd")
+    return launch.launch_dual_lora_fwd(zg, y, up, r_pos)
 
 
-@torch.library.register_fake("calm_fast::dual_lora_fwd", lib=_lib)
-@torch.library.register_fake("calm_fast::dual_lora_native", lib=_lib)
+@torch.library.impl(_lib, "dual_lora_triton_bwd", "CompositeExplicitAutograd")
+def _triton_bwd(dmix, zg, r_pos):
+    from calm_fast.kernels.dual_lora import launch
+
+    return launch.launch_dual_lora_bwd(dmix, zg, r_pos)
+
+
+@torch.library.impl(_lib, "dual_lora_triton_gelu_fwd", "CompositeExplicitAutograd")
+def _triton_gelu_fwd(zg, y, c1, up, c2, r_pos):
+    from calm_fast.kernels.dual_lora import launch
+
+    return launch.launch_dual_lora_gelu_fwd(zg, y, c1, up, c2, r_pos)
+
+
+@torch.library.impl(_lib, "dual_lora_triton_gelu_bwd", "CompositeExplicitAutograd")
+def _triton_gelu_bwd(dmix, zg, u, up, r_pos):
+    from calm_fast.kernels.dual_lora import launch
+
+    return launch.launch_dual_lora_gelu_bwd(dmix, zg, u, up, r_pos)
+
+
+@torch.library.register_fake("calm_fast::dual_lora_triton_fwd", lib=_lib)
+@torch.library.register_fake("calm_fast::dual_lora_native_fwd", lib=_lib)
 def _fwd_fake(zg, y, up, *rest):
     return y.new_empty(y.shape)
 
 
-@torch.library.register_fake("calm_fast::dual_lora_bwd", lib=_lib)
+@torch.library.register_fake("calm_fast::dual_lora_triton_bwd", lib=_lib)
 def _bwd_fake(dmix, zg, r_pos):
     return zg.new_empty(zg.shape), zg.new_empty(dmix.shape)
 
 
-@torch.library.register_fake("calm_fast::dual_lora_gelu_fwd", lib=_lib)
+@torch.library.register_fake("calm_fast::dual_lora_triton_gelu_fwd", lib=_lib)
 def _gelu_fwd_fake(zg, y, c1, up, c2, r_pos):
     hidden = (y.shape[0], c1.shape[0])
     return y.new_empty(y.shape), y.new_empty(hidden), y.new_empty(hidden)
 
 
-@torch.library.register_fake("calm_fast::dual_lora_gelu_bwd", lib=_lib)
+@torch.library.register_fake("calm_fast::dual_lora_triton_gelu_bwd", lib=_lib)
 def _gelu_bwd_fake(dmix, zg, u, up, r_pos):
     return zg.new_empty(zg.shape), u.new_empty(u.shape), u.new_empty(u.shape)
 
@@ -309,7 +328,7 @@ def _backward(ctx, dout):
     need_zg, need_y, need_up, _ = ctx.needs_input_grad
     dzg = dup = None
     if need_zg or need_up:
-        dzg, mix = torch.ops.calm_fast.dual_lora_bwd(dout @ up, zg, ctx.r_pos)
+        dzg, mix = torch.ops.calm_fast.dual_lora_triton_bwd(dout @ up, zg, ctx.r_pos)
         dup = dout.mT @ mix if need_up else None
     return dzg if need_zg else None, dout if need_y else None, dup, None
 
@@ -326,7 +345,7 @@ def _gelu_backward(ctx, dout, du_unused, dmix_unused):  # only `out` leaves this
     if dout is None:
         return (None,) * 6
     need_zg, need_y, need_c1, need_up, need_c2, _ = ctx.needs_input_grad
-    dzg, dpos, dneg = torch.ops.calm_fast.dual_lora_gelu_bwd(dout @ c2, zg, u, up, ctx.r_pos)
+    dzg, dpos, dneg = torch.ops.calm_fast.dual_lora_triton_gelu_bwd(dout @ c2, zg, u, up, ctx.r_pos)
     du = dpos + dneg
     dup = None
     if need_up:
@@ -347,10 +366,10 @@ def _no_double_backward(ctx, *grads):
 
 
 _register = torch.library.register_autograd
-_register("calm_fast::dual_lora_fwd", _backward, setup_context=_setup_context, lib=_lib)
-_register("calm_fast::dual_lora_gelu_fwd", _gelu_backward, setup_context=_gelu_setup_context, lib=_lib)
-_register("calm_fast::dual_lora_bwd", _no_double_backward, lib=_lib)
-_register("calm_fast::dual_lora_gelu_bwd", _no_double_backward, lib=_lib)
+_register("calm_fast::dual_lora_triton_fwd", _backward, setup_context=_setup_context, lib=_lib)
+_register("calm_fast::dual_lora_triton_gelu_fwd", _gelu_backward, setup_context=_gelu_setup_context, lib=_lib)
+_register("calm_fast::dual_lora_triton_bwd", _no_double_backward, lib=_lib)
+_register("calm_fast::dual_lora_triton_gelu_bwd", _no_double_backward, lib=_lib)
 
 
 # ---- the compiled library: opaque functions behind registered ops; gradients are torch's -----------------------------
@@ -363,28 +382,28 @@ def _library(device_type: str = "cpu") -> Any:
     return torch.ops.calm_fast
 
 
-@torch.library.impl(_lib, "dual_lora_native", "CPU")
+@torch.library.impl(_lib, "dual_lora_native_fwd", "CPU")
 def _native_fwd(zg, y, up, c1, c2, packed_c1, packed_last, r_pos):
     library, zg, y = _library(), zg.contiguous(), y.contiguous()
     if c1 is None:
-        mix, last = library._native_dual_lora_weigh(zg, r_pos), up
+        mix, last = library._dual_lora_native_weigh(zg, r_pos), up
     else:
-        u = y @ c1.mT if packed_c1 is None else library._native_packed_linear(y, packed_c1, c1.shape[0])
-        mix, last = library._native_dual_lora_mix(zg, u, up.contiguous(), r_pos), c2
+        u = y @ c1.mT if packed_c1 is None else library._packed_linear_native_fwd(y, packed_c1, c1.shape[0])
+        mix, last = library._dual_lora_native_mix(zg, u, up.contiguous(), r_pos), c2
     if packed_last is None:
         return torch.addmm(y, mix, last.mT)
-    return library._native_packed_linear(mix, packed_last, last.shape[0], y)
+    return library._packed_linear_native_fwd(mix, packed_last, last.shape[0], y)
 
 
-@torch.library.impl(_lib, "dual_lora_native", "CUDA")
+@torch.library.impl(_lib, "dual_lora_native_fwd", "CUDA")
 def _native_fwd_cuda(zg, y, up, c1, c2, packed_c1, packed_last, r_pos):
     library, zg, y, up = _library("cuda"), zg.contiguous(), y.contiguous(), up.contiguous()
     if c1 is None:
-        return library._native_dual_lora_update(zg, y, up, None, None, r_pos)
+        return library._dual_lora_native_update(zg, y, up, None, None, r_pos)
     u = y @ c1.mT
     if c1.shape[0] <= CUDA_MAX_FUSED:
-        return library._native_dual_lora_update(zg, y, up, u, c2.contiguous(), r_pos)
-    return torch.addmm(y, library._native_dual_lora_mix(zg, u, up, r_pos), c2.mT)
+        return library._dual_lora_native_update(zg, y, up, u, c2.contiguous(), r_pos)
+    return torch.addmm(y, library._dual_lora_native_mix(zg, u, up, r_pos), c2.mT)
 
 
 def _native_setup(ctx, inputs, output):
@@ -397,4 +416,4 @@ def _native_backward(ctx, dout):
     return *dual_lora_backward_torch(dout, zg, y, Folded(zg, *factors), ctx.r_pos), None, None, None
 
 
-_register("calm_fast::dual_lora_native", _native_backward, setup_context=_native_setup, lib=_lib)
+_register("calm_fast::dual_lora_native_fwd", _native_backward, setup_context=_native_setup, lib=_lib)

@@ -164,7 +164,7 @@ def _native_fwd(hidden, weight, bias, targets, temperature, softcap, ignore_inde
     tokens, rows = targets.shape[0], valid_rows(targets, ignore_index)
     hidden, targets = take(rows, hidden, targets.contiguous())
     bias = None if bias is None else bias.float().contiguous()
-    found = torch.ops.calm_fast._native_linear_logprob_fwd(
+    found = torch.ops.calm_fast._linear_logprob_native_fwd(
         hidden, weight, bias, targets, temperature, softcap, want_entropy, want_rank, vocabulary.LANE
     )
     wanted = (True, want_entropy, want_rank, True)
@@ -185,7 +185,7 @@ def _native_bwd(
     bias = None if bias is None else bias.float().contiguous()
     gradients = Gradients(hidden, weight, needs)
     for r, c, chunk in gradients.chunks(by_token=False):
-        torch.ops.calm_fast._native_linear_logprob_dlogits(
+        torch.ops.calm_fast._linear_logprob_native_dlogits(
             up[r], None if down is None else down[r], hidden[r], weight, bias, targets[r], lse[r],
             None if down is None else entropy[r], temperature, softcap, c.start, chunk.T, vocabulary.LANE,
         )  # fmt: skip

@@ -232,7 +232,7 @@ def _native_fwd(
     streams = take(rows, student, nat, neg)
     targets, seq_ids = take(rows, targets.contiguous(), seq_ids)
     bias = None if bias is None else bias.float().contiguous()
-    lse, losses, _ = torch.ops.calm_fast._native_linear_nce_fwd(
+    lse, losses, _ = torch.ops.calm_fast._linear_nce_native_fwd(
         *streams, weight, bias, targets, temperature, softcap, None, vocabulary.LANE
     )
     return combine(lse, *losses, seq_ids, rows, tokens, alpha, temperature, offset)
@@ -254,7 +254,7 @@ class _NativeEngine:
         return self.memory[: shape[0] * shape[1] * shape[2]].view(shape)
 
     def _swept(self, student, nat, neg, rows: slice, kept: torch.Tensor | None) -> tuple:
-        return torch.ops.calm_fast._native_linear_nce_fwd(
+        return torch.ops.calm_fast._linear_nce_native_fwd(
             student, nat[rows], neg, self.weight, self.bias, self.targets[rows], self.temperature, self.softcap, kept,
             vocabulary.LANE,
         )  # fmt: skip
@@ -269,7 +269,7 @@ class _NativeEngine:
         return lse, *losses[: 2 if calibrated else 3]
 
     def gradient(self, rows: slice, lse: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-        return torch.ops.calm_fast._native_linear_nce_gradient(
+        return torch.ops.calm_fast._linear_nce_native_gradient(
             coefficients.contiguous(), self._kept(rows), self.references, self.weight, self.targets[rows], lse,
             self.temperature, self.softcap, vocabulary.LANE,
         )  # fmt: skip
@@ -309,7 +309,7 @@ def _native_bwd(
     bias = None if bias is None else bias.float().contiguous()
     gradients = Gradients(student, weight, needs)
     for r, c, chunk in gradients.chunks(by_token=False):
-        torch.ops.calm_fast._native_linear_nce_dlogits(
+        torch.ops.calm_fast._linear_nce_native_dlogits(
             coefficients[:, r].contiguous(), student[r], nat[r], weight, bias, targets[r], lse[:, r].contiguous(),
             temperature, softcap, c.start, chunk.T, vocabulary.LANE,
         )  # fmt: skip

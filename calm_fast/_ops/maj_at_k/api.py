@@ -164,21 +164,21 @@ def _fwd(*args):
 
         return maj_at_k_reference(*args)
     if impl == "native":
-        return _native_maj_at_k(*args)
+        return _maj_at_k_native(*args)
     from calm_fast._ops.maj_at_k.torch_impl import maj_at_k_torch
 
     return maj_at_k_torch(*args)
 
 
-def _native_maj_at_k(answers, correct, scores, valid, ks, method, resamples, rule, lam, seed, lane=-1):
+def _maj_at_k_native(answers, correct, scores, valid, ks, method, resamples, rule, lam, seed, lane=-1):
     """`lane`: see csrc/common/lanes.h; every lane returns the same bits."""
     answers, correct = answers.contiguous(), correct.contiguous()
     valid = None if valid is None else valid.contiguous()
     if method == "exact":
-        return torch.ops.calm_fast._native_maj_at_k_exact(answers, correct, valid, ks, lane)
+        return torch.ops.calm_fast._maj_at_k_native_exact(answers, correct, valid, ks, lane)
     if scores is not None:
         scores = (scores if scores.dtype == torch.float64 else scores.float()).contiguous()  # exact
-    return torch.ops.calm_fast._native_maj_at_k_resample(
+    return torch.ops.calm_fast._maj_at_k_native_resample(
         answers, correct, scores, valid, ks, resamples, rule == "adaptive", lam, seed, lane
     )
 

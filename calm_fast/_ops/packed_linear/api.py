@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from calm_fast.core import native_library
-from calm_fast.core.dispatch import transformed
+from calm_fast.core.dispatch import active_transform
 
 _OP = "packed_linear"
 
@@ -32,7 +32,7 @@ def can_pack(*tensors: torch.Tensor) -> bool:
     for t in tensors:
         if type(t) is not torch.Tensor or not t.is_cpu or t.dtype != torch.float32 or (grad and t.requires_grad):
             return False
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or active_transform():
         return False
     return native_library.obstacle(_OP) is None
 
@@ -45,7 +45,7 @@ def pack(weight: torch.Tensor) -> Packed | torch.Tensor:
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter)  # others multiply in their own way: quantized, sharded
     if not plain or weight.dtype != torch.float32 or not weight.is_cpu or native_library.obstacle(_OP):
         return weight
-    panels = torch.ops.calm_fast._native_packed_linear_pack(weight.contiguous())
+    panels = torch.ops.calm_fast._packed_linear_native_pack(weight.contiguous())
     return Packed(panels, weight.shape[0]) if panels.dim() == 3 else weight  # no panels without AVX-512
 
 
@@ -55,7 +55,7 @@ def linear(x: torch.Tensor, weight: Packed | torch.Tensor, bias: torch.Tensor | 
     """
     if type(weight) is not Packed:
         return F.linear(x, weight, bias)
-    out = torch.ops.calm_fast._native_packed_linear(x.contiguous(), weight.panels, weight.rows)
+    out = torch.ops.calm_fast._packed_linear_native_fwd(x.contiguous(), weight.panels, weight.rows)
     return out if bias is None else out.add_(bias)
 
 
@@ -64,7 +64,7 @@ def linear_into(residual: torch.Tensor, x: torch.Tensor, weight: Packed | torch.
     errors as in `linear`.
     """
     if type(weight) is Packed:
-        return torch.ops.calm_fast._native_packed_linear(
+        return torch.ops.calm_fast._packed_linear_native_fwd(
             x.contiguous(), weight.panels, weight.rows, residual.contiguous()
         )
     rows = residual.shape[-1]

@@ -8,7 +8,7 @@ import torch
 
 from calm_fast.core import native_library
 from calm_fast.core.checks import bad_type, bad_value, check_finite_number, check_tensor, values_checked
-from calm_fast.core.dispatch import VMAP, Decision, refuse, transformed, triton_obstacle
+from calm_fast.core.dispatch import VMAP, Decision, active_transform, refuse, triton_obstacle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -54,8 +54,8 @@ def native_obstacle(op: str, hidden: torch.Tensor) -> str | None:
 
 def choose(op: str, impl: str, hidden: torch.Tensor, weight: torch.Tensor) -> Decision:
     """The compiled library on a CPU, Triton on a GPU, blocked torch where they cannot run; or what was asked for."""
-    if impl != "reference" and (follower := transformed()) not in (None, VMAP):
-        raise RuntimeError(f"{op}: inside {follower} only impl='reference' has derivatives, got impl={impl!r}")
+    if impl != "reference" and (transform := active_transform()) not in (None, VMAP):
+        raise RuntimeError(f"{op}: inside {transform} only impl='reference' has derivatives, got impl={impl!r}")
     if impl in ("reference", "torch"):
         return Decision(op, impl, "asked for")
     if impl == "native":

@@ -102,18 +102,18 @@ def _fwd(answers, scores, valid, rule, lam, impl):
 
         return vote_reference(answers, scores, valid, rule, lam)
     if impl == "native":
-        return _native_vote(answers, scores, valid, rule, lam)
+        return _vote_native_fwd(answers, scores, valid, rule, lam)
     from calm_fast._ops.vote.torch_impl import vote_torch
 
     return vote_torch(answers, scores, valid, rule, lam)
 
 
-def _native_vote(answers, scores, valid, rule, lam, lane=-1):
+def _vote_native_fwd(answers, scores, valid, rule, lam, lane=-1):
     """`lane`: see csrc/common/lanes.h; every lane returns the same bits."""
     if scores is not None:
         scores = (scores if scores.dtype == torch.float64 else scores.float()).contiguous()  # exact
     valid = None if valid is None else valid.contiguous()
-    return torch.ops.calm_fast._native_vote(answers.contiguous(), scores, valid, rule == "adaptive", lam, lane)
+    return torch.ops.calm_fast._vote_native_fwd(answers.contiguous(), scores, valid, rule == "adaptive", lam, lane)
 
 
 @torch.library.register_fake("calm_fast::vote_fwd", lib=_lib)

@@ -141,7 +141,7 @@ def no_kernel(monkeypatch):
 
     for name in ("cross_attention_reference", "cross_attention_torch", "_run_native"):
         monkeypatch.setattr(OPS_MODULE, name, forbidden)
-    for name in ("cross_attention_fwd", "cross_attention_decode"):
+    for name in ("cross_attention_triton_fwd", "cross_attention_native_decode"):
         monkeypatch.setattr(torch.ops.calm_fast, name, forbidden)
 
 

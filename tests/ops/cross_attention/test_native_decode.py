@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def raw(*args, lane=-1):
-    return torch.ops.calm_fast._native_cross_attention(*args, lane)
+    return torch.ops.calm_fast._cross_attention_native_decode(*args, lane)
 
 
 def lane_missing(lane):
@@ -145,7 +145,7 @@ def test_infinite_scores_as_in_the_definition(size):
 
 def test_opcheck_and_compile():
     q, k, v = (t.requires_grad_() for t in tensors())
-    op = torch.ops.calm_fast.cross_attention_decode.default
+    op = torch.ops.calm_fast.cross_attention_native_decode.default
     lo, hi = bounds(2, 3, 70)
     torch.library.opcheck(op, (q, k, v, lo, hi, False, 0.3))
     torch.library.opcheck(op, (q.detach(), k.detach(), v.detach(), None, None, True, 0.3))
@@ -225,4 +225,4 @@ def test_a_wrong_direct_call_is_refused_before_it_reads(change, message):
     q, k, v = tensors()
     arguments = {"q": q, "k": k, "v": v, "lo": None, "hi": None, "causal": False, "scale": 0.3, "lane": -1} | change
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.calm_fast._native_cross_attention(*arguments.values())
+        torch.ops.calm_fast._cross_attention_native_decode(*arguments.values())

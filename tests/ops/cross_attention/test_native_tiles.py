@@ -25,11 +25,11 @@ CPU = torch.device("cpu")
 
 
 def raw(q, k, v, lo=None, hi=None, causal=False, scale=0.3, lane=-1):
-    return torch.ops.calm_fast._native_cross_attention_fwd(q, k, v, lo, hi, causal, scale, lane)
+    return torch.ops.calm_fast._cross_attention_native_fwd(q, k, v, lo, hi, causal, scale, lane)
 
 
 def raw_bwd(dout, dlse, q, k, v, out, lse, lo=None, hi=None, causal=False, scale=0.3, lane=-1):
-    return torch.ops.calm_fast._native_cross_attention_bwd(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale, lane)
+    return torch.ops.calm_fast._cross_attention_native_bwd(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale, lane)
 
 
 def tensors(b=2, m=100, n=170, h=4, hkv=2, d=24, dtype=torch.float32, seed=0):
@@ -225,12 +225,12 @@ def test_opcheck_and_compile():
     q, k, v = (t.requires_grad_() for t in tensors(m=20, n=30, d=8))
     lo, hi = scattered(2, 20, 30)
     ops = torch.ops.calm_fast
-    torch.library.opcheck(ops.cross_attention_tiles.default, (q, k, v, lo, hi, False, 0.3))
+    torch.library.opcheck(ops.cross_attention_native_fwd.default, (q, k, v, lo, hi, False, 0.3))
     plain = [t.detach() for t in (q, k, v)]
-    torch.library.opcheck(ops.cross_attention_tiles.default, (*plain, None, None, True, 0.3))
+    torch.library.opcheck(ops.cross_attention_native_fwd.default, (*plain, None, None, True, 0.3))
     out, lse = raw(*plain, lo, hi)
     arguments = (torch.randn_like(out), None, *plain, out, lse, lo, hi, False, 0.3)
-    torch.library.opcheck(ops.cross_attention_tiles_bwd.default, arguments)
+    torch.library.opcheck(ops.cross_attention_native_bwd.default, arguments)
 
     def loss(q, k, v, hi):
         out, lse = cross_attention(q, k, v, hi=hi, return_lse=True)
@@ -327,6 +327,6 @@ def test_a_library_without_the_tiles_leaves_many_queries_to_torch(monkeypatch):
     )
     q, k = torch.randn(1, 40, 2, 8), torch.randn(1, 40, 2, 8)
     decision = calm_fast.explain("cross_attention", q, k, k)
-    assert decision.impl == "torch" and "has no cross_attention_bwd" in str(decision)
+    assert decision.impl == "torch" and "has no cross_attention_triton_bwd" in str(decision)
     assert cross_attention(q, k, k).shape == q.shape
     assert calm_fast.explain("cross_attention", q[:, :4], k, k).impl == "native"

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from calm_fast.ops import cross_attention
 
-FWD, BWD = "cross_attention_fwd", "cross_attention_bwd"
+FWD, BWD = "cross_attention_triton_fwd", "cross_attention_triton_bwd"
 
 
 @pytest.fixture(autouse=True)

@@ -225,15 +225,17 @@ def test_registered_ops_keep_their_promises(strided, triton_device):
     ops = torch.ops.calm_fast
     without_autograd = ("test_schema", "test_faketensor")
     for op, args in (
-        (ops.dual_lora_fwd, (zg, y, draw(n, r), r_pos)),
-        (ops.dual_lora_gelu_fwd, (zg, y, c1, up, c2, r_pos)),
+        (ops.dual_lora_triton_fwd, (zg, y, draw(n, r), r_pos)),
+        (ops.dual_lora_triton_gelu_fwd, (zg, y, c1, up, c2, r_pos)),
     ):
         torch.library.opcheck(op, args)
         args = tuple(a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args)
-        if op is ops.dual_lora_fwd:  # of the other one, u and mix are for the backward pass only
+        if op is ops.dual_lora_triton_fwd:  # of the other one, u and mix are for the backward pass only
             torch.library.opcheck(op, args)
-    torch.library.opcheck(ops.dual_lora_bwd, (draw(t, r), zg, r_pos), test_utils=without_autograd)
-    torch.library.opcheck(ops.dual_lora_gelu_bwd, (draw(t, h), zg, draw(t, h), up, r_pos), test_utils=without_autograd)
+    torch.library.opcheck(ops.dual_lora_triton_bwd, (draw(t, r), zg, r_pos), test_utils=without_autograd)
+    torch.library.opcheck(
+        ops.dual_lora_triton_gelu_bwd, (draw(t, h), zg, draw(t, h), up, r_pos), test_utils=without_autograd
+    )
 
 
 def test_triton_says_that_it_has_no_double_backward(triton_device):

@@ -53,7 +53,7 @@ def ulp(values):
 
 def gelu_of(v, lane):
     """With z = 0 the gate is undecided: weights 1 and 0, and the mix is gelu(u)."""
-    return library()._native_dual_lora_mix(torch.zeros(1, 4), v[None], torch.zeros(v.numel(), 2), 1, lane)[0]
+    return library()._dual_lora_native_mix(torch.zeros(1, 4), v[None], torch.zeros(v.numel(), 2), 1, lane)[0]
 
 
 def test_gelu_is_exact_to_a_few_units_in_the_last_place(lane):
@@ -82,7 +82,7 @@ def test_mix_equals_its_formula_in_every_lane(lane, dtype, tokens, m, r_pos, r_n
     generator = torch.Generator().manual_seed(tokens)
     r = r_pos + r_neg
     zg, u, up = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((tokens, 2 * r), (tokens, m), (m, r)))
-    out = library()._native_dual_lora_mix(zg, u, up, r_pos, lane)
+    out = library()._dual_lora_native_mix(zg, u, up, r_pos, lane)
     wide = [t.double() for t in (zg, u, up)]
     p_neg = (wide[0][:, :r] * wide[0][:, r:]).sum(-1, keepdim=True).sigmoid()
     parts = [wide[0][:, a:b] @ wide[2][:, a:b].mT + wide[1] for a, b in ((0, r_pos), (r_pos, r))]
@@ -93,31 +93,31 @@ def test_mix_equals_its_formula_in_every_lane(lane, dtype, tokens, m, r_pos, r_n
     bound = 2 * (r + 4) * torch.finfo(torch.float32).eps * size + torch.finfo(dtype).eps * truth.abs()
     assert ((out.double() - truth).abs() <= bound).all()
     assert out.dtype == dtype
-    scalar = library()._native_dual_lora_mix(zg, u, up, r_pos, LANES["scalar"])
+    scalar = library()._dual_lora_native_mix(zg, u, up, r_pos, LANES["scalar"])
     assert torch.equal(out, scalar), "lanes differ in how many values they take at once, in nothing else"
 
 
 def test_results_do_not_depend_on_threads_or_company(packs):
     generator = torch.Generator().manual_seed(1)
     x, w, add = (torch.randn(*shape, generator=generator) for shape in ((300, 700), (65, 700), (300, 65)))
-    packed, threads = library()._native_packed_linear_pack(w), torch.get_num_threads()
+    packed, threads = library()._packed_linear_native_pack(w), torch.get_num_threads()
     runs = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            u = library()._native_packed_linear(x, packed, 65, add)
-            runs.append((u, library()._native_dual_lora_mix(x[:, :8].contiguous(), u, w[:, :4].contiguous(), 1)))
+            u = library()._packed_linear_native_fwd(x, packed, 65, add)
+            runs.append((u, library()._dual_lora_native_mix(x[:, :8].contiguous(), u, w[:, :4].contiguous(), 1)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
-    part = library()._native_packed_linear(x[17:40].contiguous(), packed, 65, add[17:40].contiguous())
+    part = library()._packed_linear_native_fwd(x[17:40].contiguous(), packed, 65, add[17:40].contiguous())
     assert torch.equal(part, runs[0][0][17:40])
 
 
 def test_a_nan_stays_in_its_row(packs):
     x, w = torch.randn(40, 300), torch.randn(35, 300)
     x[13, 299] = float("nan")
-    out = library()._native_packed_linear(x, library()._native_packed_linear_pack(w), 35)
+    out = library()._packed_linear_native_fwd(x, library()._packed_linear_native_pack(w), 35)
     assert out[13].isnan().all() and not out[torch.arange(40) != 13].isnan().any()
 
 
@@ -173,9 +173,9 @@ def test_registered_op_keeps_its_promises(form):
     x, y, factors, value, activation = tensors(torch.Generator().manual_seed(6), form)
     folded = fold_dual_lora(*factors, value, (2.0, 2.0), activation)
     args = (project(x, folded), y, folded.up, folded.c1, folded.c2, None, None, 5)
-    torch.library.opcheck(torch.ops.calm_fast.dual_lora_native, args)
+    torch.library.opcheck(torch.ops.calm_fast.dual_lora_native_fwd, args)
     leaves = tuple(a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args)
-    torch.library.opcheck(torch.ops.calm_fast.dual_lora_native, leaves)
+    torch.library.opcheck(torch.ops.calm_fast.dual_lora_native_fwd, leaves)
 
 
 def test_auto_takes_it_where_autograd_records_nothing():
@@ -223,4 +223,4 @@ def test_wrong_direct_calls_are_refused(lane):
         ((zg, u, up, 1, 9), "lane 9"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            ops._native_dual_lora_mix(*args)
+            ops._dual_lora_native_mix(*args)

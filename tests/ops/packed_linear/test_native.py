@@ -37,9 +37,9 @@ def packing():
 
 def test_lanes_below_avx512_pack_nothing_and_refuse_packed_products():
     w, ops = torch.ones(5, 6), library()
-    assert ops._native_packed_linear_pack(w, LANES["scalar"]).numel() == 0
+    assert ops._packed_linear_native_pack(w, LANES["scalar"]).numel() == 0
     with pytest.raises(RuntimeError, match="packed products need AVX-512"):
-        ops._native_packed_linear(w, torch.ones(1, 6, 32), 5, None, LANES["scalar"])
+        ops._packed_linear_native_fwd(w, torch.ones(1, 6, 32), 5, None, LANES["scalar"])
 
 
 @pytest.mark.parametrize("added", [False, True])
@@ -61,8 +61,8 @@ def test_packed_product_equals_the_product(packs, tokens, n, k, added):
     generator = torch.Generator().manual_seed(k)
     x, w = torch.randn(tokens, k, generator=generator), torch.randn(n, k, generator=generator)
     add = torch.randn(tokens, n, generator=generator) if added else None
-    packed = library()._native_packed_linear_pack(w, packs)
-    out = library()._native_packed_linear(x, packed, n, add, packs)
+    packed = library()._packed_linear_native_pack(w, packs)
+    out = library()._packed_linear_native_fwd(x, packed, n, add, packs)
     truth = x.double() @ w.double().mT + (add.double() if added else 0)
     bound = (k + 2) * torch.finfo(torch.float32).eps * (x.abs().double() @ w.abs().double().mT + 8)
     assert out.shape == (tokens, n) and ((out - truth).abs() <= bound).all()
@@ -101,9 +101,9 @@ def test_linear_takes_any_leading_dimensions(packing, shape):
     ],
 )
 def test_a_wrong_direct_call_is_named(packs, wrong, message):
-    arguments = {"x": torch.ones(3, 5), "packed": library()._native_packed_linear_pack(torch.ones(4, 5), packs), "n": 4}
+    arguments = {"x": torch.ones(3, 5), "packed": library()._packed_linear_native_pack(torch.ones(4, 5), packs), "n": 4}
     with pytest.raises(RuntimeError, match=message):
-        library()._native_packed_linear(**(arguments | wrong))
+        library()._packed_linear_native_fwd(**(arguments | wrong))
 
 
 def test_only_what_nothing_follows_is_packed(packing):

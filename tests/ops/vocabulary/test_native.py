@@ -102,7 +102,7 @@ def test_one_and_two_threads_give_the_same_bits(dtype):
         loss = linear_nce(hidden, nat, neg, weight, targets, sequences, temperature=2.0, impl="native")
         out = torch.zeros(9000, 150, dtype=dtype), torch.zeros(9000, 150, dtype=dtype)
         dlogprob, dnce = (
-            getattr(torch.ops.calm_fast, f"_native_{op}_dlogits") for op in ("linear_logprob", "linear_nce")
+            getattr(torch.ops.calm_fast, f"_{op}_native_dlogits") for op in ("linear_logprob", "linear_nce")
         )
         ups = torch.linspace(-1, 1, 450).view(3, 150)
         dlogprob(ups[0], ups[1], hidden, weight, None, targets, ups[2], ups[0], 2.0, 3.0, 0, out[0])
@@ -178,7 +178,7 @@ def test_gradients_of_16_bit_overflow_and_nan(lane):
         out = torch.zeros(40, 17, dtype=torch.float16)
         up = torch.full((17,), scale)
         lse = (hidden.float() @ weight.float().T).logsumexp(1)
-        torch.ops.calm_fast._native_linear_logprob_dlogits(
+        torch.ops.calm_fast._linear_logprob_native_dlogits(
             up, None, hidden, weight, None, targets, lse, None, 1.0, None, 0, out, vocabulary.LANE
         )
         assert expected(out).all()
@@ -193,7 +193,7 @@ def test_a_chunk_is_part_of_the_whole(lane):
 
         def fill(first, last, dtype=dtype, hidden=hidden, weight=weight, targets=targets, lse=lse, up=up):
             out = torch.full((last - first, 33), float("nan"), dtype=dtype)
-            torch.ops.calm_fast._native_linear_logprob_dlogits(
+            torch.ops.calm_fast._linear_logprob_native_dlogits(
                 up, None, hidden, weight, None, targets, lse, None, 1.0, None, first, out, vocabulary.LANE
             )
             return out
@@ -208,7 +208,7 @@ def test_a_chunk_is_part_of_the_whole(lane):
 
 def test_wrong_direct_calls_are_refused():
     hidden, weight, targets = draw(5, 8, 30)
-    forward = torch.ops.calm_fast._native_linear_logprob_fwd
+    forward = torch.ops.calm_fast._linear_logprob_native_fwd
     good = [hidden, weight, None, targets, 1.0, None, False, False, -1]
     bad = {
         0: (hidden[:, :7], hidden.double(), hidden.bfloat16(), hidden[0]),
@@ -225,6 +225,6 @@ def test_wrong_direct_calls_are_refused():
                 forward(*[value if i == position else x for i, x in enumerate(good)])
     for out in (torch.zeros(30, 4), torch.zeros(31, 5), torch.zeros(30, 5).bfloat16(), torch.zeros(5, 30).T):
         with pytest.raises(RuntimeError, match="linear_logprob"):
-            torch.ops.calm_fast._native_linear_logprob_dlogits(
+            torch.ops.calm_fast._linear_logprob_native_dlogits(
                 targets.float(), None, hidden, weight, None, targets, targets.float(), None, 1.0, None, 0, out
             )

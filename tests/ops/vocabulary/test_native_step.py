@@ -44,7 +44,7 @@ def memory(weight, tokens):
 def gradient(student, nat, weight, targets, coefficients, bias=None, temperature=1.0, softcap=None):
     """(T, d) at given coefficients (2, T), from logits kept by a sweep."""
     kept, options = memory(weight, len(targets)), (temperature, softcap)
-    fwd, bwd = (getattr(torch.ops.calm_fast, f"_native_linear_nce_{name}") for name in ("fwd", "gradient"))
+    fwd, bwd = (getattr(torch.ops.calm_fast, f"_linear_nce_native_{name}") for name in ("fwd", "gradient"))
     lse, _, references = fwd(student, nat, None, weight, bias, targets, *options, kept, vocabulary.LANE)
     return bwd(coefficients, kept, references, weight, targets, lse, *options, vocabulary.LANE)
 
@@ -123,7 +123,7 @@ def test_kept_logits_change_no_loss(lane):
     """What a sweep returns of each token is the same with and without memory for logits, and with fewer streams."""
     for dtype in DTYPES:
         student, nat, neg, weight, targets = draw(50, 20, 2100, dtype)
-        fwd = torch.ops.calm_fast._native_linear_nce_fwd
+        fwd = torch.ops.calm_fast._linear_nce_native_fwd
         rest = (weight, None, targets, 1.5, None)
         _, losses, _ = fwd(student, nat, neg, *rest, None, vocabulary.LANE)
         assert torch.equal(fwd(student, nat, neg, *rest, memory(weight, 50), vocabulary.LANE)[1], losses)
@@ -179,7 +179,7 @@ def test_masked_columns(lane):
         expected = truth(student, nat, weight[:1000], targets, coefficients)
         step = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-18
         assert (found.double() - expected).norm() <= step * expected.norm()
-        fwd = torch.ops.calm_fast._native_linear_nce_fwd
+        fwd = torch.ops.calm_fast._linear_nce_native_fwd
         losses = fwd(student, nat, neg, weight, bias, targets, 1.0, None, None, vocabulary.LANE)[1]
         short = fwd(student, nat, neg, weight[:1000], None, targets, 1.0, None, None, vocabulary.LANE)[1]
         torch.testing.assert_close(losses, short, rtol=1e-5, atol=1e-6)
@@ -189,12 +189,12 @@ def test_wrong_direct_calls_are_refused():
     student, nat, neg, weight, targets = draw(5, 8, 30, torch.float32)
     ops = torch.ops.calm_fast
     with pytest.raises(RuntimeError, match="linear_nce: `kept` needs `student`"):
-        ops._native_linear_nce_fwd(None, nat, neg, weight, None, targets, 1.0, None, memory(weight, 5))
+        ops._linear_nce_native_fwd(None, nat, neg, weight, None, targets, 1.0, None, memory(weight, 5))
     for kept in (memory(weight, 17), memory(weight[:29], 5), memory(weight, 5).half(), memory(weight, 5)[:1]):
         with pytest.raises(RuntimeError, match="linear_nce: `kept`"):
-            ops._native_linear_nce_fwd(student, nat, neg, weight, None, targets, 1.0, None, kept)
+            ops._linear_nce_native_fwd(student, nat, neg, weight, None, targets, 1.0, None, kept)
     kept = memory(weight, 5)
-    lse, _, references = ops._native_linear_nce_fwd(student, nat, neg, weight, None, targets, 1.0, None, kept)
+    lse, _, references = ops._linear_nce_native_fwd(student, nat, neg, weight, None, targets, 1.0, None, kept)
     good = [weights(5), kept, references, weight, targets, lse, 1.0, None]
     bad = {
         0: (weights(4), weights(5).double()),
@@ -209,4 +209,4 @@ def test_wrong_direct_calls_are_refused():
     for position, values in bad.items():
         for value in values:
             with pytest.raises(RuntimeError, match="linear_nce"):
-                ops._native_linear_nce_gradient(*[value if i == position else x for i, x in enumerate(good)])
+                ops._linear_nce_native_gradient(*[value if i == position else x for i, x in enumerate(good)])

@@ -10,7 +10,7 @@ import torch
 
 from calm_fast._ops.vote import torch_impl as vote_impl
 from calm_fast._ops.vote.api import Vote, decide, vote
-from calm_fast._ops.vote.api import _native_vote as native_vote
+from calm_fast._ops.vote.api import _vote_native_fwd as native_vote
 from calm_fast._ops.vote.cases import CASES
 from calm_fast.core import native_library
 from calm_fast.core.numerics import Case, check
@@ -337,7 +337,7 @@ def test_the_library_refuses_wrong_tensors_of_a_direct_call():
     if why := native_library.obstacle("vote"):
         pytest.skip(why)
     answers, scores = torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, 4)
-    call = torch.ops.calm_fast._native_vote
+    call = torch.ops.calm_fast._vote_native_fwd
     for arguments in (
         (answers.int(), None, None),
         (answers[0], None, None),
