@@ -13,7 +13,7 @@ NATIVE := $(VENV)/.calm-fast-native
 LOG := $(VENV)/set-up.log
 
 .DEFAULT_GOAL := help
-.PHONY: help setup upgrade native demo test contract lint types codegen cuda-gate sanitize wheel-check bench results clean
+.PHONY: help setup upgrade native demo test contract lint types new-op codegen cuda-gate sanitize wheel-check bench results clean
 
 help:
 	@echo "make demo         set up, then run the main job: calm-fast demo (5 to 11 minutes on 2 cores)"
@@ -25,6 +25,7 @@ help:
 	@echo "make cuda-gate    compile every CUDA source for sm_80, sm_90a, sm_100a; spills are errors (no GPU; needs nvcc)"
 	@echo "make sanitize     the C++ code and the emulated CUDA kernels under ASan and UBSan"
 	@echo "make wheel-check  build sdist and wheel, check what they hold and that they install"
+	@echo "make new-op       NAME=...: the skeleton of a new op, green at once (CONTRIBUTING.md)"
 	@echo "make bench        speed against strong baselines on this machine"
 	@echo "make results      write README's tables from the committed rows in benchmarks/results/"
 	@echo "make native       compile what changed in csrc/ (set-up, demo, test and bench do it by themselves)"
@@ -98,6 +99,9 @@ contract: $(STAMP) $(NATIVE)
 lint: $(STAMP)
 	@echo "[lint] ruff check, ruff format --check"
 	@"$(PY)" -m ruff check . && "$(PY)" -m ruff format --check .
+
+new-op: $(STAMP)
+	@"$(PY)" -m tools.new_op $(NAME)
 
 types: $(STAMP)
 	@echo "[types] mypy on calm_fast, kernels and benchmarks"

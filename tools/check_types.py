@@ -16,17 +16,17 @@ ROOT = Path(__file__).resolve().parents[1]
 MAPPED = {"calm_fast/kernels/": "kernels/", "calm_fast/benchmarks/": "benchmarks/"}
 
 
-def link_tree(folder: Path) -> None:
-    """Fill `folder` with the package as it is installed, every file a link to its source."""
+def link_tree(folder: Path, root: Path = ROOT) -> None:
+    """Fill `folder` with the package as it is installed, every file a link to its source under `root`."""
     package = folder / "calm_fast"
     (package / "kernels").mkdir(parents=True)
-    for entry in (ROOT / "calm_fast").iterdir():
+    for entry in (root / "calm_fast").iterdir():
         if entry.name != "kernels":
             (package / entry.name).symlink_to(entry)
-    (package / "kernels" / "__init__.py").symlink_to(ROOT / "calm_fast" / "kernels" / "__init__.py")
-    for init in (ROOT / "kernels").glob("*/__init__.py"):
+    (package / "kernels" / "__init__.py").symlink_to(root / "calm_fast" / "kernels" / "__init__.py")
+    for init in (root / "kernels").glob("*/__init__.py"):
         (package / "kernels" / init.parent.name).symlink_to(init.parent)
-    (package / "benchmarks").symlink_to(ROOT / "benchmarks")
+    (package / "benchmarks").symlink_to(root / "benchmarks")
 
 
 def source_path(line: str) -> str:

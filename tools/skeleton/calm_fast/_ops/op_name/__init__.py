@@ -1,0 +1,1 @@
+"""The room of op_name: definition, public function, implementations, cases."""
