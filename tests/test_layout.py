@@ -75,7 +75,7 @@ def test_every_op_has_a_fast_implementation_of_its_own():
 
 def test_every_other_room_is_shared_by_two_ops():
     """A folder that is no op holds what at least two ops use; it is never an op that hides."""
-    for folder, naming in (("calm_fast/_ops", "_ops.{}."), ("kernels", "kernels.{}."), ("csrc", '"../{}/')):
+    for folder, naming in (("calm_fast/_ops", "_ops.{}."), ("kernels", "kernels.{}."), ("csrc", '"{}/')):
         rooms = {path.parent.name for path in FILES if path.parent.parent == ROOT / folder}
         for room in sorted(rooms - {*OPS, *INTERNAL_OPS, "emulation"}):
             users = {
