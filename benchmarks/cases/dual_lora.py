@@ -168,7 +168,8 @@ def _kept(s: Shape, impl: str, graph: bool = False) -> Callable[[Inputs], Thunk]
     """The op with factors folded once, as DualLoRALinear keeps them in inference, in one implementation."""
 
     def prepare(inputs: Inputs) -> Thunk:
-        from calm_fast._ops.dual_lora.api import dual_lora_folded, pack_folded, project_folded
+        from calm_fast._ops.dual_lora.api import dual_lora_folded
+        from calm_fast._ops.dual_lora.native import pack_folded, project_folded
         from calm_fast._ops.dual_lora.torch_impl import fold_dual_lora
 
         factors = [inputs[name] for name in ("a_pos", "b_pos", "a_neg", "b_neg", "w_q", "w_k")]

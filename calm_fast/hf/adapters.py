@@ -13,69 +13,70 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from calm_fast.core.checks import bad_type
+from calm_fast.core.checks import bad_type, bad_value
 
+_ADD = "add_dual_lora"  # the function whose argument an adapter is, named by errors
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight")
-# what changes the meaning of the weights in a way that a plain pair of factors cannot carry
+# settings that a plain pair of factors cannot express, with the value that switches each of them off
 _UNSUPPORTED = {"use_dora": False, "bias": "none", "modules_to_save": None, "use_qalora": False}
 
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """One layer's adapter: h = scaling * B (A x), A (R, d_in), B (d_out, R)."""
+    """The adapter of one layer: h = scaling * B (A x), with A (R, d_in) and B (d_out, R)."""
 
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
 
 
-def read_adapter(source: str | os.PathLike | Mapping[str, torch.Tensor], name: str) -> dict[str, LoraFactors]:
-    """The factors of every adapted module, by the module's path in the model.
+def read_adapter(source: str | os.PathLike[str] | Mapping[str, torch.Tensor], name: str) -> dict[str, LoraFactors]:
+    """Return the factors of every adapted module, by the module's path in the model.
 
     Args:
-        source: the folder of a PEFT LoRA adapter, or its state dict (whose scaling is then 1: B carries it).
-        name: the argument that errors name.
+        source: the folder of a PEFT LoRA adapter, or its state dict. The scaling of a state dict is 1: B contains it.
+        name: the argument of add_dual_lora that errors name.
     Raises:
-        TypeError: neither a path nor a state dict.
-        ValueError: no such folder or file, not a LoRA adapter, a feature that changes what the factors mean (DoRA,
-        trained biases, fully trained modules), or factors that do not pair up.
+        TypeError: `source` is neither a path nor a state dict.
+        ValueError: a file is missing, the adapter is not a LoRA, it uses a feature beyond a pair of factors (DoRA,
+            trained biases, fully trained modules), or its factors do not pair up.
     """
     if isinstance(source, Mapping):
-        return _pair(dict(source), {}, name)
+        return _factors_by_module(dict(source), {}, name)
     if not isinstance(source, (str, os.PathLike)):
-        raise bad_type("add_dual_lora", name, "the folder of a PEFT adapter or its state dict", source)
+        raise bad_type(_ADD, name, "the folder of a PEFT adapter or its state dict", source)
     folder = Path(source)
     config_file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for file in (config_file, weights):
         if not file.is_file():
-            raise ValueError(
-                f"`{name}` must be the folder of a PEFT adapter in safetensors, {file.name} is not in {folder}"
+            raise bad_value(
+                _ADD, name, "the folder of a PEFT adapter in safetensors", f"{folder}, and {file.name} is not in it"
             )
     config = json.loads(config_file.read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"`{name}` must be a LoRA adapter, got peft_type {config.get('peft_type')!r}")
+        raise bad_value(_ADD, name, "a LoRA adapter", f"peft_type {config.get('peft_type')!r}")
     for key, plain in _UNSUPPORTED.items():
         if config.get(key, plain) not in (plain, None):
-            raise ValueError(f"`{name}`: adapters with {key}={config[key]!r} are not supported, expected {plain!r}")
-    return _pair(load_file(weights), config, name)
+            raise bad_value(_ADD, name, f"an adapter with {key}={plain!r}", f"{key}={config[key]!r}, not supported")
+    return _factors_by_module(load_file(weights), config, name)
 
 
-def _pair(state: dict[str, torch.Tensor], config: dict[str, Any], name: str) -> dict[str, LoraFactors]:
+def _factors_by_module(state: dict[str, torch.Tensor], config: dict[str, Any], name: str) -> dict[str, LoraFactors]:
     factors: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state.items():
         match = _KEY.fullmatch(key.removeprefix(_PREFIX))
         if match is None:
-            raise ValueError(f"`{name}`: unexpected tensor {key!r}, expected <module>.lora_A.weight and .lora_B.weight")
+            raise bad_value(_ADD, name, "tensors <module>.lora_A.weight and <module>.lora_B.weight only", repr(key))
         factors.setdefault(match["module"], {})[match["factor"]] = tensor
     if not factors:
-        raise ValueError(f"`{name}` holds no LoRA factors")
+        raise bad_value(_ADD, name, "an adapter with LoRA factors", "no tensors")
     result = {}
     for module, pair in factors.items():
         a, b = pair.get("A"), pair.get("B")
         if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
             shapes = {k: tuple(t.shape) for k, t in pair.items()}
-            raise ValueError(f"`{name}`: {module} needs lora_A (R, d_in) and lora_B (d_out, R), got {shapes}")
+            raise bad_value(_ADD, name, f"lora_A (R, d_in) and lora_B (d_out, R) for {module}", str(shapes))
         result[module] = LoraFactors(a, b, _scaling(module, a.shape[0], config))
     return result
 
@@ -92,13 +93,15 @@ def _scaling(module: str, rank: int, config: dict[str, Any]) -> float:
 
 
 def write_adapter(
-    folder: str | os.PathLike, factors: Mapping[str, LoraFactors], base_model: str | None, transposed: bool
+    folder: str | os.PathLike[str], factors: Mapping[str, LoraFactors], base_model: str | None, transposed: bool
 ) -> None:
     """Write factors as a PEFT LoRA adapter for a causal language model.
 
     Args:
-        folder: created if need be. factors: by module path. base_model: recorded for PEFT's loaders.
-        transposed: the adapted layers store their weight (d_in, d_out), as GPT-2's Conv1D (PEFT: fan_in_fan_out).
+        folder: created if it does not exist.
+        factors: by module path.
+        base_model: name or path of the base model, which PEFT's loaders read.
+        transposed: the adapted layers store their weight as (d_in, d_out), like GPT-2's Conv1D (PEFT: fan_in_fan_out).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

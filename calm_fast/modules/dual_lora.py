@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from calm_fast._ops.dual_lora.api import dual_lora_folded, pack_folded, project_folded
+from calm_fast._ops.dual_lora.api import dual_lora_folded
+from calm_fast._ops.dual_lora.native import pack_folded, project_folded
 from calm_fast._ops.dual_lora.torch_impl import Folded, fold_dual_lora, negative_share
-from calm_fast.core.checks import bad_type, bad_value
+from calm_fast.core.checks import bad_type, bad_value, check_finite_number
 from calm_fast.modules.folding import FoldedWeights, may_cache
 
 _NAME = "DualLoRALinear"
@@ -23,9 +24,10 @@ GATE_BINS = 20
 
 @dataclass(frozen=True)
 class GateStatistics:
-    """How much of the negative LoRA a layer used: p_neg over all tokens seen, 1/2 = undecided.
+    """Distribution of p_neg over the tokens a layer saw; at p_neg = 1/2 the gate is undecided.
 
-    tokens: how many. mean, std: of p_neg (NaN without tokens). histogram: counts in GATE_BINS equal bins of [0, 1].
+    tokens: number of tokens. mean, std: of p_neg, NaN without tokens.
+    histogram: token counts in GATE_BINS equal bins of [0, 1].
     """
 
     tokens: int
@@ -35,32 +37,36 @@ class GateStatistics:
 
 
 class DualLoRALinear(nn.Module):
-    """A frozen linear layer `base` plus a positive and a negative LoRA; a gate decides what each contributes.
+    """A frozen linear layer `base` with a positive and a negative LoRA and the gate that integrates them.
 
         mode "mix": calm_fast.ops.dual_lora of base(x), in the form `variant` ("paper" or "released")
         mode "pos": base(x) + s_pos B_pos A_pos x        mode "neg": base(x) + s_neg B_neg A_neg x
 
-    A mode is also what trains: "neg" the negative LoRA, "pos" the positive one, "mix" the positive LoRA, the gate and
-    the value with the negative LoRA frozen. A new layer is in mode "mix" and equals its base exactly, whatever the
-    negative LoRA holds: C2 (or the full W_v) starts at zero. B_pos starts at zero in "released"; in "paper" it must
-    not (B_pos = 0 and C2 = 0 together make every gradient zero), so that mode "pos" of a new "paper" layer is not its
-    base. After two optimizer steps every trainable factor has a gradient.
+    The mode also decides what trains: "neg" trains the negative LoRA, "pos" the positive one, and "mix" the positive
+    LoRA, the gate and the value while the negative LoRA is frozen. A new layer is in mode "mix" and equals its base
+    exactly, whatever the negative LoRA holds: C2 (or the full W_v) starts at zero. B_pos starts at zero in "released".
+    In "paper" it must not, because B_pos = 0 and C2 = 0 together make every gradient zero, so mode "pos" of a new
+    "paper" layer differs from its base. After two optimizer steps every trainable factor has a gradient.
 
-    Parameters (and their names in the state dict): lora_a_pos (R_pos, d_in), lora_b_pos (d_out, R_pos), lora_a_neg,
+    Parameters, with their names in the state dict: lora_a_pos (R_pos, d_in), lora_b_pos (d_out, R_pos), lora_a_neg,
     lora_b_neg, gate_q (G, d_in), gate_k (G, d_out), and value_down C1 (m, d_out) with value_up C2 (d_out, m), or
-    value_full W_v (d_out, d_out). lora_a_* and lora_b_* are PEFT's lora_A.weight and lora_B.weight, the scaling
+    value_full W_v (d_out, d_out). lora_a_* and lora_b_* are PEFT's lora_A.weight and lora_B.weight, and the scaling
     alpha / rank is PEFT's.
 
     Args:
         base: maps (..., d_in) to (..., d_out): nn.Linear or a quantised linear. Its parameters are frozen here.
-        rank, alpha: of the positive LoRA, s = alpha / rank. rank_neg, alpha_neg: of the negative one, default the same.
-        gate_dim: G. value_dim: m, the width of the value bottleneck; None = a full W_v ("paper" only).
+        rank, alpha: of the positive LoRA, s = alpha / rank.
+        rank_neg, alpha_neg: of the negative LoRA, by default the same.
+        gate_dim: G.
+        value_dim: m, the width of the value bottleneck; None for a full W_v ("paper" only).
         variant: "paper" (gate and value on h, no activation) or "released" (on base(x) + h, exact gelu).
-        dropout: on what the two LoRAs read, while training; the gate's query reads x itself.
-        in_features, out_features: d_in, d_out where `base` has no such attributes.
-        dtype: of the parameters; default float32 (float64 over a float64 base). device: default the base's.
+        dropout: applied while training to the input of the two LoRAs. The gate's query reads x itself.
+        in_features, out_features: d_in and d_out, for a `base` without these attributes.
+        dtype: of the parameters, by default float32 (float64 over a float64 base).
+        device: of the parameters, by default the base's.
     Raises:
-        TypeError, ValueError: an argument is wrong, named.
+        TypeError, ValueError: an argument is wrong; the message names it.
+    Runs wherever `base` and `calm_fast.ops.dual_lora` run, and is deterministic without dropout.
     Source: NAT (arXiv 2312.12832) section 3.2 and its released code.
     """
 
@@ -88,17 +94,16 @@ class DualLoRALinear(nn.Module):
         rank_neg = rank if rank_neg is None else rank_neg
         alpha_neg = alpha if alpha_neg is None else alpha_neg
         for name, size in (("rank", rank), ("rank_neg", rank_neg), ("gate_dim", gate_dim)):
-            _check_size(name, size)
-        for name, number in (("alpha", alpha), ("alpha_neg", alpha_neg), ("dropout", dropout)):
-            _check_number(name, number)
+            check_size(_NAME, name, size)
+        for name, number in (("alpha", alpha), ("alpha_neg", alpha_neg)):
+            check_finite_number(_NAME, name, number)
+        check_dropout(_NAME, "dropout", dropout)
         if variant not in VARIANTS:
             raise bad_value(_NAME, "variant", "'paper' or 'released'", repr(variant))
         if value_dim is not None:
-            _check_size("value_dim", value_dim)
+            check_size(_NAME, "value_dim", value_dim)
         elif variant == "released":
             raise bad_value(_NAME, "value_dim", "a positive int where variant='released'", "None")
-        if not 0 <= dropout < 1:
-            raise bad_value(_NAME, "dropout", "in [0, 1)", str(dropout))
 
         self.in_features, self.out_features, self.rank, self.rank_neg = d_in, d_out, rank, rank_neg
         self.alpha, self.alpha_neg, self.variant, self.dropout = alpha, alpha_neg, variant, float(dropout)
@@ -126,7 +131,10 @@ class DualLoRALinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A, W_q, W_k, C1 (and B_pos in "paper") kaiming-uniform, B_neg, C2 or W_v (and B_pos in "released") zero."""
+        """Initialise every factor as a new layer does.
+
+        A, W_q, W_k, C1 and, in "paper", B_pos are kaiming-uniform. B_neg, C2 or W_v and, in "released", B_pos are zero.
+        """
         zero = {"lora_b_neg", "value_up", "value_full"} | ({"lora_b_pos"} if self.variant == "released" else set())
         for name, p in self.named_parameters(recurse=False):
             if name in zero:
@@ -135,9 +143,9 @@ class DualLoRALinear(nn.Module):
                 nn.init.kaiming_uniform_(p, a=math.sqrt(5))
 
     def set_mode(self, mode: str) -> DualLoRALinear:
-        """Choose what forward computes and which parameters train: "neg", "pos" or "mix". Returns the layer."""
+        """Set what forward computes and which parameters train: "neg", "pos" or "mix". Return the layer."""
         if mode not in MODES:
-            raise bad_value(_NAME, "mode", ", ".join(map(repr, MODES)), repr(mode))
+            raise bad_value(_NAME, "mode", f"one of {', '.join(map(repr, MODES))}", repr(mode))
         self._mode = mode
         for name, p in self.named_parameters(recurse=False):
             negative = name.endswith("_neg")
@@ -146,12 +154,12 @@ class DualLoRALinear(nn.Module):
 
     @property
     def mode(self) -> str:
-        """The mode `set_mode` chose."""
+        """The current mode; `set_mode` changes it."""
         return self._mode
 
     @property
     def scaling(self) -> tuple[float, float]:
-        """(s_pos, s_neg) = alpha / rank of the two LoRAs."""
+        """(s_pos, s_neg), alpha / rank of the two LoRAs."""
         return self.alpha / self.rank, self.alpha_neg / self.rank_neg
 
     @property
@@ -167,15 +175,15 @@ class DualLoRALinear(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer's output in its mode.
+        """Return the layer's output in its mode.
 
         Args:
             x: (..., d_in), any float dtype, on the parameters' device.
         Returns:
-            (..., d_out) in the dtype of base(x). The LoRA part is computed in this dtype, whatever the parameters'
-            dtype and autocast say: under autocast an nn.Linear gives autocast's dtype.
+            (..., d_out) in the dtype of base(x). The LoRA part is computed in this dtype too, whatever the dtype of
+            the parameters. Under autocast, an nn.Linear as `base` returns autocast's dtype.
         Raises:
-            TypeError, ValueError: a wrong width, dtype or device of x or of base's output, named.
+            TypeError, ValueError: x or base's output has a wrong width, dtype or device; the message names it.
         """
         self._check(x)
         y = self.base(x)
@@ -192,13 +200,13 @@ class DualLoRALinear(nn.Module):
             return dual_lora_folded(zg, y, folded, self.rank)
 
     def clear_folded(self) -> None:
-        """Forget folded weights; only needed after writing to a parameter through `.data` without gradients."""
+        """Forget the folded factors. Only needed after a write through `parameter.data` while gradients are off."""
         self._folded.clear()
 
     def gate_statistics(self) -> GateStatistics:
-        """p_neg over the tokens seen in mode "mix" while `record_gates` was True, since `clear_gates`.
+        """Return statistics of p_neg over the tokens seen since `clear_gates`, in mode "mix" with `record_gates` True.
 
-        Every token counts, padding and a second forward pass of gradient checkpointing included. Synchronises.
+        Every token counts, also padding and the second forward pass of gradient checkpointing. Synchronises.
         """
         if self._gate_sums is None:
             return GateStatistics(0, math.nan, math.nan, (0,) * GATE_BINS)
@@ -210,17 +218,17 @@ class DualLoRALinear(nn.Module):
         return GateStatistics(tokens, mean + 0.5, std, tuple(histogram))
 
     def clear_gates(self) -> None:
-        """Start the gate statistics afresh."""
+        """Reset the gate statistics."""
         self._gate_sums = None
 
     def _plain(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """y + s B A x of one LoRA, the residual inside the second product."""
+        """Return y + s B A x of the mode's LoRA, with the residual inside the second product."""
         a, b = (self.lora_a_pos, self.lora_b_pos) if self._mode == "pos" else (self.lora_a_neg, self.lora_b_neg)
         z = F.linear(x, a.to(x.dtype)).reshape(-1, a.shape[0]) * self.scaling[self._mode == "neg"]
         return torch.addmm(y.reshape(-1, y.shape[-1]), z, b.to(x.dtype).mT).view(y.shape)
 
     def _fold(self, dtype: torch.dtype) -> Folded:
-        """The folded factors: multiplied in the parameters' dtype, rounded once; kept while nothing trains."""
+        """Return the factors folded in the parameters' dtype and rounded once. They are kept while nothing trains."""
         factors = (self.lora_a_pos, self.lora_b_pos, self.lora_a_neg, self.lora_b_neg, self.gate_q, self.gate_k)
         value, scaling = self.value, self.scaling
         activation = "none" if self.variant == "paper" else "gelu"
@@ -233,13 +241,14 @@ class DualLoRALinear(nn.Module):
                 return pack_folded(fold())
 
         if may_cache((*factors, *value)):
-            return self._folded.get((*factors, *value), (dtype, scaling), fold_to_keep)
+            kept = self._folded.get((*factors, *value), (dtype, scaling), fold_to_keep)
+            return cast(Folded, kept)  # `get` returns what fold_to_keep returned
         self._folded.clear()
         return fold()
 
     @torch.no_grad()
     def _record(self, zg: torch.Tensor) -> None:
-        """Add this batch's p_neg to the sums, on its device and without synchronising."""
+        """Add p_neg of this batch to the sums, on its device and without synchronising."""
         share = negative_share(zg.detach()).flatten()
         away = share.double() - 0.5
         moments = torch.stack((away.sum(), away.square().sum()))
@@ -248,8 +257,9 @@ class DualLoRALinear(nn.Module):
             0, bins, torch.ones_like(bins)
         )
         old = self._gate_sums
-        same = old is not None and old[0].device == zg.device
-        self._gate_sums = (old[0] + moments, old[1] + histogram) if same else (moments, histogram)
+        if old is not None and old[0].device == zg.device:
+            moments, histogram = old[0] + moments, old[1] + histogram
+        self._gate_sums = (moments, histogram)
 
     def _check(self, x: torch.Tensor) -> None:
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
@@ -270,26 +280,27 @@ class DualLoRALinear(nn.Module):
 
 
 def _width(base: nn.Module, name: str, given: int | None) -> int:
-    own = getattr(base, name, None)
+    own: Any = getattr(base, name, None)
     if given is None:
         if own is None:
             raise bad_value(_NAME, name, "given where base has no attribute of this name", "None")
         given = own
-    _check_size(name, given)
+    check_size(_NAME, name, given)
     if own is not None and own != given:
         raise bad_value(_NAME, name, f"base's {own}", str(given))
     return given
 
 
-def _check_size(name: str, value: int) -> None:
+def check_size(where: str, name: str, value: Any) -> None:
+    """Check that `value` is a positive int (bool is not one)."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise bad_type(_NAME, name, "a positive int", value)
+        raise bad_type(where, name, "a positive int", value)
     if value < 1:
-        raise bad_value(_NAME, name, "a positive int", str(value))
+        raise bad_value(where, name, "a positive int", str(value))
 
 
-def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise bad_type(_NAME, name, "a finite number", value)
-    if not math.isfinite(value):
-        raise bad_value(_NAME, name, "finite", str(value))
+def check_dropout(where: str, name: str, value: Any) -> None:
+    """Check that `value` is a number in [0, 1)."""
+    check_finite_number(where, name, value)
+    if not 0 <= value < 1:
+        raise bad_value(where, name, "in [0, 1)", str(value))

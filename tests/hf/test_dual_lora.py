@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from calm_fast.hf import dual_lora as dl
 from calm_fast.modules.dual_lora import DualLoRALinear
@@ -34,6 +35,11 @@ def _gpt2() -> GPT2LMHeadModel:
 def _logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS).logits
+
+
+def _logits_or_states(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS)[0]
 
 
 def _scatter(model: torch.nn.Module) -> None:
@@ -125,6 +131,93 @@ def test_saved_layers_load_bit_equal(tmp_path, make, targets) -> None:
     assert torch.equal(_logits(loaded), _logits(model))
 
 
+def test_peft_names_give_the_same_layers_as_ours() -> None:
+    ours = dl.add_dual_lora(_llama(), TARGETS, rank=3, alpha=7.0, dropout=0.25)
+    theirs = dl.add_dual_lora(_llama(), TARGETS, r=3, lora_alpha=7.0, lora_dropout=0.25)
+    layers = dl.dual_lora_layers(theirs)
+    assert repr(layers) == repr(dl.dual_lora_layers(ours))
+    for layer in layers.values():
+        assert (layer.rank, layer.rank_neg, layer.alpha, layer.alpha_neg, layer.dropout) == (3, 3, 7.0, 7.0, 0.25)
+    defaults = next(iter(dl.dual_lora_layers(dl.add_dual_lora(_llama())).values()))
+    assert (defaults.rank, defaults.alpha, defaults.dropout) == (8, 16.0, 0.0)
+
+
+def test_lora_dropout_drops_what_peft_drops(tmp_path) -> None:
+    """While training, both packages drop the same elements of the LoRA's input."""
+    options = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.5}
+    folder, _ = _peft_adapter(tmp_path, _llama(), target_modules=["q_proj"], **options)
+    theirs = peft.PeftModel.from_pretrained(_llama(), folder, is_trainable=True).train()
+    ours = dl.add_dual_lora(_llama(), ("q_proj",), positive=folder, mode="pos", lora_dropout=0.5).train()
+    torch.manual_seed(7)
+    want = theirs(IDS).logits
+    torch.manual_seed(7)
+    torch.testing.assert_close(ours(IDS).logits, want, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(want, _logits(theirs.eval()))
+
+
+@pytest.mark.parametrize("make", [_llama, _gpt2, lambda: LlamaModel(_llama().config)], ids=["llama", "gpt2", "no head"])
+def test_all_linear_is_what_peft_means_by_it(make) -> None:
+    config = peft.LoraConfig(target_modules="all-linear", task_type="FEATURE_EXTRACTION")
+    wanted = peft.get_peft_model(make(), config).targeted_module_names
+    model = make()
+    before = _logits_or_states(model)
+    dl.add_dual_lora(model, "All-Linear", r=2)
+    assert sorted(dl.dual_lora_layers(model)) == sorted(wanted)
+    assert not any("lm_head" in path for path in wanted) and len(wanted) >= 8
+    assert torch.equal(_logits_or_states(model), before)
+
+
+def test_an_all_linear_adapter_goes_from_peft_to_here_and_back(tmp_path) -> None:
+    folder, want = _peft_adapter(tmp_path, _llama(), target_modules="all-linear")
+    model = dl.add_dual_lora(_llama(), "all-linear", negative=folder, mode="neg")
+    torch.testing.assert_close(_logits(model), want, rtol=1e-5, atol=1e-5)
+    dl.save_lora_adapter(model, tmp_path / "back", "neg")
+    loaded = peft.PeftModel.from_pretrained(_llama(), str(tmp_path / "back")).eval()
+    torch.testing.assert_close(_logits(loaded), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (TypeError, {"rank": 4, "r": 4}, "`rank` and `r` must not both be given, got 4 and 4"),
+        (
+            TypeError,
+            {"alpha": 8.0, "lora_alpha": 16},
+            "`alpha` and `lora_alpha` must not both be given",
+        ),
+        (TypeError, {"dropout": 0.0, "lora_dropout": 0.1}, "`dropout` and `lora_dropout` must not both be given"),
+        (ValueError, {"r": 0}, "`r` must be a positive int, got 0"),
+        (TypeError, {"r": 4.0}, "`r` must be a positive int, got float 4.0"),
+        (ValueError, {"lora_alpha": float("nan")}, "`lora_alpha` must be finite, got nan"),
+        (TypeError, {"lora_alpha": "16"}, "`lora_alpha` must be a finite number, got str '16'"),
+        (ValueError, {"lora_dropout": 1.0}, r"`lora_dropout` must be in \[0, 1\), got 1.0"),
+        (TypeError, {"use_dora": True}, "`use_dora` must be left out, got bool True: dual LoRA does not support"),
+        (TypeError, {"bias": "none"}, "`bias` must be left out, got str 'none'"),
+        (TypeError, {"layers_to_transform": [1]}, "`layers_to_transform` must be left out"),
+    ],
+)
+def test_peft_arguments_that_conflict_or_are_not_supported_are_named(kind, arguments, message) -> None:
+    model = _llama()
+    with pytest.raises(kind, match=f"^add_dual_lora: {message}"):
+        dl.add_dual_lora(model, TARGETS, **arguments)
+    assert not dl.dual_lora_layers(model)
+
+
+def test_every_argument_of_lora_config_is_taken_or_refused() -> None:
+    """A new version of PEFT may add arguments: each must be taken, or refused as one of PEFT's."""
+    model, taken = _llama(), {"r", "lora_alpha", "lora_dropout", "target_modules"}
+    for name in set(inspect.signature(peft.LoraConfig).parameters) - taken:
+        with pytest.raises(TypeError, match=f"`{name}` must be left out"):
+            dl.add_dual_lora(model, TARGETS, **{name: None})
+
+
+def test_all_linear_refuses_a_model_that_peft_has_changed() -> None:
+    model = _llama()
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="`target_modules` must be layer names .*, got 'all-linear'.*merge_and_unload"):
+        dl.add_dual_lora(model, "all-linear")
+
+
 def test_modes_switch_without_rebuilding() -> None:
     model = dl.add_dual_lora(_llama(), TARGETS, rank=3)
     _scatter(model)
@@ -175,26 +268,26 @@ def _rewrite(folder, **changes) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora=True are not supported"),
-        ({"bias": "all"}, "bias='all' are not supported"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"peft_type": "IA3"}, "must be a LoRA adapter, got peft_type 'IA3'"),
+        ({"use_dora": True}, "`negative` must be an adapter with use_dora=False, got use_dora=True, not supported"),
+        ({"bias": "all"}, "`negative` must be an adapter with bias='none', got bias='all', not supported"),
+        ({"modules_to_save": ["lm_head"]}, "`negative` must be an adapter with modules_to_save=None, got"),
+        ({"peft_type": "IA3"}, "`negative` must be a LoRA adapter, got peft_type 'IA3'"),
     ],
 )
 def test_adapters_that_mean_something_else_are_refused(tmp_path, changes, message) -> None:
     folder, _ = _peft_adapter(tmp_path, _llama())
     _rewrite(folder, **changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^add_dual_lora: {message}"):
         dl.add_dual_lora(_llama(), TARGETS, negative=folder)
 
 
 def test_wrong_adapters_and_models_are_named(tmp_path) -> None:
     folder, _ = _peft_adapter(tmp_path, _llama())
-    with pytest.raises(ValueError, match="`negative` has no factors for targeted layers: model.layers.0.mlp.up_proj"):
+    with pytest.raises(ValueError, match="`negative` must be .*, got no factors for model.layers.0.mlp.up_proj"):
         dl.add_dual_lora(_llama(), (*TARGETS, "up_proj"), negative=folder)
-    with pytest.raises(ValueError, match=r"`negative` covers layers not targeted: .*v_proj"):
+    with pytest.raises(ValueError, match=r"`negative` must be .*, got factors for .*v_proj"):
         dl.add_dual_lora(_llama(), ("q_proj",), negative=folder)
-    with pytest.raises(ValueError, match=r"adapter_config.json is not in .*nowhere"):
+    with pytest.raises(ValueError, match=r"`negative` must be .*nowhere, and adapter_config.json is not in it"):
         dl.add_dual_lora(_llama(), TARGETS, negative=tmp_path / "nowhere")
     with pytest.raises(TypeError, match="`negative` must be the folder of a PEFT adapter or its state dict, got int 3"):
         dl.add_dual_lora(_llama(), TARGETS, negative=3)
@@ -203,27 +296,27 @@ def test_wrong_adapters_and_models_are_named(tmp_path) -> None:
     for targets in (None, 3, ("q_proj", None)):
         with pytest.raises(TypeError, match="`target_modules` must be module names, or one regular expression, got"):
             dl.add_dual_lora(_llama(), targets)
-    with pytest.raises(TypeError, match="unknown option lora_alpha; options are alpha_neg, .*variant"):
-        dl.add_dual_lora(_llama(), lora_alpha=32)
-    with pytest.raises(ValueError, match=r"match no module of LlamaForCausalLM"):
+    with pytest.raises(TypeError, match=r"must be options of DualLoRALinear \(alpha_neg, .*variant\), got lora_rank"):
+        dl.add_dual_lora(_llama(), lora_rank=32)
+    with pytest.raises(ValueError, match=r"`target_modules` must be .*match no module of LlamaForCausalLM"):
         dl.add_dual_lora(_llama(), ("c_attn",))
-    with pytest.raises(ValueError, match="must match linear layers, model.norm is a LlamaRMSNorm"):
+    with pytest.raises(ValueError, match="must be names of linear layers, got model.norm, which is a LlamaRMSNorm"):
         dl.add_dual_lora(_llama(), ("model.norm",))
     state = load_file(f"{folder}/adapter_model.safetensors")
     wide = {k: torch.zeros(t.shape[0], 33) if k.endswith("lora_A.weight") else t for k, t in state.items()}
-    with pytest.raises(ValueError, match=r"`negative` must fit model.layers.0.self_attn.q_proj: lora_A"):
+    with pytest.raises(ValueError, match=r"`negative` must be .* fits model.layers.0.self_attn.q_proj: lora_A"):
         dl.add_dual_lora(_llama(), TARGETS, negative=wide)
-    with pytest.raises(ValueError, match="needs lora_A"):
+    with pytest.raises(ValueError, match=r"`negative` must be lora_A \(R, d_in\) and lora_B"):
         dl.add_dual_lora(_llama(), TARGETS, negative={k: t for k, t in state.items() if "lora_A" in k})
-    with pytest.raises(ValueError, match="unexpected tensor 'x'"):
+    with pytest.raises(ValueError, match="`negative` must be tensors .*, got 'x'"):
         dl.add_dual_lora(_llama(), TARGETS, negative={"x": torch.zeros(1)})
     model = dl.add_dual_lora(_llama(), TARGETS)
-    with pytest.raises(ValueError, match="has dual LoRA layers already"):
+    with pytest.raises(ValueError, match="`model` must be without dual LoRA, .*remove_dual_lora"):
         dl.add_dual_lora(model, TARGETS)
     with pytest.raises(ValueError, match="`which` must be 'pos' or 'neg'"):
         dl.save_lora_adapter(model, tmp_path, "both")
     for call in (dl.remove_dual_lora, dl.get_gates, dl.record_gates):
-        with pytest.raises(ValueError, match="no dual LoRA layers"):
+        with pytest.raises(ValueError, match="`model` must be one with dual LoRA layers"):
             call(_llama())
 
 
@@ -234,7 +327,7 @@ def test_a_failed_add_leaves_the_model_as_it_was(tmp_path) -> None:
     state[last] = torch.zeros(4, 33)
     model = _llama()
     before, flags = _logits(model), [p.requires_grad for p in model.parameters()]
-    with pytest.raises(ValueError, match="must fit"):
+    with pytest.raises(ValueError, match="an adapter that fits"):
         dl.add_dual_lora(model, TARGETS, negative=state)
     assert not any(isinstance(m, DualLoRALinear) for m in model.modules())
     assert [p.requires_grad for p in model.parameters()] == flags
@@ -244,14 +337,14 @@ def test_a_failed_add_leaves_the_model_as_it_was(tmp_path) -> None:
 def test_saved_files_of_another_kind_are_named(tmp_path) -> None:
     model = dl.add_dual_lora(_llama(), TARGETS, rank=3)
     dl.save_dual_lora(model, tmp_path)
-    with pytest.raises(ValueError, match="`model` has no layer model.layers.0.self_attn.q_proj"):
+    with pytest.raises(ValueError, match="`model` must be .*, got one without model.layers.0.self_attn.q_proj"):
         dl.load_dual_lora(_gpt2(), tmp_path)
     config = json.loads((tmp_path / "dual_lora_config.json").read_text())
     (tmp_path / "dual_lora_config.json").write_text(json.dumps(config | {"format_version": 2}))
-    with pytest.raises(ValueError, match="format version 2, expected 1"):
+    with pytest.raises(ValueError, match="`folder` must be of format version 1, got 2"):
         dl.load_dual_lora(_llama(), tmp_path)
     (tmp_path / "dual_lora.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"dual_lora\.safetensors is not in "):
+    with pytest.raises(ValueError, match=r"dual_lora\.safetensors is not in it"):
         dl.load_dual_lora(_llama(), tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""DualLoRALinear: its equation in every mode, what a new layer is, what trains, folding, dropout, gates, bad input."""
+"""DualLoRALinear: equation of every mode, initial state, what trains, folding, dropout, gate statistics, bad input."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMS = {
 
 
 class Quantised(nn.Module):
-    """A linear layer as quantisation leaves it: int8 weight and scales as buffers, no parameter, no .weight."""
+    """A quantised linear layer: int8 weight and scales as buffers, no parameter, no .weight."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Quantised(nn.Module):
 
 
 def layer(form="paper", base=None, trained=True, **options):
-    """A layer of odd sizes; `trained` fills every factor."""
+    """Return a layer of odd sizes; `trained` fills every factor with random numbers."""
     options = {"rank_neg": 3, "alpha_neg": 4.5, "gate_dim": 7} | FORMS[form] | options
     made = DualLoRALinear(nn.Linear(D_IN, D_OUT) if base is None else base, 5, 10.0, **options)
     if trained:
@@ -53,12 +53,12 @@ def fill(module, *factors):
 
 
 def expected(made, x, lora_x=None):
-    """The definition in float64."""
+    """Return the reference's output in float64."""
     double = copy.deepcopy(made).double()
     factors = [getattr(double, n) for n in ("lora_a_pos", "lora_b_pos", "lora_a_neg", "lora_b_neg", "gate_q", "gate_k")]
     activation = "none" if made.variant == "paper" else "gelu"
     y = double.base(x.double())
-    if lora_x is not None:  # the definition reads one x: give it both side by side, each factor blind to one half
+    if lora_x is not None:  # the reference reads one x: give it both side by side, each factor with zeros for one half
         factors[0], factors[2] = (torch.cat((a, 0 * a), -1) for a in (factors[0], factors[2]))
         factors[4] = torch.cat((0 * factors[4], factors[4]), -1)
         x = torch.cat((lora_x, x), -1)
@@ -74,7 +74,7 @@ def form(request):
     return request.param
 
 
-def test_mix_is_the_definition(form):
+def test_mix_is_the_reference(form):
     made, x = layer(form), torch.randn(2, 3, D_IN)
     torch.testing.assert_close(made(x).double(), expected(made, x), rtol=1e-5, atol=1e-5)
     with torch.no_grad():
@@ -338,7 +338,7 @@ def test_bad_input_is_named():
     ):
         with pytest.raises(kind, match=f"^DualLoRALinear: `{name}` must be"):
             made(x)
-    with pytest.raises(ValueError, match="^DualLoRALinear: `mode` must be 'neg', 'pos', 'mix', got 'both'"):
+    with pytest.raises(ValueError, match="^DualLoRALinear: `mode` must be one of 'neg', 'pos', 'mix', got 'both'"):
         made.set_mode("both")
     lying = nn.Linear(D_IN, D_OUT)
     lying.out_features = 9

@@ -177,11 +177,11 @@ def test_dual_lora_more_than_64_tokens_are_left_to_others():
 
 
 def test_limits_are_those_of_the_source():
-    from calm_fast._ops.dual_lora.api import _CUDA_MAX_RANK, CUDA_MAX_FUSED, CUDA_MAX_TOKENS
+    from calm_fast._ops.dual_lora.native import CUDA_MAX_FUSED, CUDA_MAX_RANK, CUDA_MAX_TOKENS
 
     text = (emulation.CSRC / "dual_lora" / "dual_lora.cuh").read_text()
     found = {name: int(value) for name, value in re.findall(r"(kMax\w+) = (\d+)", text)}
-    assert found == {"kMaxTokens": CUDA_MAX_TOKENS, "kMaxFused": CUDA_MAX_FUSED, "kMaxRank": _CUDA_MAX_RANK}
+    assert found == {"kMaxTokens": CUDA_MAX_TOKENS, "kMaxFused": CUDA_MAX_FUSED, "kMaxRank": CUDA_MAX_RANK}
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""The room of dual_lora: definition, public function, implementations, cases."""
+"""Everything about dual_lora: its definition, public function, implementations and test cases."""

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from calm_fast._ops.dual_lora.native import CUDA_MAX_TOKENS, pack_folded, project_folded
+from calm_fast._ops.dual_lora.torch_impl import fold_dual_lora, gate_weights
 from calm_fast.core.numerics import Case, Inputs, Rounding, Values
 
 _TENSORS = ("x", "y", "a_pos", "b_pos", "a_neg", "b_neg", "w_q", "w_k", "value0", "value1")
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Sizes and features of one case: `lead` leading dimensions, m = None for a full W_v, gelu for the released form.
+    """Sizes and features of one case.
 
+    lead: leading dimensions. m: bottleneck of the value, None for a full W_v. gelu: the released form.
     spread: size of the gate's logits. strided: transposed, sliced and expanded tensors.
     """
 
@@ -59,7 +64,7 @@ _HALF = ("plain", "square", "rank-large", "wide-out", "full-value", "plain gelu"
 
 
 class DualLoRACases:
-    """See `calm_fast.core.numerics.OpCases`."""
+    """The cases of dual_lora; `calm_fast.core.numerics.OpCases` documents the methods."""
 
     op = "dual_lora"
     impls = ("torch", "triton", "native")
@@ -69,15 +74,15 @@ class DualLoRACases:
         return found + [self.case(name, dtype) for dtype in (torch.bfloat16, torch.float16) for name in _HALF]
 
     def case(self, name: str, dtype: torch.dtype, **changes: Any) -> Case:
-        """The case `name`, with fields of its Spec changed."""
+        """Return the case `name` with `changes` to the fields of its Spec."""
         return Case(self.op, name, dtype, replace(_SPECS[name], **changes))
 
     def fits(self, case: Case, impl: str, device: str) -> bool:
-        """The CUDA kernels decode: at most 64 tokens."""
-        return impl != "native" or device == "cpu" or math.prod(case.spec.lead) <= 64
+        """Return False for more tokens than the CUDA kernels, which decode, take."""
+        return impl != "native" or device == "cpu" or math.prod(case.spec.lead) <= CUDA_MAX_TOKENS
 
     def build(self, case: Case, device: torch.device) -> dict[str, Any]:
-        """The op's tensors (value1 is absent for a full W_v), its options and the upstream gradient dout."""
+        """Return the op's tensors (no value1 for a full W_v), its options and the upstream gradient dout."""
         s: Spec = case.spec
         generator = torch.Generator().manual_seed(zlib.crc32(repr(s).encode()))
 
@@ -92,7 +97,7 @@ class DualLoRACases:
         if s.strided:
             x, y = (t.mT.contiguous().mT for t in (x, y))
             dout = dout[..., :1].expand(y.shape)  # stride 0 in the last dimension
-        else:  # rows of different size, so that a row mixed up with another one shows
+        else:  # rows of different size, so that swapped rows show
             rows = 0.5 + torch.arange(dout[..., 0].numel(), device=device) % 3
             dout = dout * rows.view(*s.lead, 1).to(case.dtype)
         found = {
@@ -111,23 +116,29 @@ class DualLoRACases:
         return found | options | {"dout": dout}
 
     def run(self, inputs: Inputs, impl: str) -> Values:
+        """Return the op's output and gradients. For "native" the output comes from kept factors (`_run_packed`)."""
         from calm_fast.ops import dual_lora
 
-        def call(*tensors: torch.Tensor) -> torch.Tensor:
-            options = {"scaling": inputs["scaling"], "activation": inputs["activation"]}
-            return dual_lora(*tensors[:8], tensors[8:], **options, impl=impl)
+        def call(t: Tensors) -> torch.Tensor:
+            return dual_lora(
+                *(t["x"], t["y"], t["a_pos"], t["b_pos"], t["a_neg"], t["b_neg"], t["w_q"], t["w_k"], _value(t)),
+                scaling=inputs["scaling"],
+                activation=inputs["activation"],
+                impl=impl,
+            )
 
         values = _with_gradients(call, inputs)
-        if impl == "native":  # its other way: factors folded and packed once, as DualLoRALinear keeps them
-            values["out"] = _kept(inputs)
+        if impl == "native":
+            values["out"] = _run_packed(inputs)
         return values
 
     def eager(self, inputs: Inputs) -> Values:
-        """The equations as a user writes them: every step in the inputs' dtype."""
+        """Return the values of the equations as a user writes them: every step in the inputs' dtype."""
         pos, neg = _pair(inputs)
 
-        def call(x, y, a_pos, b_pos, a_neg, b_neg, w_q, w_k, *value) -> torch.Tensor:
-            h_pos, h_neg = pos * (x @ a_pos.mT @ b_pos.mT), neg * (x @ a_neg.mT @ b_neg.mT)
+        def call(t: Tensors) -> torch.Tensor:
+            x, y, w_q, w_k, value = t["x"], t["y"], t["w_q"], t["w_k"], _value(t)
+            h_pos, h_neg = pos * (x @ t["a_pos"].mT @ t["b_pos"].mT), neg * (x @ t["a_neg"].mT @ t["b_neg"].mT)
             gelu = inputs["activation"] == "gelu"
             if gelu:
                 h_pos, h_neg = y + h_pos, y + h_neg
@@ -146,11 +157,11 @@ class DualLoRACases:
         return _with_gradients(call, inputs)
 
     def exact(self, inputs: Inputs) -> Values:
-        """In the paper's form y only passes through: its gradient is the upstream one."""
+        """Mark dy of the paper's form: y is only added, so its gradient is the upstream one."""
         return {} if inputs["activation"] == "gelu" else {"dy": torch.ones_like(inputs["y"], dtype=torch.bool)}
 
     def rounding(self, inputs: Inputs) -> dict[str, Rounding]:
-        """Sums of squares over all roundings of the folded form, by random signs (see `_Probe`)."""
+        """Return the sums of squares over all roundings of the folded form, estimated with random signs (`_Probe`)."""
         return _rounding(inputs)
 
 
@@ -159,29 +170,35 @@ def _pair(inputs: Inputs) -> tuple[float, float]:
     return scaling if isinstance(scaling, tuple) else (scaling, scaling)
 
 
+def _value(tensors: Inputs) -> tuple[torch.Tensor, ...]:
+    return tuple(tensors[name] for name in ("value0", "value1") if name in tensors)
+
+
 @torch.no_grad()
-def _kept(inputs: Inputs) -> torch.Tensor:
-    from calm_fast._ops.dual_lora.api import dual_lora_folded, pack_folded, project_folded
-    from calm_fast._ops.dual_lora.torch_impl import fold_dual_lora
+def _run_packed(inputs: Inputs) -> torch.Tensor:
+    """Return the output from factors that were folded and packed once, as DualLoRALinear keeps them."""
+    from calm_fast._ops.dual_lora.api import dual_lora_folded
 
-    factors, value = [inputs[n] for n in _TENSORS[2:8]], [inputs[n] for n in _TENSORS[8:] if n in inputs]
-    folded = pack_folded(fold_dual_lora(*factors, value, _pair(inputs), inputs["activation"]))
-    zg = project_folded(inputs["x"], folded)
-    return dual_lora_folded(zg, inputs["y"], folded, inputs["a_pos"].shape[0], impl="native")
+    t = inputs
+    folded = fold_dual_lora(
+        *(t["a_pos"], t["b_pos"], t["a_neg"], t["b_neg"], t["w_q"], t["w_k"], _value(t), _pair(t), t["activation"])
+    )
+    folded = pack_folded(folded)
+    zg = project_folded(t["x"], folded)
+    return dual_lora_folded(zg, t["y"], folded, t["a_pos"].shape[0], impl="native")
 
 
-def _with_gradients(call, inputs: Inputs) -> Values:
-    names = [name for name in _TENSORS if name in inputs]
-    leaves = [inputs[name].detach().requires_grad_() for name in names]
-    out = call(*leaves)
-    grads = torch.autograd.grad(out, leaves, inputs["dout"].to(out.dtype))
-    return {"out": out.detach()} | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
+def _with_gradients(call: Callable[[Tensors], torch.Tensor], inputs: Inputs) -> Values:
+    leaves = {name: inputs[name].detach().requires_grad_() for name in _TENSORS if name in inputs}
+    out = call(leaves)
+    grads = torch.autograd.grad(out, list(leaves.values()), inputs["dout"].to(out.dtype))
+    return {"out": out.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
 # ---- the rounding analysis -------------------------------------------------------------------------------------------
-# R and A of the error rule are sums over every rounding of (its size x the result's derivative to it)^2. Multiplying
-# each rounding by an independent random sign and differentiating along that direction gives a number whose square
-# has exactly this sum as its mean; the mean over _SAMPLES directions estimates it to about 1 / sqrt(_SAMPLES / 2).
+# R and A of the error rule are sums over every rounding of (its size x the result's derivative with respect to it)^2.
+# Multiply each rounding by an independent random sign and differentiate along that direction: the mean square of the
+# result is exactly this sum. The mean over _SAMPLES directions estimates it to about 1 / sqrt(_SAMPLES / 2).
 # The direction goes through the backward pass too, so no gradient formula is repeated here.
 
 _SAMPLES = 12
@@ -190,10 +207,13 @@ _ULPS = 4.0  # float32 exp, erf and division on any device
 
 
 def _order_variance(length: int, total: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-    """Mean, over the orders of addition, of the sum of the squared partial sums of `length` products, and of the
-    squared products: what rounding each of them once contributes. total: their sum; squares: of their squares.
+    """Return what rounding every product and every partial sum of `length` products once contributes.
 
-    The k-th partial sum has mean k / n total and variance k (n - k) / (n (n - 1)) (squares - total^2 / n).
+    That is the sum of the squared products and of the squared partial sums, the latter averaged over all orders of
+    addition. The k-th partial sum has mean k / n total and variance k (n - k) / (n (n - 1)) (squares - total^2 / n).
+
+    Args:
+        total: the sum of the products. squares: the sum of their squares.
     """
     n = length
     spread = (squares - total.square() / n).clamp(min=0.0)
@@ -201,9 +221,9 @@ def _order_variance(length: int, total: torch.Tensor, squares: torch.Tensor) -> 
 
 
 class _Probe:
-    """Moves every value that an implementation rounds by _STEP x its rounding's size x a random sign.
+    """Move every value that an implementation rounds by _STEP x its rounding's size x a random sign.
 
-    kind: "inputs" for what is rounded to the inputs' dtype, "accumulate" for what is rounded in float32.
+    kind: "inputs" moves what is rounded to the inputs' dtype, "accumulate" what is rounded to float32.
     """
 
     def __init__(self, kind: str, seed: int) -> None:
@@ -220,60 +240,67 @@ class _Probe:
         return self.move(out, _order_variance(max(a.shape[-1], 1), out, a.square() @ b.square()).sqrt())
 
 
+class _Still(_Probe):
+    """A probe that moves nothing: the values that a `_Probe` moves away from."""
+
+    def move(self, t: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        return t
+
+
 class _Product(torch.autograd.Function):
-    """a b^T, rounded where it is stored by itself; both of its gradients are."""
+    """a b^T, rounded where it is stored by itself. Both of its gradients are always rounded."""
 
     @staticmethod
-    def forward(ctx, a, b, probe, stored):
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor, probe: _Probe, stored: bool) -> torch.Tensor:
         ctx.save_for_backward(a, b)
         ctx.probe = probe
         return probe.product(a, b.mT, stored)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         a, b = ctx.saved_tensors
         return ctx.probe.product(grad, b), ctx.probe.product(grad.mT, a), None, None
 
 
-class _Rounded(torch.autograd.Function):
-    """A value of which `ulps` roundings of this kind are made, and one of its gradient."""
+class _Round(torch.autograd.Function):
+    """A value with `ulps` roundings of the given kind. Its gradient has one."""
 
     @staticmethod
-    def forward(ctx, t, probe, kind, ulps):
+    def forward(ctx: Any, t: torch.Tensor, probe: _Probe, kind: str, ulps: float) -> torch.Tensor:
         ctx.probe, ctx.moves = probe, kind == probe.kind
         return probe.move(t, ulps * t) if ctx.moves else t.clone()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return ctx.probe.move(grad, grad) if ctx.moves else grad, None, None, None
 
 
 class _Sigmoid(torch.autograd.Function):
-    """p of a logit, whose gradient p (1 - p) is made from the rounded p: absolutely accurate, as p is near 1."""
+    """p = sigmoid(logit). Its gradient p (1 - p) comes from the rounded p, so near p = 1 its error is absolute."""
 
     @staticmethod
-    def forward(ctx, logit, probe):
+    def forward(ctx: Any, logit: torch.Tensor, probe: _Probe) -> torch.Tensor:
         ctx.probe, ctx.p = probe, logit.sigmoid()
         return ctx.p if probe.kind == "inputs" else probe.move(ctx.p, _ULPS * ctx.p)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         out = grad * ctx.p * (1 - ctx.p)
         return out if ctx.probe.kind == "inputs" else ctx.probe.move(out, _ULPS * grad * ctx.p), None
 
 
 class _Gelu(torch.autograd.Function):
-    """x Phi(x): Phi = (1 + erf) / 2 is absolutely, not relatively, accurate where it is small."""
+    """x Phi(x) with Phi = (1 + erf) / 2, whose error is absolute, not relative, where Phi is small."""
 
     @staticmethod
-    def forward(ctx, x, probe):
+    def forward(ctx: Any, x: torch.Tensor, probe: _Probe) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.probe = probe
         out = F.gelu(x)
         return probe.move(out, out if probe.kind == "inputs" else _ULPS * x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         density = x * torch.exp(-x.square() / 2) * (2 * torch.pi) ** -0.5
         share = (1 + torch.erf(x * 2**-0.5)) / 2
@@ -281,28 +308,29 @@ class _Gelu(torch.autograd.Function):
         return ctx.probe.move(out, out if ctx.probe.kind == "inputs" else _ULPS * grad * (1 + density.abs())), None
 
 
-def _probed(inputs: Inputs, probe: _Probe) -> Values:
-    """The folded computation of dual_lora with every rounding moved."""
+def _run_probe(inputs: Inputs, probe: _Probe) -> Values:
+    """Return the values of the folded form of dual_lora with every rounding moved by `probe`."""
     (pos, neg), gelu = _pair(inputs), inputs["activation"] == "gelu"
 
     def product(a: torch.Tensor, b: torch.Tensor, stored: bool = True) -> torch.Tensor:
         return _Product.apply(a, b, probe, stored)
 
     def stored(t: torch.Tensor) -> torch.Tensor:
-        return _Rounded.apply(t, probe, "inputs", 1.0)
+        return _Round.apply(t, probe, "inputs", 1.0)
 
-    def fork(t: torch.Tensor) -> torch.Tensor:  # read twice: the sum of two gradients is rounded
-        return _Rounded.apply(t, probe, "inputs", 0.0)
+    def fork(t: torch.Tensor) -> torch.Tensor:  # two readers, so the sum of their gradients is rounded
+        return _Round.apply(t, probe, "inputs", 0.0)
 
     def wide(t: torch.Tensor) -> torch.Tensor:
-        return _Rounded.apply(t, probe, "accumulate", 1.0)
+        return _Round.apply(t, probe, "accumulate", 1.0)
 
-    def call(x, y, a_pos, b_pos, a_neg, b_neg, w_q, w_k, *value) -> torch.Tensor:
-        shape, r_pos, r_neg = y.shape, a_pos.shape[0], a_neg.shape[0]
-        x, y = (fork(t.reshape(-1, t.shape[-1])) for t in (x, y))
-        b = stored(torch.cat((pos * b_pos, neg * b_neg), 1))
-        keys_pos, keys_neg = product(w_k, b.mT).split((r_pos, r_neg), 1)
-        gate = product(torch.cat((-keys_pos, keys_neg), 1).mT, w_q.mT)
+    def call(tensors: Tensors) -> torch.Tensor:
+        a_pos, a_neg, value = tensors["a_pos"], tensors["a_neg"], _value(tensors)
+        shape, r_pos, r_neg = tensors["y"].shape, a_pos.shape[0], a_neg.shape[0]
+        x, y = (fork(t.reshape(-1, t.shape[-1])) for t in (tensors["x"], tensors["y"]))
+        b = stored(torch.cat((pos * tensors["b_pos"], neg * tensors["b_neg"]), 1))
+        keys_pos, keys_neg = product(tensors["w_k"], b.mT).split((r_pos, r_neg), 1)
+        gate = product(torch.cat((-keys_pos, keys_neg), 1).mT, tensors["w_q"].mT)
         z, g = (fork(t) for t in product(x, torch.cat((a_pos, a_neg, gate))).chunk(2, -1))
         terms = z * g
         logit = terms.sum(-1, keepdim=True)
@@ -310,7 +338,7 @@ def _probed(inputs: Inputs, probe: _Probe) -> Values:
             squares = terms.square().sum(-1, keepdim=True)
             logit = probe.move(logit, _order_variance(r_pos + r_neg, logit, squares).sqrt().detach())
         p_neg = _Sigmoid.apply(logit, probe)
-        weight_pos, weight_neg = wide(1.5 - p_neg), wide(p_neg - 0.5)
+        weight_pos, weight_neg = (wide(weight) for weight in gate_weights(p_neg))
         z_pos, z_neg = z.split((r_pos, r_neg), 1)
         if not gelu:
             for factor in value:
@@ -328,22 +356,16 @@ def _probed(inputs: Inputs, probe: _Probe) -> Values:
 
 
 def _rounding(inputs: Inputs) -> dict[str, Rounding]:
+    """Return R and A of every quantity: the mean square of its difference quotients over _SAMPLES directions."""
     sums = {}
     for kind in ("inputs", "accumulate"):
-        still = _probed(inputs, _Still(kind, 0))
+        still = _run_probe(inputs, _Still(kind, 0))
         total = {name: torch.zeros_like(t) for name, t in still.items()}
         for seed in range(_SAMPLES):
-            for name, t in _probed(inputs, _Probe(kind, seed)).items():
+            for name, t in _run_probe(inputs, _Probe(kind, seed)).items():
                 total[name] += ((t - still[name]) / _STEP).square() / _SAMPLES
         sums[kind] = total
     return {name: Rounding(sums["inputs"][name], sums["accumulate"][name]) for name in sums["inputs"]}
-
-
-class _Still(_Probe):
-    """The same computation, nothing moved."""
-
-    def move(self, t: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-        return t
 
 
 CASES = DualLoRACases()

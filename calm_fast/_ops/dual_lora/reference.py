@@ -21,7 +21,7 @@ def dual_lora_reference(
     scaling: tuple[float, float],
     activation: str = "none",
 ) -> torch.Tensor:
-    """Both forms of the attention-gated integration, unfolded, as the equations read.
+    """Compute both forms of the attention-gated integration, unfolded, as the equations read.
 
         h_* = s_* B_* A_* x                      (activation "gelu", the released code: h_* = y + s_* B_* A_* x)
         (p_pos, p_neg) = softmax( (W_q x) . (W_k h_pos), (W_q x) . (W_k h_neg) )
@@ -29,14 +29,17 @@ def dual_lora_reference(
         "gelu":  out = y + (p_pos + 1/2) f(h_pos) + (p_neg - 1/2) f(h_neg),   f(h) = C2 gelu(C1 h), exact gelu
 
     Args:
-        x: (..., d_in) any float dtype. y: (..., d_out), the frozen layer's output for x.
+        x: (..., d_in), any float dtype.
+        y: (..., d_out), the frozen layer's output for x.
         a_pos (R_pos, d_in), b_pos (d_out, R_pos), a_neg (R_neg, d_in), b_neg (d_out, R_neg): the LoRA factors.
         w_q (G, d_in), w_k (G, d_out): the gate.
-        value: (w_v (d_out, d_out),) or (c1 (m, d_out), c2 (d_out, m)), w_v = c2 c1; "gelu" needs two factors.
-        scaling: (s_pos, s_neg). activation: "none" (the paper's form) or "gelu" (the released code's).
+        value: (w_v (d_out, d_out),) or (c1 (m, d_out), c2 (d_out, m)) with w_v = c2 c1; "gelu" needs two factors.
+        scaling: (s_pos, s_neg).
+        activation: "none" (the paper's form) or "gelu" (the released code's).
     Returns:
-        out (..., d_out) in y's dtype; computed in float32 (float64 for float64).
-    Differentiable by autograd in any order. Source: NAT, arXiv 2312.12832 section 3.2, and its released code.
+        out (..., d_out) in y's dtype, computed in float32 (float64 for float64).
+    Autograd differentiates it any number of times. Arguments are not checked.
+    Source: NAT (arXiv 2312.12832) section 3.2 and its released code.
     """
     compute = torch.promote_types(x.dtype, torch.float32)
     dtype = y.dtype

@@ -1,4 +1,4 @@
-"""dual_lora folded: one skinny product of x, then work that is R or m wide, then one product into the output."""
+"""dual_lora on folded factors: one narrow product of x, then work R or m wide, then one product into the output."""
 
 from __future__ import annotations
 
@@ -10,24 +10,33 @@ import torch.nn.functional as F
 
 
 class Folded(NamedTuple):
-    """The factors of dual_lora multiplied out once; R = R_pos + R_neg, positive columns first.
+    """The factors of dual_lora, multiplied out once. R = R_pos + R_neg, positive columns first.
 
-    down: (2R, d_in) = [A_pos; A_neg; -G_pos; G_neg], G_* = s_* (W_k B_*)^T W_q. The sign makes the difference of the
-        two gate logits one dot product of the two halves of `down x`.
-    up: "none": (d_out, R) = W_v [s_pos B_pos, s_neg B_neg]; "gelu": (m, R) = C1 [s_pos B_pos, s_neg B_neg].
-    c1 (m, d_out), c2 (d_out, m): the value factors of "gelu"; None with "none".
-    packed: down and, "none": up, "gelu": c1, c2 again as `_ops.packed_linear` keeps them; None where nothing
-        is packed.
+    down: (2R, d_in) = [A_pos; A_neg; -G_pos; G_neg] with G_* = s_* (W_k B_*)^T W_q. The minus sign makes the difference
+        of the two gate logits one dot product of the two halves of `down x`.
+    up: (d_out, R) = W_v [s_pos B_pos, s_neg B_neg] in the form "none"; (m, R) = C1 [s_pos B_pos, s_neg B_neg] in the
+        form "gelu".
+    c1 (m, d_out), c2 (d_out, m): the value factors of "gelu"; both None in "none".
+    packed_down, packed_c1, packed_last: the panels (`_ops.packed_linear`) of `down`, of `c1` and of the last factor,
+        which is `up` in "none" and `c2` in "gelu"; None where nothing is packed.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     c1: torch.Tensor | None = None
     c2: torch.Tensor | None = None
-    packed: tuple | None = None
+    packed_down: torch.Tensor | None = None
+    packed_c1: torch.Tensor | None = None
+    packed_last: torch.Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Folded:
-        return Folded(*(t if t is None else t.to(dtype) for t in self[:4]))
+        """Return the factors in `dtype`, not packed."""
+        return Folded(
+            self.down.to(dtype),
+            self.up.to(dtype),
+            None if self.c1 is None else self.c1.to(dtype),
+            None if self.c2 is None else self.c2.to(dtype),
+        )
 
 
 def fold_dual_lora(
@@ -41,9 +50,9 @@ def fold_dual_lora(
     scaling: tuple[float, float],
     activation: str,
 ) -> Folded:
-    """The folded form of the factors (shapes as in `dual_lora_reference`), in their dtype, differentiable.
+    """Return the folded factors (arguments as in `dual_lora_reference`) in their dtype, differentiable.
 
-    (W_k B) first: G R numbers, where W_k^T W_q would be d_out x d_in.
+    W_k B comes first: it has G R numbers, where W_k^T W_q would be d_out x d_in.
     """
     b = torch.cat((b_pos * scaling[0], b_neg * scaling[1]), dim=1)  # (d_out, R)
     keys = w_k @ b  # (G, R)
@@ -59,7 +68,7 @@ def fold_dual_lora(
 
 
 def project(x: torch.Tensor, folded: Folded, lora_x: torch.Tensor | None = None) -> torch.Tensor:
-    """[z, g] = down x, (..., 2R); the LoRA half z from `lora_x` (x after dropout) where that is given."""
+    """Return zg = [z, g] = down x, (..., 2R). Where `lora_x` (x after dropout) is given, z is computed from it."""
     if lora_x is None:
         return F.linear(x, folded.down)
     a, gate = folded.down.chunk(2)
@@ -67,24 +76,35 @@ def project(x: torch.Tensor, folded: Folded, lora_x: torch.Tensor | None = None)
 
 
 def negative_share(zg: torch.Tensor) -> torch.Tensor:
-    """p_neg (..., 1) in float32 (float64 for float64) from `project`'s [z, g]."""
+    """Return p_neg (..., 1), the gate's share of the negative LoRA, from zg (..., 2R) of `project`.
+
+        p_neg = sigmoid(g . z)
+
+    In float32, float64 for float64.
+    """
     z, g = zg.to(torch.promote_types(zg.dtype, torch.float32)).chunk(2, dim=-1)
     return (z * g).sum(-1, keepdim=True).sigmoid()
 
 
-def dual_lora_torch(zg: torch.Tensor, y: torch.Tensor, folded: Folded, r_pos: int) -> torch.Tensor:
-    """out (..., d_out) from [z, g] (..., 2R) of `project` and the frozen layer's output y (..., d_out).
+def gate_weights(p_neg: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (weight_pos, weight_neg) = (p_pos + 1/2, p_neg - 1/2), where p_pos = 1 - p_neg."""
+    return 1.5 - p_neg, p_neg - 0.5
 
-    "none": y + [a_pos z_pos, a_neg z_neg] up^T. "gelu": y + (a_pos gelu(u + z_pos up_pos^T) +
-    a_neg gelu(u + z_neg up_neg^T)) C2^T with u = C1 y. The gate and the mix are float32.
+
+def dual_lora_torch(zg: torch.Tensor, y: torch.Tensor, folded: Folded, r_pos: int) -> torch.Tensor:
+    """Return out (..., d_out) from zg (..., 2R) of `project` and the frozen layer's output y (..., d_out).
+
+        "none": y + [weight_pos z_pos, weight_neg z_neg] up^T
+        "gelu": y + (weight_pos gelu(u + z_pos up_pos^T) + weight_neg gelu(u + z_neg up_neg^T)) C2^T,  u = y C1^T
+
+    The gate and the mix are float32.
     """
     shape, dtype = y.shape, y.dtype
     zg, y = zg.reshape(-1, zg.shape[-1]), y.reshape(-1, shape[-1])
     r = zg.shape[1] // 2
-    p_neg = negative_share(zg)
-    weight_pos, weight_neg = 1.5 - p_neg, p_neg - 0.5
+    weight_pos, weight_neg = gate_weights(negative_share(zg))
     z_pos, z_neg = zg[:, :r_pos], zg[:, r_pos:r]
-    if folded.c1 is None:
+    if folded.c1 is None or folded.c2 is None:
         mixed = torch.cat((weight_pos * z_pos, weight_neg * z_neg), dim=1).to(dtype)
         return torch.addmm(y, mixed, folded.up.mT).view(shape)
     base = F.linear(y, folded.c1)
@@ -97,17 +117,22 @@ def dual_lora_torch(zg: torch.Tensor, y: torch.Tensor, folded: Folded, r_pos: in
 def dual_lora_backward_torch(
     dout: torch.Tensor, zg: torch.Tensor, y: torch.Tensor, folded: Folded, r_pos: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of zg, y, up, c1 and c2 (None where there is none) of `dual_lora_torch` on flat tensors.
+    """Return the gradients of zg, y, up, c1 and c2 of `dual_lora_torch` on flat tensors.
 
-    For a forward pass that autograd cannot see through. docs/ops/dual_lora.md derives it; all that is not a
-    product is float32.
+    For a forward pass that autograd cannot see into. docs/ops/dual_lora.md derives the formulas. Everything but the
+    products is float32.
+
+    Args:
+        dout, y: (T, d_out). zg: (T, 2R). folded: its `down` is not read.
+    Returns:
+        (dzg, dy, dup, dc1, dc2); dc1 and dc2 are None in the form "none".
     """
     r, dtype = zg.shape[1] // 2, y.dtype
     wide = zg.to(torch.promote_types(dtype, torch.float32))
     z, g = wide.chunk(2, dim=-1)
     p_neg = negative_share(zg)
-    weights = (1.5 - p_neg, p_neg - 0.5)
-    if folded.c1 is None:
+    weights = gate_weights(p_neg)
+    if folded.c1 is None or folded.c2 is None:
         weighted = [w * part for w, part in zip(weights, z.split((r_pos, r - r_pos), dim=1), strict=True)]
         dmix = (dout @ folded.up).to(wide.dtype)
         dpos, dneg = (dmix * z).split((r_pos, r - r_pos), dim=1)

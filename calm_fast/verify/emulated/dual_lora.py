@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from calm_fast._ops.dual_lora.api import CUDA_MAX_FUSED, CUDA_MAX_TOKENS
+from calm_fast._ops.dual_lora.native import CUDA_MAX_FUSED, CUDA_MAX_TOKENS
 from calm_fast._ops.dual_lora.torch_impl import fold_dual_lora, project
 from calm_fast.core.numerics import Inputs, Values
 from calm_fast.verify.emulation import CSRC, SCHEDULES, Schedule, call

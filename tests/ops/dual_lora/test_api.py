@@ -1,4 +1,4 @@
-"""dual_lora: every implementation against the float64 definition, the released layer's equations, bad input."""
+"""dual_lora: every implementation against the float64 reference, the released layer's equations, bad input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMS = ("plain", "full-value", "plain gelu")
 
 
 def call(inputs, impl="auto", **changes):
-    """dual_lora of a case's inputs; `changes` replace arguments by name."""
+    """Call dual_lora on a case's inputs; `changes` replace arguments by name."""
     value = tuple(inputs[f"value{i}"] for i in (0, 1) if f"value{i}" in inputs)
     arguments = {name: inputs[name] for name in (*NAMES, "scaling", "activation")} | {"value": value, "impl": impl}
     return dual_lora(**arguments | changes)
@@ -34,7 +34,7 @@ def build(name="plain", dtype=torch.float32, device="cpu", **changes):
 
 @functools.cache
 def truth(case, device):
-    """Values and bounds of a case: the same for every implementation."""
+    """Return values and bounds of a case; they are the same for every implementation."""
     return truth_of(CASES, CASES.build(case, device), case.dtype)
 
 
@@ -46,7 +46,7 @@ GPU = pytest.mark.gpu
 
 
 def interpreter_or_gpu(which, kernel_device):
-    """One session compiles kernels or interprets them, never both."""
+    """Skip unless this session can run Triton in the asked-for way: it compiles kernels or interprets them."""
     if which == "interpreter" and kernel_device.type != "cpu":
         pytest.skip("this session has a GPU: its kernels are compiled")
     if why := triton_obstacle(kernel_device):
@@ -125,14 +125,14 @@ def test_gate_shares_sum_to_the_softmax():
 
 @pytest.mark.parametrize("name", FORMS)
 def test_lora_reads_its_own_input_where_given(name):
-    """After dropout the two LoRAs read another x than the gate's query: compared with the equations."""
+    """With dropout the LoRAs read another tensor than the gate's query; the result follows the equations."""
     inputs = build(name, torch.float64)
     x, y, a_pos, b_pos, a_neg, b_neg, w_q, w_k = (inputs[name] for name in NAMES)
     value = tuple(inputs[f"value{i}"] for i in (0, 1) if f"value{i}" in inputs)
     dropped = F.dropout(x, 0.4)
     folded = fold_dual_lora(a_pos, b_pos, a_neg, b_neg, w_q, w_k, value, (2.0, 2.0), inputs["activation"])
     out = dual_lora_torch(project(x, folded, dropped), y, folded, a_pos.shape[0])
-    # the definition reads one x: give it both side by side, each factor blind to the other half
+    # the reference reads one x: give it both side by side, each factor with zeros for the other half
     both = torch.cat((dropped, x), -1)
     a_pos, a_neg = (torch.cat((a, torch.zeros_like(a)), -1) for a in (a_pos, a_neg))
     w_q = torch.cat((torch.zeros_like(w_q), w_q), -1)
@@ -158,7 +158,7 @@ def test_gradients_are_derivatives(name, which):
 
 
 def test_frozen_factors_get_no_gradient(impl, kernel_device):
-    """Only what asks for a gradient gets one, and it is the one it gets when everything asks."""
+    """A tensor's gradient does not depend on which others require one."""
     for name in FORMS:
         inputs = build(name, device=kernel_device, lead=(5,), d_out=20)
         everything = leaves(inputs)
@@ -189,7 +189,7 @@ def test_nan_row_stays_in_its_row(name, impl, kernel_device):
 def test_twenty_runs_give_the_same_bits(name, impl, kernel_device):
     inputs = build(name, device=kernel_device)
     tensors = leaves(inputs)
-    # the interpreter runs one program after the other: it can only differ where memory is read unwritten
+    # the interpreter runs programs in order, so runs can only differ by reading memory that was never written
     repeats = 3 if impl == "triton" and kernel_device.type == "cpu" else 19
 
     def once():
@@ -213,7 +213,7 @@ def test_compile_without_graph_breaks(name, impl, kernel_device):
 
 
 @pytest.mark.parametrize("strided", [False, True])
-def test_registered_ops_keep_their_promises(strided, triton_device):
+def test_registered_ops_pass_opcheck(strided, triton_device):
     """Schemas, fakes, autograd registration and compiled gradients of the four torch ops."""
 
     def draw(*shape):
@@ -230,7 +230,7 @@ def test_registered_ops_keep_their_promises(strided, triton_device):
     ):
         torch.library.opcheck(op, args)
         args = tuple(a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args)
-        if op is ops.dual_lora_triton_fwd:  # of the other one, u and mix are for the backward pass only
+        if op is ops.dual_lora_triton_fwd:  # u and mix of the other op have no gradients
             torch.library.opcheck(op, args)
     torch.library.opcheck(ops.dual_lora_triton_bwd, (draw(t, r), zg, r_pos), test_utils=without_autograd)
     torch.library.opcheck(
@@ -238,7 +238,7 @@ def test_registered_ops_keep_their_promises(strided, triton_device):
     )
 
 
-def test_triton_says_that_it_has_no_double_backward(triton_device):
+def test_triton_refuses_double_backward(triton_device):
     for name in FORMS:
         inputs = build(name, device=triton_device)
         tensors = leaves(inputs)
@@ -247,7 +247,7 @@ def test_triton_says_that_it_has_no_double_backward(triton_device):
             torch.autograd.grad(sum(g.sum() for g in grads), tensors, allow_unused=True)
 
 
-def test_triton_rows_do_not_depend_on_their_company(triton_device):
+def test_triton_rows_do_not_depend_on_other_rows(triton_device):
     for name in FORMS:
         inputs = build(name, device=triton_device, lead=(49,))
         whole = call(inputs, "triton")
@@ -262,7 +262,7 @@ def test_autocast_is_ignored(impl, kernel_device):
     assert out.dtype == torch.float32 and torch.equal(out, call(inputs, impl))
 
 
-def test_auto_on_cpu_is_torch_where_autograd_records_or_nothing_is_compiled(monkeypatch):
+def test_auto_on_cpu_is_torch_where_autograd_records_or_the_library_is_missing(monkeypatch):
     inputs = build()
     arguments = {name: inputs[name] for name in NAMES} | {"value": (inputs["value0"], inputs["value1"])}
     inputs["w_k"].requires_grad_()

@@ -1,4 +1,4 @@
-"""dual_lora in the compiled library: every SIMD lane, packed products, and when `auto` takes it."""
+"""dual_lora in the compiled library: every SIMD lane, packed products, and when `auto` chooses it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import calm_fast
-from calm_fast._ops.dual_lora.api import decide, dual_lora, dual_lora_folded, pack_folded, project_folded
+from calm_fast._ops.dual_lora.api import decide, dual_lora, dual_lora_folded
+from calm_fast._ops.dual_lora.native import pack_folded, project_folded
 from calm_fast._ops.dual_lora.torch_impl import (
     Folded,
     dual_lora_backward_torch,
@@ -27,7 +28,7 @@ def library():
     return torch.ops.calm_fast
 
 
-def number_of(name):
+def lane_number(name):
     best = native_library.build_info()["_cpu"]["best lane here"]
     if LANES[name] > LANES[best]:
         pytest.skip(f"the best lane of this CPU is {best}")
@@ -36,23 +37,23 @@ def number_of(name):
 
 @pytest.fixture(params=LANES)
 def lane(request):
-    return number_of(request.param)
+    return lane_number(request.param)
 
 
 @pytest.fixture(params=["avx512", "avx512_bf16"])
 def packs(request):
-    """Lanes that have packed products."""
-    return number_of(request.param)
+    """A lane that has packed products."""
+    return lane_number(request.param)
 
 
 def ulp(values):
-    """Spacing of float32 at the size of `values`, as float64."""
+    """Return the spacing of float32 at the size of `values`, as float64."""
     at = values.float().abs()
     return torch.nextafter(at, torch.tensor(float("inf"))).double() - at.double()
 
 
 def gelu_of(v, lane):
-    """With z = 0 the gate is undecided: weights 1 and 0, and the mix is gelu(u)."""
+    """Return gelu(v) from the mix kernel: z = 0 gives the weights 1 and 0, so the mix is gelu(u)."""
     return library()._dual_lora_native_mix(torch.zeros(1, 4), v[None], torch.zeros(v.numel(), 2), 1, lane)[0]
 
 
@@ -88,16 +89,16 @@ def test_mix_equals_its_formula_in_every_lane(lane, dtype, tokens, m, r_pos, r_n
     parts = [wide[0][:, a:b] @ wide[2][:, a:b].mT + wide[1] for a, b in ((0, r_pos), (r_pos, r))]
     pos, neg = (torch.nn.functional.gelu(h) for h in parts)
     truth = (1.5 - p_neg) * pos + (p_neg - 0.5) * neg
-    # rounding of h, of the logit (whose derivative is at most 1/4 of it) and, in low precision, of the result
+    # rounding of h, of the logit (p_neg moves by at most 1/4 of that) and, in low precision, of the result
     size = sum(p.abs() for p in parts) + wide[0].abs().sum(-1, keepdim=True) * (pos - neg).abs() + 1
     bound = 2 * (r + 4) * torch.finfo(torch.float32).eps * size + torch.finfo(dtype).eps * truth.abs()
     assert ((out.double() - truth).abs() <= bound).all()
     assert out.dtype == dtype
     scalar = library()._dual_lora_native_mix(zg, u, up, r_pos, LANES["scalar"])
-    assert torch.equal(out, scalar), "lanes differ in how many values they take at once, in nothing else"
+    assert torch.equal(out, scalar), "lanes differ only in how many values they compute at once"
 
 
-def test_results_do_not_depend_on_threads_or_company(packs):
+def test_results_do_not_depend_on_threads_or_other_rows(packs):
     generator = torch.Generator().manual_seed(1)
     x, w, add = (torch.randn(*shape, generator=generator) for shape in ((300, 700), (65, 700), (300, 65)))
     packed, threads = library()._packed_linear_native_pack(w), torch.get_num_threads()
@@ -149,11 +150,11 @@ def test_kept_factors_are_packed_and_give_what_one_call_gives(form, dtype):
     tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
     if dtype != torch.float32:
-        assert packed.packed is None and torch.equal(out, expected)
+        assert packed.packed_down is None and torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("form", ["released", "paper"])
-def test_gradients_written_out_equal_autograd(form):
+def test_explicit_gradients_equal_autograd(form):
     x, y, factors, value, activation = tensors(torch.Generator().manual_seed(4), form, torch.float64)
     folded = fold_dual_lora(*factors, value, (2.0, 0.5), activation)
     zg = project(x, folded)
@@ -169,7 +170,7 @@ def test_gradients_written_out_equal_autograd(form):
 
 
 @pytest.mark.parametrize("form", ["released", "paper"])
-def test_registered_op_keeps_its_promises(form):
+def test_registered_op_passes_opcheck(form):
     x, y, factors, value, activation = tensors(torch.Generator().manual_seed(6), form)
     folded = fold_dual_lora(*factors, value, (2.0, 2.0), activation)
     args = (project(x, folded), y, folded.up, folded.c1, folded.c2, None, None, 5)
@@ -178,7 +179,7 @@ def test_registered_op_keeps_its_promises(form):
     torch.library.opcheck(torch.ops.calm_fast.dual_lora_native_fwd, leaves)
 
 
-def test_auto_takes_it_where_autograd_records_nothing():
+def test_auto_chooses_native_where_autograd_records_nothing():
     x, y, factors, value, activation = tensors(torch.Generator().manual_seed(7), "released")
     options = {"scaling": 2.0, "activation": activation}
     assert decide(x, y, *factors, value, **options).impl == "native"
@@ -192,7 +193,7 @@ def test_auto_takes_it_where_autograd_records_nothing():
     assert decide(*wide, tuple(t.double() for t in value), **options).impl == "torch"
 
 
-def test_layer_in_inference_uses_it_and_sees_every_change_of_a_parameter(monkeypatch):
+def test_layer_in_inference_sees_every_change_of_a_parameter():
     torch.manual_seed(0)
     layer = calm_fast.DualLoRALinear(torch.nn.Linear(48, 40), 4, 8.0, value_dim=33, variant="released")
     with torch.no_grad():
