@@ -112,10 +112,9 @@ def verify(
     interpreter, in a fresh process.
     """
     with contextlib.nullcontext() if json_file is None else _folder(json_file.parent):
-        from calm_fast.ops import OPS
         from calm_fast.verify import run
 
-        ops, impls = op or OPS, impl or ()
+        ops, impls = op or run.ALL_OPS, impl or ()
         try:
             run.plan(ops, impls)
         except ValueError as problem:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from calm_fast import ops
-from calm_fast._ops.cross_attention.api import NATIVE_MAX_QUERIES
+from calm_fast._ops.cross_attention.native import NATIVE_MAX_QUERIES
 from calm_fast.benchmarks.baselines.cross_attention import explicit_attention, visible
 from calm_fast.benchmarks.cases.alignment import aligned_intervals
 from calm_fast.benchmarks.graphs import graphed

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import os
 import warnings
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,23 @@ class Decision:
 
     def __str__(self) -> str:
         return f"{self.op}: {self.impl} ({self.reason})"
+
+
+class DecisionCache(dict[Hashable, Decision]):
+    """Decisions by call signature, for an op whose checks cost more than a lookup; emptied when it is full.
+
+    A signature holds everything that `decide` reads for the calls that share it: equal signatures, equal decisions.
+    """
+
+    def __init__(self, limit: int = 256) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def keep(self, signature: Hashable, decision: Decision) -> None:
+        """Store what `decide` returned for a call of this signature."""
+        if len(self) >= self.limit:
+            self.clear()
+        self[signature] = decision
 
 
 def check_impl(op: str, impl: str) -> None:

@@ -83,6 +83,10 @@ class OpCases(Protocol):
         """Optional: False for a case that `impl` refuses by its contract, which is then no failure."""
         ...
 
+    def obstacle(self, impl: str, device: str) -> str | None:
+        """Optional: why `impl` cannot run on this machine although the library has it, or None."""
+        ...
+
     def build(self, case: Case, device: torch.device) -> Inputs: ...
     def run(self, inputs: Inputs, impl: str) -> Values:
         """The public op and its gradients for the upstream gradients in `inputs`; raises where impl cannot run."""

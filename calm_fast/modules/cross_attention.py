@@ -12,21 +12,23 @@ from calm_fast import ops
 from calm_fast._ops.packed_linear.api import Packed, can_pack, linear, linear_into, pack
 from calm_fast.core.checks import bad_type, bad_value
 from calm_fast.modules.folding import FoldedWeights, KeyValueCost, key_value_cost, may_cache, slowness
-from calm_fast.modules.rms import in_dtype, normalised
+from calm_fast.modules.rms import in_dtype, rms_normalise
 
 _NAME = "CrossAttention"
+_Parameters = tuple[torch.Tensor | None, ...]
 
 
 class KeyValueCache(Protocol):
-    """What `forward(cache=...)` needs: a layer of a transformers cache is one."""
+    """One layer's keys and values for `CrossAttention.forward(cache=...)`; a layer of a transformers cache is one."""
 
     def update(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys, values (B, Hkv, n, D); return all of them (B, Hkv, N, D)."""
+        ...
 
 
-class _Weights(NamedTuple):
-    """Weights (out, in) and biases (out,) in the order they are used; v None: k holds [W_k; W_v]; scale: the norm's.
-    Kept weights are packed where the compiled library multiplies with them."""
+class _Factors(NamedTuple):
+    """Weights (out, in) and biases (out,) in call order, in the computation's dtype; v is None if k holds [W_k; W_v].
+    scale is the pre-norm's weight, in any dtype. Kept weights are packed if the compiled library multiplies them."""
 
     scale: torch.Tensor | None
     q: torch.Tensor | Packed
@@ -41,9 +43,27 @@ class _Weights(NamedTuple):
     o_bias: torch.Tensor | None
     post: torch.Tensor | None
 
-    def to(self, dtype: torch.dtype) -> _Weights:
-        """In `dtype`; scale is multiplied with H_B in H_B's dtype."""
-        return _Weights(self.scale, *[t if t is None or t.dtype == dtype else t.to(dtype) for t in self[1:]])
+
+class _Weights(NamedTuple):
+    """The layer's parameters, or products of them: the fields of `_Factors`, in the parameters' dtype."""
+
+    scale: torch.Tensor | None
+    q: torch.Tensor
+    q_bias: torch.Tensor | None
+    proj: torch.Tensor | None
+    proj_bias: torch.Tensor | None
+    k: torch.Tensor
+    k_bias: torch.Tensor | None
+    v: torch.Tensor | None
+    v_bias: torch.Tensor | None
+    o: torch.Tensor
+    o_bias: torch.Tensor | None
+    post: torch.Tensor | None
+
+    def to(self, dtype: torch.dtype) -> _Factors:
+        """Return the factors in `dtype`, except scale, which is multiplied with H_B in H_B's dtype."""
+        rest = [t if t is None or t.dtype == dtype else t.to(dtype) for t in self[1:]]
+        return _Factors(self.scale, *rest)  # type: ignore[arg-type]  # None stays None and a tensor a tensor
 
 
 # child module and its parameter, in the order of _Weights
@@ -52,31 +72,32 @@ _PLACES = (
     ("k_proj", "weight"), ("k_proj", "bias"), ("v_proj", "weight"), ("v_proj", "bias"),
     ("o_proj", "weight"), ("o_proj", "bias"), ("post_norm", "weight"),
 )  # fmt: skip
-
-
-_PRODUCTS = ("q", "proj", "k", "v", "o")  # of _Weights, what tokens are multiplied with
+_MATRICES = ("q", "proj", "k", "v", "o")  # fields of _Factors that may be packed
 
 
 class CrossAttention(nn.Module):
-    """H_B + W_o Attention(q = W_q n(H_B), k = W_k P H_A, v = W_v P H_A), the composition layer of CALM.
+    """The composition layer of CALM: the anchor's hidden states H_B read the augmenter's H_A.
+
+        H_B + W_o Attention(q = W_q n(H_B), k = W_k P H_A, v = W_v P H_A)
 
     n is an RMSNorm or the identity, P a linear map from the augmenter's width to the anchor's. W_o starts at zero: a
-    new layer returns the anchor's hidden states unchanged, bit for bit. W_k P and W_v P are folded into one weight,
-    n's weight into W_q, wherever that costs less (docs/folding.md; a cost model chooses, not a flag); without
-    gradients the folded weights are kept until a parameter changes.
+    new layer returns the anchor's hidden states unchanged, bit for bit. W_k P and W_v P are folded into one weight, and
+    n's weight into W_q, wherever that costs less (docs/folding.md). A cost model chooses, not a flag. Without gradients
+    the folded weights are kept until a parameter changes.
 
     Args:
-        anchor_dim: DB, width of the anchor's hidden states.
-        augmenter_dim: DA, width of the augmenter's hidden states.
-        num_heads: H query heads. head_dim: D, default anchor_dim // num_heads.
-        num_kv_heads: Hkv, default num_heads; must divide it.
+        anchor_dim: DB, the width of the anchor's hidden states.
+        augmenter_dim: DA, the width of the augmenter's hidden states.
+        num_heads: H, the number of query heads.
+        head_dim: D, default anchor_dim // num_heads.
+        num_kv_heads: Hkv, default num_heads, which it must divide.
         pre_norm: apply an RMSNorm n to H_B before W_q.
-        post_norm: H_B + n2(W_o Attention(...)) with an RMSNorm n2.
-        bias: biases on P, W_q, W_k, W_v and W_o. A query with an empty interval still gets no residual at all.
-        proj: with P; without it W_k and W_v read H_A directly.
-        eps: of the norms.
+        post_norm: apply an RMSNorm n2 to the update: H_B + n2(W_o Attention(...)).
+        bias: give P, W_q, W_k, W_v and W_o biases. A query with an empty interval still gets no residual at all.
+        proj: have a P; without it W_k and W_v read H_A directly.
+        eps: added to the mean square in both norms.
     Raises:
-        TypeError, ValueError: a size that is not a positive int, or sizes that do not divide.
+        TypeError, ValueError: a size is not a positive int, or sizes do not divide.
     Source: CALM (arXiv 2401.02412) section 3. The released code's layer is `CrossAttention.from_released`.
     """
 
@@ -98,9 +119,8 @@ class CrossAttention(nn.Module):
         for name, value in (("anchor_dim", anchor_dim), ("augmenter_dim", augmenter_dim), ("num_heads", num_heads)):
             _check_size(name, value)
         if head_dim is None and anchor_dim % num_heads:
-            raise bad_value(
-                _NAME, "num_heads", f"a divisor of anchor_dim {anchor_dim} where head_dim is None", str(num_heads)
-            )
+            expected = f"a divisor of anchor_dim {anchor_dim} if head_dim is None"
+            raise bad_value(_NAME, "num_heads", expected, str(num_heads))
         head_dim = anchor_dim // num_heads if head_dim is None else head_dim
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_size("head_dim", head_dim)
@@ -121,11 +141,11 @@ class CrossAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Linear layers as torch initialises them, biases zero, norms one, W_o zero."""
+        """Initialise linear layers as torch does, biases with zero, norms with one, W_o with zero."""
         for module in self.children():
-            module.reset_parameters()
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            module.reset_parameters()  # type: ignore[operator]  # every child is a linear layer or a norm
+            if isinstance(bias := getattr(module, "bias", None), torch.Tensor):
+                nn.init.zeros_(bias)
         nn.init.zeros_(self.o_proj.weight)
 
     def extra_repr(self) -> str:
@@ -144,20 +164,20 @@ class CrossAttention(nn.Module):
         *,
         causal: bool = False,
     ) -> torch.Tensor:
-        """The anchor's hidden states with the layer's residual added.
+        """Return the anchor's hidden states with the layer's residual added.
 
         Args:
-            anchor_hidden: H_B (B, M, DB), any float dtype. The computation runs in this dtype, under autocast in
-                autocast's; the parameters may have another.
-            augmenter_hidden: H_A (B, n, DA); with a cache only the new tokens (n = 0 allowed).
+            anchor_hidden: H_B (B, M, DB), any float dtype. The computation runs in this dtype, or in autocast's.
+                The parameters may have another.
+            augmenter_hidden: H_A (B, n, DA), any float dtype; with a cache only the new tokens (n = 0 allowed).
             lo, hi: (B, M) or (M,) int32, the interval of augmenter tokens each query sees, counted from the cache's
-                first token; None = from the first, to the last.
+                first token. None: from the first, to the last.
             cache: keys and values of earlier calls; this call's are appended.
-            causal: shorthand for hi_i = i + 1 + (N - M), N counting the cache's tokens too; excludes lo and hi.
+            causal: shorthand for hi_i = i + 1 + (N - M), where N counts the cache's tokens too; excludes lo and hi.
         Returns:
             (B, M, DB) in anchor_hidden's dtype. A query with an empty interval keeps its hidden state exactly.
         Raises:
-            TypeError, ValueError: a wrong shape, dtype or device, named.
+            TypeError, ValueError: an argument has a wrong shape, dtype or device; the message names it.
         """
         self._check(anchor_hidden, augmenter_hidden)
         device_type, dtype = anchor_hidden.device.type, anchor_hidden.dtype
@@ -169,7 +189,7 @@ class CrossAttention(nn.Module):
             return self._attend(anchor_hidden, augmenter_hidden, dtype, lo, hi, cache, causal)
 
     def clear_folded(self) -> None:
-        """Forget folded weights; only needed after writing to a parameter through `.data` without gradients."""
+        """Drop the folded weights; only needed after a write to a parameter through `.data` without gradients."""
         self._folded.clear()
 
     def _attend(
@@ -182,13 +202,13 @@ class CrossAttention(nn.Module):
         cache: KeyValueCache | None,
         causal: bool,
     ) -> torch.Tensor:
-        """`forward`, computed in `dtype`. A decoding step is mostly the Python between its ops: keep it short."""
+        """Run `forward` in `dtype`. A decode step is mostly the Python between its ops: keep it short."""
         batch, m, _ = hidden.shape
         new = augmenter.shape[1]
         heads, kv_heads, d = self.num_heads, self.num_kv_heads, self.head_dim
         inner = augmenter if augmenter.dtype == dtype else augmenter.to(dtype)
         w = self._choose_weights(dtype, hidden, inner, cache is not None)
-        normed = hidden if self.norm is None else normalised(hidden, self.eps)
+        normed = hidden if self.norm is None else rms_normalise(hidden, self.eps)
         if w.scale is not None:
             normed = normed * in_dtype(w.scale, normed.dtype)
         q = linear(normed if normed.dtype == dtype else normed.to(dtype), w.q, w.q_bias).view(batch, m, heads, d)
@@ -209,91 +229,101 @@ class CrossAttention(nn.Module):
             return linear_into(hidden, out, w.o)
         update = linear(out, w.o, w.o_bias)
         if w.post is not None:
-            update = normalised(update, self.eps) * w.post
-        # without a bias, a row that attends to nothing adds 0 by itself
-        sees = None if w.o_bias is None else _sees_something(lo, hi, causal, out, k.shape[1])
-        if sees is not None:
-            update = update.masked_fill(~sees, 0.0)
+            update = rms_normalise(update, self.eps) * w.post
+        # without a bias, the update of a row that sees no key is 0 by itself
+        seeing = None if w.o_bias is None else _rows_that_see(lo, hi, causal, out, k.shape[1])
+        if seeing is not None:
+            update = update.masked_fill(~seeing, 0.0)
         return hidden + update.to(hidden.dtype)
 
     def _choose_weights(
         self, dtype: torch.dtype, hidden: torch.Tensor, augmenter: torch.Tensor, cached: bool
-    ) -> _Weights:
-        """What this call multiplies with: kept weights where no gradient can flow to the parameters."""
+    ) -> _Factors:
+        """Return the factors of this call: kept ones if no gradient can flow to the parameters."""
         params = self._params()
         if may_cache(params):
-            # a cache's keys may carry a graph of their own
+            # keys of a cache may carry a graph of their own
             packed = dtype == torch.float32 and not (cached and torch.is_grad_enabled()) and can_pack(hidden, augmenter)
-            compute = lambda: self._kept_weights(_Weights(*params), dtype, packed)  # noqa: E731
-            return self._folded.get(params, (dtype, packed), compute)
+            return self._folded.get(params, (dtype, packed), lambda: self._kept_factors(params, dtype, packed))
         self._folded.clear()
-        return self._weights(_Weights(*params), dtype, hidden, augmenter)
+        return self._factors(params, dtype, hidden, augmenter)
 
-    def _params(self) -> tuple[torch.Tensor | None, ...]:
-        """The parameters in the order of _Weights, None where the layer has none."""
+    def _params(self) -> _Parameters:
+        """Return the parameters in the order of `_Weights`, None for those that the layer does not have."""
         child = self._modules.get
-        try:  # where modules keep them: asking for 12 attributes takes four times as long
+        try:  # read torch's own dictionaries: 12 attribute lookups take four times as long
             return tuple([None if (m := child(c)) is None else m._parameters[k] for c, k in _PLACES])
         except KeyError:  # a child computes its weight, or wraps the module that holds it
             found = ((getattr(self, name), key) for name, key in _PLACES)
             return tuple([None if module is None else getattr(module, key) for module, key in found])
 
-    def _kept_weights(self, w: _Weights, dtype: torch.dtype, packed: bool) -> _Weights:
-        """What calls without gradients multiply with: everything folded that makes one call cheaper."""
+    def _kept_factors(self, params: _Parameters, dtype: torch.dtype, packed: bool) -> _Factors:
+        """Return the factors of calls without gradients: everything folded that makes one call cheaper."""
+        w = _Weights(*params)  # type: ignore[arg-type]  # in its order; required parameters are never None
         if w.scale is not None:
             w = w._replace(scale=None, q=w.q * w.scale)
         fold = w.proj is not None and self._cost(1, cached=True).fold
-        w = self._stacked(w, fold).to(dtype)
+        factors = self._stack_keys_values(w, fold).to(dtype)
         if not packed:
-            return w
-        return w._replace(**{name: pack(t) for name in _PRODUCTS if (t := getattr(w, name)) is not None})
+            return factors
+        packs = {name: pack(t) for name in _MATRICES if (t := getattr(factors, name)) is not None}
+        return factors._replace(**packs)  # type: ignore[arg-type]  # these fields may be packed
 
-    def _weights(self, w: _Weights, dtype: torch.dtype, hidden: torch.Tensor, augmenter: torch.Tensor) -> _Weights:
-        """What one call with H_B and H_A multiplies with; gradients flow through it to the parameters."""
+    def _factors(
+        self, params: _Parameters, dtype: torch.dtype, hidden: torch.Tensor, augmenter: torch.Tensor
+    ) -> _Factors:
+        """Return the factors of one call with H_B and H_A; gradients flow through them to the parameters."""
+        w = _Weights(*params)  # type: ignore[arg-type]  # as above
         if w.scale is not None and hidden.shape[0] * hidden.shape[1] > w.q.shape[0]:  # fewer rows to scale: fold
             w = w._replace(scale=None, q=w.q * w.scale)
-        # without P nothing is to be multiplied: stacking W_k and W_v is a copy, two products are not slower
+        # without P there is nothing to fold: stacking W_k and W_v is a copy, and two products are not slower
         if w.proj is not None and self._folding_pays(w, augmenter):
-            w = self._stacked(w, True)
+            w = self._stack_keys_values(w, True)
         return w.to(dtype)
 
     def _folding_pays(self, w: _Weights, augmenter: torch.Tensor) -> bool:
+        """Return True if folding P into W_k and W_v costs less than applying it to this call's H_A."""
         grad, device_type = torch.is_grad_enabled(), augmenter.device.type
         training = False
         for t in w if grad else ():
             training = training or (t is not None and t.requires_grad)
-        return self._cost(
-            augmenter.shape[0] * augmenter.shape[1],
-            training=training,
-            augmenter_grad=grad and augmenter.requires_grad,
-            param_slowness=slowness(w.proj.dtype, device_type),
-            compute_slowness=slowness(augmenter.dtype, device_type),
-        ).fold
+        assert w.proj is not None  # otherwise there is nothing to fold
+        rates = slowness(w.proj.dtype, device_type), slowness(augmenter.dtype, device_type)
+        tokens, augmenter_grad = augmenter.shape[0] * augmenter.shape[1], grad and augmenter.requires_grad
+        return self._cost(tokens, training, augmenter_grad, rates=rates).fold
 
     def _cost(
-        self, tokens: int, *, training: bool = False, augmenter_grad: bool = False, cached: bool = False, **rates: float
+        self,
+        tokens: int,
+        training: bool = False,
+        augmenter_grad: bool = False,
+        cached: bool = False,
+        rates: tuple[float, float] = (1.0, 1.0),
     ) -> KeyValueCost:
         sizes = self.augmenter_dim, self.anchor_dim, self.num_kv_heads * self.head_dim
-        return key_value_cost(tokens, *sizes, training=training, augmenter_grad=augmenter_grad, cached=cached, **rates)
+        flags = {"training": training, "augmenter_grad": augmenter_grad, "cached": cached}
+        return key_value_cost(tokens, *sizes, **flags, param_slowness=rates[0], compute_slowness=rates[1])
 
     @staticmethod
-    def _stacked(w: _Weights, fold: bool) -> _Weights:
-        """One weight for keys and values: [W_k; W_v], times P where `fold`. Products are taken in the parameters' dtype
-        and rounded once."""
-        weight, bias = torch.cat((w.k, w.v)), None if w.k_bias is None else torch.cat((w.k_bias, w.v_bias))
-        if not fold:
+    def _stack_keys_values(w: _Weights, fold: bool) -> _Weights:
+        """Return `w` with k = [W_k; W_v], times P if `fold`; in the parameters' dtype, rounded once."""
+        assert w.v is not None  # nothing is stacked twice
+        weight = torch.cat((w.k, w.v))
+        bias = None if w.k_bias is None or w.v_bias is None else torch.cat((w.k_bias, w.v_bias))
+        if not fold or w.proj is None:
             return w._replace(k=weight, k_bias=bias, v=None, v_bias=None)
-        bias = None if bias is None else torch.addmv(bias, weight, w.proj_bias)
+        if bias is not None and w.proj_bias is not None:
+            bias = torch.addmv(bias, weight, w.proj_bias)
         return w._replace(k=weight @ w.proj, k_bias=bias, v=None, v_bias=None, proj=None, proj_bias=None)
 
     def _check(self, anchor: torch.Tensor, augmenter: torch.Tensor) -> None:
-        if type(anchor) is type(augmenter) is torch.Tensor:  # all at once, as every step of a generation asks
-            of, there = anchor.shape, augmenter.shape
+        if type(anchor) is type(augmenter) is torch.Tensor:  # all at once, for every decode step
+            of_anchor, of_augmenter = anchor.shape, augmenter.shape
             if (
-                len(of) == len(there) == 3
-                and of[2] == self.anchor_dim
-                and there[2] == self.augmenter_dim
-                and of[0] == there[0]
+                len(of_anchor) == len(of_augmenter) == 3
+                and of_anchor[2] == self.anchor_dim
+                and of_augmenter[2] == self.augmenter_dim
+                and of_anchor[0] == of_augmenter[0]
                 and anchor.is_floating_point()
                 and augmenter.is_floating_point()
                 and anchor.device == augmenter.device == self.q_proj.weight.device
@@ -308,39 +338,32 @@ class CrossAttention(nn.Module):
             if value.dim() != 3 or value.shape[2] != width:
                 raise bad_value(_NAME, name, f"{letters} of width {width}", f"shape {tuple(value.shape)}")
         if augmenter.shape[0] != anchor.shape[0]:
-            raise bad_value(
-                _NAME, "augmenter_hidden", f"of batch size {anchor.shape[0]}", f"shape {tuple(augmenter.shape)}"
-            )
-        for name, device in (
-            ("augmenter_hidden", augmenter.device),
-            ("the layer's parameters", self.q_proj.weight.device),
-        ):
+            shape = f"shape {tuple(augmenter.shape)}"
+            raise bad_value(_NAME, "augmenter_hidden", f"of batch size {anchor.shape[0]}", shape)
+        devices = {"augmenter_hidden": augmenter.device, "the layer's parameters": self.q_proj.weight.device}
+        for name, device in devices.items():
             if device != anchor.device:
                 raise bad_value(_NAME, name, f"on {anchor.device} like anchor_hidden", f"device {device}")
 
     @classmethod
     def from_released(cls, state_dict: Mapping[str, torch.Tensor], num_heads: int) -> CrossAttention:
-        """The layer that computes what the released google-deepmind/calm hook computes, with its weights.
+        """Return a layer that is numerically the released google-deepmind/calm hook, with its weights.
 
-        That hook is a biased projection, torch's MultiheadAttention without a mask, then Gemma's RMSNorm (whose weight
-        is stored minus one) on the attention's output, then the residual. Call the result without lo, hi and causal.
+        The hook is a biased projection, torch's MultiheadAttention without a mask, Gemma's RMSNorm (whose weight is
+        stored minus one) on the attention's output, and the residual. Call the layer without lo, hi and causal.
 
         Args:
             state_dict: the hook's, with keys proj.*, cross_attention.in_proj_*, cross_attention.out_proj.* and
                 post_attention_layernorm.weight.
-            num_heads: of its MultiheadAttention (a state dict does not say).
+            num_heads: of its MultiheadAttention, which a state dict does not hold.
         Raises:
             ValueError: keys are missing or unknown.
         """
-        wanted = {
-            *(f"proj.{s}" for s in ("weight", "bias")),
-            *(f"cross_attention.in_proj_{s}" for s in ("weight", "bias")),
-            *(f"cross_attention.out_proj.{s}" for s in ("weight", "bias")),
-            "post_attention_layernorm.weight",
-        }
+        linear = ("proj.", "cross_attention.in_proj_", "cross_attention.out_proj.")
+        wanted = {f"{name}{s}" for name in linear for s in ("weight", "bias")} | {"post_attention_layernorm.weight"}
         if set(state_dict) != wanted:
-            off = ", ".join(sorted(wanted ^ set(state_dict)))
-            raise ValueError(f"{_NAME}: `state_dict` must be a released CALM hook's; missing or unknown keys: {off}")
+            wrong = ", ".join(sorted(wanted ^ set(state_dict)))
+            raise bad_value(_NAME, "state_dict", "a released CALM hook's", f"missing or unknown keys: {wrong}")
         dim, augmenter_dim = state_dict["proj.weight"].shape
         layer = cls(dim, augmenter_dim, num_heads, pre_norm=False, post_norm=True, bias=True)
         layer = layer.to(state_dict["proj.weight"])
@@ -361,16 +384,17 @@ def _check_size(name: str, value: int) -> None:
         raise bad_value(_NAME, name, "a positive int", str(value))
 
 
-def _sees_something(
+def _rows_that_see(
     lo: torch.Tensor | None, hi: torch.Tensor | None, causal: bool, out: torch.Tensor, n: int
 ) -> torch.Tensor | None:
-    """Whether each query's interval holds a key, (1 or B, M, 1) bool; None where all of them surely do."""
+    """Return the queries whose interval holds a key, (1 or B, M, 1) bool, or None if all of them are known to."""
     m = out.shape[1]
     if causal:
         return None if n >= m and n > 0 else (torch.arange(m, device=out.device) + n >= m)[None, :, None] & (n > 0)
-    if lo is None and hi is None:
+    if lo is not None:
+        seeing = lo < (n if hi is None else hi)
+    elif hi is not None:
+        seeing = hi > 0
+    else:
         return None if n > 0 else torch.zeros((1, m, 1), dtype=torch.bool, device=out.device)
-    low = 0 if lo is None else lo
-    high = n if hi is None else hi
-    seen = low < high
-    return seen[None, :, None] if seen.dim() == 1 else seen[:, :, None]
+    return seeing[None, :, None] if seeing.dim() == 1 else seeing[:, :, None]

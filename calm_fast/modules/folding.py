@@ -1,14 +1,17 @@
-"""Which order of a chain of products costs less, and keeping a folded weight until its factors change."""
+"""Folding: the cost of both orders of a chain of products, and folded weights kept until a factor changes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
-# time per FLOP relative to a bf16 product on the same device. A GPU's float32 product without TF32 runs outside the
-# tensor cores (H100/H200 class: about 60 against 800 TFLOP/s); CPUs without AMX do both at one rate.
+_Folded = TypeVar("_Folded", bound=tuple[Any, ...])
+
+# Time per FLOP relative to a bfloat16 product on the same device. A GPU's float32 product without TF32 runs outside the
+# tensor cores (H100 and H200: about 60 against 800 TFLOP/s). CPUs without AMX do both at one rate.
 _GPU_SLOWNESS = {torch.bfloat16: 1.0, torch.float16: 1.0, torch.float32: 14.0, torch.float64: 14.0}
 _GPU_TF32_SLOWNESS = 2.0
 
@@ -18,12 +21,12 @@ def _tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-# what torch.compiler.assume_constant_result sets: torch.compile cannot trace the question
+# torch.compiler.assume_constant_result sets this: torch.compile cannot trace the backend's attribute
 _tf32_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def slowness(dtype: torch.dtype, device_type: str) -> float:
-    """Time per FLOP of a matrix product in `dtype`, relative to bfloat16 on the same device."""
+    """Return the time per FLOP of a matrix product in `dtype`, relative to bfloat16 on the same device."""
     if device_type != "cuda":
         return 2.0 if dtype == torch.float64 else 1.0
     if dtype == torch.float32 and _tf32_allowed():
@@ -40,6 +43,7 @@ class KeyValueCost:
 
     @property
     def fold(self) -> bool:
+        """True if folding does not cost more."""
         return self.folded <= self.unfolded
 
 
@@ -55,15 +59,20 @@ def key_value_cost(
     param_slowness: float = 1.0,
     compute_slowness: float = 1.0,
 ) -> KeyValueCost:
-    """FLOPs of both orders, weighted by the rate of the dtype each product runs in (docs/folding.md).
+    """Return the FLOPs of both orders, weighted by the rate of the dtype each product runs in (docs/folding.md).
 
-    Folded: h [(W_k P); (W_v P)]^T, the fold in the parameter dtype. Unfolded: (h P^T) W_k^T, (h P^T) W_v^T.
-    A GEMM costs once forward, once more for the gradient of its weight, once more for that of its input.
+        folded     h [W_k P; W_v P]^T, with the fold in the parameter dtype
+        unfolded   (h P^T) W_k^T and (h P^T) W_v^T
+
+    A GEMM costs once forward, once more for the gradient of its weight, and once more for that of its input.
 
     Args:
-        tokens: B * N tokens of the augmenter. augmenter_dim (DA), inner_dim (DB, P's output), kv_dim (Hkv * D).
-        training: the factors need gradients. augmenter_grad: h needs one.
+        tokens: B * N tokens of the augmenter.
+        augmenter_dim, inner_dim, kv_dim: DA, DB (P's output) and Hkv * D.
+        training: the factors need gradients.
+        augmenter_grad: h needs a gradient.
         cached: the folded weight is kept between calls, so that folding costs nothing per call.
+        param_slowness, compute_slowness: `slowness` of the parameters' dtype and of the computation's.
     """
     train, into_h = float(training), float(augmenter_grad)
     per_call = 4.0 * tokens * augmenter_dim * kv_dim * (1 + train + into_h) * compute_slowness
@@ -77,8 +86,8 @@ def key_value_cost(
 class FoldedWeights:
     """Tensors computed from parameters, kept for inference and recomputed when any parameter has changed.
 
-    A change is seen by the parameter's identity, its storage and its version counter, which every in-place operation
-    and every optimizer step moves. Writes through `parameter.data` move no counter: call `clear()` after them
+    A change shows in the parameter's identity, its storage or its version counter, which every in-place operation and
+    every optimizer step advances. A write through `parameter.data` advances no counter: call `clear()` after it
     (a forward pass with gradients enabled clears as well).
     """
 
@@ -86,34 +95,35 @@ class FoldedWeights:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything kept."""
-        self._kept: tuple[tuple, tuple, tuple] | None = None  # value, extra, seen: one tuple, other threads may read it
+        """Drop the kept value."""
+        # value, extra, seen; one tuple, because another thread may read it
+        self._kept: tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]] | None = None
 
     @property
-    def value(self) -> tuple | None:
-        """What is kept; None where nothing is."""
+    def value(self) -> tuple[Any, ...] | None:
+        """The kept value, or None."""
         return self._kept and self._kept[0]
 
     def get(
         self,
         params: tuple[torch.Tensor | None, ...],
-        extra: tuple,
-        compute: Callable[[], tuple[torch.Tensor | None, ...]],
-    ) -> tuple[torch.Tensor | None, ...]:
-        """`compute()`, or what it gave before for the same `params` (same values) and the same `extra` key."""
+        extra: tuple[Any, ...],
+        compute: Callable[[], _Folded],
+    ) -> _Folded:
+        """Return `compute()`, or its earlier result if the values of `params` and the key `extra` are the same."""
         kept = self._kept
         if kept is None or extra != kept[1] or not self._unchanged(params, kept[2]):
             with torch.inference_mode(False), torch.no_grad():  # usable outside of inference mode later
                 value = compute()
-            # the detached alias keeps the storage alive, so that its address can't come to mean other values
+            # the detached alias keeps the storage alive: its address cannot be reused for other values
             seen = tuple(
                 None if p is None else (p, p._version, p.data_ptr(), p.dtype, p.device, p.detach()) for p in params
             )
             self._kept = kept = (value, extra, seen)
-        return kept[0]
+        return kept[0]  # type: ignore[return-value]  # one owner, one `compute`: it is what that returned
 
     @staticmethod
-    def _unchanged(params: tuple[torch.Tensor | None, ...], before: tuple) -> bool:
+    def _unchanged(params: tuple[torch.Tensor | None, ...], before: tuple[Any, ...]) -> bool:
         if len(params) != len(before):
             return False
         for p, seen in zip(params, before, strict=True):
@@ -130,15 +140,15 @@ class FoldedWeights:
                 return False
         return True
 
-    def __deepcopy__(self, memo: dict) -> FoldedWeights:
+    def __deepcopy__(self, memo: dict[int, Any]) -> FoldedWeights:
         return FoldedWeights()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[FoldedWeights], tuple[()]]:
         return (FoldedWeights, ())
 
 
 def may_cache(params: tuple[torch.Tensor | None, ...]) -> bool:
-    """True where folded weights may be kept: no gradient can flow to `params`, their changes can be seen."""
+    """Return True if folded weights may be kept: no gradient can flow to `params`, and their changes show."""
     if torch.compiler.is_compiling():
         return False
     grad = torch.is_grad_enabled()

@@ -21,11 +21,12 @@ import torch
 
 from calm_fast.core.dispatch import triton_obstacle
 from calm_fast.core.numerics import Case, OpCases, Row, judge, truth_of
-from calm_fast.ops import OPS
+from calm_fast.ops import INTERNAL_OPS, OPS
 from calm_fast.verify import emulation
 from calm_fast.verify.cases import op_cases
 
 EMULATED = "cuda, emulated on the CPU"
+ALL_OPS = (*OPS, *INTERNAL_OPS)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Part:
         return f"{self.op} x {self.impl} ({self.device}{', Triton interpreter' if self.interpreted else ''})"
 
 
-def plan(ops: Sequence[str] = OPS, impls: Sequence[str] = ()) -> list[Part]:
+def plan(ops: Sequence[str] = ALL_OPS, impls: Sequence[str] = ()) -> list[Part]:
     """What there is to verify here.
 
     Args:
@@ -56,8 +57,8 @@ def plan(ops: Sequence[str] = OPS, impls: Sequence[str] = ()) -> list[Part]:
         ValueError for a name that no op has.
     """
     for op in ops:
-        if op not in OPS:
-            raise ValueError(f"verify: `op` must be one of {', '.join(map(repr, OPS))}, got {op!r}")
+        if op not in ALL_OPS:
+            raise ValueError(f"verify: `op` must be one of {', '.join(map(repr, ALL_OPS))}, got {op!r}")
     known = sorted({name for op in ops for name in op_cases(op).impls} | {"reference"})
     for impl in impls:
         if impl not in known:
@@ -70,14 +71,19 @@ def plan(ops: Sequence[str] = OPS, impls: Sequence[str] = ()) -> list[Part]:
             if impl == "triton":
                 parts.append(_triton_part(op, gpu))
             elif impl == "native":
-                from calm_fast.core import native_library
-
-                parts += [Part(op, impl, device, native_library.obstacle(op, device) or "") for device in devices]
+                parts += [Part(op, impl, device, _native_obstacle(op, device) or "") for device in devices]
                 if emulation.has_adapter(op):
                     parts.append(Part(op, impl, EMULATED, emulation.obstacle(op) or ""))
             else:
                 parts += [Part(op, impl, device) for device in devices]
     return parts
+
+
+def _native_obstacle(op: str, device: str) -> str | None:
+    from calm_fast.core import native_library
+
+    own = getattr(op_cases(op), "obstacle", None)
+    return native_library.obstacle(op, device) or (own("native", device) if own else None)
 
 
 def _triton_part(op: str, gpu: bool) -> Part:
@@ -184,7 +190,7 @@ def summary(parts: Sequence[Part], rows: Sequence[Row]) -> list[dict]:
 
 
 def verify(
-    ops: Sequence[str] = OPS, impls: Sequence[str] = (), json_file: Path | None = None, every_row: bool = True
+    ops: Sequence[str] = ALL_OPS, impls: Sequence[str] = (), json_file: Path | None = None, every_row: bool = True
 ) -> int:
     """Run everything, print the tables, and return the exit code: 0 where all rows hold, else 1."""
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -187,8 +187,10 @@ def test_gradients_reach_float32_parameters_under_a_bfloat16_model() -> None:
 
 def test_the_cost_model_and_no_flag_chooses_the_order(monkeypatch) -> None:
     folds = []
-    original = CrossAttention._stacked
-    monkeypatch.setattr(CrossAttention, "_stacked", lambda *args: (folds.append(args[-1]), original(*args[-2:]))[1])
+    original = CrossAttention._stack_keys_values
+    monkeypatch.setattr(
+        CrossAttention, "_stack_keys_values", lambda *args: (folds.append(args[-1]), original(*args[-2:]))[1]
+    )
     layer = _layer(torch.float32)
     anchor = torch.randn(1, 2, DB)
     layer(anchor, torch.randn(1, 2, DA))

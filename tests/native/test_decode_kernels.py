@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from calm_fast._ops.cross_attention.api import wide_loads
+from calm_fast._ops.cross_attention.native import wide_loads
 from calm_fast._ops.cross_attention.reference import cross_attention_reference
 from calm_fast.core import native_library
 from calm_fast.ops import cross_attention, dual_lora

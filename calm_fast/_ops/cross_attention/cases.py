@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from calm_fast._ops.cross_attention.native import NATIVE_MAX_QUERIES
 from calm_fast._ops.cross_attention.reference import interval_mask
 from calm_fast.core.numerics import Case, Inputs, Rounding, Values, sum_variance
 
@@ -17,7 +18,7 @@ Bounds = dict[str, Any]  # causal, lo, hi
 
 @dataclass(frozen=True)
 class Spec:
-    """Sizes and features of one case; `mask` makes causal / lo / hi from (B, M, N, generator)."""
+    """Sizes and features of one case; `mask` returns causal, lo and hi for (B, M, N, generator)."""
 
     b: int
     m: int
@@ -33,15 +34,17 @@ class Spec:
 
 
 def full(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
+    """Every query sees every key."""
     return {}
 
 
 def causal(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
+    """The last query sees every key, each earlier one a key less."""
     return {"causal": True}
 
 
 def scattered(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
-    """Non-monotone random intervals; about a fifth of the rows is empty, lo > hi included."""
+    """Random intervals, not monotone; about a fifth of the rows is empty, some with lo > hi."""
     a, c = (torch.randint(0, n + 1, (b, m), generator=g) for _ in range(2))
     lo, hi = torch.minimum(a, c), torch.maximum(a, c)
     swap = torch.rand(b, m, generator=g) < 0.2
@@ -49,13 +52,14 @@ def scattered(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
 
 
 def monotone(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
-    """Two tokenizers: hi grows by uneven steps, the first rows see nothing yet."""
+    """Two tokenizers: hi grows by uneven steps, and the first two rows see no key."""
     hi = torch.randint(0, 2 * n // m + 2, (b, m), generator=g).cumsum(1).clamp(max=n)
     hi[:, :2] = 0
     return {"hi": hi.int()}
 
 
 def left_padding(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
+    """Causal sequences behind padding of different lengths."""
     pad = torch.arange(b) * 3 % n
     position = torch.arange(m) + 1 + n - m
     hi = position.clamp(0, n).expand(b, m)
@@ -63,17 +67,19 @@ def left_padding(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
 
 
 def right_padding(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
+    """Full attention over sequences of different lengths."""
     return {"hi": (n - torch.arange(b) * 4 % n)[:, None].expand(b, m).int()}
 
 
 def packed(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
-    """Three documents one after the other, causal within each; the same for the whole batch, so (M,)."""
+    """Three documents one after the other, causal within each, the same for the whole batch: bounds are (M,)."""
     position = torch.arange(m)
     start = (position >= m // 4) * (m // 4) + (position >= 2 * m // 3) * (2 * m // 3 - m // 4)
     return {"lo": (start * n // m).int(), "hi": ((position + 1) * n // m).int()}
 
 
 def window(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
+    """A causal sliding window of six keys."""
     hi = (torch.arange(m) + 1 + n - m).clamp(0, n)
     return {"lo": (hi - 6).clamp(min=0).int(), "hi": hi.int()}
 
@@ -106,7 +112,7 @@ _SPECS: dict[str, Spec] = {
     "dim80": Spec(1, 17, 23, 1, 80, scattered),
     "dim128": Spec(1, 17, 23, 1, 128, scattered),
 }
-# half precision proves the casts; the logic is proven in float32, where bounds are tightest
+# half precision proves the casts; float32, where bounds are tightest, proves the logic
 _HALF = ("full", "causal", "scattered", "monotone-blocks", "decode", "gqa", "negative-scale", "dim64", "dim80")
 
 
@@ -117,6 +123,7 @@ class CrossAttentionCases:
     impls = ("torch", "triton", "native")
 
     def cases(self) -> list[Case]:
+        """Return every spec in float32, with and without lse, and some in half precision."""
         found = [self.case(name, torch.float32) for name in _SPECS]
         # without lse the torch implementation takes another path, and the kernels skip a gradient
         found += [self.case(name, torch.float32, lse=False) for name in _SPECS]
@@ -125,16 +132,17 @@ class CrossAttentionCases:
         return found
 
     def fits(self, case: Case, impl: str, device: str) -> bool:
-        """On a GPU the compiled library decodes: at most 16 queries."""
-        return impl != "native" or device == "cpu" or case.spec.m <= 16
+        """Return False for native on a GPU with more queries than its decode kernel takes."""
+        few: bool = case.spec.m <= NATIVE_MAX_QUERIES
+        return impl != "native" or device == "cpu" or few
 
     def case(self, name: str, dtype: torch.dtype, **changes: Any) -> Case:
-        """The case `name`, with fields of its Spec changed."""
+        """Return the case `name` with fields of its Spec changed."""
         spec = replace(_SPECS[name], **changes)
         return Case(self.op, name if spec.lse else f"{name}, no lse", dtype, spec)
 
     def build(self, case: Case, device: torch.device) -> dict[str, Any]:
-        """q, k, v, bounds and the upstream gradients dout and dlse (None without lse), all from a fixed seed."""
+        """Return q, k, v, bounds and the upstream gradients dout and dlse (None without lse), from a fixed seed."""
         s: Spec = case.spec
         g = torch.Generator().manual_seed(zlib.crc32(repr((s.b, s.m, s.n, s.h, s.d, s.mask.__name__)).encode()))
         hkv = s.hkv or s.h
@@ -148,7 +156,7 @@ class CrossAttentionCases:
         else:
             q = normal(s.b, s.m, s.h, s.d, size=s.magnitude)
             k, v = normal(s.b, s.n, hkv, s.d), normal(s.b, s.n, hkv, s.d)
-        # upstream gradients that differ in size from row to row, so that a row mixed up with another one shows
+        # upstream gradients differ in size from row to row, so that mixed-up rows show
         dout = normal(s.b, s.m, s.h, s.d) * (0.5 + torch.arange(s.m, device=device) % 3)[:, None, None].to(case.dtype)
         dlse = normal(s.b, s.h, s.m).float() if s.lse else None
         bounds = {"causal": False, "lo": None, "hi": None, **s.mask(s.b, s.m, s.n, g)}
@@ -156,6 +164,7 @@ class CrossAttentionCases:
         return {"q": q, "k": k, "v": v, **bounds, "scale": s.scale, "dout": dout, "dlse": dlse}
 
     def run(self, inputs: Inputs, impl: str) -> Values:
+        """Return out, lse (if wanted) and the gradients of the public op."""
         from calm_fast.ops import cross_attention
 
         def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -166,7 +175,7 @@ class CrossAttentionCases:
         return _with_gradients(call, inputs)
 
     def eager(self, inputs: Inputs) -> Values:
-        """Softmax attention as a user writes it: every product and the softmax in q's dtype."""
+        """Return softmax attention as a user writes it: every product and the softmax in q's dtype."""
 
         def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
             group = q.shape[2] // k.shape[2]
@@ -185,7 +194,7 @@ class CrossAttentionCases:
         return _with_gradients(call, inputs)
 
     def exact(self, inputs: Inputs) -> Values:
-        """A query without keys: out and dq 0, lse -inf; a key without queries: dk and dv 0."""
+        """Return the exact elements: of queries without keys (out, dq 0; lse -inf) and keys without queries."""
         q, k = inputs["q"], inputs["k"]
         visible, empty = (t.expand(q.shape[0], -1, -1, -1).squeeze(1) for t in _visible(inputs))  # (B, M, N or 1)
         rows = empty[..., None].expand(q.shape)
@@ -196,6 +205,7 @@ class CrossAttentionCases:
         return found
 
     def rounding(self, inputs: Inputs) -> dict[str, Rounding]:
+        """Return the first-order analysis; see `_rounding`."""
         return _rounding(inputs)
 
 
@@ -209,17 +219,17 @@ def _with_gradients(call: Callable[..., tuple[torch.Tensor, ...]], inputs: Input
 
 
 def _visible(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """(1 or B, 1, M, N) the keys each query sees; (1 or B, 1, M, 1) the queries that see none."""
+    """Return which keys each query sees (1 or B, 1, M, N), and which queries see none (1 or B, 1, M, 1)."""
     q, k = inputs["q"], inputs["k"]
     mask = interval_mask(inputs["lo"], inputs["hi"], inputs["causal"], q.shape[1], k.shape[1], q.device).unsqueeze(1)
     return mask, ~mask.any(dim=-1, keepdim=True)
 
 
 def _rounding(inputs: Inputs) -> dict[str, Rounding]:
-    """First-order variances of: scores in float32 -> P -> O = P V; delta = dO.O, dS = P (dP - delta + dlse).
+    """Return first-order variances of: scores in float32 -> P -> O = P V; delta = dO.O, dS = P (dP - delta + dlse).
 
-    Rounded to the inputs' dtype on the way: P and dS as operands of a product, O where delta reads it. Tensors are
-    (B, H, M or N, ...). `var_x` is the share of x in A (squares per float32 roundoff), `in_x` its share in R.
+    P and dS are rounded to the inputs' dtype as operands of a product, and O before delta reads it. Tensors are
+    (B, H, M or N, ...). `var_x` is x's share of A (squares per float32 roundoff), `in_x` its share of R.
     """
     q, k, v, dout = (inputs[name].transpose(1, 2) for name in ("q", "k", "v", "dout"))
     (_, _, m, d), n = q.shape, k.shape[2]
@@ -237,7 +247,7 @@ def _rounding(inputs: Inputs) -> dict[str, Rounding]:
     top = scores.masked_fill(~visible, 0.0).square()
     top = top.amax(-1, keepdim=True) if n else top.sum(-1, keepdim=True)
     var_s = sum_variance(d, q.abs() @ k.abs().mT * scale) + 6 * top
-    # the normaliser sums N exponentials (2 roundoffs each) and is rescaled as it goes; then log, then lse itself
+    # the normaliser sums N exponentials (2 roundoffs each) and is rescaled on the way; then the log, then lse itself
     var_lse = (p.square() * (var_s + 4)).sum(-1, keepdim=True) + 2 * (n + 2) / 3 + 4 + lse.square()
     var_p = 2 * p.square() * (var_s + var_lse + 4)  # 2: a score's error is also part of its row's lse
     var_out = 2 * (p.square() * (var_s + 4)) @ v.square() + 2 * out.square() * var_lse
@@ -248,7 +258,7 @@ def _rounding(inputs: Inputs) -> dict[str, Rounding]:
     dlse = torch.zeros_like(delta) if inputs["dlse"] is None else inputs["dlse"].unsqueeze(-1)
     t = dp - delta + dlse
     ds = (p * t).abs()
-    # independent from key to key | common to a row: delta, which reads the rounded O, and lse (relative)
+    # independent from key to key; common to a row are delta, which reads the rounded O, and lse (relative)
     var_ds = p.square() * (sum_variance(d, dout.abs() @ v.abs().mT) + 2 * dp.square() + t.square())
     var_ds = var_ds + var_p * t.square()
     var_delta = sum_variance(d, (dout * out).abs().sum(-1, keepdim=True)) + 2 * delta.square() + dlse.square()

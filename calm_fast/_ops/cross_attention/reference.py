@@ -8,13 +8,13 @@ import torch
 def interval_mask(
     lo: torch.Tensor | None, hi: torch.Tensor | None, causal: bool, m: int, n: int, device: torch.device
 ) -> torch.Tensor:
-    """The keys each query sees, as a bool tensor (1 or B, M, N).
+    """Return which keys each query sees, (1 or B, M, N) bool.
 
     Args:
-        lo: (B, M) or (M,) int, first visible key; None = 0.
-        hi: (B, M) or (M,) int, one past the last visible key; None = N.
-        causal: hi_i = clamp(i + 1 + (N - M), 0, N): the last query sees every key (lo and hi must be None).
-        m, n: number of queries and keys.
+        lo: (B, M) or (M,) int32, first visible key; None = 0.
+        hi: (B, M) or (M,) int32, one past the last visible key; None = N.
+        causal: hi_i = clamp(i + 1 + (N - M), 0, N), so the last query sees every key; lo and hi must be None.
+        m, n: M queries and N keys.
     """
     if causal:
         hi = (torch.arange(m, device=device) + 1 + (n - m)).clamp(0, n)
@@ -34,15 +34,17 @@ def cross_attention_reference(
     causal: bool = False,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Interval-masked multi-head attention, stated as directly as torch allows.
+    """Compute interval-masked multi-head attention, stated as directly as torch allows.
 
         s_ij = scale * q_i . k_j  for lo_i <= j < hi_i;  out_i = sum_j softmax_j(s_ij) v_j;  lse_i = log sum_j exp(s_ij)
 
     A query with an empty interval gives out 0 and lse -inf.
 
     Args:
-        q: (B, M, H, D), any float dtype. k, v: (B, N, Hkv, D), H % Hkv == 0; query head h reads KV head h // (H/Hkv).
-        lo, hi, causal: see `interval_mask`. scale: default 1 / sqrt(D).
+        q: (B, M, H, D), any float dtype.
+        k, v: (B, N, Hkv, D) in q's dtype, H % Hkv == 0; query head h reads KV head h // (H / Hkv).
+        lo, hi, causal: as in `interval_mask`.
+        scale: multiplies the scores; default 1 / sqrt(D).
     Returns:
         out (B, M, H, D) in q's dtype; lse (B, H, M) float32 (float64 for float64 input).
     Differentiable by autograd in any order. Source: CALM (arXiv 2401.02412) section 3.
@@ -59,7 +61,7 @@ def cross_attention_reference(
     scores = torch.einsum("bmhd,bnhd->bhmn", qf, kf) * scale
     visible = interval_mask(lo, hi, causal, m, n, q.device).unsqueeze(1)  # (1 or B, 1, M, N)
     empty = ~visible.any(dim=-1, keepdim=True)  # (1 or B, 1, M, 1)
-    # an empty row keeps all its scores until after the softmax, so that no NaN ever enters the graph
+    # an empty row keeps its scores until after the softmax, so that no NaN enters the graph
     scores = scores.masked_fill(~visible & ~empty, float("-inf"))
     probs = scores.softmax(dim=-1).masked_fill(empty, 0.0)
     lse = scores.logsumexp(dim=-1).masked_fill(empty.squeeze(-1), float("-inf"))

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from calm_fast.core.checks import readable
 
-# query rows per step of the explicit path: bounds its (rows, N) scores to a few MiB per head
-_ROWS = 256
-# blocks of query rows that `_blocks` tries; what a call of SDPA costs beside its scores, in scores of head dim 64
+# query rows at a time of the explicit path: bounds its (rows, N) scores to a few MiB per head
+_LSE_ROWS = 256
+# heights of query blocks that `_plan_blocks` tries
 _BLOCK_ROWS = (64, 128, 256)
-_CALL = 25_000
+# cost of a call of SDPA beside its scores, in scores of head dim 64
+_CALL_COST = 25_000
 
 
 def plain_form(lo: torch.Tensor | None, hi: torch.Tensor | None, causal: bool, m: int, n: int) -> str | None:
-    """ "full" or "causal" where the intervals say just that, None where they need a mask.
+    """Return "full" or "causal" if the intervals are just that, None if they need a mask.
 
-    Values are read on CPU tensors only, and never while tracing; elsewhere only what the types say is used.
+    Values are read on CPU tensors only, and never while tracing. Other tensors are taken to need a mask.
     """
     if causal:
         if m == 1 and n > 0:
-            return "full"  # the one query is the last one and sees every key
+            return "full"  # the only query is the last one and sees every key
         return "causal" if m == n else None
     if lo is None and hi is None:
         return "full"
@@ -40,7 +43,7 @@ def plain_form(lo: torch.Tensor | None, hi: torch.Tensor | None, causal: bool, m
 
 
 def _may_read(q: torch.Tensor, lo: torch.Tensor | None, hi: torch.Tensor | None) -> bool:
-    """Whether lo and hi can decide what is called: real CPU tensors, nothing traced, no transform of torch.func."""
+    """Return True if the values of lo and hi may choose the blocks: real CPU tensors, no tracing, no torch.func."""
     if not all(readable(t) for t in (q, lo, hi) if t is not None) or q.numel() == 0:
         return False
     return not torch._C._are_functorch_transforms_active()
@@ -49,20 +52,23 @@ def _may_read(q: torch.Tensor, lo: torch.Tensor | None, hi: torch.Tensor | None)
 def _mask(
     lo: torch.Tensor | None, hi: torch.Tensor | None, causal: bool, m: int, n: int, device: torch.device
 ) -> torch.Tensor:
-    """(1 or B, 1, M, N) bool; rows shared by the whole batch (stride 0) are built once."""
+    """Return the mask (1 or B, 1, M, N) bool; rows shared by the batch (stride 0) are built once."""
     key = torch.arange(n, device=device, dtype=torch.int32)
     if causal:
         return (key < torch.arange(1 + n - m, 1 + n, device=device, dtype=torch.int32).unsqueeze(-1))[None, None]
     bounds = [t if t is None or t.dim() == 1 or t.stride(0) != 0 else t[0] for t in (lo, hi)]
     low, high = (None if t is None else t.reshape(-1, 1, m, 1) for t in bounds)
-    if low is None:
-        return key < high
-    return key >= low if high is None else (key >= low) & (key < high)
+    if low is not None and high is not None:
+        return (key >= low) & (key < high)
+    if low is not None:
+        return key >= low
+    assert high is not None  # without causal, lo and hi no mask is made
+    return key < high
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Query rows [start, stop) of sequence `batch` (None: of each one) and the keys [first, last) they may see."""
+    """Query rows [start, stop) of sequence `batch` (None: of all) and the keys [first, last) they may see."""
 
     batch: int | None
     start: int
@@ -71,37 +77,39 @@ class _Block:
     last: int
 
     def sequences(self, count: int) -> slice:
+        """Return the block's sequences among `count`."""
         return slice(0, count) if self.batch is None else slice(self.batch, self.batch + 1)
 
 
 def _interval(
     lo: torch.Tensor | None, hi: torch.Tensor | None, causal: bool, m: int, n: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """lo and hi, each (1 or B, M), whatever form they came in; rows shared by the whole batch are one row."""
+    """Return lo and hi as (1 or B, M) tensors; rows shared by the whole batch become one row."""
     if causal:
         hi = torch.arange(1 + n - m, 1 + n, dtype=torch.int32).clamp(min=0)
     low = torch.zeros(m, dtype=torch.int32) if lo is None else lo
     high = torch.full((m,), n, dtype=torch.int32) if hi is None else hi
     low, high = (t[0] if t.dim() == 2 and t.stride(0) == 0 and t.shape[0] > 0 else t for t in (low, high))
-    return tuple(torch.broadcast_tensors(*(t.reshape(-1, m) for t in (low, high))))
+    low, high = torch.broadcast_tensors(low.reshape(-1, m), high.reshape(-1, m))
+    return low, high
 
 
-def _blocks(lo: torch.Tensor, hi: torch.Tensor, batch: int, heads: int, n: int, d: int) -> list[_Block] | None:
-    """Blocks of query rows, each with its own range of keys, where that costs less than one call with an (M, N) mask.
+def _plan_blocks(lo: torch.Tensor, hi: torch.Tensor, batch: int, heads: int, n: int, d: int) -> list[_Block] | None:
+    """Return blocks of query rows with their key ranges, or None if one call with an (M, N) mask costs no more.
 
-    The cost is scores plus calls. Sequences are taken together (the range of a block is then what any of them sees) or
-    one by one, in blocks of one of `_BLOCK_ROWS` rows: whatever is cheapest. lo, hi: (1 or B, M), read here.
+    The cost is scores plus calls. The cheapest plan is taken: blocks of one of `_BLOCK_ROWS` rows, for all sequences
+    together (a block's range is then the union of theirs) or one by one. lo, hi: (1 or B, M), read here.
     """
     own, m = lo.shape
-    call = _CALL * 76 // (d + 12)  # the time of a score grows with its products; the exponential is worth 12 columns
+    call = _CALL_COST * 76 // (d + 12)  # a score's time grows with its products; the exponential is worth 12 columns
     best, found = batch * heads * m * n + call, None
-    if best < 4 * call:  # too small to gain what planning costs
+    if best < 4 * call:  # too small to repay the planning
         return None
     for rows in _BLOCK_ROWS:
         pad = -m % rows
         empty, height = lo >= hi, torch.full((-(-m // rows),), rows)
         height[-1] -= pad
-        # (own, blocks): of the rows that see anything
+        # (own, blocks): first and last key of the rows that see any
         first = F.pad(lo.masked_fill(empty, n), (0, pad), value=n).unflatten(1, (-1, rows)).amin(2)
         last = F.pad(hi.masked_fill(empty, 0), (0, pad), value=0).unflatten(1, (-1, rows)).amax(2)
         forms = [(first.amin(0, keepdim=True), last.amax(0, keepdim=True), batch)]
@@ -126,7 +134,7 @@ def _blocks(lo: torch.Tensor, hi: torch.Tensor, batch: int, heads: int, n: int, 
 def _one_block(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: _Block, lo: torch.Tensor, hi: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """SDPA for one block, with the mask of its rows and its keys alone; rows that see nothing are 0."""
+    """Run SDPA on one block with a mask of its rows and keys alone; rows that see no key are 0."""
     own = slice(None) if lo.shape[0] == 1 else block.sequences(lo.shape[0])
     key = torch.arange(block.first, block.last, dtype=torch.int32)
     low, high = (t[own, None, block.start : block.stop, None] for t in (lo, hi))
@@ -140,19 +148,33 @@ def _one_block(
 
 
 class _InBlocks(torch.autograd.Function):
-    """Attention block by block. Each block keeps its own small graph: gradients of keys are added up in one tensor,
-    where autograd would make a tensor of all keys for every block."""
+    """Attention block by block.
+
+    Each block keeps its own small graph, and the gradients of keys are added up in one tensor. With autograd's slices
+    every block would make a tensor of all keys.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, blocks, lo, hi, scale, grad):
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        blocks: Sequence[_Block],
+        lo: torch.Tensor,
+        hi: torch.Tensor,
+        scale: float,
+        grad: bool,
+    ) -> torch.Tensor:
         out = torch.zeros_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         ctx.parts, ctx.shapes = [], (q.shape, k.shape, q.dtype)
         for block in blocks:
             own = block.sequences(q.shape[0])
             keys, rows = slice(block.first, block.last), slice(block.start, block.stop)
-            parts = [q[own, :, rows].detach(), k[own, :, keys].detach(), v[own, :, keys].detach()]
+            parts = q[own, :, rows].detach(), k[own, :, keys].detach(), v[own, :, keys].detach()
             with torch.set_grad_enabled(grad):
-                parts = [part.requires_grad_(grad) for part in parts]
+                for part in parts:
+                    part.requires_grad_(grad)
                 result = _one_block(*parts, block, lo, hi, scale)
             out[own, :, rows] = result.detach()
             if grad:
@@ -161,7 +183,7 @@ class _InBlocks(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q_shape, k_shape, dtype = ctx.shapes
         wide = torch.promote_types(dtype, torch.float32)  # sums over blocks are rounded once
 
@@ -172,7 +194,7 @@ class _InBlocks(torch.autograd.Function):
         for block, parts, result in ctx.parts:
             own = block.sequences(q_shape[0])
             keys, rows = slice(block.first, block.last), slice(block.start, block.stop)
-            # the graph stays: the caller may go backward again
+            # keep the graph: the caller may run backward again
             grads = torch.autograd.grad(result, parts, dout[own, :, rows], retain_graph=True)
             dq[own, :, rows] = grads[0]
             dk[own, :, keys] += grads[1]
@@ -183,21 +205,24 @@ class _InBlocks(torch.autograd.Function):
 def _with_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Explicit attention in float32 (float64 for float64), a block of query rows at a time; SDPA returns no lse."""
+    """Return out and lse, computed in float32 (float64 for float64) a chunk of query rows at a time.
+
+    SDPA returns no lse. q (B, H, M, D), k and v (B, Hkv, N, D), mask (1 or B, 1, M, N) bool or None.
+    """
     compute = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     kt = k.to(compute).repeat_interleave(group, dim=1).mT
     vf = v.to(compute).repeat_interleave(group, dim=1)
     outs, lses = [], []
-    # torch.compile would unroll a loop over blocks, one graph per length: there all rows are one block
-    one_block = torch.compiler.is_compiling() or q.shape[2] <= _ROWS
-    for start in (0,) if one_block else range(0, q.shape[2], _ROWS):
-        rows = slice(None) if one_block else slice(start, start + _ROWS)
+    # torch.compile would unroll a loop over chunks, one graph per length: there all rows are one chunk
+    one_chunk = torch.compiler.is_compiling() or q.shape[2] <= _LSE_ROWS
+    for start in (0,) if one_chunk else range(0, q.shape[2], _LSE_ROWS):
+        rows = slice(None) if one_chunk else slice(start, start + _LSE_ROWS)
         scores = (q[:, :, rows].to(compute) * scale) @ kt
         if mask is not None:
             scores = scores.masked_fill(~mask[:, :, rows], float("-inf"))
         lse = scores.logsumexp(dim=-1)
-        # exp(-inf - 0) = 0: a row without keys has weights 0, and no inf - inf on the way
+        # exp(-inf - 0) = 0: a row without keys has weights 0, and inf - inf never occurs
         weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)).exp()
         outs.append(weights @ vf)
         lses.append(lse)
@@ -214,13 +239,13 @@ def cross_attention_torch(
     scale: float,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See `cross_attention_reference`; arguments are validated already. lse is None unless asked for.
+    """Return out and lse as `cross_attention_reference` does; arguments are checked already. lse is None unless wanted.
 
-    Asking for lse takes the explicit path (float32 scores, a block of rows at a time): slower than SDPA.
+    return_lse=True takes the explicit path (float32 scores, a chunk of rows at a time), which is slower than SDPA.
     """
     m, n = q.shape[1], k.shape[1]
     query, key, value = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, tokens, D), a view
-    if n == 0:  # nothing to see: 0 and -inf (whatever q holds), still connected to q, k and v so that gradients exist
+    if n == 0:  # out is 0 and lse -inf whatever q holds, but both stay connected to q, k and v: gradients exist
         everything = torch.ones((), dtype=torch.bool, device=q.device)
         out = query.masked_fill(everything, 0.0) + (key.sum() + value.sum())
         lse = out[..., 0].to(torch.promote_types(q.dtype, torch.float32)).masked_fill(everything, float("-inf"))
@@ -228,20 +253,21 @@ def cross_attention_torch(
     form = plain_form(lo, hi, causal, m, n)
     if form is None and not return_lse and _may_read(q, lo, hi):
         low, high = _interval(lo, hi, causal, m, n)
-        blocks = _blocks(low, high, q.shape[0], q.shape[2], n, q.shape[3])
+        blocks = _plan_blocks(low, high, q.shape[0], q.shape[2], n, q.shape[3])
         if blocks is not None:
             grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-            return _InBlocks.apply(query, key, value, blocks, low, high, scale, grad).transpose(1, 2), None
+            rows: torch.Tensor = _InBlocks.apply(query, key, value, blocks, low, high, scale, grad)
+            return rows.transpose(1, 2), None
     mask = None if form == "full" else _mask(lo, hi, causal, m, n, q.device)
     if return_lse:
         out, lse = _with_lse(query, key, value, mask, scale)
         return out.transpose(1, 2), lse
 
-    gqa = True if key.shape[1] != query.shape[1] else False  # SDPA wants a bool, no symbol of torch.compile
-    if form is not None:
+    gqa = True if key.shape[1] != query.shape[1] else False  # SDPA needs a bool, not a symbol of torch.compile
+    if form is not None or mask is None:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=form == "causal", scale=scale, enable_gqa=gqa)
         return out.transpose(1, 2), None
-    # SDPA backends disagree on rows that see nothing: show them everything, then erase what they got
+    # SDPA backends disagree on rows that see no key: let them see every key, then erase the result
     empty = ~mask.any(dim=-1, keepdim=True)  # (1 or B, 1, M, 1)
     some_empty = not readable(empty) or bool(empty.any())
     if some_empty:
@@ -265,23 +291,25 @@ def cross_attention_torch_bwd(
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv of a forward pass that kept out and lse; (M, N) scores are stored, so for few queries.
+    """Return dq, dk and dv of a forward pass that saved out and lse. It stores (M, N) scores: for few queries.
 
-    P = exp(scale q k - lse);  dS = P (dout v - (dout . out) + dlse);  dq = scale dS k, dk = scale dS^T q, dv = P^T dout
+        P = exp(scale q k - lse),   dS = P (dout v - (dout . out) + dlse)
+        dq = scale dS k,   dk = scale dS^T q,   dv = P^T dout
 
     Args:
-        dout: (B, M, H, D) q's dtype. dlse: (B, H, M) float32 or None (zero).
-        q (B, M, H, D), k, v (B, N, Hkv, D), lo, hi, causal, scale: of the forward pass, validated there.
-        out (B, M, H, D), lse (B, H, M): what it returned.
+        dout: (B, M, H, D) in q's dtype.
+        dlse: (B, H, M) float32, or None for zero.
+        q (B, M, H, D), k, v (B, N, Hkv, D), lo, hi, causal, scale: arguments of the forward pass, checked there.
+        out (B, M, H, D), lse (B, H, M): its results.
     Returns:
-        dq, dk, dv of q's, k's and v's shape and dtype; computed in float32.
+        dq, dk, dv in the shapes and dtypes of q, k and v; computed in float32.
     """
     compute, group = torch.promote_types(q.dtype, torch.float32), q.shape[2] // k.shape[2]
     query, given, result = (t.to(compute) for t in (q, dout, out))
     key, value = (t.to(compute).repeat_interleave(group, dim=2) for t in (k, v))
     mask = None if not causal and lo is None and hi is None else _mask(lo, hi, causal, q.shape[1], k.shape[1], q.device)
     p = (torch.einsum("bmhd,bnhd->bhmn", query, key) * scale - lse.unsqueeze(-1)).exp()
-    if mask is not None:  # also what a row without keys holds: exp(s + inf)
+    if mask is not None:  # rows without keys hold exp(s + inf), which this erases too
         p = p.masked_fill(~mask, 0.0)
     shift = (given * result).sum(dim=-1).transpose(1, 2)
     shift = shift if dlse is None else shift - dlse

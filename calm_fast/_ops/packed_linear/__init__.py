@@ -1,1 +1,1 @@
-"""The room of packed_linear: products with a weight that was packed once."""
+"""The room of packed_linear: definition, internal functions, torch implementation, cases."""

@@ -1,7 +1,8 @@
-"""x W^T with a weight that was packed once for the compiled library: what layers keep for inference on a CPU.
+"""packed_linear: x W^T with a weight that was packed once for the compiled library.
 
-Not a public op: `CrossAttention` and `DualLoRALinear` multiply their kept weights with it. float32 and AVX-512 only
-(csrc/packed_linear/packed_product.h); everywhere else a weight stays as it is and the product is torch's. No gradients.
+An internal op: `CrossAttention` and `DualLoRALinear` multiply the weights they keep for inference with it, on a CPU.
+Packing needs float32 and AVX-512 (csrc/packed_linear/packed_product.h). Everywhere else a weight stays as it is and the
+product is torch's. A packed product has no gradient.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
+from calm_fast._ops.packed_linear.torch_impl import linear_into_torch, linear_torch
 from calm_fast.core import native_library
 from calm_fast.core.dispatch import active_transform
 
@@ -18,15 +19,17 @@ _OP = "packed_linear"
 
 
 class Packed(NamedTuple):
-    """A weight (rows, k) as the compiled library reads it: panels (ceil(rows / 32), k, 32)."""
+    """A weight W (rows, K) as the compiled library reads it: panels (ceil(rows / 32), K, 32) float32."""
 
     panels: torch.Tensor
     rows: int
 
 
 def can_pack(*tensors: torch.Tensor) -> bool:
-    """Whether these tensors can be multiplied with a packed weight: plain float32 on a CPU, and nothing has to
-    follow what is computed (autograd, torch.func, torch.compile, a dispatch mode).
+    """Return True if these tensors may be multiplied with a packed weight.
+
+    They must be plain float32 CPU tensors, and nothing may record the product: no autograd, torch.func transform,
+    torch.compile or dispatch mode.
     """
     grad = torch.is_grad_enabled()
     for t in tensors:
@@ -38,11 +41,12 @@ def can_pack(*tensors: torch.Tensor) -> bool:
 
 
 def pack(weight: torch.Tensor) -> Packed | torch.Tensor:
-    """`weight` (rows, k), any dtype, packed where it is plain float32 on a CPU with AVX-512; elsewhere itself.
+    """Pack `weight` (rows, K) if it is a plain float32 tensor on a CPU with AVX-512; else return it unchanged.
 
     For weights that are kept: packing costs about what it saves on 200 tokens.
     """
-    plain = type(weight) in (torch.Tensor, torch.nn.Parameter)  # others multiply in their own way: quantized, sharded
+    # a subclass multiplies in its own way: quantized, sharded
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
     if not plain or weight.dtype != torch.float32 or not weight.is_cpu or native_library.obstacle(_OP):
         return weight
     panels = torch.ops.calm_fast._packed_linear_native_pack(weight.contiguous())
@@ -50,23 +54,36 @@ def pack(weight: torch.Tensor) -> Packed | torch.Tensor:
 
 
 def linear(x: torch.Tensor, weight: Packed | torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (..., k) times the weight (rows, k), transposed, plus bias (rows,): (..., rows). All float32 where it is
-    Packed, else of one dtype; RuntimeError from the product where shapes do not fit.
+    """Multiply tokens with a weight, packed or not: out = x W^T [+ bias].
+
+    Args:
+        x: (..., K), float32 if the weight is packed, else of the weight's dtype.
+        weight: W (rows, K), a tensor or what `pack` made of it.
+        bias: (rows,) or None.
+    Returns:
+        out (..., rows) in x's dtype. Each token's bits are the same alone and among others if the weight is packed.
+    Raises:
+        RuntimeError: from the product, if shapes or dtypes do not fit.
     """
-    if type(weight) is not Packed:
-        return F.linear(x, weight, bias)
+    if not isinstance(weight, Packed):
+        return linear_torch(x, weight, bias)
     out = torch.ops.calm_fast._packed_linear_native_fwd(x.contiguous(), weight.panels, weight.rows)
     return out if bias is None else out.add_(bias)
 
 
 def linear_into(residual: torch.Tensor, x: torch.Tensor, weight: Packed | torch.Tensor) -> torch.Tensor:
-    """residual (..., rows) + x (..., k) times the weight (rows, k), transposed; one pass over the residual. Dtypes and
-    errors as in `linear`.
+    """Add a product to a residual in one pass over the residual: out = residual + x W^T.
+
+    Args:
+        residual: (..., rows), of x's dtype; it is not changed.
+        x, weight: as in `linear`.
+    Returns:
+        out (..., rows).
+    Raises:
+        RuntimeError: from the product, if shapes or dtypes do not fit.
     """
-    if type(weight) is Packed:
-        return torch.ops.calm_fast._packed_linear_native_fwd(
-            x.contiguous(), weight.panels, weight.rows, residual.contiguous()
-        )
-    rows = residual.shape[-1]
-    flat = torch.addmm(residual.reshape(-1, rows), x.reshape(-1, x.shape[-1]), weight.t())
-    return flat.view(residual.shape)
+    if not isinstance(weight, Packed):
+        return linear_into_torch(residual, x, weight)
+    return torch.ops.calm_fast._packed_linear_native_fwd(
+        x.contiguous(), weight.panels, weight.rows, residual.contiguous()
+    )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from calm_fast._ops.cross_attention.api import NATIVE_MAX_QUERIES, wide_loads
+from calm_fast._ops.cross_attention.native import NATIVE_MAX_QUERIES, wide_loads
 from calm_fast.core.numerics import Inputs, Values
 from calm_fast.verify.emulation import CSRC, SCHEDULES, Schedule, call
 

@@ -14,7 +14,7 @@ from calm_fast.core.numerics import check, unit_roundoff
 from calm_fast.ops import cross_attention
 from calm_fast.verify.cases import op_cases
 
-OPS_MODULE = importlib.import_module("calm_fast.ops.cross_attention")
+API = importlib.import_module("calm_fast._ops.cross_attention.api")
 CASES = op_cases("cross_attention")
 PLAIN = ("reference", "torch")
 
@@ -376,9 +376,9 @@ def test_explain_says_what_auto_does_and_why():
 def test_explicit_impl_runs_that_one(impl, monkeypatch):
     ran = []
     for name in PLAIN:
-        true = getattr(OPS_MODULE, f"cross_attention_{name}")
+        true = getattr(API, f"cross_attention_{name}")
         spy = lambda *a, _name=name, _true=true: ran.append(_name) or _true(*a)  # noqa: E731
-        monkeypatch.setattr(OPS_MODULE, f"cross_attention_{name}", spy)
+        monkeypatch.setattr(API, f"cross_attention_{name}", spy)
     cross_attention(*tensors(), impl=impl)
     assert ran == [impl]
 
@@ -399,7 +399,7 @@ def test_impl_that_cannot_run_is_refused_with_the_reason(monkeypatch):
         raise AssertionError("another implementation ran instead")
 
     for name in ("cross_attention_reference", "cross_attention_torch"):
-        monkeypatch.setattr(OPS_MODULE, name, forbidden)
+        monkeypatch.setattr(API, name, forbidden)
     for impl, args, why in refusals(monkeypatch):
         for call in (cross_attention, lambda *a, **kw: calm_fast.explain("cross_attention", *a, **kw)):
             with pytest.raises(RuntimeError, match=f"impl='{impl}' cannot run here: .*{why}"):
@@ -429,11 +429,11 @@ def test_float32_is_ieee_by_default():
 
 def test_a_costly_fallback_warns_once(monkeypatch) -> None:
     dispatch = importlib.import_module("calm_fast.core.dispatch")
-    owner = importlib.import_module("calm_fast.ops.cross_attention")
     decision = dispatch.Decision("cross_attention", "torch", "Triton cannot run: not installed", costly=True)
-    monkeypatch.setattr(owner, "decide", lambda *a, **k: decision)
+    monkeypatch.setattr(API, "decide", lambda *a, **k: decision)
+    monkeypatch.setattr(API, "_DECISIONS", dispatch.DecisionCache())
     dispatch.warn_once.cache_clear()
-    q = torch.randn(1, 3, 1, 4, dtype=torch.float64)  # what surely is native does not ask `decide`
+    q = torch.randn(1, 3, 1, 4)
     with pytest.warns(UserWarning, match="Triton cannot run: not installed.*slow") as caught:
         cross_attention(q, q, q)
         cross_attention(q, q, q)

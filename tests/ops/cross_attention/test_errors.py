@@ -13,7 +13,7 @@ import torch
 import calm_fast
 from calm_fast.ops import cross_attention
 
-OPS_MODULE = importlib.import_module("calm_fast.ops.cross_attention")
+API = importlib.import_module("calm_fast._ops.cross_attention.api")
 B, M, N, H, HKV, D = 2, 5, 7, 4, 2, 8
 
 
@@ -112,8 +112,8 @@ BAD = {
     "hi negative": ({"hi": bounds(0, 1, -9, 2, 3)}, ValueError, "`hi` must be within 0 and N = 7, got values from -9"),
     "lo large": ({"lo": bounds(0, 1, 8, 2, 3)}, ValueError, "`lo` must be within 0 and N = 7, got values from 0 to 8"),
     "hi large": ({"hi": bounds(7, 7, 8, 7, 7)}, ValueError, "`hi` must be within 0 and N = 7, got values from 7 to 8"),
-    "causal lo": ({"causal": True, "lo": OK_HI}, ValueError, "`lo` must be None where causal=True"),
-    "causal hi": ({"causal": True, "hi": OK_HI}, ValueError, "`hi` must be None where causal=True"),
+    "causal lo": ({"causal": True, "lo": OK_HI}, ValueError, "`lo` must be None if causal=True"),
+    "causal hi": ({"causal": True, "hi": OK_HI}, ValueError, "`hi` must be None if causal=True"),
     # plain arguments
     "causal int": ({"causal": 1}, TypeError, "`causal` must be True or False, got int 1"),
     "causal none": ({"causal": None}, TypeError, "`causal` must be True or False, got NoneType None"),
@@ -139,8 +139,9 @@ def no_kernel(monkeypatch):
     def forbidden(*args, **kwargs):
         pytest.fail("a kernel ran on bad input")
 
-    for name in ("cross_attention_reference", "cross_attention_torch", "_run_native"):
-        monkeypatch.setattr(OPS_MODULE, name, forbidden)
+    for name in ("cross_attention_reference", "cross_attention_torch"):
+        monkeypatch.setattr(API, name, forbidden)
+    monkeypatch.setattr(API.native, "run_plain", forbidden)
     for name in ("cross_attention_triton_fwd", "cross_attention_native_decode"):
         monkeypatch.setattr(torch.ops.calm_fast, name, forbidden)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 
 import calm_fast
+from calm_fast._ops.cross_attention.native import NATIVE_MAX_QUERIES
 from calm_fast.core import native_library
 from calm_fast.core.numerics import check, judge, truth_of
 from calm_fast.ops import cross_attention
@@ -18,7 +17,9 @@ pytestmark = pytest.mark.skipif(
     native_library.obstacle("cross_attention") is not None, reason=str(native_library.obstacle("cross_attention"))
 )
 CASES = op_cases("cross_attention")
-NATIVE_CASES = [case for case in cases_of(Part("cross_attention", "native", "cpu")) if case.spec.m <= 16]
+NATIVE_CASES = [
+    case for case in cases_of(Part("cross_attention", "native", "cpu")) if case.spec.m <= NATIVE_MAX_QUERIES
+]
 LANES = {"scalar": 0, "avx2": 1, "avx512": 2}
 CPU = torch.device("cpu")
 
@@ -47,7 +48,7 @@ def bounds(b, m, n, seed=0):
 
 def test_there_are_cases_for_it():
     assert {"decode", "decode-splits", "decode-dim256", "decode-gqa-causal"} <= {c.name for c in NATIVE_CASES}
-    assert len(NATIVE_CASES) < len(CASES.cases())  # the others: test_cross_attention_tiles.py
+    assert len(NATIVE_CASES) < len(CASES.cases())  # the others: test_native_tiles.py
 
 
 @pytest.mark.parametrize("case", NATIVE_CASES, ids=str)
@@ -181,22 +182,17 @@ def test_auto_takes_it_for_few_queries():
     assert "few queries" in calm_fast.explain("cross_attention", q, k, v).reason
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("m", "d"), [(1, 24), (16, 24), (17, 24), (3, 264)])
-def test_what_is_called_at_once_is_what_decide_says(dtype, m, d):
-    owner = importlib.import_module("calm_fast.ops.cross_attention")
-    q, k, v = (t.to(dtype) for t in tensors(m=m, d=d))
-    wanted = owner.decide(q, k, v).impl == "native"
-    assert owner._surely_native(q, k, v, False, False) == wanted
-    assert not owner._surely_native(q, k, v[:, 1:], False, False) and not owner._surely_native(q, k, v, None, False)
-    for recorded in (False, True) if wanted else ():
+@pytest.mark.parametrize("m", [1, NATIVE_MAX_QUERIES, NATIVE_MAX_QUERIES + 1])
+def test_auto_and_native_give_the_same_bits(m):
+    """`auto` skips the registered op where autograd records nothing; `native` never does."""
+    q, k, v = tensors(m=m)
+    for recorded in (False, True):
         q.requires_grad_(recorded)
-        at_once, asked = cross_attention(q, k, v, causal=True), cross_attention(q, k, v, causal=True, impl="native")
-        assert torch.equal(at_once, asked) and at_once.requires_grad == recorded
-    if wanted:  # rows with gaps
-        apart = torch.stack((k, k), -1)[..., 0]
-        q = q.detach()
-        assert apart.stride(-1) == 2 and torch.equal(cross_attention(q, apart, v), cross_attention(q, k, v))
+        auto, native = (cross_attention(q, k, v, causal=True, impl=impl) for impl in ("auto", "native"))
+        assert torch.equal(auto, native) and auto.requires_grad == recorded
+    q = q.detach()
+    gaps = torch.stack((k, k), -1)[..., 0]  # rows with gaps
+    assert gaps.stride(-1) == 2 and torch.equal(cross_attention(q, gaps, v), cross_attention(q, k, v))
 
 
 def test_autocast_is_ignored():
@@ -210,7 +206,10 @@ def test_autocast_is_ignored():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(2, 17, 4, 24)}, "at most 16 queries, got M = 17"),
+        (
+            {"q": torch.zeros(2, NATIVE_MAX_QUERIES + 1, 4, 24)},
+            f"at most {NATIVE_MAX_QUERIES} queries, got M = {NATIVE_MAX_QUERIES + 1}",
+        ),
         ({"k": torch.zeros(2, 70, 3, 24)}, "3 KV heads for 4 heads"),
         ({"v": torch.zeros(2, 69, 2, 24)}, "`v` must have shape"),
         ({"k": torch.zeros(2, 70, 2, 24, dtype=torch.float16)}, "`k` must have shape .* q's dtype"),
