@@ -131,14 +131,14 @@ def _linear_nce_step(
     t: int, full: bool, whole: bool, device: torch.device, dtype: torch.dtype
 ) -> tuple[Results, Results]:
     """Loss and gradient in one pass, in chunks of a few tokens; both forms, whatever the op would choose."""
-    from calm_fast.kernels.linear_nce.launch import launch_linear_nce_step
+    from calm_fast._ops.linear_nce.triton_impl import linear_nce_triton_step
 
     d, v, draw = 40, _vocabulary(device), _draw(device, dtype)
     streams, weight, bias = [draw(t, d) for _ in range(3)], draw(v, d, size=d**-0.5), draw(v) if full else None
     targets, seq_ids = _tokens(t, v, device), torch.arange(t, device=device) // 5
     temperature, softcap = (2.0, 5.0) if full else (1.0, None)
     options = (targets, seq_ids, 0.5, temperature, 0.5)
-    found = launch_linear_nce_step(*streams, weight, bias, *options, softcap, _IGNORED, rows=7, whole=whole)
+    found = linear_nce_triton_step(*streams, weight, bias, *options, softcap, _IGNORED, rows=7, whole=whole)
 
     student, nat, neg, wide = (x.double() for x in (*streams, weight))
     student.requires_grad_()

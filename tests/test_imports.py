@@ -46,7 +46,7 @@ LAZY_DOORS = {"__init__": ("", *DOORS), "core": ("ops", "_ops"), "_ops": ("ops",
 ROOM_FILES = {
     "reference": re.compile(r"calm_fast\._ops\.\w+\.reference"),
     "torch_impl": re.compile(r"calm_fast\.(core\.\w+|_ops\.\w+\.(torch_impl|schedule))"),
-    "schedule": re.compile(r"calm_fast\.(core\.\w+|_ops\.\w+\.torch_impl)"),
+    "schedule": re.compile(r"calm_fast\.(core\.\w+|_ops\.\w+\.schedule)"),
 }
 
 

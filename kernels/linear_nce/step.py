@@ -19,14 +19,9 @@ __all__ = ["launch_linear_nce_step", "step_specs"]
 
 _INTERPRETED = not isinstance(_linear_nce_stats_kernel, triton.runtime.JITFunction)
 
-# rows of the gradient's product: at d 4096 that is 128 output tiles of 128 x 256 for the 132 multiprocessors of an
-# H200; and most bytes of a chunk's logits: fewer rows where the vocabulary is large, more for a long sequence
-_ROWS = 1024
-_BYTES = 1 << 30
 # dz lies within +-1, times this well within float16's range: probabilities below 2^-24 would vanish in it
 _SCALE = 2.0**14
 _ALIGN = 16  # logits a row is padded to, so that every row begins at a whole vector
-_NO_SEQUENCE = torch.iinfo(torch.int64).max
 
 # (LANES, WIDTH): a lane for each thread, a vector of 16 bytes for each lane (with Triton 3.6 two lanes spilled)
 _STATS_16BIT, _STATS_FLOAT = LaunchConfig(256, 8, 8, 1), LaunchConfig(256, 4, 8, 1)
@@ -137,40 +132,6 @@ class _Chunks:
         return product
 
 
-def _chunk_rows(weight: torch.Tensor, rows: int | None) -> tuple[int, int]:
-    """Rows of the gradient's product, and how many where one sequence is longer: `rows` if given, else by _BYTES."""
-    if rows is not None:
-        return rows, rows
-    most = max(1, _BYTES // (3 * (weight.shape[0] + _ALIGN) * weight.element_size()))
-    return min(_ROWS, most // 128 * 128 or most), most
-
-
-def _by_sequence(
-    targets: torch.Tensor, seq_ids: torch.Tensor, ignore_index: int, rows: int, most: int
-) -> tuple[torch.Tensor, torch.Tensor, list[int]] | None:
-    """Chunks of whole sequences, without ignored tokens; waits for the device once.
-
-    Args:
-        targets, seq_ids: (T,). rows: tokens of a chunk, unless the longest sequence has more of them. most: tokens.
-    Returns:
-        order, ids (T,): which tokens, sequence by sequence, the ignored ones at the end, and their sequences; the
-        borders of the chunks, the last one being how many tokens count. None where a sequence exceeds `most`.
-    """
-    ids, order = torch.sort(seq_ids.masked_fill(targets == ignore_index, _NO_SEQUENCE), stable=True)
-    found, lengths = torch.unique_consecutive(ids.cpu(), return_counts=True)
-    lengths = lengths[: found.numel() - int(found[-1] == _NO_SEQUENCE)]
-    if not lengths.numel():
-        return order, ids, [0]
-    longest = int(lengths.max())
-    if longest > most:
-        return None
-    ends, borders, rows = lengths.cumsum(0), [0], max(rows, longest)
-    while borders[-1] < int(ends[-1]):
-        last = torch.searchsorted(ends, borders[-1] + rows, right=True) - 1
-        borders.append(int(ends[last]))
-    return order, ids, borders
-
-
 def launch_linear_nce_step(
     student: torch.Tensor,
     nat: torch.Tensor,
@@ -185,36 +146,29 @@ def launch_linear_nce_step(
     softcap: float | None,
     ignore_index: int,
     *,
-    rows: int | None = None,
-    whole: bool | None = None,
+    rows: int,
+    plan: tuple[torch.Tensor, torch.Tensor, list[slice]] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The NCE loss and its gradient with respect to the student's hidden states, weight and bias being frozen.
 
     Args:
         student, nat, neg: (T, d) float32, bfloat16 or float16, any strides. weight: (V, d), bias (V,) or None.
-        targets, seq_ids: (T,) int64. rows: tokens of a chunk, None = by the size of the vocabulary.
-        whole: chunks of whole sequences (four products; waits for the device once). None = where every sequence fits
-        a chunk and no CUDA graph is being captured; else chunks of any tokens (five products).
+        targets, seq_ids: (T,) int64.
+        rows: tokens of a chunk of any tokens.
+        plan: order, ids (T,) and chunks of whole sequences, four products; None = chunks of any tokens, five products.
     Returns:
         loss () and gradient (T, d), both float32; the gradient of an ignored token is 0.
-    Raises:
-        ValueError: whole=True and a sequence does not fit a chunk.
     Deterministic.
     """
     tokens, device = student.shape[0], student.device
     gradient = torch.zeros((tokens, student.shape[1]), dtype=torch.float32, device=device)
     if tokens == 0:
         return gradient.new_zeros(()), gradient
-    rows, most = _chunk_rows(weight, rows)
     options = {"tau": 1.0 / temperature, "softcap": softcap or 0.0, "ignore_index": ignore_index}
     targets, seq_ids = targets.contiguous(), seq_ids.contiguous()
-    head, numbers, plan = ((student, nat, neg), weight, bias), (alpha, offset), None
-    if whole or (whole is None and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())):
-        plan = _by_sequence(targets, seq_ids, ignore_index, rows, most)
+    head, numbers = ((student, nat, neg), weight, bias), (alpha, offset)
     if plan is not None:
         return _whole_sequences(head, targets, plan, options, numbers, gradient)
-    if whole:
-        raise ValueError(f"linear_nce: whole sequences do not fit chunks of {most} tokens")
     return _any_tokens(head, targets, seq_ids, options, numbers, rows, gradient)
 
 
@@ -222,21 +176,21 @@ def _whole_sequences(
     head: tuple, targets: torch.Tensor, plan: tuple, options: dict, numbers: tuple, gradient: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dz is final as soon as a chunk has been read: one gradient row a token."""
-    order, ids, borders = plan
-    count, (alpha, offset) = borders[-1], numbers
-    if count == 0:
+    order, ids, cuts = plan
+    if not cuts:
         return gradient.new_zeros(()), gradient
+    count, (alpha, offset) = cuts[-1].stop, numbers
     order, ids = order[:count], ids[:count]
-    parts = list(zip(borders, borders[1:], strict=False))
-    rows = max(end - first for first, end in parts)
+    rows = max(cut.stop - cut.start for cut in cuts)
     chunks = _Chunks(*head, targets.index_select(0, order), ids, options, rows, 1)
     losses = gradient.new_empty(count)
     # what dz reaches before it is scaled, so that it neither vanishes nor overflows in float16
     size = abs(1.0 - alpha) + abs(alpha) / options["tau"] * (abs(offset) + 1.0)
-    for first, end in parts:
-        chunks.read(first, end - first, order)
-        product = chunks.gradients(first, end - first, alpha, offset, _SCALE / size, losses)
-        gradient.index_copy_(0, order[first:end], product.mul_(size / _SCALE / count))
+    for cut in cuts:
+        first, length = cut.start, cut.stop - cut.start
+        chunks.read(first, length, order)
+        product = chunks.gradients(first, length, alpha, offset, _SCALE / size, losses)
+        gradient.index_copy_(0, order[cut], product.mul_(size / _SCALE / count))
     return losses.sum() / count, gradient
 
 

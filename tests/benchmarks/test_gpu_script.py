@@ -274,11 +274,11 @@ def test_sanitizer_calls_reach_every_kernel_and_are_right(kernel_device):
 
 
 def test_sanitizer_compares_gradients_with_float64(monkeypatch):
-    right = torch.ops.calm_fast.linear_logprob_bwd
+    right = torch.ops.calm_fast.linear_logprob_triton_bwd
     assert sanitize.run_call("linear_logprob: plain", torch.device("cpu")) < sanitize.LIMIT
 
     def doubled(*args):
         return [2 * t for t in right(*args)]
 
-    monkeypatch.setattr(torch.ops.calm_fast, "linear_logprob_bwd", doubled)
+    monkeypatch.setattr(torch.ops.calm_fast, "linear_logprob_triton_bwd", doubled)
     assert sanitize.run_call("linear_logprob: plain", torch.device("cpu")) > 0.5

@@ -1,1 +1,1 @@
-"""The room of linear_logprob: definition, public function, implementations, cases."""
+"""linear_logprob: definition, public function, implementations, registered ops, test cases."""

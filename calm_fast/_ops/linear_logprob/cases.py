@@ -1,6 +1,6 @@
 """Cases of linear_logprob and the rounding analysis of its forward and backward.
 
-Ranks are counts, not rounded numbers: the op's tests hold them against the counts that rounding allows.
+Ranks are counts, not rounded numbers: the op's tests compare them with the counts that rounding allows.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Spec:
     softcap: float | None = None
     bias: bool = False
     entropy: bool = False
-    rank: bool = False  # computed beside the rest; its values are not compared here
-    ignored: float = 0.2  # share of tokens; 1 = all
+    rank: bool = False  # computed too; its values are not compared here
+    ignored: float = 0.2  # share of the tokens; 1 = all
     magnitude: float = 1.0  # of the hidden states
     frozen: bool = False  # no gradient for weight and bias
     strided: bool = False
@@ -64,26 +64,28 @@ _HALF = ("plain", "frozen", "past-edges", "long-rows-frozen", "wide", "everythin
 
 
 class LinearLogprobCases:
-    """See `calm_fast.core.numerics.OpCases`."""
+    """The `OpCases` (calm_fast.core.numerics) of linear_logprob."""
 
     op = "linear_logprob"
     impls = ("torch", "triton", "native")
 
     def cases(self) -> list[Case]:
+        """Return every case in float32, and some in bfloat16 and float16."""
         found = [self.case(name, torch.float32) for name in _SPECS]
         return found + [self.case(name, dtype) for dtype in (torch.bfloat16, torch.float16) for name in _HALF]
 
     def case(self, name: str, dtype: torch.dtype, **changes: Any) -> Case:
-        """The case `name`, with fields of its Spec changed."""
+        """Return the case `name` with fields of its Spec replaced by `changes`."""
         return Case(self.op, name, dtype, replace(_SPECS[name], **changes))
 
     def build(self, case: Case, device: torch.device) -> dict[str, Any]:
-        """The op's arguments and upstream gradients that differ from token to token, all from a fixed seed."""
+        """Return the op's arguments, and upstream gradients that differ per token, from a fixed seed."""
         s: Spec = case.spec
         g = torch.Generator().manual_seed(zlib.crc32(repr(s).encode()))
 
         def normal(*shape: int, size: float = 1.0) -> torch.Tensor:
-            if s.strided and len(shape) == 2:  # every other column of a transposed matrix
+            if s.strided and len(shape) == 2:
+                # every other column of a transposed matrix
                 return (torch.randn(2 * shape[1], shape[0], generator=g) * size).to(device, case.dtype).T[:, ::2]
             return (torch.randn(shape, generator=g) * size).to(device, case.dtype)
 
@@ -105,6 +107,7 @@ class LinearLogprobCases:
         }
 
     def run(self, inputs: Inputs, impl: str) -> Values:
+        """Return the op's outputs and gradients."""
         from calm_fast._ops.linear_logprob.api import linear_logprob
 
         def call(arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
@@ -114,7 +117,7 @@ class LinearLogprobCases:
         return _with_gradients(inputs, call)
 
     def eager(self, inputs: Inputs) -> Values:
-        """Log-softmax on full logits as a user writes it, every step in the inputs' dtype."""
+        """Return the same values from log-softmax on full logits, as a user writes it, in the inputs' dtype."""
 
         def call(arguments: dict[str, Any]) -> tuple[torch.Tensor, ...]:
             z = torch.nn.functional.linear(arguments["hidden"], arguments["weight"], arguments["bias"])
@@ -130,7 +133,7 @@ class LinearLogprobCases:
         return _with_gradients(inputs, call)
 
     def exact(self, inputs: Inputs) -> Values:
-        """Ignored tokens give 0 and get gradient 0; without a valid token every gradient is 0."""
+        """Return masks of the exact elements: ignored tokens, and every gradient where no token is valid."""
         ignored = inputs["targets"] == -100
         found = {"logprob": ignored, "dhidden": ignored.unsqueeze(-1).expand(inputs["hidden"].shape)}
         if inputs["return_entropy"]:
@@ -140,6 +143,7 @@ class LinearLogprobCases:
         return found
 
     def rounding(self, inputs: Inputs) -> dict[str, Rounding]:
+        """Return the rounding terms R and A of every output and gradient."""
         return _rounding(inputs)
 
 
@@ -156,7 +160,7 @@ def _with_gradients(inputs: Inputs, call: Callable[[dict[str, Any]], tuple[torch
 
 
 def _rounding(inputs: Inputs) -> dict[str, Rounding]:
-    """Follows the outputs and gradients from the logit product, first order.
+    """Propagate errors from the logit product to the outputs and gradients, to first order.
 
     dz = (dlogprob (1_target - p) - dentropy p (log p + entropy)) / temperature
     """
@@ -166,33 +170,36 @@ def _rounding(inputs: Inputs) -> dict[str, Rounding]:
         return {name: Rounding(0.0, 0.0) for name in names}
     tau = 1.0 / inputs["temperature"]
     head = logits(hidden, inputs["weight"], inputs["bias"], inputs["softcap"])
-    (lse, lse_off), (at_target, target_off) = head.log_sum(tau), head.at(targets)
-    logprob_off = (lse_off + target_off * tau).steps(at_target * tau).steps(at_target * tau - lse, 1)
+    (lse, lse_error), (at_target, target_error) = head.log_sum(tau), head.at(targets)
+    logprob_error = (lse_error + target_error * tau).add_roundings(at_target * tau)
+    logprob_error = logprob_error.add_roundings(at_target * tau - lse, 1)
     scaled = head.z * tau
-    mean, mean_off = head.mean(scaled, (head.off * tau).steps(scaled), tau)
-    entropy, entropy_off = lse - mean, (lse_off + mean_off).steps(lse - mean, 1)
+    mean, mean_error = head.mean(scaled, (head.error * tau).add_roundings(scaled), tau)
+    entropy, entropy_error = lse - mean, (lse_error + mean_error).add_roundings(lse - mean, 1)
 
-    p, p_off = head.softmax(tau)
+    p, p_error = head.softmax(tau)
     one = torch.zeros_like(p).scatter_(1, targets.unsqueeze(-1), 1.0)
     up = (inputs["dlogprob"][valid] * tau).unsqueeze(-1)
-    dz, dz_off = up * (one - p), (p_off * up).steps(up * (one + p))
+    dz, dz_error = up * (one - p), (p_error * up).add_roundings(up * (one + p))
     if inputs["dentropy"] is not None:
         down = (inputs["dentropy"][valid] * tau).unsqueeze(-1)
         bracket = scaled - lse.unsqueeze(-1) + entropy.unsqueeze(-1)
-        off = (head.off * tau).steps(scaled) + lse_off.shared() + entropy_off.shared()
-        off = off.steps(scaled.abs() + lse.abs().unsqueeze(-1) + entropy.abs().unsqueeze(-1))
+        error = (head.error * tau).add_roundings(scaled) + lse_error.to_column() + entropy_error.to_column()
+        error = error.add_roundings(scaled.abs() + lse.abs().unsqueeze(-1) + entropy.abs().unsqueeze(-1))
         dz = dz - down * p * bracket
-        dz_off = dz_off + p_off * (down * bracket) + (off * p * down).steps(down * p * bracket)
-    raw, raw_off = head.backward(dz, dz_off)
-    found = {name: off.rounding() for name, off in gradients(raw, raw_off, hidden, inputs["weight"]).items()}
-    found |= {"logprob": logprob_off.rounding(), "entropy": entropy_off.rounding()}
+        dz_error = dz_error + p_error * (down * bracket) + (error * p * down).add_roundings(down * p * bracket)
+    raw, raw_error = head.backward(dz, dz_error)
+    bounds = gradients(raw, raw_error, hidden, inputs["weight"])
+    bounds |= {"logprob": logprob_error, "entropy": entropy_error}
+    found = {name: bound.to_rounding() for name, bound in bounds.items()}
 
-    def scattered(values: torch.Tensor) -> torch.Tensor:
+    def scatter(values: torch.Tensor | float) -> torch.Tensor:
+        values = torch.as_tensor(values)
         mask = valid if values.dim() == 1 else valid.unsqueeze(-1)
         return values.new_zeros((valid.numel(), *values.shape[1:])).masked_scatter(mask, values)
 
     for name in ("logprob", "entropy", "dhidden"):
-        found[name] = Rounding(scattered(found[name].inputs), scattered(found[name].accumulate))
+        found[name] = Rounding(scatter(found[name].inputs), scatter(found[name].accumulate))
     return found
 
 

@@ -16,21 +16,21 @@ def linear_logprob_reference(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probability of each target, entropy of its distribution and its rank, with all logits in memory.
+    """Return each target's log-probability, the entropy of its distribution and its rank, with all logits in memory.
 
         p_t = softmax(z_t / temperature),  z = softcap(hidden weight^T + bias)
         logprob_t = log p_t[target_t];  entropy_t = -sum_v p_t[v] log p_t[v]
         rank_t = 1 + #{v : z_t[v] > z_t[target_t]}
 
     Args:
-        hidden: (T, d), any float dtype. weight: (V, d). targets: (T,) int64. bias: (V,) or None; -inf
-            rules a token out: it adds 0 to the entropy.
-        temperature: positive. softcap: positive or None. ignore_index: the target that marks a token to ignore.
+        hidden: (T, d), any float dtype. weight: (V, d). targets: (T,) int64.
+        bias: (V,) or None; -inf rules a token out, which then adds 0 to the entropy.
+        temperature: positive. softcap: positive or None. ignore_index: the target that marks an ignored token.
     Returns:
         logprob, entropy (T,) float32 (float64 for float64 input), rank (T,) int64; all 0 for ignored tokens.
     Source: ASC scoring, NAT (arXiv 2312.12832) section 3.4.
     """
-    # an ignored row is dropped, not multiplied by 0: whatever it holds, NaN included, must not matter
+    # an ignored row is dropped, not multiplied by 0: nothing it holds may matter, NaN included
     valid = targets != ignore_index
     rows = valid.nonzero().squeeze(1)
     z = logits_reference(hidden[rows], weight, bias, softcap)

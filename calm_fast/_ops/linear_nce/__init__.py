@@ -1,1 +1,1 @@
-"""The room of linear_nce: definition, public function, implementations, cases."""
+"""linear_nce: definition, public function, implementations, registered ops, test cases."""

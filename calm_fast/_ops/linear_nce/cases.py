@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from calm_fast._ops.vocabulary.rounding import Logits, Off, gradients, logits
+from calm_fast._ops.vocabulary.rounding import ErrorBound, Logits, gradients, logits
 from calm_fast.core.numerics import Case, Inputs, Rounding, Values
 
 
@@ -25,9 +26,9 @@ class Spec:
     offset: float = 0.5
     softcap: float | None = None
     bias: bool = False
-    ignored: float = 0.2  # share of tokens; 1 = all
+    ignored: float = 0.2  # share of the tokens; 1 = all
     magnitude: float = 1.0  # of the hidden states
-    teacher_gap: float = 0.3  # how far the teachers are from the student
+    teacher_gap: float = 0.3  # distance of the teachers from the student
     frozen: bool = False  # no gradient for weight and bias
     strided: bool = False
 
@@ -65,38 +66,42 @@ _SPECS: dict[str, Spec] = {
     "bias-frozen": Spec(19, 17, 53, bias=True, frozen=True),
     "sharp-frozen": Spec(11, 16, 67, magnitude=12.0, frozen=True),
     "far-teachers-frozen": Spec(11, 16, 67, teacher_gap=3.0, magnitude=2.0, frozen=True),
-    # a step takes whole sequences up to 128 tokens at once: several chunks, and sequences that do not fit into one
+    # a chunk of the training step holds up to 128 tokens: several chunks, and a sequence longer than a chunk
     "chunks-frozen": Spec(170, 8, 41, sequences=9, frozen=True),
     "long-sequences-frozen": Spec(170, 8, 41, sequences=1, frozen=True),
     "strided-frozen": Spec(13, 16, 53, strided=True, frozen=True, temperature=2.0),
 }
 # half precision proves the casts; the logic is proven in float32, where bounds are tightest
-_HALF = ("plain", "frozen", "past-edges", "long-rows-frozen", "wide", "everything", "sharp", "all-ignored")
-_HALF += ("everything-frozen", "sharp-frozen", "far-teachers-frozen")
+_HALF = (
+    "plain", "frozen", "past-edges", "long-rows-frozen", "wide", "everything", "sharp", "all-ignored",
+    "everything-frozen", "sharp-frozen", "far-teachers-frozen",
+)  # fmt: skip
 _OPTIONS = ("alpha", "temperature", "offset", "bias", "softcap")
 
 
 class LinearNceCases:
-    """See `calm_fast.core.numerics.OpCases`."""
+    """The `OpCases` (calm_fast.core.numerics) of linear_nce."""
 
     op = "linear_nce"
     impls = ("torch", "triton", "native")
 
     def cases(self) -> list[Case]:
+        """Return every case in float32, and some in bfloat16 and float16."""
         found = [self.case(name, torch.float32) for name in _SPECS]
         return found + [self.case(name, dtype) for dtype in (torch.bfloat16, torch.float16) for name in _HALF]
 
     def case(self, name: str, dtype: torch.dtype, **changes: Any) -> Case:
-        """The case `name`, with fields of its Spec changed."""
+        """Return the case `name` with fields of its Spec replaced by `changes`."""
         return Case(self.op, name, dtype, replace(_SPECS[name], **changes))
 
     def build(self, case: Case, device: torch.device) -> dict[str, Any]:
-        """The op's arguments and the upstream gradient dloss, all from a fixed seed."""
+        """Return the op's arguments and the upstream gradient dloss, from a fixed seed."""
         s: Spec = case.spec
         g = torch.Generator().manual_seed(zlib.crc32(repr(s).encode()))
 
         def normal(*shape: int, size: float = 1.0) -> torch.Tensor:
-            if s.strided and len(shape) == 2:  # every other column of a transposed matrix
+            if s.strided and len(shape) == 2:
+                # every other column of a transposed matrix
                 return (torch.randn(2 * shape[1], shape[0], generator=g) * size).to(device, case.dtype).T[:, ::2]
             return (torch.randn(shape, generator=g) * size).to(device, case.dtype)
 
@@ -119,16 +124,17 @@ class LinearNceCases:
         }
 
     def run(self, inputs: Inputs, impl: str) -> Values:
+        """Return the op's loss and gradients."""
         from calm_fast._ops.linear_nce.api import linear_nce
 
         return _with_gradients(inputs, lambda tensors: linear_nce(**tensors, impl=impl))
 
     def eager(self, inputs: Inputs) -> Values:
-        """Log-softmax on full logits as a user writes it, every step in the inputs' dtype."""
+        """Return the same values from log-softmax on full logits, as a user writes it, in the inputs' dtype."""
         return _with_gradients(inputs, lambda tensors: _eager_loss(**tensors))
 
     def exact(self, inputs: Inputs) -> Values:
-        """Ignored tokens get gradient 0; without a valid token everything is 0."""
+        """Return masks of the exact elements: gradients of ignored tokens, and everything if no token is valid."""
         ignored = inputs["targets"] == -100
         found = {"dstudent": ignored.unsqueeze(-1).expand(inputs["student"].shape)}
         if bool(ignored.all()):
@@ -138,10 +144,11 @@ class LinearNceCases:
         return found
 
     def rounding(self, inputs: Inputs) -> dict[str, Rounding]:
+        """Return the rounding terms R and A of the loss and every gradient."""
         return _rounding(inputs)
 
 
-def _with_gradients(inputs: Inputs, call: Any) -> Values:
+def _with_gradients(inputs: Inputs, call: Callable[[dict[str, Any]], torch.Tensor]) -> Values:
     names = ["student"] if inputs["frozen"] else ["student", "weight"] + ["bias"] * (inputs["bias"] is not None)
     leaves = {name: inputs[name].detach().requires_grad_() for name in names}
     tensors = {name: value for name, value in inputs.items() if name not in ("frozen", "dloss")} | leaves
@@ -150,7 +157,19 @@ def _with_gradients(inputs: Inputs, call: Any) -> Values:
     return {"loss": loss.detach(), **{f"d{name}": g for name, g in zip(names, grads, strict=True)}}
 
 
-def _eager_loss(student, nat, neg, weight, targets, seq_ids, alpha, temperature, offset, bias, softcap) -> torch.Tensor:
+def _eager_loss(
+    student: torch.Tensor,
+    nat: torch.Tensor,
+    neg: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    seq_ids: torch.Tensor,
+    alpha: float,
+    temperature: float,
+    offset: float,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+) -> torch.Tensor:
     def head(hidden: torch.Tensor) -> torch.Tensor:
         z = torch.nn.functional.linear(hidden, weight, bias)
         return z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -173,7 +192,7 @@ def _eager_loss(student, nat, neg, weight, targets, seq_ids, alpha, temperature,
 
 
 def _rounding(inputs: Inputs) -> dict[str, Rounding]:
-    """Follows loss and gradients from the three logit products, first order.
+    """Propagate errors from the three logit products to the loss and gradients, to first order.
 
     loss = sum_t hard_t (lse - z_target) + soft_t H_t,  soft_t = alpha tau^2 / count (offset + tanh KL_s)
     dz   = dloss (hard_t (p - 1_target) + soft_t / tau (p^tau - p_nat^tau))
@@ -187,50 +206,52 @@ def _rounding(inputs: Inputs) -> dict[str, Rounding]:
     student, nat, neg = (logits(tokens[name], *head) for name in ("student", "nat", "neg"))
     tau = 1.0 / inputs["temperature"]
     c_hard, c_soft = (1 - inputs["alpha"]) / count, inputs["alpha"] / tau**2 / count
-    kept, kept_off = _calibration(nat, neg, tokens["seq_ids"], inputs["offset"])
+    weights, weights_error = _calibration(nat, neg, tokens["seq_ids"], inputs["offset"])
 
-    (lse, lse_off), (at_target, target_off) = student.log_sum(), student.at(targets)
-    (lse_soft, lse_soft_off), scaled = student.log_sum(tau), (student.off * tau).steps(student.z * tau)
-    mean, mean_off = nat.mean(student.z * tau, scaled, tau)
+    (lse, lse_error), (at_target, target_error) = student.log_sum(), student.at(targets)
+    lse_soft, lse_soft_error = student.log_sum(tau)
+    mean, mean_error = nat.mean(student.z * tau, (student.error * tau).add_roundings(student.z * tau), tau)
     hard, soft = lse - at_target, lse_soft - mean
-    off = (lse_off + target_off).steps(hard, 1) * c_hard
-    off = off + ((lse_soft_off + mean_off).steps(soft, 1) * kept + kept_off * soft) * c_soft
-    terms = c_hard * hard.abs() + (c_soft * kept * soft).abs()
-    loss_off = off.steps(terms).shared().sum(-2, terms.unsqueeze(-1)).map(lambda t: t.squeeze(-1))
+    error = (lse_error + target_error).add_roundings(hard, 1) * c_hard
+    soft_error = (lse_soft_error + mean_error).add_roundings(soft, 1)
+    error = error + (soft_error * weights + weights_error * soft) * c_soft
+    terms = c_hard * hard.abs() + (c_soft * weights * soft).abs()
+    loss_error = error.add_roundings(terms).to_column().sum(-2, terms.unsqueeze(-1)).map(lambda t: t.squeeze(-1))
 
     dloss = inputs["dloss"]
-    (p, p_off), (q, q_off), (r, r_off) = student.softmax(), student.softmax(tau), nat.softmax(tau)
+    (p, p_error), (q, q_error), (r, r_error) = student.softmax(), student.softmax(tau), nat.softmax(tau)
     one = torch.zeros_like(p).scatter_(1, targets.unsqueeze(-1), 1.0)
-    share, share_off = dloss * c_soft * tau * kept.unsqueeze(-1), kept_off.shared() * (dloss * c_soft * tau)
+    factor = dloss * c_soft * tau
+    share, share_error = factor * weights.unsqueeze(-1), weights_error.to_column() * factor
     dz = dloss * c_hard * (p - one) + share * (q - r)
-    dz_off = p_off * (dloss * c_hard) + (q_off + r_off) * share + share_off * (q - r)
-    dz_off = dz_off.steps(dloss * abs(c_hard) * (p + one) + share.abs() * (q + r))
-    raw, raw_off = student.backward(dz, dz_off)
-    found = {name: o.rounding() for name, o in gradients(raw, raw_off, tokens["student"], inputs["weight"]).items()}
+    dz_error = p_error * (dloss * c_hard) + (q_error + r_error) * share + share_error * (q - r)
+    dz_error = dz_error.add_roundings(dloss * abs(c_hard) * (p + one) + share.abs() * (q + r))
+    raw, raw_error = student.backward(dz, dz_error)
+    bounds = gradients(raw, raw_error, tokens["student"], inputs["weight"])
+    found = {name: bound.to_rounding() for name, bound in bounds.items()}
 
-    def scattered(values: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(inputs["student"]).masked_scatter(valid.unsqueeze(-1), values)
+    def scatter(values: torch.Tensor | float) -> torch.Tensor:
+        return torch.zeros_like(inputs["student"]).masked_scatter(valid.unsqueeze(-1), torch.as_tensor(values))
 
-    dstudent = Rounding(scattered(found["dhidden"].inputs), scattered(found["dhidden"].accumulate))
-    values = (loss_off.rounding(), dstudent, found["dweight"], found["dbias"])
+    dstudent = Rounding(scatter(found["dhidden"].inputs), scatter(found["dhidden"].accumulate))
+    values = (loss_error.to_rounding(), dstudent, found["dweight"], found["dbias"])
     return dict(zip(names, values, strict=True))
 
 
-def _calibration(nat: Logits, neg: Logits, seq_ids: torch.Tensor, offset: float) -> tuple[torch.Tensor, Off]:
-    """offset + tanh KL_s of each token's sequence, (T,)."""
-    gap, gap_off = neg.z - nat.z, (neg.off + nat.off).steps(neg.z - nat.z, 1)
-    mean, mean_off = neg.mean(gap, gap_off)
-    (lse_neg, neg_off), (lse_nat, nat_off) = neg.log_sum(), nat.log_sum()
+def _calibration(nat: Logits, neg: Logits, seq_ids: torch.Tensor, offset: float) -> tuple[torch.Tensor, ErrorBound]:
+    """Return offset + tanh KL_s of each token's sequence, (T,), and its bound."""
+    gap, gap_error = neg.z - nat.z, (neg.error + nat.error).add_roundings(neg.z - nat.z, 1)
+    mean, mean_error = neg.mean(gap, gap_error)
+    (lse_neg, neg_error), (lse_nat, nat_error) = neg.log_sum(), nat.log_sum()
     kl = mean - lse_neg + lse_nat
-    kl_off = (mean_off + neg_off + nat_off).steps(kl.abs() + lse_neg.abs() + lse_nat.abs(), 2)
+    kl_error = (mean_error + neg_error + nat_error).add_roundings(kl.abs() + lse_neg.abs() + lse_nat.abs(), 2)
     same = (seq_ids[:, None] == seq_ids).double()
     same = same / same.sum(-1, keepdim=True)
     beta = torch.tanh(same @ kl)
-    off = (
-        kl_off.shared().map(lambda t: t.mT.expand(2, kl.numel(), -1)) * same
-    )  # (2, T, T): row i, every token of its sequence
-    off = off.sum(-1, same * kl) * (1 - beta.square())
-    return offset + beta, off.steps(torch.ones_like(beta)).steps(offset + beta, 1)
+    # (2, T, T): row i holds every token of i's sequence
+    error = kl_error.to_column().map(lambda t: t.mT.expand(2, kl.numel(), -1)) * same
+    error = error.sum(-1, same * kl) * (1 - beta.square())
+    return offset + beta, error.add_roundings(torch.ones_like(beta)).add_roundings(offset + beta, 1)
 
 
 CASES = LinearNceCases()

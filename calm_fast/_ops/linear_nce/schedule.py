@@ -1,22 +1,39 @@
-"""The training step of linear_nce for a head that is not trained: which tokens when, and what they weigh."""
+"""Chunk schedule of the one-pass training step of linear_nce, for a frozen head: cuts, loss weights, and the loop.
+
+The torch and native engines run in `step`. Triton's chunks are cut here too (`sort_and_cut_valid`); its loop is in
+kernels/linear_nce/step.py, because its row kernels compute the loss weights of a chunk's tokens themselves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
-from calm_fast._ops.vocabulary.torch_impl import take, valid_rows
+from calm_fast._ops.vocabulary.schedule import take, valid_rows
 
-Stats = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-# bytes of the logits of two streams that a step keeps until the KL of their sequences is known: 128 tokens of 49152
-# columns in 16 bits on a CPU
+# Bytes of the logits of two streams that a step keeps until the KL of their sequences is known: on a CPU, 128 tokens of
+# 49152 columns in 16 bits.
 _KEPT = 24 << 20
 _KEPT_GPU = 256 << 20
-# tokens of a chunk at least, where memory allows them: below, reading the weight takes a growing share of the time
+# Minimum tokens of a chunk where memory allows: below it, reading the weight takes a growing share of the time.
 _TOKENS = 128
+
+# Triton: rows of the gradient's product. At d 4096, 1024 rows are 128 output tiles of 128 x 256 for the 132
+# multiprocessors of an H200.
+_PRODUCT_ROWS = 1024
+# Triton: limit of the bytes of a chunk's logits in three streams. A large vocabulary gets fewer rows; a long sequence
+# may have more.
+_LOGIT_BYTES = 1 << 30
+# logits by which the Triton step may pad a row
+_PADDING = 16
+_NO_SEQUENCE = torch.iinfo(torch.int64).max
+
+# loss (), lse (3, T) and coefficients (2, T) of a forward pass
+Forward = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# order, ids (T,) and the chunks of `sort_and_cut_valid`
+Plan = tuple[torch.Tensor, torch.Tensor, list[slice]]
 
 
 def combine(
@@ -30,25 +47,27 @@ def combine(
     alpha: float,
     temperature: float,
     offset: float,
-) -> Stats:
-    """The loss from the numbers of the tokens that count.
+) -> Forward:
+    """Compute the loss from the statistics of the t valid tokens.
 
     Args:
-        lse (3, t), hard, soft, kl (t,): what `Engine.sweep` returns. seq_ids: (t,). rows: which of the `tokens` they
-            are, None = all.
+        lse (3, t), hard, soft, kl (t,): as `Engine.sweep` returns them.
+        seq_ids: (t,).
+        rows: indices of the valid tokens among `tokens`; None = all of them.
     Returns:
-        what `linear_nce_torch_fwd` does, (3, T) and (2, T) with zeros for the other tokens.
+        loss (), lse (3, T) and coefficients (2, T) as `linear_nce_torch_fwd`, 0 for ignored tokens.
     """
     if kl.shape[0] == 0:
         return lse.new_zeros(()), lse.new_zeros((3, tokens)), lse.new_zeros((2, tokens))
-    some = coefficients_of(kl, seq_ids, kl.shape[0], tokens, alpha, temperature, offset)
-    loss = (some * torch.stack((hard, soft))).sum()
+    coefficients = loss_coefficients(kl, seq_ids, kl.shape[0], tokens, alpha, temperature, offset)
+    loss = (coefficients * torch.stack((hard, soft))).sum()
     if rows is None:
-        return loss, lse, some
-    return loss, *(t.new_zeros((t.shape[0], tokens)).index_copy_(1, rows, t) for t in (lse, some))
+        return loss, lse, coefficients
+    lse, coefficients = (t.new_zeros((t.shape[0], tokens)).index_copy_(1, rows, t) for t in (lse, coefficients))
+    return loss, lse, coefficients
 
 
-def coefficients_of(
+def loss_coefficients(
     kl: torch.Tensor,
     seq_ids: torch.Tensor,
     count: int,
@@ -57,10 +76,10 @@ def coefficients_of(
     temperature: float,
     offset: float,
 ) -> torch.Tensor:
-    """(2, t) what the hard and the soft cross-entropy of tokens of whole sequences weigh in the loss.
+    """Return the factors of the hard and the soft cross-entropy in the loss, (2, t), for tokens of whole sequences.
 
     Args:
-        kl, seq_ids: (t,). count: of tokens in the loss. tokens: T, above every id.
+        kl, seq_ids: (t,). count: number of tokens in the loss. tokens: T, above every id.
     """
     members = torch.bincount(seq_ids, minlength=tokens)
     per_sequence = kl.new_zeros(tokens).index_add_(0, seq_ids, kl) / members.clamp(min=1)
@@ -68,34 +87,20 @@ def coefficients_of(
     return torch.stack((torch.full_like(kl, (1 - alpha) / count), alpha * temperature**2 / count * calibration))
 
 
-class Engine(Protocol):
-    """What a training step does with some of its tokens; `step` says which and when."""
-
-    def calibrate(self, rows: slice) -> torch.Tensor:
-        """KL(p_neg || p_nat), (t,)."""
-
-    def sweep(self, rows: slice, calibrated: bool = False) -> tuple[torch.Tensor, ...]:
-        """lse (3, t) of student, student over tau, nat over tau; hard and soft cross-entropy, and kl unless
-        `calibrated`, each (t,). Keeps what `gradient` needs."""
-
-    def gradient(self, rows: slice, lse: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-        """(t, d) the gradient of the hidden states of the tokens swept last; coefficients (2, t)."""
+# ---- cuts -----------------------------------------------------------------------------------------------------------
 
 
-def whole_sequences(seq_ids: torch.Tensor, fit: int) -> tuple[torch.Tensor | None, list[slice], list[slice]]:
-    """Tokens sorted by sequence and cut into chunks that end where sequences end.
-
-    A chunk has at most `fit` tokens, or up to a quarter of all where a sequence needs it.
+def cut_sequences(sizes: Sequence[int], most: int) -> tuple[list[slice], list[slice]]:
+    """Cut tokens that are sorted by sequence into chunks that end where sequences end.
 
     Args:
-        seq_ids: (t,), t >= 1.
+        sizes: tokens of each sequence. most: tokens of a chunk.
     Returns:
-        the order of the tokens, None = as they are; the chunks; the parts of sequences that are too long for one.
+        chunks of whole sequences, and parts of the sequences that exceed `most`.
     """
-    ids, order = seq_ids.sort(stable=True)
-    sizes = torch.unique_consecutive(ids, return_counts=True)[1].tolist()
-    most = max(1, fit, min(max(sizes), len(ids) // 4))
-    chunks, parts, begin, end = [], [], 0, 0
+    chunks: list[slice] = []
+    parts: list[slice] = []
+    begin, end = 0, 0
     for size in sizes:
         if end > begin and end + size - begin > most:
             chunks.append(slice(begin, end))
@@ -106,16 +111,78 @@ def whole_sequences(seq_ids: torch.Tensor, fit: int) -> tuple[torch.Tensor | Non
             begin = end
     if end > begin:
         chunks.append(slice(begin, end))
+    return chunks, parts
+
+
+def sort_and_cut(seq_ids: torch.Tensor, fit: int) -> tuple[torch.Tensor | None, list[slice], list[slice]]:
+    """Sort tokens by sequence and cut them into chunks of at most `fit`, or a quarter of all if a sequence needs it.
+
+    Args:
+        seq_ids: (t,), t >= 1.
+    Returns:
+        the order of the tokens (None = as they are), the chunks, and the parts of sequences too long for a chunk.
+    """
+    ids, order = seq_ids.sort(stable=True)
+    sizes = torch.unique_consecutive(ids, return_counts=True)[1].tolist()
+    chunks, parts = cut_sequences(sizes, max(1, fit, min(max(sizes), len(ids) // 4)))
     return None if torch.equal(ids, seq_ids) else order, chunks, parts
 
 
-def _tokens_of_a_chunk(tokens: int, weight: torch.Tensor, kept: torch.dtype) -> int:
+def sort_and_cut_valid(
+    targets: torch.Tensor, seq_ids: torch.Tensor, ignore_index: int, rows: int, most: int
+) -> Plan | None:
+    """Sort the valid tokens by sequence and cut them into chunks of whole sequences; waits for the device once.
+
+    Args:
+        targets, seq_ids: (T,), T >= 1.
+        rows: tokens of a chunk, unless the longest sequence has more; most: their limit.
+    Returns:
+        order, ids (T,): the tokens sequence by sequence, ignored ones last, and their sequences; the chunks. None if a
+        sequence exceeds `most`.
+    """
+    ids, order = torch.sort(seq_ids.masked_fill(targets == ignore_index, _NO_SEQUENCE), stable=True)
+    found, counts = torch.unique_consecutive(ids.cpu(), return_counts=True)
+    sizes = counts[: found.numel() - int(found[-1] == _NO_SEQUENCE)].tolist()
+    longest = max(sizes, default=0)
+    if longest > most:
+        return None
+    return order, ids, cut_sequences(sizes, max(rows, longest))[0]
+
+
+def triton_rows(weight: torch.Tensor) -> tuple[int, int]:
+    """Return the tokens of a chunk of the Triton step, and the limit that a long sequence may extend them to."""
+    most = max(1, _LOGIT_BYTES // (3 * (weight.shape[0] + _PADDING) * weight.element_size()))
+    return min(_PRODUCT_ROWS, most // 128 * 128 or most), most
+
+
+def _chunk_tokens(tokens: int, weight: torch.Tensor, kept: torch.dtype) -> int:
     memory = _KEPT if weight.device.type == "cpu" else _KEPT_GPU
     return min(max(_TOKENS, tokens // 4), memory // (2 * weight.shape[0] * kept.itemsize))
 
 
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+class Engine(Protocol):
+    """The work of a training step on a chunk of its tokens; `step` decides the chunks and their order."""
+
+    def calibrate(self, rows: slice) -> torch.Tensor:
+        """Return KL(p_neg || p_nat), (t,)."""
+
+    def sweep(self, rows: slice, calibrated: bool = False) -> tuple[torch.Tensor, ...]:
+        """Sweep the vocabulary and keep the logits that `gradient` needs.
+
+        Returns:
+            lse (3, t): log-sum-exps of the student, of the student over tau, of nat over tau; the hard and the soft
+            cross-entropy, each (t,); KL(p_neg || p_nat), (t,), unless `calibrated`.
+        """
+
+    def gradient(self, rows: slice, lse: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the hidden states of the tokens swept last, (t, d); coefficients (2, t)."""
+
+
 def step(
-    engine_of: Callable[..., Engine],
+    make_engine: Callable[..., Engine],
     student: torch.Tensor,
     nat: torch.Tensor,
     neg: torch.Tensor,
@@ -128,13 +195,13 @@ def step(
     ignore_index: int,
     kept: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss () and the student's gradient (T, d) at dloss = 1, both in the compute dtype.
+    """Return the loss () and the student's gradient (T, d) at dloss = 1, both in the compute dtype.
 
-    The gradient of a token needs the KL of its whole sequence: sequences that fit into a chunk keep their logits until
-    it is known, longer ones are calibrated first, which takes one product more.
+    The gradient of a token needs the KL of its whole sequence. Sequences that fit into a chunk keep their logits until
+    it is known. Longer ones are calibrated first, which takes one more product.
 
     Args:
-        engine_of: makes the engine from student, nat, neg, targets and most=, the tokens of the largest chunk.
+        make_engine: called with student, nat, neg, targets and most=, the tokens of the largest chunk.
         kept: the dtype of a kept logit.
     """
     tokens, rows = targets.shape[0], valid_rows(targets, ignore_index)
@@ -144,16 +211,16 @@ def step(
     count = targets.shape[0]
     if count == 0:
         return gradient.new_zeros(()), gradient
-    order, chunks, parts = whole_sequences(seq_ids, _tokens_of_a_chunk(count, weight, kept))
+    order, chunks, parts = sort_and_cut(seq_ids, _chunk_tokens(count, weight, kept))
     streams = take(order, student, nat, neg, targets)
     ids = seq_ids if order is None else seq_ids[order]
     place = rows if order is None else order if rows is None else rows[order]
-    engine = engine_of(*streams, most=max(c.stop - c.start for c in chunks + parts))
-    numbers = gradient.new_zeros((3, count))  # hard, soft, kl
+    engine = make_engine(*streams, most=max(c.stop - c.start for c in chunks + parts))
+    # hard and soft cross-entropy, KL
+    statistics = gradient.new_zeros((3, count))
 
-    def weigh(tokens_of: torch.Tensor | slice) -> torch.Tensor:
-        kl, own = numbers[2, tokens_of], ids[tokens_of]
-        return coefficients_of(kl, own, count, tokens, alpha, temperature, offset)
+    def coefficients_of(chunk: torch.Tensor | slice) -> torch.Tensor:
+        return loss_coefficients(statistics[2, chunk], ids[chunk], count, tokens, alpha, temperature, offset)
 
     def put_gradient(chunk: slice, lse: torch.Tensor, coefficients: torch.Tensor) -> None:
         part = engine.gradient(chunk, lse, coefficients)
@@ -164,18 +231,20 @@ def step(
 
     for chunk in chunks:
         lse, *found = engine.sweep(chunk)
-        numbers[:, chunk] = torch.stack(found)
-        put_gradient(chunk, lse, weigh(chunk))
+        statistics[:, chunk] = torch.stack(found)
+        put_gradient(chunk, lse, coefficients_of(chunk))
     for part in parts:
-        numbers[2, part] = engine.calibrate(part)
+        statistics[2, part] = engine.calibrate(part)
     if parts:
         long = torch.cat([torch.arange(p.start, p.stop, device=ids.device) for p in parts])
-        known = gradient.new_zeros((2, count)).index_copy_(1, long, weigh(long))
+        known = gradient.new_zeros((2, count)).index_copy_(1, long, coefficients_of(long))
         for part in parts:
             lse, *found = engine.sweep(part, calibrated=True)
-            numbers[:2, part] = torch.stack(found)
+            statistics[:2, part] = torch.stack(found)
             put_gradient(part, lse, known[:, part])
-    if order is not None:  # summed in the order of the tokens: the bits of the loss without a gradient
-        numbers = torch.empty_like(numbers).index_copy_(1, order, numbers)
-    loss = combine(numbers, *numbers, seq_ids, None, tokens, alpha, temperature, offset)[0]
+    if order is not None:
+        # summed in the order of the tokens: the same bits as the loss without a gradient
+        statistics = torch.empty_like(statistics).index_copy_(1, order, statistics)
+    hard, soft, kl = statistics
+    loss = combine(statistics, hard, soft, kl, seq_ids, None, tokens, alpha, temperature, offset)[0]
     return loss, gradient

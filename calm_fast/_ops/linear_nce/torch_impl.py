@@ -1,67 +1,72 @@
-"""linear_nce from blocked products and running sums: no (T, V) logits, forward or backward."""
+"""linear_nce in torch, from blocked products and running sums: no (T, V) logits, forward or backward."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from calm_fast._ops.linear_nce.schedule import combine, step
+from calm_fast._ops.linear_nce.schedule import Forward, combine, step
+from calm_fast._ops.vocabulary.schedule import HeadGradients, head_gradients, put, take, valid_rows, within
 from calm_fast._ops.vocabulary.torch_impl import (
-    Gradients,
     LogitTiles,
     RunningSum,
     TargetLogits,
     exact_product,
     probabilities,
-    put,
-    subtract_at,
-    take,
-    valid_rows,
-    within,
+    subtract_at_targets_,
 )
 
-Stats = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# lse (3, t), hard and soft cross-entropy (t,), KL (t,)
+_Statistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _sweep(
     tiles: LogitTiles,
-    streams: Stats,
+    student: torch.Tensor | None,
+    nat: torch.Tensor,
+    neg: torch.Tensor | None,
     targets: torch.Tensor,
     temperature: float,
     keep: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One block of tokens against the whole vocabulary.
+) -> _Statistics:
+    """Sweep the vocabulary for one block of tokens.
 
     Args:
-        streams: student, nat, neg, each (t, d), or None for what nobody needs. targets: (t,). keep: two (t, V), get the
-            products of student and nat.
+        student, nat, neg: (t, d). Without a student only the KL is meaningful, without neg everything but the KL.
+        targets: (t,).
+        keep: two tensors (t, V) in the inputs' dtype that receive the products of student and nat.
     Returns:
         lse (3, t): log-sum-exps of the student, of the student over tau, of nat over tau; the hard and the soft
         cross-entropy and KL(p_neg || p_nat), each (t,).
     """
-    t, like, tau = targets.shape[0], tiles.like, 1.0 / temperature
-    plain, (with_student, _, with_neg) = temperature == 1.0, (h is not None for h in streams)
-    student, nat, neg = (RunningSum(t, like) for _ in range(3))
-    soft_student, soft_nat = (student, nat) if plain else (RunningSum(t, like, tau), RunningSum(t, like, tau))
+    t, like, tau, plain = targets.shape[0], tiles.like, 1.0 / temperature, temperature == 1.0
+    student_sum, nat_sum, neg_sum = (RunningSum(t, like) for _ in range(3))
+    soft_student, soft_nat = student_sum, nat_sum
+    if not plain:
+        soft_student, soft_nat = RunningSum(t, like, tau), RunningSum(t, like, tau)
     at_target = TargetLogits(targets, tiles.columns, like)
     for columns in tiles.column_blocks():
-        kept = (None,) * 3 if keep is None else (keep[0][:, columns], keep[1][:, columns], None)
-        z, z_nat, z_neg = (h if h is None else tiles.logits(h, columns, i, kept[i]) for i, h in enumerate(streams))
+        keep_student, keep_nat = (None, None) if keep is None else (keep[0][:, columns], keep[1][:, columns])
+        z = None if student is None else tiles.logits(student, columns, 0, keep_student)
+        z_nat = tiles.logits(nat, columns, 1, keep_nat)
+        z_neg = None if neg is None else tiles.logits(neg, columns, 2)
         spare = tiles.spare(z_nat)
-        if with_student:
+        if z is not None:
             at_target.add(z, columns)
-            student.add(z, spare)
+            student_sum.add(z, spare)
         if not plain:
-            nat.add(z_nat, spare)
-        if with_student and not plain:
-            soft_student.add(z, spare)
+            nat_sum.add(z_nat, spare)
+            if z is not None:
+                soft_student.add(z, spare)
         powers = soft_nat.add(z_nat, spare)
-        if with_student:
-            soft_nat.weigh(powers, tiles.without_banned(z))
-        if with_neg:
-            powers = neg.add(z_neg, spare)
-            neg.weigh(powers, tiles.without_banned(z_neg).sub_(tiles.without_banned(z_nat)))
-    lse, lse_soft, lse_nat = student.log_sum(), soft_student.log_sum(), soft_nat.log_sum()
-    kl = neg.mean() - neg.log_sum() + nat.log_sum()
+        if z is not None:
+            soft_nat.add_weighted(powers, tiles.zero_banned_(z))
+        if z_neg is not None:
+            powers = neg_sum.add(z_neg, spare)
+            neg_sum.add_weighted(powers, tiles.zero_banned_(z_neg).sub_(tiles.zero_banned_(z_nat)))
+    lse, lse_soft, lse_nat = student_sum.log_sum(), soft_student.log_sum(), soft_nat.log_sum()
+    kl = neg_sum.mean() - neg_sum.log_sum() + nat_sum.log_sum()
     return torch.stack((lse, lse_soft, lse_nat)), lse - at_target.values, lse_soft - tau * soft_nat.mean(), kl
 
 
@@ -78,18 +83,19 @@ def linear_nce_torch_fwd(
     offset: float,
     softcap: float | None,
     ignore_index: int,
-) -> Stats:
-    """See `linear_nce_reference`; arguments are validated already.
+) -> Forward:
+    """Compute `linear_nce_reference` block by block; the arguments have been checked.
 
     Returns:
         the loss (); lse (3, T): log-sum-exps of the student, of the student over tau, of nat over tau; coefficients
-        (2, T) of the hard and the soft cross-entropy in the loss, 0 for ignored tokens. All in the compute dtype.
+        (2, T): factors of the hard and the soft cross-entropy in the loss. lse and coefficients are 0 for ignored
+        tokens. All are in the compute dtype.
     """
     tokens, rows = targets.shape[0], valid_rows(targets, ignore_index)
     student, nat, neg, targets, seq_ids = take(rows, student, nat, neg, targets, seq_ids)
     tiles = LogitTiles(weight, bias, softcap, targets.shape[0], streams=3)
     parts = [
-        _sweep(tiles, (student[block], nat[block], neg[block]), targets[block], temperature)
+        _sweep(tiles, student[block], nat[block], neg[block], targets[block], temperature)
         for block in tiles.row_blocks(slice(0, targets.shape[0]))
     ]
     nothing = tiles.like.new_zeros(0)
@@ -110,33 +116,33 @@ def linear_nce_torch_bwd(
     temperature: float,
     softcap: float | None,
     ignore_index: int,
-    needs: tuple[bool, bool, bool],
-) -> Stats:
-    """Gradients of student, weight and bias: logit tiles are computed again, then
+    needs: Sequence[bool],
+) -> HeadGradients:
+    """Compute the gradients of student, weight and bias from logit tiles that are computed again.
 
         dz = dloss (c_hard (softmax(z) - 1_target) + c_soft / tau (softmax(z / tau) - softmax(z_nat / tau)))
 
     Args:
-        dloss: (). lse, coefficients: what the forward pass returned. needs: which of the three are wanted.
+        dloss: (). lse (3, T), coefficients (2, T): as returned by the forward pass.
+        needs: which of the three gradients are wanted.
     Returns:
-        (T, d), (V, d) and (V,) in the inputs' dtypes; an empty tensor for what is not wanted.
+        (T, d), (V, d) and (V,) in the inputs' dtype; an empty tensor for a gradient that is not wanted.
     """
     rows, tokens = valid_rows(targets, ignore_index), student.shape[0]
     student, nat, targets = take(rows, student, nat, targets)
     lse, coefficients = (t if rows is None else t[:, rows] for t in (lse, coefficients))
     hard, soft = coefficients * dloss
     soft = soft / temperature
-
-    gradients = Gradients(student, weight, needs)
     tiles = LogitTiles(weight, bias, softcap, targets.shape[0], streams=2)
-    for chunk_rows, chunk_columns, chunk in gradients.chunks():
+
+    def fill(chunk_rows: slice, chunk_columns: slice, chunk: torch.Tensor) -> None:
         for r in tiles.row_blocks(chunk_rows):
             for c in tiles.column_blocks(chunk_columns):
-                z, z_nat = (tiles.logits(h[r], c, i) for i, h in enumerate((student, nat)))
+                z, z_nat = tiles.logits(student[r], c, 0), tiles.logits(nat[r], c, 1)
                 dz = _dlogits(tiles, z, z_nat, c, lse[:, r], hard[r], soft[r], temperature, targets[r])
                 chunk[within(r, chunk_rows), within(c, chunk_columns)] = dz
-        gradients.add(chunk_rows, chunk_columns, chunk)
-    dstudent, dweight, dbias = gradients.results()
+
+    dstudent, dweight, dbias = head_gradients(student, weight, needs, fill)
     return put(rows, dstudent, tokens) if needs[0] else dstudent, dweight, dbias
 
 
@@ -151,7 +157,10 @@ def _dlogits(
     temperature: float,
     targets: torch.Tensor,
 ) -> torch.Tensor:
-    """One tile of dz from two tiles of logits: (t, columns) in the compute dtype. lse (3, t), the rest (t,)."""
+    """Return one tile of dz (t, columns) from two tiles of logits, in the compute dtype.
+
+    lse: (3, t). hard, soft, targets: (t,); `soft` is already divided by the temperature.
+    """
     tau = 1.0 / temperature
     dz = probabilities(z, lse[1], tau, tiles.spare(z))
     if temperature == 1.0:
@@ -160,46 +169,59 @@ def _dlogits(
         dz.mul_(soft.unsqueeze(1))
         dz.addcmul_(probabilities(z, lse[0], 1.0, tiles.spare(z, 1)), hard.unsqueeze(1))
     dz.addcmul_(probabilities(z_nat, lse[2], tau, z_nat), soft.unsqueeze(1), value=-1.0)
-    subtract_at(dz, targets, hard, columns)
-    return tiles.through_softcap(dz, z)
+    subtract_at_targets_(dz, targets, hard, columns)
+    return tiles.softcap_backward_(dz, z)
 
 
-# ---- loss and gradient in one pass, for a head that is not trained --------------------------------------------------
+# ---- loss and gradient in one pass, for a frozen head ---------------------------------------------------------------
 
 
 class _TorchEngine:
-    """See `steps.linear_nce.Engine`: what is kept are bare products in the inputs' dtype, as full logits would be."""
+    """Engine of `schedule.step` that keeps bare products in the inputs' dtype, as full logits would be stored."""
 
-    def __init__(self, streams: tuple[torch.Tensor, ...], head: tuple, temperature: float, most: int) -> None:
-        """streams: student, nat, neg, targets. head: weight, bias, softcap. most: tokens of the largest chunk."""
-        *self.streams, self.targets = streams
-        self.weight, self.temperature = head[0], temperature
-        self.tiles = LogitTiles(*head, most, streams=3)
+    def __init__(
+        self,
+        student: torch.Tensor,
+        nat: torch.Tensor,
+        neg: torch.Tensor,
+        targets: torch.Tensor,
+        tiles: LogitTiles,
+        temperature: float,
+        most: int,
+    ) -> None:
+        """Take the tokens (t, d) and (t,) in the order of the schedule; most: tokens of the largest chunk."""
+        self.student, self.nat, self.neg, self.targets = student, nat, neg, targets
+        self.tiles, self.weight, self.temperature = tiles, tiles.weight, temperature
         self.memory = self.weight.new_empty((2, most * self.weight.shape[0]))
 
     def _kept(self, rows: slice) -> torch.Tensor:
-        shape = (2, rows.stop - rows.start, self.weight.shape[0])
-        return self.memory[:, : shape[1] * shape[2]].view(shape)
-
-    def _swept(self, rows: slice, wanted: tuple[bool, bool, bool], kept: torch.Tensor | None) -> tuple:
-        parts = []
-        for r in self.tiles.row_blocks(rows):
-            streams = tuple(h[r] if want else None for h, want in zip(self.streams, wanted, strict=True))
-            keep = None if kept is None else kept[:, within(r, rows)]
-            parts.append(_sweep(self.tiles, streams, self.targets[r], self.temperature, keep))
-        return tuple(torch.cat(p, dim=-1) for p in zip(*parts, strict=True))
+        """Return the memory of a chunk's kept products: (2, t, V)."""
+        height, width = rows.stop - rows.start, self.weight.shape[0]
+        return self.memory[:, : height * width].view(2, height, width)
 
     def calibrate(self, rows: slice) -> torch.Tensor:
-        return self._swept(rows, (False, True, True), None)[3]
+        """See `Engine.calibrate`."""
+        found = [
+            _sweep(self.tiles, None, self.nat[r], self.neg[r], self.targets[r], self.temperature)
+            for r in self.tiles.row_blocks(rows)
+        ]
+        return torch.cat([kl for _, _, _, kl in found])
 
     def sweep(self, rows: slice, calibrated: bool = False) -> tuple[torch.Tensor, ...]:
-        return self._swept(rows, (True, True, not calibrated), self._kept(rows))[: 3 if calibrated else 4]
+        """See `Engine.sweep`."""
+        kept, parts = self._kept(rows), []
+        for r in self.tiles.row_blocks(rows):
+            neg, block = None if calibrated else self.neg[r], within(r, rows)
+            keep = kept[0, block], kept[1, block]
+            parts.append(_sweep(self.tiles, self.student[r], self.nat[r], neg, self.targets[r], self.temperature, keep))
+        return tuple(torch.cat(p, dim=-1) for p in zip(*parts, strict=True))[: 3 if calibrated else 4]
 
     def gradient(self, rows: slice, lse: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        """See `Engine.gradient`."""
         tiles, kept = self.tiles, self._kept(rows)
         hard, soft = coefficients[0], coefficients[1] / self.temperature
-        # a token's logit gradients lie within -1 .. 1 before they are rounded, whatever its weight in the loss is, and
-        # in float16, which ends at 2^-24, within -1024 .. 1024
+        # Scale a token's logit gradients to -1 .. 1 before they are rounded, so that its weight in the loss costs no
+        # precision. In float16, whose smallest number is 2^-24, to -1024 .. 1024.
         size = hard.abs() + soft.abs()
         size = torch.where(size > 0, size, 1.0) / (1024.0 if self.weight.dtype == torch.float16 else 1.0)
         hard, soft = hard / size, soft / size
@@ -226,14 +248,17 @@ def linear_nce_torch_step(
     softcap: float | None,
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss and the student's gradient at dloss = 1, without recomputing logits: see `step`.
+    """Compute the loss and the student's gradient at dloss = 1 without computing logits twice; see `schedule.step`.
 
     Returns:
-        the loss () and (T, d), both in the compute dtype; 0 for ignored tokens.
+        the loss () and the gradient (T, d), both in the compute dtype; the gradient is 0 for ignored tokens.
     """
 
-    def engine_of(*streams: torch.Tensor, most: int) -> _TorchEngine:
-        return _TorchEngine(streams, (weight, bias, softcap), temperature, most)
+    def make_engine(*streams: torch.Tensor, most: int) -> _TorchEngine:
+        student, nat, neg, targets = streams
+        tiles = LogitTiles(weight, bias, softcap, most, streams=3)
+        return _TorchEngine(student, nat, neg, targets, tiles, temperature, most)
 
-    options = (alpha, temperature, offset, ignore_index, weight.dtype)
-    return step(engine_of, student, nat, neg, weight, targets, seq_ids, *options)
+    return step(
+        make_engine, student, nat, neg, weight, targets, seq_ids, alpha, temperature, offset, ignore_index, weight.dtype
+    )

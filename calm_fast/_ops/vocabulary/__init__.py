@@ -1,1 +1,1 @@
-"""What linear_nce and linear_logprob share: logits of a vocabulary that are never stored as a whole."""
+"""Code that linear_nce and linear_logprob share: logits of a vocabulary, never stored as a whole."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from calm_fast.core import native_library
@@ -12,48 +10,25 @@ from calm_fast.core.dispatch import VMAP, Decision, active_transform, refuse, tr
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-
-# fewer tokens than this against a weight of at least this many elements: time goes into reading the weight once, which
-# torch's products do without packing it (d 576, V 49152, bfloat16: 1 token 12.1 against 14.3 ms, 16 tokens 16.4, 13.8)
+# With fewer tokens than this and a weight of at least this many elements, reading the weight once takes most of the
+# time, and torch's products read it without packing (d 576, V 49152, bfloat16: native 14.3 ms against torch 12.1 for
+# 1 token, 13.8 against 16.4 for 16).
 _FEW_TOKENS, _LARGE_WEIGHT = 16, 1 << 20
-# the lane of the compiled library, see csrc/common/lanes.h: -1 = the best of this CPU; tests force others
-LANE = -1
-
-
-def _matrix_units() -> bool:
-    """True where the CPU multiplies 16-bit matrices in tiles (AMX): torch's product uses them, ours does not."""
-    return any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_amx_fp16_supported"))
-
-
-@functools.cache
-def _no_vectors() -> bool:
-    info = native_library.build_info()["_cpu"]
-    return isinstance(info, dict) and info["best lane here"] == "scalar"
-
-
-@functools.cache
-def _slow_native(dtype: torch.dtype) -> str | None:
-    """Why torch's own product is the better one on this CPU; None where the compiled library's is."""
-    if _no_vectors():
-        return "this CPU has neither AVX2 nor AVX-512"
-    if dtype != torch.float32 and _matrix_units():
-        return "this CPU has matrix units for 16-bit products, which torch uses"
-    return None
-
-
-# see core/dispatch.py: constants for the compiler
-_slow_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def native_obstacle(op: str, hidden: torch.Tensor) -> str | None:
-    """Why the compiled library cannot run `op` on these hidden states; None where it can."""
+    """Return why the compiled library cannot run `op` on these hidden states, or None."""
     if hidden.dtype == torch.float64:
         return "the compiled library computes in float32, the hidden states are float64"
     return native_library.obstacle(op, hidden.device.type)
 
 
 def choose(op: str, impl: str, hidden: torch.Tensor, weight: torch.Tensor) -> Decision:
-    """The compiled library on a CPU, Triton on a GPU, blocked torch where they cannot run; or what was asked for."""
+    """Return the requested implementation, or for "auto" native on a CPU, Triton on a GPU, torch where they cannot run.
+
+    Raises:
+        RuntimeError: an explicit `impl` cannot run here, or an active torch.func transform needs impl="reference".
+    """
     if impl != "reference" and (transform := active_transform()) not in (None, VMAP):
         raise RuntimeError(f"{op}: inside {transform} only impl='reference' has derivatives, got impl={impl!r}")
     if impl in ("reference", "torch"):
@@ -70,7 +45,7 @@ def choose(op: str, impl: str, hidden: torch.Tensor, weight: torch.Tensor) -> De
             raise refuse(op, impl, obstacle)
         return Decision(op, impl, "asked for")
     if hidden.device.type == "cpu":
-        if obstacle := native_obstacle(op, hidden) or _slow_native(hidden.dtype):
+        if obstacle := native_obstacle(op, hidden) or native_library.slowness(hidden.dtype):
             return Decision(op, "torch", f"CPU tensors: blocked products; {obstacle}")
         if hidden.shape[0] < _FEW_TOKENS and weight.numel() >= _LARGE_WEIGHT:
             return Decision(op, "torch", f"CPU tensors: under {_FEW_TOKENS} tokens torch reads a large weight faster")
@@ -81,12 +56,16 @@ def choose(op: str, impl: str, hidden: torch.Tensor, weight: torch.Tensor) -> De
 
 
 def check_dtype(op: str, name: str, tensor: torch.Tensor, like: str, dtype: torch.dtype) -> None:
+    """Check that `tensor` has the dtype of the argument called `like`."""
     if tensor.dtype != dtype:
         raise TypeError(f"{op}: `{name}` must have {like}'s dtype {dtype}, got {tensor.dtype}")
 
 
 def check_head(op: str, name: str, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Check hidden (T, d), called `name`, weight (V, d) and bias (V,) or None: rank, dtype, device, sizes."""
+    """Check rank, dtype, device and sizes of the hidden states (T, d), weight (V, d) and bias (V,) or None.
+
+    name: the name of the argument that holds the hidden states.
+    """
     check_tensor(op, name, hidden, "(T, d)", DTYPES)
     check_tensor(op, "weight", weight, "(V, d)", DTYPES, hidden.device)
     check_dtype(op, "weight", weight, name, hidden.dtype)
@@ -102,25 +81,30 @@ def check_head(op: str, name: str, hidden: torch.Tensor, weight: torch.Tensor, b
             raise bad_value(op, "bias", f"of shape (V,) = ({weight.shape[0]},)", f"shape {tuple(bias.shape)}")
 
 
+def _check_positive(op: str, name: str, value: float) -> None:
+    check_finite_number(op, name, value)
+    if not value > 0:
+        raise bad_value(op, name, "positive", str(value))
+
+
 def check_numbers(op: str, temperature: float, softcap: float | None, ignore_index: int) -> None:
-    for name, value in (("temperature", temperature), ("softcap", softcap)):
-        if value is None and name == "softcap":
-            continue
-        check_finite_number(op, name, value)
-        if not value > 0:
-            raise bad_value(op, name, "positive", str(value))
+    """Check that temperature and softcap (unless None) are positive and finite, and that ignore_index is an int."""
+    _check_positive(op, "temperature", temperature)
+    if softcap is not None:
+        _check_positive(op, "softcap", softcap)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise bad_type(op, "ignore_index", "an int", ignore_index)
 
 
 def check_indices(op: str, name: str, indices: torch.Tensor, tokens: int, device: torch.device) -> None:
-    """Check an int64 tensor (T,)."""
+    """Check that `indices` is an int64 tensor (T,) on `device`."""
     check_tensor(op, name, indices, "(T,)", (torch.int64,), device)
     if indices.shape[0] != tokens:
         raise bad_value(op, name, f"of shape (T,) = ({tokens},)", f"shape {tuple(indices.shape)}")
 
 
 def check_targets(op: str, targets: torch.Tensor, hidden: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Check that `targets` is an int64 tensor (T,) whose values are token ids or `ignore_index`."""
     check_indices(op, "targets", targets, hidden.shape[0], hidden.device)
     if not targets.numel() or not values_checked(targets):
         return

@@ -1,4 +1,4 @@
-"""The logits that linear_nce and linear_logprob speak of."""
+"""Definition of the logits of linear_nce and linear_logprob."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 def logits_reference(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None
 ) -> torch.Tensor:
-    """z = hidden weight^T + bias, then softcap * tanh(z / softcap) if there is a softcap.
+    """Return z = hidden weight^T + bias, or softcap * tanh(z / softcap) with a softcap.
 
     Args:
-        hidden: (T, d), any float dtype. weight: (V, d). bias: (V,) or None. softcap: positive or None.
+        hidden: (T, d), any float dtype. weight: (V, d). bias: (V,) or None.
+        softcap: positive, or None.
     Returns:
         (T, V) float32 (float64 for float64 input).
     """
@@ -23,8 +24,8 @@ def logits_reference(
 
 
 def expectation(p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """sum_v p_v values_v over the last dim; a token of probability 0 adds 0, also where its value is infinite.
+    """Return sum_v p_v values_v over the last dim; a token of probability 0 adds 0 even where its value is infinite.
 
-    That is the limit of p log p: a bias of -inf rules a token out, its probability is 0 and its logarithm -inf.
+    This is the limit of p log p. A bias of -inf rules a token out: its probability is 0 and its logarithm -inf.
     """
     return (p * values.masked_fill(p == 0, 0.0)).sum(-1)

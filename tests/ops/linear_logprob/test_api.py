@@ -1,4 +1,4 @@
-"""linear_logprob: every implementation against the float64 definition, ranks, torch's own checks, memory."""
+"""linear_logprob: every implementation against the float64 definition; ranks, torch's own checks, memory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 
 from calm_fast._ops.linear_logprob.api import decide, linear_logprob
 from calm_fast._ops.linear_logprob.cases import CASES
-from calm_fast._ops.vocabulary import decide as ops_vocabulary
-from calm_fast._ops.vocabulary import torch_impl as vocabulary
+from calm_fast._ops.vocabulary import schedule, torch_impl
 from calm_fast.benchmarks.timing import peak_bytes
 from calm_fast.core import native_library
 from calm_fast.core.dispatch import triton_obstacle
@@ -24,7 +23,7 @@ def build(name="plain", dtype=torch.float32, device="cpu", **changes):
 
 
 def call(inputs, impl="auto", **changes):
-    """linear_logprob of a case's inputs; `changes` replace arguments by name."""
+    """Call linear_logprob with a case's inputs; `changes` replace arguments by name."""
     return linear_logprob(**{name: inputs[name] for name in NAMES} | {"impl": impl} | changes)
 
 
@@ -73,7 +72,7 @@ def test_outputs_and_gradients_within_the_error_rule(case: Case, impl, device):
 
 @pytest.mark.parametrize("impl_name", ["reference", "torch"])
 def test_definition_in_plain_python(impl_name):
-    """log-probability, entropy and rank from lists of floats."""
+    """Log-probability, entropy and rank agree with a computation on lists of floats."""
     inputs = build("everything", torch.float64, t=6, v=9, d=4)
     logprob, entropy, rank = call(inputs, impl_name)
     hidden, weight, bias = (inputs[name].tolist() for name in ("hidden", "weight", "bias"))
@@ -92,7 +91,7 @@ def test_definition_in_plain_python(impl_name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["nothing-ignored", "everything", "long-rows"])
-def test_rank_counts_what_is_larger_up_to_rounding(name, dtype, impl, device):
+def test_rank_counts_larger_logits_up_to_rounding(name, dtype, impl, device):
     inputs = build(name, dtype, device, rank=True)
     rank = outputs(inputs, impl)[-1]
     exact = double(inputs)
@@ -100,7 +99,8 @@ def test_rank_counts_what_is_larger_up_to_rounding(name, dtype, impl, device):
     size = exact["hidden"].abs() @ exact["weight"].abs().T
     slack = unit_roundoff(dtype) * z.abs() + 2**-24 * (exact["hidden"].shape[1] + 4) * (size + z.abs() + 1)
     if exact["softcap"] is not None:
-        slack = slack + 4 * 2**-24 * exact["softcap"] ** 2  # the cap's own rounding, seen through a slope near 0
+        # the rounding of the cap itself, magnified where its slope is near 0
+        slack = slack + 4 * 2**-24 * exact["softcap"] ** 2
         z = exact["softcap"] * torch.tanh(z / exact["softcap"])
     valid = inputs["targets"] != -100
     at = inputs["targets"].clamp(min=0).unsqueeze(1)
@@ -110,11 +110,12 @@ def test_rank_counts_what_is_larger_up_to_rounding(name, dtype, impl, device):
     assert rank.dtype == torch.int64
     assert ((least <= rank) & (rank <= most))[valid].all()
     assert (rank[~valid] == 0).all()
-    assert (most - least)[valid].float().mean() < 0.1 * z.shape[1]  # the interval says something
+    # the interval is narrow enough to mean something
+    assert (most - least)[valid].float().mean() < 0.1 * z.shape[1]
 
 
 def banned_run(inputs, impl, kept, v):
-    """What CASES.run gives for `inputs`, computed among v tokens of which all but `kept` have a bias of -inf."""
+    """Return CASES.run of `inputs` computed among v tokens, of which all but `kept` have a bias of -inf."""
     weight = torch.randn(v, inputs["weight"].shape[1], generator=torch.Generator().manual_seed(1))
     weight = weight.to(inputs["weight"]).index_copy(0, kept, inputs["weight"])
     bias = inputs["bias"].new_full((v,), float("-inf")).index_copy(0, kept, inputs["bias"])
@@ -123,7 +124,8 @@ def banned_run(inputs, impl, kept, v):
     found = CASES.run({**inputs, "weight": weight, "bias": bias, "targets": targets}, impl)
     others = torch.ones(v, dtype=torch.bool, device=kept.device).index_fill(0, kept, False)
     for name in {"dweight", "dbias"} & set(found):
-        assert found[name][others].abs().max() < 2.0**-110  # vectorised exponentials end at 2^-126
+        # vectorised exponentials end at 2^-126
+        assert found[name][others].abs().max() < 2.0**-110
         found[name] = found[name][kept]
     return found
 
@@ -131,8 +133,8 @@ def banned_run(inputs, impl, kept, v):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["entropy", "entropy-frozen", "temperature-low"])
 @pytest.mark.parametrize("impl", [*IMPLS, "reference"], indirect=True)
-def test_a_banned_token_is_as_good_as_absent(name, dtype, impl, device):
-    """-inf in the bias; among 4,500 tokens whole tiles and splits are banned, first and last ones too."""
+def test_a_banned_token_is_equivalent_to_an_absent_one(name, dtype, impl, device):
+    """A bias of -inf bans tokens: among 4,500, whole tiles and splits are banned, the first and last ones too."""
     case = CASES.case(name, dtype, v=700, bias=True)
     inputs, columns = CASES.build(case, device), torch.arange(4500, device=device)
     kept = ((columns >= 2100) & (columns < 4400) & (columns % 3 == 0)).nonzero().squeeze(1)[:700]
@@ -148,7 +150,8 @@ def test_a_banned_target_has_probability_zero(impl, device):
     logprob, entropy, rank = call(inputs, impl)
     hit = inputs["targets"] == inputs["targets"][0]
     assert (logprob[hit] == float("-inf")).all() and logprob[~hit].isfinite().all() and entropy.isfinite().all()
-    assert (rank[hit] == 71).all()  # everything else is more likely
+    # every other token is more likely
+    assert (rank[hit] == 71).all()
     assert all(g.isfinite().all() for g in gradients(inputs, impl))
 
 
@@ -161,7 +164,7 @@ def test_rank_of_ties_and_of_the_largest(impl, device):
     assert logprob[5] == 0
 
 
-def test_extras_come_in_order_and_only_when_asked(impl, device):
+def test_extras_are_returned_in_order_and_on_request(impl, device):
     inputs = build("everything", device=device)
     logprob, entropy, rank = call(inputs, impl)
     assert torch.equal(call(inputs, impl, return_entropy=False, return_rank=False), logprob)
@@ -193,7 +196,7 @@ def test_every_combination_of_wanted_gradients(impl, device):
 
 
 def test_gradient_of_one_output_alone(impl, device):
-    """Only the entropy or only the log-probability is used: the other one's gradient is absent, not wrong."""
+    """Where only the entropy or only the log-probability is used, the other gradient is absent, not wrong."""
     inputs = build("everything", device=device)
     hidden = inputs["hidden"].requires_grad_()
     logprob, entropy, _ = call(inputs, impl)
@@ -211,9 +214,9 @@ def test_torch_result_does_not_depend_on_block_sizes(monkeypatch, chunk, by_colu
     inputs = build("everything", torch.float64)
     names = ("hidden", "weight", "bias") if by_columns else ("hidden",)
     expected = outputs(inputs, "reference"), gradients(inputs, "reference", names)
-    monkeypatch.setattr(vocabulary, "_CHUNK", chunk)
-    monkeypatch.setattr(vocabulary, "_COLUMNS", 5)
-    monkeypatch.setattr(vocabulary, "_TILE", 15)
+    monkeypatch.setattr(schedule, "_CHUNK", chunk)
+    monkeypatch.setattr(torch_impl, "_COLUMNS", 5)
+    monkeypatch.setattr(torch_impl, "_TILE", 15)
     torch.testing.assert_close(outputs(inputs, "torch"), expected[0])
     torch.testing.assert_close(gradients(inputs, "torch", names), expected[1])
 
@@ -253,7 +256,7 @@ def test_a_nan_row_stays_in_its_row(impl, device):
     "impl", ["native", "triton-interpreter", pytest.param("triton-cuda", marks=pytest.mark.gpu)], indirect=True
 )
 def test_a_token_does_not_depend_on_the_other_tokens(impl, device):
-    """The kernels split the vocabulary at fixed places: scoring a token alone gives the same bits."""
+    """Kernels split the vocabulary at fixed columns: scoring a token alone gives the same bits."""
     inputs = build("everything", device=device)
     whole = outputs(inputs, impl)
     for rows in (slice(3, 4), slice(5, 20)):
@@ -271,13 +274,14 @@ def test_extreme_logits_stay_finite_and_right(impl, device, size):
 
 
 def test_a_certain_token_has_probability_one_not_more(impl, device):
-    """bfloat16 logits of about 100 have steps of 1/2; target and sum read the same tile, so that cancels."""
+    """bfloat16 logits near 100 are multiples of 1/2; target and sum read the same tile, so the rounding cancels."""
     gen = torch.Generator().manual_seed(2)
     hidden = torch.randn(9, 32, generator=gen).to(device, torch.bfloat16)
     weight = torch.cat((hidden * 3, torch.randn(40, 32, generator=gen).to(device, torch.bfloat16) * 0.1))
     targets = torch.arange(9, device=device)
     logprob, entropy = linear_logprob(hidden, weight, targets, return_entropy=True, impl=impl)
-    assert (logprob <= 0).all() and (logprob > -2e-5).all()  # 2^-23 of a logit at most
+    # at most 2^-23 of a logit
+    assert (logprob <= 0).all() and (logprob > -2e-5).all()
     assert (entropy >= 0).all() and (entropy < 5e-5).all()
 
 
@@ -297,12 +301,13 @@ def test_opcheck(name, impl, device):
     tensors += [None if bias is None else bias.requires_grad_(), inputs["targets"]]
     options = [inputs["temperature"], inputs["softcap"], -100]
     wanted = [inputs["return_entropy"], inputs["return_rank"]]
-    torch.library.opcheck(torch.ops.calm_fast.linear_logprob_fwd.default, (*tensors, *options, *wanted, impl))
-    _, entropy, _, lse = torch.ops.calm_fast.linear_logprob_fwd(*tensors, *options, *wanted, impl)
+    forward, backward = (getattr(torch.ops.calm_fast, f"linear_logprob_{impl}_{part}") for part in ("fwd", "bwd"))
+    torch.library.opcheck(forward.default, (*tensors, *options, *wanted))
+    _, entropy, _, lse = forward(*tensors, *options, *wanted)
     detached = [None if t is None else t.detach() for t in (*tensors, lse, entropy)]
     upstream = (inputs["dlogprob"], inputs["dentropy"])
     needs = [True, not frozen, bias is not None]
-    torch.library.opcheck(torch.ops.calm_fast.linear_logprob_bwd.default, (*upstream, *detached, *options, needs, impl))
+    torch.library.opcheck(backward.default, (*upstream, *detached, *options, needs))
 
 
 def test_compiles_as_one_graph(impl, device):
@@ -327,7 +332,7 @@ def test_double_backward_is_refused_not_wrong(impl, device):
     inputs = build(device=device)
     hidden = inputs["hidden"].requires_grad_()
     (grad,) = torch.autograd.grad(call(inputs, impl).sum(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="no double backward"):
+    with pytest.raises(RuntimeError, match="have no double backward"):
         grad.sum().backward()
 
 
@@ -350,16 +355,17 @@ def test_memory_stays_far_below_the_logits(impl):
     train()
     logits = tokens * v * 2
     assert peak_bytes(score, torch.device("cpu")) < 12 * 2**20 <= logits / 4
-    chunk = {"torch": 16, "native": 32}[impl]  # MiB of logit gradients at a time
+    # MiB of logit gradients at a time
+    chunk = {"torch": 16, "native": 32}[impl]
     assert peak_bytes(train, torch.device("cpu")) < (chunk + 8) * 2**20
 
 
 def test_auto_on_a_cpu(monkeypatch):
-    """The compiled library where it is there and the CPU has vectors for it, otherwise torch; never for float64."""
+    """auto picks native where it is available and not slow on this CPU, else torch; never native for float64."""
     inputs = build()
     arguments = {name: inputs[name] for name in ("hidden", "weight", "targets")}
     wide = {k: v.double() if v.is_floating_point() else v for k, v in arguments.items()}
-    monkeypatch.setattr(ops_vocabulary, "_slow_native", lambda dtype: None)
+    monkeypatch.setattr(native_library, "slowness", lambda dtype: None)
     monkeypatch.setattr(native_library, "obstacle", lambda op, device: None)
     assert decide(**arguments).impl == "native"
     assert decide(**wide).impl == "torch"
@@ -372,7 +378,7 @@ def test_auto_on_a_cpu(monkeypatch):
     for impl in ("native", "triton"):
         with pytest.raises(RuntimeError, match="float64"):
             linear_logprob(**wide, impl=impl)
-    monkeypatch.setattr(ops_vocabulary, "_slow_native", lambda dtype: "matrix units")
+    monkeypatch.setattr(native_library, "slowness", lambda dtype: "matrix units")
     assert decide(**arguments).impl == "torch" and "matrix units" in decide(**arguments).reason
     assert decide(**arguments, impl="native").impl == "native"
     monkeypatch.setattr(native_library, "obstacle", lambda op, device: "the compiled library does not load")

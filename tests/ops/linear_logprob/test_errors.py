@@ -1,4 +1,4 @@
-"""linear_logprob: what a wrong argument gets, raised before anything runs."""
+"""linear_logprob: a wrong argument raises, naming the argument, before anything runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def good():
     return {"hidden": hidden, "weight": weight, "targets": torch.tensor([0, 8, 3, -100, 5, 1])}
 
 
-# name -> (changed arguments, error, what the message must say)
+# name -> (changed arguments, error, pattern of the message)
 BAD = {
     "hidden is a list": ({"hidden": [[1.0]]}, TypeError, "`hidden`.*list"),
     "hidden is None": ({"hidden": None}, TypeError, "`hidden`.*NoneType"),

@@ -1,4 +1,4 @@
-"""linear_nce: every implementation against the float64 definition, the released loss, torch's own checks."""
+"""linear_nce: every implementation against the float64 definition and the released loss; torch's own checks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 from calm_fast._ops.linear_nce.api import decide, linear_nce
 from calm_fast._ops.linear_nce.cases import CASES
-from calm_fast._ops.vocabulary import decide as ops_vocabulary
-from calm_fast._ops.vocabulary import torch_impl as vocabulary
+from calm_fast._ops.vocabulary import schedule, torch_impl
 from calm_fast.benchmarks.timing import peak_bytes
 from calm_fast.core import native_library
 from calm_fast.core.dispatch import triton_obstacle
@@ -24,7 +23,7 @@ def build(name="plain", dtype=torch.float32, device="cpu", **changes):
 
 
 def call(inputs, impl="auto", **changes):
-    """linear_nce of a case's inputs; `changes` replace arguments by name."""
+    """Call linear_nce with a case's inputs; `changes` replace arguments by name."""
     return linear_nce(**{name: inputs[name] for name in (*NAMES, *OPTIONS)} | {"impl": impl} | changes)
 
 
@@ -57,7 +56,7 @@ def test_loss_and_gradients_within_the_error_rule(case: Case, impl, device):
 
 
 def released_loss(student_logits, nat_logits, neg_logits, labels):
-    """The released NCE loss: padded batch (B, L, V), next-token labels (B, L), -100 = prompt and padding."""
+    """Return the released NCE loss of a padded batch (B, L, V) with labels (B, L); -100 marks prompt and padding."""
     losses = []
     total = int((labels[:, 1:] != -100).sum())
     for b in range(labels.shape[0]):
@@ -97,7 +96,7 @@ def test_defaults_are_the_released_loss(impl_name):
 @pytest.mark.parametrize("name", ["plain", "everything", "temperature"])
 @pytest.mark.parametrize("impl_name", ["reference", "torch"])
 def test_gradcheck(name, impl_name):
-    """weight and bias with alpha = 0: finite differences would move the teachers' logits too."""
+    """weight and bias are checked at alpha = 0, because finite differences would move the teachers' logits too."""
     inputs = build(name, torch.float64, t=5, v=11, d=4)
     for names, changes in ((("student",), {}), (("student", "weight", "bias"), {"alpha": 0.0})):
         names = [n for n in names if inputs[n] is not None]
@@ -132,9 +131,9 @@ def test_torch_result_does_not_depend_on_block_sizes(monkeypatch, chunk, by_colu
     inputs = build("everything", torch.float64)
     names = ("student", "weight", "bias") if by_columns else ("student",)
     expected = call(inputs, "reference"), gradients(inputs, "reference", names)
-    monkeypatch.setattr(vocabulary, "_CHUNK", chunk)
-    monkeypatch.setattr(vocabulary, "_COLUMNS", 5)
-    monkeypatch.setattr(vocabulary, "_TILE", 15)
+    monkeypatch.setattr(schedule, "_CHUNK", chunk)
+    monkeypatch.setattr(torch_impl, "_COLUMNS", 5)
+    monkeypatch.setattr(torch_impl, "_TILE", 15)
     torch.testing.assert_close(call(inputs, "torch"), expected[0])
     torch.testing.assert_close(gradients(inputs, "torch", names), expected[1])
 
@@ -191,7 +190,7 @@ def test_extreme_logits_stay_finite_and_right(impl, device, size):
 
 
 def test_minus_infinity_bias_bans_a_token():
-    """A vocabulary entry that nobody may use: its probability is 0 and nothing becomes NaN."""
+    """A banned token has probability 0, and nothing becomes NaN."""
     inputs = build("bias", torch.float64, softcap=None)
     banned = 7
     inputs["targets"] = torch.where(inputs["targets"] == banned, 8, inputs["targets"])
@@ -205,7 +204,8 @@ def test_upstream_gradient_scales_everything(impl, device):
     inputs = build("everything", device=device)
     student = inputs["student"].requires_grad_()
     (once,) = torch.autograd.grad(call(inputs, impl), student)
-    (more,) = torch.autograd.grad(-2.0 * call(inputs, impl), student)  # a power of two: exact
+    # a power of two, so the scaling is exact
+    (more,) = torch.autograd.grad(-2.0 * call(inputs, impl), student)
     assert torch.equal(more, -2.0 * once)
 
 
@@ -224,14 +224,15 @@ def test_opcheck(name, impl, device):
     tensors = {n: inputs[n].detach().requires_grad_() if grad.get(n) else inputs[n] for n in (*NAMES, "bias")}
     options = [inputs[n] for n in ("alpha", "temperature", "offset", "softcap")]
     arguments = [tensors[n] for n in ("student", "nat", "neg", "weight", "bias", "targets", "seq_ids")]
-    arguments += [*options, -100, impl]
-    torch.library.opcheck(torch.ops.calm_fast.linear_nce_fwd.default, tuple(arguments))
-    loss, lse, coefficients = torch.ops.calm_fast.linear_nce_fwd(*arguments)
+    arguments += [*options, -100]
+    forward, backward = (getattr(torch.ops.calm_fast, f"linear_nce_{impl}_{part}") for part in ("fwd", "bwd"))
+    torch.library.opcheck(forward.default, tuple(arguments))
+    loss, lse, coefficients = forward(*arguments)
     detached = [None if tensors[n] is None else tensors[n].detach() for n in ("student", "nat", "weight", "bias")]
     torch.library.opcheck(
-        torch.ops.calm_fast.linear_nce_bwd.default,
+        backward.default,
         (torch.ones_like(loss).detach(), *detached, tensors["targets"], lse.detach(), coefficients.detach(),
-         options[1], options[3], -100, [True, grad["weight"], grad["bias"]], impl),
+         options[1], options[3], -100, [True, grad["weight"], grad["bias"]]),
     )  # fmt: skip
 
 
@@ -256,7 +257,7 @@ def test_double_backward_is_refused_not_wrong(impl, device):
     inputs = build(device=device)
     student = inputs["student"].requires_grad_()
     (grad,) = torch.autograd.grad(call(inputs, impl), student, create_graph=True)
-    with pytest.raises(RuntimeError, match="no double backward"):
+    with pytest.raises(RuntimeError, match="have no double backward"):
         grad.sum().backward()
 
 
@@ -287,11 +288,11 @@ def test_memory_stays_far_below_the_logits(frozen, impl):
 
 
 def test_auto_on_a_cpu(monkeypatch):
-    """The compiled library where it is there and the CPU has vectors for it, otherwise torch; never for float64."""
+    """auto picks native where it is available and not slow on this CPU, else torch; never native for float64."""
     inputs = build()
     arguments = {name: inputs[name] for name in NAMES}
     wide = {k: v.double() if v.is_floating_point() else v for k, v in arguments.items()}
-    monkeypatch.setattr(ops_vocabulary, "_slow_native", lambda dtype: None)
+    monkeypatch.setattr(native_library, "slowness", lambda dtype: None)
     monkeypatch.setattr(native_library, "obstacle", lambda op, device: None)
     assert decide(**arguments).impl == "native"
     assert decide(**wide).impl == "torch"
@@ -304,7 +305,7 @@ def test_auto_on_a_cpu(monkeypatch):
     for impl in ("native", "triton"):
         with pytest.raises(RuntimeError, match="float64"):
             linear_nce(**wide, impl=impl)
-    monkeypatch.setattr(ops_vocabulary, "_slow_native", lambda dtype: "matrix units")
+    monkeypatch.setattr(native_library, "slowness", lambda dtype: "matrix units")
     assert decide(**arguments).impl == "torch" and "matrix units" in decide(**arguments).reason
     assert decide(**arguments, impl="native").impl == "native"
     monkeypatch.setattr(native_library, "obstacle", lambda op, device: "the compiled library does not load")

@@ -1,4 +1,4 @@
-"""linear_nce with -inf in the bias: a token ruled out for student and teachers alike."""
+"""linear_nce with -inf in the bias, which rules a token out for student and teachers alike."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from calm_fast._ops.linear_nce.api import linear_nce
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("impl_name", ["reference", "torch"])
-def test_a_banned_token_is_as_good_as_absent(impl_name, temperature):
-    """p_neg log(p_neg / p_nat) and p_nat log p_student are 0 where all three are 0."""
+def test_a_banned_token_is_equivalent_to_an_absent_one(impl_name, temperature):
+    """p_neg log(p_neg / p_nat) and p_nat log p_student are 0 where all three probabilities are 0."""
     gen = torch.Generator().manual_seed(3)
     tokens, d, v = 9, 12, 41
     student, nat, neg = (torch.randn(tokens, d, generator=gen, dtype=torch.float64) for _ in range(3))

@@ -1,4 +1,4 @@
-"""linear_nce: what a wrong argument gets, raised before anything runs."""
+"""linear_nce: a wrong argument raises, naming the argument, before anything runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def good():
     }
 
 
-# name -> (changed arguments, error, what the message must say)
+# name -> (changed arguments, error, pattern of the message)
 BAD = {
     "student is a list": ({"student": [[1.0]]}, TypeError, "`student`.*list"),
     "student is 3-dimensional": (

@@ -1,4 +1,4 @@
-"""linear_nce's one-pass training step in Triton: both of its forms, forced on chunks of a few tokens."""
+"""linear_nce's one-pass training step in Triton: both forms, in chunks of a few tokens."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
+from calm_fast._ops.linear_nce import schedule
 from calm_fast._ops.linear_nce.api import linear_nce
 from calm_fast._ops.linear_nce.cases import CASES, Spec
+from calm_fast._ops.linear_nce.triton_impl import linear_nce_triton_step
 from calm_fast.core.numerics import Case, judge, truth_of
 
 pytest.importorskip("triton", reason="the kernels need Triton; it has wheels for Linux only")
@@ -16,7 +18,7 @@ from calm_fast.kernels.linear_nce import launch as kernels
 from calm_fast.kernels.linear_nce import step
 
 FORMS = pytest.mark.parametrize("whole", [True, False], ids=["whole-sequences", "any-tokens"])
-# every branch of the kernels; test_linear_nce.py runs all cases through the op, in one chunk
+# every branch of the kernels; test_api.py runs all cases through the op, in one chunk
 IN_FLOAT = (
     "single", "one-column", "all-ignored", "many-sequences", "past-edges", "long-rows", "temperature-low", "softcap",
     "bias", "everything", "hard-only", "soft-only", "negative-offset", "sharp", "far-teachers", "strided",
@@ -30,7 +32,7 @@ NUMBERS = ("alpha", "temperature", "offset", "softcap")
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, kernel_device):
-    """The CPU through the interpreter, or the GPU: one session compiles kernels or interprets them, never both."""
+    """Return the CPU (interpreter) or the GPU: one session either interprets or compiles kernels."""
     if request.param == "interpreter" and kernel_device.type != "cpu":
         pytest.skip("this session has a GPU: its kernels are compiled")
     return kernel_device
@@ -38,7 +40,7 @@ def device(request, kernel_device):
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Fresh memory is full of NaN, so whatever a kernel leaves unwritten, padding of the rows included, shows."""
+    """Fill new memory with NaN, so that anything a kernel leaves unwritten shows, padding of the rows included."""
     empty = torch.Tensor.new_empty
 
     def filled(self, *args, **kwargs):
@@ -53,11 +55,11 @@ def build(name="plain", dtype=torch.float32, device="cpu", **changes):
 
 
 def run(inputs, rows=None, whole=None, **changes):
-    """(loss, gradient) of the launcher; `rows` tokens in a chunk, at least the longest sequence with `whole`."""
+    """Return loss and gradient; `rows`: tokens of a chunk, with `whole` at least the longest sequence."""
     given = {name: inputs[name] for name in (*TENSORS, *NUMBERS)} | changes
     if whole and rows is not None:
         rows = max(rows, longest(given))
-    return kernels.launch_linear_nce_step(*given.values(), -100, rows=rows, whole=whole)
+    return linear_nce_triton_step(*given.values(), -100, rows=rows, whole=whole)
 
 
 def longest(inputs):
@@ -124,7 +126,7 @@ def test_ignored_rows_may_hold_anything(device, whole, dtype):
 
 @FORMS
 def test_an_infinite_weight_reaches_no_ignored_row(device, whole):
-    """A row of zeros times infinity is NaN: the product's rows of ignored tokens must not come through."""
+    """A row of zeros times infinity is NaN: rows of ignored tokens must not reach the gradient."""
     inputs = build(device=device)
     inputs["weight"][3] = math.inf
     _, gradient = run(inputs, 5, whole)
@@ -146,7 +148,7 @@ def test_ignored_tokens_are_rows_of_zeros_in_the_product(device, monkeypatch):
 
 @FORMS
 def test_a_bias_of_minus_infinity_rules_a_token_out(device, whole):
-    """Runs of banned tokens as long as several vectors of a lane: each adds 0, as if it were not there."""
+    """Banned tokens add 0, in runs as long as several vectors of a thread too."""
     inputs = build("bias", device=device, v=141)
     banned = torch.arange(141, device=device) % 4 == 1
     banned[32:128] = True
@@ -161,7 +163,7 @@ def test_a_bias_of_minus_infinity_rules_a_token_out(device, whole):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_a_bias_of_minus_infinity_with_a_trained_head(device, temperature):
-    """The sweep's splits: one of them holds banned tokens only."""
+    """One split of the sweep holds banned tokens only."""
     inputs = build("bias", device=device, v=141, temperature=temperature)
     banned = torch.arange(141, device=device) % 4 == 1
     banned[64:128] = True
@@ -188,7 +190,7 @@ def test_expanded_and_transposed_inputs(device, whole):
 
 @FORMS
 def test_float16_gradients_do_not_vanish(device, whole, monkeypatch):
-    """p - p_nat of about 1e-5: near the end of float16's numbers unless it is scaled."""
+    """p - p_nat of about 1e-5 is near the smallest float16 number unless it is scaled."""
     inputs = build(dtype=torch.float16, device=device, t=9, v=700, teacher_gap=0.02, alpha=1.0)
     double = {n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in inputs.items()}
     expected = CASES.run({**double, "dloss": torch.ones((), device=device)}, "reference")["dstudent"]
@@ -213,8 +215,8 @@ def test_large_coefficients_stay_within_float16(device, whole):
 
 def test_a_sequence_longer_than_a_chunk_takes_any_tokens(device):
     inputs = build("one-sequence", device=device)
-    with pytest.raises(ValueError, match="do not fit chunks of 4 tokens"):
-        kernels.launch_linear_nce_step(*(inputs[n] for n in (*TENSORS, *NUMBERS)), -100, rows=4, whole=True)
+    with pytest.raises(ValueError, match="`whole` must be None or False.*exceeds a chunk of 4 tokens"):
+        linear_nce_triton_step(*(inputs[n] for n in (*TENSORS, *NUMBERS)), -100, rows=4, whole=True)
     for a, b in zip(run(inputs, 4), run(inputs, 4, False), strict=True):
         assert torch.equal(a, b)
 
@@ -228,8 +230,8 @@ def test_deterministic(device, whole):
 
 
 @pytest.mark.parametrize(("whole", "products"), [(True, 4), (False, 5)])
-def test_how_many_products_are_taken(device, monkeypatch, whole, products):
-    """Whole sequences leave ignored tokens out of them altogether."""
+def test_number_of_products(device, monkeypatch, whole, products):
+    """Chunks of whole sequences have no ignored tokens."""
     inputs = build(device=device)
     tokens = int((inputs["targets"] != -100).sum()) if whole else 13
     multiply, taken = step._multiply, []
@@ -249,19 +251,20 @@ def test_chunks_of_whole_sequences():
         ids = torch.randint(0, sequences, (60,), generator=gen)
         targets = torch.where(torch.rand(60, generator=gen) < 0.3, -100, 1)
         lengths = ids[targets == 1].bincount()
-        plan = step._by_sequence(targets, ids, -100, rows, rows)
+        plan = schedule.sort_and_cut_valid(targets, ids, -100, rows, rows)
         if int(lengths.max()) > rows:
             assert plan is None
             continue
-        order, sorted_ids, borders = plan
-        assert borders[0] == 0 and borders[-1] == int((targets == 1).sum())
-        assert sorted(order[: borders[-1]].tolist()) == (targets == 1).nonzero().squeeze(1).tolist()
+        order, sorted_ids, chunks = plan
+        count = int((targets == 1).sum())
+        assert chunks[0].start == 0 and chunks[-1].stop == count
+        assert [c.start for c in chunks[1:]] == [c.stop for c in chunks[:-1]]
+        assert sorted(order[:count].tolist()) == (targets == 1).nonzero().squeeze(1).tolist()
         seen = []
-        for first, end in zip(borders, borders[1:], strict=False):
-            assert 0 < end - first <= rows
-            chunk = ids[order[first:end]]
-            assert torch.equal(chunk, sorted_ids[first:end])
-            seen += chunk.unique().tolist()
+        for chunk in chunks:
+            assert 0 < chunk.stop - chunk.start <= rows
+            assert torch.equal(ids[order[chunk]], sorted_ids[chunk])
+            seen += sorted_ids[chunk].unique().tolist()
         assert len(seen) == len(set(seen)) == int((lengths > 0).sum())
 
 
@@ -277,24 +280,24 @@ def test_chunks_of_whole_sequences():
 )
 def test_rows_of_a_chunk(v, dtype, rows, most):
     weight = torch.empty(1, dtype=dtype).expand(v, 1)
-    assert step._chunk_rows(weight, None) == (rows, most)
+    assert schedule.triton_rows(weight) == (rows, most)
     assert most == 1 or 3 * most * v * dtype.itemsize <= 1 << 30
 
 
 def test_a_chunk_grows_for_a_long_sequence():
     ids = torch.tensor([2] * 3 + [0] * 7 + [1] * 2)
     targets = torch.ones_like(ids)
-    assert step._by_sequence(targets, ids, -100, 4, 8)[2] == [0, 7, 12]
-    assert step._by_sequence(targets, ids, -100, 4, 6) is None
+    assert schedule.sort_and_cut_valid(targets, ids, -100, 4, 8)[2] == [slice(0, 7), slice(7, 12)]
+    assert schedule.sort_and_cut_valid(targets, ids, -100, 4, 6) is None
 
 
-def test_only_a_student_that_learns_alone_takes_the_step(device, monkeypatch):
+def test_only_a_gradient_of_the_student_alone_takes_the_step(device, monkeypatch):
     inputs = build(device=device)
     calls, launch = [], kernels.launch_linear_nce_step
 
-    def recorded(*args):
+    def recorded(*args, **options):
         calls.append(args)
-        return launch(*args)
+        return launch(*args, **options)
 
     monkeypatch.setattr(kernels, "launch_linear_nce_step", recorded)
 
@@ -316,7 +319,7 @@ def test_opcheck(device):
     inputs = build("everything", device=device, t=5)
     inputs["student"].requires_grad_()
     arguments = tuple(inputs[n] for n in (*TENSORS, *NUMBERS))
-    torch.library.opcheck(torch.ops.calm_fast.linear_nce_step.default, (*arguments, -100, "triton"))
+    torch.library.opcheck(torch.ops.calm_fast.linear_nce_triton_step.default, (*arguments, -100))
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
@@ -334,7 +337,7 @@ def gpu(kernel_device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("v", [32000, 32003])
 def test_full_chunks_on_a_gpu_within_the_error_rule(gpu, whole, dtype, v):
-    """Blocks of many lanes, several chunks, rows of the vocabulary with and without padding."""
+    """Blocks of many threads, several chunks, rows of logits with and without padding."""
     case = Case(CASES.op, "gpu", dtype, Spec(700, 256, v, sequences=9, frozen=True))
     inputs = CASES.build(case, gpu)
     assert not wrong_rows(case, inputs, truth_of(CASES, inputs, dtype), whole, 256)
@@ -343,7 +346,8 @@ def test_full_chunks_on_a_gpu_within_the_error_rule(gpu, whole, dtype, v):
 @pytest.mark.gpu
 def test_a_captured_graph_takes_any_tokens(gpu):
     inputs = build("everything", torch.bfloat16, gpu)
-    expected = run(inputs, 8, False)  # compiles the kernels
+    # compiles the kernels
+    expected = run(inputs, 8, False)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         run(inputs, 8, False)
@@ -367,10 +371,10 @@ def test_memory_on_a_gpu_is_a_chunk_and_the_gradient(gpu, whole):
     weight = torch.randn(v, d, generator=gen, device=gpu).bfloat16()
     targets, ids = torch.randint(0, v, (tokens,), device=gpu), torch.arange(tokens, device=gpu) // 64
     arguments = (student, nat, neg, weight, None, targets, ids, 0.5, 1.0, 0.5, None, -100)
-    kernels.launch_linear_nce_step(*arguments, whole=whole)
+    linear_nce_triton_step(*arguments, whole=whole)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    kernels.launch_linear_nce_step(*arguments, whole=whole)
+    linear_nce_triton_step(*arguments, whole=whole)
     chunk = 3 * (1024 if whole else 512) * v * 2
     assert torch.cuda.max_memory_allocated() - before < chunk + 4 * tokens * d * 4 + (32 << 20)

@@ -1,4 +1,4 @@
-"""The C++ of linear_logprob and linear_nce: every lane, threads, block edges, strides, non-finite logits, bad calls."""
+"""linear_logprob and linear_nce in C++: every lane, threads, block edges, strides, non-finite logits, bad calls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 
 from calm_fast._ops.linear_logprob.cases import CASES as LOGPROB
 from calm_fast._ops.linear_nce.cases import CASES as NCE
-from calm_fast._ops.vocabulary import decide as vocabulary
 from calm_fast.core import native_library
 from calm_fast.core.numerics import check, unit_roundoff
 from calm_fast.ops import linear_logprob, linear_nce
@@ -15,30 +14,19 @@ from calm_fast.ops import linear_logprob, linear_nce
 if why := native_library.obstacle("linear_logprob"):
     pytest.skip(why, allow_module_level=True)
 
-LANES = ("scalar", "avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [(cases, case) for cases in (LOGPROB, NCE) for case in cases.cases()]
 
 
-@pytest.fixture(params=LANES)
-def lane(request, monkeypatch):
-    """Forces the lane for this test."""
-    best = native_library.build_info()["_cpu"]["best lane here"]
-    if LANES.index(request.param) > LANES.index(best):
-        pytest.skip(f"this CPU ends at {best}")
-    monkeypatch.setattr(vocabulary, "LANE", LANES.index(request.param))
-    return request.param
-
-
 def draw(t, d, v, dtype=torch.float32, seed=0):
-    """hidden, weight, targets; logits of standard deviation 1."""
+    """Return hidden, weight and targets whose logits have standard deviation 1."""
     gen = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(t, d, generator=gen), torch.randn(v, d, generator=gen) * d**-0.5
     return hidden.to(dtype), weight.to(dtype), torch.randint(0, v, (t,), generator=gen)
 
 
 def score(hidden, weight, targets, **options):
-    """logprob, entropy and rank of the compiled library."""
+    """Return logprob, entropy and rank of the compiled library."""
     options = {"return_entropy": True, "return_rank": True, "impl": "native", **options}
     return linear_logprob(hidden, weight, targets, **options)
 
@@ -49,7 +37,7 @@ def test_every_lane_within_the_error_rule(cases, case, lane):
     assert not wrong
 
 
-# token counts about whole vectors and groups, columns about whole tiles and splits of 2048, odd widths
+# token counts around whole vectors and groups, columns around whole tiles and splits of 2048, odd widths
 SHAPES = [(1, 3, 2047), (16, 8, 2048), (47, 7, 2049), (48, 16, 4096), (49, 17, 4099), (97, 33, 6151), (130, 2, 9)]
 
 
@@ -63,7 +51,8 @@ def test_edges_of_groups_and_splits(t, d, v, dtype, lane):
     z = 5 * torch.tanh((hidden.double() @ weight.double().T + bias.double()) / 5)
     log_p = (z / 0.7).log_softmax(1)
     at = targets.unsqueeze(1)
-    step = 2.0**-20  # every operand is exact here: float32 sums of at most 6151 terms
+    # every operand is exact here: float32 sums of at most 6151 terms
+    step = 2.0**-20
     torch.testing.assert_close(logprob.double(), log_p.gather(1, at).squeeze(1), rtol=step, atol=8 * step)
     torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p).sum(1), rtol=step, atol=8 * step)
     gap = z - z.gather(1, at)
@@ -79,16 +68,16 @@ def test_many_blocks_of_wide_tokens(lane):
     torch.testing.assert_close(logprob.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_lanes_are_different_code(monkeypatch):
-    """A forced lane that ran another one's code would prove nothing: the bits of their sums differ."""
-    best = LANES.index(native_library.build_info()["_cpu"]["best lane here"])
-    found = []
+def test_lanes_are_different_code(force_lane):
+    """Lanes differ in the bits of their sums, which proves that forcing a lane changes the code that runs."""
+    found = {}
     hidden, weight, targets = draw(40, 64, 3000, torch.bfloat16)
-    for lane in range(best + 1):
-        monkeypatch.setattr(vocabulary, "LANE", lane)
-        found.append(score(hidden, weight, targets)[1])
-    pairs = [(0, 1), (2, 3)]  # AVX2 and AVX-512 do the same operations in vectors of another length
-    assert all(not torch.equal(found[a], found[b]) for a, b in pairs if b <= best)
+    for name in force_lane.available:
+        force_lane(name)
+        found[name] = score(hidden, weight, targets)[1]
+    # AVX2 and AVX-512 do the same operations in vectors of another length
+    pairs = [("scalar", "avx2"), ("avx512", "avx512_bf16")]
+    assert all(not torch.equal(found[a], found[b]) for a, b in pairs if b in found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,7 +87,7 @@ def test_one_and_two_threads_give_the_same_bits(dtype):
     sequences = torch.arange(150) // 30
 
     def everything():
-        """All that the library computes; the products that consume logit gradients are torch's."""
+        """Return everything the library computes; the products that consume logit gradients are torch's."""
         loss = linear_nce(hidden, nat, neg, weight, targets, sequences, temperature=2.0, impl="native")
         out = torch.zeros(9000, 150, dtype=dtype), torch.zeros(9000, 150, dtype=dtype)
         dlogprob, dnce = (
@@ -135,7 +124,7 @@ def test_any_strides_give_the_same_bits(dtype, lane):
 
 
 def test_targets_agree_with_their_column(lane):
-    """Equal weight rows have equal logits bit for bit, wherever they lie: none outranks the other."""
+    """Equal weight rows have bit-equal logits in any column: none outranks the other."""
     for dtype in DTYPES:
         hidden, weight, targets = draw(60, 31, 11, dtype)
         again = weight.repeat(500, 1)
@@ -157,7 +146,7 @@ def test_non_finite_logits_stay_in_their_token(lane):
 
 
 def test_masked_columns(lane):
-    """A bias of -inf takes a column out; the entropy knows that 0 log 0 = 0; with every column out nothing is left."""
+    """A bias of -inf rules a column out; 0 log 0 = 0 in the entropy; with every column ruled out all is NaN."""
     hidden, weight, targets = draw(20, 12, 2100)
     bias = torch.zeros(2100)
     bias[1000:] = float("-inf")
@@ -172,20 +161,20 @@ def test_masked_columns(lane):
 
 
 def test_gradients_of_16_bit_overflow_and_nan(lane):
-    """Logit gradients beyond float16 become infinite, NaN stays NaN: nothing wraps around."""
+    """Logit gradients beyond float16 become infinite and NaN stays NaN: nothing wraps around."""
     hidden, weight, targets = draw(17, 8, 40, torch.float16)
     for scale, expected in ((1e9, torch.isinf), (float("nan"), torch.isnan)):
         out = torch.zeros(40, 17, dtype=torch.float16)
         up = torch.full((17,), scale)
         lse = (hidden.float() @ weight.float().T).logsumexp(1)
         torch.ops.calm_fast._linear_logprob_native_dlogits(
-            up, None, hidden, weight, None, targets, lse, None, 1.0, None, 0, out, vocabulary.LANE
+            up, None, hidden, weight, None, targets, lse, None, 1.0, None, 0, out
         )
         assert expected(out).all()
 
 
 def test_a_chunk_is_part_of_the_whole(lane):
-    """Logit gradients of some columns are those columns of all gradients, rounded to the inputs' dtype."""
+    """Logit gradients of some columns equal those columns of all gradients, rounded to the inputs' dtype."""
     for dtype in DTYPES:
         hidden, weight, targets = draw(33, 20, 2600, dtype)
         lse = (hidden.double() @ weight.double().T).logsumexp(1).float()
@@ -194,7 +183,7 @@ def test_a_chunk_is_part_of_the_whole(lane):
         def fill(first, last, dtype=dtype, hidden=hidden, weight=weight, targets=targets, lse=lse, up=up):
             out = torch.full((last - first, 33), float("nan"), dtype=dtype)
             torch.ops.calm_fast._linear_logprob_native_dlogits(
-                up, None, hidden, weight, None, targets, lse, None, 1.0, None, first, out, vocabulary.LANE
+                up, None, hidden, weight, None, targets, lse, None, 1.0, None, first, out
             )
             return out
 

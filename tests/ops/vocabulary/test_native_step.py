@@ -1,4 +1,4 @@
-"""The C++ of linear_nce's training step: kept logits and the gradient made of them, in every lane."""
+"""linear_nce's training step in C++: kept logits and the gradient computed from them, in every lane."""
 
 from __future__ import annotations
 
@@ -6,30 +6,18 @@ import pytest
 import torch
 
 from calm_fast._ops.linear_nce.cases import CASES
-from calm_fast._ops.vocabulary import decide as vocabulary
 from calm_fast.core import native_library
 from calm_fast.core.numerics import check
 
 if why := native_library.obstacle("linear_nce"):
     pytest.skip(why, allow_module_level=True)
 
-LANES = ("scalar", "avx2", "avx512", "avx512_bf16")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FROZEN = [case for case in CASES.cases() if case.spec.frozen]
 
 
-@pytest.fixture(params=LANES)
-def lane(request, monkeypatch):
-    """Forces the lane for this test."""
-    best = native_library.build_info()["_cpu"]["best lane here"]
-    if LANES.index(request.param) > LANES.index(best):
-        pytest.skip(f"this CPU ends at {best}")
-    monkeypatch.setattr(vocabulary, "LANE", LANES.index(request.param))
-    return request.param
-
-
 def draw(t, d, v, dtype, seed=0):
-    """student, nat, neg, weight, targets; logits of standard deviation 1."""
+    """Return student, nat, neg, weight and targets whose logits have standard deviation 1."""
     gen = torch.Generator().manual_seed(seed)
     streams = [torch.randn(t, d, generator=gen).to(dtype) for _ in range(3)]
     weight = (torch.randn(v, d, generator=gen) * d**-0.5).to(dtype)
@@ -42,11 +30,11 @@ def memory(weight, tokens):
 
 
 def gradient(student, nat, weight, targets, coefficients, bias=None, temperature=1.0, softcap=None):
-    """(T, d) at given coefficients (2, T), from logits kept by a sweep."""
+    """Return the gradient (T, d) at given coefficients (2, T), from logits kept by a sweep."""
     kept, options = memory(weight, len(targets)), (temperature, softcap)
     fwd, bwd = (getattr(torch.ops.calm_fast, f"_linear_nce_native_{name}") for name in ("fwd", "gradient"))
-    lse, _, references = fwd(student, nat, None, weight, bias, targets, *options, kept, vocabulary.LANE)
-    return bwd(coefficients, kept, references, weight, targets, lse, *options, vocabulary.LANE)
+    lse, _, references = fwd(student, nat, None, weight, bias, targets, *options, kept)
+    return bwd(coefficients, kept, references, weight, targets, lse, *options)
 
 
 def truth(student, nat, weight, targets, coefficients, bias=None, temperature=1.0, softcap=None):
@@ -72,7 +60,7 @@ def test_every_lane_within_the_error_rule(case, lane):
     assert not wrong
 
 
-# tokens about whole vectors and groups, columns about blocks of 512 and splits of 2048, widths about strips of 16, 32
+# tokens around whole vectors and groups, columns around blocks of 512 and splits of 2048, widths around 16 and 32
 SHAPES = [(1, 3, 511), (16, 15, 512), (47, 16, 513), (48, 31, 2047), (49, 33, 2049), (97, 40, 4609), (145, 2, 9)]
 
 
@@ -85,14 +73,14 @@ def test_edges_in_every_lane(t, d, v, dtype, lane):
     bias = torch.linspace(-1, 1, v)
     for options in ({}, {"bias": bias, "temperature": 0.7, "softcap": 5.0}):
         found, expected = gradient(*arguments, **options), truth(*arguments, **options)
-        # logits relative to the target's, at most 16 away, have 11 bits; dz is rounded to 8
+        # logits are at most 16 from the target's and have 11 bits; dz is rounded to 8
         step = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-18
         assert (found.double() - expected).norm() <= step * expected.norm()
         assert (found.double() - expected).abs().max() <= 4 * step * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_strides_and_company_in_every_lane(dtype, lane):
+def test_bits_do_not_depend_on_strides_or_other_tokens(dtype, lane):
     student, nat, _, weight, targets = draw(101, 37, 2600, dtype)
     coefficients = weights(101)
     expected = gradient(student, nat, weight, targets, coefficients)
@@ -120,20 +108,20 @@ def test_one_and_two_threads_give_the_same_bits(dtype):
 
 
 def test_kept_logits_change_no_loss(lane):
-    """What a sweep returns of each token is the same with and without memory for logits, and with fewer streams."""
+    """A sweep returns the same losses with and without memory for logits, and with fewer streams."""
     for dtype in DTYPES:
         student, nat, neg, weight, targets = draw(50, 20, 2100, dtype)
         fwd = torch.ops.calm_fast._linear_nce_native_fwd
         rest = (weight, None, targets, 1.5, None)
-        _, losses, _ = fwd(student, nat, neg, *rest, None, vocabulary.LANE)
-        assert torch.equal(fwd(student, nat, neg, *rest, memory(weight, 50), vocabulary.LANE)[1], losses)
-        without = fwd(student, nat, None, *rest, memory(weight, 50), vocabulary.LANE)[1]
+        _, losses, _ = fwd(student, nat, neg, *rest, None)
+        assert torch.equal(fwd(student, nat, neg, *rest, memory(weight, 50))[1], losses)
+        without = fwd(student, nat, None, *rest, memory(weight, 50))[1]
         assert torch.equal(without[:2], losses[:2]) and not without[2].any()
-        assert torch.equal(fwd(None, nat, neg, *rest, None, vocabulary.LANE)[1][2], losses[2])
+        assert torch.equal(fwd(None, nat, neg, *rest, None)[1][2], losses[2])
 
 
 def test_two_certain_distributions_cancel(lane):
-    """Student and teacher certain of the same other token: the small difference of two ones must survive 16 bits."""
+    """Student and teacher are certain of the same other token: the small difference of two ones survives 16 bits."""
     gen = torch.Generator().manual_seed(0)
     targets = torch.arange(12)
     weight = (torch.eye(40, 48) + 0.05 * torch.randn(40, 48, generator=gen)).bfloat16()
@@ -146,7 +134,7 @@ def test_two_certain_distributions_cancel(lane):
     assert (found - expected).abs().max() <= 2.0**-7 * expected.abs().max()
 
 
-def test_what_is_not_finite_stays_in_its_token(lane):
+def test_non_finite_values_stay_in_their_token(lane):
     for dtype in DTYPES:
         student, nat, _, weight, targets = draw(70, 12, 2100, dtype)
         expected = gradient(student, nat, weight, targets, weights(70))
@@ -158,7 +146,7 @@ def test_what_is_not_finite_stays_in_its_token(lane):
 
 
 def test_logits_beyond_16_bits(lane):
-    """70000 below the target is as good as -infinity; 70000 above it does not fit, and is NaN, not something else."""
+    """A logit 70000 below the target's counts as -infinity; one 70000 above it does not fit and gives NaN."""
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]).bfloat16()
     student = torch.tensor([[70144.0, 70144.0], [70144.0, 70144.0], [1.0, 2.0]]).bfloat16()
     targets = torch.tensor([0, 2, 1])
@@ -169,7 +157,7 @@ def test_logits_beyond_16_bits(lane):
 
 
 def test_masked_columns(lane):
-    """A bias of -inf takes a column out of both streams."""
+    """A bias of -inf rules a column out for both streams."""
     for dtype in DTYPES:
         student, nat, neg, weight, targets = draw(20, 12, 2100, dtype)
         targets, coefficients = targets.remainder(1000), weights(20)
@@ -180,8 +168,8 @@ def test_masked_columns(lane):
         step = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-18
         assert (found.double() - expected).norm() <= step * expected.norm()
         fwd = torch.ops.calm_fast._linear_nce_native_fwd
-        losses = fwd(student, nat, neg, weight, bias, targets, 1.0, None, None, vocabulary.LANE)[1]
-        short = fwd(student, nat, neg, weight[:1000], None, targets, 1.0, None, None, vocabulary.LANE)[1]
+        losses = fwd(student, nat, neg, weight, bias, targets, 1.0, None, None)[1]
+        short = fwd(student, nat, neg, weight[:1000], None, targets, 1.0, None, None)[1]
         torch.testing.assert_close(losses, short, rtol=1e-5, atol=1e-6)
 
 
