@@ -1,6 +1,6 @@
 # Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
-# Needed beforehand: make and a Python >= 3.10 with its venv module. No git, no GPU; with a C++ compiler the compiled
-# library is built too, without one everything runs in torch.
+# Requirements: make and a Python >= 3.10 with its venv module; no git, no GPU. With a C++ compiler the compiled library
+# is built too; without one everything runs in torch.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -18,32 +18,32 @@ LOG := $(VENV)/set-up.log
 help:
 	@echo "make demo         set up, then run the main job: calm-fast demo (5 to 11 minutes on 2 cores)"
 	@echo "make test         set up, then run the whole test suite (17 to 26 minutes on 2 cores)"
-	@echo "make contract     what we take from other packages, against their lowest, GPU machines' and newest releases (4 min)"
+	@echo "make contract     test our use of other packages on their lowest, GPU machines' and newest releases (4 minutes)"
 	@echo "make lint         ruff check and ruff format --check"
-	@echo "make types        mypy on calm_fast, kernels and benchmarks, as an installed package holds them"
+	@echo "make types        mypy on calm_fast, kernels and benchmarks, laid out as in an installed package"
 	@echo "make codegen      compile every Triton kernel for sm_80, sm_90, sm_100 and check the machine code (no GPU)"
 	@echo "make cuda-gate    compile every CUDA source for sm_80, sm_90a, sm_100a; spills are errors (no GPU; needs nvcc)"
-	@echo "make sanitize     the C++ code and the emulated CUDA kernels under ASan and UBSan"
-	@echo "make wheel-check  build sdist and wheel, check what they hold and that they install"
-	@echo "make new-op       NAME=...: the skeleton of a new op, green at once (CONTRIBUTING.md)"
-	@echo "make bench        speed against strong baselines on this machine"
+	@echo "make sanitize     run the C++ code and the emulated CUDA kernels under ASan and UBSan"
+	@echo "make wheel-check  build sdist and wheel, check their contents and that they install"
+	@echo "make new-op       NAME=...: write the skeleton of a new op, green at once (CONTRIBUTING.md)"
+	@echo "make bench        measure speed against strong baselines on this machine"
 	@echo "make results      write README's tables from the committed rows in benchmarks/results/"
-	@echo "make native       compile what changed in csrc/ (set-up, demo, test and bench do it by themselves)"
-	@echo "make setup        only the set-up (done once, again when pyproject.toml or setup.py change)"
-	@echo "make upgrade      dependencies to the newest releases that pyproject.toml allows (not torch and the build tools)"
+	@echo "make native       compile what changed in csrc/ (setup, demo, test and bench do this themselves)"
+	@echo "make setup        only the set-up (once, and again when pyproject.toml or setup.py change)"
+	@echo "make upgrade      upgrade dependencies to the newest allowed releases (except torch and the build tools)"
 	@echo "make clean        remove $(VENV) and build leftovers"
 	@echo
 	@echo "ARGS='...'        extra arguments for demo, test, codegen, bench, e.g. make demo ARGS='--seed 1'"
-	@echo "PYTHON=$(PYTHON)    the Python that $(VENV) is made from"
-	@echo "TORCH='$(TORCH)'    what pip installs where torch is absent"
+	@echo "PYTHON=$(PYTHON)    the Python for $(VENV)"
+	@echo "TORCH='$(TORCH)'    the requirement that pip installs if torch is absent"
 
 setup: $(STAMP)
 
-# pip's output goes to a log: a good run stays readable, a bad one shows the end of the log.
+# pip's output goes to a log, so a good run stays readable; a failed run shows the end of the log.
 $(STAMP): pyproject.toml setup.py
 	@set -e; begin=$$(date +%s); \
 	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "[set-up] $(PYTHON) is missing or older than 3.10; say which one to use: make PYTHON=python3.12 ..."; exit 1; }; \
+	  echo "[set-up] $(PYTHON) is missing or older than 3.10; name another one: make PYTHON=python3.12 ..."; exit 1; }; \
 	if [ ! -x "$(PY)" ]; then \
 	  flags=""; from="$(PYTHON)"; \
 	  if "$(PYTHON)" -c 'import torch; v = torch.__version__.split("."); assert (int(v[0]), int(v[1])) >= (2, 11)' \
@@ -58,19 +58,19 @@ $(STAMP): pyproject.toml setup.py
 	echo "[set-up 2/4] installing the build tools (seconds)"; \
 	try 'setuptools>=77' wheel ninja; \
 	if "$(PY)" -c 'import torch' >/dev/null 2>&1; then \
-	  echo "[set-up 3/4] torch is here: $$("$(PY)" -c 'import torch; print(torch.__version__)')"; \
+	  echo "[set-up 3/4] torch is installed: $$("$(PY)" -c 'import torch; print(torch.__version__)')"; \
 	else \
 	  echo "[set-up 3/4] installing $(TORCH) (about a minute for the CPU build; a CUDA build is several GB:"; \
-	  echo "             where pip would fetch that unwanted, name the CPU wheel index in TORCH='... --index-url ...')"; \
+	  echo "             to avoid it, name the CPU wheel index in TORCH='... --index-url ...')"; \
 	  try $(TORCH); \
 	fi; \
 	echo "[set-up 4/4] installing calm_fast (editable) and its dependencies (about a minute)"; \
 	try --no-build-isolation -e '.[test]'; \
 	touch "$(STAMP)" "$(NATIVE)"; \
-	echo "[set-up] done in $$(( $$(date +%s) - begin )) s; not repeated until pyproject.toml or setup.py change"
+	echo "[set-up] done in $$(( $$(date +%s) - begin )) s; repeated only when pyproject.toml or setup.py change"
 
 upgrade: $(STAMP)
-	@echo "[upgrade] the newest releases of what calm_fast and its tests need; torch and the build tools stay"
+	@echo "[upgrade] upgrading the dependencies of calm_fast and its tests; torch and the build tools stay"
 	@"$(PY)" -m pip install --no-compile --disable-pip-version-check --upgrade --upgrade-strategy eager \
 	  $$("$(PY)" tests/contract/lanes.py --newest) >>"$(LOG)" 2>&1 || { tail -n 25 "$(LOG)"; \
 	  echo "[upgrade] pip install failed; the end of $(LOG) is above"; exit 1; }
@@ -89,11 +89,11 @@ demo: $(STAMP) $(NATIVE)
 	@"$(VENV)/bin/calm-fast" demo $(ARGS)
 
 test: $(STAMP) $(NATIVE)
-	@echo "[test] the whole suite, two processes; GPU tests skip themselves where there is no GPU"
+	@echo "[test] the whole suite, two processes; GPU tests are skipped without a GPU"
 	@"$(PY)" -m pytest -n 2 $(ARGS)
 
 contract: $(STAMP) $(NATIVE)
-	@echo "[contract] other releases of transformers and the rest, in throw-away environments"
+	@echo "[contract] other releases of transformers and the rest, in temporary environments"
 	@"$(PY)" tests/contract/lanes.py $(ARGS)
 
 lint: $(STAMP)
@@ -128,7 +128,7 @@ bench: $(STAMP) $(NATIVE)
 	@"$(VENV)/bin/calm-fast" bench $(ARGS)
 
 results: $(STAMP)
-	@echo "[results] README's tables, from the newest rows of every case in benchmarks/results/"
+	@echo "[results] writing README's tables from the newest rows of every case in benchmarks/results/"
 	@"$(PY)" -m calm_fast.benchmarks.results_table $(ARGS)
 
 clean:

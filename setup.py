@@ -1,15 +1,14 @@
-"""Packages and the compiled library. Everything else that is declarative is in pyproject.toml.
+"""Packages and the compiled library. The declarative settings are in pyproject.toml.
 
 ``kernels/<op>`` is installed as ``calm_fast.kernels.<op>`` and ``benchmarks`` as ``calm_fast.benchmarks``.
-The container ``kernels/`` has no ``__init__.py`` on purpose: Hugging Face publishes a package named
-``kernels`` that transformers imports, and a regular package of that name at the repository root would
-shadow it.
+The container ``kernels/`` deliberately has no ``__init__.py``: Hugging Face publishes a package named ``kernels`` that
+transformers imports, and a regular package of that name at the repository root would shadow it.
 
 ``csrc/`` becomes two extension modules built against LibTorch's stable ABI, so that one cp310-abi3 wheel serves every
-torch >= 2.11: ``calm_fast._cpu`` wherever a C++ compiler works, ``calm_fast._cuda`` wherever nvcc and a CUDA build of
-torch are, a visible GPU or not. Without a compiler or without torch the distribution is pure Python.
+torch >= 2.11. ``calm_fast._cpu`` is built if a C++ compiler works, ``calm_fast._cuda`` if there are nvcc and a CUDA
+build of torch, with or without a visible GPU. Without a compiler or without torch the distribution is pure Python.
 
-CALM_FAST_NATIVE=auto|0|1   0: pure Python. 1: an error where the library cannot be built.
+CALM_FAST_NATIVE=auto|0|1   0: pure Python. 1: fail if the library cannot be built.
 CALM_FAST_CUDA=auto|0|1     the same for ``_cuda`` alone.
 MAX_JOBS, CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST are torch's own.
 """
@@ -23,19 +22,20 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 KERNELS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py"))
 MAPPED = {"calm_fast.benchmarks": "benchmarks", **{f"calm_fast.kernels.{op}": f"kernels/{op}" for op in KERNELS}}
-TORCH_TARGET = (2, 11)  # the oldest torch whose stable ABI the library is compiled for
+TORCH_TARGET = (2, 11)  # the oldest torch that the library's stable ABI supports
 PYTHON_TARGET = (3, 10)
 WITHOUT_BUILDING = {"egg_info", "dist_info", "sdist", "clean", "--version", "--name"}
 
 
 def packages() -> list[str]:
-    """Every package of the distribution, the mapped ones and their subpackages included."""
+    """Return every package of the distribution, including the mapped ones and their subpackages."""
     found = find_packages(str(ROOT), include=["calm_fast", "calm_fast.*"])
     for name, folder in MAPPED.items():
         if (ROOT / folder).is_dir():
@@ -51,12 +51,12 @@ def say(message: str) -> None:
 def switch(name: str) -> str:
     value = os.environ.get(name, "auto").lower()
     if value not in ("auto", "0", "1"):
-        raise SystemExit(f"{name} must be auto, 0 or 1, got {value!r}")
+        raise SystemExit(f"[calm_fast] setup: `{name}` must be auto, 0 or 1, got {value!r}")
     return value
 
 
 def compiler_problem() -> str:
-    """Why no C++20 shared library can be built here; "" where one can. Sets CXX to the compiler that works."""
+    """Return the reason why no C++20 shared library can be built here, or "". Set CXX to the compiler that works."""
     tried = []
     for command in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
         with tempfile.TemporaryDirectory() as folder:
@@ -71,15 +71,15 @@ def compiler_problem() -> str:
         if done.returncode == 0:
             os.environ["CXX"] = command
             return ""
-        tried.append(f"{command}: {(done.stderr.strip().splitlines() or ['it failed without a word'])[0]}")
+        tried.append(f"{command}: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[0]}")
     return f"no C++20 compiler works here ({'; '.join(tried)})"
 
 
 def torch_problem() -> str:
-    """Why torch cannot be built against; "" where it can.
+    """Return the reason why the library cannot be built against torch, or "".
 
-    An isolated build has no torch of its own, and must not bring one: the library would be built against that one
-    while another runs it. The torch of the environment that is installed into is looked up behind everything else.
+    An isolated build has no torch and must not install one: the library would be built against that torch but run with
+    another. The torch of the target environment is looked up last on sys.path.
     """
     bases = [{}, {"base": sys.base_prefix, "platbase": sys.base_prefix}]
     for folder in (sysconfig.get_path(kind, vars=base) for base in bases for kind in ("purelib", "platlib")):
@@ -98,7 +98,7 @@ def torch_problem() -> str:
 
 
 def locate_cuda() -> None:
-    """Set CUDA_HOME where torch would guess wrong: it takes the folder above nvcc, which may be a wrapper script."""
+    """Set CUDA_HOME if torch would guess wrong: it takes the folder above nvcc, which may be a wrapper script."""
     nvcc = shutil.which("nvcc")
     guesses = [*([Path(nvcc).resolve().parents[1]] if nvcc else []), Path("/usr/local/cuda")]
     if not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")):
@@ -108,7 +108,7 @@ def locate_cuda() -> None:
 
 
 def toolkit() -> str:
-    """The CUDA release of nvcc, like 13.0."""
+    """Return the CUDA release of nvcc, e.g. 13.0."""
     from torch.utils.cpp_extension import CUDA_HOME
 
     said = subprocess.run([f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
@@ -116,7 +116,7 @@ def toolkit() -> str:
 
 
 def cuda_problem() -> str:
-    """Why `_cuda` cannot be built; "" where it can. A GPU need not be visible."""
+    """Return the reason why `_cuda` cannot be built, or "". No GPU needs to be visible."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -125,17 +125,17 @@ def cuda_problem() -> str:
     if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").is_file():
         return "no nvcc found (CUDA_HOME)"
     if torch.version.cuda.split(".")[0] != toolkit().split(".")[0]:
-        return f"torch is built for CUDA {torch.version.cuda}, but {CUDA_HOME} holds {toolkit() or 'no working nvcc'}"
+        return f"torch is built for CUDA {torch.version.cuda}, but {CUDA_HOME} has {toolkit() or 'no working nvcc'}"
     return ""
 
 
 def flags() -> dict[str, list[str]]:
-    """Compile flags by compiler. No -march and no fast-math: lanes are chosen at run time, and NaN must survive."""
+    """Return the flags per compiler. No -march (lanes are chosen at run time) and no fast-math (NaN must survive)."""
     import torch
 
     target = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000ULL"
     common = ["-O3", "-std=c++20", f"-DTORCH_TARGET_VERSION={target}", f"-DCALM_FAST_TORCH={torch.__version__}"]
-    # an invalid target attribute would silently give the scalar lane twice
+    # otherwise an invalid target attribute would silently compile the scalar lane twice
     cxx = [*common, "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror=attributes", "-ffp-contract=off"]
     cxx += ["-fvisibility=hidden", "-g0"]
     return {"cxx": cxx, "nvcc": [*common, "-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]}
@@ -148,15 +148,15 @@ def default_architectures() -> str:
     return "8.0;9.0;10.0+PTX" if "compute_100" in known else "8.0;9.0+PTX"
 
 
-def extensions() -> list:
-    """`_cpu` and, where CUDA is, `_cuda`; nothing where the library cannot or shall not be built."""
+def extensions() -> list[Extension]:
+    """Return `_cpu` and, with CUDA, `_cuda`; nothing if the library cannot or must not be built."""
     wanted, cuda = switch("CALM_FAST_NATIVE"), switch("CALM_FAST_CUDA")
     if wanted == "0":
         return pure("CALM_FAST_NATIVE=0")
     why = "the compiled library is built on Linux only" if sys.platform != "linux" else ""
     why = why or compiler_problem() or torch_problem()
     if why and "1" in (wanted, cuda):
-        raise SystemExit(f"[calm_fast] the compiled library was asked for, but {why}")
+        raise SystemExit(f"[calm_fast] the compiled library was requested, but {why}")
     if why:
         return pure(why)
     with contextlib.suppress(ImportError):  # a ninja from the package index is not always on PATH
@@ -174,7 +174,7 @@ def extensions() -> list:
     shared |= {"extra_compile_args": flags(), "extra_link_args": ["-Wl,--as-needed", "-Wl,--strip-all"]}
     cpu = CppExtension("calm_fast._cpu", ["csrc/bindings.cpp", *sources("csrc/*/*_cpu.cpp")], **shared)
     found, kernels = [cpu], sources("csrc/*/*_cuda.cu")
-    why = "CALM_FAST_CUDA=0" if cuda == "0" else "" if kernels else "csrc holds no CUDA sources"
+    why = "CALM_FAST_CUDA=0" if cuda == "0" else "" if kernels else "csrc has no CUDA sources"
     why = why or cuda_problem()
     if why and cuda == "1":
         raise SystemExit(f"[calm_fast] CALM_FAST_CUDA=1, but {why}")
@@ -187,8 +187,8 @@ def extensions() -> list:
     return [*found, CUDAExtension("calm_fast._cuda", ["csrc/bindings.cpp", *kernels], **shared)]
 
 
-def pure(why: str) -> list:
-    """No extensions; an editable install drops the ones that an earlier build left in the tree."""
+def pure(why: str) -> list[Extension]:
+    """Return no extensions; an editable install deletes those that an earlier build left in the tree."""
     say(f"pure Python, no compiled library: {why}")
     if "editable_wheel" in sys.argv:
         for stale in (ROOT / "calm_fast").glob("_c*.so"):
@@ -196,8 +196,8 @@ def pure(why: str) -> list:
     return []
 
 
-def native_arguments() -> dict:
-    """What setup() gets for the compiled library; nothing for commands that build nothing."""
+def native_arguments() -> dict[str, Any]:
+    """Return the arguments of setup() for the compiled library; none for commands that build nothing."""
     if set(sys.argv[1:]) & WITHOUT_BUILDING or len(sys.argv) < 2:
         return {}
     modules = extensions()

@@ -1,8 +1,8 @@
-"""A pytest plugin of gpu.sh: a process whose GPU context broke runs no further test.
+"""A pytest plugin for gpu.sh: stop a process whose GPU context is broken.
 
-After an illegal access every CUDA call of the process fails. Its tests would then fail at once, and as pytest-xdist
-gives the next test to whoever is free, that one process would go through most of the rest. So it ends, xdist starts a
-fresh one in its place, and the test that did it is the one that is blamed.
+After an illegal access every CUDA call of the process fails, so its remaining tests would fail at once. pytest-xdist
+hands the next test to the first idle worker, so that one process would take most of the remaining tests with it. The
+plugin ends the process instead: xdist starts a fresh one and blames the test that broke the context.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import pytest
 
 
 def broken() -> str | None:
-    """What is wrong with this process's GPU context; None where all is well, or it has none."""
+    """Return the error of this process's GPU context, or None if the context works or does not exist."""
     import torch
 
     if not torch.cuda.is_initialized():
         return None
     try:
-        torch.cuda.synchronize()  # errors of kernels show up at the next synchronisation: here it is still their test
+        torch.cuda.synchronize()  # a kernel's error surfaces at the next synchronisation: do it before its test ends
     except RuntimeError as failure:
         return str(failure).splitlines()[0]
     return None
@@ -31,5 +31,5 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     yield
     if reason := broken():
         if "PYTEST_XDIST_WORKER" in os.environ:
-            os._exit(1)  # the reports so far are sent
+            os._exit(1)  # all reports up to here have been sent
         item.session.shouldstop = f"the GPU context broke in {item.nodeid}: {reason}"

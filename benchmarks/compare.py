@@ -1,8 +1,8 @@
-"""`bench --compare REV`: this checkout as it stands against another revision, the same cases, side by side.
+"""`bench --compare REV`: this checkout against another revision, on the same cases, side by side.
 
 Each side is a process of its own with the same Python. The cases and baselines are this checkout's; the library
-(calm_fast, kernels) is each side's. Short runs of both sides take turns, so what disturbs the machine hits both;
-a ratio is taken within each pair of runs.
+(calm_fast, kernels) is each side's own. Short runs of both sides take turns, so a disturbance of the machine hits both.
+The ratio is taken within each pair of runs. `older_layout` lets the cases run on revisions of the older layout.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from calm_fast.benchmarks import machine
 from calm_fast.benchmarks.registry import Case
 from calm_fast.benchmarks.timing import Budget, Times, summarise
 
-THRESHOLD = 1.05  # a difference below 5 % is never called one
-BURST_MS = 40.0  # of calls in a row on one side before it is the other's turn
+THRESHOLD = 1.05  # smaller differences count as the same
+BURST_MS = 40.0  # length of one side's turn
 SLOWER, FASTER, SAME = "SLOWER", "faster", "same"
 Say = Callable[[str], None]
 
 
 class CompareError(ValueError):
-    """Why there is nothing to compare with."""
+    """There is nothing to compare with; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One implementation on both sides: ratio = other / now over the pairs of runs, so below 1 now is slower."""
+    """One implementation on both sides. ratio = other / now over the pairs of runs: below 1 this checkout is slower."""
 
     op: str
     case: str
@@ -49,7 +49,7 @@ class Pair:
 
     @property
     def verdict(self) -> str | None:
-        """A change is called one where the median is 5 % off and four of five pairs agree on the side."""
+        """Return SLOWER or FASTER if the median is off by 5 % and four of five pairs agree, else SAME."""
         if self.ratio is None:
             return None
         if self.ratio.ms < 1 / THRESHOLD and self.ratio.p80 < 1:
@@ -58,33 +58,35 @@ class Pair:
 
 
 def judge(pairs: Sequence[tuple[float, float]]) -> Times:
-    """Median and quantiles of other / now."""
+    """Return the median and quantiles of other / now."""
     return summarise([other / now for now, other in pairs])
 
 
 def revision(name: str) -> tuple[Path, str]:
-    """The checkout and the full id of revision `name`.
+    """Return the checkout and the full id of revision `name`.
 
     Raises:
-        CompareError: outside a git checkout, or no such revision.
+        CompareError: this is not a git checkout, or it has no such revision.
     """
     top = machine.checkout()
     if top is None:
-        raise CompareError("--compare needs a git checkout: this calm_fast is installed, or its files are no checkout")
+        raise CompareError(
+            "--compare needs a git checkout, but this calm_fast is installed or its files are not under git"
+        )
     found = machine.git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if not found:
-        raise CompareError(f"--compare: {name!r} is no revision of the checkout {top}")
+        raise CompareError(f"bench: `--compare` must be a revision of the checkout {top}, got {name!r}")
     return top, found
 
 
 def stage(tree: Path, benchmarks: Path, site: Path) -> Path:
-    """A folder to import `calm_fast` from: the library of `tree` with `benchmarks` in its place."""
+    """Fill `site` with a `calm_fast` to import: the library of `tree`, with `benchmarks` in place of its own."""
     package = site / "calm_fast"
     package.mkdir(parents=True)
     for entry in (tree / "calm_fast").iterdir():
         if entry.name not in ("__pycache__", "benchmarks", "kernels"):
             (package / entry.name).symlink_to(entry)
-    older = tree / "kernels" / "fused"  # where all kernels lay in one folder
+    older = tree / "kernels" / "fused"  # the older layout: all kernels in one folder
     if older.is_dir():
         (package / "kernels").symlink_to(older)
     else:
@@ -96,7 +98,7 @@ def stage(tree: Path, benchmarks: Path, site: Path) -> Path:
 
 
 def native(top: Path, commit: str, tree: Path, say: Say) -> str:
-    """Give `tree` its compiled library; in words, what it has."""
+    """Give `tree` its compiled library, and describe it in words."""
     if not (tree / "csrc").is_dir():
         return "the other revision has no compiled library"
     if machine.git("diff", "--quiet", commit, "--", ":/csrc", ":/setup.py") is not None:
@@ -110,13 +112,13 @@ def native(top: Path, commit: str, tree: Path, say: Say) -> str:
     found = sorted(path.name for path in (tree / "calm_fast").glob("_c*.so"))
     if found:
         return f"the other revision's was built: {', '.join(found)}"
-    last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}, no message"])[-1]
     return f"ABSENT on the other side, building it failed: {last}"
 
 
 @contextlib.contextmanager
 def other_tree(commit: str) -> Iterator[Path]:
-    """The files of `commit` in a temporary worktree."""
+    """Check out `commit` into a temporary worktree."""
     with tempfile.TemporaryDirectory(prefix="calm-fast-compare-") as folder:
         tree = Path(folder) / "tree"
         if machine.git("worktree", "add", "--detach", str(tree), commit) is None:
@@ -131,25 +133,27 @@ class Side:
     """The process of one side."""
 
     def __init__(self, site: Path, arguments: dict[str, Any]) -> None:
-        # no other calm_fast may come first; the working folder is where `python -m` looks first
+        # PYTHONPATH and the working folder, where `python -m` looks first, keep any other calm_fast out
         environment = {**os.environ, "PYTHONPATH": str(site)}
         command = [sys.executable, "-m", "calm_fast.benchmarks.compare_worker"]
         self.process = subprocess.Popen(
             command, cwd=site, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         where = Path(self.ask(**arguments)["import"])
-        assert site in where.parents, f"{where} was imported, not {site}"
+        if site not in where.parents:
+            raise RuntimeError(f"compare: {where} was imported, not {site}")
 
     def ask(self, **command: Any) -> Any:
-        """The answer to a command.
+        """Send a command and return the answer.
 
         Raises:
             RuntimeError: the command failed there, with the reason.
         """
+        commands, answers = self._pipes()
         try:
-            self.process.stdin.write(json.dumps(command) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
+            commands.write(json.dumps(command) + "\n")
+            commands.flush()
+            line = answers.readline()
         except BrokenPipeError:
             line = ""
         if not line:
@@ -159,8 +163,12 @@ class Side:
             raise RuntimeError(answer["failed"])
         return answer["ok"]
 
+    def _pipes(self) -> tuple[IO[str], IO[str]]:
+        assert self.process.stdin is not None and self.process.stdout is not None  # both are PIPE
+        return self.process.stdin, self.process.stdout
+
     def close(self) -> None:
-        self.process.stdin.close()
+        self._pipes()[0].close()
         try:
             self.process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -169,7 +177,7 @@ class Side:
 
 
 def take_turns(now: Side, other: Side, impls: Sequence[str], budget: Budget) -> dict[str, list[tuple[float, float]]]:
-    """(now, other) milliseconds of each implementation, one pair a round; who begins changes every round."""
+    """Return (now, other) milliseconds of each implementation, one pair per round; the sides begin alternately."""
     calls = {}
     for impl in impls:
         first = max(side.ask(do="time", impl=impl, calls=1)[0] for side in (now, other))
@@ -191,8 +199,9 @@ def take_turns(now: Side, other: Side, impls: Sequence[str], budget: Budget) -> 
 def compare_case(
     case: Case, suite: str, now: Side, other: Side, budget: Budget
 ) -> tuple[list[Pair], list[dict[str, Any]]]:
-    """Both sides on one case, and the rows of both."""
-    opened, broken = {}, None
+    """Run both sides on one case. Return the pairs, and the rows of both sides."""
+    opened: dict[Side, Any] = {}
+    broken = None
     for name, side in (("this checkout", now), ("the other revision", other)):
         try:
             opened[side] = side.ask(do="open", op=case.op, name=case.name, suite=suite)
@@ -212,8 +221,8 @@ def compare_case(
         failures = [f"{who}: {r['failure']}" for who, r in (("now", mine), ("other", theirs)) if r["failure"]]
         impl = mine["impl"]
         if impl in found:
-            times = [summarise([pair[index] for pair in found[impl]]) for index in (0, 1)]
-            pairs.append(Pair(case.op, case.name, impl, not mine["ours"], *times, judge(found[impl])))
+            mine_ms, their_ms = (summarise([pair[index] for pair in found[impl]]) for index in (0, 1))
+            pairs.append(Pair(case.op, case.name, impl, not mine["ours"], mine_ms, their_ms, judge(found[impl])))
         else:
             pairs.append(Pair(case.op, case.name, impl, not mine["ours"], None, None, None, "; ".join(failures)))
     return pairs, [r for side in rows for r in side]
@@ -222,12 +231,12 @@ def compare_case(
 def compare(
     chosen: Sequence[Case], suite: str, name: str, budget: Budget, arguments: dict[str, Any], out: Path, say: Say
 ) -> tuple[list[Pair], list[dict[str, Any]]]:
-    """Compare this checkout with revision `name` on `chosen`; writes results.jsonl and the report into `out`.
+    """Compare this checkout with revision `name` on `chosen`; write results.jsonl and the report into `out`.
 
     Args:
-        arguments: of `compare_worker.Worker`, all but commit.
+        arguments: those of `compare_worker.Worker` except commit.
     Raises:
-        CompareError: outside a git checkout, or no such revision.
+        CompareError: this is not a git checkout, or it has no such revision.
     """
     from calm_fast.benchmarks.report import comparison
 
@@ -248,7 +257,7 @@ def compare(
         for case in chosen:
             say(f"{case.name}: both sides are checked, then timed in turns")
             share = Budget(budget.seconds * case.share, budget.min_rounds, budget.max_rounds)
-            fresh, made = compare_case(case, suite, *sides, share)
+            fresh, made = compare_case(case, suite, sides[0], sides[1], share)
             sink.writelines(json.dumps(r, allow_nan=False) + "\n" for r in made)
             sink.flush()
             pairs, rows = pairs + fresh, rows + made

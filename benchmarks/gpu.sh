@@ -1,37 +1,37 @@
 #!/usr/bin/env bash
-# Everything a GPU is needed for: the compiled library, GPU tests, benchmarks, compute-sanitizer, launch configs.
+# Run everything that needs a GPU: the compiled library, GPU tests, benchmarks, compute-sanitizer, launch configs.
 #
 #   benchmarks/gpu.sh [--part NAME]... [--seconds N] [--commit SHA] [--dry-run]
-#   benchmarks/gpu.sh --prepare        before, on a machine with a package index: wheels for one without
+#   benchmarks/gpu.sh --prepare        first, on a machine with a package index: wheels for one without
 #
 # Parts, by value: tests core layer nce logprob lora lora_step model sanitizer tune vote generate core_heads lora_ranks
 #                  scaling generate_long
-# A call ends within nine minutes (--seconds): each part has a time limit, and a part that no longer fits is not begun.
-# The last line of a call names the call that goes on: begin without --part, go on with what it says. --dry-run shows
-# what every call would hold if each part took all of its limit.
-# A part that fails or is stopped at its limit stops no other one; the call then exits 1 in the end.
+# A call ends within nine minutes (--seconds): each part has a time limit, and a part that no longer fits is not started.
+# The last line of a call names the next call: start without --part, continue with that line. --dry-run shows the parts
+# of every call if each took all of its limit.
+# A part that fails or is stopped at its limit does not stop the others; the call then exits 1 at its end.
 #
-# Every call first compiles csrc/ with nvcc for this GPU, unless build/gpu-native/ holds it already. Where that fails the
-# parts still run, with torch in the library's place.
+# Every call first compiles csrc/ with nvcc for this GPU, unless build/gpu-native/ has it already. If that fails, the
+# parts still run, with torch in place of the library.
 #
-# Results are four files in ${OUT:-build/gpu}, written anew after every part, so a call that is killed leaves them too:
-#   results.jsonl   rows of all benchmark cases, as benchmarks/results/ holds them
-#   summary.txt     what ran, how long, what failed, the call that goes on
+# The results are four files in ${OUT:-build/gpu}, rewritten after every part, so a killed call leaves them too:
+#   results.jsonl   rows of all benchmark cases, in the format of benchmarks/results/
+#   summary.txt     the parts that ran, their times and failures, the next call
 #   logs.tar.gz     logs, tests.xml, reports of the benchmarks, tuned files (kernels/<op>/tuned/...)
-#   native.tar.gz   the compiled library; unpacked in the checkout it saves the next call the compiling
+#   native.tar.gz   the compiled library; unpacked in the checkout, it saves the next call from compiling
 #
 # Needs Python >= 3.11 with torch (CUDA), triton, transformers, numpy and pytest, setuptools and nvcc of the same CUDA;
-# ninja makes compiling faster, pytest-xdist the tests. Without matplotlib there is no report.html. Packages that are
-# missing are taken from build/gpu-wheels/ (--prepare) where it exists. Fetches nothing, installs nothing that stays.
-# --commit names what is measured where the files are not a git checkout.
+# ninja makes compiling faster, pytest-xdist the tests. Without matplotlib there is no report.html. Missing packages are
+# taken from build/gpu-wheels/ (--prepare) if it exists. Fetches nothing, installs nothing permanently.
+# --commit names the commit measured if the files are not a git checkout.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "${root}"
 
 total=540                # seconds of one call
-readonly NATIVE_LIMIT=100 # of them for compiling
-readonly PARTS=( # by value: what a short loan should have seen first
+readonly NATIVE_LIMIT=100 # seconds of those for compiling
+readonly PARTS=( # by value: the most important first
   tests core layer nce logprob lora lora_step model sanitizer tune vote generate core_heads lora_ranks scaling
   generate_long
 )
@@ -39,7 +39,7 @@ readonly -A LIMIT=(
   [tests]=180 [sanitizer]=260 [core]=110 [core_heads]=110 [layer]=160 [lora]=150 [lora_ranks]=240 [lora_step]=140
   [nce]=110 [logprob]=110 [vote]=200 [model]=160 [generate]=300 [generate_long]=390 [scaling]=230 [tune]=300
 )
-# what --prepare fetches; only what a machine lacks is used there. The first line: baselines that no image brings.
+# fetched by --prepare; a machine uses only those it lacks. The first line: baselines that are rarely installed.
 readonly WHEELS=(
   liger-kernel cut-cross-entropy
   pytest pytest-xdist execnet pytest-benchmark py-cpuinfo iniconfig pluggy packaging pygments
@@ -60,7 +60,7 @@ readonly -A WHAT=(
   [logprob]="benchmark case L1: log-probabilities of targets"
   [vote]="benchmark case V1: votes, and curves of majority@k"
   [model]="benchmark case E1: a training step of a composed 8B- and 1B-class model"
-  [generate]="benchmark case E2: generating with them, against recomputing"
+  [generate]="benchmark case E2: generation with them, against recomputation"
   [generate_long]="benchmark case E2: 512 new tokens, against the two models alone"
   [scaling]="cost by number of augmenters and by length: whole model, one layer"
   [tune]="launch configs, written to kernels/<op>/tuned/<gpu>.json"
@@ -78,14 +78,14 @@ while (($#)); do
   case "$1" in
     --part)
       if [[ $# -lt 2 || ! -v "LIMIT[${2:-}]" ]]; then
-        echo "gpu.sh: --part takes one of: ${PARTS[*]}" >&2
+        echo "gpu.sh: \`--part\` must be one of ${PARTS[*]}, got '${2:-}'" >&2
         exit 2
       fi
       chosen+=("$2")
       shift 2
       ;;
     --seconds)
-      total="${2:?gpu.sh: --seconds takes the seconds of this call}"
+      total="${2:?gpu.sh: \`--seconds\` needs the seconds of this call}"
       shift 2
       ;;
     --prepare)
@@ -93,7 +93,7 @@ while (($#)); do
       shift
       ;;
     --commit)
-      commit="${2:?gpu.sh: --commit takes a commit}"
+      commit="${2:?gpu.sh: \`--commit\` needs a commit}"
       shift 2
       ;;
     --dry-run)
@@ -114,7 +114,7 @@ done
 ((${#chosen[@]})) || chosen=("${PARTS[@]}")
 
 if [[ ! "${total}" =~ ^[0-9]+$ ]]; then
-  echo "gpu.sh: --seconds takes a number, got ${total}" >&2
+  echo "gpu.sh: \`--seconds\` must be a number, got ${total}" >&2
   exit 2
 fi
 
@@ -125,7 +125,7 @@ failed=()
 summary=()
 left=() # parts that no longer fit
 
-# Wheels of everything optional, for the Python of another machine (PREPARE_PYTHON), without what they depend on.
+# Fetch the wheels of all optional packages for another machine's Python (PREPARE_PYTHON), without dependencies.
 prepare_wheels() {
   local name version="${PREPARE_PYTHON:-3.12}" platform platforms=() missing=()
   for platform in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux2010 manylinux1; do
@@ -144,7 +144,7 @@ prepare_wheels() {
   fi
 }
 
-# Unpack those wheels whose package this Python lacks into the folder of links.
+# Unpack the wheels of packages that this Python lacks into the folder of links.
 use_wheels() {
   local site="$1" wheels=()
   mapfile -t wheels < <("${python}" - "${root}/${WHEEL_FOLDER}" <<'PY'
@@ -162,10 +162,10 @@ PY
   ((${#wheels[@]})) || return 0
   echo "from ${WHEEL_FOLDER}: ${wheels[*]##*/}"
   "${python}" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check \
-    --target "${site}" "${wheels[@]}" || echo "gpu.sh: they could not be unpacked; going on without" >&2
+    --target "${site}" "${wheels[@]}" || echo "gpu.sh: they could not be unpacked; continuing without" >&2
 }
 
-# The files of this call, anew: few, and complete whenever the call ends.
+# Rewrite the files of this call: few, and complete whenever the call ends.
 publish() {
   local line name
   if ((dry)); then return; fi
@@ -175,17 +175,17 @@ publish() {
     if ((${#left[@]})); then
       line="benchmarks/gpu.sh"
       for name in "${left[@]}"; do line+=" --part ${name}"; done
-      echo "go on with: ${line}${commit:+ --commit ${commit}}"
+      echo "continue with: ${line}${commit:+ --commit ${commit}}"
     else
-      echo "nothing is left of what was asked for"
+      echo "all requested parts have run"
     fi
   } >"${out}/summary.txt"
   find "${work}" -name results.jsonl -print0 | sort -z | xargs -0r cat >"${out}/results.jsonl"
   tar -czf "${out}/logs.tar.gz.new" -C "${work}" . && mv "${out}/logs.tar.gz.new" "${out}/logs.tar.gz"
 }
 
-# Run a command under a time limit with its output in a log; the log's end is shown, a failure is remembered.
-# With --dry-run only say what would run.
+# Run a command under a time limit with its output in a log, show the end of the log, and record a failure.
+# With --dry-run only print the command.
 step() {
   local name="$1" limit="$2" begin=${SECONDS} rc=0
   shift 2
@@ -203,11 +203,11 @@ step() {
   esac
 }
 
-# calm_fast is spread over folders (setup.py); a folder of links is importable without installing anything.
+# The package is spread over folders (setup.py); a folder of links is importable without an installation.
 stage() {
   local site="$1" entry
   mkdir -p "${site}/calm_fast/kernels"
-  for entry in "${root}"/calm_fast/*; do # a library that was compiled for another torch stays behind
+  for entry in "${root}"/calm_fast/*; do # leave out a library compiled for another torch
     [[ "${entry##*/}" == __pycache__ || "${entry##*/}" == kernels || "${entry}" == *.so ]] || ln -sfn "${entry}" "${site}/calm_fast/${entry##*/}"
   done
   for entry in "${root}"/calm_fast/kernels/*.py "${root}"/kernels/*/; do
@@ -216,7 +216,7 @@ stage() {
   ln -sfn "${root}/benchmarks" "${site}/calm_fast/benchmarks"
 }
 
-# Compile the library for this GPU into build/gpu-native/<hash of what goes in>, and link it into the package.
+# Compile the library for this GPU into build/gpu-native/<hash of its inputs>, and link it into the package.
 native() {
   local site="$1" key folder arch module
   if ((dry)); then
@@ -233,7 +233,7 @@ native() {
   if [[ -f "${folder}/done" ]]; then
     summary+=("native: already compiled")
   else
-    # without pyproject.toml beside it setup.py needs no particular version of setuptools
+    # without pyproject.toml beside it, setup.py needs no particular version of setuptools
     rm -rf "${folder}"
     mkdir -p "${folder}/source"
     ln -s "${root}/setup.py" "${root}/csrc" "${folder}/source/"
@@ -295,11 +295,11 @@ PY
 
 part_tests() {
   local workers=() files=()
-  # most of the time is compiling kernels, which several processes share
+  # most of the time is spent compiling kernels, which several processes share
   if "${python}" -c "import xdist" 2>/dev/null; then workers=(-n 12); fi
-  # only the files that hold such tests: another one's import must not end the run, nor every worker collect it.
-  # addopts without --benchmark-disable, which only pytest-benchmark knows; -v: a stopped run's log names what was done;
-  # warnings are no errors here: the packages are older than those of CI
+  # only files with such tests: the import of another one must not end the run, nor every worker collect it.
+  # addopts without --benchmark-disable, an option of pytest-benchmark; -v: a stopped run's log names the tests done;
+  # warnings are not errors here: the packages are older than those of CI
   mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
   step tests "$1" "${python}" -m pytest -m gpu -v "${workers[@]}" -p no:cacheprovider \
     -p calm_fast.benchmarks.broken_context --continue-on-collection-errors \
@@ -325,10 +325,10 @@ part_sanitizer() {
       return
     fi
   fi
-  # once alone: right answers, and every kernel compiled before the tools slow everything down
+  # first without a tool: check the results, and compile every kernel before the tools slow everything down
   step sanitizer-alone "${each}" "${python}" -m calm_fast.benchmarks.sanitize
   for tool in memcheck racecheck initcheck synccheck; do
-    # torch's caching allocator would hide an access beyond a tensor inside its own pool
+    # torch's caching allocator would hide an access beyond a tensor within its own pool
     step "sanitizer-${tool}" "${each}" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
       "${sanitizer}" --tool "${tool}" --error-exitcode 9 "${python}" -m calm_fast.benchmarks.sanitize
   done
@@ -386,7 +386,7 @@ if ((dry)); then
     "compiled library, compute-sanitizer for its part"
   echo "import: a temporary folder of links to calm_fast/, kernels/ and benchmarks/, on PYTHONPATH"
 else
-  rm -rf "${work}" # of an earlier call: not what this one measured
+  rm -rf "${work}" # left by an earlier call
   mkdir -p "${out}" "${work}"
   out="$(cd "${out}" && pwd)" work="$(cd "${work}" && pwd)"
   rm -f "${out}"/{results.jsonl,summary.txt,logs.tar.gz,native.tar.gz}
@@ -399,14 +399,14 @@ else
   export PYTHONUNBUFFERED=1
   if compgen -G "${WHEEL_FOLDER}/*.whl" >/dev/null; then use_wheels "${site}"; fi
   check_needs 2>&1 | tee "${work}/needs.log"
-  [[ "${measured}" != unknown ]] || echo "gpu.sh: not a git checkout: rows carry no commit without --commit" >&2
+  [[ "${measured}" != unknown ]] || echo "gpu.sh: not a git checkout: rows have no commit without --commit" >&2
 fi
 
 begin=${SECONDS}
 echo "=== native: the compiled library, which every part uses"
 native "${site:-}"
 publish
-call=1 reserved=${NATIVE_LIMIT} # what a dry run knows: limits
+call=1 reserved=${NATIVE_LIMIT} # a dry run adds up limits
 for part in "${chosen[@]}"; do
   limit="${LIMIT[${part}]}"
   if ((dry && reserved + limit > total)); then
@@ -416,7 +416,7 @@ for part in "${chosen[@]}"; do
   reserved=$((reserved + limit))
   echo "=== ${part}: ${WHAT[${part}]}"
   if ((!dry && SECONDS + limit > total)); then
-    echo "gpu.sh: not begun: ${SECONDS} s are spent, its limit is ${limit} s, a call has ${total} s" >&2
+    echo "gpu.sh: not started: ${SECONDS} s are spent, its limit is ${limit} s, a call has ${total} s" >&2
     summary+=("${part}: not run, no time left")
     left+=("${part}")
     continue
@@ -425,7 +425,7 @@ for part in "${chosen[@]}"; do
   publish
 done
 if ((dry)); then
-  echo "at most ${call} calls of ${total} s; fewer where parts end before their limits"
+  echo "at most ${call} calls of ${total} s; fewer if parts end before their limits"
   exit 0
 fi
 

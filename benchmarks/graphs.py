@@ -1,17 +1,17 @@
-"""CUDA graphs around a contestant, as a decoding loop would use them."""
+"""Run a contestant as a CUDA graph, as a decoding loop would."""
 
 from __future__ import annotations
 
 import torch
 
-from calm_fast.benchmarks.registry import CannotRunError, Thunk
+from calm_fast.benchmarks.registry import CannotRunError, Thunk, Values
 
 
 def graphed(thunk: Thunk, warmup: int = 3) -> Thunk:
-    """The same work captured once and replayed; results are the graph's own tensors.
+    """Capture `thunk` once and return a thunk that replays it. The results are the graph's own tensors.
 
     Raises:
-        CannotRunError: no GPU, or something in the work cannot be captured.
+        CannotRunError: there is no GPU, or part of the work cannot be captured.
     """
     if not torch.cuda.is_available():
         raise CannotRunError("CUDA graphs need a GPU")
@@ -28,7 +28,7 @@ def graphed(thunk: Thunk, warmup: int = 3) -> Thunk:
     except RuntimeError as failure:
         raise CannotRunError(f"cannot be captured as a CUDA graph: {failure}") from failure
 
-    def replay():
+    def replay() -> Values:
         graph.replay()
         return values
 

@@ -1,4 +1,4 @@
-"""What a number needs beside it: hardware, versions, commit."""
+"""Hardware, versions and commit: the context that every measured number needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGES = ("torch", "triton", "transformers", "numpy", "peft", "liger-kernel",
 
 
 def device_name(device: torch.device, *remarks: str) -> str:
-    """The GPU's name, or the CPU's with the number of threads torch uses, then those remarks that are not empty."""
+    """Return the GPU's name, or the CPU's with torch's thread count, followed by the non-empty remarks."""
     return ", ".join([_hardware(device), *filter(None, remarks)])
 
 
@@ -30,7 +30,7 @@ def _hardware(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and what the measurements run on; a missing package is left out."""
+    """Return the versions of Python, this package and the packages measured; missing packages are left out."""
     from calm_fast import __version__
 
     found = {"python": platform.python_version(), "calm_fast": __version__}
@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
 
 
 def git(*args: str) -> str | None:
-    """What git says in the folder of this file; None where it fails."""
+    """Return the output of a git command run in this file's folder, or None if it fails."""
     here = Path(__file__).resolve().parent
     try:
         done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=60)
@@ -56,7 +56,7 @@ def git(*args: str) -> str | None:
 
 
 def checkout() -> Path | None:
-    """The git checkout that this file belongs to; None where it is installed, or the files are no checkout."""
+    """Return the git checkout that this file belongs to, or None if it is installed or not under git."""
     top, here = git("rev-parse", "--show-toplevel"), Path(__file__).resolve().parent
     if top is None or here.parent != Path(top).resolve():  # installed inside somebody else's repository
         return None
@@ -64,7 +64,7 @@ def checkout() -> Path | None:
 
 
 def commit() -> str | None:
-    """The checkout's commit, marked "-dirty" where tracked files differ from it; None outside a checkout."""
+    """Return the checkout's commit, with "-dirty" appended if tracked files differ; None outside a checkout."""
     if checkout() is None:
         return None
     changed = git("status", "--porcelain", "--untracked-files=no")

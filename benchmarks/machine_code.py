@@ -1,4 +1,4 @@
-"""Compile one Triton kernel for one GPU architecture, without a GPU, and read facts off its machine code."""
+"""Compile one Triton kernel for one GPU architecture, without a GPU, and read facts from its machine code."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 KIB = 1024
-# the most dynamic shared memory one block can opt in to (the 1 KiB the driver keeps is already taken off)
+# the most dynamic shared memory a block can opt in to; the 1 KiB that the driver reserves is already subtracted
 SHARED_LIMIT = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
 TENSOR_MEMORY_LIMIT = 512  # columns per multiprocessor on sm_100
-# of one multiprocessor, for every architecture here: 32-bit registers, warps, blocks
+# limits of one multiprocessor, the same for every architecture here: 32-bit registers, warps, blocks
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32
-SHARED_PER_BLOCK = KIB  # what the driver keeps of a block
-# what a large matrix product turns into: warp-level, warpgroup-level, and the tcgen05 unit
+SHARED_PER_BLOCK = KIB  # reserved by the driver for each block
+# opcode of a large matrix product: warp-level, warpgroup-level, and the tcgen05 unit
 MATRIX_OPCODE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|UTCHMMA|IMMA|IGMMA|QMMA|QGMMA|UTC[A-Z]*MMA|OMMA|BMMA)\b")
 FLOAT64 = re.compile(r"^D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|\.F64\b|\.(RCP|RSQ)64H\b")
-ASYNC_COPY = re.compile(r"^(LDGSTS|UBLKCP|UTMALDG)\b")  # global to shared memory past the registers: a pipeline
+ASYNC_COPY = re.compile(r"^(LDGSTS|UBLKCP|UTMALDG)\b")  # global to shared memory, bypassing registers: a pipeline
 LOCAL_MEMORY = re.compile(r"^(LDL|STL)\b")
 # one line of nvdisasm: /*0040*/  @!P0 LDL.64 R2, [R1] ;
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
@@ -30,7 +31,7 @@ INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]
 
 @dataclass(frozen=True)
 class Facts:
-    """What the machine code of one kernel on one architecture looks like."""
+    """Facts about the machine code of one kernel on one architecture."""
 
     arch: int
     registers: int
@@ -41,12 +42,16 @@ class Facts:
     local_accesses: int  # LDL and STL instructions: spills or indexed private arrays
     float64: tuple[str, ...]  # opcodes
     tensor_core: tuple[str, ...]  # opcodes
-    matrix_instructions: int = 0  # how many of the tensor core
-    async_copies: int = 0  # how many copies from global to shared memory that a thread need not wait for
+    matrix_instructions: int = 0  # number of tensor-core instructions
+    async_copies: int = 0  # number of asynchronous copies from global to shared memory
 
 
 def tool(name: str) -> str:
-    """Path of an NVIDIA binary tool: the one shipped inside Triton, else from a CUDA toolkit on the PATH."""
+    """Return the path of an NVIDIA binary tool: the one shipped with Triton, else the one on the PATH.
+
+    Raises:
+        FileNotFoundError: neither exists.
+    """
     import triton
 
     shipped = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
@@ -57,7 +62,11 @@ def tool(name: str) -> str:
 
 
 def compile_cubin(spec: Any, arch: int) -> tuple[bytes, int, int]:
-    """Compile `spec`, an entry of codegen_specs(), for sm_<arch>; also its shared bytes and tensor memory."""
+    """Compile `spec`, an entry of codegen_specs(), for sm_<arch>.
+
+    Returns:
+        the cubin, its shared memory in bytes, its tensor memory in columns.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -69,13 +78,17 @@ def compile_cubin(spec: Any, arch: int) -> tuple[bytes, int, int]:
 
 
 def read_facts(cubin: bytes, arch: int, shared: int, tensor_memory: int) -> Facts:
-    """Disassemble a cubin that holds one kernel."""
+    """Disassemble a cubin that holds one kernel.
+
+    Raises:
+        RuntimeError: the disassembler's output has another format.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = {"capture_output": True, "text": True, "check": True}
-        sass = subprocess.run([tool("nvdisasm"), "-c", file.name], **run).stdout
-        usage = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], **run)
+        run = partial(subprocess.run, capture_output=True, text=True, check=True)
+        sass = run([tool("nvdisasm"), "-c", file.name]).stdout
+        usage = run([tool("cuobjdump"), "-res-usage", file.name])
     resources = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
     opcodes = Counter(INSTRUCTION.findall(sass))
     if not resources or not opcodes:
@@ -100,18 +113,18 @@ def read_facts(cubin: bytes, arch: int, shared: int, tensor_memory: int) -> Fact
 
 
 def blocks_per_multiprocessor(facts: Facts, num_warps: int) -> int:
-    """How many blocks fit at once, by registers, shared memory, warps and tensor memory."""
-    registers = -(-facts.registers // 8) * 8 * 32 * num_warps  # a warp gets them in units of 256
+    """Return how many blocks fit on a multiprocessor, by registers, shared memory, warps and tensor memory."""
+    registers = -(-facts.registers // 8) * 8 * 32 * num_warps  # a warp gets registers in units of 256
     shared = SHARED_LIMIT[facts.arch] + SHARED_PER_BLOCK
     fit = [BLOCKS, WARPS // num_warps, REGISTERS // registers, shared // (facts.shared + SHARED_PER_BLOCK)]
     return min(fit + ([TENSOR_MEMORY_LIMIT // facts.tensor_memory] if facts.tensor_memory else []))
 
 
 def hard_problems(facts: Facts, tensor_core: bool | str | None) -> list[str]:
-    """Facts that are wrong whatever the Triton version.
+    """Return the facts that are wrong regardless of the Triton version, one sentence each.
 
-    tensor_core: True = the architecture's own large matrix instruction must be there; "warp" = any tensor core
-    instruction will do (tiles too small for the large ones); False = there must be none (IEEE float32); None = either.
+    tensor_core: True requires the architecture's own large matrix instruction; "warp" accepts any tensor-core
+    instruction (tiles too small for the large ones); False forbids them (IEEE float32); None accepts either.
     """
     found = []
     if facts.local_accesses or facts.stack:

@@ -1,13 +1,14 @@
-"""One case measured: prepare every contestant, check it against float64, then time those that are right."""
+"""Measure one case: prepare every contestant, check it against float64, then time the correct ones."""
 
 from __future__ import annotations
 
 import datetime
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +17,7 @@ from calm_fast.benchmarks.registry import CannotRunError, Case, Contestant, Inpu
 from calm_fast.benchmarks.timing import Budget, Ceilings, Times, ceiling_work, interleave, peak_bytes
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 ROW_FIELDS = (
     "op", "case", "impl", "device", "dtype", "shape", "ms", "p20", "p80", "peak_bytes", "flops", "bytes", "floor_ms",
@@ -25,7 +27,7 @@ ROW_FIELDS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """What every row of a run shares."""
+    """Properties that all rows of a run share."""
 
     device: torch.device
     device_name: str
@@ -33,15 +35,15 @@ class Setting:
     commit: str | None
     budget: Budget
     seed: int = 0
-    cold: bool | None = None  # overwrite the caches before each call; None: on a GPU
+    cold: bool | None = None  # overwrite the caches before each call; None: only on a GPU
 
     def budget_of(self, case: Case) -> Budget:
-        """The case's share of the time."""
+        """Return the case's share of the time budget."""
         return replace(self.budget, seconds=self.budget.seconds * case.share)
 
 
 def relative_error(actual: Values, truth: Values) -> float:
-    """The largest |actual - truth| / |truth| (Frobenius norms) over the named values; inf for NaN or a missing one."""
+    """Return the largest |actual - truth| / |truth| (Frobenius) over the named values; inf for NaN or a missing one."""
     worst = 0.0
     for name, expected in truth.items():
         if name not in actual or actual[name].shape != expected.shape:
@@ -54,32 +56,36 @@ def relative_error(actual: Values, truth: Values) -> float:
 
 
 def error_bound(eager_error: float, dtype: torch.dtype) -> float:
-    """Twice what the plain computation errs in the same dtype on the same inputs, plus one rounding of the result."""
+    """Return twice the plain computation's error in the same dtype on the same inputs, plus one rounding."""
     return 2 * eager_error + torch.finfo(dtype).eps / 2
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far a contestant is from float64, and how far it may be."""
+    """A contestant's error against float64 and its bound."""
 
     error: float
     bound: float
 
 
 def _judge(case: Case, contestant: Contestant, inputs: Inputs, known: dict[Any, tuple[Values, float]]) -> Verdict:
-    """`known` keeps each definition's truth and bound: most contestants share one."""
+    """Compare a contestant with its definition. `known` caches each definition's truth and bound."""
     definition = contestant.definition or case.definition
     if definition not in known:
-        truth = {name: t.cpu() for name, t in definition(inputs, torch.float64).items()}
-        plain = {name: t.cpu() for name, t in definition(inputs, case.dtype).items()}
-        known[definition] = truth, error_bound(relative_error(plain, truth), case.dtype)
+        wide = _on_cpu(definition(inputs, torch.float64))
+        plain = _on_cpu(definition(inputs, case.dtype))
+        known[definition] = wide, error_bound(relative_error(plain, wide), case.dtype)
     truth, bound = known[definition]
-    return Verdict(relative_error({name: t.cpu() for name, t in contestant.prepare(inputs)().items()}, truth), bound)
+    return Verdict(relative_error(_on_cpu(contestant.prepare(inputs)()), truth), bound)
+
+
+def _on_cpu(values: Values) -> Values:
+    return {name: t.cpu() for name, t in values.items()}
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A case ready to be timed: thunks of those that are right and run, and why the others have none."""
+    """A case ready to be timed: the thunks of the correct contestants, and the reasons why the others have none."""
 
     verdicts: dict[str, Verdict]
     failures: dict[str, str]
@@ -88,9 +94,10 @@ class Ready:
 
 
 def ready(case: Case, setting: Setting, say: Say = lambda _: None) -> Ready:
-    """Check every contestant against float64, then prepare those that are right and call each for its peak memory."""
+    """Check every contestant against float64, then prepare the correct ones and measure their peak memory."""
     verdicts, failures = _check_all(case, setting, say)
-    thunks, peaks = {}, {}
+    thunks: dict[str, Thunk] = {}
+    peaks: dict[str, int] = {}
     _forget_compiled()
     inputs = case.make(setting.seed)
     for contestant in case.contestants:
@@ -102,18 +109,18 @@ def ready(case: Case, setting: Setting, say: Say = lambda _: None) -> Ready:
             failures[name] = f"wrong: error {v.error:.3g} against float64 exceeds the bound {v.bound:.3g}"
             continue
         say(f"{case.name}: preparing {name}")
-        thunk = _attempt(lambda c=contestant: c.prepare(inputs), name, failures)
-        if thunk is not None and _attempt(lambda t=thunk: t(), name, failures) is not None:
+        thunk = _attempt(partial(contestant.prepare, inputs), name, failures)
+        if thunk is not None and _attempt(thunk, name, failures) is not None:
             thunks[name], peaks[name] = thunk, peak_bytes(thunk, setting.device, contestant.python)
     memory.reserve(2 * max(peaks.values(), default=0))
     return Ready(verdicts, failures, thunks, peaks)
 
 
 def measure(case: Case, setting: Setting, say: Say = lambda _: None) -> tuple[list[dict[str, Any]], Ceilings]:
-    """One row for every contestant of `case`, in the case's order, and the ceilings while it was measured.
+    """Return one row per contestant, in the order of `case`, and the ceilings measured beside them.
 
-    A contestant whose values are wrong, or that cannot run, gets no time: `ms` and its relatives are None and
-    `failure` says why. Rows of this package's implementations that fail make the run red; see `is_red`.
+    A contestant whose values are wrong, or that cannot run, has no time: `ms`, `p20` and `p80` are None and `failure`
+    gives the reason. A failing implementation of this package makes the run red; see `is_red`.
     """
     prepared = ready(case, setting, say)
     say(f"{case.name}: timing {len(prepared.thunks)} contestants in turns")
@@ -128,7 +135,7 @@ def measure(case: Case, setting: Setting, say: Say = lambda _: None) -> tuple[li
 def row(
     case: Case, setting: Setting, contestant: Contestant, prepared: Ready, t: Times | None, ceilings: Ceilings
 ) -> dict[str, Any]:
-    """A row of results.jsonl."""
+    """Return one row of results.jsonl."""
     name = contestant.name
     v = prepared.verdicts.get(name, Verdict(math.inf, math.inf))
     values = {
@@ -146,16 +153,16 @@ def row(
 
 
 def _forget_compiled() -> None:
-    """Let torch.compile start afresh, as in a program that runs one case.
+    """Reset torch.compile, as in a program that runs one case.
 
-    Without it a second shape gets slower code for any shape, and the ninth closure of one function runs uncompiled.
+    Otherwise a second shape gets slower dynamic-shape code, and the ninth closure of one function runs uncompiled.
     """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
 
 def _check_all(case: Case, setting: Setting, say: Say) -> tuple[dict[str, Verdict], dict[str, str]]:
-    """Verdicts on those that ran, and why the others did not."""
+    """Return the verdicts on the contestants that ran, and the reasons why the others did not."""
     _forget_compiled()
     inputs = (case.check_make or case.make)(setting.seed + 1)
     verdicts: dict[str, Verdict] = {}
@@ -163,30 +170,30 @@ def _check_all(case: Case, setting: Setting, say: Say) -> tuple[dict[str, Verdic
     known: dict[Any, tuple[Values, float]] = {}
     for contestant in case.contestants:
         say(f"{case.name}: checking {contestant.name} against float64")
-        verdict = _attempt(lambda c=contestant: _judge(case, c, inputs, known), contestant.name, failures)
+        verdict = _attempt(partial(_judge, case, contestant, inputs, known), contestant.name, failures)
         if verdict is not None:
             verdicts[contestant.name] = verdict
     return verdicts, failures
 
 
-def _attempt(work: Callable[[], Any], name: str, failures: dict[str, str]) -> Any:
-    """work(), or None with the reason in `failures`: one contestant that breaks must not take the others with it."""
+def _attempt(work: Callable[[], T], name: str, failures: dict[str, str]) -> T | None:
+    """Return work(), or None with the reason in `failures`: a contestant that breaks must not stop the others."""
     try:
         return work()
     except CannotRunError as reason:
         failures[name] = f"cannot run: {reason}"
-    except Exception as failure:  # noqa: BLE001 - whatever a baseline or a compiler throws
+    except Exception as failure:  # noqa: BLE001 - a baseline or a compiler may raise anything
         text = " ".join(str(failure).split())
         failures[name] = f"failed: {type(failure).__name__}: {text[:300]}"
     return None
 
 
-def is_red(row: dict[str, Any]) -> bool:
-    """True for a row that makes the run fail: wrong values from anyone, or one of ours that broke.
+def is_red(row: Mapping[str, Any]) -> bool:
+    """Return True if the row fails the run: wrong values from any contestant, or a crash of one of ours.
 
-    A baseline that cannot run, or runs out of memory, is a fact worth a row, not a failure of the run.
+    A baseline that cannot run, or runs out of memory, is reported in its row and does not fail the run.
     """
     failure = row["failure"]
     if failure is None or failure.startswith("cannot run"):
         return False
-    return row["ours"] or failure.startswith("wrong")
+    return bool(row["ours"] or failure.startswith("wrong"))

@@ -1,9 +1,9 @@
-"""Whether a CPU's tensors get memory that the process kept, or fresh from the system, while something is timed.
+"""Keep released CPU memory in the process while something is timed, or return it to the system.
 
-glibc maps a large block anew for every allocation and gives it back on release; the pages must then be found and
-cleared again, at a price that depends on what the process freed before and, in a virtual machine, on the host's hour.
-CUDA's caching allocator keeps what was released for the next call, and on a CPU so do jemalloc and tcmalloc. Kept is
-therefore the default here.
+glibc maps a large block anew for every allocation and unmaps it on release. The kernel must then find and clear the
+pages again, at a cost that depends on what the process freed before and, in a virtual machine, on the load of the host.
+CUDA's caching allocator keeps released memory for the next call, and on a CPU so do jemalloc and tcmalloc. Keeping it
+is therefore the default here.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 
 KEPT, SYSTEM = "kept", "system"
 CHOICES = (KEPT, SYSTEM)
-LABEL = "memory from the system"  # beside the device's name in every row; kept memory needs no word
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of mallopt's parameters in glibc's malloc.h
-_OPTIONS = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}  # no block is mapped on its own; released memory is never given back
+LABEL = "memory from the system"  # added to the device's name in every row; kept memory is not mentioned
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
+_OPTIONS = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}  # map no block on its own; never return released memory
 _kept = False
 
 
 class RefusedError(ValueError):
-    """Why the memory cannot be what was asked for."""
+    """The requested memory policy is impossible; the message gives the reason."""
 
 
 def obstacle() -> str | None:
-    """Why this process cannot keep its memory; None where it can."""
+    """Return the reason why this process cannot keep its memory, or None if it can."""
     library = _c_library()
     if library is None or not hasattr(library, "gnu_get_libc_version") or not hasattr(library, "mallopt"):
         return "only glibc can be told to keep released memory (mallopt), and this Python runs on another C library"
@@ -34,33 +34,33 @@ def obstacle() -> str | None:
 
 
 def keep() -> None:
-    """Let whatever a call releases stay with this process for the next call, for as long as the process lives.
+    """Keep all memory that a call releases in this process, for the rest of its life.
 
     Raises:
-        RefusedError: this C library cannot do it, or refuses to.
+        RefusedError: the C library has no such option, or refuses it.
     """
     global _kept
-    reason = obstacle()
-    if reason:
+    library, reason = _c_library(), obstacle()
+    if library is None or reason:
         raise RefusedError(reason)
     for name, value in _OPTIONS.items():
-        if _c_library().mallopt(name, value) != 1:
+        if library.mallopt(name, value) != 1:
             raise RefusedError(f"glibc refuses mallopt({name}, {value})")
     _kept = True
 
 
 def reserve(size: int) -> None:
-    """Where memory is kept: have `size` bytes that were used before, at most a quarter of what the machine has left.
+    """Grow the heap by `size` bytes of touched pages, at most a quarter of the available memory, if memory is kept.
 
-    The blocks of a call meet the gaps that others left in another order every round; where none is large enough the
-    heap grows in the middle of a timed call, and new pages took half a second of a call of 2.5 (scores of 403 MB).
+    In every round a call finds the gaps of earlier calls in another order. If none is large enough, the heap grows in
+    the middle of a timed call: new pages took half a second of a call of 2.5 s (scores of 403 MB).
     """
     if _kept:
         torch.empty(min(size, _available() // 4), dtype=torch.uint8).fill_(1)
 
 
 def _available() -> int:
-    """Bytes that this process could still get, also in a container; 0 where the system does not say."""
+    """Return the bytes this process could still allocate, container limits included; 0 if unknown."""
     try:
         with open("/proc/meminfo") as lines:
             free = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
@@ -74,14 +74,14 @@ def _available() -> int:
 
 
 def settle(device: torch.device, wanted: str | None = None) -> str:
-    """Make this process's memory what is wanted on `device`, once, before anything is timed.
+    """Apply the memory policy to this process, once, before anything is timed.
 
     Args:
-        device: on a GPU nothing is changed. wanted: "kept", "system", or None: kept where that is possible.
+        device: a GPU needs no change. wanted: "kept", "system", or None for kept where possible.
     Returns:
-        what rows must say beside the device's name: LABEL, or "" for kept memory and for a GPU.
+        the remark that rows add to the device's name: LABEL, or "" for kept memory and for a GPU.
     Raises:
-        RefusedError: kept memory is asked for and impossible, or the process keeps its memory already.
+        RefusedError: "kept" is impossible, or "system" was requested after this process had begun to keep its memory.
     """
     if device.type != "cpu":
         return ""
@@ -94,8 +94,8 @@ def settle(device: torch.device, wanted: str | None = None) -> str:
 
 
 def _c_library() -> ctypes.CDLL | None:
-    """The C library that this process runs on."""
+    """Return the C library of this process, or None if the system has none to load."""
     try:
         return ctypes.CDLL(None)
-    except (OSError, TypeError):  # a system without that notion
+    except (OSError, TypeError):  # not a POSIX system
         return None

@@ -1,4 +1,4 @@
-"""Options of `pytest benchmarks --benchmark-only`; pytest.ini beside this file names it as a plugin."""
+"""Options of `pytest benchmarks --benchmark-only`; pytest.ini beside this file loads it as a plugin."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure")
     group.addoption(
         "--memory", choices=("kept", "system"),
-        help="what a CPU's calls release is kept for the next call, or goes back to the system (default: kept where "
-        "the C library is glibc)",
+        help="keep the CPU memory that a call releases for the next call, or return it to the system (default: kept "
+        "where the C library is glibc)",
     )  # fmt: skip
     group.addoption("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # the project turns benchmarks off by default; --benchmark-only says that they are wanted
+    # the project disables benchmarks by default; --benchmark-only asks for them
     if config.getoption("benchmark_only", False):
         config.option.benchmark_enable = True

@@ -1,4 +1,4 @@
-"""What can be measured: one case file per op, listed in REGISTRY; a case is inputs, contestants, truth and costs."""
+"""The benchmark registry: one case file per op. A case holds inputs, contestants, the definition and the costs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SUITES = ("quick", "full")
 
 
 class CannotRunError(RuntimeError):
-    """A contestant that this machine cannot run; the message says why. It gets a row without a time."""
+    """This machine cannot run the contestant; the message gives the reason. Its row has no time."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Contestant:
     """One way to compute a case.
 
     prepare(inputs) does everything a user does once (build the layer, compile, capture a graph) and returns the
-    thunk that is timed; the thunk returns what it computed, for the correctness check.
+    thunk that is timed. The thunk returns its results for the correctness check.
 
-    ours: an implementation of this package (must be correct and must run); otherwise a baseline.
-    definition: as Case.definition, where this contestant computes something else than the case does.
-    yardstick: it does less than the case asks for (the bare product, one LoRA instead of two); worth comparing with,
-    but never "the best baseline".
-    python: it works on numpy arrays or Python objects, which torch's allocator does not know; they are counted too.
+    ours: an implementation of this package, which must be correct and must run; otherwise a baseline.
+    definition: as Case.definition, if this contestant computes something other than the case.
+    yardstick: it does less work than the case (the bare product, one LoRA instead of two): a useful comparison, but
+    never "the best baseline".
+    python: it works on numpy arrays or Python objects, whose memory torch's allocator does not see; count it too.
     """
 
     name: str
@@ -56,9 +56,9 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Target:
-    """`impl` is meant to need 1 / `least` of what `baseline` needs, of `quantity` ("ms" or "peak_bytes").
+    """A goal: `impl` needs at most 1 / `least` of the `quantity` ("ms" or "peak_bytes") that `baseline` needs.
 
-    baseline "best": whichever baseline, yardsticks aside, needs least. Targets are reported, they never fail a run.
+    baseline "best": the baseline that needs the least, yardsticks excluded. Targets are reported and never fail a run.
     """
 
     impl: str
@@ -69,10 +69,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Series:
-    """Cases with an equal Series differ in one size and become one scaling curve of the report, of time and memory.
+    """A scaling curve of the report, over time and memory; cases with equal Series are its points.
 
     title: of the curve, e.g. "training step, number of augmenters". size: the key of Case.shape on the x axis.
-    power: the time should grow no faster than size ** power (1: linearly; 2: as attention does with length).
+    power: time should grow no faster than size ** power (1: linear; 2: attention in the sequence length).
     """
 
     title: str
@@ -84,14 +84,13 @@ class Series:
 class Case:
     """One measurement: the same inputs for every contestant.
 
-    shape: named sizes. flops: what must be computed (the least known form). bytes: each input read once, each
-    output written once.
-    make(seed): fresh random inputs. definition(inputs, dtype): the plain computation with every step in `dtype`; in
-    float64 it is the truth, and its error in the case's dtype is the measure of everybody's error.
-    check_make(seed): smaller inputs for the correctness check, where float64 at full size costs too much.
-    headline: the contestant of ours that the table compares everybody with.
-    series: the scaling curve that the case is a point of; series.size is a key of shape.
-    share: of the run's timing budget for one case that this one gets; below 1 for a point of a series.
+    shape: named sizes. flops: those of the cheapest known form. bytes: each input read once, each output written once.
+    make(seed): fresh random inputs. definition(inputs, dtype): the plain computation with every step in `dtype`. In
+    float64 it is the truth; its error in the case's dtype sets the bound for every contestant.
+    check_make(seed): smaller inputs for the correctness check, if float64 at full size costs too much.
+    headline: the implementation of ours that the table compares with every other contestant.
+    series: the scaling curve that this case belongs to; series.size is a key of shape.
+    share: fraction of the timing budget of one case; below 1 for a point of a series.
     """
 
     op: str
@@ -111,15 +110,16 @@ class Case:
 
 
 def cases(op: str, device: torch.device, suite: str) -> Sequence[Case]:
-    """The cases of `op` for `device`.
+    """Return the cases of `op` for `device`.
 
     Args:
-        op: a key of REGISTRY. device: where to measure; shapes fit the device. suite: "quick" or "full".
+        op: a key of REGISTRY. device: where to measure; shapes suit the device. suite: "quick" or "full".
     Raises:
-        ValueError: an unknown op or suite.
+        ValueError: `op` or `suite` is unknown.
     """
     if op not in REGISTRY:
         raise ValueError(f"bench: `op` must be one of {', '.join(map(repr, REGISTRY))}, got {op!r}")
     if suite not in SUITES:
         raise ValueError(f"bench: `suite` must be one of {', '.join(map(repr, SUITES))}, got {suite!r}")
-    return importlib.import_module(REGISTRY[op]).cases(device, suite)
+    found: Sequence[Case] = importlib.import_module(REGISTRY[op]).cases(device, suite)
+    return found

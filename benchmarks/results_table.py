@@ -1,7 +1,7 @@
-"""README's tables of results, from the committed rows: `python -m calm_fast.benchmarks.results_table` (`make results`).
+"""Write README's tables of results from the committed rows: `make results`.
 
-Reads benchmarks/results/*.jsonl, takes the newest rows of every case, and writes between two markers of README.md. A
-case of the quick suite that has a target but no rows is listed as not measured. CPU and GPU have a table each.
+Reads benchmarks/results/*.jsonl, takes the newest rows of every case, and writes between two markers of README.md. CPU
+and GPU have a table each. Cases of the quick suite that have targets but no rows share one line, with their targets.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _HEADINGS = (
 
 
 def read(files: Iterable[Path]) -> list[list[Row]]:
-    """Groups of rows: each is one case of one run.
+    """Return the rows in groups; each group is one case of one run.
 
     Raises:
-        ValueError: a line that is no row, with its place.
+        ValueError: a line is not a row; the message gives its place.
     """
     groups: list[list[Row]] = []
     for file in files:
@@ -48,7 +48,7 @@ def read(files: Iterable[Path]) -> list[list[Row]]:
                 key = row["case"], row["device"], row["commit"]
                 again = row["impl"] in {r["impl"] for r in last}
             except (ValueError, TypeError, KeyError) as problem:
-                raise ValueError(f"{file.name}, line {number_}: no row of a benchmark: {problem!r}") from problem
+                raise ValueError(f"{file.name}, line {number_}: not a row of a benchmark: {problem!r}") from problem
             if again or not last or key != (last[0]["case"], last[0]["device"], last[0]["commit"]):
                 groups.append(last := [])
             last.append(row)
@@ -56,14 +56,14 @@ def read(files: Iterable[Path]) -> list[list[Row]]:
 
 
 def kind(row: Row) -> str:
-    """ "cpu" or "cuda", from the device's name: a CPU's ends with its threads."""
+    """Return "cpu" or "cuda" from the device's name; a CPU's contains its thread count."""
     return "cpu" if " thread" in row["device"] else "cuda"
 
 
 def newest(groups: Iterable[Sequence[Row]], device: str) -> dict[str, Sequence[Row]]:
-    """The latest group of each case on that kind of device; runs with cold caches are another thing and left out.
+    """Return the latest group of each case on that kind of device, without runs with cold caches.
 
-    Those with memory from the system count where there are no others.
+    Runs with memory from the system count only if a case has no others.
     """
     found: dict[str, Sequence[Row]] = {}
     for group in groups:
@@ -81,8 +81,9 @@ def _rank(row: Row) -> tuple[bool, str]:
 
 
 def listed(device: str, measured: Iterable[str]) -> list[Case]:
-    """The cases of a table: the quick suite's with a target, and whatever was measured, in the registry's order."""
-    names, found = set(measured), {}
+    """Return the cases of a table in the registry's order: the quick suite's with a target, and all measured ones."""
+    names = set(measured)
+    found: dict[str, Case] = {}
     for op in REGISTRY:
         for suite in ("quick", "full"):
             for case in cases(op, torch.device(device), suite):
@@ -94,39 +95,50 @@ def listed(device: str, measured: Iterable[str]) -> list[Case]:
 def _line(v: Verdict, absolute: bool) -> list[str]:
     goals = "; ".join([f"**wrong** {text}" for text in red_texts(v)] + goal_texts(v))
     if v.ours is None:
-        goals = "; ".join(g.wanted for g in v.goals) if not v.red else goals
         return [f"`{v.name}`", "**wrong**" if v.red else ABSENT, "", "", goals, ""]
     took = f"{number(v.ours['ms'])} ms, " if absolute else ""
-    (best_name, best_ratio), *others = v.ratios or [("", None)]
-    faster = f"{took}**{times(best_ratio)}** {best_name}" if v.ratio else f"{took}no baseline ran"
-    faster += "".join(f", {times(value)} {name}" for name, value in others)
-    least = best(v.rows, v.yardsticks, "peak_bytes")
-    counted = least and least["peak_bytes"] and v.ours["peak_bytes"]
-    memory = times(least["peak_bytes"] / v.ours["peak_bytes"]) if counted else ""
+    faster = f"{took}no baseline ran"
+    if v.ratios:
+        (best_name, best_ratio), *others = v.ratios
+        faster = f"{took}**{times(best_ratio)}** {best_name}"
+        faster += "".join(f", {times(value)} {name}" for name, value in others)
+    least, memory = best(v.rows, v.yardsticks, "peak_bytes"), ""
+    if least and least["peak_bytes"] and v.ours["peak_bytes"]:
+        memory = times(least["peak_bytes"] / v.ours["peak_bytes"])
     commit = v.ours["commit"] or ""
     short = commit[:7] + ("-dirty" if commit.endswith("-dirty") else "")
     return [f"`{v.name}`", faster, memory, times(v.above_floor), goals, short]
 
 
+def _waiting_line(waiting: Sequence[Verdict], device: str) -> str:
+    """Name the cases without rows and their targets, cases with the same targets together."""
+    by_targets: dict[str, list[str]] = {}
+    for v in waiting:
+        by_targets.setdefault(", ".join(goal.wanted for goal in v.goals), []).append(f"`{v.name}`")
+    each = "; ".join(f"{', '.join(names)}: {targets}" for targets, names in by_targets.items())
+    count = sum(len(v.goals) for v in waiting)
+    return f"Not measured on a {_TITLES[device]} yet ({count} targets of {len(waiting)} cases): {each}."
+
+
 def section(groups: Sequence[Sequence[Row]], device: str) -> list[str]:
-    """One device's lines of markdown."""
+    """Return one device's lines of markdown."""
     latest = newest(groups, device)
     chosen = listed(device, latest)
     rows = [row for case in chosen for row in latest.get(case.name, ())]
     found = verdicts(rows, chosen)
     lines = [f"### {_TITLES[device]}", ""]
     settings = list(dict.fromkeys(_setting(row) for row in rows))
-    if not settings:
-        lines += [
-            "No row of these cases is committed yet; the targets are what a measurement will be held against.",
-            "",
-        ]
     for text in settings:
         lines += [text, ""]
     shown = [v for v in found if v.series is None]
-    lines += [*table(_HEADINGS, [_line(v, device == "cuda") for v in shown]), ""]
-    states = [goal.state for v in shown for goal in v.goals]
-    lines.append(f"Targets: {states.count(MET)} of {len(states)} met, {states.count(ABSENT)} not measured.")
+    waiting = [v for v in shown if not v.rows]
+    if measured := [v for v in shown if v.rows]:
+        lines += [*table(_HEADINGS, [_line(v, device == "cuda") for v in measured]), ""]
+        states = [goal.state for v in measured for goal in v.goals]
+        unknown = f", {states.count(ABSENT)} not measured" if ABSENT in states else ""
+        lines.append(f"Targets: {states.count(MET)} of {len(states)} met{unknown}.")
+    if waiting:
+        lines.append(_waiting_line(waiting, device))
     lines += [f"Scaling: {line}." for line in growth_lines(found)]
     return [*lines, ""]
 
@@ -137,7 +149,7 @@ def _setting(row: Row) -> str:
 
 
 def render(groups: Sequence[Sequence[Row]]) -> str:
-    """What stands between the markers, markers included."""
+    """Return README's block of results, markers included."""
     lines = [BEGIN, ""]
     for device in _TITLES:
         lines += section(groups, device)
@@ -145,10 +157,10 @@ def render(groups: Sequence[Sequence[Row]]) -> str:
 
 
 def insert(text: str, block: str) -> str:
-    """`text` with `block` in the place of what its markers enclose.
+    """Return `text` with the block between its markers replaced by `block`.
 
     Raises:
-        ValueError: not exactly one pair of markers.
+        ValueError: there is not exactly one pair of markers.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"README.md needs one line {BEGIN!r} and after it one line {END!r}")
@@ -156,11 +168,12 @@ def insert(text: str, block: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write README's tables, or with --check say whether they are up to date."""
+    """Write README's tables, or with --check only report whether they are up to date."""
     parser = argparse.ArgumentParser(
-        prog="python -m calm_fast.benchmarks.results_table", description=__doc__.split(":")[0]
+        prog="python -m calm_fast.benchmarks.results_table",
+        description="Write README's tables of results from the committed rows.",
     )
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README is not up to date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README is out of date")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of .jsonl files")
     args: Any = parser.parse_args(argv)
@@ -171,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"results_table: {problem}", file=sys.stderr)
         return 2
     if args.check:
-        print("README's tables are up to date" if before == after else "README's tables are old: run `make results`")
+        print(f"README's tables are {'up to date' if before == after else 'out of date: run `make results`'}")
         return int(before != after)
     args.readme.write_text(after, encoding="utf-8")
     print(f"{args.readme.name}: {'unchanged' if before == after else 'written'}")

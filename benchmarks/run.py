@@ -1,8 +1,8 @@
 """Measure ops against strong baselines on this machine: `python -m calm_fast.benchmarks.run --op cross_attention`.
 
-Writes results.jsonl (one row per case and implementation), report.md and report.html, prints a table with ratios.
-Exit 1 if an implementation computes something wrong: it then has no speed. With --compare REV the same cases run on
-another revision side by side.
+Writes results.jsonl (one row per case and implementation), report.md and report.html, and prints a table with ratios.
+The exit code is 1 if an implementation computes wrong values; such an implementation has no time. With --compare REV
+the same cases run on another revision side by side.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from calm_fast.benchmarks.registry import REGISTRY, SUITES, Case, cases
 from calm_fast.benchmarks.timing import Budget, Ceilings
 
 _SECONDS = {"quick": 6.0, "full": 40.0}
+_SUMMARY = "Measure ops against strong baselines on this machine."
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; `calm-fast bench` passes its options on to it."""
-    p = argparse.ArgumentParser(prog="python -m calm_fast.benchmarks.run", description=__doc__.splitlines()[0])
+    """Return the parser of the command line; `calm-fast bench` passes its options on to it."""
+    p = argparse.ArgumentParser(prog="python -m calm_fast.benchmarks.run", description=_SUMMARY)
     p.add_argument("--op", action="append", choices=list(REGISTRY), help="an op; repeat for several (default: all)")
     p.add_argument("--suite", choices=SUITES, default="quick", help="quick: minutes; full: more cases and baselines")
     p.add_argument("--case", action="append", help="only cases whose name contains this; repeat for several")
@@ -36,31 +37,33 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     usual = ", ".join(f"{seconds:g} {suite}" for suite, seconds in _SECONDS.items())
     p.add_argument(
-        "--seconds", type=float, help=f"timing budget of one case, close results may take it twice (default: {usual})"
+        "--seconds", type=float, help=f"timing budget per case; close results may take twice as long (default: {usual})"
     )
     p.add_argument("--cold", action="store_true", help="overwrite a CPU's caches before each call (a GPU's always are)")
     p.add_argument(
         "--memory", choices=memory.CHOICES,
-        help="what a CPU's calls release is kept for the next call, or goes back to the system (default: kept where "
-        "the C library is glibc)",
+        help="keep the CPU memory that a call releases for the next call, or return it to the system (default: kept "
+        "where the C library is glibc)",
     )  # fmt: skip
-    p.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    p.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: 0)")
     p.add_argument(
-        "--compare", metavar="REV", help="time this checkout and revision REV side by side; exit 3 if slower"
-    )
-    p.add_argument("--commit", help="what is measured, where the files are not a git checkout")
-    p.add_argument("--list", action="store_true", help="print the cases and end")
+        "--compare", metavar="REV",
+        help="time this checkout and git revision REV side by side, with this checkout's cases; REV may have the older "
+        "layout (calm_fast/ops/<op>.py, kernels/fused); exit 3 if this checkout is slower, 2 if nothing was compared",
+    )  # fmt: skip
+    p.add_argument("--commit", help="commit to record in the rows if the files are not a git checkout")
+    p.add_argument("--list", action="store_true", help="print the cases and exit")
     return p
 
 
 def select(ops: Sequence[str] | None, device: torch.device, suite: str, words: Sequence[str] | None) -> list[Case]:
-    """The cases of `ops` (None: all) whose name contains one of `words` (None: all)."""
+    """Return the cases of `ops` (None: all) whose name contains one of `words` (None: all)."""
     found = [case for op in ops or REGISTRY for case in cases(op, device, suite)]
     return [case for case in found if not words or any(word in case.name for word in words)]
 
 
 def run(chosen: Sequence[Case], setting: Setting, out: Path) -> tuple[list[dict[str, Any]], dict[str, Ceilings]]:
-    """Measure `chosen`; after each case its rows are in out/results.jsonl and report.md: a run may be stopped.
+    """Measure `chosen`; each case's rows are written as soon as it is done, so a run may be interrupted.
 
     Returns:
         all rows, and each case's ceilings.
@@ -79,7 +82,7 @@ def run(chosen: Sequence[Case], setting: Setting, out: Path) -> tuple[list[dict[
         (out / "results.jsonl").open("w") as sink,
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,
     ):
-        last.callback(lambda: report.write(out, rows, ceilings, chosen))  # of a stopped run too
+        last.callback(lambda: report.write(out, rows, ceilings, chosen))  # after an interruption too
         bar = progress.add_task("", total=len(chosen))
         for case in chosen:
             fresh, ceilings[case.name] = measure(
@@ -95,13 +98,18 @@ def run(chosen: Sequence[Case], setting: Setting, out: Path) -> tuple[list[dict[
 
 
 def _compare(args: argparse.Namespace, chosen: Sequence[Case], device: torch.device) -> int:
-    """`--compare`: 3 where this checkout is slower, 1 where it is wrong, 2 where there is nothing to compare with."""
+    """Run `--compare`. Return 3 if this checkout is slower, 1 if it is wrong, 2 if nothing could be compared."""
     from calm_fast.benchmarks import compare
     from calm_fast.benchmarks.report import comparison
 
     seconds = args.seconds if args.seconds is not None else _SECONDS[args.suite]
-    worker = {"device": device.type, "threads": args.threads, "cold": args.cold, "seed": args.seed}
-    worker["memory"] = args.memory
+    worker = {
+        "device": device.type,
+        "threads": args.threads,
+        "cold": args.cold,
+        "seed": args.seed,
+        "memory": args.memory,
+    }
     try:
         pairs, rows = compare.compare(
             chosen, args.suite, args.compare, Budget(seconds, min_rounds=7), worker, args.out,
@@ -114,11 +122,14 @@ def _compare(args: argparse.Namespace, chosen: Sequence[Case], device: torch.dev
     print(f"rows: {args.out / 'results.jsonl'}   report: {args.out / 'report.html'}")
     if any(is_red(row) for row in rows if row["commit"] == rows[0]["commit"]):
         return 1
+    if pairs and all(p.ratio is None for p in pairs):
+        print(f"bench: --compare {args.compare}: no implementation ran on both sides", file=sys.stderr)
+        return 2
     return 3 if any(p.verdict == compare.SLOWER and not p.control for p in pairs) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (None: sys.argv); returns the exit code."""
+    """Run the command line `argv` (None: sys.argv) and return the exit code."""
     args = parser().parse_args(argv)
     has_gpu = torch.cuda.is_available()
     if args.device == "cuda" and not has_gpu:
@@ -131,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for case in chosen:
             print(f"{case.op}  {case.name}  {dict(case.shape)}  {', '.join(c.name for c in case.contestants)}")
         if not chosen:
-            print(f"bench: no case fits --case {args.case} on {device.type}", file=sys.stderr)
+            print(f"bench: no case matches --case {args.case} on {device.type}; --list prints them", file=sys.stderr)
         return 0 if chosen else 2
     if args.memory == memory.KEPT and device.type == "cpu" and (reason := memory.obstacle()):
         print(f"bench: --memory kept: {reason}", file=sys.stderr)
@@ -142,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if source and args.memory is None:
         print(f"bench: {source}: {memory.obstacle()}", file=sys.stderr)
     seconds = args.seconds if args.seconds is not None else _SECONDS[args.suite]
-    budget = Budget(seconds, warmup=3 if device.type == "cuda" else 0)  # each was called for its peak memory already
+    budget = Budget(seconds, warmup=3 if device.type == "cuda" else 0)  # all ran once already, for their peak memory
     name = machine.device_name(device, source, "cold cache" if args.cold and device.type == "cpu" else "")
     setting = Setting(
         device, name, machine.versions(), args.commit or machine.commit(), budget, args.seed, args.cold or None

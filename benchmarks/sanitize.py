@@ -1,8 +1,8 @@
-"""One small call of every kernel, for compute-sanitizer to watch: each op forward and backward, in every form.
+"""Run one small call of every kernel under compute-sanitizer: each op forward and backward, in every form.
 
-Shapes are odd on purpose: partial tiles on every axis, a head dim that is no power of two, empty intervals, ignored
-tokens, vocabularies and keys split over programs. Each result is compared with float64 as well, so that a silent wrong
-answer does not pass for a clean run.
+Shapes are deliberately odd: partial tiles on every axis, a head dim that is not a power of two, empty intervals,
+ignored tokens, vocabularies and keys split over programs. Each result is also compared with float64, so that a silently
+wrong result does not pass for a clean run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 
@@ -21,14 +22,14 @@ from calm_fast._ops.linear_logprob.reference import linear_logprob_reference
 from calm_fast._ops.linear_nce.reference import linear_nce_reference
 from calm_fast.core import native_library
 
-LIMIT = 1e-2  # largest relative error of a right answer in float16
+LIMIT = 1e-2  # largest relative error of a correct float16 result
 Results = list[torch.Tensor]
 Call = Callable[[torch.device, torch.dtype], tuple[Results, Results]]  # found, expected
 _IGNORED = -100
 
 
 def _draw(device: torch.device, dtype: torch.dtype, seed: int = 0) -> Callable[..., torch.Tensor]:
-    """draw(*shape, size=1.0): normal numbers, the same ones on every device."""
+    """Return draw(*shape, size=1.0), which draws normal numbers, the same on every device."""
     g = torch.Generator().manual_seed(seed)
     return lambda *shape, size=1.0: (torch.randn(shape, generator=g) * size).to(device, dtype)
 
@@ -39,7 +40,7 @@ def _both(
     leaves: Sequence[torch.Tensor],
     backward: bool,
 ) -> tuple[Results, Results]:
-    """Results of both functions of `leaves`, the second's in float64, and their gradients for one upstream gradient."""
+    """Return results and gradients of both functions on `leaves`, of `truth` in float64, with one upstream gradient."""
     everything = []
     upstream: Results = []
     for function, given in ((found, leaves), (truth, [t.double() for t in leaves])):
@@ -67,11 +68,11 @@ def _cross_attention(
     if not causal and m > 1:
         g = torch.Generator().manual_seed(2)
         lo, hi = (t.int().to(device) for t in torch.randint(0, n + 1, (2, b, m), generator=g).sort(0).values)
-        hi = torch.where(torch.arange(m, device=device) % 5 == 0, lo, hi)  # some rows see nothing
+        hi = torch.where(torch.arange(m, device=device) % 5 == 0, lo, hi)  # some rows see no key
     impl = _compiled("cross_attention", device) if compiled else "triton"
     return _both(
-        lambda *x: [ops.cross_attention(*x, lo=lo, hi=hi, causal=causal, impl=impl)],
-        lambda *x: cross_attention_reference(*x, lo, hi, causal)[:1],
+        lambda q, k, v: [cast(torch.Tensor, ops.cross_attention(q, k, v, lo=lo, hi=hi, causal=causal, impl=impl))],
+        lambda q, k, v: cross_attention_reference(q, k, v, lo, hi, causal)[:1],
         leaves,
         backward,
     )
@@ -91,15 +92,19 @@ def _dual_lora(
     leaves += [weight(d_out, r_neg), draw(g, d_in, size=(d_in * g) ** -0.5), weight(g, d_out)]
     leaves += [weight(m, d_out), weight(d_out, m)]
     return _both(
-        lambda *x: [ops.dual_lora(*x[:8], x[8:], scaling=1.5, activation=activation, impl=impl)],
-        lambda *x: [dual_lora_reference(*x[:8], x[8:], (1.5, 1.5), activation)],
+        lambda x, y, ap, bp, an, bn, wq, wk, *value: [
+            ops.dual_lora(x, y, ap, bp, an, bn, wq, wk, value, scaling=1.5, activation=activation, impl=impl)
+        ],
+        lambda x, y, ap, bp, an, bn, wq, wk, *value: [
+            dual_lora_reference(x, y, ap, bp, an, bn, wq, wk, value, (1.5, 1.5), activation)
+        ],
         leaves,
         backward,
     )
 
 
 def _vocabulary(device: torch.device) -> int:
-    """More columns than one program sweeps; programs of the interpreter sweep few."""
+    """Return a vocabulary larger than one program sweeps; the interpreter's programs sweep few columns."""
     return 2500 if device.type == "cuda" else 150
 
 
@@ -116,13 +121,27 @@ def _linear_nce(t: int, full: bool, device: torch.device, dtype: torch.dtype) ->
     targets, seq_ids = _tokens(t, v, device), torch.arange(t, device=device) // 5
     temperature, softcap = (2.0, 5.0) if full else (1.0, None)
 
-    def found(student, weight, bias=None):
-        options = {"temperature": temperature, "bias": bias, "softcap": softcap, "impl": "triton"}
+    def found(student: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Results:
+        options: dict[str, Any] = {"temperature": temperature, "bias": bias, "softcap": softcap, "impl": "triton"}
         return [ops.linear_nce(student, nat, neg, weight, targets, seq_ids, **options)]
 
-    def truth(student, weight, bias=None):
-        streams = student, nat.double(), neg.double(), weight
-        return [linear_nce_reference(*streams, targets, seq_ids, 0.5, temperature, 0.5, bias, softcap, _IGNORED)]
+    def truth(student: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Results:
+        return [
+            linear_nce_reference(
+                student,
+                nat.double(),
+                neg.double(),
+                weight,
+                targets,
+                seq_ids,
+                0.5,
+                temperature,
+                0.5,
+                bias,
+                softcap,
+                _IGNORED,
+            )
+        ]
 
     return _both(found, truth, leaves, True)
 
@@ -130,20 +149,24 @@ def _linear_nce(t: int, full: bool, device: torch.device, dtype: torch.dtype) ->
 def _linear_nce_step(
     t: int, full: bool, whole: bool, device: torch.device, dtype: torch.dtype
 ) -> tuple[Results, Results]:
-    """Loss and gradient in one pass, in chunks of a few tokens; both forms, whatever the op would choose."""
+    """Compute loss and gradient in one pass, in chunks of a few tokens; `whole` forces one of the two forms."""
     from calm_fast._ops.linear_nce.triton_impl import linear_nce_triton_step
 
     d, v, draw = 40, _vocabulary(device), _draw(device, dtype)
-    streams, weight, bias = [draw(t, d) for _ in range(3)], draw(v, d, size=d**-0.5), draw(v) if full else None
+    student, nat, neg = draw(t, d), draw(t, d), draw(t, d)
+    weight, bias = draw(v, d, size=d**-0.5), draw(v) if full else None
     targets, seq_ids = _tokens(t, v, device), torch.arange(t, device=device) // 5
     temperature, softcap = (2.0, 5.0) if full else (1.0, None)
-    options = (targets, seq_ids, 0.5, temperature, 0.5)
-    found = linear_nce_triton_step(*streams, weight, bias, *options, softcap, _IGNORED, rows=7, whole=whole)
+    found = linear_nce_triton_step(
+        student, nat, neg, weight, bias, targets, seq_ids, 0.5, temperature, 0.5, softcap, _IGNORED, rows=7, whole=whole
+    )
 
-    student, nat, neg, wide = (x.double() for x in (*streams, weight))
+    student, nat, neg, weight = (x.double() for x in (student, nat, neg, weight))
     student.requires_grad_()
     bias = None if bias is None else bias.double()
-    loss = linear_nce_reference(student, nat, neg, wide, *options, bias, softcap, _IGNORED)
+    loss = linear_nce_reference(
+        student, nat, neg, weight, targets, seq_ids, 0.5, temperature, 0.5, bias, softcap, _IGNORED
+    )
     return list(found), [loss.detach(), *torch.autograd.grad(loss, student)]
 
 
@@ -153,12 +176,12 @@ def _linear_logprob(t: int, full: bool, device: torch.device, dtype: torch.dtype
     targets = _tokens(t, v, device)
     temperature, softcap = (2.0, 5.0) if full else (1.0, None)
 
-    def found(hidden, weight, bias=None):
-        options = {"temperature": temperature, "bias": bias, "softcap": softcap, "impl": "triton"}
+    def found(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Sequence[torch.Tensor]:
+        options: dict[str, Any] = {"temperature": temperature, "bias": bias, "softcap": softcap, "impl": "triton"}
         results = ops.linear_logprob(hidden, weight, targets, return_entropy=full, return_rank=full, **options)
-        return results if full else [results]
+        return [results] if isinstance(results, torch.Tensor) else results
 
-    def truth(hidden, weight, bias=None):
+    def truth(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Sequence[torch.Tensor]:
         results = linear_logprob_reference(hidden, weight, targets, bias, temperature, softcap, _IGNORED)
         return results[:3] if full else results[:1]
 
@@ -166,7 +189,7 @@ def _linear_logprob(t: int, full: bool, device: torch.device, dtype: torch.dtype
 
 
 def _compiled(op: str, device: torch.device) -> str:
-    """The compiled library; torch where it is not, and then it says that nothing of the library was watched."""
+    """Return "native", or "torch" with a warning on a GPU if the library cannot run there."""
     why = native_library.obstacle(op, device.type)
     if why and device.type == "cuda":
         print(f"{op}: torch's ops run instead of the library's kernel: {why}", file=sys.stderr)
@@ -174,7 +197,7 @@ def _compiled(op: str, device: torch.device) -> str:
 
 
 def _votes(q: int, k: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """answers, scores with NaN, valid: of odd sizes, some questions without a vote."""
+    """Return answers, scores with NaN and valid, of odd sizes; one question has no valid sample."""
     g = torch.Generator().manual_seed(3)
     answers, scores = torch.randint(0, 9, (q, k), generator=g), torch.rand(q, k, generator=g).to(dtype)
     scores[torch.rand(q, k, generator=g) < 0.2] = float("nan")
@@ -194,7 +217,7 @@ def _maj_at_k(
     q: int, k: int, rule: str, resamples: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Results, Results]:
     answers, scores, valid = _votes(q, k, device, dtype)
-    options = {
+    options: dict[str, Any] = {
         "ks": (1, 2, k // 2, k),
         "valid": valid,
         "method": "resample",
@@ -242,7 +265,7 @@ CALLS: dict[str, Call] = {
 
 
 def run_call(name: str, device: torch.device, dtype: torch.dtype = torch.float16) -> float:
-    """Run one entry of CALLS with the op's kernels; returns the largest relative error over results and gradients."""
+    """Run one entry of CALLS and return the largest relative error over its results and gradients."""
     found, expected = CALLS[name](device, dtype)
     pairs = zip(found, expected, strict=True)
     errors = [float((a.double() - t.double()).norm() / t.double().norm()) for a, t in pairs]
@@ -250,8 +273,9 @@ def run_call(name: str, device: torch.device, dtype: torch.dtype = torch.float16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the calls of `--op` (default: all) on the GPU; exit 1 if a result is off by more than a hundredth."""
-    p = argparse.ArgumentParser(prog="python -m calm_fast.benchmarks.sanitize", description=__doc__.splitlines()[0])
+    """Run the calls of `--op` (default: all) on the GPU; return 1 if a relative error reaches LIMIT."""
+    summary = "Run one small call of every kernel under compute-sanitizer."
+    p = argparse.ArgumentParser(prog="python -m calm_fast.benchmarks.sanitize", description=summary)
     p.add_argument("--op", action="append", choices=ops.OPS, help="an op; repeat for several (default: all)")
     args = p.parse_args(argv)
     if not torch.cuda.is_available():

@@ -1,11 +1,15 @@
 """Every case of the registry through pytest-benchmark: `pytest benchmarks --benchmark-only`.
 
 One test for each contestant of each case, grouped by case. A contestant with wrong values fails before it is timed;
-one that this machine cannot run is skipped with the reason. pytest-benchmark times one after another: for ratios that
-hold on a shared machine use `calm-fast bench`, which lets contestants take turns.
+one that this machine cannot run is skipped with the reason. pytest-benchmark times contestants one after another. For
+ratios that hold on a shared machine use `calm-fast bench`, which interleaves them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -34,29 +38,33 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("case", "impl"), each)
 
 
+@dataclass
+class Preparation:
+    """Checks a case and gets it ready; keeps the latest one, so that its contestants share inputs."""
+
+    setting: Setting
+    latest: tuple[str, Ready] | None = None
+
+    def __call__(self, case: Case) -> Ready:
+        if self.latest is None or self.latest[0] != case.name:
+            self.latest = None  # release its inputs first
+            self.latest = case.name, ready(case, self.setting)
+        return self.latest[1]
+
+
 @pytest.fixture(scope="module")
-def prepared(request: pytest.FixtureRequest):
-    """prepared(case): checked and ready to be timed; the latest case is kept, so that its contestants share inputs."""
+def prepared(request: pytest.FixtureRequest) -> Iterator[Preparation]:
+    """Return prepared(case), which checks a case and gets it ready to be timed."""
     threads = torch.get_num_threads()
     torch.set_num_threads(request.config.getoption("--threads", 1))
     device = _device(request.config)
     name = machine.device_name(device, memory.settle(device, request.config.getoption("--memory", None)))
-    setting = Setting(device, name, machine.versions(), machine.commit(), Budget())
-    kept: dict[str, Ready] = {}
-
-    def prepare(case: Case) -> Ready:
-        if case.name not in kept:
-            kept.clear()
-            kept[case.name] = ready(case, setting)
-        return kept[case.name]
-
-    prepare.setting = setting
-    yield prepare
+    yield Preparation(Setting(device, name, machine.versions(), machine.commit(), Budget()))
     torch.set_num_threads(threads)
 
 
-def test_case(case: Case, impl: str, prepared, benchmark) -> None:
-    """Right, then timed."""
+def test_case(case: Case, impl: str, prepared: Preparation, benchmark: Any) -> None:
+    """Fail on wrong values, then time."""
     found = prepared(case)
     if (failure := found.failures.get(impl)) is not None:
         if failure.startswith("cannot run"):

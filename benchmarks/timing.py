@@ -1,8 +1,8 @@
-"""Measuring: interleaved times, peak memory, and the machine's two ceilings.
+"""Measure interleaved times, peak memory, and the machine's two ceilings.
 
-Contestants of a case take turns, one call each, in a new random order every round: drift of a shared machine (clock,
-memory traffic of others) hits all of them alike, and so do the caches that a predecessor leaves behind, so ratios of
-their medians hold although absolute times may not.
+The contestants of a case take turns, one call each, in a new random order every round. Drift of a shared machine
+(clock, memory traffic of other programs) and the caches left by the previous call then affect all of them alike, so
+ratios of their medians hold even where absolute times do not.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from dataclasses import dataclass
 
 import torch
 
-_FLUSH_BYTES = 256 << 20  # larger than a GPU's L2 and than the part of a CPU's L3 that one core fills
+_FLUSH_BYTES = 256 << 20  # larger than a GPU's L2 and than one core's part of a CPU's L3
 _CEILING_SIZES = {"cuda": (8192, 1 << 30), "cpu": (1536, 1 << 24)}  # width of the product, elements of the copy
-_UNDISTURBED_S = 2e-4  # a reading of the queue takes 10 to 30 us; one that lost its core, a time slice of 1 ms or more
+_UNDISTURBED_S = 2e-4  # reading the queue takes 10 to 30 us; a reading that loses its core takes 1 ms or more
 _READINGS = 20
 _PRODUCT, _COPY = "ceiling: product", "ceiling: copy"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to measure: rounds until `seconds` are spent, at least `min_rounds`, at most `max_rounds`.
+    """The timing budget: rounds until `seconds` are spent, at least `min_rounds`, at most `max_rounds`.
 
-    Where that gave fewer than `enough` rounds, whoever is within `close` times the headline's median goes on until it
-    has `enough`, for `seconds` more at most; see `interleave`.
+    If that gave fewer than `enough` rounds, contestants within `close` times the headline's median continue until they
+    have `enough`, for at most `seconds` more; see `interleave`.
     """
 
     seconds: float = 10.0
@@ -42,7 +42,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of one contestant: median, 20th and 80th percentile, and over how many calls."""
+    """Milliseconds of one contestant: median, 20th and 80th percentile, and the number of calls."""
 
     ms: float
     p20: float
@@ -52,25 +52,25 @@ class Times:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches on plain work, measured in the same run: FLOP/s of a product, bytes/s of a copy."""
+    """The rates this machine reaches on plain work in the same run: FLOP/s of a product, bytes/s of a copy."""
 
     flops_per_s: float
     bytes_per_s: float
 
     def floor_ms(self, flops: int, moved: int) -> float:
-        """The time no version of the work can beat by much: the larger of arithmetic and data movement."""
+        """Return the time that no version of the work can beat by much: the larger of arithmetic and data movement."""
         return 1e3 * max(flops / self.flops_per_s, moved / self.bytes_per_s)
 
 
 def summarise(samples: list[float]) -> Times:
-    """Median and quantiles (nearest rank) of one contestant's milliseconds."""
+    """Return the median and quantiles (nearest rank) of one contestant's milliseconds."""
     ordered = sorted(samples)
     last = len(ordered) - 1
     return Times(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))
 
 
 def _queued_ns() -> int | None:
-    """Nanoseconds this thread has been ready to run while others had the core; None where the system does not say."""
+    """Return the nanoseconds this thread spent ready to run but waiting for a core; None if the system does not say."""
     try:
         with open("/proc/thread-self/schedstat") as stat:
             return int(stat.read().split()[1])
@@ -81,8 +81,8 @@ def _queued_ns() -> int | None:
 def _queue_reading() -> tuple[float, int | None, float]:
     """Read the queue's counter undisturbed: (time before, nanoseconds queued, time after).
 
-    A thread that loses its core inside the reading leaves it open which side of the reading that wait belongs to, so
-    such a reading is repeated.
+    If the thread loses its core during the reading, it is unclear on which side of the reading that wait falls, so the
+    reading is repeated.
     """
     for _ in range(_READINGS):
         before = time.perf_counter()
@@ -94,9 +94,9 @@ def _queue_reading() -> tuple[float, int | None, float]:
 
 
 def _call_cpu(thunk: Callable[[], object]) -> float:
-    """Milliseconds of one call, less the time its thread stood in the scheduler's queue because of other programs.
+    """Return the milliseconds of one call, minus the time its thread waited for a core held by other programs.
 
-    With several threads only the calling thread's queue is known, so nothing is taken off.
+    With several threads only the calling thread's queue is known, so nothing is subtracted.
     """
     if torch.get_num_threads() != 1:
         begin = time.perf_counter()
@@ -121,9 +121,9 @@ def _call_cuda(thunk: Callable[[], object]) -> float:
 
 
 class Timer:
-    """One call, timed: CUDA work with events around it after a synchronisation, launch gaps included.
+    """Times one call. CUDA work is timed by events after a synchronisation, launch gaps included.
 
-    cold: overwrite the caches before each call (a layer in a model finds them full of other data); None: on a GPU.
+    cold: overwrite the caches before each call, as a layer in a model finds them; None: only on a GPU.
     """
 
     def __init__(self, device: torch.device, cold: bool | None = None) -> None:
@@ -132,15 +132,15 @@ class Timer:
         self.flush = torch.zeros(_FLUSH_BYTES, dtype=torch.int8, device=device) if wanted else None
 
     def __call__(self, thunk: Callable[[], object]) -> float:
-        """Milliseconds of thunk()."""
+        """Return the milliseconds of thunk()."""
         if self.flush is not None:
-            self.flush.add_(1)  # read and written: a plain fill may go past a CPU's caches
+            self.flush.add_(1)  # read and write: a plain fill may bypass a CPU's caches
         return _call_cuda(thunk) if self.cuda else _call_cpu(thunk)
 
 
 def _undecided(samples: Mapping[str, list[float]], headline: str | None, close: float) -> list[str]:
-    """Those whose median is within `close` times the headline's, and the ceilings; nobody without a headline."""
-    if headline not in samples:
+    """Return the thunks within `close` times the headline's median, and the ceilings; none without a headline."""
+    if headline is None or headline not in samples:
         return []
     medians = {name: statistics.median(values) for name, values in samples.items()}
     low, high = medians[headline] / close, medians[headline] * close
@@ -156,20 +156,21 @@ def interleave(
 ) -> dict[str, Times]:
     """Time every thunk, in turns.
 
-    With a headline, a second phase follows where slow contestants left time for few rounds only: those close to the
-    headline, itself and the two ceilings take turns on, while those far off, whose ratio is clear, keep what they have.
+    With a headline, a second phase follows if slow contestants left time for only a few rounds. The headline, those
+    close to it and the two ceilings continue to take turns. The ratios of those further off are clear already.
 
     Args:
         thunks: name -> callable without arguments; compiled and checked already.
-        device: where they run. budget: how long. cold: see `Timer`.
-        headline: the thunk that the others are compared with; None, or not among `thunks`: there is one phase only.
+        device: where they run. budget: for how long. cold: see `Timer`.
+        headline: the thunk that the others are compared with. If None or not among `thunks`, there is only one phase.
     """
     timer = Timer(device, cold)
-    names, samples = list(thunks), {name: [] for name in thunks}
-    shuffled = random.Random(0)  # in a fixed circle everybody would always follow the same one
+    names = list(thunks)
+    samples: dict[str, list[float]] = {name: [] for name in thunks}
+    order = random.Random(0)  # in a fixed order each would always follow the same predecessor
 
     def take_turns(names: list[str]) -> None:
-        shuffled.shuffle(names)
+        order.shuffle(names)
         for name in names:
             samples[name].append(timer(thunks[name]))
 
@@ -192,35 +193,41 @@ def interleave(
 
 
 def peak_bytes(thunk: Callable[[], object], device: torch.device, python: bool = False) -> int:
-    """Most memory one call held at once beyond what was held before it (inputs and parameters do not count).
+    """Return the most memory one call held at once, beyond its inputs and parameters.
 
-    CUDA: torch's allocator statistics. CPU: the running sum of every allocation and release of torch's CPU allocator,
-    from its profiler; scratch memory that a math library takes from the system by itself is not seen. python: also
-    the most that numpy arrays and Python objects held, from tracemalloc.
+    CUDA: torch's allocator statistics. CPU: the running sum of the allocations and releases of torch's CPU allocator,
+    from its profiler; scratch memory that a math library takes directly from the system is not seen.
+    python: add the peak of numpy arrays and Python objects, from tracemalloc.
     """
     if python:
-        held = []
+        traced: list[int] = []
+
+        def traced_call() -> None:
+            found = thunk()  # kept alive while the peak is read
+            traced.append(tracemalloc.get_traced_memory()[1])
+            del found
+
         tracemalloc.start()
         try:
-            tensors = peak_bytes(lambda: (thunk(), held.append(tracemalloc.get_traced_memory()[1])), device)
+            tensors = peak_bytes(traced_call, device)
         finally:
             tracemalloc.stop()
-        return tensors + held[0]
+        return tensors + traced[0]
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         thunk()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler library reports its own start and stop on stderr
+        return int(torch.cuda.max_memory_allocated() - before)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silence the profiler library's own messages on stderr
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         thunk()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):  # stable: ties keep the order they were recorded in
+    for event in sorted(events, key=lambda e: e.start_ns()):  # a stable sort: ties keep their recorded order
         held += event.nbytes()
         peak = max(peak, held)
     return peak
@@ -228,9 +235,9 @@ def peak_bytes(thunk: Callable[[], object], device: torch.device, python: bool =
 
 @dataclass(frozen=True)
 class CeilingWork:
-    """A large square product in `dtype` and a large copy, on random data: what the machine reaches on plain work.
+    """A large square product and a large copy, on random data: the plain work that sets the ceilings.
 
-    They are timed in turns with a case's contestants, so that a floor knows the same conditions as what stands on it.
+    They take turns with a case's contestants, so that floor and contestants are measured under the same conditions.
     """
 
     thunks: Mapping[str, Callable[[], object]]
@@ -238,13 +245,13 @@ class CeilingWork:
     bytes: int
 
     def ceilings(self, times: Mapping[str, Times]) -> Ceilings:
-        """From what `interleave` found for `thunks`."""
+        """Return the ceilings from the times that `interleave` measured for `thunks`."""
         product, copy = (times[name].ms / 1e3 for name in (_PRODUCT, _COPY))
         return Ceilings(self.flops / product, self.bytes / copy)
 
 
 def ceiling_work(device: torch.device, dtype: torch.dtype) -> CeilingWork:
-    """Buffers and thunks; sizes beyond any cache."""
+    """Return the ceiling work for `device` and `dtype`; its sizes exceed any cache."""
     size, elements = _CEILING_SIZES[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)

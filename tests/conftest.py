@@ -1,7 +1,7 @@
-"""Shared test set-up: where the kernels run, how many threads, which tests need a GPU.
+"""Shared test set-up: the device of the kernels, the number of threads, the tests that need a GPU.
 
-Environment variables are set here, before anything imports torch or Triton: Triton reads TRITON_INTERPRET
-when a kernel is decorated, and OpenMP reads OMP_NUM_THREADS when it is loaded.
+Environment variables are set here, before anything imports torch or Triton: Triton reads TRITON_INTERPRET when a
+kernel is decorated, and OpenMP reads OMP_NUM_THREADS when it is loaded.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-# beginnings of messages that another package causes, with its owner
+# prefixes of messages that another package causes itself
 _CAUSED_ELSEWHERE = ("Passing `generation_config` together with",)  # transformers' own assisted generation
 
 
 class _Deprecations(logging.Handler):
-    """Keeps what transformers logs about names that are to go. (Its warnings are errors by pyproject.toml.)"""
+    """Keeps the deprecations that transformers logs. (Its warnings are errors by pyproject.toml.)"""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -73,11 +73,11 @@ logging.getLogger("transformers").addHandler(_DEPRECATIONS)
 
 @pytest.fixture(autouse=True)
 def _no_deprecated_names(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test in which transformers logs a deprecation, unless it writes an old name on purpose."""
+    """Fail a test in which transformers logs a deprecation, unless it uses an old name deliberately."""
     if "transformers" in sys.modules:
         from transformers.utils.logging import warning_once
 
-        warning_once.cache_clear()  # or only the first test that causes a message would see it
+        warning_once.cache_clear()  # otherwise only the first test to cause a message would see it
     _DEPRECATIONS.messages.clear()
     yield
     if request.node.get_closest_marker("old_names") is None:
@@ -86,14 +86,14 @@ def _no_deprecated_names(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def kernel_device() -> torch.device:
-    """Where Triton kernels run in this session: the GPU, or the CPU through the interpreter."""
+    """Return the device of Triton kernels in this session: the GPU, or the CPU in the interpreter."""
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data beside the checkout; tests that use it skip where it is absent."""
+    """Return the folder of real data beside the checkout; tests that use it skip if it is absent."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip("real data is not here: no ../shared/data beside the checkout")
+        pytest.skip("no real data: ../shared/data is absent beside the checkout")
     return folder

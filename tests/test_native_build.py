@@ -71,9 +71,9 @@ def test_without_a_compiler_the_wheel_is_pure_and_the_build_says_why(tree, tmp_p
 def test_a_library_that_was_asked_for_is_not_left_out(tree):
     for variable in ("CALM_FAST_NATIVE", "CALM_FAST_CUDA"):
         code, said = build(tree, "setup.py", "-q", "bdist_wheel", CXX="false", **{variable: "1"})
-        assert code != 0 and "the compiled library was asked for, but no C++20 compiler works here" in said
+        assert code != 0 and "the compiled library was requested, but no C++20 compiler works here" in said
     code, said = build(tree, "setup.py", "-q", "bdist_wheel", CALM_FAST_NATIVE="yes")
-    assert code != 0 and "CALM_FAST_NATIVE must be auto, 0 or 1, got 'yes'" in said
+    assert code != 0 and "`CALM_FAST_NATIVE` must be auto, 0 or 1, got 'yes'" in said
 
 
 @needs_compiler

@@ -1,4 +1,4 @@
-"""What an installed calm_fast holds and what importing it does, in fresh Python processes."""
+"""The contents of an installed calm_fast and the effects of importing it, in fresh Python processes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NOT_SOURCE = shutil.ignore_patterns(
 
 
 def run_python(code: str, cwd: Path, **env: str) -> str:
-    """Run `code` in a fresh interpreter and return what it printed."""
+    """Run `code` in a fresh interpreter and return its output."""
     base = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
     settings = base | {"OMP_NUM_THREADS": "1"} | env
     done = subprocess.run(
@@ -50,7 +50,7 @@ def run_python(code: str, cwd: Path, **env: str) -> str:
 
 
 def source_files(folder: str) -> set[str]:
-    """Files of one source folder, relative to it, build leftovers aside."""
+    """Return the files of one source folder, relative to it, without build leftovers."""
     top = ROOT / folder
     paths = (path.relative_to(top) for path in top.rglob("*") if path.is_file())
     return {path.as_posix() for path in paths if "__pycache__" not in path.parts and path.suffix not in (".pyc", ".so")}
@@ -58,7 +58,7 @@ def source_files(folder: str) -> set[str]:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built through the sdist from a copy of the tree, once for all test processes."""
+    """Build the wheel, through the sdist, from a copy of the tree, once for all test processes."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
@@ -91,7 +91,7 @@ def metadata(wheel: Path) -> Message:
 
 @pytest.fixture(scope="session")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel installed into an empty folder, without its dependencies."""
+    """Install the wheel into an empty folder, without its dependencies."""
     target = tmp_path_factory.mktemp("installed")
     command = [
         sys.executable,
@@ -116,13 +116,13 @@ def test_wheel_holds_every_source_file(wheel_names, folder):
     assert not missing, f"not in the wheel from {folder}: {sorted(missing)}"
 
 
-def test_wheel_holds_nothing_beside_calm_fast(wheel_names):
+def test_wheel_holds_nothing_but_calm_fast(wheel_names):
     tops = {name.split("/")[0] for name in wheel_names}
     assert tops == {"calm_fast", f"calm_fast-{calm_fast.__version__}.dist-info"}
 
 
 def test_wheel_holds_the_compiled_library_where_a_compiler_is(wheel, wheel_names):
-    """One wheel for every Python from 3.10 and every torch from 2.11 on; a pure one without a compiler."""
+    """One wheel serves Python >= 3.10 and torch >= 2.11. Without a compiler it is pure Python."""
     start, name = f"calm_fast-{calm_fast.__version__}-", wheel.name
     if sys.platform == "linux" and any(map(shutil.which, ("c++", "g++", "clang++"))):
         assert name.startswith(f"{start}cp310-abi3-linux_")
@@ -161,7 +161,7 @@ def test_installed_wheel_imports_from_elsewhere(installed, tmp_path):
     code = """
 import importlib, sys
 from importlib.metadata import distribution
-# the development install must not lend the wheel what it lacks
+# the development install must not lend the wheel files that it lacks
 sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
 import calm_fast, calm_fast.kernels, calm_fast.benchmarks, calm_fast.ops, calm_fast.modules, calm_fast.hf
 for module in (calm_fast, calm_fast.kernels, calm_fast.benchmarks):
@@ -216,7 +216,7 @@ print(tuple(LlamaForCausalLM(config)(torch.arange(5)[None]).logits.shape))
 
 
 def test_a_package_named_kernels_wins_over_our_folder(tmp_path):
-    """The working directory comes first on sys.path; our kernels/ must yield all the same."""
+    """Our kernels/ must yield even though the working directory comes first on sys.path."""
     package = tmp_path / "kernels"
     package.mkdir()
     (package / "__init__.py").write_text("OWNER = 'installed'\n")
@@ -244,7 +244,7 @@ HEAVY = (
 
 @pytest.mark.parametrize(
     ("first", "statement", "forbidden"),
-    # a CUDA build of torch starts programs of its own when it is imported
+    # importing a CUDA build of torch starts other programs
     [("", "import calm_fast", ("torch", *HEAVY)), ("import torch", "import calm_fast.ops, calm_fast.kernels", HEAVY)],
 )
 def test_import_is_light(tmp_path, first, statement, forbidden):

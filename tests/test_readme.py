@@ -1,4 +1,4 @@
-"""README and docs keep their word: blocks run, numbers are committed rows, links and names lead somewhere."""
+"""README and docs hold: code blocks run, numbers are committed rows, links and names resolve."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_python_blocks_run_in_their_order(tmp_path: Path) -> None:
     assert {"composition", "dual", "negative"} <= made
 
 
-def test_vote_block_writes_what_it_says(tmp_path: Path) -> None:
+def test_vote_block_writes_the_files_it_names(tmp_path: Path) -> None:
     (block,) = [b for b in blocks("sh") if "calm-fast vote" in b]
     runnable = block.replace("calm-fast", f"{shlex.quote(sys.executable)} -m calm_fast")
     assert "single" in run(tmp_path, "sh", "-c", runnable)
@@ -67,7 +67,7 @@ def test_every_number_of_the_first_table_is_a_committed_row() -> None:
     for least, words, baseline, least_of_all, case in claims:
         rows = {row["impl"]: row for row in latest[case]}
         field = QUANTITY[words]
-        ours = rows.get("calm_fast") or rows["auto"]  # an op's own cases name the choice
+        ours = rows.get("calm_fast") or rows["auto"]  # cases of a single op call it by its impl
         assert rows[baseline][field] / ours[field] >= float(least), (case, baseline, words)
         assert not least_of_all or best[case] >= float(least_of_all), (case, "the best baseline")
 
@@ -90,7 +90,7 @@ def test_commands_exist() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)):
         if link.startswith(("http://", "https://")):
@@ -106,7 +106,7 @@ def test_public_names_in_prose_exist(page: Path) -> None:
     for name in set(re.findall(r"\bcalm_fast((?:\.[A-Za-z_]\w*)+)", page.read_text(encoding="utf-8"))):
         value: object = importlib.import_module("calm_fast")
         parts = name.split(".")[1:]
-        if parts[-1] in ("py", "md", "abi3", "_native", "_cuda", "_cpu"):  # a file
+        if parts[-1] in ("py", "md", "abi3", "_native", "_cuda", "_cpu"):  # a file name
             continue
         for i, part in enumerate(parts):
             try:
@@ -121,7 +121,7 @@ def test_every_page_is_listed_in_the_index() -> None:
     assert pages <= set(re.findall(r"\]\(([\w/.-]+\.md)\)", index))
 
 
-def test_targets_that_run_the_code_compile_what_changed() -> None:
+def test_make_targets_that_run_the_code_compile_it_first() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in ("demo", "test", "bench"):
         assert re.search(rf"^{target}:.* \$\(NATIVE\)$", makefile, re.MULTILINE), target

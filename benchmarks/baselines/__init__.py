@@ -1,1 +1,1 @@
-"""What users would run otherwise, written as well as plain torch allows: the baselines of every comparison."""
+"""The baselines: what users would run instead, written as well as plain torch allows."""

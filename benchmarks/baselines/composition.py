@@ -1,28 +1,29 @@
-"""Whole composed models: random parts, their plain definition, and what users would write around transformers.
+"""Whole composed models: random models, their plain definition, and a user's own composition around transformers.
 
-Every function takes decoders of the Llama family as transformers builds them; `after(index, hidden)` may replace the
-hidden state that leaves layer `index`.
+Every function takes decoders of the Llama family as transformers builds them. `after(index, hidden)` may replace the
+output of layer `index`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from calm_fast.benchmarks.baselines.cross_attention import EPS, explicit_attention, rms_norm
 from calm_fast.hf.cache_names import cache_argument
 
 After = Callable[[int, torch.Tensor], torch.Tensor]
+Model = Any  # a LlamaForCausalLM; torch types the submodules of a Module as `Tensor | Module`
 
 
 @dataclass(frozen=True)
 class Part:
-    """A decoder: width, layers, query and KV heads, width inside the MLP."""
+    """The sizes of a decoder: width, layers, query and KV heads, inner width of the MLP."""
 
     width: int
     depth: int
@@ -35,12 +36,12 @@ class Part:
         return self.width // self.heads
 
     def layer_weights(self) -> int:
-        """Numbers in the matrices of one layer."""
+        """Return the number of weights in the matrices of one layer."""
         return 2 * self.width * self.head_dim * (self.heads + self.kv_heads) + 3 * self.width * self.inner
 
 
-def random_model(part: Part, vocab: int, dtype: torch.dtype, device: torch.device, seed: int) -> nn.Module:
-    """A frozen LlamaForCausalLM with random weights, made on its device; hidden states keep a spread of about 1."""
+def random_model(part: Part, vocab: int, dtype: torch.dtype, device: torch.device, seed: int) -> Model:
+    """Return a frozen LlamaForCausalLM with random weights; its hidden states keep a spread of about 1."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -56,48 +57,50 @@ def random_model(part: Part, vocab: int, dtype: torch.dtype, device: torch.devic
 
 
 def run_layers(
-    model: nn.Module, ids: torch.Tensor, after: After | None = None, depth: int | None = None, cache: Any = None
+    model: Model, ids: torch.Tensor, after: After | None = None, depth: int | None = None, cache: Any = None
 ) -> torch.Tensor:
-    """The state (B, M, width) that leaves layer `depth` - 1 (None: the last), from transformers' own layers.
+    """Return the output (B, M, width) of layer `depth` - 1 (None: the last), from transformers' own layers.
 
-    ids (B, M); cache: a transformers Cache that holds the tokens before these.
+    ids (B, M) int64. cache: a transformers Cache that holds the tokens before these.
     """
     decoder = model.model
-    hidden = decoder.embed_tokens(ids)
+    hidden: torch.Tensor = decoder.embed_tokens(ids)
     past = 0 if cache is None else cache.get_seq_length()
     positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
     rotary = decoder.rotary_emb(hidden, positions)
-    kept = {cache_argument(decoder.layers[0].forward): cache, "use_cache": cache is not None}
+    name = cast(str, cache_argument(decoder.layers[0].forward))  # every decoder layer takes a cache
+    kept = {name: cache, "use_cache": cache is not None}
     for index, layer in enumerate(list(decoder.layers)[:depth]):
         hidden = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary, **kept)
         hidden = hidden if after is None else after(index, hidden)
     return hidden
 
 
-def head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits (B, M, V)."""
-    return model.lm_head(model.model.norm(hidden))
+def head(model: Model, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits (B, M, V)."""
+    logits: torch.Tensor = model.lm_head(model.model.norm(hidden))
+    return logits
 
 
 def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """() mean cross entropy of each next token, from logits in at least float32, as transformers takes it."""
+    """Return the mean cross entropy () of each next token in at least float32, as transformers computes it."""
     wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide.flatten(0, 1), ids[:, 1:].flatten())
 
 
 def plain_layers(
-    model: nn.Module, ids: torch.Tensor, dtype: torch.dtype, after: After | None = None, depth: int | None = None
+    model: Model, ids: torch.Tensor, dtype: torch.dtype, after: After | None = None, depth: int | None = None
 ) -> torch.Tensor:
-    """What `run_layers` computes without a cache, from the equations of the family, every step in `dtype`."""
+    """Return the result of `run_layers` without a cache, from the family's equations, every step in `dtype`."""
     decoder, c = model.model, model.config
     hidden = F.embedding(ids, decoder.embed_tokens.weight.to(dtype))
-    wide = torch.promote_types(dtype, torch.float32)  # angles in bfloat16 would mean other positions
+    wide = torch.promote_types(dtype, torch.float32)  # bfloat16 angles would encode other positions
     d, m = c.head_dim, ids.shape[1]
     frequencies = c.rope_parameters["rope_theta"] ** -(torch.arange(0, d, 2, device=ids.device).to(wide) / d)
     angles = torch.arange(m, device=ids.device).to(wide)[:, None] * frequencies
     cos, sin = (torch.cat((t, t), -1).to(dtype) for t in (angles.cos(), angles.sin()))
 
-    def turned(x: torch.Tensor) -> torch.Tensor:
+    def rotate(x: torch.Tensor) -> torch.Tensor:
         first, second = x.chunk(2, dim=-1)
         return x * cos + torch.cat((-second, first), -1) * sin
 
@@ -109,8 +112,8 @@ def plain_layers(
             F.linear(x, getattr(attention, f"{name}_proj").weight.to(dtype)).unflatten(-1, (-1, d)).transpose(1, 2)
             for name in "qkv"
         )
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (turned(k), v))
-        attended = explicit_attention(turned(q), k, v, seen, d**-0.5).transpose(1, 2).flatten(-2)
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (rotate(k), v))
+        attended = explicit_attention(rotate(q), k, v, seen, d**-0.5).transpose(1, 2).flatten(-2)
         hidden = hidden + F.linear(attended, attention.o_proj.weight.to(dtype))
         x = rms_norm(hidden, layer.post_attention_layernorm.weight.to(dtype))
         gate, up, down = (getattr(mlp, f"{name}_proj").weight.to(dtype) for name in ("gate", "up", "down"))
@@ -119,26 +122,26 @@ def plain_layers(
     return hidden
 
 
-def plain_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """What `head` computes, in hidden's dtype."""
+def plain_head(model: Model, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the result of `head`, every step in hidden's dtype."""
     return F.linear(rms_norm(hidden, model.model.norm.weight.to(hidden.dtype)), model.lm_head.weight.to(hidden.dtype))
 
 
 @dataclass(frozen=True)
 class Engine:
-    """How the parts are run: by transformers' layers, or by the plain definition in one dtype."""
+    """The code that runs the models: transformers' layers, or the plain definition in one dtype."""
 
     layers: Callable[..., torch.Tensor]
-    head: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    head: Callable[[Model, torch.Tensor], torch.Tensor]
 
 
 TRANSFORMERS = Engine(run_layers, head)
 
 
 def plain_engine(dtype: torch.dtype) -> Engine:
-    """The definition, every step in `dtype`; it knows no cache."""
+    """Return the plain definition with every step in `dtype`; it has no cache."""
 
-    def layers(model: nn.Module, ids: torch.Tensor, after: After | None = None, depth: int | None = None):
+    def layers(model: Model, ids: torch.Tensor, after: After | None = None, depth: int | None = None) -> torch.Tensor:
         return plain_layers(model, ids, dtype, after, depth)
 
     return Engine(layers, plain_head)
@@ -151,23 +154,19 @@ def augmenter_states(
     then: Callable[[torch.Tensor], Any] | None = None,
     caches: Sequence[Any] | None = None,
 ) -> list[dict[int, torch.Tensor]]:
-    """For every augmenter its states at the connected layers, layer -> (B, M, DA).
+    """Return each augmenter's hidden states at its connected layers, layer -> (B, M, DA).
 
-    Layers above the last connected one and the LM head run only for `then`, which gets the logits. caches: one for
-    each augmenter, where the engine takes one.
+    Layers above the last connected one and the LM head run only for `then`, which gets the logits. caches: one per
+    augmenter, if the engine supports them.
     """
     found = []
     caches = caches or [None] * len(inputs["augmenters"])
     with torch.no_grad():
         for model, pairs, cache in zip(inputs["augmenters"], inputs["pairs"], caches, strict=True):
-            wanted, states = {a for a, _ in pairs}, {}
-
-            def keep(layer: int, hidden: torch.Tensor, wanted=wanted, states=states) -> torch.Tensor:
-                if layer in wanted:
-                    states[layer] = hidden
-                return hidden
-
+            wanted = {a for a, _ in pairs}
+            states: dict[int, torch.Tensor] = {}
             cached = {} if cache is None else {"cache": cache}
+            keep = partial(_keep, wanted, states)
             last = engine.layers(model, ids, keep, 1 + max(wanted) if then is None else None, **cached)
             if then is not None:
                 then(engine.head(model, last))
@@ -175,12 +174,19 @@ def augmenter_states(
     return found
 
 
+def _keep(wanted: set[int], states: dict[int, torch.Tensor], layer: int, hidden: torch.Tensor) -> torch.Tensor:
+    """Store `hidden` in `states` if its layer is wanted; return it unchanged."""
+    if layer in wanted:
+        states[layer] = hidden
+    return hidden
+
+
 def adding(
     inputs: Mapping[str, Any], states: Sequence[Mapping[int, torch.Tensor]], layer: Callable[..., torch.Tensor]
 ) -> After:
-    """`after` that adds every connection's residual.
+    """Return an `after` that adds the residual of every connection.
 
-    layer(connection, hb, ha) returns hb with the residual; connections at one anchor layer all read the same hb.
+    layer(connection, hb, ha) returns hb plus its residual. All connections at one anchor layer read the same hb.
     """
     connections = [(augmenter, a, b) for augmenter, pairs in enumerate(inputs["pairs"]) for a, b in pairs]
 

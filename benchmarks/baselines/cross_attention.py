@@ -1,13 +1,14 @@
 """Baselines of the composition layer and of its attention core, in plain torch.
 
-Weights are a dict, shared by every contestant: norm (DB,), proj (DB, DA), q (H D, DB), k, v (Hkv D, DB), o (DB, H D).
-Source of the layer: CALM (arXiv 2401.02412) section 3; `ReleasedHook` has the arithmetic of the layer that the
-authors released.
+Weights are a dict shared by every contestant: norm (DB,), proj (DB, DA), q (H D, DB), k, v (Hkv D, DB), o (DB, H D).
+The layer is that of CALM (arXiv 2401.02412), section 3. `ReleasedHook` has the arithmetic of the authors' released
+layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ Weights = Mapping[str, torch.Tensor]
 
 
 def init_weights(da: int, db: int, h: int, d: int, dtype: torch.dtype, device: torch.device, seed: int) -> Weights:
-    """Random weights of a layer that is past its first steps: W_o is not zero."""
+    """Return the random weights of a layer that has been trained for a few steps: W_o is not zero."""
     g = torch.Generator(device).manual_seed(seed)
 
     def linear(rows: int, cols: int) -> torch.Tensor:
@@ -32,7 +33,7 @@ def init_weights(da: int, db: int, h: int, d: int, dtype: torch.dtype, device: t
 def visible(
     m: int, n: int, device: torch.device, lo: torch.Tensor | None, hi: torch.Tensor | None, causal: bool
 ) -> torch.Tensor | None:
-    """(1 or B, 1, M, N) bool: what each query sees; None = everything."""
+    """Return the mask (1 or B, 1, M, N) bool of visible keys, or None if every key is visible."""
     if causal:
         return torch.ones(m, n, dtype=torch.bool, device=device).tril(n - m)[None, None]
     if lo is None and hi is None:
@@ -47,7 +48,7 @@ def visible(
 def explicit_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """softmax(q k^T) v with the scores in memory, every step in q's dtype. q, k, v and result: (B, H, tokens, D)."""
+    """Return softmax(scale q k^T) v with the scores in memory, in q's dtype. All tensors are (B, H, tokens, D)."""
     scores = torch.matmul(q * scale, k.transpose(-1, -2))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -55,7 +56,7 @@ def explicit_attention(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """As model code writes it: x / rms(x) * weight, computed in float32 (float64 for float64)."""
+    """Return x / rms(x) * weight as model code writes it, computed in float32 (float64 for float64)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * weight
 
@@ -69,14 +70,14 @@ def unfolded_layer(
     sdpa: bool,
     causal: bool,
     mask: torch.Tensor | None = None,
-    cache: object | None = None,
+    cache: Cache | None = None,
 ) -> torch.Tensor:
-    """H_B + W_o Attention(W_q n(H_B), W_k P H_A, W_v P H_A), product by product.
+    """Return H_B + W_o Attention(W_q n(H_B), W_k P H_A, W_v P H_A), product by product.
 
     Args:
         w: weights. hb: (B, M, DB). ha: (B, n, DA). heads: H.
-        sdpa: attention by scaled_dot_product_attention, else with explicit scores.
-        causal: mask out j > i (M = N). mask: for explicit scores, the same as a bool tensor made beforehand.
+        sdpa: use scaled_dot_product_attention instead of explicit scores.
+        causal: mask out j > i (M = N). mask: the same as a bool tensor, for explicit scores.
         cache: as for calm_fast.CrossAttention.
     Returns:
         (B, M, DB).
@@ -97,13 +98,21 @@ def unfolded_layer(
     return hb + F.linear(attended.transpose(1, 2).flatten(-2), w["o"])
 
 
+class Cache(Protocol):
+    """A cache of keys and values, as transformers' cache layers have it."""
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 class ReleasedHook(nn.Module):
-    """The released layer's arithmetic: biased projection, done once for the keys and once for the values, torch's
-    MultiheadAttention returning its weights too (so no fused attention), RMSNorm on the result, residual; no mask.
-    Needs H D = DB."""
+    """The released layer's arithmetic.
+
+    A biased projection, computed once for the keys and once for the values; torch's MultiheadAttention returning its
+    weights (so not fused); RMSNorm on the result; residual. It has no mask and needs H D = DB.
+    """
 
     def __init__(self, w: Weights, heads: int) -> None:
-        """w: weights as for `unfolded_layer`, norm being the one after attention; biases are zero."""
+        """w: weights as for `unfolded_layer`, where norm is the one after attention. The biases are zero."""
         super().__init__()
         db, da = w["proj"].shape
         self.proj = nn.Linear(da, db)
@@ -119,14 +128,14 @@ class ReleasedHook(nn.Module):
             self.norm.copy_(w["norm"])
 
     def forward(self, hb: torch.Tensor, ha: torch.Tensor) -> torch.Tensor:
-        """hb: (B, M, DB). ha: (B, N, DA). Returns (B, M, DB)."""
+        """hb: (B, M, DB). ha: (B, N, DA). Return (B, M, DB)."""
         keys, values = self.proj(ha), self.proj(ha)
         attended, _ = self.cross_attention(hb, keys, values, need_weights=True)
         return hb + rms_norm(attended, self.norm)
 
 
 class PlainHook(nn.Module):
-    """`ReleasedHook` from our own attention instead of torch's module, under the same parameter names."""
+    """`ReleasedHook` with explicit attention instead of torch's module, under the same parameter names."""
 
     def __init__(self, hook: ReleasedHook, heads: int) -> None:
         super().__init__()
@@ -145,7 +154,7 @@ class PlainHook(nn.Module):
 
 
 class FixedCache:
-    """A cache whose last slot is the step's: `update` writes there and returns all of it, so every step is alike."""
+    """A cache whose `update` always writes the last slot and returns everything, so all steps are alike."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """keys, values: (B, Hkv, N, D)."""

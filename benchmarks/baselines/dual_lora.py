@@ -1,9 +1,9 @@
-"""What dual_lora is compared with: the released layer's and the paper's formula, step by step and arranged by hand, and
-one LoRA."""
+"""Baselines of dual_lora: the released and the paper's formula, step by step and rearranged by hand, and one LoRA."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ Weights = Mapping[str, torch.Tensor]
 
 
 def formula(w: Weights, x: torch.Tensor, y: torch.Tensor, scale: float, variant: str) -> torch.Tensor:
-    """The layer's output from x (T, d_in) and the base layer's y (T, d_out), every step of the equations a product.
+    """Return the layer's output for x (T, d_in) and the base output y (T, d_out), one product per step.
 
     w: a_pos, b_pos, a_neg, b_neg, w_q, w_k, and w_v or c1 and c2. variant: "released" or "paper".
     """
@@ -36,10 +36,10 @@ def formula(w: Weights, x: torch.Tensor, y: torch.Tensor, scale: float, variant:
 
 
 def concatenated(w: Weights, x: torch.Tensor, y: torch.Tensor, scale: float, variant: str) -> torch.Tensor:
-    """As `formula`, the way a careful user arranges it, nothing computed from the weights beforehand.
+    """Return the result of `formula`, arranged as a careful user would, with nothing precomputed from the weights.
 
-    Factors of both LoRAs in one product; the query goes through W_k, instead of both LoRAs' outputs; both outputs
-    through the value's first factor at once, and mixed before the second, which is linear.
+    The factors of both LoRAs share one product. The query goes through W_k instead of both LoRAs' outputs. Both outputs
+    go through the value's first factor at once and are mixed before the second, which is linear.
     """
     rank = w["a_pos"].shape[0]
     u = scale * F.linear(x, torch.cat([w["a_pos"], w["a_neg"]]))
@@ -60,12 +60,12 @@ def concatenated(w: Weights, x: torch.Tensor, y: torch.Tensor, scale: float, var
 
 
 def single_lora(w: Weights, x: torch.Tensor, y: torch.Tensor, scale: float) -> torch.Tensor:
-    """What PEFT computes for one LoRA: y + s B (A x)."""
+    """Return y + s B (A x), which PEFT computes for one LoRA."""
     return y + F.linear(F.linear(x, w["a_pos"]), w["b_pos"]) * scale
 
 
-def peft_layer(base: nn.Linear, a: torch.Tensor, b: torch.Tensor, scale: float) -> nn.Module:
-    """`base` with one LoRA of PEFT's, whose factors are a (R, d_in) and b (d_out, R).
+def peft_layer(base: nn.Linear, a: torch.Tensor, b: torch.Tensor, scale: float) -> Any:
+    """Return PEFT's layer around `base`, with one LoRA of factors a (R, d_in) and b (d_out, R).
 
     Raises:
         CannotRunError: PEFT is not installed.
@@ -74,7 +74,7 @@ def peft_layer(base: nn.Linear, a: torch.Tensor, b: torch.Tensor, scale: float) 
     inject = imported("peft", "peft", "inject_adapter_in_model")
     model, rank = nn.ModuleDict({"base": base}), a.shape[0]
     inject(config(r=rank, lora_alpha=scale * rank, lora_dropout=0.0, target_modules=["base"], bias="none"), model)
-    layer = model["base"]
+    layer: Any = model["base"]  # PEFT's own class
     for part, values in ((layer.lora_A["default"], a), (layer.lora_B["default"], b)):
         part.weight = nn.Parameter(values.detach().clone())
     return layer

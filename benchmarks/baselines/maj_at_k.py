@@ -1,7 +1,7 @@
-"""What maj_at_k is compared with: resampled curves in numpy, in torch and in plain Python.
+"""Baselines of maj_at_k: resampled curves in numpy, in torch and in plain Python.
 
-Shapes: answers (Q, K) class ids below 256, correct (Q,) class ids; every k is at most K. Returned: the accuracy at each
-k and its standard error over questions, float64.
+Shapes: answers (Q, K) class ids below 256, correct (Q,) class ids; every k is at most K. Every function returns the
+accuracy at each k and its standard error over questions, float64.
 """
 
 from __future__ import annotations
@@ -10,19 +10,25 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    import numpy as np
 
 COLUMNS = 8192  # resamples at a time: their samples and votes fit in the caches
 
 
-def numpy_curve(answers, correct, ks: Sequence[int], resamples: int, seed: int) -> dict[str, torch.Tensor]:
-    """Thousands of resamples in step; answers and correct are numpy arrays.
+def numpy_curve(
+    answers: np.ndarray[Any, Any], correct: np.ndarray[Any, Any], ks: Sequence[int], resamples: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """Return the curve from thousands of resamples at a time.
 
-    A column is a resample: its rows are drawn one after another by swapping (Fisher-Yates), no further than the largest
-    k that leaves a sample out, with votes counted on the way. Everything is one byte, addressed by flat indices. Twice
-    as fast as sorting 32-bit keys that carry the class, which is twice as fast as argsort and four times as fast as
-    Generator.permuted.
+    A column is a resample. Its rows are drawn one after another by swapping (Fisher-Yates), up to the largest k that
+    leaves a sample out, and votes are counted on the way. All data is one byte wide, addressed by flat indices. This is
+    twice as fast as sorting 32-bit keys that carry the class, which is twice as fast as argsort and four times as fast
+    as Generator.permuted.
     """
     import numpy as np
 
@@ -44,9 +50,10 @@ def numpy_curve(answers, correct, ks: Sequence[int], resamples: int, seed: int) 
         drawn += each
         flat_deck, votes = deck.ravel(), np.zeros((classes, columns), dtype=np.uint8)
         flat_votes, at_right = votes.ravel(), np.repeat(right, resamples) * columns + each
-        found, counted = {}, 0
+        found: dict[int, Any] = {}
+        counted = 0
         for k in sizes:
-            if k == samples:  # nothing to draw: every resample is the question itself
+            if k == samples:  # nothing to draw: every resample has all samples
                 votes = np.repeat(np.stack([(own == c).sum(1) for c in range(classes)]), resamples, axis=1)
             else:
                 for j in range(counted, k):
@@ -65,7 +72,7 @@ def numpy_curve(answers, correct, ks: Sequence[int], resamples: int, seed: int) 
 def torch_curve(
     answers: torch.Tensor, correct: torch.Tensor, ks: Sequence[int], resamples: int, seed: int, columns: int
 ) -> dict[str, torch.Tensor]:
-    """As `numpy_curve` from torch's gather and scatter, `columns` resamples at a time on the tensors' device."""
+    """Return the curve of the same algorithm in torch's gather and scatter, `columns` resamples at a time."""
     device = answers.device
     g = torch.Generator(device).manual_seed(seed)
     samples, classes = answers.shape[1], int(max(answers.max(), correct.max())) + 1
@@ -83,7 +90,8 @@ def torch_curve(
             deck[j] = picked[0]
         one, votes = torch.ones_like(deck), deck.new_zeros(classes, deck.shape[1])
         at_right = right.repeat_interleave(resamples).unsqueeze(0)
-        found, counted = {}, 0
+        found: dict[int, torch.Tensor] = {}
+        counted = 0
         for k in sizes:
             votes.scatter_add_(0, deck[counted:k], one)
             counted, top = k, votes.amax(0)
@@ -96,7 +104,7 @@ def torch_curve(
 def python_curve(
     rows: Sequence[Sequence[int]], correct: Sequence[int], ks: Sequence[int], resamples: int, seed: int
 ) -> dict[str, torch.Tensor]:
-    """As a script does it: random.sample once for all ks, a dict of votes that grows from one k to the next."""
+    """Return the curve as a script computes it: random.sample once for all ks, a dict of votes that grows with k."""
     rng = random.Random(seed)
     sizes = set(ks)
     credit = []

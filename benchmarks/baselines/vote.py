@@ -1,21 +1,25 @@
-"""What vote is compared with: a Counter a question, numpy, and torch with a one-hot or a scattered table of votes.
+"""Baselines of vote: a Counter per question, numpy, and torch with a one-hot or a scattered table of votes.
 
-Shapes: answers (Q, K) int64, class ids below `classes`; every function returns what `vote` returns, in float64.
+Shapes: answers (Q, K) int64, class ids below `classes`. Every function returns the fields of `vote` in float64.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    import numpy as np
 
 NAMES = ("winner", "weight", "total", "margin", "ties")
 
 
 def counter_vote(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """One Counter a question; a stable sort keeps the order of appearance among equals."""
+    """Vote with one Counter per question; a stable sort keeps the order of appearance among ties."""
     found = []
     for row in rows:
         ranked = Counter(row).most_common()
@@ -26,12 +30,12 @@ def counter_vote(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
 
 
 def counter_weighted(rows: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]) -> dict[str, torch.Tensor]:
-    """One Counter of weights a question."""
+    """Vote with one Counter of weights per question."""
     found = []
     for row, weights in zip(rows, scores, strict=True):
-        votes: Counter = Counter()
+        votes: Counter[int] = Counter()
         for answer, weight in zip(row, weights, strict=True):
-            votes[answer] += weight
+            votes[answer] += weight  # type: ignore[assignment]  # typeshed: a Counter holds int; float works too
         ranked = votes.most_common()
         top = ranked[0][1]
         ties = sum(top - weight <= 1e-9 for _, weight in ranked)
@@ -41,19 +45,21 @@ def counter_weighted(rows: Sequence[Sequence[int]], scores: Sequence[Sequence[fl
 
 
 def counter_winner(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """The least a Counter can do: the winner and its votes."""
+    """Return only the winner and its votes, the least a Counter can do."""
     found = [Counter(row).most_common(1)[0] for row in rows]
     return dict(zip(NAMES, torch.tensor(found, dtype=torch.float64).unbind(1), strict=False))
 
 
-def numpy_vote(answers, scores, classes: int) -> dict[str, torch.Tensor]:
-    """A table of votes from one bincount; answers and scores (or None) are numpy arrays."""
+def numpy_vote(
+    answers: np.ndarray[Any, Any], scores: np.ndarray[Any, Any] | None, classes: int
+) -> dict[str, torch.Tensor]:
+    """Vote with a table from one bincount."""
     import numpy as np
 
     q, k = answers.shape
     flat = (answers + np.arange(q)[:, None] * classes).ravel()
     table = np.bincount(flat, None if scores is None else scores.ravel(), minlength=q * classes).reshape(q, classes)
-    if scores is not None:  # a class without a vote must not win against negative weights
+    if scores is not None:  # a class without votes must not beat negative weights
         table[np.bincount(flat, minlength=q * classes).reshape(q, classes) == 0] = -np.inf
     first, second = np.partition(table, classes - 2, axis=1)[:, : classes - 3 : -1].T
     tied = first[:, None] - table <= 1e-9
@@ -76,7 +82,7 @@ def _from_table(answers: torch.Tensor, table: torch.Tensor, total: torch.Tensor)
 
 
 def one_hot_vote(answers: torch.Tensor, scores: torch.Tensor | None, classes: int) -> dict[str, torch.Tensor]:
-    """The table of votes as a sum of one-hot rows."""
+    """Vote with a table that is a sum of one-hot rows."""
     hot = F.one_hot(answers, classes)
     if scores is None:
         return _from_table(answers, hot.sum(1), torch.full_like(answers[:, 0], answers.shape[1]))
@@ -84,7 +90,7 @@ def one_hot_vote(answers: torch.Tensor, scores: torch.Tensor | None, classes: in
 
 
 def scatter_vote(answers: torch.Tensor, scores: torch.Tensor | None, classes: int) -> dict[str, torch.Tensor]:
-    """The table of votes by scatter_add."""
+    """Vote with a table from scatter_add."""
     weights = torch.ones_like(answers, dtype=torch.float64) if scores is None else scores.double()
     table = weights.new_zeros(answers.shape[0], classes).scatter_add_(1, answers, weights)
     return _from_table(answers, table, weights.sum(1))

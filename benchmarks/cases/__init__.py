@@ -1,1 +1,1 @@
-"""One file per op: what is measured, against what, and what it must cost."""
+"""The cases, one file per op: contestants, costs and targets."""

@@ -1,6 +1,8 @@
-"""What is measured of cross_attention: the attention core (X1-X3) and the composition layer around it (X4, X5)."""
+"""The cases of cross_attention: the attention core (X1-X3) and the composition layer around it (X4, X5)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -10,20 +12,22 @@ from calm_fast.benchmarks.registry import Case, Target
 
 
 def cases(device: torch.device, suite: str) -> list[Case]:
-    """The cases for `device` ("cpu": small enough for one core) in `suite`; the full one adds cases and compiled
-    baselines."""
+    """Return the cases for `device` in `suite`; "full" adds cases and compiled baselines.
+
+    The shapes for a CPU are small enough for one core.
+    """
     full = suite == "full"
     return _gpu(device, full) if device.type == "cuda" else _cpu(device, full)
 
 
 def _cpu(device: torch.device, full: bool) -> list[Case]:
     fp32 = torch.float32
-    plain = {"b": 1, "m": 512, "n": 512, "h": 8, "d": 64, "causal": True}
-    texts = {"b": 1, "m": 512, "n": 650, "h": 8, "d": 64, "documents": 2}
-    infer = {"b": 1, "m": 1024, "n": 1024, "da": 1024, "db": 2048, "h": 16, "d": 128}
-    train = {"b": 8, "m": 1024, "n": 1024, "da": 512, "db": 768, "h": 12, "d": 64, "train": True}
-    step = {"b": 4, "m": 1, "n": 1024, "da": 1024, "db": 2048, "h": 16, "d": 128, "cached": True}
-    cache = {name: step[name] for name in "bmnhd"}  # x5_decode without projections and the cache's concatenation
+    plain: dict[str, Any] = {"b": 1, "m": 512, "n": 512, "h": 8, "d": 64, "causal": True}
+    texts: dict[str, Any] = {"b": 1, "m": 512, "n": 650, "h": 8, "d": 64, "documents": 2}
+    infer: dict[str, Any] = {"b": 1, "m": 1024, "n": 1024, "da": 1024, "db": 2048, "h": 16, "d": 128}
+    train: dict[str, Any] = {"b": 8, "m": 1024, "n": 1024, "da": 512, "db": 768, "h": 12, "d": 64, "train": True}
+    step: dict[str, Any] = {"b": 4, "m": 1, "n": 1024, "da": 1024, "db": 2048, "h": 16, "d": 128, "cached": True}
+    cache = {name: step[name] for name in "bmnhd"}  # x5_decode without the projections and the cache update
     inference = (Target("calm_fast", "eager", 1.5), Target("calm_fast", "unfolded_sdpa", 1.25))
     training = (Target("calm_fast", "eager", 1.5),)
     found = [
@@ -49,10 +53,10 @@ def _cpu(device: torch.device, full: bool) -> list[Case]:
 
 def _gpu(device: torch.device, full: bool) -> list[Case]:
     bf16 = torch.bfloat16
-    plain = {"b": 4, "m": 4096, "n": 4096, "h": 32}
-    texts = {"b": 4, "m": 4096, "n": 5200, "h": 32, "d": 128, "documents": 4}
-    layer = {"b": 4, "m": 4096, "n": 4096, "da": 2048, "db": 4096, "h": 32, "d": 128, "causal": True}
-    step = {"m": 1, "n": 4096, "da": 2048, "db": 4096, "h": 32, "d": 128, "cached": True}
+    plain: dict[str, Any] = {"b": 4, "m": 4096, "n": 4096, "h": 32}
+    texts: dict[str, Any] = {"b": 4, "m": 4096, "n": 5200, "h": 32, "d": 128, "documents": 4}
+    layer: dict[str, Any] = {"b": 4, "m": 4096, "n": 4096, "da": 2048, "db": 4096, "h": 32, "d": 128, "causal": True}
+    step: dict[str, Any] = {"m": 1, "n": 4096, "da": 2048, "db": 4096, "h": 32, "d": 128, "cached": True}
     core = (Target("auto", "best", 1.0), Target("triton", "flex_attention", 1.0))
     interval = (Target("triton", "best", 1.3),)
     inference, training = (

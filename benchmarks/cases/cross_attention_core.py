@@ -1,9 +1,10 @@
-"""X1 to X3: the attention core, plainly masked and with the intervals of two tokenizers; X5's, one query a sequence."""
+"""X1 to X3: the attention core, with plain masks and with the intervals of two tokenizers; X5's decode core."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class CoreShape:
-    """(B, M, H, D) queries against (B, N, H, D) keys; `documents` > 0: intervals of that many packed documents."""
+    """(B, M, H, D) queries against (B, N, H, D) keys. documents > 0: the intervals of that many packed documents."""
 
     b: int
     m: int
@@ -44,14 +45,15 @@ class CoreShape:
         return names | ({"documents": self.documents} if self.documents else {"causal": int(self.causal)})
 
     def intervals(self, seed: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """lo, hi (B, M) int32 on the CPU, another text for each sequence; None where the mask is plain."""
+        """Return lo, hi (B, M) int32 on the CPU, a different text per sequence, or None if the mask is plain."""
         if not self.documents:
             return None
         rows = [aligned_intervals(self.m, self.n, self.documents, seed + b) for b in range(self.b)]
-        return tuple(torch.stack(bounds) for bounds in zip(*rows, strict=True))
+        lo, hi = (torch.stack(bounds) for bounds in zip(*rows, strict=True))
+        return lo, hi
 
     def flops(self, seed: int = 0) -> int:
-        """Two products over the visible pairs; backward five more (the scores are recomputed)."""
+        """Count two products over the visible pairs, and five more in backward (the scores are recomputed)."""
         if (bounds := self.intervals(seed)) is not None:
             pairs = int((bounds[1] - bounds[0]).sum())
         else:
@@ -60,7 +62,7 @@ class CoreShape:
         return forward * 7 // 2 if self.train else forward
 
     def bytes(self, itemsize: int) -> int:
-        """q, k, v read and out written once; training reads dout and writes three gradients too."""
+        """Count q, k, v and out once; training also reads dout and writes three gradients."""
         rows, keys = (self.b * t * self.h * self.d for t in (self.m, self.n))
         return itemsize * (2 * rows + 2 * keys) + (itemsize * (2 * rows + 2 * keys) if self.train else 0)
 
@@ -73,7 +75,7 @@ def _make(s: CoreShape, dtype: torch.dtype, device: torch.device) -> Callable[[i
             name: torch.randn(s.b, s.h, t, s.d, generator=g, device=device).to(dtype).transpose(1, 2)
             for name, t in lengths.items()
         }
-        if s.m > 1:  # fresh from a projection; one query reads a cache, which transformers keeps head by head
+        if s.m > 1:  # as from a projection; a single query reads a cache, which transformers stores head by head
             inputs = {name: t.contiguous() for name, t in inputs.items()}
         if (bounds := s.intervals(0)) is not None:  # always the text that `flops` counted
             inputs["lo"], inputs["hi"] = (t.to(device) for t in bounds)
@@ -83,7 +85,7 @@ def _make(s: CoreShape, dtype: torch.dtype, device: torch.device) -> Callable[[i
 
 
 def _thunk(attention: Attention, inputs: Inputs, s: CoreShape) -> Thunk:
-    """attention maps (B, tokens, H, D) tensors to (B, M, H, D)."""
+    """Return the thunk that runs `attention`, which maps (B, tokens, H, D) tensors to (B, M, H, D)."""
     leaves = [inputs[name].detach().requires_grad_(s.train) for name in "qkv"]
 
     def forward() -> Values:
@@ -99,14 +101,19 @@ def _thunk(attention: Attention, inputs: Inputs, s: CoreShape) -> Thunk:
 
 
 def _heads_first(attend: Attention) -> Attention:
-    """For baselines that take (B, H, tokens, D)."""
+    """Adapt a baseline that takes (B, H, tokens, D)."""
     return lambda q, k, v: attend(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
 
 def _ours(s: CoreShape, impl: str) -> Callable[[Inputs], Thunk]:
     def prepare(inputs: Inputs) -> Thunk:
         lo, hi = inputs.get("lo"), inputs.get("hi")
-        return _thunk(lambda q, k, v: ops.cross_attention(q, k, v, lo=lo, hi=hi, causal=s.causal, impl=impl), inputs, s)
+
+        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            out = ops.cross_attention(q, k, v, lo=lo, hi=hi, causal=s.causal, impl=impl)
+            return cast(torch.Tensor, out)  # a tuple only with return_lse
+
+        return _thunk(attention, inputs, s)
 
     return prepare
 
@@ -115,11 +122,11 @@ def _mask(s: CoreShape, inputs: Inputs) -> torch.Tensor | None:
     mask = visible(s.m, s.n, inputs["q"].device, inputs.get("lo"), inputs.get("hi"), s.causal)
     if mask is None or not s.documents:
         return mask
-    return mask | ~mask.any(-1, keepdim=True)  # softmax of nothing is NaN; `_erase` undoes it
+    return mask | ~mask.any(-1, keepdim=True)  # softmax of an empty row is NaN; `_erase` writes 0 there
 
 
 def _erase(s: CoreShape, inputs: Inputs, attend: Attention) -> Attention:
-    """Rows without a visible key give 0: a baseline with a mask must erase them, as whoever uses it would."""
+    """Return `attend` with 0 in rows without a visible key, as a user of a masked baseline must write them."""
     if not s.documents:
         return attend
     empty = (inputs["lo"] >= inputs["hi"])[:, None, :, None]
@@ -160,7 +167,7 @@ def _sdpa(s: CoreShape, backend: SDPBackend | None = None) -> Callable[[Inputs],
 
 
 def _flex(s: CoreShape) -> Callable[[Inputs], Thunk]:
-    """Compiled FlexAttention with a block mask, made beforehand: its users make one per batch, not per layer."""
+    """Prepare compiled FlexAttention with its block mask built beforehand: users build one per batch, not per layer."""
 
     def prepare(inputs: Inputs) -> Thunk:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -171,7 +178,7 @@ def _flex(s: CoreShape) -> Callable[[Inputs], Thunk]:
         if s.documents:
             lo, hi = inputs["lo"], inputs["hi"]
 
-            def keep(b, h, i, j):
+            def keep(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
                 return (lo[b, i] <= j) & (j < hi[b, i])
 
             block_mask = create_block_mask(keep, s.b, None, s.m, s.n, device=device)
@@ -186,7 +193,7 @@ def _flex(s: CoreShape) -> Callable[[Inputs], Thunk]:
 
 
 def _definition(s: CoreShape) -> Callable[[Inputs, torch.dtype], Values]:
-    """Explicit attention one sequence at a time: float64 scores of a whole batch would not fit."""
+    """Return explicit attention, one sequence at a time: float64 scores of a whole batch would not fit."""
 
     def values(inputs: Inputs, dtype: torch.dtype) -> Values:
         parts = []
@@ -207,9 +214,9 @@ def core_case(
     *,
     flex: bool = False,
 ) -> Case:
-    """One measurement of the attention core; on a GPU against every SDPA backend and compiled FlexAttention.
+    """Return a case of the attention core, on a GPU against every SDPA backend and compiled FlexAttention.
 
-    flex: compiled FlexAttention on a CPU too, where torch has it for inference only.
+    flex: also compiled FlexAttention on a CPU, where torch supports only inference.
     """
     impls = ["auto", "torch"]
     few = s.m <= NATIVE_MAX_QUERIES or device.type == "cpu"
@@ -219,7 +226,7 @@ def core_case(
     if device.type == "cuda":
         contestants.append(Contestant("triton", _ours(s, "triton"), ours=True))
         contestants.append(Contestant("flex_attention", _flex(s)))
-    if s.documents:  # flash attention takes no mask: SDPA chooses among those that do
+    if s.documents:  # flash attention takes no mask: SDPA chooses among the others
         contestants.append(Contestant("sdpa_dense_mask", _sdpa(s)))
     elif device.type == "cuda":
         contestants += [Contestant(label, _sdpa(s, backend)) for label, backend in _BACKENDS.items()]
@@ -237,7 +244,7 @@ def core_case(
 
 
 def decode_case(name: str, s: CoreShape, dtype: torch.dtype, device: torch.device) -> Case:
-    """The attention core of a decoding step on a GPU, everybody as a CUDA graph: launches cost as much as bytes."""
+    """Return the attention core of a decode step on a GPU, all as CUDA graphs: launches cost as much as bytes."""
 
     def captured(prepare: Callable[[Inputs], Thunk]) -> Callable[[Inputs], Thunk]:
         return lambda inputs: graphed(prepare(inputs))

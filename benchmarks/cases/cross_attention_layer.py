@@ -1,9 +1,10 @@
-"""X4 and X5: the whole composition layer, and one decoding step of it."""
+"""X4 and X5: the whole composition layer, and one decode step of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ WEIGHTS = ("norm", "proj", "q", "k", "v", "o")
 
 @dataclass(frozen=True)
 class LayerShape:
-    """B sequences of M anchor and N augmenter tokens; `cached` = keys already in the cache (a decoding step)."""
+    """B sequences of M anchor and N augmenter tokens. cached: the keys are in the cache already (a decode step)."""
 
     b: int
     m: int
@@ -43,8 +44,11 @@ class LayerShape:
         return names | {"causal": int(self.causal)}
 
     def flops(self) -> int:
-        """The folded layer's, the least known: backward costs two more of each product (no gradient goes to H_A),
-        of attention two and a half (the scores are recomputed, as by every attention that does not store them)."""
+        """Count the folded layer, the cheapest known form.
+
+        Backward adds two of each product (H_A gets no gradient) and two and a half of attention, which recomputes the
+        scores as every attention does that does not store them.
+        """
         hd, rows, keys = self.h * self.d, self.b * self.m, self.b * (1 if self.cached else self.n)
         pairs = self.b * (self.m * (self.m + 1) // 2 if self.causal else self.m * self.n)
         ends, core = 4 * rows * self.db * hd, 4 * pairs * hd
@@ -55,8 +59,10 @@ class LayerShape:
         return 3 * ends + 7 * core // 2 + min(2 * folded + 3 * once, 2 * project + 3 * unfolded)
 
     def bytes(self, itemsize: int) -> int:
-        """Inputs read once, results written once; in inference the folded weight, in training the factors and their
-        gradients; with a cache its keys and values read once."""
+        """Count inputs and results once, with a cache its keys and values too.
+
+        Inference reads the folded weight. Training reads the factors and writes their gradients.
+        """
         hd, rows = self.h * self.d, self.b * self.m
         ends = 2 * hd * self.db
         if self.cached:
@@ -94,7 +100,7 @@ def _make(s: LayerShape, dtype: torch.dtype, device: torch.device) -> Callable[[
 def _thunk(
     forward: Callable[..., torch.Tensor], parameters: Sequence[tuple[str, torch.Tensor]], inputs: Inputs, s: LayerShape
 ) -> Thunk:
-    """Inference, or a training step: forward, then the gradients of the parameters and of H_B."""
+    """Return the thunk of inference, or of a training step with the gradients of the parameters and of H_B."""
     hb, ha = inputs["hb"], inputs["ha"]
     if not s.train:
 
@@ -169,12 +175,12 @@ def _hook(s: LayerShape) -> Callable[[Inputs], Thunk]:
 
 
 def _in(dtype: torch.dtype, inputs: Inputs) -> Inputs:
-    def convert(value: object) -> object:
+    def convert(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: convert(v) for name, v in value.items()}
         return value.to(dtype) if isinstance(value, torch.Tensor) else value
 
-    return convert(dict(inputs))
+    return {name: convert(value) for name, value in inputs.items()}
 
 
 def _hook_definition(s: LayerShape) -> Definition:
@@ -206,12 +212,12 @@ def layer_case(
     series: Series | None = None,
     share: float = 1.0,
 ) -> Case:
-    """One layer measurement.
+    """Return a case of the whole layer.
 
     Args:
-        compiled: also torch.compile of both baselines (it takes a while), on a GPU's decoding step as CUDA graphs.
-        check_batch: sequences in the correctness check, where float64 over all of them costs too much.
-        op: key of the registry that lists the case. series, share: as for Case.
+        compiled: also torch.compile of both baselines, which takes a while; as CUDA graphs in a GPU's decode step.
+        check_batch: number of sequences in the correctness check, if float64 over all of them costs too much.
+        op: the registry key that lists the case. series, share: as for Case.
     """
     contestants = [Contestant("calm_fast", _ours(s), ours=True)]
     graph = s.cached and device.type == "cuda"
@@ -228,7 +234,7 @@ def layer_case(
         ]
     small = None
     if check_batch is not None and check_batch < s.b:
-        small = _make(LayerShape(**{**vars(s), "b": check_batch}), dtype, device)
+        small = _make(replace(s, b=check_batch), dtype, device)
     return Case(
         op, name, s.sizes(), dtype, s.flops(), s.bytes(dtype.itemsize), _make(s, dtype, device), tuple(contestants),
         _definition(s), "calm_fast_graph" if graph else "calm_fast", small, targets, series, share,

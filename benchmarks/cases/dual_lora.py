@@ -1,9 +1,10 @@
-"""D1 and D2: a layer with dual LoRA, what it adds to its base layer, and one decoding step of it."""
+"""D1 and D2: a layer with dual LoRA, its cost on top of the base layer, and one decode step of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,14 @@ from calm_fast.core import native_library
 OP = "dual_lora"
 SCALE = 2.0
 FROZEN = ("a_neg", "b_neg")
-WHOLE = {"formula": formula, "concatenated": concatenated}  # baselines that do all of the work
+WHOLE = {"formula": formula, "concatenated": concatenated}  # baselines that do the same work
 
 
 @dataclass(frozen=True)
 class Shape:
-    """T tokens of width d, rank R (twice), gate G, value bottleneck m (0: a full W_v).
+    """T tokens of width d, two LoRAs of rank R, gate G, value bottleneck m (0: a full W_v).
 
-    added: base's output is an input: what the LoRAs cost on top of it. train: forward and backward.
+    added: the base output is an input, so only the LoRAs' cost is measured. train: forward and backward.
     """
 
     t: int
@@ -40,7 +41,7 @@ class Shape:
         return {"T": self.t, "d": self.d, "R": self.r, "G": self.g, "m": self.m}
 
     def _products(self) -> tuple[int, int]:
-        """FLOPs of the base layer and of the folded rest."""
+        """Return the FLOPs of the base layer and of the folded rest."""
         skinny, tail = 8 * self.t * self.d * self.r, 4 * self.t * self.d * self.r
         if self.variant == "released":
             tail = 4 * self.t * self.d * self.m + 4 * self.t * self.m * self.r
@@ -51,7 +52,7 @@ class Shape:
         return 2 * base + 3 * rest if self.train else base + rest
 
     def bytes(self, itemsize: int) -> int:
-        """Tokens in and out, the folded factors and, not added, base's weight; training moves them all twice."""
+        """Count tokens in and out, the folded factors, the base weight unless `added`; training moves all twice."""
         tokens = self.t * self.d * (3 if self.added else 2)
         factors = 6 * self.r * self.d + (2 * self.m * self.d if self.variant == "released" else 0)
         once = tokens + factors + (0 if self.added else self.d**2)
@@ -71,7 +72,7 @@ def _make(s: Shape, dtype: torch.dtype, device: torch.device) -> Callable[[int],
         d, r = s.d, s.r
         inputs = {"x": draw(s.t, d), "a_pos": weight(r, d), "b_pos": weight(d, r)}
         inputs |= {"a_neg": weight(r, d), "b_neg": weight(d, r), "w_k": weight(s.g, d)}
-        inputs["w_q"] = draw(s.g, d, size=(d * s.g) ** -0.5)  # gates that are not all 0 or 1
+        inputs["w_q"] = draw(s.g, d, size=(d * s.g) ** -0.5)  # keeps the gates away from 0 and 1
         inputs |= {"c1": weight(s.m, d), "c2": weight(d, s.m)} if s.m else {"w_v": weight(d, d)}
         inputs["y" if s.added else "base"] = draw(s.t, d) if s.added else weight(d, d)
         if s.train:
@@ -81,8 +82,10 @@ def _make(s: Shape, dtype: torch.dtype, device: torch.device) -> Callable[[int],
     return make
 
 
-def _thunk(forward: Callable[[torch.Tensor], torch.Tensor], factors: dict[str, nn.Parameter], inputs: Inputs) -> Thunk:
-    """Inference, or a training step: forward, then the gradients of x and of the trained factors."""
+def _thunk(
+    forward: Callable[[torch.Tensor], torch.Tensor], factors: Mapping[str, torch.Tensor], inputs: Inputs
+) -> Thunk:
+    """Return the thunk of inference, or of a training step with the gradients of x and of the trained factors."""
     x = inputs["x"]
     if "dout" not in inputs:
 
@@ -92,7 +95,7 @@ def _thunk(forward: Callable[[torch.Tensor], torch.Tensor], factors: dict[str, n
 
         return infer
     x = x.detach().requires_grad_()
-    leaves = {"x": x} | factors
+    leaves = {"x": x, **factors}
 
     def step() -> Values:
         out = forward(x)
@@ -107,11 +110,11 @@ def _trained(inputs: Inputs, names: Sequence[str]) -> dict[str, nn.Parameter]:
 
 
 def _plain(s: Shape, which: str, compiled: bool = False, graph: bool = False) -> Callable[[Inputs], Thunk]:
-    """The formula of the variant (one of WHOLE), one LoRA, or nothing but the base layer, from torch's own ops."""
+    """Prepare the variant's formula (one of WHOLE), one LoRA, or the bare base layer, in torch's own ops."""
 
     def prepare(inputs: Inputs) -> Thunk:
         everything = [n for n in ("a_pos", "b_pos", "w_q", "w_k", "c1", "c2", "w_v") if n in inputs]
-        names = {"single_lora": ["a_pos", "b_pos"], "base_linear": []}
+        names: dict[str, list[str]] = {"single_lora": ["a_pos", "b_pos"], "base_linear": []}
         factors = _trained(inputs, names.get(which, everything))
         w = dict(inputs) | factors
 
@@ -128,7 +131,9 @@ def _plain(s: Shape, which: str, compiled: bool = False, graph: bool = False) ->
 
 
 class _Given(nn.Module):
-    """A base layer whose output is known."""
+    """A base layer with a given output."""
+
+    y: torch.Tensor
 
     def __init__(self, y: torch.Tensor, d_in: int) -> None:
         super().__init__()
@@ -165,16 +170,17 @@ def _ours(s: Shape, graph: bool = False) -> Callable[[Inputs], Thunk]:
 
 
 def _kept(s: Shape, impl: str, graph: bool = False) -> Callable[[Inputs], Thunk]:
-    """The op with factors folded once, as DualLoRALinear keeps them in inference, in one implementation."""
+    """Prepare the op with factors folded once, as DualLoRALinear keeps them in inference, in one implementation."""
 
     def prepare(inputs: Inputs) -> Thunk:
         from calm_fast._ops.dual_lora.api import dual_lora_folded
         from calm_fast._ops.dual_lora.native import pack_folded, project_folded
         from calm_fast._ops.dual_lora.torch_impl import fold_dual_lora
 
-        factors = [inputs[name] for name in ("a_pos", "b_pos", "a_neg", "b_neg", "w_q", "w_k")]
+        factors = {name: inputs[name] for name in ("a_pos", "b_pos", "a_neg", "b_neg", "w_q", "w_k")}
         value = [inputs[name] for name in ("c1", "c2", "w_v") if name in inputs]
-        folded = fold_dual_lora(*factors, value, (SCALE, SCALE), "gelu" if s.variant == "released" else "none")
+        activation = "gelu" if s.variant == "released" else "none"
+        folded = fold_dual_lora(**factors, value=value, scaling=(SCALE, SCALE), activation=activation)
         folded = pack_folded(folded) if impl == "native" else folded
 
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -189,13 +195,13 @@ def _kept(s: Shape, impl: str, graph: bool = False) -> Callable[[Inputs], Thunk]
 
 def _base_layer(inputs: Inputs) -> nn.Linear:
     weight = inputs["base"]
-    base = nn.Linear(*weight.shape[::-1], bias=False, device="meta", dtype=weight.dtype)
+    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
     base.weight = nn.Parameter(weight, requires_grad=False)
     return base
 
 
 def _peft(graph: bool = False) -> Callable[[Inputs], Thunk]:
-    """PEFT's layer with one LoRA, on the same base layer."""
+    """Prepare PEFT's layer with one LoRA, on the same base layer."""
 
     def prepare(inputs: Inputs) -> Thunk:
         layer = peft_layer(_base_layer(inputs), inputs["a_pos"], inputs["b_pos"], SCALE)
@@ -225,17 +231,17 @@ def layer_case(
     check_tokens: int = 64,
     packages: bool = False,
 ) -> Case:
-    """One measurement; the baselines next to WHOLE are the bare base layer and one LoRA (not where `added`).
+    """Return a case. Unless `added`, its yardsticks are the bare base layer and one LoRA.
 
     Args:
-        compiled: also torch.compile of the formula. graph: CUDA graphs of everybody too (a decoding step).
+        compiled: also torch.compile of the formula. graph: also every contestant as a CUDA graph (a decode step).
         check_tokens: tokens of the correctness check. packages: also another package's layer with one LoRA.
     """
     kinds = [(which, _definition(s, "formula")) for which in WHOLE]
     if not s.added:
         kinds += [(which, _definition(s, which)) for which in ("base_linear", "single_lora")]
     contestants = [Contestant("calm_fast", _ours(s), ours=True)]
-    if s.added and device.type == "cpu":  # what the layer chooses between
+    if s.added and device.type == "cpu":  # the implementations that the layer chooses from
         present = ["torch"] + ["native"] * (native_library.obstacle(OP, "cpu") is None)
         contestants += [Contestant(f"calm_fast_{impl}", _kept(s, impl), ours=True) for impl in present]
     contestants += [
@@ -245,7 +251,7 @@ def layer_case(
         contestants.append(Contestant("compiled_formula", _plain(s, "formula", compiled=True), definition=kinds[0][1]))
     if graph:
         contestants.append(Contestant("calm_fast_graph", _ours(s, graph=True), ours=True))
-        if native_library.obstacle(OP, device.type) is None:  # `auto` is Triton
+        if native_library.obstacle(OP, device.type) is None:  # "auto" is Triton
             contestants.append(Contestant("calm_fast_native_graph", _kept(s, "native", graph=True), ours=True))
         contestants += [
             Contestant(f"{which}_graph", _plain(s, which, graph=True), definition=d, yardstick=which not in WHOLE)
@@ -266,25 +272,26 @@ def layer_case(
 
 
 def cases(device: torch.device, suite: str) -> list[Case]:
-    """The cases for `device` in `suite`; the full one adds ranks, whole layers and compiled baselines."""
+    """Return the cases for `device` in `suite`; "full" adds ranks, whole layers and compiled baselines."""
     return (_gpu if device.type == "cuda" else _cpu)(device, suite == "full")
 
 
 def _cpu(device: torch.device, full: bool) -> list[Case]:
-    fp32, d1 = torch.float32, {"t": 256, "d": 4096, "r": 8}
+    fp32 = torch.float32
+    d1: dict[str, Any] = {"t": 256, "d": 4096, "r": 8}
+    kinds: list[tuple[str, dict[str, Any], float]] = [
+        ("released", {"variant": "released"}, 4.0),
+        ("paper", {"variant": "paper"}, 5.0),
+        ("paper_full_value", {"variant": "paper", "m": 0}, 15.0),
+    ]
     found = [
         layer_case(
             f"d1_added_{name}", Shape(**d1, **kind, added=True), fp32, device, (Target("calm_fast", "formula", least),)
         )
-        for name, kind, least in (
-            ("released", {"variant": "released"}, 4.0),
-            ("paper", {"variant": "paper"}, 5.0),
-            ("paper_full_value", {"variant": "paper", "m": 0}, 15.0),
-        )
+        for name, kind, least in kinds
     ]
-    small = {"t": 1024, "d": 768, "r": 8}
     for variant in ("released", "paper"):
-        s = Shape(**small, variant=variant, train=True)
+        s = Shape(1024, 768, 8, variant, train=True)
         found.append(layer_case(f"d1_training_{variant}", s, fp32, device, compiled=full, packages=True))
         if full:
             whole = Shape(**d1, variant=variant)

@@ -1,10 +1,11 @@
-"""L1: log-probabilities of given tokens, scoring and with gradients, and the memory that takes."""
+"""L1: log-probabilities of given tokens, with and without gradients, and their memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +16,14 @@ from calm_fast.core import native_library
 
 OP = "linear_logprob"
 VOCABULARY = Series("log-probabilities, size of the vocabulary", "V")
-POINT = 0.1  # a point's share of the timing budget
-CHUNK = {"cpu": 128, "cuda": 1024}  # tokens whose logits a chunked baseline holds
+POINT = 0.1  # one point's share of the timing budget
+CHUNK = {"cpu": 128, "cuda": 1024}  # tokens per chunk of the chunked baselines
 Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # of hidden, weight, targets
 
 
 @dataclass(frozen=True)
 class Shape:
-    """T tokens of width d, a vocabulary of V. train: also the gradient of the hidden states (the head is frozen)."""
+    """T tokens of width d, a vocabulary of V. train: also the gradient of the hidden states (the LM head is frozen)."""
 
     t: int
     d: int
@@ -33,7 +34,7 @@ class Shape:
         return {"T": self.t, "d": self.d, "V": self.v}
 
     def flops(self) -> int:
-        """One product; with gradients the logits once more and their product with the weight."""
+        """Count one product; gradients add the logits again and their product with the weight."""
         return 2 * self.t * self.d * self.v * (3 if self.train else 1)
 
     def bytes(self, itemsize: int) -> int:
@@ -44,7 +45,7 @@ class Shape:
 def make_tokens(
     s: Shape, dtype: torch.dtype, device: torch.device, streams: Sequence[str]
 ) -> Callable[[int], dict[str, torch.Tensor]]:
-    """make(seed): hidden states of each stream, weight and targets; logits of standard deviation 1."""
+    """Return make(seed), which draws hidden states per stream, weight and targets; logits have deviation 1."""
 
     def make(seed: int) -> dict[str, torch.Tensor]:
         g = torch.Generator(device).manual_seed(seed)
@@ -72,7 +73,7 @@ def _make(s: Shape, dtype: torch.dtype, device: torch.device) -> Callable[[int],
 
 
 def _run(compute: Compute, name: str = "logprob") -> Callable[[Inputs], Thunk]:
-    """prepare for `compute`: what it returns, called `name`, and the hidden states' gradient where it is asked for."""
+    """Return prepare for `compute`: its result is called `name`; training adds the gradient of hidden."""
 
     def prepare(inputs: Inputs) -> Thunk:
         hidden, weight, targets = (inputs[n] for n in ("hidden", "weight", "targets"))
@@ -107,11 +108,11 @@ def _definition(compute: Compute, name: str = "logprob") -> Definition:
 def _ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, impl: str = "auto") -> torch.Tensor:
     from calm_fast.ops import linear_logprob
 
-    return linear_logprob(hidden, weight, targets, impl=impl)
+    return cast(torch.Tensor, linear_logprob(hidden, weight, targets, impl=impl))  # a tuple only with extras
 
 
 def explicit(op: str, device: torch.device) -> list[str]:
-    """On a CPU the implementations that "auto" chooses from, so that each has its own row."""
+    """Return the implementations that "auto" chooses from on a CPU, so that each has its own row; none on a GPU."""
     if device.type != "cpu":
         return []
     return ["torch"] + ["native"] * (native_library.obstacle(op, "cpu") is None)
@@ -130,7 +131,7 @@ def _cut_cross_entropy(inputs: Inputs) -> Thunk:
     loss = imported("cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy")
 
     def compute(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        # its filter leaves small probabilities out of the gradient: with random weights, all of them
+        # its filter drops small probabilities from the gradient: with random weights, all of them
         return -loss(hidden, weight, targets, reduction="none", filter_eps=None)
 
     return _run(compute)(inputs)
@@ -146,9 +147,9 @@ def logprob_case(
     series: Series | None = None,
     share: float = 1.0,
 ) -> Case:
-    """One measurement; `product` is the bare GEMM (not where gradients are wanted). packages: also other packages'.
+    """Return a case. Without gradients it also has the bare GEMM, `product`. packages: also other packages' losses.
 
-    A point of a series has our choice and the baselines from torch only.
+    A point of a series has only "auto" and the baselines in plain torch.
     """
     chunk = CHUNK[device.type]
     contestants = [
@@ -177,8 +178,9 @@ def logprob_case(
 
 
 def cases(device: torch.device, suite: str) -> list[Case]:
-    """The cases for `device` in `suite`; the full one adds many tokens (memory) and gradients."""
+    """Return the cases for `device` in `suite`; "full" adds many tokens (memory) and gradients."""
     bf16 = torch.bfloat16
+    limits: tuple[Target, ...]
     if device.type == "cuda":
         shape = Shape(8192, 4096, 128256)
         memory = Target("calm_fast", "product", shape.t * shape.v * 2 / (64 << 20), "peak_bytes")
@@ -192,7 +194,7 @@ def cases(device: torch.device, suite: str) -> list[Case]:
     shape = Shape(512, 576, 49152)
     limits = (Target("calm_fast", "log_softmax", 1.7), Target("calm_fast", "product", 1 / 1.2))
     found = [logprob_case("l1_score", shape, bf16, device, limits)]
-    for v in (8192, 16384, 32768, 65536):  # memory beside what stores the logits
+    for v in (8192, 16384, 32768, 65536):  # memory against baselines that store the logits
         point = Shape(512, 128, v)
         found.append(logprob_case(f"l1_vocabulary_{v}", point, bf16, device, series=VOCABULARY, share=POINT))
     if suite == "full":

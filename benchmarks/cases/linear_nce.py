@@ -22,16 +22,16 @@ Compute = Callable[[Inputs], torch.Tensor]
 
 @dataclass(frozen=True)
 class Shape(TokenShape):
-    """T tokens of three streams in sequences of 128; head: also the gradient of the weight."""
+    """T tokens of three streams in sequences of 128. head: also the gradient of the weight."""
 
     head: bool = False
 
     def flops(self) -> int:
-        """The least that is known: three products for logits that stay at hand, and one or two with their gradient."""
+        """Count the cheapest known form: three products for logits kept on chip, one or two with their gradient."""
         return 2 * self.t * self.d * self.v * (5 if self.head else 4)
 
     def bytes(self, itemsize: int) -> int:
-        """The weight and three streams are read once, the gradients written; logits that stay at hand move nothing."""
+        """Count the weight and three streams read once, and the gradients written; logits on chip move nothing."""
         return itemsize * self.d * (4 * self.t + (2 if self.head else 1) * self.v)
 
 
@@ -40,7 +40,7 @@ def _make(s: Shape, dtype: torch.dtype, device: torch.device) -> Callable[[int],
 
     def make(seed: int) -> Inputs:
         inputs = tokens(seed)
-        for name in ("nat", "neg"):  # teachers near the student, as trained ones are
+        for name in ("nat", "neg"):  # teachers near the student, like trained ones
             inputs[name] = (inputs["student"] + 0.5 * inputs[name]).contiguous()
         return inputs | {"seq_ids": torch.arange(s.t, device=device) // _PER_SEQUENCE}
 
@@ -105,9 +105,9 @@ def nce_case(
     series: Series | None = None,
     share: float = 1.0,
 ) -> Case:
-    """One measurement. packages: also the compiled formula and another package's related loss of two streams.
+    """Return a case. packages: also the compiled formula and another package's related loss of two streams.
 
-    A point of a series has our choice and the baselines from torch only.
+    A point of a series has only "auto" and the baselines in plain torch.
     """
     chunk = CHUNK[device.type]
     assert chunk % _PER_SEQUENCE == 0
@@ -131,7 +131,7 @@ def nce_case(
 
 
 def cases(device: torch.device, suite: str) -> list[Case]:
-    """The cases for `device` in `suite`; the full one adds a trained head, on a CPU many tokens (memory)."""
+    """Return the cases for `device` in `suite`; "full" adds a trained head, and on a CPU many tokens (memory)."""
     bf16, memory = torch.bfloat16, Target("calm_fast", "three_softmax", 10.0, "peak_bytes")
     if device.type == "cuda":
         shape, limits = Shape(8192, 4096, 128256), (Target("calm_fast", "three_softmax", 1.5), memory)
@@ -141,7 +141,7 @@ def cases(device: torch.device, suite: str) -> list[Case]:
         return found
     shape = Shape(512, 576, 49152)
     found = [nce_case("n1", shape, bf16, device, (memory,))]
-    for t in (128, 256, 512, 1024):  # memory beside what stores the logits of three streams
+    for t in (128, 256, 512, 1024):  # memory against baselines that store the logits of three streams
         found.append(nce_case(f"n1_tokens_{t}", Shape(t, 64, 32768), bf16, device, series=TOKENS, share=POINT))
     if suite == "full":
         found.append(nce_case("n1_many_tokens", replace(shape, t=4096), bf16, device, (memory,)))

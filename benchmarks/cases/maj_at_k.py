@@ -1,9 +1,10 @@
-"""V1, the curve: accuracy of a majority of k samples for k = 1, 2, 4, ..., K, resampled and exact."""
+"""V1, the curve: accuracy of a majority vote over k samples for k = 1, 2, 4, ..., K, resampled and exact."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ OP = "maj_at_k"
 
 @dataclass(frozen=True)
 class Shape:
-    """Q questions of K samples in `classes` classes, the frequent ones first as in real samples."""
+    """Q questions of K samples in `classes` answer classes, frequent ones first as in real samples."""
 
     q: int
     k: int
@@ -32,14 +33,14 @@ class Shape:
         return self.q * (self.k + 1) * 8 + 16 * len(self.ks())
 
     def flops(self) -> int:
-        """One swap and one count a draw; the whole question needs no draws."""
+        """Count one swap and one vote per draw; k = K needs no draws."""
         return 2 * self.q * self.resamples * (self.k // 2)
 
 
 def _make(s: Shape, device: torch.device) -> Callable[[int], Inputs]:
     def make(seed: int) -> Inputs:
         g = torch.Generator().manual_seed(seed)
-        # Zipf's law, each question with its own sharpness; half of the frequent answers are right
+        # Zipf's law with a sharpness per question; the most frequent answer is the gold answer half of the time
         sharpness = 0.5 + 2.0 * torch.rand(s.q, 1, generator=g)
         answers = torch.multinomial(torch.arange(1, s.classes + 1).float() ** -sharpness, s.k, True, generator=g)
         elsewhere = torch.randint(1, s.classes, (s.q,), generator=g)
@@ -54,7 +55,7 @@ def _ours(method: str, impl: str) -> Callable[[Inputs], Thunk]:
         from calm_fast._ops.maj_at_k.api import decide, maj_at_k
 
         s: Shape = inputs["shape"]
-        arguments = {"ks": s.ks(), "method": method, "resamples": s.resamples, "impl": impl}
+        arguments: dict[str, Any] = {"ks": s.ks(), "method": method, "resamples": s.resamples, "impl": impl}
         try:
             decide(inputs["answers"], inputs["correct"], **arguments)
         except RuntimeError as reason:
@@ -80,7 +81,7 @@ def _python(inputs: Inputs) -> Thunk:
     return lambda: baselines.python_curve(rows, correct, s.ks(), s.resamples, 0)
 
 
-def _curve(inputs: Inputs, method: str) -> tuple[Values, torch.Tensor]:
+def _curve(inputs: Inputs, method: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     from calm_fast._ops.maj_at_k.api import curve
     from calm_fast._ops.maj_at_k.reference import maj_at_k_reference
 
@@ -91,7 +92,7 @@ def _curve(inputs: Inputs, method: str) -> tuple[Values, torch.Tensor]:
 
 
 def _resampled(inputs: Inputs, dtype: torch.dtype) -> Values:
-    """The very subsets that the definition draws."""
+    """Return the curve over exactly the subsets that the reference draws."""
     return _curve(inputs, "resample")[0]
 
 
@@ -100,9 +101,11 @@ def _exact(inputs: Inputs, dtype: torch.dtype) -> Values:
 
 
 def _expected(inputs: Inputs, dtype: torch.dtype) -> Values:
-    """For subsets of another random generator: the exact curve, and as "the plain computation", of whose error twice
-    is allowed, that curve 2 standard errors off. A resample's credit is within 0 and 1, so its variance is at most
-    p (1 - p)."""
+    """Return the exact curve, the expectation for subsets from another random generator.
+
+    The bound is twice the error of "the plain computation"; here that is the exact curve shifted by 2 standard errors.
+    The credit of a resample lies in [0, 1], so its variance is at most p (1 - p).
+    """
     values, credit = _curve(inputs, "exact")
     if dtype != torch.float64:
         variance = (credit * (1 - credit)).sum(0) / inputs["shape"].resamples / credit.shape[0] ** 2
@@ -111,7 +114,7 @@ def _expected(inputs: Inputs, dtype: torch.dtype) -> Values:
 
 
 def curve_case(name: str, s: Shape, device: torch.device, targets: Sequence[Target] = (), slow: bool = False) -> Case:
-    """One measurement. slow: few enough questions for torch on a CPU and for plain Python."""
+    """Return a case. slow: few enough questions for torch on a CPU and for plain Python."""
     contestants = [Contestant("calm_fast", _ours("resample", "auto"), ours=True)]
     contestants.append(Contestant("calm_fast_native", _ours("resample", "native"), ours=True))
     if slow or device.type != "cpu":
@@ -130,10 +133,10 @@ def curve_case(name: str, s: Shape, device: torch.device, targets: Sequence[Targ
 
 
 def cases(device: torch.device, suite: str) -> list[Case]:
-    """The cases for `device` in `suite`: few questions with every baseline, and at full size with the fast ones."""
+    """Return the cases for `device` in `suite`: few questions with every baseline, full size with the fast ones."""
     limits = (Target("calm_fast", "numpy", 20.0 if device.type == "cuda" else 10.0),)
     found = [curve_case("v1_curve_50_questions", Shape(50, 64), device, slow=True)]
     full = curve_case("v1_curve", Shape(5000, 64), device, limits)
-    if suite == "quick":  # the same questions, fewer resamples: a turn of numpy takes seconds
+    if suite == "quick":  # the same questions but fewer resamples: one turn of numpy takes seconds
         full = curve_case("v1_curve_200_resamples", Shape(5000, 64, resamples=200), device, limits)
     return [*found, full]

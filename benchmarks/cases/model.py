@@ -1,8 +1,9 @@
-"""What is measured of whole composed models: a training step (E1), generation (E2), scaling; no op of its own."""
+"""The cases of whole composed models: a training step (E1), generation (E2) and scaling. They belong to no op."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -16,17 +17,17 @@ from calm_fast.benchmarks.registry import Case, Series, Target
 AUGMENTERS = Series("training step of a composed model, number of augmenters", "augmenters", 1.0)
 LENGTH = Series("training step of a composed model, tokens of one sequence", "M", 2.0)
 LAYER_LENGTH = Series("training step of one composition layer, tokens of one sequence", "M", 2.0)
-_POINT = 0.2  # a point's share of the timing budget
+_POINT = 0.2  # one point's share of the timing budget
 
 
 def cases(device: torch.device, suite: str) -> list[Case]:
-    """The cases for `device`: tiny models on a CPU, an 8B- and a 1B-class model with random weights on a GPU."""
+    """Return the cases for `device`: tiny models on a CPU, an 8B- and a 1B-class model with random weights on a GPU."""
     return (_gpu if device.type == "cuda" else _cpu)(device, suite == "full")
 
 
 def _cpu(device: torch.device, full: bool) -> list[Case]:
     fp32 = torch.float32
-    # widths, depths and LM heads stand to each other about as in an 8B and a 1B model
+    # widths, depths and LM heads have about the proportions of an 8B and a 1B model
     step = ModelShape(Part(256, 8, 4, 2, 704), Part(128, 4, 2, 1, 352), 2048, b=1, m=512, connections=3)
     talk = ModelShape(Part(384, 6, 6, 2, 1024), Part(192, 3, 3, 1, 512), 4096, b=1, m=16, connections=2, new=32)
     loops = [*LOOPS] if full else ["unfolded_sdpa_cache"]
@@ -54,7 +55,7 @@ def _gpu(device: torch.device, full: bool) -> list[Case]:
         generation_case("e2_generate_b1", talk, bf16, device, fast, recompute=["released"]),
         generation_case("e2_generate_b16", replace(talk, b=16), bf16, device, fast, recompute=["released"]),
     ]
-    if full:  # without a cache 512 tokens would take minutes a call
+    if full:  # without a cache, 512 tokens would take minutes per call
         long = replace(talk, b=16, new=512)
         found.append(generation_case("e2_long_b16", long, bf16, device, fast[:1], loops=[], recompute=[]))
         middle = Part(2048, 16, 32, 8, 8192)
@@ -67,7 +68,7 @@ def _gpu(device: torch.device, full: bool) -> list[Case]:
 def _scaling(
     s: ModelShape, dtype: torch.dtype, device: torch.device, lengths: tuple[int, ...], layer: dict[str, int]
 ) -> list[Case]:
-    """Points of three curves: cost by augmenters, by length of the whole model, and of one layer."""
+    """Return the points of three curves: cost by augmenters, and by length for the whole model and for one layer."""
     against = ["eager", "unfolded_sdpa"]
     found = []
     for count in (1, 2, 4, 8):
@@ -77,6 +78,7 @@ def _scaling(
         name, longer = f"s2_length_{m}", replace(s, m=m)
         found.append(training_case(name, longer, dtype, device, only=against, series=LENGTH, share=_POINT))
     for m in lengths:
-        one = LayerShape(**{"d": 64, **layer}, b=1, m=m, n=m, causal=True, train=True)
+        sizes: dict[str, Any] = {"d": 64, **layer}
+        one = LayerShape(**sizes, b=1, m=m, n=m, causal=True, train=True)
         found.append(layer_case(f"s3_layer_length_{m}", one, dtype, device, op=OP, series=LAYER_LENGTH, share=_POINT))
     return found

@@ -1,14 +1,14 @@
 """E2: generation with a composed model.
 
-Everybody decodes the same given tokens and reports the log-probability of each: a choice between near ties, which a
-rounding decides, would send contestants different ways.
+Every contestant decodes the same given tokens and reports the log-probability of each. Free choices would diverge: a
+rounding error decides between near ties.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,21 +21,22 @@ from calm_fast.hf.cache_names import cache_argument
 
 
 def _split(inputs: Inputs, s: ModelShape) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompt (B, P) and the new tokens (B, new)."""
+    """Return the prompt (B, P) and the new tokens (B, new)."""
     ids = inputs["ids"]
     return ids[:, : ids.shape[1] - s.new], ids[:, ids.shape[1] - s.new :]
 
 
 def _log_probability(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """(B, 1): of tokens (B, 1) under logits (B, V), in at least float32."""
+    """Return the log-probability (B, 1) of tokens (B, 1) under logits (B, V), in at least float32."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).gather(1, tokens)
 
 
 class GivenTokens:
-    """A logits processor that makes `generate` take given tokens and keeps their log-probabilities."""
+    """A logits processor that forces `generate` to given tokens and records their log-probabilities."""
 
     def __init__(self, prompt: torch.Tensor, tokens: torch.Tensor) -> None:
-        self.length, self.tokens, self.found = prompt.shape[1], tokens, []
+        self.length, self.tokens = prompt.shape[1], tokens
+        self.found: list[torch.Tensor] = []
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         token = self.tokens[:, ids.shape[1] - self.length].unsqueeze(1)
@@ -44,7 +45,7 @@ class GivenTokens:
 
 
 def _generate(model: Any, prompt: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """(B, new): log-probabilities of `tokens` by transformers' generate, with the model's own cache."""
+    """Return the log-probabilities (B, new) of `tokens` from transformers' generate, with the model's own cache."""
     given = GivenTokens(prompt, tokens)
     out = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), logits_processor=[given], do_sample=False,
@@ -64,7 +65,7 @@ def _ours(s: ModelShape) -> Callable[[Inputs], Thunk]:
 
 
 def _loop(s: ModelShape, inputs: Inputs, step: Callable[[int, torch.Tensor], torch.Tensor]) -> Thunk:
-    """step(i, ids so far) gives the logits (B, V) of new token i."""
+    """Return the thunk that decodes all new tokens. step(i, ids so far) returns the logits (B, V) of new token i."""
     ids, tokens = inputs["ids"], _split(inputs, s)[1]
 
     def run() -> Values:
@@ -77,7 +78,7 @@ def _loop(s: ModelShape, inputs: Inputs, step: Callable[[int, torch.Tensor], tor
 
 
 def _our_loop(s: ModelShape) -> Callable[[Inputs], Thunk]:
-    """Our model in the bare loop of `_cached`, without transformers' generate."""
+    """Prepare our model in a bare loop like that of `_cached`, without transformers' generate."""
 
     def prepare(inputs: Inputs) -> Thunk:
         model = composed(inputs)
@@ -95,7 +96,7 @@ def _our_loop(s: ModelShape) -> Callable[[Inputs], Thunk]:
 
 
 def _layers(inputs: Inputs, dtype: torch.dtype | None, **options: Any) -> Callable[..., torch.Tensor]:
-    """The connections' equations one by one; options as for `unfolded_layer`."""
+    """Return the connections as unfolded layers; options as for `unfolded_layer`."""
     heads = inputs["anchor"].config.num_attention_heads
     weights = [{name: t.to(dtype) for name, t in w.items()} for w in inputs["weights"]]
     return lambda number, hb, ha, **more: unfolded_layer(weights[number], hb, ha, heads, **options, **more)
@@ -104,7 +105,7 @@ def _layers(inputs: Inputs, dtype: torch.dtype | None, **options: Any) -> Callab
 def _recompute(
     s: ModelShape, inputs: Inputs, engine: Engine = TRANSFORMERS, dtype: Any = None, sdpa: bool = False
 ) -> Thunk:
-    """Without any cache: both models read everything again for each token; logits of the last one only."""
+    """Prepare decoding without any cache: both models read all tokens again; logits of the last one only."""
     anchor, layer = inputs["anchor"], _layers(inputs, dtype, sdpa=sdpa)
 
     def step(i: int, ids: torch.Tensor) -> torch.Tensor:
@@ -119,7 +120,7 @@ def _recompute(
 def _released(
     s: ModelShape, inputs: Inputs, engine: Engine = TRANSFORMERS, dtype: Any = None, plain: bool = False
 ) -> Thunk:
-    """The released code's layer and forward, made right for generation by recomputing: its cache changes results."""
+    """Prepare the released layer and forward, recomputing every step, because its own cache changes results."""
     anchor = inputs["anchor"]
     heads = anchor.config.num_attention_heads
     hooks = [ReleasedHook({n: t.to(dtype) for n, t in w.items()}, heads).eval() for w in inputs["weights"]]
@@ -136,8 +137,11 @@ def _released(
 def _prompt_reader(
     s: ModelShape, inputs: Inputs, engine: Engine = TRANSFORMERS, dtype: Any = None, sdpa: bool = True
 ) -> Thunk:
-    """As CALM-pytorch generates: every step runs the augmenter on the prompt, with its LM head, the anchor on
-    everything, and each token reads the whole prompt; fused attention."""
+    """Prepare generation as CALM-pytorch does it, with fused attention.
+
+    Every step runs the augmenter with its LM head on the prompt and the anchor on all tokens. Each token reads the
+    whole prompt.
+    """
     anchor, layer = inputs["anchor"], _layers(inputs, dtype, sdpa=sdpa, causal=False)
     length = inputs["ids"].shape[1] - s.new
 
@@ -149,7 +153,7 @@ def _prompt_reader(
 
 
 def _cached(s: ModelShape, sdpa: bool) -> Callable[[Inputs], Thunk]:
-    """What a careful user writes: caches of both models and of the connections' keys, in a loop of one's own."""
+    """Prepare a careful user's loop, with caches of both models and of the connections' keys."""
 
     def prepare(inputs: Inputs) -> Thunk:
         from transformers import DynamicCache
@@ -179,7 +183,7 @@ def _cached(s: ModelShape, sdpa: bool) -> Callable[[Inputs], Thunk]:
 
 
 def _parts(s: ModelShape) -> Callable[[Inputs], Thunk]:
-    """The anchor alone by transformers' generate, and the augmenters alone over the same tokens with their caches."""
+    """Prepare the anchor alone in transformers' generate, and the augmenters alone over the same tokens, cached."""
 
     def prepare(inputs: Inputs) -> Thunk:
         from transformers import DynamicCache
@@ -189,7 +193,8 @@ def _parts(s: ModelShape) -> Callable[[Inputs], Thunk]:
         def run() -> Values:
             values = {"logprob": _generate(anchor, prompt, tokens)}
             for index, model in enumerate(inputs["augmenters"]):
-                new, past = prompt, {cache_argument(model.model.forward): DynamicCache(config=model.config)}
+                name = cast(str, cache_argument(model.model.forward))  # every decoder takes a cache
+                new, past = prompt, {name: DynamicCache(config=model.config)}
                 with torch.no_grad():
                     for i in range(s.new):
                         state = model.model(input_ids=new, use_cache=True, **past).last_hidden_state
@@ -203,7 +208,7 @@ def _parts(s: ModelShape) -> Callable[[Inputs], Thunk]:
 
 
 def _causal_definition(s: ModelShape, connected: bool) -> Callable[[Inputs, torch.dtype], Values]:
-    """One pass over prompt and tokens says what every step gives, as no token sees a later one."""
+    """Return one pass over prompt and tokens: as no token sees a later one, it gives the result of every step."""
 
     def values(inputs: Inputs, dtype: torch.dtype) -> Values:
         ids, tokens, engine = inputs["ids"][:, :-1], _split(inputs, s)[1], plain_engine(dtype)
@@ -231,8 +236,8 @@ def _prompt_reader_definition(s: ModelShape, inputs: Inputs, dtype: torch.dtype)
     return _prompt_reader(s, inputs, plain_engine(dtype), dtype, sdpa=False)()
 
 
-LOOPS = {"eager_cache": False, "unfolded_sdpa_cache": True}  # baseline -> whether it uses fused attention
-# baseline -> how it runs, and what it computes where that is not what the case does
+LOOPS = {"eager_cache": False, "unfolded_sdpa_cache": True}  # baseline -> True for fused attention
+# baseline -> how to prepare it, and its own definition if it computes something else
 RECOMPUTE: dict[str, tuple[Callable[..., Thunk], Callable[..., Values] | None]] = {
     "eager_recompute": (_recompute, None),
     "released": (_released, _released_definition),
@@ -251,8 +256,10 @@ def generation_case(
     loops: Sequence[str] = tuple(LOOPS),
     share: float = 1.0,
 ) -> Case:
-    """One generation. recompute: which of the baselines without caches, whose time grows with the square.
-    loops: which of the eager loops with caches."""
+    """Return a case of generation.
+
+    recompute: the baselines without caches, whose time grows quadratically. loops: the eager loops with caches.
+    """
     small = s.reduced()
     contestants = [
         Contestant("calm_fast", _by_length(s, _ours), ours=True),
@@ -261,7 +268,7 @@ def generation_case(
     contestants += [Contestant(which, _by_length(s, partial(_cached, sdpa=LOOPS[which]))) for which in loops]
     for which in recompute:
         run, own = RECOMPUTE[which]
-        prepare = _by_length(s, lambda t, run=run: partial(run, t))
+        prepare = _by_length(s, partial(partial, run))
         contestants.append(Contestant(which, prepare, definition=own and partial(own, small)))
     parts = _by_length(s, _parts)
     contestants.append(Contestant("parts", parts, definition=_causal_definition(small, False), yardstick=True))
@@ -272,7 +279,7 @@ def generation_case(
 
 
 def _by_length(s: ModelShape, build: Callable[[ModelShape], Callable[[Inputs], Thunk]]) -> Callable[[Inputs], Thunk]:
-    """prepare(inputs) with as many new tokens as the inputs are meant for: those of `s` or of the smaller check."""
+    """Return prepare(inputs) for the shape of the inputs: `s` or the smaller one of the correctness check."""
 
     def prepare(inputs: Inputs) -> Thunk:
         whole = inputs["ids"].shape[1] == s.m + s.new

@@ -18,10 +18,10 @@ OP = "model"
 
 @dataclass(frozen=True)
 class ModelShape:
-    """An anchor, `augmenters` equal augmenters, and as many connections to each, spread over both depths.
+    """An anchor, `augmenters` equal augmenters, and `connections` to each, spread over both depths.
 
-    B sequences of M tokens; new > 0: M is the prompt and `new` tokens are generated after it, otherwise one training
-    step. Connections have the anchor's heads and head dim.
+    B sequences of M tokens. new > 0: M is the prompt length, and `new` tokens are generated after it; otherwise one
+    training step. Connections have the anchor's heads and head dim.
     """
 
     anchor: Part
@@ -40,20 +40,22 @@ class ModelShape:
         return found | ({"new": self.new} if self.new else {})
 
     def pairs(self) -> list[list[tuple[int, int]]]:
+        """Return the (augmenter layer, anchor layer) pairs of each augmenter."""
         from calm_fast.hf.connections import resolve_connections
 
         depths = [self.augmenter.depth] * self.augmenters
         return resolve_connections(f"uniform:{self.connections}", depths, self.anchor.depth)
 
     def reduced(self) -> ModelShape:
-        """Small enough for float64: the same widths, heads and connections, but fewer layers, sequences and tokens."""
+        """Return a shape small enough for float64: same widths, heads and connections; fewer layers and tokens."""
         few = max(self.connections, 2)
-        parts = {
-            n: replace(p, depth=min(p.depth, few)) for n, p in (("anchor", self.anchor), ("augmenter", self.augmenter))
-        }
-        return replace(self, **parts, b=min(self.b, 2), m=min(self.m, 40), new=min(self.new, 5))
+        anchor, augmenter = (replace(part, depth=min(part.depth, few)) for part in (self.anchor, self.augmenter))
+        return replace(
+            self, anchor=anchor, augmenter=augmenter, b=min(self.b, 2), m=min(self.m, 40), new=min(self.new, 5)
+        )
 
     def layer(self, **tokens: Any) -> LayerShape:
+        """Return the shape of one connection's layer; `tokens` replaces fields of it."""
         widths = {
             "da": self.augmenter.width,
             "db": self.anchor.width,
@@ -66,13 +68,13 @@ class ModelShape:
         return min(b for pairs in self.pairs() for _, b in pairs)
 
     def _connected(self) -> list[int]:
-        """Anchor layer of every connection."""
+        """Return the anchor layer of every connection."""
         return [b for pairs in self.pairs() for _, b in pairs]
 
     def attention_flops(self) -> int:
-        """Of the three kinds of attention, counted over the pairs that a token may see."""
+        """Count all attention (augmenters, anchor, connections) over the pairs that a token may see."""
         a, b = self.augmenter, self.anchor
-        if self.new:  # the last new token is not read any more
+        if self.new:  # the last new token is never read
             read = self.m + self.new - 1
             pair = 4 * self.b * (read * (read + 1) // 2)
             whole = self.augmenters * a.depth * a.width + (b.depth + len(self._connected())) * b.width
@@ -83,10 +85,10 @@ class ModelShape:
         return pair * (self.augmenters * a.depth * a.width + b.depth * b.width + back + into)
 
     def flops(self) -> int:
-        """What must run: augmenters up to their last connected layer without LM head, the anchor, the connections.
+        """Count the work that must run: augmenters without LM head, the anchor, the connections.
 
-        Training goes back through the anchor from its first connection up, into no weight of it; generation computes
-        logits of new tokens only.
+        Augmenters run up to their last connected layer. Backward goes through the anchor down to its first connection,
+        into none of its weights. Generation computes the logits of new tokens only.
         """
         a, b, first = self.augmenter, self.anchor, self._first()
         head = 2 * b.width * self.vocab
@@ -99,14 +101,16 @@ class ModelShape:
         layers = self.augmenters * a.depth * a.layer_weights() + (2 * b.depth - 1 - first) * b.layer_weights()
         step = self.layer(causal=True, train=True)
         core = 7 * 4 * self.b * (self.m * (self.m + 1) // 2) * b.heads * b.head_dim // 2
-        # nothing below the first connection has a gradient, so neither has the H_B it reads
+        # nothing below the first connection has a gradient, and neither has the H_B that it reads
         unused = 2 * tokens * b.width * b.head_dim * b.heads
         extra = sum(step.flops() - core - (unused if layer == first else 0) for layer in self._connected())
         return 2 * tokens * layers + 2 * head * tokens + extra + self.attention_flops()
 
     def bytes(self, itemsize: int) -> int:
-        """Weights that run and embeddings read once, in training the connections' gradients written; generation reads
-        the weights for every new token and the caches as far as they are filled."""
+        """Count weights and embeddings read once, and in training the connections' gradients written.
+
+        Generation reads the weights for every new token, and the filled part of the caches.
+        """
         a, b = self.augmenter, self.anchor
         heads, links = b.heads * b.head_dim, len(self._connected())
         parts = self.augmenters * a.depth * a.layer_weights() + b.depth * b.layer_weights() + b.width * self.vocab
@@ -122,7 +126,7 @@ class ModelShape:
         return itemsize * (parts + 2 * factors + embedded * self.m)
 
     def make(self, dtype: torch.dtype, device: torch.device) -> Callable[[int], Inputs]:
-        """make(seed): the parts as transformers models, each connection's weights, the tokens."""
+        """Return make(seed), which draws the models (transformers), each connection's weights and the tokens."""
 
         def make(seed: int) -> Inputs:
             g = torch.Generator(device).manual_seed(seed)

@@ -1,4 +1,4 @@
-"""E1: one training step of a composed model; the optimizer is the same for everybody and left out."""
+"""E1: one training step of a composed model, without the optimizer, which is the same for every contestant."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Weights = Mapping[str, torch.Tensor]
 
 
 def composed(inputs: Inputs) -> Any:
-    """calm_fast's model around the inputs' parts, with their connection weights."""
+    """Return calm_fast's composition of the inputs' models, with their connection weights."""
     from calm_fast import compose
 
     anchor = inputs["anchor"]
@@ -40,12 +40,12 @@ def composed(inputs: Inputs) -> Any:
     return model
 
 
-def parameters_of(layer: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Of a CrossAttention, in the order of WEIGHTS."""
+def parameters_of(layer: Any) -> list[torch.nn.Parameter]:
+    """Return the parameters of a CrossAttention in the order of WEIGHTS."""
     return [m.weight for m in (layer.norm, layer.proj, layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)]
 
 
-def _gradients(loss: torch.Tensor, leaves: Mapping[str, torch.Tensor]) -> Values:
+def _gradients(loss: torch.Tensor, leaves: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     grads = torch.autograd.grad(loss, list(leaves.values()))
     return {"loss": loss.detach(), **{f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
 
@@ -65,9 +65,9 @@ def _leaves(weights: Sequence[Weights], dtype: torch.dtype | None = None) -> lis
 
 
 def _eager(
-    inputs: Inputs, engine: Engine = TRANSFORMERS, dtype: Any = None, sdpa: bool = False, compiled=False
+    inputs: Inputs, engine: Engine = TRANSFORMERS, dtype: Any = None, sdpa: bool = False, compiled: bool = False
 ) -> Thunk:
-    """The same composition with the layer's equations one by one: the augmenter without its LM head, a causal mask."""
+    """Prepare the same composition from the layer's equations: augmenters without LM head, a causal mask."""
     ids, heads, anchor = inputs["ids"], inputs["anchor"].config.num_attention_heads, inputs["anchor"]
     weights = _leaves(inputs["weights"], dtype)
     mask = None if sdpa else visible(ids.shape[1], ids.shape[1], ids.device, None, None, True)
@@ -86,7 +86,7 @@ def _eager(
 
 
 def _released(inputs: Inputs, engine: Engine = TRANSFORMERS, dtype: Any = None, plain: bool = False) -> Thunk:
-    """The released code's computation: the augmenter to its end, LM head and loss too, caches kept, no mask."""
+    """Prepare the released code's computation: the whole augmenter with LM head and loss, caches kept, no mask."""
     ids, anchor = inputs["ids"], inputs["anchor"]
     heads = anchor.config.num_attention_heads
     hooks = [ReleasedHook({n: t.to(dtype) for n, t in w.items()}, heads) for w in inputs["weights"]]
@@ -103,21 +103,23 @@ def _released(inputs: Inputs, engine: Engine = TRANSFORMERS, dtype: Any = None, 
     return step
 
 
-def _cache(model: torch.nn.Module) -> Any:
+def _cache(model: Any) -> Any:
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)
 
 
 def _parts(inputs: Inputs, engine: Engine = TRANSFORMERS) -> Thunk:
-    """What cannot be left out: the augmenters up to their last connected layer, the anchor forward, and backward down
-    to its first connection. Without any connection, so less than a composition."""
+    """Prepare the unavoidable part: augmenters up to their last connected layer, anchor forward and backward.
+
+    Backward ends at the first connection. No connection is computed, so this is less than a composition.
+    """
     ids, anchor = inputs["ids"], inputs["anchor"]
     first = min(b for pairs in inputs["pairs"] for _, b in pairs)
 
     def step() -> Values:
         states = augmenter_states(engine, inputs, ids)
-        entered = {}
+        entered: dict[str, torch.Tensor] = {}
 
         def begin(index: int, hidden: torch.Tensor) -> torch.Tensor:
             if index == first:
@@ -155,13 +157,16 @@ def training_case(
     series: Series | None = None,
     share: float = 1.0,
 ) -> Case:
-    """One training step. compiled: also torch.compile of the baseline with SDPA. only: baselines to keep (all)."""
+    """Return a case of one training step.
+
+    compiled: also torch.compile of the baseline with SDPA. only: the baselines to keep; empty keeps all.
+    """
     prepare: dict[str, Callable[[Inputs], Thunk]] = {"eager": _eager, "unfolded_sdpa": partial(_eager, sdpa=True)}
     if compiled:
         prepare["compiled_unfolded_sdpa"] = partial(_eager, sdpa=True, compiled=True)
     contestants = [Contestant("calm_fast", _ours, ours=True)]
     contestants += [Contestant(which, run) for which, run in prepare.items()]
-    if s.augmenters == 1:  # the released code knows one
+    if s.augmenters == 1:  # the released code supports one
         contestants.append(Contestant("released", _released, definition=_released_definition))
     contestants.append(Contestant("parts", _parts, definition=_parts_definition, yardstick=True))
     kept = [c for c in contestants if not only or c.ours or c.name in only]

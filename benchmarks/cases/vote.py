@@ -15,7 +15,7 @@ OP = "vote"
 
 @dataclass(frozen=True)
 class Shape:
-    """Q questions of K samples in `classes` classes, the frequent ones first as in real samples."""
+    """Q questions of K samples in `classes` answer classes, frequent ones first as in real samples."""
 
     q: int
     k: int
@@ -29,14 +29,14 @@ class Shape:
         return self.q * (self.k * (8 + 4 * self.weighted) + 40)
 
     def flops(self) -> int:
-        """One addition a sample for its class and one for the total."""
+        """Count two additions per sample: one for its class, one for the total."""
         return 2 * self.q * self.k
 
 
 def _make(s: Shape, device: torch.device) -> Callable[[int], Inputs]:
     def make(seed: int) -> Inputs:
         g = torch.Generator().manual_seed(seed)
-        # Zipf's law; each question has its own share of right and stray answers
+        # Zipf's law with a sharpness per question, so the share of the most frequent answer varies
         sharpness = 0.5 + 2.0 * torch.rand(s.q, 1, generator=g)
         shares = torch.arange(1, s.classes + 1).float() ** -sharpness
         answers = torch.multinomial(shares, s.k, replacement=True, generator=g)
@@ -62,7 +62,7 @@ def _ours(impl: str) -> Callable[[Inputs], Thunk]:
 
 
 def _counter(inputs: Inputs) -> Thunk:
-    """Lists are made beforehand: who counts with a Counter has lists."""
+    """Prepare a Counter. Its lists are built beforehand: a user of Counter has lists already."""
     rows = inputs["answers"].tolist()
     if inputs["scores"] is None:
         return lambda: baselines.counter_vote(rows)
@@ -84,7 +84,7 @@ def _numpy(s: Shape) -> Callable[[Inputs], Thunk]:
     return prepare
 
 
-def _torch(compute: Callable, s: Shape) -> Callable[[Inputs], Thunk]:
+def _torch(compute: Callable[..., Values], s: Shape) -> Callable[[Inputs], Thunk]:
     def prepare(inputs: Inputs) -> Thunk:
         return lambda: compute(inputs["answers"], inputs["scores"], s.classes)
 
@@ -105,9 +105,9 @@ def _winner_definition(inputs: Inputs, dtype: torch.dtype) -> Values:
 
 
 def vote_case(name: str, s: Shape, device: torch.device, targets: Sequence[Target] = ()) -> Case:
-    """One measurement, judged as float32: the baselines may add up in any order, our tests ask for every bit.
+    """Return a case, checked as float32: baselines may add in any order (our own tests require every bit).
 
-    Every baseline but `counter_winner` has the same output; all but ours need small class ids.
+    Every baseline except `counter_winner` has the same output. Only our implementations accept large class ids.
     """
     contestants = [Contestant("calm_fast", _ours("auto"), ours=True)]
     contestants += [Contestant(f"calm_fast_{impl}", _ours(impl), ours=True) for impl in ("native", "torch")]
@@ -127,9 +127,12 @@ def vote_case(name: str, s: Shape, device: torch.device, targets: Sequence[Targe
 
 
 def cases(device: torch.device, suite: str) -> list[Case]:
-    """The cases for `device` in `suite`; the full one adds many samples a question."""
-    limits = (Target("calm_fast", "counter", 20.0), Target("calm_fast", "torch_one_hot", 1.5))
-    limits += (Target("calm_fast", "torch_scatter", 1.5),)
+    """Return the cases for `device` in `suite`; "full" adds many samples per question."""
+    limits = (
+        Target("calm_fast", "counter", 20.0),
+        Target("calm_fast", "torch_one_hot", 1.5),
+        Target("calm_fast", "torch_scatter", 1.5),
+    )
     found = [
         vote_case("v1_vote", Shape(5000, 64), device, limits),
         vote_case("v1_vote_weighted", Shape(5000, 64, weighted=True), device, limits),

@@ -1,6 +1,6 @@
-"""What was measured, for people: a table in the terminal, report.md, and report.html that needs no other file.
+"""Report the measurements: a table in the terminal, report.md, and a self-contained report.html.
 
-`facts` draws conclusions from rows, `text` and `page` write them down, `figures` draws them.
+`facts` derives verdicts from rows, `text` and `page` write them, `figures` draws them.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ def write(
     """Write report.md and, with `plots`, report.html into `out`.
 
     Args:
-        out: a folder that exists. rows: of one run, cases in order. ceilings: by case name. cases: what the rows are
-        of; a case without rows is reported as not measured.
+        out: a folder that exists. rows: of one run, cases in order. ceilings: by case name. cases: those of the run;
+        a case without rows is reported as not measured.
     """
     from calm_fast.benchmarks.report import text
 
     rows = list(rows)
     found = verdicts(rows, cases)
     (out / "report.md").write_text(text.markdown(rows, found, ceilings), encoding="utf-8")
-    if plots and importlib.util.find_spec("matplotlib") is None:  # a GPU machine's image may lack it: rows count
+    if plots and importlib.util.find_spec("matplotlib") is None:  # a GPU machine may lack it; the rows matter
         print("bench: no report.html: matplotlib is not installed", file=sys.stderr)
     elif plots:
         from calm_fast.benchmarks.report import page
@@ -38,7 +38,7 @@ def write(
 
 
 def show(rows: Iterable[Row], ceilings: Mapping[str, Ceilings], cases: Iterable[Case]) -> None:
-    """Print the table, then the verdicts last."""
+    """Print the table, then the verdicts."""
     from calm_fast.benchmarks.report import text
 
     rows = list(rows)

@@ -1,4 +1,4 @@
-"""What `bench --compare` found: a table in the terminal, report.md and report.html."""
+"""Report `bench --compare`: a table in the terminal, report.md and report.html."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
 
 HEADINGS = ("case", "implementation", "now, ms", "other, ms", "now is faster by", "p20 - p80", "verdict")
 HOW = (
-    "Two processes, one for each revision, with the same cases and baselines; short runs of both take turns. The ratio "
-    "is what the other revision needs over what this checkout needs, median over pairs of runs: below 1 this checkout "
-    "is slower. A difference counts from 5 % on and where four of five pairs agree. The control is a baseline, so the "
-    "same code on both sides: how far it is from 1 is how far anything may be by chance."
+    "Each revision runs in its own process, with the same cases and baselines. Short runs of both take turns. The "
+    "ratio is the other revision's time over this checkout's, as a median over pairs of runs: below 1 this checkout is "
+    "slower. A difference counts from 5 % on, if four of five pairs agree. The control is a baseline, the same code on "
+    "both sides: its distance from 1 shows how much is chance."
 )
 
 
 def lines(pairs: Sequence[Pair]) -> list[tuple[str, ...]]:
-    """One line of cells for each implementation, under HEADINGS."""
-    made = []
+    """Return one line of cells per implementation, in the order of HEADINGS."""
+    made: list[tuple[str, ...]] = []
     for p in pairs:
         name = p.impl + (" (control)" if p.control else "")
-        if p.ratio is None:
+        if p.ratio is None or p.now is None or p.other is None:
             made.append((p.case, name, "", "", "", "", f"no ratio: {p.failure}"))
             continue
         spread = f"{p.ratio.p20:.2f} - {p.ratio.p80:.2f}"
         verdict = p.verdict if not p.control or p.verdict == "same" else "the machine was unsteady"
-        made.append((p.case, name, number(p.now.ms), number(p.other.ms), times(p.ratio.ms), spread, verdict))
+        made.append((p.case, name, number(p.now.ms), number(p.other.ms), times(p.ratio.ms), spread, verdict or ""))
     return made
 
 
 def setting(rows: Sequence[Row], revision: str, library: str) -> list[tuple[str, str]]:
-    """Hardware, versions, both commits, the compiled library."""
+    """Return (name, value) of the hardware, the versions, both commits and the compiled library."""
     if not rows:
         return [("revision", revision), ("compiled library", library)]
     first = rows[0]
@@ -52,13 +52,14 @@ def setting(rows: Sequence[Row], revision: str, library: str) -> list[tuple[str,
 
 
 def summary(pairs: Sequence[Pair]) -> str:
+    """Return the counts of the verdicts, controls excluded."""
     found = [p.verdict for p in pairs if not p.control]
     counts = [f"{found.count(v)} {v}" for v in ("SLOWER", "faster", "same")]
     return ", ".join([*counts, f"{found.count(None)} without a ratio"])
 
 
 def show(pairs: Sequence[Pair]) -> None:
-    """Print the table, the counts last."""
+    """Print the table, then the counts."""
     from rich.console import Console
     from rich.table import Table
 
@@ -75,23 +76,23 @@ def show(pairs: Sequence[Pair]) -> None:
 
 
 def ratio_plot(pairs: Sequence[Pair]) -> str | None:
-    """Each ratio with its p20 - p80 about 1."""
-    shown = [p for p in pairs if p.ratio is not None]
+    """Draw each ratio with its p20 - p80, around 1; return None without any ratio."""
+    shown = [(p, p.ratio) for p in pairs if p.ratio is not None]
     if not shown:
         return None
     with canvas.style():
         drawn, axes = canvas.lines(len(shown), "other / now: above 1 this checkout is faster; whiskers p20 - p80")
         axes.set_xscale("log")
-        low = min(0.8, *(p.ratio.p20 / 1.05 for p in shown))
-        high = max(1.25, *(p.ratio.p80 * 1.05 for p in shown))
+        low = min(0.8, *(ratio.p20 / 1.05 for _, ratio in shown))
+        high = max(1.25, *(ratio.p80 * 1.05 for _, ratio in shown))
         axes.set_xlim(low, high)
         canvas.log_ticks(axes.xaxis, low, high)
         axes.axvline(1, color=INK, linewidth=0.8)
-        for y, p in enumerate(shown):
+        for y, (p, ratio) in enumerate(shown):
             color = OTHER if p.control else RED if p.verdict == "SLOWER" else OURS
-            axes.plot([p.ratio.p20, p.ratio.p80], [y + canvas.AT] * 2, color=color, linewidth=1)
-            axes.plot([p.ratio.ms], [y + canvas.AT], "o", color=color, markersize=4.4)
-            canvas.caption(axes, y, f"{p.case} {p.impl}", times(p.ratio.ms), color if color == RED else INK)
+            axes.plot([ratio.p20, ratio.p80], [y + canvas.AT] * 2, color=color, linewidth=1)
+            axes.plot([ratio.ms], [y + canvas.AT], "o", color=color, markersize=4.4)
+            canvas.caption(axes, y, f"{p.case} {p.impl}", times(ratio.ms), color if color == RED else INK)
         return canvas.svg(drawn, "comparison", "Ratio of the other revision's time to this checkout's")
 
 

@@ -1,4 +1,4 @@
-"""What follows from the rows: each case's verdict, its targets, and the curves that cases form together."""
+"""Derive facts from the rows: each case's verdict, its targets, and the scaling curves."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ WRONG, MISSED, MET, OPEN, ABSENT = "wrong", "missed", "met", "no target", "not m
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits without an exponent; "" for None."""
+    """Format with three significant digits and no exponent; "" for None."""
     if value is None:
         return ""
     return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def times(value: float | None) -> str:
-    """ "1.34x", "1/24x" where two decimals would hide it; "" for None."""
+    """Format as "1.34x", or "1/24x" where two decimals would hide the value; "" for None."""
     if value is None:
         return ""
     if 0 < value < 0.095:
@@ -35,7 +35,7 @@ def times(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Goal:
-    """A target and what was found: how many times less `impl` needs than `baseline`; None where one has no time."""
+    """A target and the measured factor by which `impl` beats `baseline`; None if one of them has no time."""
 
     target: Target
     found: float | None
@@ -48,7 +48,7 @@ class Goal:
 
     @property
     def wanted(self) -> str:
-        """In words, e.g. ">= 1.5x eager", "<= 1.20x the time of product", ">= 10x less memory than three_softmax"."""
+        """The target in words: ">= 1.5x eager", "<= 1.2x the time of product", ">= 10x less memory than eager"."""
         t = self.target
         memory = t.quantity == "peak_bytes"
         against = "the best baseline" if t.baseline == "best" else t.baseline
@@ -58,7 +58,7 @@ class Goal:
 
     @property
     def measured(self) -> str:
-        """In the unit of `wanted`."""
+        """The measured value in the unit of `wanted`."""
         if self.found is None:
             return ABSENT
         return times(1 / self.found if self.target.least < 1 else self.found)
@@ -66,11 +66,11 @@ class Goal:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One case: what it came to.
+    """The outcome of one case.
 
-    rows: its rows, those without a time too. yardsticks: names of those that do less than the case asks for.
-    ours: the row of the headline implementation, None without a time. rivals: of the baselines that do the same work
-    and have a time, the fastest first.
+    rows: all its rows, including those without a time. yardsticks: names of the baselines that do less work.
+    ours: the headline implementation's row, None without a time. rivals: the rows of the timed baselines that do the
+    same work, the fastest first.
     """
 
     name: str
@@ -99,17 +99,17 @@ class Verdict:
 
     @property
     def rival(self) -> Row | None:
-        """Of the best baseline."""
+        """The best baseline's row."""
         return self.rivals[0] if self.rivals else None
 
     @property
     def ratio(self) -> float | None:
-        """How many times faster than the best baseline."""
+        """The speedup over the best baseline."""
         return self.ratios[0][1] if self.ratios else None
 
     @property
     def ratios(self) -> list[tuple[str, float]]:
-        """How many times faster than each baseline, the best one first."""
+        """The speedup over each baseline, the best baseline first."""
         return [(row["impl"], row["ms"] / self.ours["ms"]) for row in self.rivals] if self.ours else []
 
     @property
@@ -132,12 +132,12 @@ class Curve:
 
     @property
     def wanted(self) -> str:
-        """In words, e.g. "time <= augmenters^1"."""
+        """The target in words, e.g. "time <= augmenters^1"."""
         return f"time <= {self.series.size}^{self.series.power:g}"
 
     @property
     def found(self) -> str:
-        """The power that was found, "0.95"."""
+        """The measured power, e.g. "0.95"."""
         power = self.growth(self.headline)
         return "?" if power is None else f"{power:.2f}"
 
@@ -147,12 +147,12 @@ class Curve:
 
     @property
     def state(self) -> str:
-        """Growth is a fit through few points: 0.15 more than expected is still called what was expected."""
+        """MET if the power is at most 0.15 above the expected one: a fit through few points says no more."""
         power = self.growth(self.headline)
         return ABSENT if power is None else MET if power <= self.series.power + 0.15 else MISSED
 
     def growth(self, impl: str, quantity: str = "ms") -> float | None:
-        """Over the upper half of the sizes, the power of the size that the quantity grows with."""
+        """Return the power of the size that the quantity grows with, over the upper half of the sizes."""
         points = [(size, row[quantity]) for size, row in self.lines.get(impl, ()) if row[quantity]]
         if len(points) < 2:
             return None
@@ -161,7 +161,7 @@ class Curve:
 
 
 def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows grouped by case, in order."""
+    """Return the rows grouped by case, in order."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["case"], []).append(row)
@@ -169,21 +169,21 @@ def by_case(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def ranked(rows: Iterable[Row], yardsticks: frozenset[str], quantity: str = "ms") -> list[Row]:
-    """The baselines that were timed, the one that needs least first."""
+    """Return the rows of the timed baselines, the one that needs the least first."""
     rivals = [row for row in rows if row["ms"] is not None and not row["ours"] and row["impl"] not in yardsticks]
     return sorted(rivals, key=lambda row: row[quantity])
 
 
 def best(rows: Iterable[Row], yardsticks: frozenset[str], quantity: str = "ms") -> Row | None:
-    """The baseline that needs least; None where none was timed."""
+    """Return the row of the baseline that needs the least, or None if none was timed."""
     return next(iter(ranked(rows, yardsticks, quantity)), None)
 
 
 def ratio(
     rows: Sequence[Row], impl: str, baseline: str, quantity: str = "ms", yardsticks: frozenset[str] = frozenset()
 ) -> float | None:
-    """What baseline needs over what impl needs within one case: how many times better impl is; None if unknown."""
-    values = {row["impl"]: row[quantity] for row in rows if row["ms"] is not None}
+    """Return the factor by which `impl` beats `baseline` within one case, or None if unknown."""
+    values: dict[str, float] = {row["impl"]: row[quantity] for row in rows if row["ms"] is not None}
     if baseline == "best" and (rival := best(rows, yardsticks, quantity)) is not None:
         values["best"] = rival[quantity]
     if not values.get(impl) or not values.get(baseline):
@@ -192,12 +192,12 @@ def ratio(
 
 
 def sizes(shape: Mapping[str, int]) -> str:
-    """A shape in words: "T 256, d 4096"."""
+    """Format a shape as "T 256, d 4096"."""
     return ", ".join(f"{name} {size}" for name, size in shape.items())
 
 
 def verdict(case: Case | None, rows: Sequence[Row]) -> Verdict:
-    """Of one case; `case` None: rows of a case that the registry no longer has."""
+    """Return the verdict on one case. `case` is None for rows of a case that the registry no longer has."""
     yardsticks = frozenset(c.name for c in case.contestants if c.yardstick) if case else frozenset()
     first = case.headline if case else next((row["impl"] for row in rows if row["ours"]), "")
     shape, dtype = (case.shape, str(case.dtype)) if case else (rows[0]["shape"], rows[0]["dtype"])
@@ -211,14 +211,14 @@ def verdict(case: Case | None, rows: Sequence[Row]) -> Verdict:
 
 
 def verdicts(rows: Iterable[Row], cases: Iterable[Case]) -> list[Verdict]:
-    """One for each of `cases` in order, measured or not, then those of rows whose case is not among them."""
+    """Return one verdict per case in order, measured or not, then those of rows whose case is not in `cases`."""
     groups = by_case(rows)
     found = [verdict(case, groups.pop(case.name, [])) for case in cases]
     return found + [verdict(None, group) for group in groups.values()]
 
 
 def curves(found: Iterable[Verdict]) -> list[Curve]:
-    """The scaling series of which at least two points were measured."""
+    """Return the scaling series of which at least two points were measured."""
     groups: dict[Series, list[Verdict]] = {}
     for v in found:
         if v.series is not None:
@@ -237,13 +237,13 @@ def curves(found: Iterable[Verdict]) -> list[Curve]:
 
 
 def single(found: Sequence[Verdict]) -> list[Verdict]:
-    """Those that stand for themselves: no points of a drawn curve, unless something is wrong with them."""
+    """Return the verdicts that are not points of a drawn curve, and those of points with wrong values."""
     drawn = {curve.series for curve in curves(found)}
     return [v for v in found if v.series not in drawn or v.red]
 
 
 def summary(found: Sequence[Verdict]) -> dict[str, int]:
-    """Counts for the head of the report: cases, and targets by state, growth among them; wrong counts rows."""
+    """Return the counts for the head of the report: cases, targets by state (scaling included), wrong rows."""
     drawn = curves(found)
     states = [goal.state for v in found for goal in v.goals] + [curve.state for curve in drawn]
     points = sum(v.series in {curve.series for curve in drawn} for v in found)
@@ -258,7 +258,7 @@ def summary(found: Sequence[Verdict]) -> dict[str, int]:
 
 
 def setting_lines(rows: Sequence[Row], ceilings: Mapping[str, Ceilings]) -> list[tuple[str, str]]:
-    """Hardware, versions, commit, ceilings: (name, value)."""
+    """Return (name, value) of the hardware, the versions, the commit and the ceilings."""
     if not rows:
         return [("device", "nothing was measured")]
     first, last = rows[0], rows[-1]
@@ -276,7 +276,7 @@ def setting_lines(rows: Sequence[Row], ceilings: Mapping[str, Ceilings]) -> list
 
 
 def ceilings_by_dtype(rows: Sequence[Row], ceilings: Mapping[str, Ceilings]) -> dict[str, list[Ceilings]]:
-    """The ceilings of a run, for each dtype of its cases."""
+    """Return the ceilings of a run, grouped by the dtype of its cases."""
     dtypes = {row["case"]: row["dtype"] for row in rows}
     groups: dict[str, list[Ceilings]] = {}
     for name, c in ceilings.items():
@@ -290,11 +290,11 @@ def _rates(c: Ceilings) -> tuple[float, float]:
 
 
 def middle(group: Sequence[Ceilings]) -> Ceilings:
-    """The median of each ceiling."""
+    """Return the median of each ceiling."""
     return Ceilings(median(c.flops_per_s for c in group), median(c.bytes_per_s for c in group))
 
 
 def span(values: Sequence[float]) -> str:
-    """ "98" or "98 - 104"."""
+    """Format a range as "98" or "98 - 104"."""
     low, high = f"{min(values):.3g}", f"{max(values):.3g}"
     return low if low == high else f"{low} - {high}"

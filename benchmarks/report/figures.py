@@ -1,4 +1,4 @@
-"""The plots of the report. Each function returns one <svg>, or None where there is nothing to draw."""
+"""The plots of the report. Each function returns one <svg>, or None if there is nothing to draw."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from calm_fast.benchmarks.timing import Ceilings
 
 
 def case_times(v: Verdict) -> str | None:
-    """One case: a bar for each implementation with its p20 - p80, the floor as a line."""
+    """Draw one case: a bar per implementation with its p20 - p80, and the floor as a line."""
     rows = v.timed
     if not rows:
         return None
@@ -20,7 +20,7 @@ def case_times(v: Verdict) -> str | None:
         drawn, axes = canvas.lines(len(rows), "ms; whiskers p20 - p80; dashed: floor")
         for y, row in enumerate(rows):
             color = OURS if row["ours"] else YARDSTICK if row["impl"] in v.yardsticks else OTHER
-            edge = OURS if row["ours"] else OTHER  # a pale bar is seen on paper by its edge
+            edge = OURS if row["ours"] else OTHER  # the edge keeps a pale bar visible on paper
             axes.barh(y + canvas.AT, row["ms"], height=0.3, color=color, edgecolor=edge, linewidth=0.6)
             axes.plot([row["p20"], row["p80"]], [y + canvas.AT] * 2, color=INK, linewidth=0.8)
             canvas.caption(axes, y, row["impl"], f"{number(row['ms'])} ms", OURS if row["ours"] else INK)
@@ -33,9 +33,12 @@ def _dots(
     name: str, found: Sequence[Verdict], value: Callable[[Verdict, Row], float | None], xlabel: str, alt: str,
     show: Callable[[float], str], rivals: Callable[[Verdict], Sequence[Row]],
 ) -> str | None:  # fmt: skip
-    """For each case the value of our headline implementation as a dot, of `rivals` as pale ones, on a log scale."""
-    shown = [(v, value(v, v.ours), [value(v, row) for row in rivals(v)]) for v in found if v.ours]
-    shown = [(v, mine, [o for o in others if o]) for v, mine, others in shown if mine]
+    """Draw for each case our headline's value as a dot and those of `rivals` as pale dots, on a log scale."""
+    shown = [
+        (v, mine, [other for row in rivals(v) if (other := value(v, row))])
+        for v in found
+        if v.ours and (mine := value(v, v.ours))
+    ]
     if not shown:
         return None
     everything = [x for _, mine, others in shown for x in (mine, *others)]
@@ -56,26 +59,26 @@ def _dots(
 
 
 def ratio_bars(found: Sequence[Verdict]) -> str | None:
-    """How many times faster than the best baseline, for each case."""
-    shown = [v for v in found if v.ratio]
+    """Draw each case's speedup over the best baseline."""
+    shown = [(v, v.ratio, v.rival) for v in found if v.ratio and v.rival]
     if not shown:
         return None
-    values = [v.ratio for v in shown]
+    values = [ratio for _, ratio, _ in shown]
     low, high = min(0.8, min(values) / 1.1), max(2.0, max(values) * 1.15)
     with canvas.style():
         drawn, axes = canvas.lines(len(shown), "times faster than the best baseline (1: as fast)")
         axes.set_xscale("log")
         axes.set_xlim(low, high)
         canvas.log_ticks(axes.xaxis, low, high)
-        for y, v in enumerate(shown):
-            axes.barh(y + canvas.AT, v.ratio - 1, left=1, height=0.3, color=OURS if v.ratio >= 1 else AMBER)
-            canvas.caption(axes, y, v.name, f"{times(v.ratio)} {v.rival['impl']}")
+        for y, (v, ratio, rival) in enumerate(shown):
+            axes.barh(y + canvas.AT, ratio - 1, left=1, height=0.3, color=OURS if ratio >= 1 else AMBER)
+            canvas.caption(axes, y, v.name, f"{times(ratio)} {rival['impl']}")
         axes.axvline(1, color=INK, linewidth=0.8)
         return canvas.svg(drawn, "ratios", "How many times faster than the best baseline each case is")
 
 
 def floor_dots(found: Sequence[Verdict]) -> str | None:
-    """Measured over floor: ours and the best baseline of each case."""
+    """Draw measured / floor of ours and of the best baseline, for each case."""
     return _dots(
         "floors", found, lambda v, row: row["ms"] / row["floor_ms"] if row["floor_ms"] else None,
         "measured / floor; pale: best baseline", "Distance to the floor of each case",
@@ -84,7 +87,7 @@ def floor_dots(found: Sequence[Verdict]) -> str | None:
 
 
 def memory_dots(found: Sequence[Verdict]) -> str | None:
-    """Peak memory of one call: ours and every baseline of each case."""
+    """Draw the peak memory of one call of ours and of every baseline, for each case."""
     return _dots(
         "memory", found, lambda v, row: row["peak_bytes"] / 2**20 if row["peak_bytes"] else None,
         "peak MiB held by one call; pale: baselines", "Peak memory of each case",
@@ -96,24 +99,30 @@ def memory_dots(found: Sequence[Verdict]) -> str | None:
 def rooflines(
     rows: Sequence[Row], found: Sequence[Verdict], ceilings: Mapping[str, Ceilings]
 ) -> list[tuple[str, str, list[str]]]:
-    """(dtype, plot, names of the numbered cases): FLOP/byte against achieved FLOP/s, under the measured ceilings."""
+    """Draw achieved FLOP/s over FLOP/byte under the measured ceilings, one plot per dtype.
+
+    Returns:
+        (dtype, plot, names of the numbered cases) of each plot.
+    """
     plots = []
     for dtype, group in ceilings_by_dtype(rows, ceilings).items():
-        members = [v for v in found if v.ours and v.ours["dtype"] == dtype and v.ours["flops"] and v.ours["bytes"]]
+        members = [
+            (v, v.ours) for v in found if v.ours and v.ours["dtype"] == dtype and v.ours["flops"] and v.ours["bytes"]
+        ]
         if members:
-            plots.append((dtype, _roofline(dtype, members, middle(group)), [v.name for v in members]))
+            plots.append((dtype, _roofline(dtype, members, middle(group)), [v.name for v, _ in members]))
     return plots
 
 
-def _roofline(dtype: str, members: Sequence[Verdict], c: Ceilings) -> str:
+def _roofline(dtype: str, members: Sequence[tuple[Verdict, Row]], c: Ceilings) -> str:
     def rate(row: Row) -> float:
-        return row["flops"] / row["ms"] * 1e3
+        return float(row["flops"] / row["ms"] * 1e3)
 
-    points = [(v.ours["flops"] / v.ours["bytes"], v) for v in members]
+    points = [(ours["flops"] / ours["bytes"], ours, v.rival) for v, ours in members]
     ridge = c.flops_per_s / c.bytes_per_s
-    left = min(ridge / 4, *(x / 2 for x, _ in points))
-    right = max(ridge * 4, *(x * 2 for x, _ in points))
-    rates = [rate(row) for _, v in points for row in (v.ours, v.rival) if row]
+    left = min(ridge / 4, *(x / 2 for x, _, _ in points))
+    right = max(ridge * 4, *(x * 2 for x, _, _ in points))
+    rates = [rate(row) for _, *both in points for row in both if row]
     low, high = min(*rates, left * c.bytes_per_s) / 2, max(c.flops_per_s * 4, 2 * max(rates))
     with canvas.style():
         drawn, axes = canvas.figure(3.4, left=0.56)
@@ -121,12 +130,13 @@ def _roofline(dtype: str, members: Sequence[Verdict], c: Ceilings) -> str:
         axes.plot([left, ridge, right], [left * c.bytes_per_s, c.flops_per_s, c.flops_per_s], color=INK, linewidth=1)
         said = f"level: product {c.flops_per_s / 1e9:.3g} GFLOP/s\nslope: copy {c.bytes_per_s / 1e9:.3g} GB/s"
         axes.text(0.015, 0.985, said, transform=axes.transAxes, va="top", linespacing=1.4)
-        for x, v in points:
-            if v.rival:
-                axes.plot([x, x], [rate(v.rival), rate(v.ours)], color=OTHER, linewidth=0.8)
-                axes.plot([x], [rate(v.rival)], "o", color=OTHER, markersize=3.6)
-            axes.plot([x], [rate(v.ours)], "o", color=OURS, markersize=4.6)
-        _number(axes, [(x, rate(v.ours)) for x, v in points], [(x, rate(v.rival)) for x, v in points if v.rival])
+        for x, ours, rival in points:
+            if rival:
+                axes.plot([x, x], [rate(rival), rate(ours)], color=OTHER, linewidth=0.8)
+                axes.plot([x], [rate(rival)], "o", color=OTHER, markersize=3.6)
+            axes.plot([x], [rate(ours)], "o", color=OURS, markersize=4.6)
+        pale = [(x, rate(rival)) for x, _, rival in points if rival]
+        _number(axes, [(x, rate(ours)) for x, ours, _ in points], pale)
         canvas.log_ticks(axes.xaxis, left, right, 6)
         canvas.log_ticks(axes.yaxis, low, high, 6)
         axes.set_xlabel("FLOP / byte; pale: best baseline")
@@ -135,7 +145,7 @@ def _roofline(dtype: str, members: Sequence[Verdict], c: Ceilings) -> str:
 
 
 def _number(axes: Any, points: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]]) -> None:
-    """1, 2, ... near the points where it covers no mark and no other number, with a thin line where that is far."""
+    """Number the points 1, 2, ... without covering a mark or another number; a thin line leads to a distant one."""
     marks = [tuple(axes.transData.transform(point)) for point in (*points, *others)]
     taken = [(x, y, 5.0, 5.0) for x, y in marks]  # centre, half width, half height in pixels
     for index, (x, y) in enumerate(marks[: len(points)], 1):
@@ -158,12 +168,12 @@ def _number(axes: Any, points: Sequence[tuple[float, float]], others: Sequence[t
 
 
 def _cover(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    """Whether two boxes (centre x, y, half width, half height) share a point."""
+    """Return True if two boxes (centre x, y, half width, half height) overlap."""
     return abs(a[0] - b[0]) < a[2] + b[2] and abs(a[1] - b[1]) < a[3] + b[3]
 
 
 def scaling(curve: Curve, quantity: str) -> str | None:
-    """One series: ms or peak MiB over the size, with the growth that was expected."""
+    """Draw one series: ms or peak MiB over the size, with the expected growth."""
     unit = 1.0 if quantity == "ms" else 2.0**20
     lines = {
         impl: [(x, row[quantity] / unit) for x, row in line if row[quantity]] for impl, line in curve.lines.items()
@@ -178,7 +188,7 @@ def scaling(curve: Curve, quantity: str) -> str | None:
     with canvas.style():
         drawn, axes = canvas.figure(2.5)
         axes.set(xscale="log", yscale="log", xlim=(xs[0] / 1.15, xs[-1] * 1.15), ylim=(low, high))
-        styles = iter([("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")] * 4)  # told apart without colour too
+        styles = iter([("-", "o"), ("--", "s"), (":", "^"), ("-.", "D")] * 4)  # distinct without colour too
         for impl, line in sorted(lines.items(), key=lambda item: item[0] != curve.headline):
             mine = impl == curve.headline
             dashes, marker = next(styles)

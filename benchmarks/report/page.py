@@ -1,4 +1,4 @@
-"""report.html: verdicts first, then plots, every row, the setting; one file, readable on a phone and on paper."""
+"""Write report.html: verdicts, plots, all rows, the setting. One file, readable on a phone and on paper."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from calm_fast.benchmarks.report.text import HEADINGS, HOW, rows_table
 from calm_fast.benchmarks.timing import Ceilings
 
 BRIEF = (
-    "1.50x: that baseline takes 1.5 times as long as calm_fast; the best baseline stands first. Floor: what the "
-    "arithmetic or the memory traffic alone would take here."
+    "1.50x: that baseline takes 1.5 times as long as calm_fast; the best baseline comes first. Floor: the time that "
+    "the arithmetic or the memory traffic alone would take here."
 )
-BARS = "Blue: calm_fast, the headline first; grey: baselines; pale: yardsticks, which do less than the case asks for."
+BARS = "Blue: calm_fast, the headline first; grey: baselines; pale: yardsticks, which do less work than the case."
 
 _CLASS = {MET: "met", MISSED: "missed", ABSENT: "open", OPEN: "open", WRONG: "wrong"}
 
@@ -102,17 +102,17 @@ def _e(text: str) -> str:
 
 
 def _spaced(text: str) -> str:
-    """Names may break after an underscore; comparisons as in print."""
+    """Let names break after an underscore, and typeset comparisons."""
     return _e(text).replace("_", "_<wbr>").replace("&gt;= ", "\u2265\u202f").replace("&lt;= ", "\u2264\u202f")
 
 
 def _powers(text: str) -> str:
-    """M^1.13 with the exponent raised."""
+    """Typeset the exponent of M^1.13."""
     return re.sub(r"\^([\d.?]+)", r"<sup>\1</sup>", _spaced(text))
 
 
 def _others(ratios: Iterable[tuple[str, float]]) -> str:
-    """The baselines after the best one."""
+    """Return the baselines after the best one."""
     each = " ".join(f"<span>{times(value)} {_e(name)}</span>" for name, value in ratios)
     return f'<span class="others">{each}</span>' if each else ""
 
@@ -126,7 +126,7 @@ def _verdict_row(v: Verdict) -> str:
     )
     if v.ours is None:
         ratio = '<span class="open">not measured</span>' if not v.red else '<span class="wrong">no time</span>'
-    elif v.ratio is None:
+    elif not v.ratios or v.ratio is None:
         ratio = '<span class="open">no baseline ran</span>'
     else:
         slower = ' class="slower"' if v.ratio < 1 else ""
@@ -140,8 +140,10 @@ def _verdict_row(v: Verdict) -> str:
 
 def _curve_row(curve: Curve) -> str:
     v = curve.largest
-    best, *others = v.ratios or [("", None)]
-    ratio = f"<b>{times(best[1])}</b> {_spaced(best[0])}{_others(others)}" if v.ratio else ""
+    ratio = ""
+    if v.ratios:
+        best, *others = v.ratios
+        ratio = f"<b>{times(best[1])}</b> {_spaced(best[0])}{_others(others)}"
     found = ABSENT if curve.state == ABSENT else f"{curve.series.size}^{curve.found}, {curve.state}"
     goal = _powers(f"{curve.wanted}: {found}")
     return (
@@ -171,7 +173,7 @@ def _verdicts(found: Sequence[Verdict]) -> str:
 
 
 def _figure(plot: str, title: str, caption: str = "", anchor: str = "") -> str:
-    """`caption` is html."""
+    """Return a plot under its title. `caption` is html."""
     target = f' id="{_e(anchor)}"' if anchor else ""
     head = f"<h3{target}>{_spaced(title)}</h3>"
     return f"<figure>{head}{f'<figcaption>{caption}</figcaption>' if caption else ''}{plot}</figure>"
@@ -186,7 +188,7 @@ def _grid(plots: Iterable[str]) -> str:
 
 
 def _rows(found: Sequence[Verdict]) -> str:
-    """A body of the table for each case: its name is a line of its own, so a phone shows the times beside the names."""
+    """Return the table of all rows. A case's name has its own line, so a phone shows the times beside the names."""
     head = "".join(f"<th{' class=num' if i else ''}>{_e(h)}</th>" for i, h in enumerate(HEADINGS[1:]))
     bodies = []
     for v in (v for v in found if v.rows):
@@ -203,7 +205,7 @@ def _rows(found: Sequence[Verdict]) -> str:
 
 
 def document(title: str, body: str) -> str:
-    """A whole page in our style around `body`."""
+    """Return a whole page in our style around `body`."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light">'
@@ -212,12 +214,12 @@ def document(title: str, body: str) -> str:
 
 
 def settings(lines: Iterable[tuple[str, str]]) -> str:
-    """Names and values."""
+    """Return a list of names and values."""
     return "<dl>" + "".join(f"<dt>{_e(name)}</dt><dd>{_e(value)}</dd>" for name, value in lines) + "</dl>"
 
 
 def page(rows: Sequence[Row], found: Sequence[Verdict], ceilings: Mapping[str, Ceilings]) -> str:
-    """report.html: text, tables and plots, nothing loaded from elsewhere."""
+    """Return report.html: text, tables and plots, nothing loaded from elsewhere."""
     device = ", ".join((rows[0]["device"], rows[0]["date"][:10].replace("-", "\u2011"))) if rows else ""
     parts = [
         f'<div class="head"><h1>calm_fast bench</h1><span class="muted">{_e(device)}</span></div>',

@@ -1,4 +1,4 @@
-"""The report as text: the table in the terminal, and report.md."""
+"""Write the report as text: the table in the terminal, and report.md."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ HEADINGS = ("case", "implementation", "ms", "p20 - p80", "peak MiB", "vs headlin
 VERDICT_HEADINGS = ("case", "times faster than each baseline", "measured / floor", "target")
 
 HOW = (
-    "Times are medians of calls that took turns in one process; with one CPU thread, less the time the thread waited "
-    "for a core that other programs held. p20 and p80: a fifth of the calls took less, a fifth took more.",
-    "A ratio is what the baseline needs over what our headline implementation needs: above 1 ours is faster. The best "
-    "baseline is the fastest that does the same work; what does less than the case asks for (a bare product, one LoRA) "
-    "is listed as a yardstick.",
+    "Times are medians of calls that took turns in one process. With one CPU thread, the time that the thread waited "
+    "for a core held by other programs is subtracted. p20 and p80: a fifth of the calls took less, a fifth took more.",
+    "A ratio is the baseline's time over that of our headline implementation: above 1 ours is faster. The best "
+    "baseline is the fastest that does the same work. A baseline that does less work than the case (a bare product, "
+    "one LoRA) is listed as a yardstick.",
     "Floor: the larger of FLOPs / measured product rate and least bytes / measured copy rate. The product is "
-    "torch.mm, the copy Tensor.copy_, both timed in turns with the contestants. A case may come out below 1: "
-    "its own product may be faster than torch.mm, or torch.mm had slower moments. The roofline's ceilings are medians "
-    "over the cases of a dtype.",
-    "Peak: memory one call held beyond its inputs. On a CPU what a call releases stays with the process for the next "
-    'one, as on a GPU, unless the device says "memory from the system".',
-    "Error: against the same computation in float64. Bound: twice what the plain computation errs in the case's dtype, "
-    "and one rounding. An implementation whose values are wrong has no time and makes the run red.",
-    "Growth of a scaling curve: the power of the size that time grows with over the upper half of the sizes; up to "
+    "torch.mm, the copy Tensor.copy_; both take turns with the contestants. A case may come out below 1 if its own "
+    "product is faster than torch.mm, or torch.mm had slower moments. The roofline's ceilings are medians over the "
+    "cases of a dtype.",
+    "Peak: the memory that one call held beyond its inputs. On a CPU the process keeps released memory for the next "
+    'call, as on a GPU, unless the device says "memory from the system".',
+    "Error: against the same computation in float64. Bound: twice the plain computation's error in the case's dtype, "
+    "plus one rounding. An implementation with wrong values has no time and makes the run red.",
+    "Growth of a scaling curve: the power of the size that time grows with over the upper half of the sizes. Up to "
     "0.15 more than expected counts as met, because few points say no more.",
 )
 
 
 def against(v: Verdict) -> str:
-    """ "1.34x unfolded_sdpa, 1.55x eager", the best baseline first, or why there is no ratio."""
+    """Return "1.34x unfolded_sdpa, 1.55x eager", the best baseline first, or the reason for having no ratio."""
     if v.ours is None:
         return "not measured"
     if v.ratio is None:
@@ -50,7 +50,7 @@ def against(v: Verdict) -> str:
 
 
 def goal_texts(v: Verdict) -> list[str]:
-    """ ">= 1.5x eager: 1.52x, met" for each target."""
+    """Return ">= 1.5x eager: 1.52x, met" for each target."""
     return [f"{g.wanted}: {g.measured}" + (f", {g.state}" if g.found is not None else "") for g in v.goals]
 
 
@@ -59,8 +59,8 @@ def red_texts(v: Verdict) -> list[str]:
 
 
 def rows_table(found: Sequence[Verdict]) -> list[tuple[str, ...]]:
-    """One line of text cells for each row, under HEADINGS."""
-    lines = []
+    """Return one line of text cells per row, in the order of HEADINGS."""
+    lines: list[tuple[str, ...]] = []
     for v in found:
         for row in v.rows:
             name = row["impl"] + (" (yardstick)" if row["impl"] in v.yardsticks else "")
@@ -77,7 +77,7 @@ def rows_table(found: Sequence[Verdict]) -> list[tuple[str, ...]]:
 
 
 def growth_lines(found: Sequence[Verdict]) -> list[str]:
-    """What the scaling curves say, in a sentence each."""
+    """Return one sentence per scaling curve."""
     lines = []
     for curve in curves(found):
         power = curve.growth(curve.headline)
@@ -85,18 +85,18 @@ def growth_lines(found: Sequence[Verdict]) -> list[str]:
             steep = "no faster than" if curve.state == MET else "FASTER than"
             lines.append(
                 f"{curve.series.title}: time grows with {curve.series.size}^{power:.2f}, {steep} the "
-                f"{curve.series.size}^{curve.series.power:g} that was expected"
+                f"{curve.series.size}^{curve.series.power:g} expected"
             )
     return lines
 
 
 def show(rows: Sequence[Row], found: Sequence[Verdict], ceilings: Mapping[str, Ceilings]) -> None:
-    """Print every row, the setting, then the verdicts last."""
+    """Print all rows, the setting, then the verdicts."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    if not console.is_terminal:  # a log has no width of its own
+    if not console.is_terminal:  # a log has no width
         console = Console(width=150)
     drawn = Table(title="calm_fast bench: medians of interleaved calls")
     for i, heading in enumerate(HEADINGS):
@@ -117,8 +117,8 @@ def show(rows: Sequence[Row], found: Sequence[Verdict], ceilings: Mapping[str, C
     for v in single(found):
         if v.rows:
             say("; ".join(part for part in (f"{v.name}: {against(v)}", floor_text(v), *goal_texts(v)) if part))
-    for line in growth_lines(found):
-        say(line)
+    for text in growth_lines(found):
+        say(text)
     say(", ".join(f"{count} {what}" for what, count in summary(found).items()))
 
 
@@ -131,12 +131,12 @@ def _cells(cells: Iterable[str]) -> str:
 
 
 def table(headings: Sequence[str], lines: Iterable[Iterable[str]]) -> list[str]:
-    """A table in markdown, line by line."""
+    """Return a table in markdown, line by line."""
     return [_cells(headings), "|" + "---|" * len(headings), *map(_cells, lines)]
 
 
 def markdown(rows: Sequence[Row], found: Sequence[Verdict], ceilings: Mapping[str, Ceilings]) -> str:
-    """report.md."""
+    """Return report.md."""
     counts = ", ".join(f"{count} {what}" for what, count in summary(found).items())
     lines = []
     for v in single(found):

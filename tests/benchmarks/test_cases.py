@@ -1,4 +1,4 @@
-"""The cases of cross_attention: costs counted right, every contestant computes the same thing."""
+"""The cases of cross_attention: correct costs, and the same results from every contestant."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def test_every_contestant_is_right_and_timed(name):
 
 
 def test_registry_covers_every_op():
-    assert set(REGISTRY) == {*OPS, "model"}  # whole composed models are no op
+    assert set(REGISTRY) == {*OPS, "model"}  # whole composed models belong to no op
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])  # naming GPU cases needs no GPU
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # listing GPU cases needs no GPU
 @pytest.mark.parametrize("suite", ["quick", "full"])
 def test_cases_have_unique_names_and_known_targets(device, suite):
     found = cases("cross_attention", torch.device(device), suite)
@@ -82,8 +82,8 @@ def test_layer_flops_are_what_the_folded_layer_does():
     s = LayerShape(**LAYER)
     case = TINY["layer"]
     thunk = case.contestants[0].prepare(case.make(0))
-    with FlopCounterMode(display=False):  # under a counter nothing is packed, which it could not count
-        thunk()  # the fold is kept from here on
+    with FlopCounterMode(display=False):  # nothing is packed under a counter, which could not count it
+        thunk()  # the fold is cached from here on
     with FlopCounterMode(display=False) as counter:
         thunk()
     attention = 4 * s.b * s.m * s.n * s.h * s.d

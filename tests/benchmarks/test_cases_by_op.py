@@ -1,4 +1,4 @@
-"""The cases of dual_lora, linear_nce and linear_logprob: the shapes and baselines asked for, all of them right."""
+"""The cases of dual_lora, linear_nce and linear_logprob: expected shapes and baselines, all with correct results."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TINY = {
 def _small(monkeypatch):
     monkeypatch.setitem(timing._CEILING_SIZES, "cpu", (128, 1 << 16))  # what they are is tested in test_timing
     for package in PACKAGES.values():
-        monkeypatch.setitem(sys.modules, package, None)  # not installed, wherever this runs
+        monkeypatch.setitem(sys.modules, package, None)  # not installed, on any machine
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -61,7 +61,7 @@ def test_every_contestant_is_right_and_timed(name):
 
 @pytest.mark.parametrize("name", ["nce", "logprob"])
 def test_absent_packages_are_rows_with_the_reason(name, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)  # compilers have tests of their own
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # torch.compile has its own tests
     module = {"nce": linear_nce, "logprob": linear_logprob}[name]
     case = getattr(module, f"{name}_case")("t", module.Shape(**TOKENS), torch.float32, CPU, packages=True)
     rows, _ = measure(case, SETTING)
@@ -92,7 +92,7 @@ def test_peft_gets_the_same_factors_and_scale(monkeypatch):
     assert layer.scale == 2.0
 
 
-@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)  # naming GPU cases needs no GPU
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)  # listing GPU cases needs no GPU
 @pytest.mark.parametrize("suite", ["quick", "full"])
 @pytest.mark.parametrize("op", REGISTRY)
 def test_cases_have_unique_names_and_known_targets(op, suite, device):
@@ -173,4 +173,4 @@ def test_memory_target_of_linear_logprob_is_64_mib():
     (score,) = (case for case in cases("linear_logprob", CUDA, "quick") if case.name == "l1_score")
     (memory,) = (target for target in score.targets if target.quantity == "peak_bytes")
     logits = score.shape["T"] * score.shape["V"] * 2
-    assert memory.baseline == "product" and logits / memory.least == 64 << 20  # product holds the logits, no more
+    assert memory.baseline == "product" and logits / memory.least == 64 << 20  # product holds only the logits

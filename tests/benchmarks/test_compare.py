@@ -1,9 +1,10 @@
-"""`bench --compare`: two revisions side by side, in a small checkout of its own."""
+"""`bench --compare`: two revisions side by side, in a temporary checkout."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calm_fast.benchmarks import compare, machine, registry, timing
+from calm_fast.benchmarks import compare, machine, older_layout, registry, timing
 from calm_fast.benchmarks.compare import FASTER, SAME, SLOWER, CompareError, Pair, judge
 from calm_fast.benchmarks.compare_worker import Worker, rivals
 from calm_fast.benchmarks.report import comparison
@@ -39,7 +40,7 @@ def git(repo: Path, *args: str) -> str:
 
 @pytest.fixture
 def repo(tmp_path):
-    """A git checkout with the library and the benchmarks, without the compiled library; returns its folder."""
+    """Return a git checkout with the library and the benchmarks, without the compiled library."""
     if shutil.which("git") is None:
         pytest.skip("git is not installed")
     made = tmp_path / "repo"
@@ -91,7 +92,7 @@ def test_an_unknown_revision_is_named(repo, monkeypatch, capsys, tmp_path):
     assert compare.revision("HEAD") == (repo, git(repo, "rev-parse", "HEAD"))
     for name in ("no-such-revision", "--help"):
         assert main(["--device", "cpu", "--op", "vote", f"--compare={name}", "--out", str(tmp_path)]) == 2
-        assert f"'{name}' is no revision of the checkout" in capsys.readouterr().err
+        assert f"`--compare` must be a revision of the checkout {repo}, got '{name}'" in capsys.readouterr().err
 
 
 def test_outside_a_checkout_there_is_nothing_to_compare_with(monkeypatch, capsys, tmp_path):
@@ -119,7 +120,7 @@ def test_a_change_is_large_and_most_pairs_agree(pairs, verdict):
 
 
 class Recorder:
-    """A side that notes when it is asked."""
+    """A side that records its commands."""
 
     def __init__(self, name, log, ms):
         self.name, self.log, self.ms = name, log, ms
@@ -152,11 +153,53 @@ def test_worker_checks_before_it_times(monkeypatch):
     assert rows["calm_fast"]["commit"] == "abc" and rows["calm_fast_torch"]["ms"] is None
 
 
+@pytest.mark.parametrize(("ratio", "code"), [(None, 2), (Times(1.0, 1.0, 1.0, 7), 0)])
+def test_nothing_compared_exits_2(ratio, code, monkeypatch, capsys, tmp_path):
+    pairs = [Pair("vote", "v1_vote", "calm_fast", False, ratio, ratio, ratio, None if ratio else "other: failed")]
+    rows = [{"commit": "now", "ours": True, "failure": None}]
+    monkeypatch.setattr(compare, "compare", lambda *args: (pairs, rows))
+    assert main(["--device", "cpu", "--op", "vote", "--compare", "HEAD", "--out", str(tmp_path)]) == code
+    assert ("no implementation ran on both sides" in capsys.readouterr().err) == (code == 2)
+
+
+def test_an_older_library_answers_to_todays_module_names(tmp_path):
+    """A library whose ops are files of `calm_fast/ops`, in a fresh process."""
+    library = tmp_path / "calm_fast"
+    for older in set(older_layout.MODULES.values()):
+        file = tmp_path / f"{older.replace('.', '/')}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        (file.parent / "__init__.py").touch()
+        file.write_text(f"def where():\n    return {older!r}\n")
+    (library / "benchmarks").symlink_to(ROOT / "benchmarks")
+    script = (
+        "from calm_fast.benchmarks import compare_worker, older_layout\n"
+        "compare_worker.only_staged()\nolder_layout.bridge()\n"
+        "from calm_fast._ops.vote.api import where\nfrom calm_fast._ops.vote.reference import where as reference\n"
+        "from calm_fast.core import native_library\nprint(where(), reference(), native_library.where())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["calm_fast.ops.vote", "calm_fast.reference.vote", "calm_fast._native"], done.stderr
+
+
+def test_todays_library_is_left_alone():
+    before = {name: module for name, module in sys.modules.items() if name.startswith("calm_fast")}
+    older_layout.bridge()
+    assert {name: module for name, module in sys.modules.items() if name.startswith("calm_fast")} == before
+
+
+def test_internal_modules_that_cases_import_have_an_older_name():
+    imported = re.compile(r"from (calm_fast\.(?:_ops|core)[\w.]*) import (\w+)")
+    for file in sorted((ROOT / "benchmarks").glob("*/*.py")):
+        for module, name in imported.findall(file.read_text()):
+            assert {module, f"{module}.{name}"} & set(older_layout.MODULES), f"{file.name} imports {module}"
+
+
 @pytest.mark.parametrize(("failure", "code"), [("wrong: error 1 exceeds", 1), (None, 0)])
 def test_wrong_values_of_this_checkout_exit_1(failure, code, monkeypatch, tmp_path):
     rows = [
         {"commit": "now", "ours": True, "failure": failure},
-        {"commit": "other", "ours": True, "failure": "wrong: error 2 exceeds"},  # that one is history
+        {"commit": "other", "ours": True, "failure": "wrong: error 2 exceeds"},  # the other revision does not count
     ]
     monkeypatch.setattr(compare, "compare", lambda *args: ([], rows))
     assert main(["--device", "cpu", "--op", "vote", "--compare", "HEAD", "--out", str(tmp_path)]) == code

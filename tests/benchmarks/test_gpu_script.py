@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh and what it starts, as far as a machine without a GPU can say."""
+"""benchmarks/gpu.sh and the programs it starts, as far as they can be tested without a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PARTS = (
     *("tests", "core", "layer", "nce", "logprob", "lora", "lora_step", "model", "sanitizer", "tune", "vote"),
     *("generate", "core_heads", "lora_ranks", "scaling", "generate_long"),
 )
-FILES = {"results.jsonl", "summary.txt", "logs.tar.gz"}  # and native.tar.gz where the library was compiled
+FILES = {"results.jsonl", "summary.txt", "logs.tar.gz"}  # and native.tar.gz if the library was compiled
 
 
 def gpu_sh(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -113,7 +113,7 @@ def stopped_early(tmp_path):
     """A copy of the script whose parts get 2 seconds, and a python that measures one case, then hangs."""
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "calm_fast").mkdir()
-    (tmp_path / "calm_fast" / "_cuda.abi3.so").touch()  # of another torch
+    (tmp_path / "calm_fast" / "_cuda.abi3.so").touch()  # compiled for another torch
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "source.cu").write_text("one")
     (tmp_path / "setup.py").touch()
@@ -146,11 +146,11 @@ def test_rows_of_a_stopped_part_are_shown_and_later_parts_still_run(stopped_earl
         assert {name.removeprefix(names[0]) for name in names} >= {"/done", "/calm_fast/_cuda.abi3.so"}
 
 
-def test_a_part_that_does_not_fit_is_not_begun_and_named_in_the_last_line(stopped_early, tmp_path):
+def test_a_part_that_does_not_fit_is_not_started_and_named_in_the_last_line(stopped_early, tmp_path):
     done = stopped_early("--part", "nce", "--part", "tests", "--part", "vote", "--seconds", "3", "--commit", "abc")
     assert done.returncode == 1 and "bench-nce: STOPPED" in done.stdout
     assert "tests: not run, no time left" in done.stdout and "tests: ok" not in done.stdout
-    last = "go on with: benchmarks/gpu.sh --part tests --part vote --commit abc"
+    last = "continue with: benchmarks/gpu.sh --part tests --part vote --commit abc"
     assert done.stdout.splitlines()[-1] == last
     assert last in (tmp_path / "out" / "summary.txt").read_text()
     assert re.search(r"^--- bench-nce: .* --commit abc --out", done.stdout, re.MULTILINE)
@@ -159,16 +159,16 @@ def test_a_part_that_does_not_fit_is_not_begun_and_named_in_the_last_line(stoppe
 def test_an_earlier_call_leaves_nothing_in_the_results_of_a_later_one(stopped_early, tmp_path):
     stopped_early("--part", "nce")
     done = stopped_early("--part", "tests")
-    assert done.returncode == 0 and "nothing is left of what was asked for" in done.stdout
+    assert done.returncode == 0 and "all requested parts have run" in done.stdout
     assert (tmp_path / "out" / "results.jsonl").read_text() == ""
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES  # the library is there already
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES  # the library has been compiled already
 
 
 def test_the_library_is_compiled_once_for_the_same_sources(stopped_early, tmp_path):
     first, second = (stopped_early("--part", "tests") for _ in range(2))
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert "native: ok" in first.stdout and "native: already compiled" in second.stdout
-    for done in (first, second):  # the fresh one is linked, not the one that lay in the checkout
+    for done in (first, second):  # the fresh one is linked, not the one in the checkout
         assert re.search(r"build/gpu-native/[0-9a-f]{16}/calm_fast/_cuda\.abi3\.so", done.stdout)
     (tmp_path / "csrc" / "source.cu").write_text("two")
     assert "native: ok" in stopped_early("--part", "tests").stdout

@@ -1,4 +1,4 @@
-"""The cases of maj_at_k: every contestant is right, those that draw other subsets within their sampling noise."""
+"""The cases of maj_at_k: every contestant is correct, those with other subsets within their sampling noise."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_contestant_is_right_and_timed(slow):
 
 
 def test_a_wrong_baseline_is_found(monkeypatch):
-    """A curve that is 30 % too low is more than its sampling noise."""
+    """A curve that is 30 % too low exceeds its sampling noise."""
     right = baselines.numpy_curve
 
     def too_low(answers, correct, ks, resamples, seed):
@@ -71,7 +71,7 @@ def test_baselines_agree_with_the_exact_curve(resample):
 
 @pytest.mark.parametrize("resample", [baselines.numpy_curve, in_chunks])
 def test_baselines_draw_without_replacement(resample):
-    """Seven samples, three of them right, the others all different: any six hold a majority of right ones."""
+    """Seven samples, three correct, the others all different: any six have a majority of correct ones."""
     answers = torch.tensor([[0, 1, 0, 2, 0, 3, 4]] * 20)
     correct = torch.zeros(20, dtype=torch.int64)
     given = [t.numpy() if resample is baselines.numpy_curve else t for t in (answers, correct)]

@@ -1,4 +1,4 @@
-"""Memory kept by the process or fresh from the system: what is set, what it does, what is said."""
+"""Memory kept by the process or fresh from the system: the settings, their effect, the messages."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from calm_fast.benchmarks import memory
 from calm_fast.benchmarks.compare_worker import Worker
 
 CPU = torch.device("cpu")
-# A block of 64 MiB is made and released; its size against how far the process shrinks, and peak memory as benchmarks
-# count it, before and after keep().
+# Allocate and release a block of 64 MiB. Print how far the process shrinks, and the peak memory as benchmarks count it,
+# before and after keep().
 PROBE = """
 import json, os
 import torch
@@ -46,7 +46,7 @@ print(json.dumps(found))
 """
 
 
-# How far the process grows when it makes a block of 64 MiB, without and with a reserve of 200.
+# Print how far the process grows when it allocates 64 MiB, without and with a reserve of 200.
 RESERVE = """
 import json, os
 import torch
@@ -72,7 +72,7 @@ print(json.dumps(found))
 
 
 class Library:
-    """A C library that notes what it is told."""
+    """A C library that records its calls."""
 
     def __init__(self, answer=1):
         self.told, self.answer = [], answer
@@ -87,7 +87,7 @@ class Library:
 
 @pytest.fixture
 def library(monkeypatch):
-    """A glibc that only pretends, so that this process stays as it is."""
+    """Fake glibc, so that this process keeps its settings."""
     made = Library()
     monkeypatch.setattr(memory, "_c_library", lambda: made)
     monkeypatch.setattr(memory, "_kept", False)
@@ -96,7 +96,7 @@ def library(monkeypatch):
 
 @pytest.fixture
 def foreign(monkeypatch):
-    """Another C library."""
+    """Fake a C library other than glibc."""
     monkeypatch.setattr(memory, "_c_library", object)
     monkeypatch.setattr(memory, "_kept", False)
 

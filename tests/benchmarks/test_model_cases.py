@@ -1,4 +1,4 @@
-"""The cases of whole composed models: everybody computes what is asked, costs are counted right."""
+"""The cases of whole composed models: the same results from every contestant, and correct costs."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_plain_definition_is_the_transformers_model():
 
 
 def products(thunk) -> int:
-    """FLOPs of matrix products outside of attention; called before, so that what is folded once is folded.
+    """Count the FLOPs of matrix products outside attention. A call beforehand folds the weights.
 
     Both times under a counter, where kept weights are not packed: it could not count packed products.
     """
@@ -96,7 +96,7 @@ def products(thunk) -> int:
 @pytest.mark.parametrize(
     "shape",
     [
-        replace(STEP, m=160),  # enough tokens for folding to pay
+        replace(STEP, m=160),  # enough tokens for folding to pay off
         replace(STEP, m=160, augmenters=2, connections=3),
         TALK,
         replace(TALK, augmenters=2, new=3, b=1),
@@ -152,7 +152,7 @@ def test_scaling_curves_have_their_points(device):
         other = [{name: size for name, size in case.shape.items() if name not in (curve.size, "N")} for case in points]
         assert all(shape == other[0] for shape in other)
         flops = [case.flops / case.shape[curve.size] ** curve.power for case in points]
-        assert flops == sorted(flops, reverse=True)  # what must be computed grows no faster than the curve allows
+        assert flops == sorted(flops, reverse=True)  # the necessary FLOPs grow no faster than the curve allows
 
 
 def test_gpu_cases_are_an_8b_and_a_1b_class_model():

@@ -15,7 +15,7 @@ from calm_fast.benchmarks import memory
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = '''
-"""A registry of one case: three who are right, wrong, and absent."""
+"""A registry with one case of three contestants: correct, wrong, absent."""
 
 import sys
 

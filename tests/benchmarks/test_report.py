@@ -86,7 +86,7 @@ def test_ratios_have_sensible_digits(value, shown):
         (Target("ours", "elsewhere", 2.0), ">= 2x elsewhere", "not measured", facts.ABSENT),
     ],
 )
-def test_targets_in_words_and_what_came_of_them(target, wanted, measured, state):
+def test_targets_and_measured_values_in_words(target, wanted, measured, state):
     (found,) = facts.verdicts(ROWS, [case(targets=(target,), yardsticks=("bare",))])
     (goal,) = found.goals
     assert (goal.wanted, goal.measured, goal.state) == (wanted, measured, state)
@@ -150,14 +150,14 @@ def test_cases_of_a_series_become_one_curve():
 
 
 @pytest.mark.parametrize(("power", "says"), [(1.0, "no faster than"), (2.0, "FASTER than")])
-def test_growth_is_held_against_what_was_expected(power, says):
+def test_growth_is_compared_with_the_expected_power(power, says):
     rows, members = scaling(power)
     (line,) = text.growth_lines(facts.verdicts(rows, members))
     assert f"augmenters^{power:.2f}, {says} the augmenters^1" in line
 
 
 def everything():
-    """Every case of the quick suite with made-up times: what the page must be able to hold."""
+    """Render every case of the quick suite with made-up times, the largest page needed."""
     chosen = [c for op in REGISTRY for c in cases(op, CPU, "quick")]
     rows = []
     for c in chosen:
@@ -209,7 +209,7 @@ def test_page_begins_with_a_verdict_for_every_case(page):
 def test_page_begins_with_the_ratio_to_every_baseline(page):
     html, markdown, chosen = page
     first = html[: html.index("<h2")].replace("<wbr>", "")
-    for c in (c for c in chosen if c.series is None and c is not chosen[0]):  # that one has a wrong baseline
+    for c in (c for c in chosen if c.series is None and c is not chosen[0]):  # the first has a wrong baseline
         (line,) = re.findall(rf'<a href="#{c.name}">.*?</tr>', first)
         (text_line,) = (line for line in markdown.splitlines() if line.startswith(f"| {c.name} ("))
         rivals = [k.name for k in c.contestants if not k.ours and not k.yardstick]
@@ -231,7 +231,7 @@ def test_page_groups_verdicts_by_op_and_rows_by_case(page):
     table = html[html.index("<h2>Every row</h2>") :]
     bodies = dict(re.findall(r'<tbody><tr><th colspan="7">(.*?)</th></tr>(.*?)</tbody>', table))
     assert list(bodies) == [c.name for c in chosen]
-    for c in chosen[1:]:  # a wrong row of the first has no numbers
+    for c in chosen[1:]:  # the first has a wrong row without numbers
         lines = re.findall(r"<tr.*?</tr>", bodies[c.name])
         assert len(lines) >= 2 and all(line.count("<td") == 7 for line in lines)
 

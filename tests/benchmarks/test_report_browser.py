@@ -22,7 +22,7 @@ FLAGS = (
     "--disable-component-update", "--disable-sync", "--virtual-time-budget=5000", "--dump-dom",
 )  # fmt: skip
 WIDTHS = (320, 390, 768, 1000, 1280)
-# the page in a frame of each width: a window itself cannot be made as narrow as a phone
+# the page in a frame of each width: a window cannot be as narrow as a phone
 PROBE = """<body>FRAMES<pre id="found"></pre><script>
 function look(frame) {
   const page = frame.contentDocument, view = page.documentElement, cut = [];
@@ -44,7 +44,7 @@ addEventListener("load", () => {
 
 
 def rows_of(case):
-    """Made-up times of everybody, far apart enough to fill the plots."""
+    """Make up times for every contestant, far enough apart to fill the plots."""
     return [
         {
             "op": case.op, "case": case.name, "impl": c.name, "device": "cpu, 1 thread",

@@ -1,4 +1,4 @@
-"""The runner on a tiny op of its own: right, wrong, slow, broken and missing contestants."""
+"""The runner on a tiny op of its own: correct, wrong, slow, broken and missing contestants."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def make(seed, size=48):
 
 @pytest.fixture(autouse=True)
 def _small_ceilings(monkeypatch):
-    monkeypatch.setitem(timing._CEILING_SIZES, "cpu", (128, 1 << 16))  # what they are is tested in test_timing
+    monkeypatch.setitem(timing._CEILING_SIZES, "cpu", (128, 1 << 16))  # test_timing tests the real ones
 
 
 @pytest.fixture(autouse=True)
 def kept(monkeypatch):
-    """How often memory was to be kept: the process of the tests stays as it is."""
+    """Record calls of `keep` without changing the test process."""
     calls = []
     monkeypatch.setattr(memory, "keep", lambda: calls.append(1))
     return calls
@@ -93,7 +93,7 @@ def kept(monkeypatch):
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
-    """bench(contestants...) runs the command line on one case of them; returns exit code, rows by impl, folder."""
+    """Return bench(contestants...), which runs the command line on one case: exit code, rows by impl, folder."""
 
     def run(*contestants, targets=(), check_make=None, name="product", options=()):
         def cases(device, suite):
@@ -190,7 +190,7 @@ def test_ours_that_breaks_at_full_size_only_exits_1(bench):
     assert rows["fast"]["ms"] is None and "MemoryError" in rows["fast"]["failure"]
 
 
-def test_own_definition_is_what_a_contestant_is_held_against(bench):
+def test_a_contestant_is_checked_against_its_own_definition(bench):
     def doubled(inputs, dtype):
         return {"out": 2 * product(inputs, dtype)["out"]}
 
@@ -234,7 +234,7 @@ def test_compiled_code_of_one_case_is_forgotten_before_the_next(imported, bench,
     else:
         monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
     bench(Contestant("ours", plain, ours=True))
-    assert len(resets) == (2 if imported else 0)  # before the check and, its shapes being others, before timing
+    assert len(resets) == (2 if imported else 0)  # before the check and, as shapes differ, before timing
 
 
 def test_relative_error_takes_the_worst_value():
@@ -289,7 +289,7 @@ def test_a_case_takes_its_share_of_the_time():
     assert setting.budget_of(replace(whole, share=0.3)) == Budget(3.0, min_rounds=3)
 
 
-def test_the_headline_of_the_case_is_whom_others_must_be_close_to(bench, monkeypatch):
+def test_other_contestants_are_close_to_the_headline_of_the_case(bench, monkeypatch):
     given = []
     whole = measure_module.interleave
 
@@ -302,9 +302,9 @@ def test_the_headline_of_the_case_is_whom_others_must_be_close_to(bench, monkeyp
     assert given == [("fast", {"fast", "baseline", timing._PRODUCT, timing._COPY})]
 
 
-def test_no_case_fits_is_a_usage_error(capsys):
+def test_no_matching_case_is_a_usage_error(capsys):
     assert main(["--op", "cross_attention", "--device", "cpu", "--case", "no such case"]) == 2
-    assert "no case fits" in capsys.readouterr().err
+    assert "no case matches" in capsys.readouterr().err
 
 
 def test_list_names_cases_and_contestants(capsys):

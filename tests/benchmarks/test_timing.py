@@ -1,4 +1,4 @@
-"""What the numbers are made of: quantiles, turns, floors, peak memory."""
+"""The parts of every number: quantiles, turns, floors, peak memory."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def test_interleave_ends_after_the_last_round():
 
 @pytest.fixture
 def turns(monkeypatch):
-    """turns(ms, budget, headline): `interleave` on a clock that only calls move, by `ms` of each name, without waiting.
+    """Return turns(ms, budget, headline), which runs `interleave` on a fake clock that each call advances by its `ms`.
 
-    Gives the times, the names in the order of their calls and the seconds that passed. ms: a number, or one a call.
+    It returns the times, the names in the order of their calls and the seconds passed. ms: a number, or one per call.
     """
 
     def run(ms, budget, headline):
@@ -98,7 +98,7 @@ def test_samples_of_both_phases_count(turns):
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0.0, 5), (1.0, 8), (1.1, 8), (1.3, 9), (100.0, 15)])
 def test_going_on_takes_the_budget_once_more_at_most(turns, seconds, expected):
-    # the first phase takes 5 rounds or more whatever the budget; a round of the second one 0.4 s, the last may overrun
+    # the first phase takes at least 5 rounds; a round of the second takes 0.4 s, and the last may overrun
     slow = {"ours": 200.0, "other": 200.0, "slow": 25_000.0}
     times, _, passed = turns(slow, Budget(seconds, warmup=0), "ours")
     assert {name: t.rounds for name, t in times.items()} == {"ours": expected, "other": expected, "slow": 5}
@@ -116,7 +116,7 @@ def test_enough_and_close_are_the_budgets(turns):
 
 
 @pytest.mark.parametrize("headline", [None, "broke before it was timed"])
-def test_nobody_goes_on_without_a_headline(turns, headline):
+def test_no_second_phase_without_a_headline(turns, headline):
     times, _, _ = turns(SLOW, Budget(seconds=20.0, warmup=0), headline)
     assert {t.rounds for t in times.values()} == {5}
 
@@ -183,7 +183,7 @@ def test_peak_of_numpy_and_python_counts_on_request():
     mib = 2**20
     assert peak_bytes(call, CPU) < 4096
     assert 2 * mib + 40_000 <= peak_bytes(call, CPU, python=True) < 2 * mib + 200_000
-    assert peak_bytes(lambda: torch.ones(2**18) * 2, CPU, python=True) >= 2 * mib  # and tensors as before
+    assert peak_bytes(lambda: torch.ones(2**18) * 2, CPU, python=True) >= 2 * mib  # and tensors too
 
 
 def test_ceilings_are_measured():
@@ -194,7 +194,7 @@ def test_ceilings_are_measured():
 
 
 def spin(seconds):
-    end = time.thread_time() + seconds  # this thread's own work, however long it takes on a busy machine
+    end = time.thread_time() + seconds  # this thread's own work, independent of other programs
     while time.thread_time() < end:
         pass
 
@@ -206,7 +206,7 @@ def test_time_lost_to_other_programs_does_not_count(monkeypatch):
     rivals = [subprocess.Popen(rival, stdout=subprocess.PIPE) for _ in range(2 * os.cpu_count())]
     try:
         for process in rivals:
-            process.stdout.readline()  # it runs
+            process.stdout.readline()  # wait until it runs
         begin = time.perf_counter()
         took = timing._call_cpu(lambda: spin(0.2))
         wall = 1e3 * (time.perf_counter() - begin)
@@ -221,7 +221,7 @@ def test_time_lost_to_other_programs_does_not_count(monkeypatch):
 def test_core_lost_between_reading_the_queue_and_the_call_is_not_taken_off(monkeypatch, loses):
     lost_ns, readings = [0], [0]
 
-    def queued_ns():  # read, then off the core for 20 ms before the caller goes on
+    def queued_ns():  # lose the core for 20 ms after the reading
         before, readings[0] = lost_ns[0], readings[0] + 1
         if readings[0] <= loses:
             time.sleep(0.02)

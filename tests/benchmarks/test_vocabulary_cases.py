@@ -1,4 +1,4 @@
-"""The cases of linear_logprob and linear_nce: every contestant computes the same thing, costs are counted right."""
+"""The cases of linear_logprob and linear_nce: the same results from every contestant, and correct costs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def _small_ceilings(monkeypatch):
-    monkeypatch.setitem(timing._CEILING_SIZES, "cpu", (128, 1 << 16))  # what they are is tested in test_timing
+    monkeypatch.setitem(timing._CEILING_SIZES, "cpu", (128, 1 << 16))  # test_timing tests the real ones
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -42,7 +42,7 @@ def test_every_contestant_is_right_and_timed(name):
 
 
 def products(work) -> int:
-    """FLOPs of the matrix products of a call; a registered op is opaque to the counter, so its inside is called."""
+    """Count the FLOPs of a call's matrix products. A registered op is opaque to the counter: call its inside."""
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
@@ -61,7 +61,7 @@ def test_logprob_flops_are_those_of_the_products(name):
 
 
 def test_nce_flops_are_those_of_the_products():
-    """With a trained head the op multiplies two of them again, to keep no logits: no part of the least known form."""
+    """With a trained head the op repeats two products to store no logits; the cheapest known form does not."""
     x = TINY["nce"].make(0)
     streams, head = (x["student"], x["nat"], x["neg"]), (x["weight"], None, x["targets"])
     arguments = (*streams, *head, x["seq_ids"], 0.5, 1.0, 0.5, None, -100)

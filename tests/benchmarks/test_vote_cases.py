@@ -1,4 +1,4 @@
-"""The cases of vote: every contestant computes the same thing, costs are counted right."""
+"""The cases of vote: the same results from every contestant, and correct costs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def _small_ceilings(monkeypatch):
-    monkeypatch.setitem(timing._CEILING_SIZES, "cpu", (128, 1 << 16))  # what they are is tested in test_timing
+    monkeypatch.setitem(timing._CEILING_SIZES, "cpu", (128, 1 << 16))  # test_timing tests the real ones
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -59,7 +59,7 @@ def test_costs_by_hand():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("suite", ["quick", "full"])
 def test_first_case_has_the_shape_and_targets_asked_for(device, suite):
-    first = cases(torch.device(device), suite)[0]  # naming GPU cases needs no GPU
+    first = cases(torch.device(device), suite)[0]  # listing GPU cases needs no GPU
     assert first.shape == {"Q": 5000, "K": 64}
     least = {target.baseline: target.least for target in first.targets}
     assert least == {"counter": 20.0, "torch_one_hot": 1.5, "torch_scatter": 1.5}

@@ -1,4 +1,4 @@
-"""The contract: what calm_fast takes from other packages, in under 90 seconds. `make contract` runs it per release."""
+"""The contract with other packages, tested in under 90 seconds. `make contract` runs it for each release."""
 
 from __future__ import annotations
 

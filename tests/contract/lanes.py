@@ -1,15 +1,15 @@
-"""Run the contract suite against other releases of the packages that calm_fast stands on.
+"""Run the contract suite against other releases of the packages that calm_fast depends on.
 
     python tests/contract/lanes.py                          lowest, 5.17 and newest
     python tests/contract/lanes.py --lane newest            one of them
-    python tests/contract/lanes.py --pin transformers==5.20.2   any other release, beside the newest of the rest
-    python tests/contract/lanes.py --record                 write what was seen: calm_fast/core/compatibility.json,
+    python tests/contract/lanes.py --pin transformers==5.20.2   any other release, with the newest of the rest
+    python tests/contract/lanes.py --record                 write the results: calm_fast/core/compatibility.json,
                                                             docs/compatibility.md, and constraints.txt
-    python tests/contract/lanes.py --newest                 what pip is asked for in the newest lane
-    python tests/contract/lanes.py --changed                what is newer or older here than in constraints.txt
+    python tests/contract/lanes.py --newest                 print the requirements of the newest lane
+    python tests/contract/lanes.py --changed                print the differences from constraints.txt
 
-Every lane is a virtual environment in a temporary folder that shares what is installed here (torch above all, and this
-checkout) and has packages of its own in front of it. If the newest releases fail, each package that changed since
+Every lane is a virtual environment in a temporary folder. It shares the packages installed here (mainly torch, and this
+checkout) and puts its own packages in front of them. If the newest releases fail, each package that changed since
 constraints.txt is reverted in turn, and the one whose reversal makes the suite pass is named. Exit code 1 if a lane
 failed.
 """
@@ -43,18 +43,18 @@ PAGE = ROOT / "docs" / "compatibility.md"
 CONSTRAINTS = ROOT / "constraints.txt"
 MARKS = ("<!-- lanes: written by `make contract ARGS=--record` -->", "<!-- end of lanes -->")
 
-# never installed by a lane: torch is gigabytes with CUDA and brings its own triton, the others do not take part
+# never installed by a lane: torch takes gigabytes with CUDA and brings its own triton; the rest is not under test
 SHARED = ("torch", "triton", "ruff", "build", "setuptools", "ninja", "wheel")
-# the columns of the page
+# columns of the page's table
 COLUMNS = ("transformers", "peft", "accelerate", "torch", "numpy", "math-verify", "typer", "python")
-GPU_MACHINES = "==5.17.0"  # the transformers that the GPU machines of the project carry
+GPU_MACHINES = "==5.17.0"  # the transformers of the project's GPU machines
 LANES = ("lowest", "5.17", "newest")
-UPGRADE = ("--upgrade", "--upgrade-strategy", "eager")  # what the named packages need is the newest possible, too
+UPGRADE = ("--upgrade", "--upgrade-strategy", "eager")  # their dependencies are the newest possible, too
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run of the contract suite: the versions of everything it saw, the number of tests by result, the output."""
+    """A run of the contract suite: all installed versions, the number of tests by result, the output."""
 
     lane: str
     versions: dict[str, str]
@@ -65,7 +65,7 @@ class Outcome:
     output: str
 
     def row(self) -> dict[str, Any]:
-        """The outcome as the record holds it."""
+        """Return the outcome as an entry of the record."""
         counts = {"passed": self.passed, "failed": self.failed, "skipped": self.skipped}
         named = sorted({*requirements(), "torch", "triton", "python"} & self.versions.keys())
         versions = {name: self.versions[name] for name in named}
@@ -73,7 +73,7 @@ class Outcome:
 
 
 def requirements() -> dict[str, Requirement]:
-    """What calm_fast and its tests need, by name, without what lanes share."""
+    """Return the requirements of calm_fast and its tests by name, without the shared packages."""
     found = {}
     for text in importlib.metadata.requires("calm-fast") or []:
         requirement = Requirement(text)
@@ -84,13 +84,13 @@ def requirements() -> dict[str, Requirement]:
 
 
 def lower_bound(requirement: Requirement) -> str:
-    """The version that a requirement states as its lowest."""
+    """Return the lowest version that a requirement allows."""
     (bound,) = [spec.version for spec in requirement.specifier if spec.operator == ">="]
     return bound
 
 
 def wanted(lane: str, pins: Iterable[str] = ()) -> list[str]:
-    """What pip is asked for in a lane; `pins` are for a lane of their own."""
+    """Return pip's requirements for a lane; `pins` replace versions in a lane of their own."""
     known = requirements()
     fixed = {canonicalize_name(Requirement(pin).name): str(Requirement(pin).specifier) for pin in pins}
     if lane == "lowest":
@@ -109,9 +109,10 @@ def wanted(lane: str, pins: Iterable[str] = ()) -> list[str]:
 
 
 def make_environment(folder: Path, packages: Iterable[str]) -> Path:
-    """A virtual environment with `packages` in front of everything that is installed here; its Python.
+    """Make a virtual environment with `packages` in front of everything installed here, and return its Python.
 
-    Raises RuntimeError with pip's message if they cannot be installed.
+    Raises:
+        RuntimeError: the packages cannot be installed, with pip's message.
     """
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = folder / "bin" / "python"
@@ -131,27 +132,27 @@ def make_environment(folder: Path, packages: Iterable[str]) -> Path:
 _FREEZE = """
 import importlib.metadata as m, json
 found = {}
-for d in m.distributions():  # the first on the path is the one that is imported
+for d in m.distributions():  # the first on the path is imported
     found.setdefault(d.metadata["Name"], d.version)
 print(json.dumps(found))
 """
 
 
 def versions_of(python: str | Path) -> dict[str, str]:
-    """Version of every distribution that a Python sees, and of Python itself."""
+    """Return the version of every distribution that a Python sees, and of Python itself."""
     done = subprocess.run([python, "-c", _FREEZE], check=True, capture_output=True, text=True)
     found = {canonicalize_name(name): version for name, version in json.loads(done.stdout).items()}
     return {**found, "python": platform.python_version()}
 
 
 def run_suite(lane: str, python: Path, folder: Path) -> Outcome:
-    """The contract suite in the environment of `python`."""
+    """Run the contract suite in the environment of `python`."""
     report, begin = folder / "report.xml", time.perf_counter()
     command = [python, "-m", "pytest", str(ROOT / "tests" / "contract"), "-n", "2", "-q", f"--junitxml={report}"]
     settings = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     command += ["-p", "no:cacheprovider"]
     if not lane.startswith("newest"):
-        command += ["-o", "filterwarnings="]  # older releases warn of each other
+        command += ["-o", "filterwarnings="]  # older releases warn about each other
     done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
     counts = {"tests": 1, "failures": 0, "errors": 1, "skipped": 0}  # pytest itself did not start
     if report.is_file():
@@ -165,7 +166,7 @@ def run_suite(lane: str, python: Path, folder: Path) -> Outcome:
 
 
 def try_lane(lane: str, packages: list[str]) -> Outcome:
-    """Make the environment of a lane, run the suite in it, and take it away again."""
+    """Make the environment of a lane, run the suite in it, and remove it."""
     print(f"[contract] {lane}: installing", flush=True)
     with tempfile.TemporaryDirectory(prefix="contract-") as folder:
         try:
@@ -182,13 +183,13 @@ def try_lane(lane: str, packages: list[str]) -> Outcome:
 
 
 def read_constraints(text: str) -> dict[str, str]:
-    """name -> version of a file of `name==version` lines."""
+    """Parse `name==version` lines into name -> version."""
     pairs = [line.split("==") for line in text.splitlines() if line and not line.startswith("#")]
     return {canonicalize_name(name): version.strip() for name, version in pairs}
 
 
 def differences(now: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
-    """Every package whose version is another one than before, as `name before -> now`."""
+    """Return every package whose version changed, as `name before -> now`."""
     found = []
     for name, version in sorted(now.items()):
         if name in before and Version(version).public != Version(before[name]).public:
@@ -197,8 +198,10 @@ def differences(now: Mapping[str, str], before: Mapping[str, str]) -> list[str]:
 
 
 def needed(versions: Mapping[str, str]) -> dict[str, str]:
-    """Those of the distributions here that calm_fast and its tests need, directly or through another; not triton, whose
-    version belongs to the build of torch."""
+    """Return the distributions here that calm_fast and its tests need, directly or indirectly.
+
+    Triton is left out: its version belongs to the build of torch.
+    """
     found, waiting = set(), [("calm-fast", frozenset({"", "test"}))]
     while waiting:
         name, extras = waiting.pop()
@@ -213,7 +216,7 @@ def needed(versions: Mapping[str, str]) -> dict[str, str]:
 
 
 def constraints(versions: Mapping[str, str]) -> str:
-    """The text of constraints.txt."""
+    """Return the text of constraints.txt."""
     release = ".".join(platform.python_version_tuple()[:2])
     head = [
         f"# Exact versions of the last run in which every test passed, on Linux with Python {release}. Triton",
@@ -224,7 +227,7 @@ def constraints(versions: Mapping[str, str]) -> str:
 
 
 def culprits(failed: Outcome, before: Mapping[str, str]) -> list[str]:
-    """The packages that changed since constraints.txt and make the suite pass again when reverted alone."""
+    """Return the packages that changed since constraints.txt and whose reversal alone makes the suite pass."""
     changed = [line.split()[0] for line in differences(failed.versions, before)]
     found = []
     for name in (name for name in changed if name not in SHARED):
@@ -256,13 +259,13 @@ def explain(failed: Outcome) -> None:
 
 
 def merged(rows: Iterable[dict[str, Any]], new: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The record with new rows: one for each lane, and in the newest lane for each transformers; in that order."""
+    """Return the record with new rows, sorted: one per lane, and in the newest lane one per transformers release."""
     kept = {(r["lane"], r["versions"]["transformers"] if r["lane"] == "newest" else ""): r for r in (*rows, *new)}
     return sorted(kept.values(), key=lambda r: (Version(r["versions"]["transformers"]), r["lane"]))
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    """The record as a Markdown table."""
+    """Return the record as a Markdown table."""
     lines = [f"| lane | {' | '.join(COLUMNS)} | contract | date |", "|---" * (len(COLUMNS) + 3) + "|"]
     for row in rows:
         result = f"{row['passed']} passed" if not row["failed"] else f"**{row['failed']} failed**"
@@ -272,20 +275,20 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def page(text: str, rows: Iterable[dict[str, Any]]) -> str:
-    """The text of docs/compatibility.md with its table replaced."""
+    """Return the text of docs/compatibility.md with its table replaced."""
     pattern = f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}"
     return re.sub(pattern, lambda _: f"{MARKS[0]}\n\n{table(rows)}\n\n{MARKS[1]}", text, flags=re.DOTALL)
 
 
 def record(outcomes: Iterable[Outcome]) -> None:
-    """Write what was seen into the record, its page and, if the newest lane is among it, constraints.txt."""
+    """Write the outcomes into the record and its page, and the newest lane's into constraints.txt."""
     outcomes = list(outcomes)
     rows = merged(json.loads(RECORD.read_text(encoding="utf-8"))["lanes"], (o.row() for o in outcomes if o.versions))
     RECORD.write_text(json.dumps({"lanes": rows}, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
     for newest in (o for o in outcomes if o.lane == "newest" and not o.failed):
         here = needed(versions_of(sys.executable))
-        # the whole suite runs here: what it did not see is not written down as having passed
+        # the whole suite runs in this environment: record only versions that it has seen
         if other := differences(needed(newest.versions), here):
             print(f"[contract] constraints.txt stays: {', '.join(other)} (make upgrade, the whole suite, then again)")
         else:
@@ -294,11 +297,11 @@ def record(outcomes: Iterable[Outcome]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lane", action="append", choices=LANES, help="one of the lanes; again for another")
+    parser.add_argument("--lane", action="append", choices=LANES, help="one of the lanes; repeat for several")
     parser.add_argument("--pin", action="append", default=[], metavar="NAME==VERSION", help="a lane of its own")
-    parser.add_argument("--record", action="store_true", help="write what was seen into the checkout")
-    parser.add_argument("--changed", action="store_true", help="only say what differs from constraints.txt here")
-    parser.add_argument("--newest", action="store_true", help="only print what pip is to upgrade")
+    parser.add_argument("--record", action="store_true", help="write the results into the checkout")
+    parser.add_argument("--changed", action="store_true", help="only print the differences from constraints.txt")
+    parser.add_argument("--newest", action="store_true", help="only print the requirements of the newest lane")
     options = parser.parse_args(arguments)
     if options.newest:
         print(" ".join(wanted("newest")))

@@ -1,4 +1,4 @@
-"""Dual LoRA in five families: nothing at first, PEFT adapters both ways, one training step, files."""
+"""Dual LoRA in five families: unchanged at init, PEFT adapters both ways, one training step, saved files."""
 
 from __future__ import annotations
 

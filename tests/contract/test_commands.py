@@ -1,4 +1,4 @@
-"""The command line starts: every subcommand has its help, and `env` tells a release that nobody has tried."""
+"""The command line starts: every subcommand has its help, and `env` names every package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compositions of five families: the anchor at first, cached generation equals recomputation, Trainer, files."""
+"""Compositions of five families: the anchor at init, cached generation equals recomputation, Trainer, saved files."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ each_family = pytest.mark.parametrize("name", NAMES)
 
 
 def fresh(name: str, parts: Any = None) -> ComposedForCausalLM:
-    """An untrained composition of two models of one family."""
+    """Return an untrained composition of two models of one family."""
     anchor, augmenter = parts or (MODELS[name].model(0), MODELS[name].model(1))
     return compose(anchor, augmenter, [(-1, -1), (0, 1), (1, 2)], num_heads=4)
 
 
 @cache
 def shared(name: str) -> ComposedForCausalLM:
-    """One composition with random weights per family, for the tests that only read it."""
+    """Return a composition with random weights, one per family, for tests that only read it."""
     return randomize(fresh(name))
 
 
@@ -68,7 +68,7 @@ def test_cached_generation_equals_recomputation(name: str, variant: str) -> None
     torch.manual_seed(0)
     how.pop("cache_implementation", None)
     assert torch.equal(cached, composed.generate(**inputs, **how, use_cache=False))
-    # the row without padding, step by step through the plain forward: neither generate() nor a cache takes part
+    # the row without padding, step by step through the plain forward, without generate() or a cache
     if variant in ("greedy", "static"):
         ids = inputs["input_ids"][1:]
         for _ in range(STEPS):
@@ -80,7 +80,7 @@ def test_cached_generation_equals_recomputation(name: str, variant: str) -> None
 @pytest.mark.parametrize("name", (*NAMES, "olmo_hybrid"))
 @torch.no_grad()
 def test_an_augmenter_that_stops_early_fills_its_cache(name: str) -> None:
-    """Its last layer is not connected, so that it never runs, and has no place in the cache."""
+    """Its last layer is not connected, so it never runs and has no entry in the cache."""
     parts, ids = [MODELS[name].model(0), MODELS[name].model(1)], prompts()
     composed = randomize(compose(*parts, [(0, 1), (1, 2)], num_heads=4))
     outputs = composed(ids[:, :8])

@@ -1,4 +1,4 @@
-"""Scoring and sampling of five families and of the decoder half of an encoder-decoder; the answers that vote."""
+"""Scoring and sampling with five families and the decoder of an encoder-decoder; voting over answers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_prompt_is_read_once_where_the_cache_holds_keys_and_values(name: str) 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_are_those_of_reading_every_prompt_anew(name: str) -> None:
-    """At temperature 0 a sample is the model's own greedy continuation, without any cache."""
+    """At temperature 0 a sample equals the model's own greedy continuation without any cache."""
     model, tokenizer = model_of(name), character_tokenizer()
     settings = {"n": 2, "temperature": 0, "max_new_tokens": 8, "rule": "count", "progress": False}
     questions = ["3+4?", "a longer question?"]

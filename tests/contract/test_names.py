@@ -1,4 +1,4 @@
-"""Every name of transformers that calm_fast imports, overrides or calls exists, with the signature relied upon."""
+"""Every name of transformers that calm_fast imports, overrides or calls exists with the expected signature."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OTHERS = ("transformers", "peft", "accelerate", "safetensors", "math_verify", "t
 
 
 def imports() -> Iterator[tuple[str, str, str]]:
-    """(file, module, name) of every import from another package, those inside functions included."""
+    """Yield (file, module, name) of every import from another package, including those inside functions."""
     for file in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.split(".")[0] in OTHERS:
@@ -44,7 +44,7 @@ def parameters(owner: Any, method: str) -> list[str]:
     return [name for name in inspect.signature(getattr(owner, method)).parameters if name != "self"]
 
 
-# what a class of ours overrides -> the parameters, in order, under which the other package calls it
+# method that a class of ours overrides -> the parameters, in order, that the other package passes
 OVERRIDDEN = {
     (GenerationMixin, "_prepare_cache_for_generation"): ["generation_config", "model_kwargs"],
     (GenerationMixin, "_validate_model_kwargs"): ["model_kwargs"],
@@ -71,7 +71,7 @@ OVERRIDDEN = {
     (Trainer, "_load_from_checkpoint"): ["resume_from_checkpoint", "model"],
     (Trainer, "compute_loss"): ["model", "inputs", "return_outputs", "num_items_in_batch"],
 }
-# what calm_fast calls or reads
+# methods that calm_fast calls
 CALLED = {
     (Cache, "batch_select_indices"): ["indices"],
     (Cache, "reorder_cache"): ["beam_idx"],
@@ -93,7 +93,7 @@ def test_method_has_the_parameters_relied_upon(owner: type, method: str) -> None
 
 @pytest.mark.parametrize("ours", [ComposedForCausalLM, ComposedConfig, ComposedCache])
 def test_every_override_of_ours_is_listed(ours: type) -> None:
-    """A method that overrides one of transformers must be in OVERRIDDEN, or a release can leave it uncalled."""
+    """A method that overrides one of transformers must be in OVERRIDDEN: a release could silently stop calling it."""
     others = [base for base in ours.__mro__[1:] if base.__module__.startswith("transformers")]
     own = {name for base in ours.__mro__ if base.__module__.startswith("calm_fast") for name in vars(base)}
     listed = {name for _, name in OVERRIDDEN}
