@@ -1,7 +1,7 @@
 """calm_fast: fused kernels for composing language models, dual LoRA and self-consistency scoring.
 
-Importing this package defines names and nothing else: torch ops, Triton, the compiled library and
-transformers are imported when the name that needs them is first used.
+Importing this package only defines names. torch, Triton, the compiled library and transformers are imported when a name
+that needs them is first used.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from calm_fast._version import __version__
 
-# public name -> module that defines it; the module is imported at the name's first use
+# public name -> the module that defines it, which is imported when the name is first used
 _LAZY = {
     "CrossAttention": "calm_fast.modules.cross_attention",
     "ComposedConfig": "calm_fast.hf",

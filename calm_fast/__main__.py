@@ -1,4 +1,4 @@
-"""`python -m calm_fast` is `calm-fast`."""
+"""`python -m calm_fast`: the same as the console script `calm-fast`."""
 
 from calm_fast.cli import main
 

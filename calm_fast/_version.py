@@ -1,10 +1,10 @@
-"""The version of the package: the one place it is written (pyproject.toml reads it without importing)."""
+"""The version of the package, written here only. pyproject.toml reads it without importing this module."""
 
 __version__ = "0.1.0"
 
 
 def versions() -> dict[str, str]:
-    """What results were made with, for the files that hold them."""
+    """Return the versions that files of results record."""
     import platform
 
     import torch

@@ -1,7 +1,7 @@
-"""What is installed, which device there is, which implementations load, and why others don't.
+"""A report of installed versions, devices, the implementations that run here, and the reasons why others do not.
 
-Standard library first: every fact is asked for on its own, so the report also comes out where torch or Triton are
-missing or broken. `calm-fast env`, `python -m calm_fast.env_report`, `python -m calm_fast.env_report --json`.
+It needs the standard library only and looks up every fact on its own, so it also works where torch or Triton is missing
+or broken. Run `calm-fast env`, `python -m calm_fast.env_report` or `python -m calm_fast.env_report --json`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from calm_fast._version import __version__
@@ -38,14 +39,14 @@ _VARIABLES = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 
 def _brief(problem: BaseException) -> str:
-    """One line for an exception, the home folder written as ~."""
+    """Return one line for an exception, with the home folder written as ~."""
     text = (str(problem).strip().splitlines() or [""])[0]
     text = text.replace(os.path.expanduser("~"), "~") if os.path.expanduser("~") not in ("/", "~") else text
     return f"{type(problem).__name__}: {text}" if text else type(problem).__name__
 
 
 def _ask(question: Callable[[], Any]) -> Any:
-    """The answer, or why there is none: one broken package must not hide the others."""
+    """Return the answer, or the reason why there is none: one broken package must not hide the others."""
     try:
         return question()
     except Exception as problem:
@@ -60,7 +61,7 @@ def _version(package: str) -> str:
 
 
 def _load(module: str) -> tuple[Any, str]:
-    """The module and "", or None and why it cannot be imported."""
+    """Return (module, ""), or (None, the reason why it cannot be imported)."""
     try:
         return importlib.import_module(module), ""
     except Exception as problem:
@@ -78,7 +79,7 @@ def _cpu() -> str:
 
 
 def _devices(torch: Any) -> dict[str, str]:
-    """What torch computes on: CPU features and threads, CUDA build, one entry per GPU."""
+    """Return what torch can compute on: CPU features, threads, the build, and one entry per GPU."""
     found = {
         "CPU features": _ask(torch.backends.cpu.get_cpu_capability),
         "torch threads": str(_ask(torch.get_num_threads)),
@@ -88,7 +89,7 @@ def _devices(torch: Any) -> dict[str, str]:
     if _ask(torch.cuda.is_available) is not True:
         return {**found, "GPU": "none that torch can use"}
     for index in range(torch.cuda.device_count()):
-        found[f"GPU {index}"] = _ask(lambda index=index: _gpu(torch.cuda.get_device_properties(index)))
+        found[f"GPU {index}"] = _ask(partial(_gpu, torch, index))
     return found
 
 
@@ -98,21 +99,22 @@ def _built_for(torch: Any) -> str:
     return f"ROCm {torch.version.hip}" if torch.version.hip else "CPU only"
 
 
-def _gpu(properties: Any) -> str:
+def _gpu(torch: Any, index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
     memory = properties.total_memory / 2**30
     return f"{properties.name}, compute capability {properties.major}.{properties.minor}, {memory:.0f} GiB"
 
 
 def _implementations(torch: Any, torch_problem: str) -> dict[str, dict[str, str]]:
-    """For each op and implementation: "yes", or why it does not run here."""
+    """Return, for each op and implementation, "yes" or the reason why it does not run here."""
     if torch is None:
         why = f"no: torch cannot be imported ({torch_problem})"
         return {"every op": dict.fromkeys(("reference", "torch", "triton", "native"), why)}
     ops, problem = _load("calm_fast.ops")
     if ops is None:
         return {"every op": {"every implementation": f"no: calm_fast.ops cannot be imported ({problem})"}}
-    return {op: {impl: _ask(lambda op=op, impl=impl: _runs(torch, op, impl)) for impl in
-                 ("reference", "torch", "triton", "native")} for op in ops.OPS}  # fmt: skip
+    impls = ("reference", "torch", "triton", "native")
+    return {op: {impl: _ask(partial(_runs, torch, op, impl)) for impl in impls} for op in ops.OPS}
 
 
 def _runs(torch: Any, op: str, impl: str) -> str:
@@ -138,7 +140,7 @@ def _runs(torch: Any, op: str, impl: str) -> str:
 
 
 def _compiled_library(torch_problem: str) -> dict[str, str]:
-    """For each extension module how it was built and the SIMD lane of this CPU, or why it is not loaded."""
+    """Return how each extension module was built and the SIMD lane here, or the reason why it does not load."""
     if torch_problem:
         return {"every part": f"no: torch cannot be imported ({torch_problem})"}
     native, problem = _load("calm_fast.core.native_library")
@@ -152,12 +154,12 @@ def _compiled_library(torch_problem: str) -> dict[str, str]:
 
 
 def collect() -> dict[str, Any]:
-    """The whole report as plain data: versions, imports that fail, devices, implementations, variables."""
+    """Return the report as plain data: versions, imports that fail, devices, implementations, variables."""
     torch, torch_problem = _load("torch")
     _, triton_problem = _load("triton")
     problems = {"torch": torch_problem, "triton": triton_problem}
-    versions = {name: _ask(lambda name=name: _version(name)) for name in _PACKAGES}
-    newer = {name: _ask(lambda name=name: newer_than_tried(name, versions[name])) for name in _PACKAGES}
+    versions = {name: _ask(partial(_version, name)) for name in _PACKAGES}
+    newer = {name: _ask(partial(newer_than_tried, name, versions[name])) for name in _PACKAGES}
     return {
         "calm_fast": __version__,
         "python": platform.python_version(),
@@ -174,7 +176,7 @@ def collect() -> dict[str, Any]:
 
 
 def lines(report: dict[str, Any]) -> list[str]:
-    """The report for a person."""
+    """Return the report as lines for a person."""
     found = [f"calm_fast {report['calm_fast']}, Python {report['python']}, {report['system']}", report["cpu"]]
     newer = {name: f", newer than tested ({tested})" for name, tested in report["newer than tested"].items()}
     report = report | {"versions": {name: v + newer.get(name, "") for name, v in report["versions"].items()}}
@@ -188,7 +190,7 @@ def lines(report: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; --json prints it as JSON. Exit code 2 for any other argument."""
+    """Print the report, with --json as JSON. Return the exit code: 2 for any other argument."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv not in ([], ["--json"]):
         print("usage: python -m calm_fast.env_report [--json]", file=sys.stderr)

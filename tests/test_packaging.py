@@ -24,6 +24,7 @@ MAPPED = {
     "benchmarks": "calm_fast/benchmarks",
     "calm_fast": "calm_fast",
 }
+SOURCES_ONLY = "verify/emulated/"  # of calm_fast/: runs the kernels of csrc/, which a wheel does not hold
 NOT_SOURCE = shutil.ignore_patterns(
     ".git",
     ".venv",
@@ -110,7 +111,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("folder", MAPPED)
 def test_wheel_holds_every_source_file(wheel_names, folder):
-    files = source_files(folder)
+    files = {name for name in source_files(folder) if not name.startswith(SOURCES_ONLY)}
     assert files, f"{folder} is empty"
     missing = {name for name in files if f"{MAPPED[folder]}/{name}" not in wheel_names}
     assert not missing, f"not in the wheel from {folder}: {sorted(missing)}"
@@ -136,6 +137,8 @@ def test_sdist_holds_the_sources_of_the_compiled_library(wheel):
     (sdist,) = wheel.parent.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
+    adapters = {name for name in source_files("calm_fast") if name.startswith(SOURCES_ONLY)}
+    assert adapters and {f"calm_fast/{name}" for name in adapters} <= names
     missing = {f"csrc/{name}" for name in source_files("csrc")} - names
     assert source_files("csrc") and not missing
     assert not [name for name in names if name.endswith(".so")]
@@ -190,6 +193,19 @@ torch.testing.assert_close(*out)
         pytest.skip("no compiler here: the wheel is pure Python")
     file, obstacle = run_python(code, tmp_path, PYTHONPATH=str(installed)).split(" ", 1)
     assert Path(file).is_relative_to(installed) and obstacle == "None"
+
+
+def test_installed_wheel_says_why_it_emulates_no_kernels(installed, tmp_path):
+    code = """
+import importlib.util, sys
+sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+from calm_fast.verify.run import plan
+assert importlib.util.find_spec("calm_fast.verify.emulated") is None
+(part,) = [part for part in plan(["vote"], ["native"]) if part.emulated]
+print(part.skipped)
+"""
+    printed = run_python(code, tmp_path, PYTHONPATH=str(installed))
+    assert printed == "no csrc/ in this installation: the kernels are emulated from a source checkout"
 
 
 @pytest.mark.parametrize("place", ["root", "elsewhere"])

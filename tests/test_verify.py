@@ -6,16 +6,18 @@ import importlib
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from calm_fast.cli import app
-from calm_fast.core import native_library, numerics, run
+from calm_fast.core import native_library, numerics
+from calm_fast.verify import run
 from calm_fast.verify.cases import op_cases
 
-OPS_MODULE = importlib.import_module("calm_fast.ops.cross_attention")
+OPS_MODULE = importlib.import_module("calm_fast._ops.cross_attention.api")
 TRUE = OPS_MODULE.cross_attention_torch
 CASES = op_cases("cross_attention")
 
@@ -183,7 +185,7 @@ def test_verify_exits_1_on_a_wrong_implementation(wrong, monkeypatch, tmp_path):
 
 def test_verify_exits_1_where_nothing_ran(monkeypatch):
     monkeypatch.setattr(native_library, "obstacle", lambda op, device="cpu": "it was not built")
-    monkeypatch.setattr(run.emulation, "has_adapter", lambda op: False)
+    monkeypatch.setattr(run.emulation, "may_have_kernels", lambda op: False)
     result = invoke("--impl", "native")
     assert result.exit_code == 1 and "nothing is proven" in result.output
 
@@ -221,6 +223,13 @@ def test_triton_runs_in_a_fresh_interpreter_process(monkeypatch):
 
 def emulated_part(op="vote"):
     return next(part for part in run.plan([op], ["native"]) if part.emulated)
+
+
+def test_every_op_with_cuda_kernels_has_an_adapter():
+    folder = Path(run.emulation.__file__).parent / "emulated"
+    written = {file.parent.name for file in run.emulation.CSRC.glob("*/*_emulated.cpp")}
+    assert written and {file.stem for file in folder.glob("*.py")} - {"__init__"} == written
+    assert {op for op in run.OPS if run.emulation.may_have_kernels(op)} == written
 
 
 def test_emulated_kernels_are_listed_as_such():

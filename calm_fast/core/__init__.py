@@ -1,1 +1,1 @@
-"""What every room uses: choice of implementation, argument checks, launch configs, the compiled library, releases."""
+"""Code that every room uses: dispatch, argument checks, launch configs, the native library, error bounds, versions."""

@@ -1,4 +1,4 @@
-"""What a program does where the reader of its output has gone: `calm-fast env | head -1`."""
+"""A quiet end for a program whose output is no longer read, as in `calm-fast env | head -1`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_end() -> Iterator[None]:
-    """Around a whole program: it ends with exit code 1 and no message where standard output has no reader any more.
+    """Wrap a whole program: if standard output has lost its reader, end with exit code 1 and no message.
 
-    SIGPIPE stays ignored, as Python starts: its default would also kill the program where a worker process dies.
+    SIGPIPE stays ignored, which is how Python starts. Its default action would also kill the program when a worker
+    process dies.
     """
     try:
         try:
             yield
         finally:
             if sys.stdout is not None:
-                sys.stdout.flush()  # else Python would do it at its end and complain there
+                sys.stdout.flush()  # otherwise Python flushes at exit and prints the error there
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drops what is still buffered
         sys.exit(1)

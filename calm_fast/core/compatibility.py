@@ -1,7 +1,7 @@
-"""Versions of other packages that calm_fast has been tried with, from the record beside this file.
+"""Versions of other packages that calm_fast was tried with, from the record beside this file.
 
-``compatibility.json`` holds one entry per run of a test lane; ``tests/contract/lanes.py`` writes it, and with it
-``docs/compatibility.md``. Nothing here decides what calm_fast does: it only tells a person what was tried.
+``compatibility.json`` holds one entry per run of a test lane. ``tests/contract/lanes.py`` writes it together with
+``docs/compatibility.md``. Nothing here changes what calm_fast computes: it only tells a person what was tried.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RECORD = Path(__file__).with_name("compatibility.json")
 
 @functools.cache
 def lanes() -> tuple[dict[str, Any], ...]:
-    """Return the recorded runs, the oldest transformers first; empty if there is no record."""
+    """Return the recorded runs, oldest transformers first, or () if there is no record."""
     try:
         return tuple(json.loads(RECORD.read_text(encoding="utf-8"))["lanes"])
     except OSError:
@@ -36,13 +36,15 @@ def tried_range(package: str) -> tuple[str, str] | None:
 
 
 def newer_than_tried(package: str, version: str) -> str:
-    """Return the newest version of `package` that was tried if `version` is newer than it, else ""."""
+    """Return the newest version of `package` that was tried if `version` is newer still, else ""."""
     from packaging.version import InvalidVersion, Version
 
     span = tried_range(package)
+    if span is None:
+        return ""
     try:
         # a local label says how a package was built (torch 2.13.0+cu130), not that it is newer
-        newer = span is not None and Version(Version(version).public) > Version(Version(span[1]).public)
+        newer = Version(Version(version).public) > Version(Version(span[1]).public)
     except InvalidVersion:
         return ""
     return span[1] if newer else ""
@@ -65,7 +67,7 @@ class IncompatibleRelease(ImportError):
 
 @contextlib.contextmanager
 def importing(package: str) -> Iterator[None]:
-    """Wrap imports from `package`: if a name is missing, raise IncompatibleRelease with the versions tried."""
+    """Wrap imports from `package`: for a missing name, raise IncompatibleRelease with the versions that were tried."""
     try:
         yield
     except IncompatibleRelease:
@@ -79,8 +81,8 @@ def importing(package: str) -> Iterator[None]:
 def require(package: str, owner: type, *names: str) -> None:
     """Check that a class of `package` has the methods that calm_fast overrides.
 
-    Raises IncompatibleRelease naming the missing ones; otherwise our override would silently never be called, and the
-    failure would surface elsewhere.
+    Raises IncompatibleRelease naming the missing ones. Without this check transformers would silently never call our
+    override, and the failure would surface elsewhere.
     """
     missing = " and ".join(name for name in names if not hasattr(owner, name))
     if missing:

@@ -1,7 +1,7 @@
-"""How an op chooses its implementation, and how a user asks why.
+"""The choice of an implementation: the Decision of an op, what can run here, and explain().
 
-An op module in `calm_fast.ops` offers `decide(*args, **kwargs) -> Decision`, a pure function of device,
-dtype and shape. The only environment variable the package reads is Triton's own TRITON_INTERPRET, here.
+Each `calm_fast/_ops/<op>/api.py` has `decide(*args, **kwargs) -> Decision`, a pure function of device, dtype and shape.
+The package reads one environment variable, Triton's own TRITON_INTERPRET, and reads it here.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import torch
 from torch.autograd import forward_ad
 
 IMPLS = ("auto", "reference", "torch", "triton", "native")
-# names that active_transform() returns
+# return values of active_transform()
 VMAP, FORWARD = "torch.func.vmap", "forward-mode differentiation"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The implementation that a call runs, and why; `str()` gives one readable line.
+    """The implementation that a call runs, and the reason. `str()` gives one readable line.
 
-    costly: "auto" had to fall back to something much slower than what it would have chosen.
+    costly: True if "auto" had to fall back to an implementation much slower than the one it prefers.
     """
 
     op: str
@@ -64,14 +64,14 @@ def check_impl(op: str, impl: str) -> None:
 
 
 def refuse(op: str, impl: str, why: str) -> RuntimeError:
-    """The error for an explicit `impl` that cannot run: it is never replaced by another one."""
+    """Return the error for an explicit `impl` that cannot run. An explicit choice is never replaced by another."""
     return RuntimeError(f"{op}: impl={impl!r} cannot run here: {why}. Use impl='auto' to let the op choose.")
 
 
 def active_transform() -> str | None:
-    """Name of the active torch.func transform or of forward-mode differentiation, or None.
+    """Return the name of the active torch.func transform or of forward-mode differentiation, or None.
 
-    Both see torch's own ops only; a compiled kernel would break the chain.
+    Both trace torch's own ops only, so a compiled kernel would break the chain.
     """
     if torch.compiler.is_compiling():
         return None
@@ -98,7 +98,7 @@ def transform_decision(op: str, impl: str) -> Decision | None:
 
 
 def triton_interpreted() -> bool:
-    """True where Triton runs its kernels in the CPU interpreter (TRITON_INTERPRET=1)."""
+    """Return True if Triton runs its kernels in the CPU interpreter (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
@@ -130,27 +130,28 @@ def _triton_obstacle(device_type: str, index: int) -> str | None:
     return f"no Triton kernels for device type {device_type!r}"
 
 
-# what torch.compiler.assume_constant_result sets; calling that here would import dynamo, and Triton with it
+# torch.compiler.assume_constant_result sets this mark. Calling it here would import dynamo, and with it Triton.
 _triton_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def triton_obstacle(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on `device`; None where they can."""
+    """Return the reason why Triton kernels cannot run on `device`, or None if they can."""
     index = device.index if device.index is not None else 0
     return _triton_obstacle(device.type, index)
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
-    """What `calm_fast.ops.<op>(*args, **kwargs)` would run, and why.
+    """Return the Decision that `calm_fast.ops.<op>(*args, **kwargs)` would take, without running it.
 
     Args:
         op: name of a public op, for instance "cross_attention".
-        *args, **kwargs: exactly what the op would be called with.
+        *args, **kwargs: the arguments of the op's own call.
     Returns:
-        a Decision(op, impl, reason).
+        Decision(op, impl, reason).
     Raises:
-        ValueError for an unknown op, TypeError for arguments that the op does not have or that are missing, and
-        whatever the op itself would raise for these arguments.
+        ValueError: unknown op.
+        TypeError: an argument is missing, or the op does not have it.
+        The op's own errors for these arguments.
     """
     known = importlib.import_module("calm_fast.ops").OPS
     if op not in known:
@@ -158,12 +159,13 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
     decide = importlib.import_module(f"calm_fast._ops.{op}.api").decide
     try:
         inspect.signature(decide).bind(*args, **kwargs)
-    except TypeError as problem:  # in the words of the op, which the caller knows
+    except TypeError as problem:  # the caller knows the op, not decide()
         raise TypeError(f"explain: {op}: {problem}") from None
-    return decide(*args, **kwargs)
+    decision: Decision = decide(*args, **kwargs)
+    return decision
 
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Warn with `message`, once per process."""
+    """Issue the warning `message`, once per process."""
     warnings.warn(message, stacklevel=3)

@@ -1,7 +1,7 @@
-"""The compiled library (csrc/): loaded on first use, and why it cannot run an op where it cannot.
+"""The compiled library (csrc/): it is loaded on first use, and a refusal says why an op cannot run.
 
-Two extension modules register kernels `calm_fast::_<op>_native_<part>` with torch: `calm_fast._cpu` for CPU tensors,
-`calm_fast._cuda` for CUDA tensors. The names they registered say which ops they serve; there is no list.
+Two extension modules register ops with torch: `calm_fast._cpu` for CPU tensors, `calm_fast._cuda` for CUDA tensors. A
+registered name `calm_fast::_<op>_native_<part>` says which op it serves, so there is no list of ops here.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 _KERNEL = re.compile(r"calm_fast::_(\w+?)_native_(\w+)")
-# the schemas are in _cpu, so it is loaded first for either device
+# _cpu holds the schemas, so it is loaded first for either device
 _MODULES = {"cpu": ("_cpu",), "cuda": ("_cpu", "_cuda")}
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
 @functools.cache
 def _load(module: str) -> Any:
-    """The extension module, or the reason (a str) why it is not here."""
+    """Return the extension module, or the reason (a str) why it cannot be loaded."""
     name = f"calm_fast.{module}"
     if importlib.util.find_spec(name) is None:
         part = "no compiler, no torch" if module == "_cpu" else "no nvcc, no CUDA build of torch"
@@ -39,14 +39,14 @@ def _load(module: str) -> Any:
 
 @functools.cache
 def _served(device_type: str) -> frozenset[str]:
-    """`<op>_<part>` of every kernel that the loaded library has for this device type."""
+    """Return `<op>_<part>` of every kernel that the loaded library has for this device type."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     found = (_KERNEL.match(name) for name in torch._C._dispatch_get_all_op_names())
     return frozenset(f"{m[1]}_{m[2]}" for m in found if m and has_kernel(m.string, _KEYS[device_type]))
 
 
 @functools.cache
-def _answer(op: str, device_type: str) -> str | None:
+def _find_obstacle(op: str, device_type: str) -> str | None:
     if device_type not in _MODULES:
         return f"the compiled library has no code for {device_type} tensors"
     for module in _MODULES[device_type]:
@@ -58,20 +58,24 @@ def _answer(op: str, device_type: str) -> str | None:
 
 
 def _obstacle(op: str, device_type: str) -> str | None:
-    return _answer(op, device_type)  # dynamo looks at this function, which a cache would hide
+    # the marked function must not be the cached one: dynamo would not see the mark on a functools.cache object
+    return _find_obstacle(op, device_type)
 
 
-# what torch.compiler.assume_constant_result sets; see dispatch.py
+# the mark of torch.compiler.assume_constant_result; see dispatch.py
 _obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def obstacle(op: str, device_type: str = "cpu") -> str | None:
-    """Why the compiled library cannot run `op` on tensors of this device type; None where it can."""
+    """Return the reason why the compiled library cannot run `op` on tensors of this device type, or None if it can.
+
+    op: an op, or a part of one like "cross_attention_bwd".
+    """
     return _obstacle(op, device_type)
 
 
 @functools.cache
-def _why_slow(dtype: torch.dtype) -> str | None:
+def _find_slowness(dtype: torch.dtype) -> str | None:
     info = build_info()["_cpu"]
     if isinstance(info, dict) and info["best lane here"] == "scalar":
         return "this CPU has neither AVX2 nor AVX-512"
@@ -82,14 +86,14 @@ def _why_slow(dtype: torch.dtype) -> str | None:
 
 
 def slowness(dtype: torch.dtype) -> str | None:
-    """Why torch's own matrix products are the faster ones on this CPU; None where the compiled library's are."""
-    return _why_slow(dtype)
+    """Return the reason why torch's matrix products beat the compiled library's on this CPU, or None if they do not."""
+    return _find_slowness(dtype)
 
 
 slowness._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def build_info() -> dict[str, dict[str, str] | str]:
-    """Per extension module: compiler, torch it was built with, ABI targets, best SIMD lane; or why it is not here."""
+    """Return, for each extension module, how it was built and the best SIMD lane here, or why it cannot be loaded."""
     modules = {name: _load(name) for name in ("_cpu", "_cuda")}
     return {name: found if isinstance(found, str) else found.build_info() for name, found in modules.items()}

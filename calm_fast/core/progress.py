@@ -7,13 +7,13 @@ import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
 
-SECONDS = 5.0  # between two lines where the output is no terminal
+SECONDS = 5.0  # between two lines, if the output is not a terminal
 _LINE = "{desc} {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 _CONTROL = re.compile(r"[\r\n]|\x1b\[A")  # how tqdm redraws a bar in place
 
 
 class _Lines:
-    """A text file to which every state of a bar goes as a line of its own."""
+    """A text file for tqdm that gets every state of a bar as a line of its own."""
 
     def __init__(self, file: TextIO) -> None:
         self.file, self.last = file, ""
@@ -29,17 +29,17 @@ class _Lines:
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> Any:
-    """Return a tqdm bar over `iterable`, or one that is moved by update().
+    """Return a tqdm bar over `iterable`, or one that update() advances.
 
-    Where standard error is neither a terminal nor a notebook (a redirected command, CI) it writes a line of text every
-    five seconds instead of redrawing itself at every step.
+    If standard error is neither a terminal nor a notebook (a redirected command, CI), the bar writes a line of text
+    every five seconds instead of redrawing itself.
 
-    shown: False gives a bar that writes nothing. options: of ``tqdm.tqdm``, like total, desc and unit.
+    shown: False gives a bar that writes nothing. options: arguments of ``tqdm.tqdm``, like total, desc and unit.
     """
     from tqdm.auto import tqdm
 
     shown = shown and sys.stderr is not None
-    terminal = getattr(sys.stderr, "isatty", lambda: False)()  # a stream that goes to a logger often has no isatty
+    terminal = getattr(sys.stderr, "isatty", lambda: False)()  # a stream into a logger often has no isatty
     if shown and not (terminal or "ipykernel" in sys.modules):
         options |= {"file": _Lines(sys.stderr), "mininterval": SECONDS, "bar_format": _LINE}
     return tqdm(iterable, disable=not shown, **options)

@@ -1,4 +1,7 @@
-"""Composition of transformers models; importing it registers them with transformers' Auto classes."""
+"""Composition of transformers models.
+
+Importing this package registers ComposedConfig and ComposedForCausalLM with transformers' Auto classes.
+"""
 
 from __future__ import annotations
 

@@ -1,19 +1,20 @@
-"""One cache for a composed model: the anchor's, every augmenter's, and the cross keys and values."""
+"""The cache of a composed model: the anchor's, every augmenter's, and the keys and values of every connection."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 
 def cache_of_first_layers(config: PreTrainedConfig, depth: int) -> DynamicCache:
-    """Return an empty cache for a decoder of which only the first `depth` layers run.
+    """Return an empty cache for a decoder that runs only its first `depth` layers.
 
-    Layers that never run would stay empty, and a hybrid of attention and recurrent layers may ask one of them how many
-    tokens it has seen. An attention layer is kept even if none of the first ones is one: transformers asks it.
+    A layer that never runs stays empty, and a hybrid of attention and recurrent layers may ask it how many tokens it
+    has seen, so those layers are dropped. If the first `depth` layers hold no attention layer, the next one is kept,
+    because transformers asks an attention layer for the length.
     """
     cache = DynamicCache(config=config)
     rest, cache.layers = cache.layers[depth:], cache.layers[:depth]
@@ -23,16 +24,17 @@ def cache_of_first_layers(config: PreTrainedConfig, depth: int) -> DynamicCache:
 
 
 class ComposedCache(Cache):
-    """The caches of the parts behind one ``Cache``.
+    """One transformers Cache around the caches of all parts.
 
-    ``layers`` is computed on every access: the anchor's layers, then each augmenter's, then one DynamicLayer
-    per connection with cross keys and values (B, Hkv, N, D). The inherited reorder_cache, crop, reset and
-    batch operations walk it, so beams and num_return_sequences reorder every part together. Lengths and mask
-    sizes are the anchor's. Never compileable, which keeps attention masks two-dimensional up to the parts.
+    ``layers`` is computed on every access: the anchor's layers, each augmenter's layers, and one DynamicLayer per
+    connection with its keys and values (B, Hkv, N, D). The inherited reorder_cache, crop, reset and batch operations
+    iterate over ``layers``, so beam search and num_return_sequences reorder all parts together. Lengths and mask
+    sizes are the anchor's. The cache reports that it cannot be compiled, which makes transformers pass
+    two-dimensional attention masks on to the parts.
     """
 
     def __init__(self, anchor: Cache, augmenters: Sequence[Cache], connections: int) -> None:
-        # Cache.__init__ would assign `layers`, which is computed here
+        # Cache.__init__ would assign `layers`, which is a property here
         self.anchor = anchor
         self.augmenters = list(augmenters)
         self.cross = [DynamicLayer() for _ in range(connections)]
@@ -40,7 +42,8 @@ class ComposedCache(Cache):
         self.offloading = False
 
     @property
-    def layers(self) -> list[Any]:
+    def layers(self) -> list[Any]:  # type: ignore[override]  # transformers has an attribute; nothing assigns ours
+        """Every layer of every part, in a fixed order."""
         parts = [*self.anchor.layers]
         for cache in self.augmenters:
             parts.extend(cache.layers)
@@ -49,16 +52,17 @@ class ComposedCache(Cache):
     def __repr__(self) -> str:
         return f"ComposedCache(anchor={self.anchor!r}, augmenters={self.augmenters!r}, cross={len(self.cross)})"
 
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("ComposedCache: its parts are updated by their own models, not through it")
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError("ComposedCache.update: each part updates its own cache; call the composed model")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Anchor tokens seen so far; an int also where the anchor's own cache is static or recurrent."""
+        """Return the number of anchor tokens seen so far: an int even if the anchor's cache is static or recurrent."""
         if layer_idx != 0:
             return self.anchor.get_seq_length(layer_idx)
         own = next((layer for layer in self.anchor.layers if isinstance(layer, CacheLayerMixin)), None)
         length = None if own is None else own.get_seq_length()
-        # a static layer counts in a tensor, a recurrent one not at all: the cross keys are as many on aligned tokens
+        # A static layer counts in a tensor and a recurrent one does not count. Without augmenter tokens of its own
+        # the first connection has cached one key per anchor token.
         return length if isinstance(length, int) else self.cross[0].get_seq_length()
 
     def get_max_length(self, layer_idx: int | None = None) -> int:

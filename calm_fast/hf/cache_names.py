@@ -1,8 +1,8 @@
-"""Names that a transformers release gives the key-value cache.
+"""The names that transformers releases give the key-value cache.
 
-Until 5.23 a decoder takes and returns its cache as ``past_key_values`` (Mamba and its kind: ``cache_params``); since
-5.24 both are called ``cache``, and the old names are announced to go. Nothing here compares release numbers: every
-name is read off the function or the output class that uses it. All other code asks this module.
+Up to 5.23 a decoder takes and returns its cache as ``past_key_values`` (the Mamba family: ``cache_params``). Since 5.24
+both are called ``cache``, and the old names are deprecated. Nothing here compares release numbers: each name is read
+off the function or the output class that uses it. All other code gets the names from this module.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput  # type: ignore[attr-defined]  # re-exported without __all__
 
 from calm_fast.core.compatibility import IncompatibleRelease, tried
 
@@ -21,7 +22,7 @@ NAMES = ("cache", "past_key_values", "cache_params")  # newest first
 
 
 def _named(function: Callable[..., Any]) -> dict[str, bool]:
-    """Known names among the parameters of `function`, newest first -> whether the annotation is a dict."""
+    """Map each known name among the parameters of `function`, newest first, to True if its annotation is a dict."""
     parameters = inspect.signature(function).parameters
     return {name: "dict[" in str(parameters[name].annotation).lower() for name in NAMES if name in parameters}
 
@@ -35,7 +36,7 @@ def cache_argument(function: Callable[..., Any]) -> str | None:
 
 
 def has_own_cache(function: Callable[..., Any]) -> bool:
-    """Return whether `function` takes a cache under a known name that is a dict, not a transformers Cache."""
+    """Return True if `function` has a parameter with a known cache name that is a dict, not a transformers Cache."""
     return any(_named(function).values())
 
 
@@ -48,41 +49,42 @@ def generate_argument() -> str:
     name = cache_argument(GenerationMixin.prepare_inputs_for_generation)
     if name is None:
         raise IncompatibleRelease(
-            f"GenerationMixin.prepare_inputs_for_generation: expected a cache argument named {' or '.join(NAMES)}, got "
-            f"none. {tried('transformers')}"
+            f"GenerationMixin.prepare_inputs_for_generation: the cache argument must be named {' or '.join(NAMES)}, "
+            f"got no such argument. {tried('transformers')}"
         )
     return name
 
 
 def given_cache(**given: Any) -> tuple[str, Any]:
-    """Return (name, cache) of the one cache that a caller gave under any of its names; the cache is None if none was.
+    """Return (name, cache) of the one cache that was passed under any of its names, or (first name, None).
 
-    Raises ValueError if it was given under two names.
+    Raises ValueError if a cache was passed under two names.
     """
     found = [(name, cache) for name, cache in given.items() if cache is not None]
     if len(found) > 1:
-        names = " and ".join(name for name, _ in found)
-        raise ValueError(f"{names}: these name the same cache; expected only one of them")
+        names = " and ".join(f"`{name}`" for name, _ in found)
+        raise ValueError(f"ComposedForCausalLM: the cache must be given under one name, got {names}; drop all but one")
     return found[0] if found else (next(iter(given)), None)
 
 
 def cache_of(outputs: ModelOutput) -> Any:
     """Return the cache of a transformers model's outputs, or None if they hold none."""
-    fields = type(outputs).__dataclass_fields__
+    fields = type(outputs).__dataclass_fields__  # type: ignore[attr-defined]  # every subclass is a dataclass
     name = next((name for name in NAMES if name in fields), None)
     return None if name is None else getattr(outputs, name)
 
 
 def with_cache(outputs: ModelOutput, cache: Any, field: str) -> ModelOutput:
-    """Return `outputs` with `cache` under `field`, and readable as ``outputs.cache`` and ``outputs.past_key_values``.
+    """Return `outputs` with `cache` under `field`, readable as ``outputs.cache`` and as ``outputs.past_key_values``.
 
-    Outputs of a class without that field (Mamba's until 5.23) or without attentions (Mamba's) are put into a
+    Mamba's output class has no ``attentions``, and up to 5.23 no field of this name: such outputs are copied into a
     CausalLMOutputWithPast.
     """
-    if not {field, "attentions"} <= type(outputs).__dataclass_fields__.keys():
+    fields = type(outputs).__dataclass_fields__  # type: ignore[attr-defined]  # every subclass is a dataclass
+    if not {field, "attentions"} <= fields.keys():
         outputs = CausalLMOutputWithPast(
-            loss=outputs.loss,
-            logits=outputs.logits,
+            loss=outputs.get("loss"),
+            logits=outputs["logits"],
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
@@ -92,7 +94,7 @@ def with_cache(outputs: ModelOutput, cache: Any, field: str) -> ModelOutput:
 
 
 def alias_cache(outputs: ModelOutput, cache: Any) -> ModelOutput:
-    """Make `cache` an attribute of `outputs` under whichever of the two names its class lacks; return `outputs`."""
+    """Set `cache` as an attribute of `outputs` under each of the two names that its class lacks; return `outputs`."""
     for name in ("cache", "past_key_values"):
         if not hasattr(type(outputs), name):
             setattr(outputs, name, cache)

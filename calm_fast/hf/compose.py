@@ -10,28 +10,30 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from calm_fast.core.checks import describe
+from calm_fast.core.checks import bad_value, describe
 from calm_fast.hf.composed import ComposedForCausalLM
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.connections import resolve_connections
 from calm_fast.hf.inputs import Signature
 from calm_fast.hf.layers import find_layers
-from calm_fast.hf.saving import named, reference
+from calm_fast.hf.saving import StrPath, load_errors_named, reference
 
-Model = PreTrainedModel | str | os.PathLike
+Model = PreTrainedModel | StrPath
 
 
 def _load(name: str, model: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
     if isinstance(model, (str, os.PathLike)):
-        with named(name, model, "a loaded model, its folder or its hub name"):
+        with load_errors_named("compose", name, model, "a loaded model, its folder or its hub name"):
             model = AutoModelForCausalLM.from_pretrained(os.fspath(model), **kwargs)
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{name}: expected a transformers model or a path, got {type(model).__name__}")
+        raise bad_value("compose", name, "a transformers model or a path", type(model).__name__)
     return model
 
 
 def _embedding_rows(model: PreTrainedModel) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
 
 
 def _check_vocabulary(anchor: PreTrainedModel, augmenters: list[PreTrainedModel], vocab_size: int | None) -> None:
@@ -39,19 +41,20 @@ def _check_vocabulary(anchor: PreTrainedModel, augmenters: list[PreTrainedModel]
     for index, augmenter in enumerate(augmenters):
         rows = _embedding_rows(augmenter)
         if rows < needed:
-            raise ValueError(
-                f"augmenters: augmenter {index} ({type(augmenter).__name__}) embeds {rows} token ids, the "
-                f"anchor's go up to {needed - 1}; expected a shared tokenizer "
-                "(vocab_size: how many ids are in use)"
+            raise bad_value(
+                "compose",
+                "augmenters",
+                f"models that embed the anchor's token ids, 0 to {needed - 1}",
+                f"augmenter {index} ({type(augmenter).__name__}), which embeds {rows} token ids. If the tokenizers are "
+                "the same, give the number of ids in use as `vocab_size`",
             )
 
 
 def _dtype_name(dtype: Any) -> str:
     name = str(dtype).removeprefix("torch.")
-    found = getattr(torch, name, None)
-    known = isinstance(dtype, (str, torch.dtype)) and isinstance(found, torch.dtype)
-    if not known or not found.is_floating_point:
-        raise ValueError(f"dtype: expected a floating-point dtype like torch.bfloat16, or its name, got {dtype!r}")
+    found = getattr(torch, name, None) if isinstance(dtype, (str, torch.dtype)) else None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise bad_value("compose", "dtype", "a floating-point dtype like torch.bfloat16, or its name", repr(dtype))
     return name
 
 
@@ -59,18 +62,17 @@ def _check_options(vocab_size: Any, model_kwargs: Any) -> None:
     if vocab_size is not None and (
         isinstance(vocab_size, bool) or not isinstance(vocab_size, Integral) or vocab_size < 1
     ):
-        raise ValueError(f"vocab_size: expected a positive integer or None, got {describe(vocab_size)}")
+        raise bad_value("compose", "vocab_size", "a positive integer or None", describe(vocab_size))
     if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
-        raise ValueError(
-            "model_kwargs: expected a dict of arguments of from_pretrained, like {'dtype': torch.bfloat16}, "
-            f"got {describe(model_kwargs)}"
-        )
+        expected = "a dict of arguments of from_pretrained, like {'dtype': torch.bfloat16}"
+        raise bad_value("compose", "model_kwargs", expected, describe(model_kwargs))
 
 
 def _anchor_heads(anchor: PreTrainedModel) -> int:
     heads = getattr(anchor.config.get_text_config(decoder=True), "num_attention_heads", None)
     if not isinstance(heads, int):
-        raise ValueError(f"num_heads: required, {type(anchor).__name__} has no single number of attention heads")
+        expected = f"given for an anchor without one number of attention heads ({type(anchor).__name__})"
+        raise bad_value("compose", "num_heads", expected, "None")
     return heads
 
 
@@ -92,21 +94,33 @@ def compose(
     vocab_size: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
 ) -> ComposedForCausalLM:
-    """Compose a frozen anchor with one or more frozen augmenters that share its tokenizer (CALM, 2401.02412).
+    """Compose a frozen anchor with one or more frozen augmenters that share its tokenizer.
 
-    After anchor layer b of each connection (a, b):  H_B <- H_B + W_o Attention(W_q n(H_B), W_k P(H_A), W_v
-    P(H_A)), with W_o = 0 at first: until it is trained the composed model is the anchor, bit for bit.
+    After anchor layer b of each connection (a, b):
 
-    anchor, augmenters: loaded models or paths; both get requires_grad False and eval mode, and are shared,
-    not copied. connections: "uniform:n" or [(a, b), ...] for every augmenter, or a list with one of these per
-    augmenter; -1 is the embedding output (the hidden state that enters layer 0) on either side. num_heads:
-    the anchor's by default; head_dim: anchor width // num_heads. dtype of the composition tensors: the
-    anchor's by default (float32 is the usual choice for training). anchor_layers, augmenter_layers: dotted
-    paths of the decoder layers where the generic finder cannot tell. vocab_size: how many token ids are in
-    use, by default the anchor's embedding rows. model_kwargs: for loading from paths (revision, dtype, ...).
+        H_B <- H_B + W_o Attention(W_q n(H_B), W_k P(H_A), W_v P(H_A))
 
-    Raises ValueError naming the argument: models that cannot be composed, connections out of range, repeated
-    or of the wrong type, an augmenter that embeds too few token ids, a model that cannot be loaded.
+    W_o starts at zero: until it is trained, the composed model is the anchor, bit for bit.
+
+    Args:
+        anchor, augmenters: loaded models or paths. The models are shared, not copied; they are put into eval mode and
+            get requires_grad False.
+        connections: "uniform:n" or [(a, b), ...] for every augmenter, or a list with one of these per augmenter. -1 is
+            the embedding output (the hidden state that enters layer 0) on either side.
+        num_heads: default, the anchor's. head_dim: default, anchor width // num_heads.
+        num_kv_heads: default, num_heads.
+        pre_norm, post_norm, bias, proj: see `CrossAttention`.
+        dtype: of the composition tensors; default, the anchor's. float32 is the usual choice for training.
+        anchor_layers, augmenter_layers: dotted paths of the decoder layers, for models where `find_layers` needs them.
+        vocab_size: number of token ids in use; default, the rows of the anchor's embedding.
+        model_kwargs: arguments of from_pretrained for models given as paths (revision, dtype, ...).
+    Returns:
+        the ComposedForCausalLM, in eval mode.
+    Raises:
+        ValueError naming the argument: a model that cannot be loaded or composed, connections that are out of range,
+        repeated or of the wrong type, an augmenter that embeds too few token ids.
+
+    Runs on the devices of the parts. Source: CALM (arXiv 2401.02412) section 3.
     """
     _check_options(vocab_size, model_kwargs)
     composition_dtype = None if dtype is None else _dtype_name(dtype)
@@ -114,17 +128,19 @@ def compose(
     anchor = _load("anchor", anchor, kwargs)
     given = list(augmenters) if isinstance(augmenters, (list, tuple)) else [augmenters]
     if not given:
-        raise ValueError("augmenters: expected at least one model, got none")
+        raise bad_value("compose", "augmenters", "at least one model", "none")
     models = [_load("augmenters", model, kwargs) for model in given]
     if not anchor.can_generate():
-        raise ValueError(f"anchor: expected a causal language model, got {type(anchor).__name__}")
-    for model in (anchor, *models):
-        Signature.of(model)
+        raise bad_value("compose", "anchor", "a causal language model", type(anchor).__name__)
+    Signature.of(anchor, where="compose", argument="anchor")
+    for model in models:
+        Signature.of(model, where="compose", argument="augmenters")
     _check_vocabulary(anchor, models, vocab_size)
 
     paths = list(augmenter_layers) if isinstance(augmenter_layers, (list, tuple)) else [augmenter_layers] * len(models)
     if len(paths) != len(models):
-        raise ValueError(f"augmenter_layers: expected {len(models)} paths, got {len(paths)}")
+        expected = f"one path, or a list with one path or None per augmenter ({len(models)})"
+        raise bad_value("compose", "augmenter_layers", expected, f"{len(paths)} paths")
     depths = [len(find_layers(model, path)[1]) for model, path in zip(models, paths, strict=True)]
     pairs = resolve_connections(connections, depths, len(find_layers(anchor, anchor_layers)[1]))
 

@@ -5,22 +5,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput  # type: ignore[attr-defined]  # re-exported without __all__
 
+from calm_fast.core.checks import bad_value
 from calm_fast.core.compatibility import require
 from calm_fast.hf.cache import ComposedCache, cache_of_first_layers
 from calm_fast.hf.cache_names import NAMES, alias_cache, cache_of, generate_argument, given_cache, with_cache
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.hooks import ANCHOR, Frame, checkpoint_in_eval, install
 from calm_fast.hf.inputs import (
+    WHERE,
     AugmenterCall,
     Signature,
+    Tokens,
     augmenter_calls,
     check_ids,
     check_tensors,
@@ -33,29 +38,36 @@ from calm_fast.modules.cross_attention import CrossAttention
 
 
 def _own_cache(**given: Any) -> ComposedCache | None:
-    """The cache given under one of its names; ValueError for two of them, or a cache of another kind."""
+    """Return the cache that was passed under one of its names, or None.
+
+    Raises ValueError for a cache under two names, or of another kind.
+    """
     name, cache = given_cache(**given)
     if cache is not None and not isinstance(cache, ComposedCache):
-        raise ValueError(f"{name}: expected a ComposedCache, got {type(cache).__name__}")
+        raise bad_value(WHERE, name, "a ComposedCache", type(cache).__name__)
     return cache
 
 
-class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
-    """Composition of language models by cross-attention (CALM, arXiv 2401.02412, section 3).
+class ComposedForCausalLM(CompositionFiles, GenerationMixin):
+    """A frozen anchor that reads frozen augmenters through trained cross-attention. Build one with ``compose``.
 
-    After anchor layer b of every connection (a, b):  H_B <- H_B + CrossAttention(H_B, H_A),  where H_A is the
-    state after augmenter layer a for the same tokens. Connections that end at one layer, also of several
-    augmenters, all read H_B as that layer left it and their residuals add. Both models are frozen and stay in
-    eval mode; gradients flow through the anchor from its first connection up. Build one with
-    ``calm_fast.compose``.
+    After anchor layer b of every connection (a, b):
 
-    anchor: a causal LM, kept whole and shared with the caller; augmenters: causal LMs, kept as views without
-    layers past the last connected one and without LM head. ``connections[i]`` is the CrossAttention of
-    ``pairs[i]`` = (augmenter, augmenter layer, anchor layer). Not safe for concurrent forward calls of one
-    instance.
+        H_B <- H_B + CrossAttention(H_B, H_A)
+
+    H_A is the state after augmenter layer a for the same tokens. Connections that end at the same anchor layer, of one
+    augmenter or of several, all read H_B as that layer left it, and their residuals add. The parts stay in eval mode.
+    Gradients flow through the anchor from its first connection up.
+
+    anchor: a causal LM, kept whole and shared with the caller.
+    augmenters: causal LMs, kept as views without LM head and without the layers past the last connected one.
+    connections: ``connections[i]`` is the CrossAttention of ``pairs[i]`` = (augmenter, augmenter layer, anchor layer).
+
+    Two forward calls of one instance must not run at the same time. Source: CALM (arXiv 2401.02412) section 3.
     """
 
-    config_class = ComposedConfig
+    anchor: PreTrainedModel
+    augmenters: nn.ModuleList
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -75,7 +87,7 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         require("transformers", PreTrainedModel, "_set_gradient_checkpointing", "enable_input_require_grads")
         super().__init__(config)
         if anchor is None:
-            anchor = AutoModelForCausalLM.from_config(config.anchor_config)
+            anchor = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config.anchor_config))
         if augmenters is None:
             augmenters = [AutoModelForCausalLM.from_config(sub) for sub in config.augmenter_configs]
         self.pairs = [(i, a, b) for i, pairs in enumerate(config.connections) for a, b in pairs]
@@ -87,23 +99,22 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         for model in (anchor, *augmenters):
             model.requires_grad_(False).eval()
         self.anchor = anchor
-        self.augmenters = nn.ModuleList(
+        views = [
             truncated_view(model, path, depth)
             for model, (path, _), depth in zip(augmenters, found, self.depths, strict=True)
-        )
-        self.headless = [
-            headless_path(m, path) for m, path in zip(self.augmenters, config.augmenter_layers, strict=True)
         ]
-        called = [submodule(m, names) for m, names in zip(self.augmenters, self.headless, strict=True)]
+        self.augmenters = nn.ModuleList(views)
+        self.headless = [headless_path(view, path) for view, (path, _) in zip(views, found, strict=True)]
+        called = [submodule(view, names) for view, names in zip(views, self.headless, strict=True)]
         self.signatures = [Signature.of(anchor), *map(Signature.of, augmenters, called)]
         self.connections = nn.ModuleList(self._connection(i, anchor_layers[max(b, 0)]) for i, _, b in self.pairs)
         self.first_of = [next(c for c, p in enumerate(self.pairs) if p[0] == i) for i in range(len(self.augmenters))]
         self.by_layer = {b: [c for c, pair in enumerate(self.pairs) if pair[2] == b] for _, _, b in self.pairs}
         self.frame = Frame()
-        install(self, self.frame, anchor_layers, [layers for _, layers in found])
+        install(self, self.pairs, self.frame, anchor_layers, [layers for _, layers in found])
 
         self.generation_config = copy.deepcopy(getattr(anchor, "generation_config", self.generation_config))
-        # the config object is the composition's own record; the parts keep their own attention implementation
+        # set on the composition's own config only: the parts keep their attention implementation
         config._attn_implementation_internal = anchor.config._attn_implementation
         self.post_init()
         own, kept = {f"connections.{name}" for name in self.connections.state_dict()}, self.state_dict()
@@ -111,99 +122,108 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         self.all_tied_weights_keys = {name: to for name, to in self.all_tied_weights_keys.items() if name in kept}
 
     def _connection(self, augmenter: int, anchor_layer: nn.Module) -> CrossAttention:
-        widths = hidden_size(self.anchor), hidden_size(self.augmenters[augmenter])
+        widths = hidden_size(self.anchor), hidden_size(self._augmenter(augmenter))
         module = CrossAttention(*widths, **self.config.cross_attention)
         dtype = getattr(torch, self.config.composition_dtype)
         return module.to(device=device_of(anchor_layer), dtype=dtype)
 
+    def _augmenter(self, index: int) -> PreTrainedModel:
+        return cast(PreTrainedModel, self.augmenters[index])
+
     def init_weights(self) -> None:
-        """Nothing to do: the parts come initialised, and CrossAttention initialises itself."""
+        """Do nothing: the parts come initialised, and CrossAttention initialises itself."""
 
     initialize_weights = init_weights
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: the parts come tied, and an augmenter's view has no LM head. Trainer calls it on resuming."""
+        """Do nothing: the parts come tied, and an augmenter's view has no LM head. Trainer calls this on resuming."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.anchor.get_input_embeddings()
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.anchor.get_output_embeddings()
+    def get_output_embeddings(self) -> nn.Module | None:
+        return cast("nn.Module | None", self.anchor.get_output_embeddings())
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: the parts embed the tokens."""
         raise ValueError(
-            "resize_token_embeddings: the parts embed the tokens and are shared with the caller; "
-            "resize the anchor and the augmenters, then compose them"
+            "resize_token_embeddings: a composition cannot be resized, because its parts embed the tokens and are "
+            "shared with the caller; resize the anchor and the augmenters, then compose them"
         )
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: continuous batching has one cache for all rows."""
         raise ValueError(
-            "continuous batching (generate_batch, paged caches): its packed rows have 4-D masks and one cache, a "
-            "composition reads several; use generate() with left padding"
+            "continuous batching (generate_batch, paged caches): a composition cannot run it, because its packed rows "
+            "have 4-D masks and one cache for all parts; use generate() with left padding"
         )
 
     def train(self, mode: bool = True) -> ComposedForCausalLM:
-        """Training mode of the connections only: the frozen parts never use dropout."""
+        """Put the connections into training mode; the parts stay in eval mode, so they never use dropout."""
         super().train(mode)
         for part in (self.anchor, *self.augmenters):
             part.eval()
         for layer in self._checkpointable():
-            layer.training = mode and layer.gradient_checkpointing
+            layer.training = mode and bool(layer.gradient_checkpointing)
         return self
 
-    def _checkpointable(self) -> list[nn.Module]:
-        """Anchor layers whose input needs a gradient whether or not their own residual is added before them."""
+    def _checkpointable(self) -> list[GradientCheckpointingLayer]:
+        """Return the anchor layers above the first connected one: their input always needs a gradient."""
         first = max(0, min(b for _, _, b in self.pairs))
-        return list(find_layers(self.anchor, self.config.anchor_layers)[1])[first + 1 :]
+        layers = list(find_layers(self.anchor, self.config.anchor_layers)[1])[first + 1 :]
+        return cast("list[GradientCheckpointingLayer]", layers)
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
     ) -> None:
         for index, layer in enumerate(self._checkpointable()):
             layer.gradient_checkpointing = enable and index % every_n_layers == 0
-            layer._gradient_checkpointing_func = partial(
-                checkpoint_in_eval, layer, self.frame, gradient_checkpointing_func
-            )
+            run = partial(checkpoint_in_eval, layer, self.frame, gradient_checkpointing_func)
+            layer._gradient_checkpointing_func = run  # type: ignore[assignment]  # transformers declares no type
         self.train(self.training)
 
     def enable_input_require_grads(self) -> None:
-        """Nothing to do: the connections make states require grad; inputs would replay frozen layers."""
+        """Do nothing: the connections make states require grad, and inputs that do would replay frozen layers."""
 
     def disable_input_require_grads(self) -> None:
-        """Nothing to do, as in enable_input_require_grads."""
+        """Do nothing, as enable_input_require_grads does."""
 
-    def new_cache(self, anchor_cache: Any = None) -> ComposedCache:
-        """An empty cache for generation, around ``anchor_cache`` (default: a DynamicCache)."""
-        texts = [part.config.get_text_config(decoder=True) for part in (self.anchor, *self.augmenters)]
+    def new_cache(self, anchor_cache: Cache | None = None) -> ComposedCache:
+        """Return an empty cache for generation around `anchor_cache` (default, a new DynamicCache)."""
+        parts = [self.anchor, *map(self._augmenter, range(len(self.augmenters)))]
+        texts = [part.config.get_text_config(decoder=True) for part in parts]
         anchor_cache = DynamicCache(config=texts[0]) if anchor_cache is None else anchor_cache
         caches = [cache_of_first_layers(text, depth) for text, depth in zip(texts[1:], self.depths, strict=True)]
         return ComposedCache(anchor_cache, caches, len(self.pairs))
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        # generate() asks the mask for its shape long before the first forward
+        # generate() reads the mask's shape before the first forward
         check_tensors(**{name: model_kwargs.get(name) for name in ("attention_mask", "position_ids")})
-        super()._validate_model_kwargs(model_kwargs)
+        super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]  # transformers' own self type
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]  # passes on what a release adds
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         for name in ("augmenter_input_ids", "augmenter_attention_mask", "augmenter_position_ids", "lo", "hi"):
             if model_kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{name}: generate() reads the anchor's own tokens and does not take it; "
-                    "call forward step by step for an augmenter with other tokens"
-                )
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+                got = "a value. Call forward step by step for an augmenter with tokens of its own"
+                raise bad_value("generate", name, "None, because every part reads the anchor's tokens", got)
+        super()._prepare_cache_for_generation(  # type: ignore[misc]  # transformers' own self type
+            generation_config, model_kwargs, *args, **kwargs
+        )
         name = generate_argument()
         cache = model_kwargs.get(name)
-        # made by transformers: generate() has already refused any other kind
+        # transformers made it: a user's cache of another kind is refused in generate()
         if cache is not None and not isinstance(cache, ComposedCache):
             model_kwargs[name] = self.new_cache(cache)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' generate; a ComposedCache is taken and returned as ``cache`` and as ``past_key_values``.
+        """Run transformers' generate; a ComposedCache is taken and returned as ``cache`` and as ``past_key_values``.
 
-        Raises ValueError for a cache given under both names, or one that is not a ComposedCache.
+        Raises ValueError for a cache passed under two names, or one that is not a ComposedCache.
         """
         cache = _own_cache(**{name: kwargs.pop(name, None) for name in NAMES})
         if cache is not None:
@@ -214,16 +234,17 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
     def _add_residuals(
         self, calls: list[AugmenterCall], cache: ComposedCache | None, layer: int, hidden: torch.Tensor
     ) -> torch.Tensor:
-        """hidden (B, M, DB) after anchor layer ``layer``, plus the residual of each of its connections."""
-        total = None
+        """Return `hidden` (B, M, DB), the state after anchor layer `layer`, plus the residual of each connection."""
+        total: torch.Tensor | None = None
         for index in self.by_layer[layer]:
             augmenter, a, _ = self.pairs[index]
             state = self.frame.states[augmenter, a].to(hidden.device)
             *bounds, causal = calls[augmenter].visibility
             lo, hi = (None if t is None else t.to(hidden.device) for t in bounds)  # layers may lie on several devices
             keys = None if cache is None else cache.cross[index]
-            out = self.connections[index](hidden, state, lo, hi, keys, causal=causal)
+            out: torch.Tensor = self.connections[index](hidden, state, lo, hi, keys, causal=causal)
             total = out if total is None else total + (out - hidden)
+        assert total is not None  # hooks are installed on connected layers only
         return total
 
     def forward(
@@ -243,31 +264,38 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         past_key_values: ComposedCache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits of the composed model, with the anchor's own loss, hidden states and attentions.
+    ) -> ModelOutput | tuple[Any, ...]:
+        """Return the logits of the composed model, with the anchor's own loss, hidden states and attentions.
 
-        input_ids (B, M) int64; attention_mask (B, past + M), 1 = real, one block of ones per row;
-        position_ids (1 or B, M), whose restarts separate documents without a mask and cache, as in
-        transformers; labels (B, M), shifted by the anchor's loss; cache: a ComposedCache, also taken as
-        past_key_values or cache_params, as transformers called it before 5.24; the outputs hold it as ``cache``
-        and as ``past_key_values``. By default a cache is kept in eval mode without labels. The remaining
-        arguments go to the anchor.
-
-        Per augmenter (a tensor for all of them, or a list with an entry or None for each): lo, hi (B, M)
-        int32 say which augmenter tokens each token may read instead of the aligned causal rule;
-        augmenter_input_ids (B, N) with its mask and positions are read instead of input_ids, and need hi.
-        Raises ValueError naming the argument.
+        Args:
+            input_ids: (B, M) int64 or int32.
+            attention_mask: (B, past + M), 1 = real, one block of ones per row.
+            position_ids: (1 or B, M); restarts separate documents if there is no mask and no cache, as in transformers.
+            cache: a ComposedCache; also taken as past_key_values or cache_params, its names before transformers 5.24.
+            labels: (B, M), shifted by the anchor's loss.
+            use_cache: default, True in eval mode without labels if the anchor's config says so.
+            augmenter_input_ids: (B, N), read by the augmenter instead of input_ids; requires hi.
+            augmenter_attention_mask, augmenter_position_ids: the same for them.
+            lo, hi: (B, M) int32; anchor token i reads the augmenter tokens lo <= j < hi, instead of the aligned causal
+                rule.
+            kwargs: go to the anchor.
+        The last five are a tensor for all augmenters, or a list with a tensor or None for each.
+        Returns:
+            the anchor's output; it holds the cache as ``cache`` and as ``past_key_values``.
+        Raises:
+            ValueError naming the argument.
         """
-        if input_ids is None or kwargs.pop("inputs_embeds", None) is not None:
-            raise ValueError(
-                "input_ids: expected token ids, which every part embeds itself; inputs_embeds is not taken"
-            )
+        if kwargs.pop("inputs_embeds", None) is not None:
+            got = "a value. Pass `input_ids`: every part embeds the tokens itself"
+            raise bad_value(WHERE, "inputs_embeds", "None", got)
+        if input_ids is None:
+            raise bad_value(WHERE, "input_ids", "a tensor of token ids (batch, tokens)", "None")
         check_ids("input_ids", input_ids)
         check_tensors(attention_mask=attention_mask, position_ids=position_ids, labels=labels)
         recurrent = kwargs.pop("cache_params", None)
         cache = _own_cache(cache=cache, past_key_values=past_key_values, cache_params=recurrent)
         past = 0 if cache is None else cache.get_seq_length()
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs = Tokens(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
         external = {
             "augmenter_input_ids": augmenter_input_ids,
             "augmenter_attention_mask": augmenter_attention_mask,
@@ -277,7 +305,7 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         }
         separable = cache is None and not use_cache
         calls, packed = augmenter_calls(len(self.augmenters), inputs, external, past, separable)
-        if input_ids.shape[1] > 1 or past == 0:  # a step of a generation has a token of the model's own
+        if input_ids.shape[1] > 1 or past == 0:  # the token of a decode step comes from the model itself
             self._check_vocabularies(calls, inputs)
         if use_cache is None:
             by_default = self.config.use_cache and not self.training and labels is None and not packed
@@ -301,14 +329,14 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
         outputs = with_cache(outputs, cache, self.signatures[0].generated)
         return outputs if return_dict is None or return_dict else outputs.to_tuple()
 
-    def _check_vocabularies(self, calls: list[AugmenterCall], inputs: dict[str, torch.Tensor | None]) -> None:
-        """Every part embeds the token ids that it is given."""
+    def _check_vocabularies(self, calls: list[AugmenterCall], inputs: Tokens) -> None:
+        """Raise ValueError unless every part embeds the token ids that it gets."""
         shared = [self.anchor]
-        for model, call in zip(self.augmenters, calls, strict=True):
+        for index, call in enumerate(calls):
             if call.inputs is inputs:
-                shared.append(model)
+                shared.append(self._augmenter(index))
             else:
-                check_vocabulary("augmenter_input_ids", call.inputs["input_ids"], [model])
+                check_vocabulary("augmenter_input_ids", call.inputs["input_ids"], [self._augmenter(index)])
         check_vocabulary("input_ids", inputs["input_ids"], shared)
 
     def _read_augmenters(self, calls: list[AugmenterCall], cache: ComposedCache | None) -> None:
@@ -319,5 +347,6 @@ class ComposedForCausalLM(CompositionFiles, PreTrainedModel, GenerationMixin):
                 own, past = None, 0
                 if cache is not None:
                     own, past = cache.augmenters[index], cache.cross[self.first_of[index]].get_seq_length()
-                inputs = part_inputs(model, self.signatures[index + 1], call.inputs, own, past)
+                signature = self.signatures[index + 1]
+                inputs = part_inputs(model, signature, call.inputs, own, past)  # type: ignore[arg-type]  # from a ModuleList
                 submodule(model, self.headless[index])(**inputs)

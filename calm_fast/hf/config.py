@@ -1,4 +1,4 @@
-"""ComposedConfig: what a saved composition needs to know besides its tensors."""
+"""ComposedConfig: everything that a saved composition holds besides its tensors."""
 
 from __future__ import annotations
 
@@ -6,27 +6,32 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from calm_fast.core.checks import bad_value
 from calm_fast.hf.cache_names import NAMES
 
 FORMAT_VERSION = 1
 
 
-def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:
+def _as_config(config: PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
     if not isinstance(config, dict):
         return config
     fields = {name: value for name, value in config.items() if name != "model_type"}
-    return AutoConfig.for_model(config["model_type"], **fields)
+    own: PreTrainedConfig = AutoConfig.for_model(config["model_type"], **fields)
+    return own
 
 
 class ComposedConfig(PreTrainedConfig):
     """Configuration of a composed model.
 
-    anchor_config, augmenter_configs: the parts' own configs; anchor_path, augmenter_paths and the revisions:
-    where their weights are; anchor_layers, augmenter_layers: dotted paths of their decoder layers;
-    connections: per augmenter a list of (augmenter layer, anchor layer), -1 = the embedding output;
-    cross_attention: the keyword arguments of every ``CrossAttention``; composition_dtype: dtype of the
-    composition tensors; format_version: of the saved files. Raises ValueError for a format version this
-    release does not know.
+    anchor_config, augmenter_configs: the configs of the parts.
+    anchor_path, anchor_revision, augmenter_paths, augmenter_revisions: where the weights of the parts are.
+    anchor_layers, augmenter_layers: dotted paths of their decoder layers.
+    connections: per augmenter a list of (augmenter layer, anchor layer); -1 is the embedding output.
+    cross_attention: the keyword arguments of every ``CrossAttention``.
+    composition_dtype: name of the dtype of the composition tensors.
+    format_version: format of the saved files.
+
+    Raises ValueError for a format version that this release cannot read.
     """
 
     model_type = "calm_fast_composed"
@@ -53,14 +58,13 @@ class ComposedConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         if not isinstance(format_version, int) or not 1 <= format_version <= FORMAT_VERSION:
-            raise ValueError(
-                f"format_version: this release of calm_fast reads compositions of format 1 to "
-                f"{FORMAT_VERSION}, got {format_version!r}; a newer release wrote it"
-            )
-        # first: it resets the attention implementation of sub-configs, which may be those of live models
+            expected = f"a format that this release of calm_fast reads, 1 to {FORMAT_VERSION}"
+            got = f"{format_version!r}. A newer release wrote this composition: upgrade calm_fast"
+            raise bad_value("ComposedConfig", "format_version", expected, got)
+        # comes first: it resets the attention implementation of sub-configs, which may belong to live models
         super().__init__(**kwargs)
         count = len(augmenter_configs or [])
-        self.anchor_config = _as_config(anchor_config)
+        self.anchor_config = None if anchor_config is None else _as_config(anchor_config)
         self.augmenter_configs = [_as_config(config) for config in augmenter_configs or []]
         self.anchor_path = anchor_path
         self.anchor_revision = anchor_revision
@@ -75,7 +79,7 @@ class ComposedConfig(PreTrainedConfig):
         self.use_cache = use_cache
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The anchor's: what GenerationMixin and Trainer ask of a composed model, they ask of its anchor."""
+        """Return the anchor's text config: GenerationMixin and Trainer read a composed model's settings from it."""
         anchor = getattr(self, "anchor_config", None)
         return self if anchor is None else anchor.get_text_config(decoder=True)
 

@@ -1,9 +1,11 @@
-"""Which augmenter layer feeds which anchor layer: "uniform:n", or explicit (augmenter, anchor) pairs."""
+"""The layers that are connected: "uniform:n", or explicit (augmenter layer, anchor layer) pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+from calm_fast.core.checks import bad_value
 
 Pair = tuple[int, int]
 EMBEDDING = -1  # index of the hidden state that enters layer 0, on both sides
@@ -19,7 +21,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def _spread(depth: int, count: int) -> list[int]:
-    """round(linspace(0, depth - 1, count)), half to even, in exact arithmetic."""
+    """Return round(linspace(0, depth - 1, count)), halves to even, in exact arithmetic."""
     if count == 1:
         return [0]
     indices = []
@@ -33,12 +35,12 @@ def _spread(depth: int, count: int) -> list[int]:
 def _uniform(spec: str, augmenter_depth: int, anchor_depth: int) -> list[Pair]:
     kind, _, count = spec.partition(":")
     if kind != "uniform" or not count.isdecimal() or int(count) < 1:
-        raise ValueError(f"connections: expected {EXPECTED} with n >= 1, got {spec!r}")
+        raise bad_value("compose", "connections", f"{EXPECTED} with n >= 1", repr(spec))
     n = int(count)
     if n > max(augmenter_depth, anchor_depth):
-        raise ValueError(
-            f"connections: {spec!r} asks for more pairs than the deeper model has layers "
-            f"({augmenter_depth} in the augmenter, {anchor_depth} in the anchor)"
+        depths = f"{augmenter_depth} in the augmenter, {anchor_depth} in the anchor"
+        raise bad_value(
+            "compose", "connections", f"at most as many pairs as the deeper model has layers ({depths})", repr(spec)
         )
     return list(zip(_spread(augmenter_depth, n), _spread(anchor_depth, n), strict=True))
 
@@ -47,30 +49,27 @@ def _resolve_one(spec: Any, augmenter_depth: int, anchor_depth: int) -> list[Pai
     if isinstance(spec, str):
         return _uniform(spec, augmenter_depth, anchor_depth)
     if not isinstance(spec, (list, tuple)) or not all(_is_pair(item) for item in spec):
-        raise ValueError(f"connections: expected {EXPECTED}, got {spec!r}")
+        raise bad_value("compose", "connections", EXPECTED, repr(spec))
     pairs = [(int(a), int(b)) for a, b in spec]
     if not pairs:
-        raise ValueError("connections: expected at least one pair, got an empty list")
+        raise bad_value("compose", "connections", "at least one pair", "an empty list")
     for a, b in pairs:
         for side, index, depth in (("augmenter", a, augmenter_depth), ("anchor", b, anchor_depth)):
             if not EMBEDDING <= index < depth:
-                raise ValueError(
-                    f"connections: {side} layer of pair ({a}, {b}) must be in [-1, {depth}) "
-                    f"(-1 is the embedding output), got {index}"
-                )
+                expected = f"pairs with {side} layers in [-1, {depth}) (-1 is the embedding output)"
+                raise bad_value("compose", "connections", expected, f"{index} in ({a}, {b})")
     if len(set(pairs)) != len(pairs):
         twice = next(pair for i, pair in enumerate(pairs) if pair in pairs[:i])
-        raise ValueError(f"connections: pair {twice} is given twice")
+        raise bad_value("compose", "connections", "different pairs", f"{twice} twice")
     return pairs
 
 
 def resolve_connections(spec: Any, augmenter_depths: Sequence[int], anchor_depth: int) -> list[list[Pair]]:
-    """Turn a user's ``connections`` into one list of (augmenter layer, anchor layer) per augmenter.
+    """Turn the ``connections`` argument of compose() into one list of (augmenter layer, anchor layer) per augmenter.
 
-    ``spec`` is "uniform:n" or a list of pairs, which holds for every augmenter, or a list with one of these
-    per augmenter. "uniform:n" is n pairs with both indices round(linspace(0, depth - 1, n)) of their own
-    depth. -1 is the embedding output on either side. Raises ValueError for anything else, naming
-    ``connections``.
+    `spec` is "uniform:n" or a list of pairs, which applies to every augmenter, or a list with one of these per
+    augmenter. "uniform:n" gives n pairs; both indices are round(linspace(0, depth - 1, n)) of their own model's depth.
+    -1 is the embedding output on either side. Raises ValueError for anything else, naming ``connections``.
     """
     shared = isinstance(spec, str) or (isinstance(spec, (list, tuple)) and all(_is_pair(item) for item in spec))
     if shared:
@@ -78,9 +77,8 @@ def resolve_connections(spec: Any, augmenter_depths: Sequence[int], anchor_depth
     elif isinstance(spec, (list, tuple)) and not any(_is_pair(item) or _is_index(item) for item in spec):
         specs = list(spec)
         if len(specs) != len(augmenter_depths):
-            raise ValueError(
-                f"connections: expected one entry per augmenter ({len(augmenter_depths)}), got {len(specs)}"
-            )
+            expected = f"a list with one entry per augmenter ({len(augmenter_depths)})"
+            raise bad_value("compose", "connections", expected, str(len(specs)))
     else:
-        raise ValueError(f"connections: expected {EXPECTED}, or one of these per augmenter, got {spec!r}")
+        raise bad_value("compose", "connections", f"{EXPECTED}, or one of these per augmenter", repr(spec))
     return [_resolve_one(one, depth, anchor_depth) for one, depth in zip(specs, augmenter_depths, strict=True)]

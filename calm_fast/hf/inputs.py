@@ -1,31 +1,41 @@
-"""The arguments each part of a composed model is called with."""
+"""The arguments of each part of a composed model: checks, one call per augmenter, and the family's own names."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from calm_fast.core.checks import describe, values_checked
+from calm_fast.core.checks import bad_value, describe, values_checked
 from calm_fast.core.compatibility import tried
 from calm_fast.hf.cache_names import NAMES, cache_argument, generate_argument, has_own_cache
 from calm_fast.hf.masks import Visibility, aligned_visibility
 
-# families without a transformers Cache, which transformers' own flag does not name
+WHERE = "ComposedForCausalLM"  # the object that the errors of forward and generate are about
+
+# Families without a transformers Cache that transformers' own flag does not exclude: model_type -> reason.
 WITHOUT_CACHE = {
     "recurrent_gemma": "keeps its state inside the model",
     "openai-gpt": "has none: every step reads the whole text",
 }
 
 
+class Tokens(TypedDict):
+    """The token arguments of one model: input_ids (B, T), attention_mask (B, past + T), position_ids (1 or B, T)."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+
+
 def lacks_cache(model: PreTrainedModel) -> str:
-    """Return why this family has no transformers Cache, or "" if it is expected to take one."""
+    """Return the reason why this family has no transformers Cache, or "" if it should have one."""
     if known := WITHOUT_CACHE.get(model.config.model_type):
         return known
     if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
@@ -35,12 +45,13 @@ def lacks_cache(model: PreTrainedModel) -> str:
 
 @dataclass(frozen=True)
 class Signature:
-    """Names a family's forward uses: its cache argument, and whether it takes positions and logits_to_keep.
+    """The argument names that a family uses.
 
-    cache, prepared, generated: the cache's argument name in the called module's forward, in the family's
-    prepare_inputs_for_generation, and in transformers' generate. stock: inputs are prepared by transformers' own
-    method, which changes nothing in a step without padding. home: the module that holds the model's first parameter,
-    and the parameter's name there.
+    cache, prepared, generated: name of the cache argument in the called module's forward, in the family's
+    prepare_inputs_for_generation, and in transformers' generate. position_ids, logits_to_keep: True if forward takes
+    this argument. stock: True if the family prepares inputs with transformers' own method, which changes nothing in a
+    decode step without padding. home: the module that holds the model's first parameter, and the parameter's name in
+    it.
     """
 
     cache: str
@@ -52,23 +63,33 @@ class Signature:
     home: tuple[nn.Module, str] | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, called: nn.Module | None = None) -> Signature:
-        """Read it from the model. `called`: the module inside it that will be called, by default the model itself.
+    def of(
+        cls,
+        model: PreTrainedModel,
+        called: nn.Module | None = None,
+        *,
+        where: str = "Signature.of",
+        argument: str = "model",
+    ) -> Signature:
+        """Read the signature of `model`.
+
+        called: the module inside it that will be called; default, the model itself. where, argument: the function and
+        its argument that an error names.
 
         Raises ValueError for an encoder-decoder, for a family without a transformers Cache, and for a forward whose
-        cache argument has no known name: such a model is never silently treated as having no cache.
+        cache argument has no known name: such a model must not run as if it had no cache.
         """
         name = type(model).__name__
         if model.config.is_encoder_decoder:
-            raise ValueError(f"{name} cannot be composed: expected a decoder-only model, got an encoder-decoder")
+            raise bad_value(where, argument, "a decoder-only model", f"{name}, an encoder-decoder")
         if why := lacks_cache(model):
-            raise ValueError(f"{name} cannot be composed: expected a model with a transformers Cache; this one {why}")
+            raise bad_value(where, argument, "a model with a transformers Cache", f"{name}, which {why}")
         called = model if called is None else called
         cache = cache_argument(called.forward)
         if cache is None:
             got = ", ".join(inspect.signature(called.forward).parameters)
             raise ValueError(
-                f"{type(called).__name__}.forward: expected a cache argument named {' or '.join(NAMES)}, got the "
+                f"{type(called).__name__}.forward: the cache argument must be named {' or '.join(NAMES)}, got the "
                 f"arguments {got}. If forward is wrapped, wrap it with functools.wraps; if the model has no cache, "
                 f"define _supports_default_dynamic_cache() to return False. {tried('transformers')}"
             )
@@ -88,33 +109,33 @@ class Signature:
         )
 
     def device(self, model: PreTrainedModel) -> torch.device:
-        """model.device without the walk through the modules that it takes: every step of a generation asks."""
+        """Return model.device without its walk through the modules: every decode step asks."""
         parameter = None if self.home is None else self.home[0]._parameters.get(self.home[1])
         return model.device if parameter is None else parameter.device
 
 
 def check_ids(name: str, ids: Any) -> None:
-    """Token ids are an integer tensor (batch, tokens); ValueError otherwise."""
+    """Raise ValueError unless `ids` is an int64 or int32 tensor (batch, tokens)."""
     if not isinstance(ids, torch.Tensor):
-        raise ValueError(f"{name}: expected a tensor of token ids (batch, tokens), got {describe(ids)}")
+        raise bad_value(WHERE, name, "a tensor of token ids (batch, tokens)", describe(ids))
     if ids.ndim != 2:
-        raise ValueError(f"{name}: expected 2 dimensions (batch, tokens), got shape {tuple(ids.shape)}")
+        raise bad_value(WHERE, name, "2-dimensional (batch, tokens)", f"shape {tuple(ids.shape)}")
     if ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name}: expected int64 or int32 token ids, got {ids.dtype}")
+        raise bad_value(WHERE, name, "int64 or int32 token ids", str(ids.dtype))
 
 
 def check_tensors(**given: Any) -> None:
-    """Each is a tensor or None, as plain transformers models take them; ValueError naming it otherwise."""
+    """Raise ValueError unless each argument is a tensor or None, as transformers models take them."""
     for name, value in given.items():
         if value is not None and not isinstance(value, torch.Tensor):
-            raise ValueError(f"{name}: expected a tensor (batch, tokens) or None, got {describe(value)}")
+            raise bad_value(WHERE, name, "a tensor (batch, tokens) or None", describe(value))
 
 
 def check_vocabulary(name: str, ids: torch.Tensor, models: Iterable[PreTrainedModel]) -> None:
-    """Every model embeds every id: ValueError otherwise. Looks only where values may be read."""
+    """Raise ValueError unless every model embeds every id. The ids are read only where `values_checked` allows it."""
     if not values_checked(ids) or ids.numel() == 0:
         return
-    # asked each time: the parts are the caller's too, who may resize them
+    # asked at every call: the caller shares the parts and may resize them
     rows = [(getattr(model.get_input_embeddings(), "num_embeddings", None), model) for model in models]
     known = [(count, type(model).__name__) for count, model in rows if isinstance(count, int)]
     if not known:
@@ -122,15 +143,14 @@ def check_vocabulary(name: str, ids: torch.Tensor, models: Iterable[PreTrainedMo
     count, owner = min(known)
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= count:
-        raise ValueError(
-            f"{name}: expected token ids from 0 to {count - 1} ({owner} embeds {count}), got {low if low < 0 else high}"
-        )
+        expected = f"token ids from 0 to {count - 1} ({owner} embeds {count})"
+        raise bad_value(WHERE, name, expected, str(low if low < 0 else high))
 
 
 class AugmenterCall(NamedTuple):
-    """One augmenter's token arguments and what the anchor's tokens may read of them."""
+    """The token arguments of one augmenter, and the interval of them that each anchor token reads."""
 
-    inputs: dict[str, torch.Tensor | None]
+    inputs: Tokens
     visibility: Visibility
 
 
@@ -138,20 +158,19 @@ def _per_augmenter(name: str, value: Any, count: int) -> list[torch.Tensor | Non
     values = list(value) if isinstance(value, (list, tuple)) else [value] * count
     if len(values) != count or not all(v is None or isinstance(v, torch.Tensor) for v in values):
         got = describe(value) if not isinstance(value, (list, tuple)) else f"{len(value)}: {describe(value)}"
-        raise ValueError(
-            f"{name}: expected a tensor, or a list with a tensor or None for each of {count} augmenters, got {got}"
-        )
+        raise bad_value(WHERE, name, f"a tensor, or a list with a tensor or None for each of {count} augmenters", got)
     return values
 
 
 def augmenter_calls(
-    count: int, inputs: dict[str, torch.Tensor | None], external: dict[str, Any], past: int, separable: bool
+    count: int, inputs: Tokens, external: dict[str, Any], past: int, separable: bool
 ) -> tuple[list[AugmenterCall], bool]:
-    """The call of every augmenter, and whether the rows hold several documents.
+    """Return (the call of every augmenter, True if rows hold several documents).
 
-    inputs: the anchor's input_ids, attention_mask, position_ids; external: the same of the augmenters' own,
-    and lo, hi, each None, a tensor or a list per augmenter; past: tokens in the cache; separable: whether the
-    anchor itself separates documents by restarting positions here (transformers does so without a cache).
+    inputs: the anchor's token arguments. external: augmenter_input_ids, augmenter_attention_mask,
+    augmenter_position_ids, lo and hi, each None, a tensor, or a list with one entry per augmenter. past: number of
+    tokens in the cache. separable: True if the anchor separates documents by restarting positions, as transformers
+    does without a cache.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     positions = inputs["position_ids"] if separable else None
@@ -166,20 +185,27 @@ def augmenter_calls(
         given = {name: values[index] for name, values in own.items()}
         lo, hi = given.pop("lo"), given.pop("hi")
         if hi is None and any(value is not None for value in (lo, *given.values())):
-            raise ValueError("hi: required with lo or an augmenter's own tokens, to say what each token may read")
-        tokens = {name.removeprefix("augmenter_"): value for name, value in given.items()}
-        if tokens["input_ids"] is None:
-            if any(value is not None for value in tokens.values()):
-                raise ValueError("augmenter_input_ids: required with an augmenter's own mask or positions")
+            expected = "given with `lo` or an augmenter's own tokens, to say which of them each token reads"
+            raise bad_value(WHERE, "hi", expected, "None")
+        own_ids = given["augmenter_input_ids"]
+        if own_ids is None:
+            if any(value is not None for value in given.values()):
+                expected = "given with an augmenter's own mask or positions"
+                raise bad_value(WHERE, "augmenter_input_ids", expected, "None")
             tokens = inputs
         else:
-            check_ids("augmenter_input_ids", tokens["input_ids"])
+            check_ids("augmenter_input_ids", own_ids)
+            tokens = Tokens(
+                input_ids=own_ids,
+                attention_mask=given["augmenter_attention_mask"],
+                position_ids=given["augmenter_position_ids"],
+            )
         calls.append(AugmenterCall(tokens, aligned if hi is None else Visibility(lo, hi, False)))
     return calls, packed
 
 
 def _knows_length(cache: Cache | None, past: int) -> bool:
-    """Whether a family that asks this cache how many tokens came before gets the right answer.
+    """Return True if a family that asks `cache` for the number of past tokens gets `past`.
 
     A truncated hybrid may ask an attention layer that never runs.
     """
@@ -190,15 +216,16 @@ def _knows_length(cache: Cache | None, past: int) -> bool:
 
 
 def part_inputs(
-    model: PreTrainedModel,
-    signature: Signature,
-    inputs: dict[str, torch.Tensor | None],
-    cache: Cache | None,
-    past: int,
+    model: PreTrainedModel, signature: Signature, tokens: Tokens, cache: Cache | None, past: int
 ) -> dict[str, Any]:
-    """Keyword arguments of one part, on its device; with a cache, as the family prepares its own decoding."""
+    """Return the keyword arguments of one part, on its device.
+
+    With a cache they are prepared as the family prepares its own decoding.
+    """
     device = signature.device(model)
-    inputs = {name: None if value is None else value.to(device) for name, value in inputs.items()}
+    inputs: dict[str, Any] = {**tokens}
+    for name, value in inputs.items():
+        inputs[name] = None if value is None else value.to(device)
     if not signature.position_ids:
         del inputs["position_ids"]
     elif inputs["position_ids"] is None and not _knows_length(cache, past):
@@ -211,9 +238,11 @@ def part_inputs(
     if (signature.stock and plain) or not hasattr(model, "prepare_inputs_for_generation"):
         return inputs | {signature.cache: cache}
     inputs[signature.prepared] = cache
-    prepared = model.prepare_inputs_for_generation(**inputs, is_first_iteration=past == 0)
-    prepared.pop("logits_to_keep", None)  # some families fill in their own; the caller's counts
-    for name in NAMES:  # code of another release prepares under another name than forward takes
+    prepared: dict[str, Any] = model.prepare_inputs_for_generation(  # type: ignore[operator]  # of GenerationMixin
+        **inputs, is_first_iteration=past == 0
+    )
+    prepared.pop("logits_to_keep", None)  # some families fill in their own, but the caller's value counts
+    for name in NAMES:  # code for another release may prepare under another name than forward takes
         if name != signature.cache and name in prepared:
             prepared[signature.cache] = prepared.pop(name)
     return prepared

@@ -1,11 +1,29 @@
-"""Where a transformers decoder keeps its layers, and a truncated view of it that shares every weight."""
+"""The layers of a transformers decoder, and a truncated view of it that shares every weight.
+
+`find_layers` is the only place that decides where a model family keeps its decoder layers. It knows no family by name:
+one rule serves all that docs/composition.md lists. To add a family:
+
+1. Add a row to `FAMILIES` or `OTHERS` in tests/hf/families.py (the names its config uses) and run tests/hf. Usually
+   that is all.
+2. If the rule finds no list of layers, or several, pass the dotted path as ``anchor_layers`` / ``augmenter_layers`` of
+   compose(); a saved composition records it.
+3. If the family keeps its state outside a transformers Cache, add it to `WITHOUT_CACHE` in calm_fast/hf/inputs.py, so
+   that it is refused with the reason.
+4. Add the family to the table in docs/composition.md.
+"""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from calm_fast.core.checks import bad_value
+
+_OF_COMPOSE = "`anchor_layers` or `augmenter_layers`"
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:
@@ -16,16 +34,19 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
 def find_layers(model: PreTrainedModel, path: str | None = None) -> tuple[str, nn.ModuleList]:
     """Find the decoder layers of a transformers model.
 
-    The rule: inside ``get_decoder()`` (else ``base_model``), the outermost ModuleList whose members are all
-    ``GradientCheckpointingLayer``; there must be exactly one. ``path`` (dotted, from ``model``) overrides it.
-    Returns (dotted path from ``model``, the ModuleList). Raises ValueError naming what was found otherwise.
+    The rule: inside ``get_decoder()`` (else ``base_model``), take the outermost ModuleList whose members are all
+    ``GradientCheckpointingLayer``. There must be exactly one. `path` (dotted, from `model`) overrides the rule.
+
+    Returns (dotted path from `model`, the ModuleList). Raises ValueError if the rule does not find exactly one list, or
+    if `path` is not the path of a non-empty ModuleList.
     """
     name = type(model).__name__
     if path is not None:
-        layers = dict(model.named_modules(remove_duplicate=False)).get(path)
-        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
-            raise ValueError(f"layers_path: expected the path of a non-empty ModuleList of {name}, got {path!r}")
-        return path, layers
+        module = dict(model.named_modules(remove_duplicate=False)).get(path)
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            expected = f"the dotted path of a non-empty ModuleList of {name}"
+            raise bad_value("find_layers", "path", expected, f"{path!r}. compose() calls it {_OF_COMPOSE}")
+        return path, module
 
     found: dict[str, nn.ModuleList] = {}
     for prefix, module in _decoder(model).named_modules():
@@ -34,16 +55,19 @@ def find_layers(model: PreTrainedModel, path: str | None = None) -> tuple[str, n
             if all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
                 found[prefix] = module
     if len(found) != 1:
-        raise ValueError(
-            f"layers_path: {name} has {len(found)} lists of decoder layers ({', '.join(found) or 'none'}), "
-            "expected exactly 1; pass its dotted path"
+        raise bad_value(
+            "find_layers",
+            "path",
+            f"given where a model does not have exactly one list of decoder layers ({name} has {len(found)}: "
+            f"{', '.join(found) or 'none'})",
+            f"None. Pass the dotted path of the layers; compose() calls it {_OF_COMPOSE}",
         )
     layers = next(iter(found.values()))
     return next(p for p, module in model.named_modules() if module is layers), layers
 
 
 def hidden_size(model: PreTrainedModel) -> int:
-    """Width of the hidden states between the decoder layers."""
+    """Return the width of the hidden states between the decoder layers."""
     return int(model.config.get_text_config(decoder=True).hidden_size)
 
 
@@ -58,26 +82,30 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
 
 
 def truncated_view(model: PreTrainedModel, layers_path: str, depth: int) -> PreTrainedModel:
-    """A model of the same class with the first ``depth`` layers and no LM head, sharing all weights.
+    """Return a model of the same class with the first `depth` layers and no LM head, sharing all weights.
 
-    Only the containers on the way to the layers are copied (shallowly): ``model`` itself is left untouched,
-    and layers past ``depth`` and the LM head are freed once the caller lets go of ``model``.
+    Only the containers on the way to the layers are copied, shallowly. `model` itself is not changed. The layers past
+    `depth` and the LM head are freed once the caller drops `model`.
     """
-    view = _shallow_copy(model)
+    view = cast(PreTrainedModel, _shallow_copy(model))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     view._modules = {name: child for name, child in view._modules.items() if head is None or child is not head}
-    parent = view
+    parent: nn.Module = view
     *containers, last = layers_path.split(".")
     for name in containers:
-        child = _shallow_copy(parent._modules[name])
+        child = _shallow_copy(parent.get_submodule(name))
         parent._modules[name] = child
         parent = child
-    parent._modules[last] = nn.ModuleList(list(parent._modules[last])[:depth])
+    layers = cast(nn.ModuleList, parent.get_submodule(last))
+    parent._modules[last] = nn.ModuleList(list(layers)[:depth])
     return view
 
 
 def headless_path(model: PreTrainedModel, layers_path: str) -> tuple[str, ...]:
-    """Names from ``model`` down to the innermost transformers model around the layers: the one without LM head."""
+    """Return the names from `model` down to the innermost transformers model that holds the layers.
+
+    That model has no LM head.
+    """
     names = layers_path.split(".")[:-1]
     depths = range(len(names), -1, -1)
     inner = next(n for n in depths if isinstance(model.get_submodule(".".join(names[:n])), PreTrainedModel))
@@ -85,13 +113,13 @@ def headless_path(model: PreTrainedModel, layers_path: str) -> tuple[str, ...]:
 
 
 def submodule(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """``model.get_submodule(".".join(names))`` for names that exist: asked in every step of a generation."""
+    """Return ``model.get_submodule(".".join(names))`` for names that exist, fast enough for every decode step."""
     for name in names:
-        model = model._modules[name]
+        model = model._modules[name]  # type: ignore[assignment]  # None only for names that do not exist
     return model
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Device of a module's first parameter (cpu if it has none)."""
+    """Return the device of a module's first parameter, or cpu if it has none."""
     parameter = next(module.parameters(), None)
     return parameter.device if parameter is not None else torch.device("cpu")

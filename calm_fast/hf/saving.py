@@ -1,4 +1,4 @@
-"""Saving and loading a composition: its own tensors, and references to the models it composes."""
+"""Saving and loading of a composition: its own tensors, and references to the models that it composes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
+from calm_fast.core.checks import bad_value
 from calm_fast.hf.config import FORMAT_VERSION, ComposedConfig
 from calm_fast.hf.layers import hidden_size
 
 PREFIX = "connections."
 VERSION_KEY = "calm_fast_format"
-# arguments that say where the composition itself is, not how to load its parts
+_LOAD = "from_pretrained"
+StrPath = str | os.PathLike[str]
+# arguments that locate the composition itself; they do not apply to the parts
 HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -28,73 +33,80 @@ HUB_ARGUMENTS = (
     "revision",
     "subfolder",
 )
+# arguments that transformers' Auto classes pass along and that mean nothing here
 IGNORED = ("adapter_kwargs", "_from_auto", "_commit_hash", "state_dict")
 
 
 def reference(model: PreTrainedModel) -> str:
-    """Where a model was loaded from; a local folder as an absolute path, "" for a model built in memory."""
-    path = getattr(model, "name_or_path", "") or ""
+    """Return the path or hub name that `model` was loaded from: a folder as an absolute path, "" if there is none."""
+    path: str = getattr(model, "name_or_path", "") or ""
     return os.path.abspath(path) if os.path.isdir(path) else path
 
 
-def _is_path(where: str | os.PathLike) -> bool:
-    """Whether this can only be a folder: a name on the hub is NAME or OWNER/NAME."""
+def _is_path(where: StrPath) -> bool:
+    """Return True if `where` can only be a folder: a name on the hub is NAME or OWNER/NAME."""
     text = os.fspath(where)
     path = not isinstance(where, str) or os.path.isabs(text) or text.count("/") > 1
     return path or text[:1] in ("", ".", "~") or text.endswith("/")
 
 
 @contextlib.contextmanager
-def named(name: str, where: str | os.PathLike, expected: str) -> Iterator[None]:
-    """Around what loads `where`: a folder that is not there, or cannot be read, is a ValueError about `name`."""
-    text = os.fspath(where)
+def load_errors_named(function: str, name: str, path: StrPath, expected: str) -> Iterator[None]:
+    """Turn the failure to load argument `name` of `function` from `path` into a ValueError that names the argument."""
+    text = os.fspath(path)
     missing = not os.path.exists(text)
-    start = f"{name}: expected {expected}, got {text!r}"
     absent = "a folder that does not exist" + ("" if os.path.isabs(text) else f" in {os.getcwd()}")
-    if missing and _is_path(where):
-        raise ValueError(f"{start}, {absent}")
+    if missing and _is_path(path):
+        raise bad_value(function, name, expected, f"{text!r}, {absent}")
     try:
         yield
     except OSError as problem:
         why = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         if missing:
             why = f"{absent}; as the name of a model on the hub it could not be loaded either ({why})"
-        raise ValueError(f"{start}, {why}") from problem
+        raise bad_value(function, name, expected, f"{text!r}, {why}") from problem
 
 
 def _read_config(folder: str, hub: dict[str, Any]) -> ComposedConfig:
     file = os.path.join(folder, hub.get("subfolder") or "", CONFIG_NAME)
-    if os.path.isdir(folder) and not os.path.isfile(file):  # transformers would go on with a config's defaults
+    if os.path.isdir(folder) and not os.path.isfile(file):  # transformers would silently take a config's defaults
         raise OSError(f"a folder without {CONFIG_NAME}")
     return ComposedConfig.from_pretrained(folder, **hub)
 
 
 def _load_part(name: str, path: str, revision: str | None, folder: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     if not path:
-        raise ValueError(f"{name}: this composition was made from a model without a path; pass the loaded model")
-    beside = os.path.join(folder, path)  # a relative path means "beside the composition" before "where I stand"
+        expected = "passed as a loaded model, because this composition was made from one without a path"
+        raise bad_value(_LOAD, name, expected, "None")
+    beside = os.path.join(folder, path)  # a relative path is looked up beside the composition first
     where = beside if os.path.isdir(beside) else path
-    with named(name, where, "the model that the composition refers to (or pass the loaded model)"):
-        return AutoModelForCausalLM.from_pretrained(where, revision=revision or "main", **kwargs)
+    expected = "the model that the composition refers to (or pass the loaded model)"
+    with load_errors_named(_LOAD, name, where, expected):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(where, revision=revision or "main", **kwargs)
+    return model
 
 
-def _check_part(name: str, model: Any, config: Any) -> None:
+def _check_part(name: str, model: Any, config: PreTrainedConfig) -> None:
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{name}: expected a loaded transformers model, got {type(model).__name__}")
+        raise bad_value(_LOAD, name, "a loaded transformers model", type(model).__name__)
     text = config.get_text_config(decoder=True)
     own = model.config.get_text_config(decoder=True)
     expected = (config.model_type, text.num_hidden_layers, text.hidden_size)
     got = (model.config.model_type, own.num_hidden_layers, hidden_size(model))
     if got != expected:
-        raise ValueError(f"{name}: expected (family, layers, width) {expected} as saved, got {got}")
+        raise bad_value(_LOAD, name, f"a model with (family, layers, width) {expected} as saved", str(got))
 
 
-class CompositionFiles:
-    """save_pretrained / from_pretrained of ComposedForCausalLM."""
+class CompositionFiles(PreTrainedModel):
+    """The methods save_pretrained and from_pretrained of ComposedForCausalLM."""
 
-    def save_pretrained(
+    config_class = ComposedConfig
+    config: ComposedConfig
+    connections: nn.ModuleList
+
+    def save_pretrained(  # type: ignore[override]  # transformers' sharding options come in **kwargs
         self,
-        save_directory: str | os.PathLike,
+        save_directory: StrPath,
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
@@ -102,11 +114,11 @@ class CompositionFiles:
     ) -> None:
         """Write config.json, generation_config.json and model.safetensors (the composition tensors only).
 
-        ``state_dict``: the full or the composition's state dict where the caller gathered it; further
-        arguments of transformers' save_pretrained have no meaning here and are not used.
+        state_dict: the full or the composition's state dict, if the caller has gathered it. Further arguments of
+        transformers' save_pretrained have no meaning here and are ignored. Raises ValueError for push_to_hub.
         """
         if push_to_hub:
-            raise ValueError("push_to_hub: not supported; save to a folder and upload that")
+            raise bad_value("save_pretrained", "push_to_hub", "False", "True. Save to a folder and upload that")
         if not is_main_process:
             return
         os.makedirs(save_directory, exist_ok=True)
@@ -120,28 +132,32 @@ class CompositionFiles:
         self.generation_config.save_pretrained(save_directory)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # the parts are arguments, and further positional ones are refused
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: StrPath,
         *,
         anchor: PreTrainedModel | None = None,
         augmenters: PreTrainedModel | list[PreTrainedModel] | None = None,
         config: ComposedConfig | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Load a composition and, unless they are passed, the models it refers to.
+        """Load a composition and, unless they are passed, the models that it refers to.
 
-        Remaining arguments (dtype, device_map, ...) go to the parts' own from_pretrained; the composition
-        tensors keep the dtype they were saved in. Raises ValueError for a format version this release does
-        not know, a part that is not the one composed, or a folder or reference that is missing.
+        Remaining arguments (dtype, device_map, ...) go to from_pretrained of the parts. The composition tensors keep
+        the dtype in which they were saved. Returns the model in eval mode. Raises ValueError for a format version that
+        this release cannot read, a part that differs from the one composed, or a missing folder or reference.
         """
         kwargs = {name: value for name, value in kwargs.items() if name not in IGNORED}
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         folder = os.fspath(pretrained_model_name_or_path)
-        with named("pretrained_model_name_or_path", pretrained_model_name_or_path, "a composition (folder, hub name)"):
+        argument = "pretrained_model_name_or_path"
+        with load_errors_named(_LOAD, argument, pretrained_model_name_or_path, "a composition (folder, hub name)"):
             if config is None:
                 config = _read_config(folder, hub)
             weights = cached_file(folder, SAFE_WEIGHTS_NAME, **hub)
+        assert weights is not None  # cached_file raises OSError for a missing file
+        if config.anchor_config is None:
+            raise bad_value(_LOAD, "config", "the config of a composition, with an `anchor_config`", "none")
         if anchor is None:
             anchor = _load_part("anchor", config.anchor_path, config.anchor_revision, folder, kwargs)
         if augmenters is None:
@@ -150,7 +166,7 @@ class CompositionFiles:
         augmenters = list(augmenters) if isinstance(augmenters, (list, tuple)) else [augmenters]
         _check_part("anchor", anchor, config.anchor_config)
         if len(augmenters) != len(config.augmenter_configs):
-            raise ValueError(f"augmenters: expected {len(config.augmenter_configs)} models, got {len(augmenters)}")
+            raise bad_value(_LOAD, "augmenters", f"{len(config.augmenter_configs)} models", str(len(augmenters)))
         for model, sub in zip(augmenters, config.augmenter_configs, strict=True):
             _check_part("augmenters", model, sub)
 
@@ -161,12 +177,14 @@ class CompositionFiles:
         return composed.eval()
 
     def load_composition(self, file: str) -> None:
-        """Load the composition tensors of a safetensors file; ValueError if its format is not known."""
+        """Load the composition tensors of a safetensors file.
+
+        Raises ValueError if the file has a format that this release cannot read.
+        """
         with safe_open(file, framework="pt") as opened:
             version = (opened.metadata() or {}).get(VERSION_KEY, "none")
             if version not in {str(v) for v in range(1, FORMAT_VERSION + 1)}:
-                raise ValueError(
-                    f"{file}: this release of calm_fast reads tensors of format 1 to {FORMAT_VERSION}, got {version}"
-                )
+                expected = f"composition tensors of format 1 to {FORMAT_VERSION}, which this release reads"
+                raise bad_value(_LOAD, "pretrained_model_name_or_path", expected, f"format {version} in {file}")
             tensors = {name.removeprefix(PREFIX): opened.get_tensor(name) for name in opened.keys()}
         self.connections.load_state_dict(tensors)

@@ -1,1 +1,1 @@
-"""Is every implementation right? The error rule, the cases of each op, and `calm-fast verify`; tests use the same."""
+"""`calm-fast verify`: run every implementation of every op against the float64 reference, and judge it."""

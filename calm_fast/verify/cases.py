@@ -1,4 +1,4 @@
-"""One file per op: its cases and its rounding analysis (see `calm_fast.core.numerics.OpCases`)."""
+"""Access to the cases of an op by its name."""
 
 from __future__ import annotations
 
@@ -8,5 +8,6 @@ from calm_fast.core.numerics import OpCases
 
 
 def op_cases(op: str) -> OpCases:
-    """The cases of one op: the object `CASES` of `calm_fast/_ops/<op>/cases.py`."""
-    return importlib.import_module(f"calm_fast._ops.{op}.cases").CASES
+    """Return the object `CASES` of `calm_fast/_ops/<op>/cases.py`."""
+    cases: OpCases = importlib.import_module(f"calm_fast._ops.{op}.cases").CASES
+    return cases

@@ -1,8 +1,10 @@
 """Runs the CUDA kernels of csrc/ on a CPU: g++ compiles them against the emulation, ctypes calls them.
 
-Slow and watchful: every access to memory is checked (csrc/emulation/cuda_emulation.hpp says for what). One shared
-library per op, from csrc/<op>/<part>_emulated.cpp, built once per process. It needs g++ and csrc/, which a source
-checkout and an sdist have, and a wheel has not: emulation proves the sources, not an installation.
+Every memory access is checked, which is slow (csrc/emulation/cuda_emulation.hpp lists the checks). Each op has one
+shared library, built from csrc/<op>/<part>_emulated.cpp once per process.
+
+This needs g++ and csrc/. A source checkout and an sdist have csrc/ and the adapters in verify/emulated/; a wheel has
+neither, because emulation verifies the sources and not an installation. There `obstacle` gives the reason.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import importlib.util
 import shutil
 import subprocess
 import tempfile
@@ -20,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from calm_fast.core.checks import bad_value, describe
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FLAGS = ("-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-Wall", "-Wextra", "-ffp-contract=off", "-DCALM_FAST_EMULATED")
@@ -32,7 +35,7 @@ class EmulationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Schedule:
-    """In which order threads run: "forward", "reverse", or "random" from `seed`; `resident` blocks at a time."""
+    """The order in which threads run: "forward", "reverse", or "random" from `seed`; `resident` blocks at a time."""
 
     order: str = "forward"
     seed: int = 0
@@ -60,7 +63,7 @@ class _Call(ctypes.Structure):
 
 
 def obstacle(op: str) -> str | None:
-    """Why the CUDA kernels of `op` cannot be emulated here; None where they can."""
+    """Return the reason why the CUDA kernels of `op` cannot be emulated here, or None if they can."""
     if not CSRC.is_dir():
         return "no csrc/ in this installation: the kernels are emulated from a source checkout"
     if not source(op).is_file():
@@ -71,12 +74,12 @@ def obstacle(op: str) -> str | None:
 
 
 def source(op: str, csrc: Path = CSRC) -> Path:
-    """The file that is compiled for the emulation; csrc/<op>/<op>_emulated.cpp, which is absent, if there is none."""
+    """Return the file that is compiled for the emulation; a file that does not exist if `op` has no CUDA kernel."""
     return next((csrc / op).glob("*_emulated.cpp"), csrc / op / f"{op}_emulated.cpp")
 
 
 def kernels(op: str, csrc: Path = CSRC) -> Path:
-    """The device code that `source` includes: <part>.cuh beside <part>_emulated.cpp."""
+    """Return the device code that `source` includes: <part>.cuh beside <part>_emulated.cpp."""
     file = source(op, csrc)
     return file.with_name(file.name.replace("_emulated.cpp", ".cuh"))
 
@@ -94,13 +97,13 @@ def compile_emulated(op: str, csrc: Path, library: Path, extra: Sequence[str] = 
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory:
+def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="calm_fast_emulated_")
 
 
 @functools.cache
 def library_of(op: str, csrc: Path = CSRC) -> ctypes.CDLL:
-    """The compiled emulation of `op`, built on first use."""
+    """Return the compiled emulation of `op`, built on first use."""
     file = Path(_folder().name) / f"{op}_{abs(hash(csrc)):x}.so"
     compile_emulated(op, csrc, file)
     return ctypes.CDLL(str(file))
@@ -117,15 +120,17 @@ def call(
     """Run the emulated kernel of `op`; the outputs are among `tensors`.
 
     Args:
-        tensors: contiguous CPU tensors (None where optional) in the order csrc/<op>/<part>_emulated.cpp names.
-        integers, floats: the other arguments, likewise.
+        tensors: contiguous CPU tensors, None for an absent optional one, in the order of csrc/<op>/<part>_emulated.cpp.
+        integers, floats: the other arguments, in the order of that file.
+        schedule: the order in which threads run.
     Raises:
-        EmulationError: what the emulation found, with block and thread, array and index.
+        EmulationError: a bug that the emulation found, with block and thread, array and index.
+        ValueError: a tensor is not contiguous or not on the CPU.
     """
     for i, t in enumerate(tensors):
         if t is not None and (t.device.type != "cpu" or not t.is_contiguous()):
-            raise ValueError(f"{op}: tensor {i} must be contiguous and on the CPU")
-    # an empty tensor has no address, and a null pointer stands for None
+            raise bad_value(op, f"tensors[{i}]", "contiguous and on the CPU", describe(t))
+    # an empty tensor has no address, but the null pointer means None
     nothing = ctypes.create_string_buffer(16)
     raw = [
         _Tensor(None, 0) if t is None else _Tensor(t.data_ptr() or ctypes.addressof(nothing), t.numel())
@@ -146,11 +151,11 @@ def call(
         raise EmulationError(f"{op} ({schedule.order}): {message.value.decode(errors='replace')}")
 
 
-def has_adapter(op: str) -> bool:
-    """Whether `op` has CUDA kernels that can be emulated where csrc/ is."""
-    return importlib.util.find_spec(f"calm_fast.verify.emulated.{op}") is not None
+def may_have_kernels(op: str) -> bool:
+    """Return True if `op` has CUDA kernels to emulate, or if csrc/ is missing, which leaves it unknown."""
+    return not CSRC.is_dir() or source(op).is_file()
 
 
 def adapter(op: str) -> ModuleType:
-    """calm_fast/verify/emulated/<op>.py: the op's arguments in, the op's results out."""
+    """Return calm_fast/verify/emulated/<op>.py, whose `run` computes the quantities of a case with the kernels."""
     return importlib.import_module(f"calm_fast.verify.emulated.{op}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,7 +14,7 @@ from calm_fast.core.numerics import Row
 
 
 def console() -> Console:
-    """Standard output; where it is no terminal, wide enough that no column is cut."""
+    """Return a console on standard output, wide enough that no column is cut if that is not a terminal."""
     return Console(width=None if sys.stdout.isatty() else 140)
 
 
@@ -22,7 +23,7 @@ def _verdict(ok: bool) -> str:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """Every row: op, case, impl, dtype, quantity, error, bound, verdict; then the notes of those that failed."""
+    """Print every row (op, case, impl, dtype, quantity, error, bound, verdict), then the notes of failed rows."""
     if not rows:
         return
     table = Table(title="max |x - truth| against its bound", title_justify="left")
@@ -45,8 +46,8 @@ def print_rows(rows: Sequence[Row]) -> None:
             out.print(f"[red]{escape(f'{row.op} {row.case} {row.impl} {row.dtype} {row.quantity}: {row.note}')}[/red]")
 
 
-def print_summary(records: Sequence[dict], seconds: float) -> None:
-    """One line per op x implementation, with the row that came closest to its bound, and why something did not run."""
+def print_summary(records: Sequence[dict[str, Any]], seconds: float) -> None:
+    """Print one line per op and implementation with the row closest to its bound, then why something did not run."""
     table = Table(title="summary", title_justify="left")
     for name in ("op", "impl", "device", "cases", "rows", "failed", "worst error/bound", "where", "verdict"):
         table.add_column(name, justify="right" if name in ("cases", "rows", "failed") else "left")

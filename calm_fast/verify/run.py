@@ -1,7 +1,7 @@
-"""`calm-fast verify`: every op x every implementation that can run here, against the float64 reference.
+"""The runner of `calm-fast verify`: every op and every implementation that can run here against float64.
 
-Where there is no GPU, Triton's part runs in a fresh process with TRITON_INTERPRET=1, because Triton reads that
-variable when it is imported; it sends its rows back as JSON lines.
+Without a GPU, Triton's part runs in a fresh process with TRITON_INTERPRET=1, because Triton reads that variable when it
+is imported. That process sends its rows back as JSON lines.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ ALL_OPS = (*OPS, *INTERNAL_OPS)
 
 @dataclass(frozen=True)
 class Part:
-    """One op with one implementation on one device; `skipped` says why it does not run."""
+    """One op with one implementation on one device. `skipped` is the reason why it does not run, or ""."""
 
     op: str
     impl: str
@@ -41,7 +42,7 @@ class Part:
 
     @property
     def emulated(self) -> bool:
-        """CUDA kernels run by the CPU emulation (calm_fast/verify/emulation.py), not by a GPU."""
+        """True if the CPU emulation runs the CUDA kernels (calm_fast/verify/emulation.py)."""
         return self.device == EMULATED
 
     def __str__(self) -> str:
@@ -49,12 +50,13 @@ class Part:
 
 
 def plan(ops: Sequence[str] = ALL_OPS, impls: Sequence[str] = ()) -> list[Part]:
-    """What there is to verify here.
+    """Return the parts to verify on this machine, including those that cannot run.
 
     Args:
-        ops: names of ops. impls: names of implementations; () = all that an op's cases name.
+        ops: names of ops.
+        impls: names of implementations; () = all that the cases of an op name.
     Raises:
-        ValueError for a name that no op has.
+        ValueError: an unknown name.
     """
     for op in ops:
         if op not in ALL_OPS:
@@ -72,7 +74,7 @@ def plan(ops: Sequence[str] = ALL_OPS, impls: Sequence[str] = ()) -> list[Part]:
                 parts.append(_triton_part(op, gpu))
             elif impl == "native":
                 parts += [Part(op, impl, device, _native_obstacle(op, device) or "") for device in devices]
-                if emulation.has_adapter(op):
+                if emulation.may_have_kernels(op):
                     parts.append(Part(op, impl, EMULATED, emulation.obstacle(op) or ""))
             else:
                 parts += [Part(op, impl, device) for device in devices]
@@ -94,7 +96,7 @@ def _triton_part(op: str, gpu: bool) -> Part:
 
 
 def cases_of(part: Part) -> list[Case]:
-    """The cases that the part's implementation is meant to run."""
+    """Return the cases that the part's implementation should run."""
     ops = op_cases(part.op)
     fits = getattr(ops, "fits", None)
     device = "cuda" if part.emulated else part.device
@@ -102,12 +104,12 @@ def cases_of(part: Part) -> list[Case]:
 
 
 def case_count(part: Part) -> int:
-    """How many cases the part runs."""
+    """Return the number of cases that the part runs."""
     return 0 if part.skipped else len(cases_of(part))
 
 
 def run_part(part: Part) -> Iterator[Row]:
-    """The rows of one part, as they come; a crash of the implementation is a failed row, not an exception here."""
+    """Yield the rows of one part as they are computed. A crash of the implementation is a failed row."""
     if part.skipped:
         return
     if part.interpreted and os.environ.get("TRITON_INTERPRET") != "1":
@@ -122,7 +124,7 @@ def run_part(part: Part) -> Iterator[Row]:
 
 
 def _emulated_rows(part: Part) -> Iterator[Row]:
-    """Each case on one schedule of threads, in turn; cases that the kernels do not serve give no row."""
+    """Run each case on one of the schedules, in turn. A case that the kernels do not serve gives no row."""
     ops, run = op_cases(part.op), emulation.adapter(part.op).run
     for i, case in enumerate(cases_of(part)):
         inputs = ops.build(case, torch.device("cpu"))
@@ -134,7 +136,7 @@ def _emulated_rows(part: Part) -> Iterator[Row]:
             actual, note = {}, str(problem)[:300]
         if actual is None:
             continue
-        if actual:  # the forward of an op whose backward is torch's
+        if actual:  # the kernels may compute the forward only
             truth = replace(truth, values={name: truth.values[name] for name in actual})
         rows = judge(case, part.impl, torch.device("cpu"), actual, truth)
         yield from (replace(row, device=part.device, note=note or row.note) for row in rows)
@@ -145,7 +147,7 @@ def _run_case(ops: OpCases, case: Case, impl: str, device: torch.device) -> list
     truth = truth_of(ops, inputs, case.dtype)
     try:
         actual = ops.run(inputs, impl)
-    except Exception as problem:  # whatever an implementation raises is a verdict on it
+    except Exception as problem:  # any exception of an implementation counts as its failure
         rows = judge(case, impl, device, {}, truth)
         return [replace(row, note=f"{type(problem).__name__}: {str(problem)[:200]}") for row in rows]
     return judge(case, impl, device, actual, truth)
@@ -157,6 +159,7 @@ def _in_fresh_process(part: Part) -> Iterator[Row]:
     env = {"OMP_NUM_THREADS": "1", **os.environ, "TRITON_INTERPRET": "1"}
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env) as process:
+            assert process.stdout is not None  # it is a pipe
             for line in process.stdout:
                 if line.startswith("{"):
                     yield Row(**json.loads(line))
@@ -168,19 +171,19 @@ def _in_fresh_process(part: Part) -> Iterator[Row]:
 
 
 def worker(op: str, impl: str) -> None:
-    """The fresh process: one JSON line per row on stdout."""
+    """Run one part in the fresh process; print one JSON line per row."""
     for row in run_part(Part(op, impl, "cpu", interpreted=impl == "triton")):
         print(json.dumps(asdict(row)), flush=True)
 
 
-def summary(parts: Sequence[Part], rows: Sequence[Row]) -> list[dict]:
-    """One record per part: verdict, cases, failures, and the row that came closest to its bound (or broke it)."""
+def summary(parts: Sequence[Part], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return one record per part: verdict, cases, failures, and the row closest to its bound or farthest above it."""
     records = []
     for part in parts:
         own = [r for r in rows if (r.op, r.impl, r.device) == (part.op, part.impl, part.device)]
         worst = max(own, key=lambda r: (not r.ok, r.ratio), default=None)
         failed = sum(not r.ok for r in own)
-        # a part that ran and gave nothing has proven nothing
+        # a part that ran without giving a row has verified nothing
         verdict = "not run" if part.skipped else "FAIL" if failed or not own else "ok"
         records.append(
             {"op": part.op, "impl": part.impl, "device": part.device, "verdict": verdict, "why": part.skipped,
@@ -192,7 +195,7 @@ def summary(parts: Sequence[Part], rows: Sequence[Row]) -> list[dict]:
 def verify(
     ops: Sequence[str] = ALL_OPS, impls: Sequence[str] = (), json_file: Path | None = None, every_row: bool = True
 ) -> int:
-    """Run everything, print the tables, and return the exit code: 0 where all rows hold, else 1."""
+    """Run every part, print the tables, and return the exit code: 0 if all rows are within their bounds, else 1."""
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from calm_fast.verify.report import console, print_rows, print_summary
@@ -219,7 +222,7 @@ def verify(
 
 
 def write_rows(file: Path, rows: Sequence[Row]) -> None:
-    """All rows as a JSON list; an infinite error is null (JSON knows no infinity)."""
+    """Write all rows as a JSON list. An infinite error is null, because JSON has no infinity."""
     plain = [{k: None if v == math.inf else v for k, v in asdict(row).items()} for row in rows]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(plain, indent=1) + "\n")

@@ -112,7 +112,7 @@ def test_a_foreign_cache_is_refused(name: str) -> None:
     composed, ids = shared(name), prompts()
     for spelling in ("cache", "past_key_values"):
         foreign = DynamicCache(config=composed.anchor.config)
-        with pytest.raises(ValueError, match=f"{spelling}: expected a ComposedCache, got DynamicCache"):
+        with pytest.raises(ValueError, match=f"`{spelling}` must be a ComposedCache, got DynamicCache"):
             composed.generate(ids, max_new_tokens=2, **{spelling: foreign})
 
 

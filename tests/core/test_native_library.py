@@ -26,11 +26,11 @@ built = pytest.mark.skipif(not BUILT, reason="calm_fast was installed without th
 @pytest.fixture
 def fresh(monkeypatch):
     """The questions asked anew, and forgotten again afterwards."""
-    for cached in (native_library._load, native_library._served, native_library._answer):
+    for cached in (native_library._load, native_library._served, native_library._find_obstacle):
         cached.cache_clear()
         monkeypatch.setattr(native_library, cached.__name__, cached)
     yield monkeypatch
-    for cached in (native_library._load, native_library._served, native_library._answer):
+    for cached in (native_library._load, native_library._served, native_library._find_obstacle):
         cached.cache_clear()
 
 
@@ -114,7 +114,7 @@ def test_report_shows_the_library_or_why_not(fresh):
     assert set(env_report.collect()["compiled library"]) == {"_cpu", "_cuda"}
     found = importlib.util.find_spec
     fresh.setattr(importlib.util, "find_spec", lambda name: None if "._c" in name else found(name))
-    for cached in (native_library._load, native_library._answer):
+    for cached in (native_library._load, native_library._find_obstacle):
         cached.cache_clear()
     report = env_report.collect()
     assert all(text.startswith("no: calm_fast._c") for text in report["compiled library"].values())

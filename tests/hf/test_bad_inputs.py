@@ -42,13 +42,13 @@ def test_connections_resolve(spec: Any, depths: list[int], expected: list[Any]) 
         ("uniform:-2", "got 'uniform:-2'"),
         ("uniform:2.5", "got 'uniform:2.5'"),
         ("every:2", "got 'every:2'"),
-        ("uniform:9", "more pairs than the deeper model has layers"),
+        ("uniform:9", "at most as many pairs as the deeper model has layers .3 in .*, 8 in .*, got 'uniform:9'"),
         ([], "at least one pair"),
-        ([(3, 0)], r"augmenter layer of pair \(3, 0\) must be in \[-1, 3\).*got 3"),
-        ([(0, 8)], r"anchor layer of pair \(0, 8\) must be in \[-1, 8\).*got 8"),
-        ([(-2, 0)], r"must be in \[-1, 3\).*got -2"),
-        ([(0, -2)], "anchor layer .* got -2"),
-        ([(0, 1), (2, 2), (0, 1)], r"pair \(0, 1\) is given twice"),
+        ([(3, 0)], r"augmenter layers in \[-1, 3\).*got 3 in \(3, 0\)"),
+        ([(0, 8)], r"anchor layers in \[-1, 8\).*got 8 in \(0, 8\)"),
+        ([(-2, 0)], r"augmenter layers in \[-1, 3\).*got -2"),
+        ([(0, -2)], "anchor layers .* got -2"),
+        ([(0, 1), (2, 2), (0, 1)], r"different pairs, got \(0, 1\) twice"),
         ([(0.0, 1)], "got"),
         ([(True, 1)], "got"),
         ([(0, 1, 2)], "got"),
@@ -61,7 +61,7 @@ def test_connections_resolve(spec: Any, depths: list[int], expected: list[Any]) 
     ],
 )
 def test_bad_connections_are_refused(spec: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=f"connections: .*{message}"):
+    with pytest.raises(ValueError, match=f"compose: `connections` must be .*{message}"):
         resolve_connections(spec, [3], 8)
 
 
@@ -76,25 +76,52 @@ def encoder_decoder() -> Any:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (lambda: (llama(), []), "augmenters: expected at least one model"),
-        (lambda: (llama(), torch.nn.Linear(2, 2)), "augmenters: expected a transformers model or a path, got Linear"),
-        (lambda: (None, llama()), "anchor: expected a transformers model or a path, got NoneType"),
-        (lambda: ("/nowhere/anchor", llama()), "anchor: .* got '/nowhere/anchor', a folder that does not exist"),
-        (lambda: (llama(), "./nowhere"), "augmenters: .* got './nowhere', a folder that does not exist"),
-        (lambda: (llama(), [Path("nowhere")]), "augmenters: .* got 'nowhere', a folder that does not exist"),
-        (lambda: ("models/", llama()), "anchor: .* got 'models/', a folder that does not exist"),
-        (lambda: ("models/anchor", llama()), "anchor: .* got 'models/anchor', a folder that does not exist in .* hub"),
-        (lambda: (llama(), ["nowhere"]), "augmenters: .* got 'nowhere', a folder that does not exist in .* hub"),
-        (lambda: (llama().model, llama()), "anchor: expected a causal language model, got LlamaModel"),
-        (lambda: (llama(), llama(vocab=90)), "augmenters: augmenter 0 .* embeds 90 token ids.* go up to 96"),
-        (lambda: (llama(), [llama(), llama(vocab=64)]), "augmenters: augmenter 1 .* embeds 64"),
-        (lambda: (llama(), OTHERS["rwkv"].model()), "RwkvForCausalLM cannot be composed: .* Cache"),
-        (lambda: (OTHERS["rwkv"].model(), llama()), "RwkvForCausalLM cannot be composed"),
-        (lambda: (llama(), OTHERS["recurrent_gemma"].model()), "RecurrentGemmaForCausalLM cannot be composed"),
-        (lambda: (llama(), OTHERS["ctrl"].model()), "layers_path: CTRLLMHeadModel has 0 lists"),
-        (lambda: (OTHERS["mamba"].model(), llama()), "num_heads: required, MambaForCausalLM"),
-        (lambda: (llama(), encoder_decoder()), "T5ForConditionalGeneration cannot be composed: .* decoder-only"),
-        (lambda: (composed_model("llama"), llama()), "layers_path: ComposedForCausalLM has 2 lists"),
+        (lambda: (llama(), []), "compose: `augmenters` must be at least one model, got none"),
+        (lambda: (llama(), torch.nn.Linear(2, 2)), "`augmenters` must be a transformers model or a path, got Linear"),
+        (lambda: (None, llama()), "`anchor` must be a transformers model or a path, got NoneType"),
+        (
+            lambda: ("/nowhere/anchor", llama()),
+            "`anchor` must be .* got '/nowhere/anchor', a folder that does not exist",
+        ),
+        (lambda: (llama(), "./nowhere"), "`augmenters` must be .* got './nowhere', a folder that does not exist"),
+        (lambda: (llama(), [Path("nowhere")]), "`augmenters` must be .* got 'nowhere', a folder that does not exist"),
+        (lambda: ("models/", llama()), "`anchor` must be .* got 'models/', a folder that does not exist"),
+        (
+            lambda: ("models/anchor", llama()),
+            "`anchor` must be .* got 'models/anchor', a folder that does not exist in .* hub",
+        ),
+        (
+            lambda: (llama(), ["nowhere"]),
+            "`augmenters` must be .* got 'nowhere', a folder that does not exist in .* hub",
+        ),
+        (lambda: (llama().model, llama()), "`anchor` must be a causal language model, got LlamaModel"),
+        (
+            lambda: (llama(), llama(vocab=90)),
+            "`augmenters` must be .* 0 to 96, got augmenter 0 .* embeds 90 token ids.*`vocab_size`",
+        ),
+        (lambda: (llama(), [llama(), llama(vocab=64)]), "`augmenters` must be .*, got augmenter 1 .* embeds 64"),
+        (
+            lambda: (llama(), OTHERS["rwkv"].model()),
+            "`augmenters` must be .* transformers Cache, got RwkvForCausalLM, which",
+        ),
+        (
+            lambda: (OTHERS["rwkv"].model(), llama()),
+            "compose: `anchor` must be .* transformers Cache, got RwkvForCausalLM, which",
+        ),
+        (
+            lambda: (llama(), OTHERS["recurrent_gemma"].model()),
+            "transformers Cache, got RecurrentGemmaForCausalLM, which keeps",
+        ),
+        (
+            lambda: (llama(), OTHERS["ctrl"].model()),
+            "`path` must be given .*CTRLLMHeadModel has 0: none.*`augmenter_layers`",
+        ),
+        (lambda: (OTHERS["mamba"].model(), llama()), "`num_heads` must be given .*MambaForCausalLM"),
+        (
+            lambda: (llama(), encoder_decoder()),
+            "`augmenters` must be a decoder-only model, got T5ForConditionalGeneration",
+        ),
+        (lambda: (composed_model("llama"), llama()), "`path` must be given .*ComposedForCausalLM has 2"),
     ],
 )
 def test_models_that_cannot_be_composed_are_refused(arguments: Any, message: str) -> None:
@@ -105,18 +132,18 @@ def test_models_that_cannot_be_composed_are_refused(arguments: Any, message: str
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"anchor_layers": "model.norm"}, "layers_path: .* LlamaForCausalLM, got 'model.norm'"),
-        ({"augmenter_layers": "model.blocks"}, "layers_path: .*'model.blocks'"),
-        ({"augmenter_layers": ["model.layers", None]}, "augmenter_layers: expected 1 paths, got 2"),
+        ({"anchor_layers": "model.norm"}, "find_layers: `path` must be .* of LlamaForCausalLM, got 'model.norm'"),
+        ({"augmenter_layers": "model.blocks"}, "find_layers: `path` must be .*'model.blocks'.*`anchor_layers`"),
+        ({"augmenter_layers": ["model.layers", None]}, r"`augmenter_layers` must be .*\(1\), got 2 paths"),
         ({"num_heads": 5}, "num_heads"),
         ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads"),
-        ({"connections": [(7, 0)]}, "connections: "),
-        ({"dtype": "float31"}, "dtype: expected a floating-point dtype .*, got 'float31'"),
-        ({"dtype": torch.int64}, "dtype: expected a floating-point dtype .*, got torch.int64"),
-        ({"dtype": 16}, "dtype: .*, got 16"),
-        ({"model_kwargs": "bf16"}, "model_kwargs: expected a dict .*, got str 'bf16'"),
-        ({"vocab_size": "x"}, "vocab_size: expected a positive integer or None, got str 'x'"),
-        ({"vocab_size": 0}, "vocab_size: .*, got int 0"),
+        ({"connections": [(7, 0)]}, "`connections` must be "),
+        ({"dtype": "float31"}, "`dtype` must be a floating-point dtype .*, got 'float31'"),
+        ({"dtype": torch.int64}, "`dtype` must be a floating-point dtype .*, got torch.int64"),
+        ({"dtype": 16}, "`dtype` must be .*, got 16"),
+        ({"model_kwargs": "bf16"}, "`model_kwargs` must be a dict .*, got str 'bf16'"),
+        ({"vocab_size": "x"}, "`vocab_size` must be a positive integer or None, got str 'x'"),
+        ({"vocab_size": 0}, "`vocab_size` must be .*, got int 0"),
     ],
 )
 def test_bad_compose_arguments_are_refused(kwargs: dict[str, Any], message: str) -> None:
@@ -136,30 +163,36 @@ def ones(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"input_ids": None}, "input_ids: expected token ids"),
-        ({"input_ids": "1+2?"}, "input_ids: expected a tensor of token ids .*, got str '1\\+2\\?'"),
-        ({"input_ids": prompts()[0]}, r"input_ids: expected 2 dimensions \(batch, tokens\), got shape \(9,\)"),
-        ({"input_ids": prompts().float()}, "input_ids: expected int64 or int32 token ids, got torch.float32"),
-        ({"input_ids": prompts() + 97}, "input_ids: expected token ids from 0 to 96 .Llama.* embeds 97.*, got 1"),
-        ({"input_ids": prompts() - 97}, "input_ids: expected token ids from 0 to 96 .*, got -"),
-        ({"input_ids": ones(2, 1) * 97}, "input_ids: .* from 0 to 96 .*, got 97"),
-        ({"augmenter_input_ids": ones(2, 3) * 97, "hi": ones(2, 9)}, "augmenter_input_ids: .* 0 to 96 .*, got 97"),
-        ({"augmenter_input_ids": ones(3), "hi": ones(2, 9)}, r"augmenter_input_ids: .*, got shape \(3,\)"),
-        ({"inputs_embeds": torch.zeros(2, 9, 32)}, "input_ids: .* inputs_embeds is not taken"),
-        ({"attention_mask": ones(2, 8)}, r"attention_mask: expected shape \(2, 9\).*got \(2, 8\)"),
-        ({"attention_mask": ones(2, 1, 9, 9)}, r"attention_mask: .*got \(2, 1, 9, 9\)"),
-        ({"attention_mask": ones(2, 9) - torch.eye(9)[3:5].int()}, "attention_mask: .*zeros between ones"),
-        ({"attention_mask": [[1] * 9] * 2}, "attention_mask: expected a tensor .* or None, got list"),
-        ({"attention_mask": ones(2, 9).numpy()}, "attention_mask: expected a tensor .* or None, got ndarray"),
-        ({"attention_mask": "ones"}, "attention_mask: expected a tensor .* or None, got str 'ones'"),
-        ({"position_ids": [list(range(9))]}, "position_ids: expected a tensor .* or None, got list"),
-        ({"labels": prompts().tolist()}, "labels: expected a tensor .* or None, got list"),
-        ({"cache": object()}, "cache: expected a ComposedCache, got object"),
-        ({"augmenter_input_ids": prompts()}, "hi: required"),
-        ({"lo": ones(2, 9)}, "hi: required"),
-        ({"augmenter_attention_mask": ones(2, 9), "hi": ones(2, 9)}, "augmenter_input_ids: required"),
-        ({"hi": [ones(2, 9), ones(2, 9)]}, "hi: expected a tensor, or a list .* 1 augmenters"),
-        ({"hi": [3]}, r"hi: expected a tensor.*, got 1: list \[3\]"),
+        ({"input_ids": None}, "`input_ids` must be a tensor of token ids .*, got None"),
+        ({"input_ids": "1+2?"}, "`input_ids` must be a tensor of token ids .*, got str '1\\+2\\?'"),
+        ({"input_ids": prompts()[0]}, r"`input_ids` must be 2-dimensional \(batch, tokens\), got shape \(9,\)"),
+        ({"input_ids": prompts().float()}, "`input_ids` must be int64 or int32 token ids, got torch.float32"),
+        ({"input_ids": prompts() + 97}, "`input_ids` must be token ids from 0 to 96 .Llama.* embeds 97.*, got 1"),
+        ({"input_ids": prompts() - 97}, "`input_ids` must be token ids from 0 to 96 .*, got -"),
+        ({"input_ids": ones(2, 1) * 97}, "`input_ids` must be .* from 0 to 96 .*, got 97"),
+        (
+            {"augmenter_input_ids": ones(2, 3) * 97, "hi": ones(2, 9)},
+            "`augmenter_input_ids` must be .* 0 to 96 .*, got 97",
+        ),
+        ({"augmenter_input_ids": ones(3), "hi": ones(2, 9)}, r"`augmenter_input_ids` must be .*, got shape \(3,\)"),
+        ({"inputs_embeds": torch.zeros(2, 9, 32)}, "`inputs_embeds` must be None, got a value. Pass `input_ids`"),
+        ({"attention_mask": ones(2, 8)}, r"`attention_mask` must be of shape \(2, 9\).*got shape \(2, 8\)"),
+        ({"attention_mask": ones(2, 1, 9, 9)}, r"`attention_mask` must be .*got shape \(2, 1, 9, 9\)"),
+        ({"attention_mask": ones(2, 9) - torch.eye(9)[3:5].int()}, "`attention_mask` must be .*zeros between ones"),
+        ({"attention_mask": [[1] * 9] * 2}, "`attention_mask` must be a tensor .* or None, got list"),
+        ({"attention_mask": ones(2, 9).numpy()}, "`attention_mask` must be a tensor .* or None, got ndarray"),
+        ({"attention_mask": "ones"}, "`attention_mask` must be a tensor .* or None, got str 'ones'"),
+        ({"position_ids": [list(range(9))]}, "`position_ids` must be a tensor .* or None, got list"),
+        ({"labels": prompts().tolist()}, "`labels` must be a tensor .* or None, got list"),
+        ({"cache": object()}, "`cache` must be a ComposedCache, got object"),
+        ({"augmenter_input_ids": prompts()}, "`hi` must be given with `lo` or .* got None"),
+        ({"lo": ones(2, 9)}, "`hi` must be given with `lo` or .* got None"),
+        (
+            {"augmenter_attention_mask": ones(2, 9), "hi": ones(2, 9)},
+            "`augmenter_input_ids` must be given with .* got None",
+        ),
+        ({"hi": [ones(2, 9), ones(2, 9)]}, "`hi` must be a tensor, or a list .* 1 augmenters"),
+        ({"hi": [3]}, r"`hi` must be a tensor.*, got 1: list \[3\]"),
         ({"hi": ones(2, 8)}, "hi"),
     ],
 )
@@ -172,20 +205,20 @@ def test_bad_forward_arguments_are_refused(kwargs: dict[str, Any], message: str)
 
 @pytest.mark.parametrize("mask", [[[1] * 9] * 2, ones(2, 9).numpy()], ids=["list", "numpy"])
 def test_a_mask_that_is_no_tensor_is_refused_by_generate(mask: Any) -> None:
-    with pytest.raises(ValueError, match="attention_mask: expected a tensor .* or None, got (list|ndarray)"):
+    with pytest.raises(ValueError, match="`attention_mask` must be a tensor .* or None, got (list|ndarray)"):
         composed_model("llama").generate(prompts(), attention_mask=mask, max_new_tokens=2)
 
 
 def test_ids_that_only_the_anchor_embeds_are_refused() -> None:
     composed = compose(llama(), llama(vocab=90), "uniform:1", vocab_size=90)
-    with pytest.raises(ValueError, match="input_ids: expected token ids from 0 to 89 .*, got 93"):
+    with pytest.raises(ValueError, match="`input_ids` must be token ids from 0 to 89 .*, got 93"):
         composed(ones(1, 4) * 93)
     hi = torch.full((1, 4), 4, dtype=torch.int32)  # an augmenter that reads its own tokens does not limit the anchor's
     assert composed(ones(1, 4) * 93, augmenter_input_ids=ones(1, 4), hi=hi).logits.shape == (1, 4, 97)
 
 
 def test_a_foreign_cache_is_refused_by_generate() -> None:
-    with pytest.raises(ValueError, match="cache: expected a ComposedCache, got DynamicCache"):
+    with pytest.raises(ValueError, match="`cache` must be a ComposedCache, got DynamicCache"):
         composed_model("llama").generate(prompts(), cache=DynamicCache(), max_new_tokens=2)
 
 
@@ -230,5 +263,5 @@ def test_visibility_of_padding_documents_and_steps() -> None:
 def test_generate_refuses_other_tokens_of_the_augmenter(name: str) -> None:
     model = composed_model("llama")
     ids = torch.randint(1, 90, (1, 4))
-    with pytest.raises(ValueError, match=f"{name}: generate"):
+    with pytest.raises(ValueError, match=f"generate: `{name}` must be None"):
         model.generate(ids, max_new_tokens=2, **{name: ids})

@@ -148,7 +148,7 @@ def test_generate_takes_and_returns_every_name(name: str) -> None:
 def test_two_names_at_once_are_named(call: str) -> None:
     composed, ids = composed_model("llama"), prompts()
     both = {"cache": composed.new_cache(), "past_key_values": composed.new_cache()}
-    with pytest.raises(ValueError, match="cache and past_key_values: these name the same cache"):
+    with pytest.raises(ValueError, match="under one name, got `cache` and `past_key_values`"):
         getattr(composed, call)(ids, **both)
 
 
@@ -158,7 +158,7 @@ def test_two_names_at_once_are_named(call: str) -> None:
 def test_a_cache_of_another_kind_is_refused_under_the_name_it_came_by(name: str, call: str, foreign: Any) -> None:
     """Also where the release does not mark a caller's own cache: it would be wrapped with empty augmenter caches."""
     composed, ids = composed_model("llama"), prompts()
-    with pytest.raises(ValueError, match=f"{name}: expected a ComposedCache, got {foreign.__name__}"):
+    with pytest.raises(ValueError, match=f"`{name}` must be a ComposedCache, got {foreign.__name__}"):
         getattr(composed, call)(ids, **{name: foreign()})
 
 
@@ -223,7 +223,7 @@ def test_every_family_takes_its_cache_under_a_known_name(name: str) -> None:
 
 def test_an_unknown_name_is_an_error_that_says_what_was_tried() -> None:
     model = made(UnknownName)
-    text = r"UnknownName\.forward: expected a cache argument named cache or .*got the arguments input_ids, .*memory"
+    text = r"UnknownName\.forward: the cache argument must be named cache or .*got the arguments input_ids, .*memory"
     for call in (lambda: compose(model, model, "uniform:1"), lambda: PrefixReader(model)):
         with pytest.raises(ValueError, match=text):
             call()
@@ -234,7 +234,7 @@ def test_an_unknown_name_is_an_error_that_says_what_was_tried() -> None:
 def test_a_dict_is_a_cache_of_the_familys_own() -> None:
     assert cache_argument(DictCache.forward) is None and lacks_cache(made(DictCache))
     assert PrefixReader(made(DictCache)).signature is None
-    with pytest.raises(ValueError, match="DictCache cannot be composed: .* this one has a cache of its own, a dict"):
+    with pytest.raises(ValueError, match="transformers Cache, got DictCache, which has a cache of its own, a dict"):
         Signature.of(made(DictCache))
 
 
@@ -259,7 +259,7 @@ def test_generate_without_a_known_name_says_what_was_tried(monkeypatch: pytest.M
     monkeypatch.setattr("calm_fast.hf.cache_names.GenerationMixin.prepare_inputs_for_generation", renamed)
     generate_argument.cache_clear()
     try:
-        with pytest.raises(ImportError, match=r"expected a cache argument named cache or .* transformers \S+ is inst"):
+        with pytest.raises(ImportError, match=r"the cache argument must be named cache or .* transformers \S+ is inst"):
             generate_argument()
     finally:
         monkeypatch.undo()
@@ -307,7 +307,9 @@ def test_families_without_a_cache_are_known_as_such(name: str) -> None:
     model = OTHERS[name].model()
     assert lacks_cache(model)
     assert PrefixReader(model).signature is None and not PrefixReader(model).shares
-    with pytest.raises(ValueError, match="expected a model with a transformers Cache; this one keeps its state"):
+    with pytest.raises(
+        ValueError, match="`anchor` must be a model with a transformers Cache, got .*, which keeps its state"
+    ):
         compose(model, model, "uniform:1")
 
 

@@ -85,5 +85,5 @@ def test_what_cannot_be_done_says_what_to_do() -> None:
         composed.resize_token_embeddings(VOCAB + 3)
     with pytest.raises(ValueError, match=r"continuous batching .*use generate\(\) with left padding"):
         composed.generate_batch([[5, 6, 7], [8, 9]], max_new_tokens=2)
-    with pytest.raises(ValueError, match="inputs_embeds is not taken"):
+    with pytest.raises(ValueError, match="`inputs_embeds` must be None"):
         composed.generate(inputs_embeds=torch.randn(1, 3, 32), max_new_tokens=2)

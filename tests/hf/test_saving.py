@@ -110,7 +110,7 @@ def edit_config(folder: Path, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, "1.5"])
 def test_unknown_config_format_is_refused(folder: Path, version: Any) -> None:
-    with pytest.raises(ValueError, match=f"format_version.*{version}"):
+    with pytest.raises(ValueError, match=f"`format_version` must be .*{version}"):
         ComposedForCausalLM.from_pretrained(edit_config(folder, format_version=version))
 
 
@@ -134,32 +134,40 @@ def test_missing_tensors_are_refused(folder: Path) -> None:
 def test_wrong_or_missing_parts_are_refused(folder: Path) -> None:
     where, load = folder / "composed", ComposedForCausalLM.from_pretrained
     llama, gpt2 = FAMILIES["llama"].model(0), FAMILIES["gpt2"].model(1, width=24, depth=4)
-    with pytest.raises(ValueError, match=r"anchor: expected \(family, layers, width\) \('llama', 3, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"`anchor` must be a model with \(family, layers, width\) \('llama', 3, 32\) as saved"
+    ):
         load(where, anchor=FAMILIES["llama"].model(0, width=48))
-    with pytest.raises(ValueError, match="augmenters: expected .*'gpt2', 4, 24.*got.*'llama'"):
+    with pytest.raises(ValueError, match="`augmenters` must be .*'gpt2', 4, 24.*got.*'llama'"):
         load(where, augmenters=llama)
-    with pytest.raises(ValueError, match="augmenters: expected 1 models, got 2"):
+    with pytest.raises(ValueError, match="`augmenters` must be 1 models, got 2"):
         load(where, augmenters=[gpt2, gpt2])
-    with pytest.raises(ValueError, match="anchor: expected a loaded transformers model, got str"):
+    with pytest.raises(ValueError, match="`anchor` must be a loaded transformers model, got str"):
         load(where, anchor="llama")
 
 
 @pytest.mark.parametrize("name", ["models/composed", "composed", "./composed", "a/b/c"])
 def test_a_composition_that_is_not_there_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"pretrained_model_name_or_path: .*'{name}', a folder that does not exist"):
+    with pytest.raises(
+        ValueError, match=f"`pretrained_model_name_or_path` must be .*'{name}', a folder that does not exist"
+    ):
         ComposedForCausalLM.from_pretrained(name)
     Path(name).mkdir(parents=True)
-    with pytest.raises(ValueError, match=f"pretrained_model_name_or_path: .*'{name}', a folder without config.json"):
+    with pytest.raises(
+        ValueError, match=f"`pretrained_model_name_or_path` must be .*'{name}', a folder without config.json"
+    ):
         ComposedForCausalLM.from_pretrained(name)
 
 
 def test_files_and_parts_that_are_not_there_are_named(folder: Path) -> None:
     (folder / "augmenter").rename(folder / "moved")
-    with pytest.raises(ValueError, match="augmenters: .*pass the loaded.*augmenter', a folder that does not exist"):
+    with pytest.raises(
+        ValueError, match="`augmenters` must be .*pass the loaded.*augmenter', a folder that does not exist"
+    ):
         ComposedForCausalLM.from_pretrained(folder / "composed")
     (folder / "composed" / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="pretrained_model_name_or_path: .* model.safetensors"):
+    with pytest.raises(ValueError, match="`pretrained_model_name_or_path` must be .* model.safetensors"):
         ComposedForCausalLM.from_pretrained(folder / "composed")
 
 
@@ -181,7 +189,7 @@ def test_models_without_a_path_must_be_passed(tmp_path: Path) -> None:
     anchor, augmenter = FAMILIES["llama"].model(0), FAMILIES["llama"].model(1)
     composed = randomize(compose(anchor, augmenter, "uniform:2"))
     composed.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="anchor: .* without a path; pass the loaded model"):
+    with pytest.raises(ValueError, match="`anchor` must be passed as a loaded model, .* without a path, got None"):
         ComposedForCausalLM.from_pretrained(tmp_path, augmenters=augmenter)
     loaded = ComposedForCausalLM.from_pretrained(tmp_path, anchor=anchor, augmenters=[augmenter])
     assert torch.equal(logits(loaded), logits(composed))

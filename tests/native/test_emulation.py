@@ -140,7 +140,7 @@ def test_random_schedules_differ_and_repeat(run, probes):
 
 
 def test_call_refuses_strided_tensors(probes):
-    with pytest.raises(ValueError, match="tensor 0 must be contiguous"):
+    with pytest.raises(ValueError, match=r"`tensors\[0\]` must be contiguous"):
         emulation.call("probes", [torch.zeros(8, 8).T], [0, 0], (), csrc=probes)
 
 

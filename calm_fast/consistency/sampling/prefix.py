@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 )
 
 from calm_fast.hf import ComposedCache, ComposedForCausalLM
-from calm_fast.hf.inputs import Signature, lacks_cache, part_inputs
+from calm_fast.hf.inputs import Signature, Tokens, lacks_cache, part_inputs
 
 # cache layers that hold keys and values only: continuing a copy of them, by any number of tokens, is what the model
 # would have computed from the start. Recurrent states are not: some families continue them by one token at a time.
@@ -99,8 +99,8 @@ class PrefixReader:
             inputs = {"input_ids": ids.to(self.model.device), "use_cache": False}
             return self.model(**inputs, return_dict=True)
         positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        prepared = part_inputs(self.model, self.signature, inputs, cache, past)
+        tokens = Tokens(input_ids=ids, attention_mask=mask, position_ids=positions)
+        prepared = part_inputs(self.model, self.signature, tokens, cache, past)
         if keep is not None and self.signature.logits_to_keep:
             prepared["logits_to_keep"] = keep
         return self.model(**prepared, return_dict=True)

@@ -1,4 +1,5 @@
-"""One file per op with CUDA kernels: `run(inputs, schedule)` computes the quantities of a case with them, emulated.
+"""Adapters of the CPU emulation, one file per op with CUDA kernels. For source checkouts: wheels do not hold them.
 
-It returns None for a case that the kernels leave to another implementation. Outputs are poisoned beforehand.
+`run(inputs, schedule)` fills the outputs with poison, runs the emulated kernels, and returns the quantities of a case;
+None for a case that the kernels leave to another implementation.
 """

@@ -11,20 +11,20 @@ from calm_fast.core.numerics import Inputs, Values
 from calm_fast.verify.emulation import CSRC, SCHEDULES, Schedule, call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PROCESSORS = 16  # of the GPU that the launch plan is made for
+PROCESSORS = 16  # multiprocessors of the GPU that the launch is planned for
 
 
 def run(inputs: Inputs, schedule: Schedule = SCHEDULES[0], csrc: Path = CSRC, most_blocks: int = 0) -> Values | None:
-    """out (B, M, H, D) and, with dlse given, lse (B, H, M) of a case's inputs; None where the kernels do not serve it.
+    """Return out (B, M, H, D) and, if the case has dlse, lse (B, H, M); None if the kernels do not serve the case.
 
-    most_blocks: for how many multiprocessors the keys are split; 0 = `PROCESSORS`.
+    most_blocks: number of multiprocessors over which the keys are split; 0 = `PROCESSORS`.
     """
     q, k, v, scale = (inputs[name] for name in ("q", "k", "v", "scale"))
     (b, m, h, d), n, hkv = q.shape, k.shape[1], k.shape[2]
     if m > NATIVE_MAX_QUERIES or d % 8:
         return None
     scale = d**-0.5 if scale is None else scale
-    if scale <= 0:  # as the op does
+    if scale <= 0:  # the op does the same
         q, scale = (-q, -scale) if scale < 0 else (q * 0.0, 1.0)
     q, k, v = (wide_loads(t) for t in (q, k, v))
     lo, hi = (t if t is None else t.expand(b, m).contiguous() for t in (inputs["lo"], inputs["hi"]))
@@ -41,6 +41,6 @@ def run(inputs: Inputs, schedule: Schedule = SCHEDULES[0], csrc: Path = CSRC, mo
 
 
 def _storage(t: torch.Tensor) -> torch.Tensor:
-    """All elements of the tensor's storage: what strides may reach."""
+    """Return all elements of the tensor's storage, since strides may reach any of them."""
     storage = t.untyped_storage()
     return torch.empty(0, dtype=t.dtype).set_(storage, 0, (storage.nbytes() // t.itemsize,), (1,))

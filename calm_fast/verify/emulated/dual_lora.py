@@ -1,4 +1,4 @@
-"""The emulated CUDA kernels of dual_lora: at most 64 tokens; the products before them are torch's."""
+"""The emulated CUDA kernels of dual_lora: at most 64 tokens. torch computes the products before them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from calm_fast.core.numerics import Inputs, Values
 from calm_fast.verify.emulation import CSRC, SCHEDULES, Schedule, call
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PROCESSORS = 16  # of the GPU that the launch plan is made for
+PROCESSORS = 16  # multiprocessors of the GPU that the launch is planned for
 
 
 def run(inputs: Inputs, schedule: Schedule = SCHEDULES[0], csrc: Path = CSRC, most_blocks: int = 0) -> Values | None:
-    """out (..., d_out) of a case's inputs; None for more tokens than the kernels take.
+    """Return out (..., d_out) of a case; None for more tokens than the kernels take.
 
-    most_blocks: how many multiprocessors share the columns of the output; 0 = `PROCESSORS`.
+    most_blocks: number of multiprocessors that share the columns of the output; 0 = `PROCESSORS`.
     """
     x, y, scaling = inputs["x"], inputs["y"], inputs["scaling"]
-    names = ("a_pos", "b_pos", "a_neg", "b_neg", "w_q", "w_k")
+    a_pos, b_pos, a_neg, b_neg, w_q, w_k = (inputs[name] for name in ("a_pos", "b_pos", "a_neg", "b_neg", "w_q", "w_k"))
     value = [inputs[name] for name in ("value0", "value1") if name in inputs]
     pair = scaling if isinstance(scaling, tuple) else (scaling, scaling)
-    folded = fold_dual_lora(*(inputs[name] for name in names), value, pair, inputs["activation"])
+    folded = fold_dual_lora(a_pos, b_pos, a_neg, b_neg, w_q, w_k, value, pair, inputs["activation"])
     flat_y = y.reshape(-1, y.shape[-1]).contiguous()
     tokens, n = flat_y.shape
     if tokens > CUDA_MAX_TOKENS:
@@ -34,9 +34,9 @@ def run(inputs: Inputs, schedule: Schedule = SCHEDULES[0], csrc: Path = CSRC, mo
     if not tokens:
         return {"out": out.view(y.shape)}
     zg = project(x, folded).reshape(tokens, -1).contiguous()
-    up, r_pos, r = folded.up.contiguous(), inputs["a_pos"].shape[0], zg.shape[1] // 2
+    up, r_pos, r = folded.up.contiguous(), a_pos.shape[0], zg.shape[1] // 2
     integers = [DTYPES.index(y.dtype), tokens, r, r_pos]
-    if folded.c1 is None:
+    if folded.c1 is None or folded.c2 is None:
         tensors = [zg, None, None, up, flat_y, out]
         call("dual_lora", tensors, [*integers, 0, n, most_blocks or PROCESSORS], (), schedule, csrc)
         return {"out": out.view(y.shape)}

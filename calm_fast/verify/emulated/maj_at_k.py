@@ -1,4 +1,4 @@
-"""The emulated CUDA kernel of resampled maj_at_k; the exact curve has none."""
+"""The emulated CUDA kernel of maj_at_k with method "resample"; method "exact" has no kernel."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _MOST_SIZES = 64  # csrc/maj_at_k/maj_at_k.cuh
 
 
 def run(inputs: Inputs, schedule: Schedule = SCHEDULES[0], csrc: Path = CSRC, most_blocks: int = 0) -> Values | None:
-    """accuracy, stderr (len(ks),) of a case's inputs; None with method "exact".
+    """Return accuracy and stderr (len(ks),) of a case; None with method "exact".
 
-    most_blocks: the largest grid, so that a block takes several questions in turn; 0 = as planned.
+    most_blocks: largest grid, with which a block takes several questions in turn; 0 = as the launch plans it.
     """
     if inputs["method"] == "exact":
         return None

@@ -13,9 +13,9 @@ _POISON = -77
 
 
 def run(inputs: Inputs, schedule: Schedule = SCHEDULES[0], csrc: Path = CSRC, most_blocks: int = 0) -> Values | None:
-    """winner, weight, total, margin, ties (Q,) of a case's inputs (see `calm_fast._ops.vote.cases`).
+    """Return winner, weight, total, margin and ties (Q,) of a case (see `calm_fast._ops.vote.cases`).
 
-    most_blocks: the largest grid, so that a block takes several questions in turn; 0 = as planned.
+    most_blocks: largest grid, with which a block takes several questions in turn; 0 = as the launch plans it.
     """
     answers, scores, valid = inputs["answers"], inputs["scores"], inputs["valid"]
     q, k = answers.shape
@@ -35,7 +35,10 @@ def run(inputs: Inputs, schedule: Schedule = SCHEDULES[0], csrc: Path = CSRC, mo
 
 
 def two_dtypes(scores: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The scores as (float32, None) or (None, float64): what the kernels read; the op widens narrower ones."""
+    """Return the scores as (float32, None) or (None, float64), the two dtypes that the kernels read.
+
+    The op widens narrower dtypes to float32.
+    """
     if scores is None:
         return None, None
     if scores.dtype == torch.float64:
