@@ -147,26 +147,34 @@ def bench(
         raise typer.Exit(run_main(["--suite", suite.value, "--out", str(out), *chosen]))
 
 
+_Rows = Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="DATA", help="JSONL rows, .gz or plain.")]
+
+
 @app.command()
 def nat(
-    data: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="JSONL rows, .gz or plain.")],
     model: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of a causal language model.")],
     out: Annotated[Path, typer.Option(help="Folder for adapters, checkpoints and results.json.")],
+    data: Annotated[
+        Path | None, typer.Argument(exists=True, dir_okay=False, metavar="DATA", help="JSONL rows, .gz or plain.")
+    ] = None,
+    old_data: Annotated[Path | None, typer.Option("--data", exists=True, dir_okay=False, hidden=True)] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each stage.")] = 300,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    rank: Annotated[int, typer.Option(min=1, help="Of both LoRAs.")] = 8,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of both LoRAs.")] = 8,
     variant: Annotated[str, typer.Option(help="paper or released.")] = "paper",
     target: Annotated[list[str] | None, typer.Option(help="A layer name; repeat. Default: q_proj, v_proj.")] = None,
-    max_length: Annotated[int, typer.Option(min=8, help="Tokens of an example.")] = 512,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many rows.")] = None,
+    max_length: Annotated[int, typer.Option(min=8, help="Most tokens of an example.")] = 512,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most rows to read.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Learn from wrong rationales: negative LoRA, NAT, then NCE into one LoRA (arXiv 2312.12832).
 
-    Rows have question, answer and generated_answer (list). Rationales count as right if they reach the row's answer.
-    Writes negative/ and student/ (PEFT adapters), nat/ and results.json; the same call goes on where it was stopped.
+    Rows have question, answer and generated_answer (a list of rationales). A rationale is right if it reaches the row's
+    answer. Writes negative/ and student/ (PEFT adapters), nat/ and results.json; the same call resumes an interrupted
+    run.
     """
+    data = _deprecated_data(data, old_data)
     with _folder(out):
         from calm_fast.nat import Settings, run
 
@@ -186,9 +194,20 @@ def nat(
             typer.echo(f"{path:50} negative share {gate['mean']:.3f} +- {gate['std']:.3f}")
 
 
+def _deprecated_data(data: Path | None, old_data: Path | None) -> Path:
+    """Return DATA, which may still come as --data."""
+    if data is not None and old_data is not None:
+        raise typer.BadParameter(f"must be given once, got {data} and --data {old_data}", param_hint="DATA")
+    if old_data is not None:
+        typer.echo(f"calm-fast nat: --data is deprecated; write `calm-fast nat {old_data} ...`", err=True)
+    found = data if data is not None else old_data
+    if found is None:
+        raise typer.BadParameter("must be a file of JSONL rows, got none", param_hint="DATA")
+    return found
+
+
 rank = typer.Typer(help="Train and use a ranking model for self-consistency.", no_args_is_help=True)
 app.add_typer(rank, name="rank")
-_Rows = Annotated[Path, typer.Argument(exists=True, dir_okay=False, metavar="DATA", help="JSONL rows, .gz or plain.")]
 
 
 def _check_device(device: str | None) -> None:
@@ -197,33 +216,35 @@ def _check_device(device: str | None) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as problem:  # the latter where torch is built without CUDA
-        raise typer.BadParameter(f"{device!r} cannot be used: {problem}", param_hint="--device") from problem
+        raise typer.BadParameter(
+            f"must be a device that torch can use, got {device!r}: {problem}", param_hint="--device"
+        ) from problem
 
 
 @rank.command("train")
 def rank_train(
     data: _Rows,
     model: Annotated[str, typer.Option(help="Folder or name of a transformers encoder or decoder.")],
-    out: Annotated[Path, typer.Option(help="Folder for ranker/, results.json and what resuming needs.")],
+    out: Annotated[Path, typer.Option(help="Folder for ranker/, results.json and the files that resuming needs.")],
     loss: Annotated[str, typer.Option(help="power, margin or bce.")] = "power",
     epochs: Annotated[int, typer.Option(min=1)] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions of a step.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions in a step.")] = 32,
     lr: Annotated[float, typer.Option(help="Peak learning rate of the head.")] = 1e-3,
     backbone_lr: Annotated[float, typer.Option(help="Peak learning rate of a trained backbone.")] = 2e-5,
     train_backbone: Annotated[bool, typer.Option("--train-backbone", help="Train the model too.")] = False,
     hidden: Annotated[int, typer.Option(min=1, help="Width of the head.")] = 256,
-    max_length: Annotated[int | None, typer.Option(min=16, help="Tokens of question and rationale.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of a frozen model: float32, bfloat16 or float16.")] = "float32",
-    holdout: Annotated[float, typer.Option(min=0, max=0.9, help="Share of questions to judge on.")] = 0.1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many rows.")] = None,
-    answer_regex: Annotated[str | None, typer.Option(help="Finds answers where nothing else does.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=16, help="Most tokens of question and rationale.")] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of a frozen model: float32, bfloat16 or float16.")] = "float32",
+    holdout: Annotated[float, typer.Option(min=0, max=0.9, help="Share of questions to evaluate on.")] = 0.1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most rows to read.")] = None,
+    answer_regex: Annotated[str | None, typer.Option(help="Finds an answer if nothing else does.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that compare answers.")] = None,
-    device: Annotated[str | None, typer.Option(help="For instance cuda. Default: cpu.")] = None,
+    device: Annotated[str | None, typer.Option(help="For example cuda. Default: cpu.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Learn which rationales of a question reach its answer; judged by pair accuracy on held-out questions.
+    """Train a ranker to tell right rationales from wrong ones; it is evaluated on held-out questions.
 
-    Rows have question, answer and generated_answer (list). The same call goes on where it was stopped.
+    Rows have question, answer and generated_answer (a list of rationales). The same call resumes an interrupted run.
     """
     import torch
 
@@ -232,7 +253,9 @@ def rank_train(
     from calm_fast.consistency.voting.samples import read_rows
 
     if dtype not in ("float32", "bfloat16", "float16") or (train_backbone and dtype != "float32"):
-        raise typer.BadParameter("float32, or of a frozen model bfloat16 or float16", param_hint="--dtype")
+        raise typer.BadParameter(
+            f"must be float32, or bfloat16 or float16 for a frozen model, got {dtype}", param_hint="--dtype"
+        )
     _check_device(device)
     with _folder(out):
         try:
@@ -258,13 +281,13 @@ def rank_score(
     data: _Rows,
     ranker: Annotated[Path, typer.Option(exists=True, file_okay=False, help="--out of `rank train`.")],
     out: Annotated[
-        Path, typer.Option(dir_okay=False, help="The rows with `scores`; gzipped where the name ends in .gz.")
+        Path, typer.Option(dir_okay=False, help="File for the rows with `scores`; gzipped if it ends in .gz.")
     ],
-    backbone: Annotated[str | None, typer.Option(help="Where the frozen model is now, if it moved.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many rows.")] = None,
-    device: Annotated[str | None, typer.Option(help="For instance cuda. Default: cpu.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="Folder of the frozen model, if it was moved.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most rows to read.")] = None,
+    device: Annotated[str | None, typer.Option(help="For example cuda. Default: cpu.")] = None,
 ) -> None:
-    """Score every rationale; `calm-fast vote --rule adaptive` reads the result. The same call goes on where stopped."""
+    """Score every rationale for `calm-fast vote --rule adaptive`. The same call resumes an interrupted run."""
     from calm_fast.consistency.ranking.pipeline import run_scoring
     from calm_fast.consistency.voting.samples import read_rows
 
@@ -279,34 +302,37 @@ def rank_score(
 
 @app.command()
 def vote(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSONL rows, .gz or plain.")],
-    k: Annotated[str | None, typer.Option(help="Sizes, for instance 1,2,4,8. Default: powers of two.")] = None,
+    data: _Rows,
+    k: Annotated[str | None, typer.Option(help="Sizes, for example 1,2,4,8. Default: powers of two.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for results.json, votes.jsonl and curve.png.")] = Path("vote_out"),
-    rule: Annotated[str, typer.Option(help="count, or by scores: weighted or adaptive.")] = "count",
-    scores: Annotated[str, typer.Option(help="The rows' field of scores, one for each sample.")] = "scores",
+    rule: Annotated[str, typer.Option(help="count, or by scores weighted or adaptive.")] = "count",
+    scores: Annotated[str, typer.Option(help="Field of the rows with one score for each sample.")] = "scores",
     lam: Annotated[float, typer.Option(help="Weight of a score in the adaptive rule.")] = 1.0,
-    resamples: Annotated[int, typer.Option(min=1, help="Subsets of each question, for rules by scores.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of those subsets.")] = 0,
-    answer_regex: Annotated[str | None, typer.Option(help="Finds answers where nothing else does.")] = None,
+    resamples: Annotated[int, typer.Option(min=1, help="Random subsets of each question, for rules by scores.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the subsets.")] = 0,
+    answer_regex: Annotated[str | None, typer.Option(help="Finds an answer if nothing else does.")] = None,
     equality: Annotated[str, typer.Option(help="math, exact or text.")] = "math",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one for each CPU.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that compare answers. Default: one for each CPU.")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="CPU seconds to compare two answers.")] = 5.0,
     cache: Annotated[
-        Path | None, typer.Option(file_okay=False, help="Folder that keeps comparisons for later calls.")
+        Path | None, typer.Option(file_okay=False, help="Folder that keeps comparisons of answers for later calls.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most rows to read.")] = None,
 ) -> None:
     """Count the votes of sampled rationales: single, majority@k and any@k accuracy, ties, and a plot of the curve.
 
-    Rows have question, answer and generated_answer (list). The answer is the last \\boxed{...}, else what follows "The
-    answer is", else what --answer-regex finds; which answers are equal is decided by math-verify after cheaper tests.
+    Rows have question, answer and generated_answer (a list of rationales). The answer of a rationale is the last
+    \\boxed{...}, else the text after "The answer is", else what --answer-regex finds. math-verify decides which answers
+    are equal, after cheaper tests.
     """
     try:
         ks = tuple(int(size) for size in k.split(",")) if k is not None else ()
     except ValueError as problem:
-        raise typer.BadParameter(f"expected numbers like 1,2,4,8, got {k!r}", param_hint="--k") from problem
+        raise typer.BadParameter(f"must be numbers like 1,2,4,8, got {k!r}", param_hint="--k") from problem
     if any(size < 1 for size in ks) or len(set(ks)) < len(ks):
-        raise typer.BadParameter(f"expected different sizes of at least 1, got {k!r}", param_hint="--k")
+        raise typer.BadParameter(f"must be different sizes of at least 1, got {k!r}", param_hint="--k")
     with _folder(out):
         from rich.console import Console
 
@@ -317,7 +343,7 @@ def vote(
             equality=equality, workers=workers, timeout=timeout, cache_dir=cache,
         )  # fmt: skip
         try:
-            report = vote_report.run(file, out, settings, limit=limit)
+            report = vote_report.run(data, out, settings, limit=limit)
         except ValueError as problem:
             raise typer.BadParameter(str(problem)) from problem
         vote_report.print_report(report, Console())

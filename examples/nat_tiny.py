@@ -1,7 +1,7 @@
-"""Learn from wrong rationales on a tiny model: negative LoRA, NAT, NCE (arXiv 2312.12832), all three stages.
+"""Learn from wrong rationales on a tiny model, in three stages: negative LoRA, NAT and NCE (arXiv 2312.12832).
 
-A byte-level BPE tokenizer and a tiny Llama are made from the rows themselves, so nothing has to be downloaded; with a
-real model, load it and its tokenizer instead, or use `calm-fast nat`. A few minutes on two CPU cores.
+A byte-level BPE tokenizer and a tiny Llama are made from the rows, so nothing is downloaded. To use a real model, load
+it and its tokenizer instead, or run `calm-fast nat`. It takes a few minutes on two CPU cores.
 
     python examples/nat_tiny.py                    # ../shared/data beside the checkout
     python examples/nat_tiny.py --data FILE        # JSONL rows: question, answer, generated_answer (list)
@@ -28,7 +28,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "math_gpt35_dev
 
 
 def generated_rows(count: int, seed: int = 0) -> list[dict]:
-    """Additions, each with a right rationale and one that forgets the carry."""
+    """Return additions, each with a right rationale and one that drops the carry."""
     rng, rows = random.Random(seed), []
     for _ in range(count):
         a, b = rng.randint(10, 49), rng.randint(10, 49)
@@ -45,8 +45,8 @@ def load_rows(options: argparse.Namespace) -> list[dict]:
         return generated_rows(options.limit, options.seed)
     if not options.data.is_file():
         sys.exit(
-            f"nat_tiny: {options.data} is not there. Pass --data FILE (JSONL rows with question, answer and "
-            "generated_answer, .gz or plain), or --generated for additions made here."
+            f"nat_tiny: --data must be a file of rows, got {options.data}, which is not there. Pass --data FILE (JSONL "
+            "rows with question, answer and generated_answer, .gz or plain), or --generated for additions made here."
         )
     return nat.read_rows(options.data, options.limit)
 
@@ -64,7 +64,7 @@ def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def pretrain(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int, max_length: int) -> LlamaForCausalLM:
-    """A tiny Llama that has read the texts for a while: next-token prediction on random rows."""
+    """Train a tiny Llama on next-token prediction on random rows."""
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=2 * max_length, pad_token_id=0, bos_token_id=None, eos_token_id=1,
@@ -88,14 +88,14 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, texts: list[str], steps: int, m
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, data: nat.RationaleDataset) -> float:
-    """Mean loss of the right rationales of questions that no stage saw."""
+    """Return the mean loss on right rationales of questions that no stage uses."""
     batches = [RightPadding(0)(data.items[i : i + 8]) for i in range(0, min(len(data), 64), 8)]
     losses = [model.eval()(**{key: t.to(model.device) for key, t in batch.items()}).loss for batch in batches]
     return torch.stack(losses).mean().item()
 
 
 def show(stage: str, history: list[dict], start: float) -> None:
-    """First, middle and last logged loss."""
+    """Print the first, middle and last logged loss."""
     picked = [history[i] for i in sorted({0, len(history) // 2, len(history) - 1})]
     curve = "  ".join(f"step {int(e['step'])}: {e['loss']:.3f}" for e in picked)
     print(f"{stage:9} loss  {curve}   ({time.perf_counter() - start:.0f} s so far)", flush=True)
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--generated", action="store_true", help="use additions made here instead of a file")
     parser.add_argument("--limit", type=int, default=150, help="questions")
     parser.add_argument(
-        "--steps", type=int, default=150, help="optimizer steps of each stage; pre-training takes twice"
+        "--steps", type=int, default=150, help="optimizer steps of each stage; pre-training takes twice as many"
     )
     parser.add_argument("--max-length", type=int, default=256, help="tokens of an example")
     parser.add_argument("--out", type=Path, help="folder to keep adapters and checkpoints in")
@@ -117,12 +117,12 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     start = time.perf_counter()
 
-    # 1. Rows: the last tenth of the questions is held out; the others split into right and wrong rationales.
+    # 1. Rows: hold out the last tenth of the questions; split the rationales of the others into right and wrong ones.
     cut = max(1, len(rows) // 10)
     right, wrong = nat.split_rationales(rows[:-cut])
     unseen, _ = nat.split_rationales(rows[-cut:], progress=False)
     if not unseen:
-        sys.exit("nat_tiny: no held-out question has a right rationale; raise --limit")
+        sys.exit("nat_tiny: --limit must leave a held-out question with a right rationale, got none; raise it")
     print(f"{len(rows)} questions: {len(right)} right and {len(wrong)} wrong rationales to learn from")
 
     # 2. A tokenizer and a base model.
@@ -141,26 +141,26 @@ def main(arguments: list[str] | None = None) -> None:
         base.save_pretrained(out / "base")
         tokenizer.save_pretrained(out / "base")
 
-        # 3. Stage 1: a negative LoRA on the wrong rationales, kept as a PEFT adapter.
+        # 3. Stage 1: train a negative LoRA on the wrong rationales, and save it as a PEFT adapter.
         model = LlamaForCausalLM.from_pretrained(out / "base")
         show("negative", nat.train_negative(model, wrongs, 0, out / "checkpoints" / "negative", settings), start)
         save_lora_adapter(model, out / "negative", "neg")
 
-        # 4. Stage 2, NAT: positive LoRA, gate and value on the right rationales; the negative LoRA is frozen.
+        # 4. Stage 2, NAT: train positive LoRA, gate and value on the right rationales over the frozen negative LoRA.
         teacher = LlamaForCausalLM.from_pretrained(out / "base")
         history = nat.train_nat(teacher, rights, out / "negative", 0, out / "checkpoints" / "nat", settings)
         show("NAT", history, start)
         save_dual_lora(teacher, out / "nat")
 
-        # 5. What the gate does with the negative knowledge, layer by layer: its coefficient is p_neg - 1/2,
-        #    so that below 1/2 the layer subtracts the negative LoRA and above 1/2 adds it.
+        # 5. Show the gate of each layer. The coefficient of the negative LoRA is p_neg - 1/2, so that the layer
+        #    subtracts it below 1/2 and adds it above.
         record_gates(teacher)
         losses = {"base": held_out_loss(base, held_out), "NAT": held_out_loss(teacher, held_out)}
         for path, gate in get_gates(teacher).items():
             print(f"gate  {path:35} p_neg {gate.mean:.3f} +- {gate.std:.3f}  over {gate.tokens} tokens")
         record_gates(teacher, False)
 
-        # 6. Stage 3, NCE: one LoRA that imitates the NAT model, most of all where it differs from the negative one.
+        # 6. Stage 3, NCE: train one LoRA to imitate the NAT model, most of all where that differs from the negative.
         student, history = nat.distil_nce(teacher, rights, 0, out / "checkpoints" / "student", settings)
         show("NCE", history, start)
         save_lora_adapter(student, out / "student", "pos")

@@ -1,8 +1,8 @@
 """Self-consistency on a tiny model, end to end: sample, score, vote, resume, and vote again over the written file.
 
-A character-level Llama learns in seconds to add two digits, with the steps written out, from examples of which some
-are wrong; a vote over its samples is right more often than a single sample. Nothing is downloaded; with a real model,
-load it and its tokenizer instead. A quarter of a minute on one CPU core.
+A character-level Llama learns in seconds to add digits, with the steps written out, from examples of which some are
+wrong. A vote over its samples is right more often than a single sample. Nothing is downloaded; to use a real model,
+load it and its tokenizer instead. It takes a quarter of a minute on one CPU core.
 
     python examples/self_consistency_tiny.py
 """
@@ -32,13 +32,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def rationale(a: int, b: int, c: int, slip: int = 0) -> str:
-    """Both sums; `slip` is added to the first of them by a careless writer."""
+    """Return the text of both sums; `slip` is an error in the first one."""
     first = a + b + slip
     return f"{a}+{b}={first}, {first}+{c}={first + c} \\boxed{{{first + c}}}"
 
 
 def train(tokenizer: PreTrainedTokenizerFast, steps: int, rng: random.Random) -> LlamaForCausalLM:
-    """Next tokens of rationales, three in ten with a slip."""
+    """Train a model on the next tokens of rationales, three in ten of which have a slip."""
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, pad_token_id=0, bos_token_id=None, eos_token_id=1,
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=40, help="how many to ask (default: %(default)s)")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # matrices this small lose with more
+    torch.set_num_threads(1)  # matrices this small are slower with more
     rng, tokenizer = random.Random(0), make_tokenizer()
     model = train(tokenizer, options.steps, rng)
 
@@ -81,14 +81,14 @@ def main(arguments: list[str] | None = None) -> None:
         out = Path(folder) / "samples.jsonl"
         run = SelfConsistency(model, tokenizer, n=16, **settings)
         run(questions[: options.questions // 2], answers[: options.questions // 2], out=out)
-        results = run(questions, answers, out=out)  # goes on behind the questions that the file holds
+        results = run(questions, answers, out=out)  # resumes after the questions in the file
 
         print(f"{results[0].question} -> {results[0].answer}   " + "   ".join(results[0].rationales[:3]))
         single = sum(float(r.answers[0] == r.reference) for r in results) / len(results)
-        voted = sum(r.credit for r in results) / len(results)
-        print(f"first sample {single:.2f}, adaptive vote over 16 {voted:.2f}")
+        accuracy = sum(r.credit for r in results) / len(results)
+        print(f"first sample {single:.2f}, adaptive vote over 16 {accuracy:.2f}")
 
-        count = SelfConsistency(rule="count", progress=False).from_samples(out)  # ready samples: no model needed
+        count = SelfConsistency(rule="count", progress=False).from_samples(out)  # existing samples need no model
         print(f"plain majority over the same samples {sum(r.credit for r in count) / len(count):.2f}")
 
         early = SelfConsistency(model, tokenizer, n=16, confidence=0.9, **settings)(questions, answers)

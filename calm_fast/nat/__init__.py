@@ -1,4 +1,4 @@
-"""Learning from wrong rationales in three stages: negative LoRA, NAT, NCE (arXiv 2312.12832)."""
+"""Learning from wrong rationales in three stages: negative LoRA, NAT and NCE (arXiv 2312.12832)."""
 
 from calm_fast.core.compatibility import importing
 

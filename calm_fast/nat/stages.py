@@ -1,4 +1,4 @@
-"""The three stages, one function each: each trains in place and returns its Trainer's history."""
+"""The three stages, one function each, which trains in place and returns the losses that its Trainer logged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,15 @@ History = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What all stages share. steps: optimizer steps of a stage; save_every: steps between checkpoints (0 = none)."""
+    """Settings of all stages.
+
+    steps, batch_size, learning_rate, warmup: of each stage; warmup counts steps. rank, alpha, target_modules, variant,
+    gate_dim, value_dim, dropout: of the layers, see `DualLoRALinear`. nce_alpha, nce_temperature, nce_offset: constants
+    of `ops.linear_nce`. save_every: steps between checkpoints, 0 = none. progress: show a bar.
+
+    Raises:
+        TypeError, ValueError: a value is wrong; the message names it, what was expected and what came.
+    """
 
     steps: int = 300
     batch_size: int = 8
@@ -61,8 +69,8 @@ class Settings:
             if getattr(self, name) <= 0:
                 raise bad_value("nat.Settings", name, "positive", str(getattr(self, name)))
 
-    def arguments(self, out: str | os.PathLike) -> TrainingArguments:
-        """These settings as transformers' TrainingArguments."""
+    def arguments(self, out: str | os.PathLike[str]) -> TrainingArguments:
+        """Return these settings as transformers' TrainingArguments with the output folder `out`."""
         arguments = TrainingArguments(
             output_dir=os.fspath(out),
             max_steps=self.steps,
@@ -78,28 +86,29 @@ class Settings:
             seed=self.seed,
             data_seed=self.seed,
             report_to=[],
-            disable_tqdm=True,  # `_Progress` shows it
+            disable_tqdm=True,  # `_Progress` shows the bar
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        # with several GPUs Trainer would wrap the model in DataParallel, which shared teachers cannot follow
+        # with several GPUs Trainer would wrap the model in DataParallel, which replicates no shared teacher
         arguments._n_gpu = min(1, arguments.n_gpu)
         return arguments
 
     def layer_options(self) -> dict[str, Any]:
-        """Options of DualLoRALinear."""
+        """Return the options of DualLoRALinear."""
         names = ("rank", "alpha", "variant", "gate_dim", "value_dim", "dropout")
         return {name: getattr(self, name) for name in names}
 
 
 def train_negative(
-    model: PreTrainedModel, wrong: RationaleDataset, pad_id: int, out: str | os.PathLike, settings: Settings
+    model: PreTrainedModel, wrong: RationaleDataset, pad_id: int, out: str | os.PathLike[str], settings: Settings
 ) -> History:
-    """Stage 1: put dual LoRA layers into `model` and train their negative LoRA on wrong rationales.
+    """Stage 1: add dual LoRA layers to `model` and train their negative LoRA on wrong rationales.
 
     Args:
         model: a causal language model without dual LoRA; changed in place. wrong: tokenised wrong rationales.
-        out: folder of checkpoints; an interrupted stage resumes from the last one there.
+        pad_id: token id for padding. out: folder of checkpoints; an interrupted stage resumes from the last one there.
+        settings: see `Settings`.
     Returns:
         the logged losses.
     Source: arXiv 2312.12832, section 3.2.
@@ -112,15 +121,19 @@ def train_negative(
 def train_nat(
     model: PreTrainedModel,
     right: RationaleDataset,
-    negative: str | os.PathLike | Mapping[str, torch.Tensor],
+    negative: str | os.PathLike[str] | Mapping[str, torch.Tensor],
     pad_id: int,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     settings: Settings,
 ) -> History:
-    """Stage 2 (NAT): positive LoRA, gate and value on right rationales, over the frozen negative LoRA `negative`.
+    """Stage 2 (NAT): train positive LoRA, gate and value on right rationales over a frozen negative LoRA.
 
     Args:
-        model: a causal language model without dual LoRA; changed in place. negative: a PEFT adapter (stage 1's).
+        model: a causal language model without dual LoRA; changed in place. right: tokenised right rationales.
+        negative: folder or tensors of the negative LoRA, a PEFT adapter such as that of stage 1.
+        pad_id, out, settings: as in `train_negative`.
+    Returns:
+        the logged losses.
     Source: arXiv 2312.12832, section 3.2.
     """
     _seed(settings)
@@ -129,19 +142,22 @@ def train_nat(
 
 
 def distil_nce(
-    teacher: PreTrainedModel, right: RationaleDataset, pad_id: int, out: str | os.PathLike, settings: Settings
+    teacher: PreTrainedModel, right: RationaleDataset, pad_id: int, out: str | os.PathLike[str], settings: Settings
 ) -> tuple[PreTrainedModel, History]:
     """Stage 3 (NCE): distil the NAT model into one LoRA with the negative calibrated enhancement loss.
 
     Args:
-        teacher: the NAT model (dual LoRA layers of stage 2), moved to the Trainer's device. Its frozen base is shared
-            with the student, not copied.
+        teacher: the NAT model of stage 2, which is moved to the Trainer's device. The student shares its frozen base.
+        right: tokenised right rationales. pad_id, out, settings: as in `train_negative`.
     Returns:
         (student, losses): the student is the base model with dual LoRA layers in mode "pos".
+    Raises:
+        ValueError: the LM head is not one linear layer with an optional factor and soft cap.
     Source: arXiv 2312.12832, section 3.3.
     """
     _seed(settings)
-    teacher.to(settings.arguments(out).device)  # where Trainer puts the student, and with it the shared base
+    # Trainer moves the student to this device, and with it the shared base
+    cast(nn.Module, teacher).to(settings.arguments(out).device)
     student = _student(teacher, settings)
     options = {
         "alpha": settings.nce_alpha,
@@ -153,22 +169,29 @@ def distil_nce(
 
 
 def plain_lora(
-    model: PreTrainedModel, right: RationaleDataset, pad_id: int, out: str | os.PathLike, settings: Settings
+    model: PreTrainedModel, right: RationaleDataset, pad_id: int, out: str | os.PathLike[str], settings: Settings
 ) -> History:
-    """The baseline: one LoRA on right rationales with cross-entropy alone (dual LoRA layers in mode "pos")."""
+    """Train the baseline: one LoRA on right rationales with cross-entropy alone, as dual LoRA layers in mode "pos".
+
+    Args:
+        model: a causal language model without dual LoRA; changed in place. right: tokenised right rationales.
+        pad_id, out, settings: as in `train_negative`.
+    Returns:
+        the logged losses.
+    """
     _seed(settings)
     add_dual_lora(model, settings.target_modules, mode="pos", **_single_lora(settings))
     return _fit(DualLoRATrainer, model, right, pad_id, out, settings)
 
 
 def _single_lora(settings: Settings) -> dict[str, Any]:
-    # "released" starts B_pos at zero, as a plain LoRA does; gate and value play no part in mode "pos"
+    # "released" starts B_pos at zero, as a plain LoRA does; mode "pos" uses neither gate nor value
     options = settings.layer_options() | {"variant": "released", "gate_dim": 1, "value_dim": 1}
     return options | {"rank_neg": 1}
 
 
 def _student(teacher: PreTrainedModel, settings: Settings) -> PreTrainedModel:
-    """A copy of the teacher's base model that shares every frozen tensor, with fresh layers in mode "pos"."""
+    """Return a copy of the teacher's base model that shares every frozen tensor, with new layers in mode "pos"."""
     layers = dual_lora_layers(teacher)
     own = {id(p) for layer in layers.values() for p in layer.parameters(recurse=False)}
     shared = {id(t): t for t in (*teacher.parameters(), *teacher.buffers()) if id(t) not in own}
@@ -177,7 +200,8 @@ def _student(teacher: PreTrainedModel, settings: Settings) -> PreTrainedModel:
         parent, _, name = path.rpartition(".")
         setattr(student.get_submodule(parent), name, layer.base)
     student.__dict__.pop("_dual_lora_restore", None)
-    return add_dual_lora(student, settings.target_modules, mode="pos", **_single_lora(settings))
+    add_dual_lora(student, settings.target_modules, mode="pos", **_single_lora(settings))
+    return student
 
 
 def _seed(settings: Settings) -> None:
@@ -185,7 +209,7 @@ def _seed(settings: Settings) -> None:
 
 
 class _Progress(TrainerCallback):
-    """The steps of a stage and the last logged loss."""
+    """A bar over the steps of a stage, with the last logged loss."""
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
@@ -210,7 +234,7 @@ def _fit(
     model: nn.Module,
     dataset: RationaleDataset,
     pad_id: int,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     settings: Settings,
     **options: Any,
 ) -> History:
@@ -221,7 +245,7 @@ def _fit(
         data_collator=RightPadding(pad_id),
         **options,
     )
-    trainer.remove_callback(PrinterCallback)  # without a bar of its own Trainer prints every log line
+    trainer.remove_callback(PrinterCallback)  # Trainer prints every log line if its own bar is off
     if settings.progress:
         trainer.add_callback(_Progress(Path(out).name))
     last = get_last_checkpoint(os.fspath(out)) if Path(out).is_dir() else None

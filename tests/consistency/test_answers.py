@@ -51,7 +51,7 @@ def test_a_pattern_of_the_user_comes_last() -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(TypeError, match="`text` must be a string, got NoneType"):
         extract_answer(None)
-    with pytest.raises(ValueError, match="`pattern` is not a regular expression"):
+    with pytest.raises(ValueError, match="`pattern` must be a regular expression"):
         extract_answer("x", "(")
 
 

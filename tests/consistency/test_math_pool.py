@@ -14,6 +14,7 @@ from contextlib import closing
 
 import pytest
 
+from calm_fast import consistency
 from calm_fast.consistency import group_answers
 from calm_fast.consistency.answers import grouping, math_pool
 from calm_fast.consistency.answers.math_pool import Comparison, compare
@@ -46,9 +47,9 @@ def children() -> set[int]:
 @pytest.fixture
 def none_kept():
     """No process is there before, and none is left."""
-    math_pool.kept.end_all()
+    consistency.end_workers()
     yield
-    math_pool.kept.end_all()
+    consistency.end_workers()
     assert not children()
 
 
@@ -94,6 +95,14 @@ def test_few_are_kept_and_none_for_ever(none_kept, monkeypatch) -> None:
     for n in range(5):
         list(compare([Comparison([f"x+{n}", f"{n}+x"])], 1, 5.0))
     assert first not in children()
+
+
+def test_the_old_way_to_end_them_still_works_and_warns(none_kept) -> None:
+    list(compare([Comparison(["x+1", "1+x"])], 1, 5.0))
+    assert children()
+    with pytest.warns(DeprecationWarning, match=r"math_pool is deprecated; calm_fast.consistency.end_workers\(\)"):
+        consistency.math_pool.kept.end_all()
+    assert not children()
 
 
 def test_calls_from_threads_do_not_share_a_process(none_kept) -> None:

@@ -7,8 +7,8 @@ import torch
 from ranker_models import FAMILIES, backbone, rows, saved, tokenizer
 
 from calm_fast.consistency import Ranker
-from calm_fast.consistency.ranking.inputs import Encoded, PairEncoder, batches_by_length, pooled
-from calm_fast.consistency.ranking.ranker import fingerprint
+from calm_fast.consistency.ranking.inputs import Encoded, PairEncoder, batches_by_length, mean_states
+from calm_fast.core.fingerprint import model_fingerprint
 
 QUESTIONS = ["what is 3 + 4 ?", "what is the sum ?", "what ?"]
 RATIONALES = [["so surely the sum is 7", "maybe 8"], [], ["because the sum is the sum so it is 12", "", "7"]]
@@ -82,7 +82,7 @@ def test_padded_positions_may_hold_anything():
     tok = tokenizer("bert")
     model = backbone("bert", len(tok))
     pairs = [p for group in PairEncoder(tok, 48)(QUESTIONS, RATIONALES) for p in group]
-    expected = pooled(model, pairs, tok.pad_token_id)
+    expected = mean_states(model, pairs, tok.pad_token_id)
     lengths = torch.tensor([len(p.ids) for p in pairs])
 
     def poison(module, inputs, output):
@@ -94,7 +94,7 @@ def test_padded_positions_may_hold_anything():
 
     with torch.no_grad():
         handle = model.register_forward_hook(poison)
-        assert torch.equal(pooled(model, pairs, tok.pad_token_id), expected)
+        assert torch.equal(mean_states(model, pairs, tok.pad_token_id), expected)
         handle.remove()
 
 
@@ -183,7 +183,7 @@ def test_frozen_backbone_may_move_but_not_change(tmp_path):
     assert next(loaded.backbone.parameters()).dtype == torch.bfloat16
     assert all(torch.equal(a, b) for a, b in zip(loaded.score(QUESTIONS, RATIONALES), expected, strict=True))
     other = backbone("bert", len(model.tokenizer), seed=1)
-    assert fingerprint(other) != fingerprint(model.backbone)
+    assert model_fingerprint(other) != model_fingerprint(model.backbone)
     other.to(torch.bfloat16).save_pretrained(moved)
     with pytest.raises(ValueError, match="not the backbone"):
         Ranker.from_pretrained(tmp_path / "ranker", backbone=moved)
@@ -210,31 +210,31 @@ def test_other_formats_and_empty_folders_are_refused(tmp_path):
 def test_bad_input_is_named():
     model = ranker("bert")
     for questions, groups, error, message in (
-        ("what", [["a"]], TypeError, "questions: expected a sequence"),
-        (["what"], "abc", TypeError, "rationales: expected a sequence"),
+        ("what", [["a"]], TypeError, "`questions` must be a sequence"),
+        (["what"], "abc", TypeError, "`rationales` must be a sequence"),
         (["what"], [], ValueError, "one sequence for each of 1"),
-        ([3], [["a"]], TypeError, r"questions\[0\]: expected str, got int"),
-        (["a", "b"], [["a"], "b"], TypeError, r"rationales\[1\]: expected a sequence of str"),
+        ([3], [["a"]], TypeError, r"`questions\[0\]` must be a string, got int"),
+        (["a", "b"], [["a"], "b"], TypeError, r"`rationales\[1\]` must be a sequence of strings"),
         (["a"], [["a", None]], TypeError, r"rationales\[0\]"),
     ):
         with pytest.raises(error, match=message):
             model.score(questions, groups)
     assert model.score([], []) == []
-    with pytest.raises(ValueError, match="no backbone"):
+    with pytest.raises(ValueError, match="`backbone` must be a model to read texts, got None; use score_features"):
         Ranker.for_features(4).score(["a"], [["b"]])
-    with pytest.raises(ValueError, match=r"features\[1\]: expected a tensor \(K, 4\), got \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"`features\[1\]` must be a tensor \(K, 4\), got \(2, 3\)"):
         Ranker.for_features(4).score_features([torch.zeros(2, 4), torch.zeros(2, 3)])
 
 
 def test_bad_construction_is_named(tmp_path):
     tok = tokenizer("bert")
     model = backbone("bert", len(tok))
-    with pytest.raises(ValueError, match="needs its `tokenizer`"):
+    with pytest.raises(ValueError, match="`tokenizer` must be given with a loaded `model`"):
         Ranker.from_backbone(model)
-    with pytest.raises(ValueError, match="more than the backbone's 64 positions"):
+    with pytest.raises(ValueError, match="`max_length` must be at most the backbone's 64 positions, got 65"):
         Ranker.from_backbone(model, tok, max_length=65)
-    with pytest.raises(ValueError, match="max_length: expected at least 11, got 10"):
+    with pytest.raises(ValueError, match="`max_length` must be at least 11, .* got 10"):
         Ranker.from_backbone(model, tok, max_length=10)
-    with pytest.raises(ValueError, match="no name_or_path"):
+    with pytest.raises(ValueError, match="must have a name_or_path"):
         Ranker.from_backbone(model, tok).save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -154,10 +154,10 @@ def test_bad_usage_is_one_line_and_exit_2(model, tmp_path):
     broken = written(tmp_path / "broken.jsonl", [{"question": "a", "answer": "b"}])
     for arguments, named in (
         ((*base, "--epochs", 2), "other settings"),
-        ((*base, "--loss", "hinge"), "loss: expected one of"),
+        ((*base, "--loss", "hinge"), "`loss` must be one of"),
         ((*base, "--train-backbone", "--dtype", "bfloat16"), "--dtype"),
-        ((*base, "--device", "nowhere"), "'nowhere' cannot be used"),
-        ((*base, "--answer-regex", "("), "`pattern` is not a regular expression"),
+        ((*base, "--device", "nowhere"), "got 'nowhere'"),
+        ((*base, "--answer-regex", "("), "`pattern` must be a regular expression"),
         (("train", tmp_path / "no", "--model", model, "--out", tmp_path / "x"), "does not exist"),
         (("train", broken, "--model", model, "--out", tmp_path / "x"), "generated_answer"),
         (("train", file, "--model", tmp_path / "none", "--out", tmp_path / "x"), "none"),

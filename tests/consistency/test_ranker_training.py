@@ -72,7 +72,7 @@ def test_loss_of_questions_that_say_nothing_is_zero():
     loss = ranking_loss(logits, ones, ones, loss="margin")
     loss.backward()
     assert loss.item() == 0 and bool((logits.grad == 0).all())
-    with pytest.raises(ValueError, match="expected one of power, margin, bce, got 'hinge'"):
+    with pytest.raises(ValueError, match="ranking_loss: `loss` must be one of 'power', 'margin', 'bce', got 'hinge'"):
         ranking_loss(logits, ones, ones, loss="hinge")
 
 
@@ -93,7 +93,7 @@ def test_bad_arguments_of_loss_and_pair_accuracy_are_named():
             ranking_loss(**({"logits": logits, "labels": flags, "valid": flags} | change))
     rows = [torch.tensor([0.9, 0.5]), torch.tensor([0.1])]
     for scores, labels, kind, message in (
-        (rows, [[True, False]], ValueError, "`labels` must be .* entry per question, 2 as in `scores`, got 1 entries"),
+        (rows, [[True, False]], ValueError, "`labels` must be .* each of the 2 questions of `scores`, got 1 entries"),
         (
             rows,
             [[True, False], [True, True]],
@@ -101,7 +101,7 @@ def test_bad_arguments_of_loss_and_pair_accuracy_are_named():
             r"`labels\[1\]` must be .* each of 1 scores, got shape \(2,\)",
         ),
         ([rows[0], rows[0][:, None]], [[True, False]] * 2, ValueError, r"`scores\[1\]` must be 1-dim.* \(2, 1\)"),
-        (0.5, [[True]], TypeError, "`scores` must be a sequence with one entry per question, got float 0.5"),
+        (0.5, [[True]], TypeError, "`scores` must be a sequence with one entry for each question, got float 0.5"),
         (rows, None, TypeError, "`labels` must be a sequence .*, got NoneType None"),
     ):
         with pytest.raises(kind, match=f"pair_accuracy: {message}"):
@@ -240,10 +240,13 @@ def test_bad_training_input_is_named():
     features, labels = feature_task()
     ranker = Ranker.for_features(24)
     for kwargs, message in (
-        ({"features": features[:-1]}, "features: expected 40 questions, as in labels, got 39"),
-        ({"features": [features[0][:-1], *features[1:]]}, r"labels\[0\]: expected one label for each of 1"),
-        ({"features": [torch.zeros(2, 5), *features[1:]]}, r"features\[0\]: expected a tensor \(K, 24\)"),
-        ({}, "expected `questions` and `rationales`, or `features`"),
+        ({"features": features[:-1]}, "train_ranker: `features` must be for the 40 questions of `labels`, got 39"),
+        (
+            {"features": [features[0][:-1], *features[1:]]},
+            r"`labels\[0\]` must be one label for each of 1",
+        ),
+        ({"features": [torch.zeros(2, 5), *features[1:]]}, r"`features\[0\]` must be a tensor \(K, 24\)"),
+        ({}, "`questions` and `rationales` must be given, or `features`"),
     ):
         with pytest.raises(ValueError, match=message):
             train_ranker(ranker, labels, **kwargs)
@@ -251,8 +254,8 @@ def test_bad_training_input_is_named():
         train_ranker(ranker, [torch.ones(3, dtype=torch.bool)], features=[torch.zeros(3, 24)])
     tok = tokenizer("bert")
     own = Ranker.from_backbone(backbone("bert", len(tok)), tok, max_length=48, train_backbone=True)
-    with pytest.raises(ValueError, match="trains its backbone needs"):
+    with pytest.raises(ValueError, match="`features` must be None for a ranker that trains its backbone"):
         train_ranker(own, labels, features=features)
-    for bad, message in (({"loss": "x"}, "loss: expected"), ({"epochs": 0}, "epochs"), ({"margin": 0.0}, "margin")):
-        with pytest.raises(ValueError, match=message):
-            RankerSettings(**bad)
+    for name, value in (("loss", "x"), ("epochs", 0), ("margin", 0.0)):
+        with pytest.raises(ValueError, match=f"RankerSettings: `{name}` must be .*, got"):
+            RankerSettings(**{name: value})

@@ -132,7 +132,7 @@ def test_a_gzipped_journal_of_large_and_many_writes(tmp_path) -> None:
             journal.append(rows[start + 1 : start + 2])
     with open(tmp_path / "out.jsonl.gz", "ab") as stream:
         stream.write(b"not gzip")
-    with pytest.raises(ValueError, match=r"out.jsonl.gz, after byte \d+: expected gzip, as the name says"):
+    with pytest.raises(ValueError, match=r"`out` must be gzip, .* got out.jsonl.gz, which is not after byte \d+"):
         Journal(tmp_path / "out.jsonl.gz", {})
 
 
@@ -171,13 +171,16 @@ def test_other_questions_files_and_processes_are_refused(tmp_path) -> None:
         SelfConsistency(rule="count", progress=False).from_samples(out, out=out)
     foreign = tmp_path / "mine.jsonl"
     foreign.write_text('{"question": "precious"}\n')
-    with pytest.raises(ValueError, match="mine.jsonl exists and mine.jsonl.settings.json does not"):
+    with pytest.raises(ValueError, match="got mine.jsonl, which exists while mine.jsonl.settings.json does not"):
         consistency()(QUESTIONS[:2], out=foreign)
     assert foreign.read_text() == '{"question": "precious"}\n'
-    with Journal(tmp_path / "held.jsonl", {}), pytest.raises(RuntimeError, match="another process is writing held"):
+    with (
+        Journal(tmp_path / "held.jsonl", {}),
+        pytest.raises(RuntimeError, match="got held.jsonl: another process"),
+    ):
         Journal(tmp_path / "held.jsonl", {})
     out.write_bytes(b"{]\n" + out.read_bytes())
-    with pytest.raises(ValueError, match="run.jsonl, line 1 is damaged"):
+    with pytest.raises(ValueError, match="got run.jsonl, whose line 1 is damaged"):
         consistency()(QUESTIONS[:2], REFERENCES[:2], out=out)
 
 
@@ -191,5 +194,5 @@ def test_ready_samples_resume_too(tmp_path, monkeypatch) -> None:
     expected = run.from_samples(rows, out=out)
     out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:4]) + b'{"index": 4, "que')
     assert run.from_samples(rows, out=out) == expected and sorted(indices(out)) == list(range(8))
-    with pytest.raises(ValueError, match="row 0 of votes.jsonl answers another question"):
+    with pytest.raises(ValueError, match="got votes.jsonl, whose row 0 answers another question"):
         run.from_samples([{**rows[0], "generated_answer": ["\\boxed{5}"]}, *rows[1:]], out=out)

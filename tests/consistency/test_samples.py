@@ -45,15 +45,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("{", "rows.jsonl, line 3: not JSON"),
-        ("[" * 100_000, "line 3: not JSON"),
-        ("[]", "line 3: expected an object"),
+        ("{", "rows.jsonl, line 3: a row must be JSON"),
+        ("[" * 100_000, "line 3: a row must be JSON"),
+        ("[]", "line 3: a row must be an object"),
         (line(question=None), "line 3: `question` must be a string, got NoneType"),
         (line(question="absent"), "line 3: `question` must be a string, the field is missing"),
         (line(answer=[3]), "line 3: `answer` must be a string or a finite number, got a list of int"),
         (line(answer=True), "line 3: `answer` must be a string or a finite number, got bool"),
         (line(answer=float("nan")), "line 3: `answer` must be a string or a finite number, got float"),
-        (line().replace("0.5", "1" * 5000), "line 3: not JSON"),
+        (line().replace("0.5", "1" * 5000), "line 3: a row must be JSON"),
         (line(generated_answer="absent"), "line 3: `generated_answer` must be a list of strings, the field is missing"),
         (
             line(generated_answer=["a", None]),
@@ -62,9 +62,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path) -> None:
         (line(generated_answer="a"), "`generated_answer` must be a list of strings, got str"),
         (line(scores="absent"), "line 3: `scores` must be a list of 2 numbers.*the field is missing"),
         (line(scores=[1]), "line 3: `scores` must be a list of 2 numbers.*got 1 values"),
-        (line(scores=[1, "2"]), r"`scores`\[1\] must be a finite number or null, got '2'"),
-        (line(scores=[True, 1]), r"`scores`\[0\] must be a finite number or null, got True"),
-        (line(scores=[1, float("inf")]), r"`scores`\[1\] must be a finite number or null, got inf"),
+        (line(scores=[1, "2"]), r"`scores\[1\]` must be a finite number or null, got '2'"),
+        (line(scores=[True, 1]), r"`scores\[0\]` must be a finite number or null, got True"),
+        (line(scores=[1, float("inf")]), r"`scores\[1\]` must be a finite number or null, got inf"),
     ],
     ids=range(17),
 )
@@ -94,11 +94,12 @@ def test_an_answer_may_be_a_number(tmp_path, answer, text) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "expected at least one row"),
-        (b"\n \n", "expected at least one row"),
-        (b'{"question": "\xff"}', "not UTF-8"),
-        (gzip.compress(line().encode(), mtime=0)[:-20], "the gzip file is damaged"),
-        (b"\x1f\x8bnothing", "the gzip file is damaged"),
+        (b"", "the file must have at least one row"),
+        (b"\n \n", "the file must have at least one row"),
+        (b'{"question": "\xff"}', "the text must be UTF-8"),
+        (gzip.compress(line().encode(), mtime=0)[:-20], "the file must be complete gzip"),
+        (b"\x1f\x8bnothing", "the file must be complete gzip"),
+        (gzip.compress(line().encode(), mtime=0)[:10] + b"\xff" * 40, "the file must be complete gzip"),  # zlib.error
     ],
 )
 def test_bad_files_are_named(tmp_path, content, message) -> None:

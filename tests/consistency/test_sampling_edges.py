@@ -8,8 +8,9 @@ from self_consistency_setup import QUESTIONS, consistency
 from tiny_models import EOS, FAMILIES, VOCAB, character_tokenizer
 
 from calm_fast import SelfConsistency, score_sequences
-from calm_fast.consistency.sampling.prefix import PrefixReader, evaluating
+from calm_fast.consistency.sampling.prefix import PrefixReader
 from calm_fast.consistency.sampling.sampler import PromptBatch, Sample, Sampling
+from calm_fast.core.eval_mode import eval_mode
 
 
 def model_that_ends(*tokens: int):
@@ -23,7 +24,7 @@ def model_that_ends(*tokens: int):
 
 
 def drawn(model, tokenizer, prompt, count, settings):
-    with evaluating(model):
+    with eval_mode(model):
         source = PromptBatch(PrefixReader(model), tokenizer, [prompt], settings)
         return source.sample([0] * count, range(count), 3)
 

@@ -309,11 +309,11 @@ def test_joint_tokens_where_the_prompt_survives_and_separate_ones_where_it_does_
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"prompts": [[]]}, ValueError, r"`prompts\[0\]` has no tokens.*begin-of-sequence"),
+        ({"prompts": [[]]}, ValueError, r"`prompts\[0\]` must have at least one token .* got none.*begin-of-sequence"),
         ({"prompts": [[VOCAB]]}, ValueError, r"`prompts\[0\]` must hold token ids in \[0, 97\)"),
         ({"completions": [[[3, -1]]]}, ValueError, r"`completions\[0\]\[0\]` must hold token ids"),
         ({"completions": [[[2], [0.5]]]}, ValueError, r"`completions\[0\]\[1\]` must hold token ids"),
-        ({"completions": [[2], [3]]}, ValueError, r"one length.*got 1 and 2"),
+        ({"completions": [[2], [3]]}, ValueError, r"`completions` must have a list .* of the 1 prompts, got 2"),
         ({"completions": [[[True]]]}, ValueError, r"`completions\[0\]\[0\]` must hold token ids"),
         ({"prompts": "abc"}, TypeError, r"`prompts` must be a sequence with one entry for each prompt, got str 'abc'"),
         ({"completions": "abc"}, TypeError, r"`completions` must be a sequence"),
@@ -321,7 +321,7 @@ def test_joint_tokens_where_the_prompt_survives_and_separate_ones_where_it_does_
         ({"completions": [3]}, TypeError, r"`completions\[0\]` must be a list of completions, got int 3"),
         ({"completions": [[7]]}, TypeError, r"`completions\[0\]\[0\]` must be a string or a sequence of token ids"),
         ({"prompts": torch.tensor([5])}, TypeError, r"`prompts\[0\]` must be a string or a sequence of token ids"),
-        ({"prompts": ["abc"]}, ValueError, r"`tokenizer` is needed, `prompts\[0\]` is a string"),
+        ({"prompts": ["abc"]}, ValueError, r"`tokenizer` must be given for strings, got None, and `prompts\[0\]` is"),
         ({"max_tokens": 0}, ValueError, r"`max_tokens` must be a positive integer, got 0"),
         ({"model": nn.Linear(2, 2)}, TypeError, r"`model` must be a transformers model, got Linear"),
         ({"impl": "cuda"}, ValueError, r"impl"),

@@ -15,8 +15,9 @@ from tiny_models import EOS, FAMILIES, OTHERS, PAD, VOCAB, character_tokenizer, 
 
 from calm_fast import SelfConsistency, score_sequences
 from calm_fast.consistency import Ranker, extract_answer, leader_probability
-from calm_fast.consistency.sampling.prefix import PrefixReader, evaluating
+from calm_fast.consistency.sampling.prefix import PrefixReader
 from calm_fast.consistency.sampling.sampler import PromptBatch, Sampling, _Draw
+from calm_fast.core.eval_mode import eval_mode
 
 PROMPTS = rows(9, 1, 13)
 
@@ -30,7 +31,7 @@ class Lengths:
 
 def drawn(model: Any, prompts: list[list[int]], count: int, settings: Sampling, seed: int = 5) -> list[list[Any]]:
     """`count` samples of every prompt, all at once."""
-    with evaluating(model):
+    with eval_mode(model):
         source = PromptBatch(PrefixReader(model), character_tokenizer(), prompts, settings)
         wanted = [(q, j) for q in range(len(prompts)) for j in range(count)]
         found = source.sample(*zip(*wanted, strict=True), seed)
@@ -233,7 +234,10 @@ def test_ready_samples_are_scored_by_the_model_where_nothing_else_is_given() -> 
     ids = run.tokenizer(ROWS[0]["question"])["input_ids"]
     texts = [run.tokenizer(text)["input_ids"] for text in ROWS[0]["generated_answer"]]
     assert got[0].scores == pytest.approx(score_sequences(run.model, [ids], [texts])[0].mean.exp().tolist())
-    with pytest.raises(ValueError, match="rule 'adaptive' needs scores and row 0 has none: give `ranker`, `model`"):
+    with pytest.raises(
+        ValueError,
+        match="`rule` must be 'count' without scores, got 'adaptive', and row 0",
+    ):
         SelfConsistency(progress=False).from_samples(ROWS)
 
 
@@ -259,7 +263,7 @@ def test_a_ranker_weights_the_vote_and_belongs_to_the_settings(tmp_path) -> None
     ("change", "kind", "message"),
     [
         ({"model": torch.nn.Linear(2, 2)}, TypeError, "`model` must be a transformers model, got Linear"),
-        ({"tokenizer": None}, ValueError, "`model` and `tokenizer` come together"),
+        ({"tokenizer": None}, ValueError, "`model` and `tokenizer` must be given together"),
         ({"ranker": len}, TypeError, r"`ranker` must have score\(questions, rationales\)"),
         ({"rule": "best"}, ValueError, "`rule` must be 'count', 'weighted' or 'adaptive', got 'best'"),
         ({"n": 0}, ValueError, "`n` must be a positive integer, got 0"),
@@ -270,7 +274,7 @@ def test_a_ranker_weights_the_vote_and_belongs_to_the_settings(tmp_path) -> None
         ({"confidence": "high"}, TypeError, "`confidence` must be a finite number, got str"),
         ({"lam": float("nan")}, ValueError, "`lam` must be finite, got nan"),
         ({"seed": 1.5}, TypeError, "`seed` must be an integer, got float 1.5"),
-        ({"pattern": "("}, ValueError, "`pattern` is not a regular expression"),
+        ({"pattern": "("}, ValueError, "`pattern` must be a regular expression"),
         ({"equality": "same"}, ValueError, "`equality` must be one of .*, got 'same'"),
         ({"grouping": {"timeout": 0}}, ValueError, "`timeout` must be a positive number of seconds, got 0"),
         ({"grouping": {"gold": ["1"]}}, TypeError, "gold"),
@@ -292,16 +296,16 @@ def test_bad_settings_are_named(change: dict[str, Any], kind: type, message: str
 
 
 def test_bad_questions_and_rows_are_named() -> None:
-    with pytest.raises(ValueError, match=r"`references` must have one entry per question \(2\), got 1"):
+    with pytest.raises(ValueError, match=r"`references` must have one entry for each of 2 questions, got 1"):
         consistency()(QUESTIONS[:2], ["3"])
     for wrong, got in (("1+2?", r"str '1\+2\?'"), (None, "NoneType None"), ({"1+2?": "3"}, "dict .*"), (3, "int 3")):
         with pytest.raises(TypeError, match=f"`questions` must be a sequence of strings, got {got}"):
             consistency()(wrong)
     with pytest.raises(TypeError, match=r"`questions\[1\]` must be a string, got int 3"):
         consistency()(["1+2?", 3])
-    with pytest.raises(ValueError, match="the prompt of question '' has no tokens"):
+    with pytest.raises(ValueError, match="`prompt` must have tokens for every question, got none for ''"):
         consistency()([""])
-    with pytest.raises(ValueError, match="`model` and `tokenizer` are needed to sample"):
+    with pytest.raises(ValueError, match="`model` and `tokenizer` must be given to sample"):
         SelfConsistency(progress=False)(QUESTIONS)
     ready = SelfConsistency(progress=False).from_samples
     with pytest.raises(ValueError, match="row 0: `generated_answer` must be a list of strings, got str"):
@@ -311,7 +315,7 @@ def test_bad_questions_and_rows_are_named() -> None:
     with pytest.raises(ValueError, match="row 0: `scores` must be a list of 4 numbers, .* got 1 values"):
         ready([{**ROWS[0], "scores": [1.0]}])
     for wrong in ("a", float("inf")):
-        with pytest.raises(ValueError, match=r"row 1: `scores`\[1\] must be a finite number or null, got "):
+        with pytest.raises(ValueError, match=r"row 1: `scores\[1\]` must be a finite number or null, got "):
             ready([ROWS[2], {**ROWS[1], "scores": [1.0, wrong]}])
 
 
@@ -328,7 +332,7 @@ class Says:
 def test_a_ranker_gives_every_sample_its_score_or_none(tmp_path) -> None:
     for wrong in ([0.1], [0.1, 0.2, 0.3]):
         with pytest.raises(
-            ValueError, match=r"`ranker`.score must give one number for each sample, \[2\] of them, got"
+            ValueError, match=r"`ranker` must return from score\(\) one number for each sample, \[2\], got"
         ):
             SelfConsistency(ranker=Says(torch.tensor(wrong)), progress=False).from_samples(ROWS[1:2])
     unsure = SelfConsistency(ranker=Says(torch.tensor([float("nan"), 0.5])), progress=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 
 import pytest
 from typer.testing import CliRunner
@@ -62,10 +63,33 @@ def test_votes_say_who_won(file, tmp_path) -> None:
     run(file, tmp_path, progress=False)
     votes = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
     assert votes == [
-        {"row": 0, "winner": r"\frac{1}{2}", "weight": 2, "total": 4, "ties": 1, "gold": r"\frac{1}{2}", "right": True},
-        {"row": 1, "winner": "2", "weight": 1, "total": 2, "ties": 2, "gold": "1", "right": False},
-        {"row": 3, "winner": None, "weight": 0, "total": 0, "ties": 0, "gold": "7", "right": False},
-    ]
+        {"row": 0, "winner": r"\frac{1}{2}", "weight": 2, "total": 4, "ties": 1, "gold": r"\frac{1}{2}", "right": True,
+         "credit": 1},
+        {"row": 1, "winner": "2", "weight": 1, "total": 2, "ties": 2, "gold": "1", "right": False, "credit": 0.5},
+        {"row": 3, "winner": None, "weight": 0, "total": 0, "ties": 0, "gold": "7", "right": False, "credit": 0},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["count", "weighted", "adaptive"])
+def test_the_mean_credit_is_the_accuracy(tmp_path, rule) -> None:
+    """Where `right` follows the tie-break, `credit` shares a tie as the accuracy in results.json does."""
+    rng = random.Random(0)
+    rows = []
+    for _ in range(120):
+        count = rng.randint(0, 6)
+        samples = [f"The answer is {rng.randint(1, 3)}" if rng.random() < 0.9 else "?" for _ in range(count)]
+        scores = [rng.choice([1.0, 1.0, 2.0, None]) for _ in range(count)]
+        rows.append({"question": "q", "answer": "1", "generated_answer": samples, "scores": scores})
+    write_rows(tmp_path / "rows.jsonl", rows)
+    report = run(tmp_path / "rows.jsonl", tmp_path, VoteSettings(rule=rule, resamples=3, workers=1), progress=False)
+    votes = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
+    accuracy = report.results["majority" if rule == "count" else rule][str(max(report.ks))]
+    assert sum(vote["credit"] for vote in votes) / len(votes) == pytest.approx(accuracy, rel=1e-12)
+    tied = [vote for vote in votes if vote["ties"] > 1]
+    assert len({vote["credit"] for vote in tied}) > 1  # the gold answer is among some of the ties and not among others
+    assert any(vote["credit"] and not vote["right"] for vote in tied)
+    results = SelfConsistency(rule=rule, progress=False, grouping={"workers": 1}).from_samples(rows)
+    assert [result.credit for result in results] == [vote["credit"] for vote in votes]
 
 
 def test_scores_break_ties(file, tmp_path) -> None:
@@ -107,12 +131,12 @@ def test_a_pattern_and_text_equality(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("args", "named"),
     [
-        (["--k", "1,two"], "--k: expected numbers like 1,2,4,8, got '1,two'"),
-        (["--k", "0,1"], "--k: expected different sizes of at least 1, got '0,1'"),
-        (["--k", "2,2"], "--k: expected different sizes of at least 1, got '2,2'"),
-        (["--rule", "loudest"], "`rule` must be count, weighted or adaptive, got 'loudest'"),
+        (["--k", "1,two"], "--k: must be numbers like 1,2,4,8, got '1,two'"),
+        (["--k", "0,1"], "--k: must be different sizes of at least 1, got '0,1'"),
+        (["--k", "2,2"], "--k: must be different sizes of at least 1, got '2,2'"),
+        (["--rule", "loudest"], "`rule` must be 'count', 'weighted' or 'adaptive', got 'loudest'"),
         (["--rule", "weighted", "--scores", "logprob"], "line 1: `logprob` must be a list of 4 numbers"),
-        (["--answer-regex", "("], "`pattern` is not a regular expression"),
+        (["--answer-regex", "("], "`pattern` must be a regular expression"),
         (["--equality", "maths"], "`equality` must be one of"),
         (["--timeout", "0"], "`timeout` must be a positive number"),
         (["--lam", "nan", "--rule", "adaptive"], "`lam` must be finite"),
@@ -128,9 +152,9 @@ def test_bad_options_are_one_line(file, tmp_path, args, named) -> None:
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
-        ([{"question": "q", "answer": None, "generated_answer": ["a"]}], "no row has an `answer`"),
-        ([{"question": "q", "answer": "1", "generated_answer": []}], "no row has a sample"),
-        ([], "expected at least one row"),
+        ([{"question": "q", "answer": None, "generated_answer": ["a"]}], "a row must have a gold answer in `answer`"),
+        ([{"question": "q", "answer": "1", "generated_answer": []}], "a row must have a sample"),
+        ([], "the file must have at least one row"),
     ],
 )
 def test_files_without_anything_to_count(tmp_path, rows, named) -> None:

@@ -119,7 +119,7 @@ def test_reduced_experiment_finds_a_signal_that_is_there_and_repeats_itself():
     )
     text = experiment.table(results)
     assert "adaptive - count" in text and text.count("\n| ") == 6 + 5
-    with pytest.raises(ValueError, match="different ints"):
+    with pytest.raises(ValueError, match="different integers"):
         experiment.run(train, dev, (1, 1), SMALL)
 
 
@@ -142,7 +142,7 @@ def test_joined_splits_vote_as_they_do_apart():
     a, b = synthetic(20, 5), synthetic(30, 6)
     narrow = Groups(b.groups.answers[:, :4], b.groups.valid[:, :4], b.groups.correct, b.groups.texts)
     b = experiment.Split([x[:4] for x in b.features], [x[:4] for x in b.labels], narrow)
-    both = experiment.joined(a, b)
+    both = experiment.join_splits(a, b)
     apart = torch.cat([experiment.credits(split.groups, None, "count") for split in (a, b)])
     assert torch.equal(experiment.credits(both.groups, None, "count"), apart)
     assert len(both.labels) == len(both.features) == len(both.groups.texts) == 50
@@ -166,7 +166,7 @@ def test_splits_come_from_rows_an_encoder_and_kept_features(tmp_path, monkeypatc
     assert [row.tolist() for row in split.labels] == [[True, False, False], [True, False]]
     assert [tuple(x.shape) for x in split.features] == [(3, 3), (2, 3)]
     monkeypatch.setattr(Encoder, "features", None)  # kept on disk by now
-    monkeypatch.setattr(ranker_pipeline, "fingerprint", lambda backbone: ranker_pipeline.fingerprint.__doc__)
+    monkeypatch.setattr(ranker_pipeline, "model_fingerprint", lambda backbone: "another")
     with pytest.raises(ValueError, match="other backbone"):
         experiment.load_split(rows, Encoder(), tmp_path, "train", workers=1)
 

@@ -176,5 +176,5 @@ def test_run_leaves_threads_and_torchs_generator_alone(tmp_path):
 
 @pytest.mark.parametrize("seeds", [[], [1, 1]])
 def test_run_refuses_no_seed_and_a_seed_twice(tmp_path, seeds):
-    with pytest.raises(ValueError, match="`seeds` must be different ints, at least one"):
+    with pytest.raises(ValueError, match="`seeds` must be different integers, at least one"):
         experiment.run(tmp_path, seeds, SHORT)

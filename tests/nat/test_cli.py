@@ -10,7 +10,7 @@ from calm_fast.cli import app
 
 
 def test_nat_runs_and_says_what_it_did(model_folder, rows_file, tmp_path) -> None:
-    arguments = ["nat", "--data", str(rows_file), "--model", str(model_folder), "--out", str(tmp_path / "out")]
+    arguments = ["nat", str(rows_file), "--model", str(model_folder), "--out", str(tmp_path / "out")]
     arguments += ["--steps", "3", "--rank", "2", "--batch-size", "2"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -26,7 +26,7 @@ def test_rows_that_are_left_out_are_counted(model_folder, rows_file, tmp_path) -
     for number, row in enumerate(rows):  # bare answers: only the blank one is of no use
         row["answer"] = number // 4 + number % 4 if number else ""
     rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = ["nat", "--data", str(rows_file), "--model", str(model_folder), "--out", str(tmp_path / "out")]
+    arguments = ["nat", str(rows_file), "--model", str(model_folder), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, [*arguments, "--steps", "2", "--rank", "1", "--batch-size", "2"])
     assert result.exit_code == 0, result.output
     assert "left out 1 rows with a blank `answer`" in result.output
@@ -40,15 +40,30 @@ def test_rows_that_are_left_out_are_counted(model_folder, rows_file, tmp_path) -
 
 
 def test_bad_settings_are_bad_usage(model_folder, rows_file, tmp_path) -> None:
-    arguments = ["nat", "--data", str(rows_file), "--model", str(model_folder), "--out", str(tmp_path / "out")]
+    arguments = ["nat", str(rows_file), "--model", str(model_folder), "--out", str(tmp_path / "out")]
     for wrong, message in ((["--variant", "x"], "`variant` must be"), (["--lr", "-1"], "`learning_rate` must be")):
         result = CliRunner().invoke(app, [*arguments, *wrong])
         assert result.exit_code == 2 and message in result.output
-    arguments[4] = str(tmp_path)
+    arguments[3] = str(tmp_path)
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "`model` must be the folder" in result.output
 
 
 def test_missing_files_are_bad_usage(tmp_path) -> None:
-    result = CliRunner().invoke(app, ["nat", "--data", str(tmp_path / "no"), "--model", ".", "--out", str(tmp_path)])
+    result = CliRunner().invoke(app, ["nat", str(tmp_path / "no"), "--model", ".", "--out", str(tmp_path)])
     assert result.exit_code == 2
+
+
+def test_data_as_an_option_still_works_and_warns(model_folder, rows_file, tmp_path) -> None:
+    arguments = ["nat", "--model", str(model_folder), "--out", str(tmp_path / "out"), "--limit", "8"]
+    arguments += ["--steps", "1", "--rank", "1", "--batch-size", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--data", str(rows_file)])
+    assert result.exit_code == 0, result.output
+    assert f"--data is deprecated; write `calm-fast nat {rows_file} ...`" in result.stderr
+    again = CliRunner().invoke(app, [*arguments, str(rows_file)])
+    assert again.exit_code == 0 and again.stdout == result.stdout and "deprecated" not in again.stderr
+    for given, named in (([str(rows_file), "--data", str(rows_file)], "must be given once"), ([], "got none")):
+        refused = CliRunner().invoke(app, [*arguments, *given])
+        assert refused.exit_code == 2 and "DATA" in refused.output and named in refused.output
+    shown = CliRunner().invoke(app, ["nat", "--help"]).output
+    assert "DATA" in shown and "--data" not in shown

@@ -26,8 +26,8 @@ def test_rows_are_read_plain_and_gzipped(tmp_path, rows_file) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: not JSON"),
-        ("[]", "line 2: expected an object"),
+        ("{", "line 2: a row must be JSON"),
+        ("[]", "line 2: a row must be an object"),
         (json.dumps({"question": "q", "answer": [3], "generated_answer": []}), "line 2: `answer` must be a string"),
         (json.dumps({"question": "q", "answer": "a"}), "`generated_answer` must be a list of strings"),
         (json.dumps({"question": "q", "answer": "a", "generated_answer": [1]}), "`generated_answer`"),

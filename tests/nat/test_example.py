@@ -70,4 +70,4 @@ def test_example_says_what_to_do_where_the_data_is_absent(example, tmp_path) -> 
     with pytest.raises(SystemExit) as stop:
         example.main(["--data", str(tmp_path / "absent.jsonl")])
     message = str(stop.value)
-    assert "absent.jsonl is not there" in message and "--data FILE" in message and "--generated" in message
+    assert "absent.jsonl, which is not there" in message and "--data FILE" in message and "--generated" in message

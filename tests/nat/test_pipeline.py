@@ -22,7 +22,7 @@ def test_a_finished_stage_of_another_model_is_not_taken_over(model_folder, rows_
     with torch.no_grad():
         model.get_output_embeddings().weight[0, 0] += 1  # same config, same sizes
     model.save_pretrained(other)
-    with pytest.raises(ValueError, match="`out` holds a run with other model; choose another folder"):
+    with pytest.raises(ValueError, match="`out` must be .* holds a run with other model; choose another folder"):
         nat.run(rows_file, other, out, SETTINGS)
     shutil.copytree(model_folder, moved)
     assert nat.run(rows_file, moved, out, SETTINGS) == first  # a copy is the same model, wherever it lies

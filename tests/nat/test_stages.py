@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from calm_fast import nat
@@ -14,7 +15,7 @@ from calm_fast._ops.linear_nce.reference import linear_nce_reference
 from calm_fast.hf.dual_lora import add_dual_lora, dual_lora_layers, save_lora_adapter
 from calm_fast.nat import stages
 from calm_fast.nat.data import IGNORE, RationaleDataset, RightPadding, split_rationales
-from calm_fast.nat.trainer import DualTeacher, NCETrainer, head_of, hidden_states
+from calm_fast.nat.trainer import DualTeacher, NCETrainer, find_nce_head, hidden_states
 
 FAST = nat.Settings(
     steps=12, batch_size=4, learning_rate=5e-3, warmup=2, rank=2, gate_dim=4, value_dim=4, save_every=5, progress=False
@@ -104,8 +105,8 @@ def test_the_nce_loss_is_the_definition_on_the_models_logits(tiny, datasets, tmp
     flat = [streams[k][:, :-1].reshape(-1, 32).double() for k in ("student", "mix", "neg")]
     targets = batch["labels"][:, 1:].reshape(-1)
     seq_ids = torch.arange(5).repeat_interleave(ids.shape[1] - 1)
-    weight, bias, softcap = head_of(student)
-    want = linear_nce_reference(*flat, weight.double(), targets, seq_ids, *options.values(), bias, softcap, IGNORE)
+    head = student.get_output_embeddings().weight.double()
+    want = linear_nce_reference(*flat, head, targets, seq_ids, *options.values(), None, None, IGNORE)
     torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
     got.backward()
     assert all(layer.lora_a_pos.grad is not None for layer in dual_lora_layers(student).values())
@@ -198,16 +199,77 @@ def test_run_refuses_another_runs_folder_and_one_sided_data(model_folder, rows_f
     one_sided = tmp_path / "right.jsonl"
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     one_sided.write_text("".join(json.dumps(r | {"generated_answer": r["generated_answer"][:1]}) + "\n" for r in rows))
-    with pytest.raises(ValueError, match="holds no wrong rationale"):
+    with pytest.raises(ValueError, match="must hold right and wrong rationales, .* got no wrong one"):
         nat.run(one_sided, model_folder, out, FAST)
     results = json.loads((out / "results.json").read_text())
     results["losses"]["negative"] = [{"step": 1, "loss": 1.0}]  # as if a stage had been trained there
     (out / "results.json").write_text(json.dumps(results))
-    with pytest.raises(ValueError, match="`out` holds a run with other settings, data"):
+    with pytest.raises(ValueError, match="`out` must be .* holds a run with other settings, data"):
         nat.run(rows_file, model_folder, out, dataclasses.replace(FAST, seed=1))
 
 
-def test_a_head_that_scales_its_logits_is_refused(tiny) -> None:
+def family(name, vocabulary):
+    """A tiny model of a family whose logits are not the plain product of its head, and its teachers."""
+    common = {
+        "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.4, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 1,
+    }  # fmt: skip
+    kind, own = {
+        "granite": ("Granite", {"logits_scaling": 0.3}),
+        "cohere": ("Cohere", {"logit_scale": 0.7}),
+        "gemma2": ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 8}),
+    }[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**common, **own)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("name", ["granite", "cohere", "gemma2"])
+def test_nce_takes_heads_with_a_factor_or_a_cap(name, tiny, datasets, tmp_path) -> None:
+    """The loss, and the student's gradients, are those of the definition on the models' own logits."""
+    _, tok, _ = tiny
+    teacher = add_dual_lora(family(name, len(tok)), FAST.target_modules, rank=2, gate_dim=4, value_dim=4)
+    torch.manual_seed(4)
+    for layer in dual_lora_layers(teacher).values():
+        for p in layer.parameters(recurse=False):
+            torch.nn.init.normal_(p, std=0.3)
+    student = stages._student(teacher, FAST)
+    batch = RightPadding(tok.pad_token_id)(datasets[0].items[:3])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    options = {"alpha": 0.3, "temperature": 2.0, "offset": 0.7}
+    trainer = NCETrainer(
+        model=student,
+        args=FAST.arguments(tmp_path),
+        train_dataset=datasets[0],
+        teachers=DualTeacher(teacher),
+        **options,
+    )
+    trainer.compute_loss(student, batch).backward()
+    got = [layer.lora_b_pos.grad.clone() for layer in dual_lora_layers(student).values()]
+    student.zero_grad()
+
+    def logits(model):
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].flatten(0, 1).double()
+
+    streams = {"student": logits(student)}
+    for mode in ("mix", "neg"):
+        for layer in dual_lora_layers(teacher).values():
+            layer.set_mode(mode)
+        streams[mode] = logits(teacher).detach()
+    seq_ids = torch.arange(3).repeat_interleave(ids.shape[1] - 1)
+    plain = torch.eye(len(tok), dtype=torch.float64)  # logits are their own hidden states under this head
+    want = linear_nce_reference(
+        *streams.values(), plain, batch["labels"][:, 1:].flatten(), seq_ids, *options.values(), None, None, IGNORE
+    )
+    torch.testing.assert_close(trainer.compute_loss(student, batch).double(), want, rtol=2e-5, atol=2e-5)
+    want.backward()
+    for grad, layer in zip(got, dual_lora_layers(student).values(), strict=True):
+        assert grad.abs().max() > 0
+        torch.testing.assert_close(grad, layer.lora_b_pos.grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max()))
+
+
+def test_a_head_whose_factor_the_config_does_not_name_is_refused(tiny) -> None:
     make, _, _ = tiny
     model = make()
     forward = model.forward
@@ -218,5 +280,14 @@ def test_a_head_that_scales_its_logits_is_refused(tiny) -> None:
         return outputs
 
     model.forward = scaled
-    with pytest.raises(ValueError, match="not its LM head's product"):
-        head_of(model)
+    with pytest.raises(ValueError, match="NCETrainer: `model` must have an LM head .* got LlamaForCausalLM"):
+        find_nce_head(model)
+
+
+def test_states_that_change_before_the_head_are_refused(tiny) -> None:
+    make, _, _ = tiny
+    model = make().train()
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: (args[0] / 2,))
+    with pytest.raises(ValueError, match="`model` must give its base_model's output to its LM head as it is"):
+        find_nce_head(model)
+    assert model.training

@@ -1,1 +1,1 @@
-"""The room of maj_at_k: definition, public function, implementations, cases."""
+"""Everything of the op maj_at_k: definition, public function, engines, cases."""

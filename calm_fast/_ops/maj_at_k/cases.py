@@ -1,8 +1,8 @@
 """Cases of maj_at_k and the rounding analysis of its curves, which are float64 whatever dtype the scores have.
 
-The definition is exact up to the last rounding, so what a float64 implementation may err is counted in its own
+The definition is exact up to the last rounding, so the error of a float64 implementation is counted in its own
 roundings, u = 2^-53. Exact: a subset's probability is a product of binomial probabilities of all classes over that of
-the total. Building them takes one rounding for each sample above and below the bar and one for each addition; every
+the total. Building them takes one rounding for each sample above and below the bar and one for each addition. Every
 term is positive, so each rounding moves the result by at most u times itself. Resampled: one rounding for each credit
 and each partial sum.
 """
@@ -18,7 +18,7 @@ import torch
 from calm_fast._ops.voting.samples import draw_samples
 from calm_fast.core.numerics import Case, Inputs, Rounding, Values, sum_variance, unit_roundoff
 
-# the rule counts accumulation in float32; these results are accumulated in float64
+# bounds count accumulation in float32, but these results are accumulated in float64
 _DOUBLE = (unit_roundoff(torch.float64) / unit_roundoff(torch.float32)) ** 2
 
 
@@ -35,7 +35,7 @@ class Spec:
     resamples: int = 37
     seed: int = 0
     lam: float = 1.0
-    step: float = 0.0  # scores are multiples of it, so that sums of different classes meet; 0 = any
+    step: float = 0.0  # scores are multiples of it, so that sums of different classes collide; 0 = any
     unscored: float = 0.0  # share of NaN scores
     invalid: float | None = None  # share of samples that do not vote; None = no `valid` at all
     right: float = 0.4  # share of right answers among the samples of a question, on average
@@ -101,7 +101,7 @@ class MajAtKCases:
         return impl != "native" or device == "cpu" or case.spec.method == "resample"
 
     def build(self, case: Case, device: torch.device) -> dict[str, Any]:
-        """The op's arguments from a fixed seed. Samples that do not vote hold what must not matter."""
+        """Build the op's arguments from a fixed seed. Samples that do not vote hold values that must not matter."""
         s: Spec = case.spec
         g = torch.Generator().manual_seed(zlib.crc32(repr(s).encode()))
         correct = torch.randint(0, s.classes, (s.q,), generator=g)
@@ -125,16 +125,16 @@ class MajAtKCases:
         return maj_at_k(**inputs, impl=impl)._asdict()
 
     def eager(self, inputs: Inputs) -> Values:
-        """The definition: it is rounded once, and nothing else is worth being measured by."""
+        """Run the definition: it is rounded once, so no eager computation would be a better yardstick."""
         return self.run(inputs, "reference")
 
     def exact(self, inputs: Inputs) -> Values:
         return {}
 
     def rounding(self, inputs: Inputs) -> dict[str, Rounding]:
-        """Squares of the moves of a credit, then of the mean and of the standard error over questions.
+        """Return squared errors of the mean and of the standard error over questions, from that of a credit.
 
-        The standard error is a norm of the credits' deviations: it moves by at most the norm of their moves.
+        The standard error is a norm of the credits' deviations, so it moves by at most the norm of their errors.
         """
         from calm_fast._ops.maj_at_k.api import maj_at_k
 
@@ -142,8 +142,8 @@ class MajAtKCases:
         if not q:
             return dict.fromkeys(("accuracy", "stderr"), Rounding(0.0, 0.0))
         if inputs["method"] == "exact":
-            steps = 12.0 * k + 10  # up to 6 to build a class's row and 6 the total's, for each sample
-            credit = steps * _DOUBLE  # of a credit's square, and no credit is above 1
+            roundings = 12.0 * k + 10  # for each sample up to 6 to build a class's row and 6 to build the total's
+            credit = roundings * _DOUBLE  # relative to a credit's square, and no credit is above 1
         else:
             credit = float(sum_variance(inputs["resamples"], torch.ones(()))) * _DOUBLE
         mean = credit * found.accuracy.square() + sum_variance(q, found.accuracy) * _DOUBLE

@@ -1,4 +1,4 @@
-"""Definition of maj_at_k: how often a vote of k of a question's samples is right, in plain Python."""
+"""Definition of maj_at_k, in plain Python: the accuracy of a vote of k of a question's samples."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ def maj_at_k_reference(
     lam: float = 1.0,
     seed: int = 0,
 ) -> torch.Tensor:
-    """Credit of each question at each k: the mean over subsets of k of its valid samples of
+    """Return the credit of each question at each k: the mean over subsets of k of its valid samples of
 
-        1 / (number of tied classes)  if the correct class is among the tied ones (see `vote`), else 0
+        1 / (number of tied classes)  if the gold answer's class is among the tied (see `vote`), else 0
 
     "exact": over all subsets; rule "count" only.   "resample": over `resamples` subsets drawn without replacement.
 
     Args:
-        answers: (Q, K) int64, equal id = equal answer. correct: (Q,) int64, the id of the right answer.
-        scores: (Q, K) float or None. valid: (Q, K) bool or None (all). rule, lam: see `voting.sample_weights`.
-        ks: sizes >= 1; more than a question has valid samples: all of them. seed: any 64 bits.
+        answers: (Q, K) int64, equal ids are equal answers. correct: (Q,) int64, the id of the gold answer.
+        scores: (Q, K) float or None. valid: (Q, K) bool or None (all). rule, lam: see
+            `voting.reference.sample_weights`.
+        ks: sizes >= 1; a k beyond a question's valid samples takes all of them. seed: any 64 bits.
     Returns:
         (Q, len(ks)) float64; 0 for a question without a valid sample.
     Source: NAT (arXiv 2312.12832) section 3.4; for the subsets the pass@k estimator (arXiv 2107.03374).
@@ -53,8 +54,11 @@ def maj_at_k_reference(
 
 
 def exact_credit(samples: list[int], right: int, ks: list[int]) -> list[float]:
-    """Credit at each k over ALL subsets, in exact integers: count the subsets where the right class has w samples,
-    no other class has more, and t others have as many; each such subset is worth 1 / (1 + t)."""
+    """Return the credit at each k over ALL subsets, in exact integers.
+
+    Count the subsets in which the right class has w samples, no other class has more and t others have as many; each
+    such subset is worth 1 / (1 + t).
+    """
     n, c = len(samples), samples.count(right)
     others = [samples.count(other) for other in sorted(set(samples) - {right})]
     sizes = [min(k, n) for k in ks]
@@ -77,11 +81,12 @@ def exact_credit(samples: list[int], right: int, ks: list[int]) -> list[float]:
 def resampled_credit(
     samples: list[tuple[int, float]], right: int, ks: list[int], resamples: int, seed: int, question: int
 ) -> list[float]:
-    """Mean credit at each k over `resamples` shuffles of (class, weight) pairs; one shuffle serves every k.
+    """Return the mean credit at each k over `resamples` shuffles of (class, weight) pairs; one shuffle serves every k.
 
     A partial Fisher-Yates shuffle: draw i swaps sample i with sample i + floor(u_i (n - i) / 2^32).
     """
-    n, credits = len(samples), [[] for _ in ks]
+    n = len(samples)
+    credits: list[list[float]] = [[] for _ in ks]
     for resample in range(resamples):
         order = list(samples)
         for i in range(min(max(ks), n)):
@@ -95,6 +100,7 @@ def resampled_credit(
 
 
 def _credit(subset: list[tuple[int, float]], right: int) -> float:
+    """Return 1 / (number of tied classes) if `right` is among the tied, else 0."""
     sums: dict[int, float] = {}
     for answer, weight in subset:
         sums[answer] = sums.get(answer, 0.0) + weight
@@ -104,7 +110,7 @@ def _credit(subset: list[tuple[int, float]], right: int) -> float:
 
 
 def philox(seed: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """Four random 32-bit words: Philox4x32-10 of a 64-bit key and a counter of four words.
+    """Return four random 32-bit words: Philox4x32-10 of a 64-bit key and a counter of four words.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
     """

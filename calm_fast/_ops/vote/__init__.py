@@ -1,1 +1,1 @@
-"""The room of vote: definition, public function, implementations, cases."""
+"""Everything of the op vote: definition, public function, engines, cases."""

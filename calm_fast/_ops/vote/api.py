@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from calm_fast._ops.vote.native import vote_native
+from calm_fast._ops.vote.reference import VoteTensors, vote_reference
+from calm_fast._ops.vote.torch_impl import vote_torch
 from calm_fast._ops.voting.decide import check_votes, choose
 from calm_fast.core.dispatch import Decision, check_impl
 
@@ -13,10 +16,11 @@ _OP = "vote"
 
 
 class Vote(NamedTuple):
-    """What `vote` returns; (Q,) each.
+    """The votes of Q questions; every field is (Q,).
 
     winner int64: class id, -1 without a valid sample. weight float64: of the winner. total float64: of all valid
-    samples. margin float64: see `vote`. ties int64: how many classes are tied at the top, 0 without a valid sample.
+    samples. margin float64: lead of the winner, see `vote`. ties int64: number of classes tied at the top, 0 without a
+    valid sample.
     """
 
     winner: torch.Tensor
@@ -35,19 +39,21 @@ def vote(
     lam: float = 1.0,
     impl: str = "auto",
 ) -> Vote:
-    """The answer that the samples of each question choose.
+    """Return the answer that the samples of each question choose.
 
         W_c = sum of w_i over the valid samples i of class c;   w_i = 1 ("count"), s_i ("weighted"), 1 + lam s_i
         ("adaptive");   top = max_c W_c;   tied: top - W_c <= 1e-9;   winner = the tied class that appears first
 
-    margin is how far the winner is ahead: top minus the next class's weight, the top weight if there is no other
-    class, and 0 if the vote is tied. An accuracy gives a tied vote 1 / ties credit if the right class is tied.
+    The margin is the winner's lead: top minus the next class's weight, the top weight if there is no other class, and 0
+    if the vote is tied. An accuracy gives a tied vote 1 / ties credit if the gold answer's class is among the tied.
 
     Args:
-        answers: (Q, K) int64 >= 0, class ids within a question: equal id = equal answer.
-        scores: (Q, K) float32, float64, bfloat16 or float16, finite; NaN = not scored: such a sample takes the mean of
-            the question's other valid scores, 1 if there are none. Needed unless rule is "count", which ignores them.
-        valid: (Q, K) bool; False = the sample does not vote, and its answer and score may be anything. None = all vote.
+        answers: (Q, K) int64 >= 0, class ids within a question: equal ids are equal answers.
+        scores: (Q, K) float32, float64, bfloat16 or float16, finite. A sample with NaN has no score and takes the mean
+            of the question's other valid scores, 1 if there are none. Required unless rule is "count", which ignores
+            them.
+        valid: (Q, K) bool; a sample with False does not vote, and its answer and score may be anything. None = all
+            vote.
         rule: "count", "weighted" or "adaptive". lam: finite, the weight of a score in "adaptive".
         impl: "auto", "reference", "torch", "triton" or "native"; an explicit choice is honoured or refused.
     Returns:
@@ -56,12 +62,16 @@ def vote(
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came. Negative
             answers and infinite scores of valid samples are found on a CPU, on a GPU within `validate_values()`.
         RuntimeError: an explicit `impl` cannot run here.
-    Deterministic: weights are summed in float64 in the order of the samples, so every implementation returns the same
-    bits on every device. Source: NAT (arXiv 2312.12832) section 3.4.
+    Deterministic: weights are summed in float64 in sample order, so every implementation returns the same bits on every
+    device. Source: NAT (arXiv 2312.12832) section 3.4.
     """
     decision = decide(answers, scores, valid=valid, rule=rule, lam=lam, impl=impl)
     scores = None if scores is None or rule == "count" else scores.detach()
-    return Vote(*torch.ops.calm_fast.vote_fwd(answers, scores, valid, rule, float(lam), decision.impl))
+    if decision.impl == "native":
+        return Vote(*torch.ops.calm_fast.vote_native_fwd(answers, scores, valid, rule, float(lam)))
+    if decision.impl == "torch":
+        return Vote(*torch.ops.calm_fast.vote_torch_fwd(answers, scores, valid, rule, float(lam)))
+    return Vote(*torch.ops.calm_fast.vote_reference_fwd(answers, scores, valid, rule, float(lam)))
 
 
 def decide(
@@ -73,7 +83,7 @@ def decide(
     lam: float = 1.0,
     impl: str = "auto",
 ) -> Decision:
-    """Which implementation the same call of `vote` runs, and why; raises what that call would raise.
+    """Return the implementation that the same call of `vote` runs, and why; raise what that call would raise.
 
     auto: the compiled library where it runs, torch elsewhere.
     """
@@ -86,38 +96,31 @@ def decide(
     )  # fmt: skip
 
 
-# ---- the registered op: what torch.compile, export and opcheck see ---------------------------------------------------
+# ---- the registered ops: what torch.compile, export and opcheck see --------------------------------------------------
 
-_lib = torch.library.Library("calm_fast", "FRAGMENT")
-_lib.define(
-    "vote_fwd(Tensor answers, Tensor? scores, Tensor? valid, str rule, float lam, str impl)"
+# all three are registered: the torch engine reads the largest class id and the reference reads every value, and neither
+# can be traced
+_ARGUMENTS = (
+    "(Tensor answers, Tensor? scores, Tensor? valid, str rule, float lam)"
     " -> (Tensor winner, Tensor weight, Tensor total, Tensor margin, Tensor ties)"
 )
+_lib = torch.library.Library("calm_fast", "FRAGMENT")
+_lib.define(f"vote_native_fwd{_ARGUMENTS}")
+_lib.define(f"vote_torch_fwd{_ARGUMENTS}")
+_lib.define(f"vote_reference_fwd{_ARGUMENTS}")
 
 
-@torch.library.impl(_lib, "vote_fwd", "CompositeExplicitAutograd")
-def _fwd(answers, scores, valid, rule, lam, impl):
-    if impl == "reference":
-        from calm_fast._ops.vote.reference import vote_reference
-
-        return vote_reference(answers, scores, valid, rule, lam)
-    if impl == "native":
-        return _vote_native_fwd(answers, scores, valid, rule, lam)
-    from calm_fast._ops.vote.torch_impl import vote_torch
-
-    return vote_torch(answers, scores, valid, rule, lam)
-
-
-def _vote_native_fwd(answers, scores, valid, rule, lam, lane=-1):
-    """`lane`: see csrc/common/lanes.h; every lane returns the same bits."""
-    if scores is not None:
-        scores = (scores if scores.dtype == torch.float64 else scores.float()).contiguous()  # exact
-    valid = None if valid is None else valid.contiguous()
-    return torch.ops.calm_fast._vote_native_fwd(answers.contiguous(), scores, valid, rule == "adaptive", lam, lane)
-
-
-@torch.library.register_fake("calm_fast::vote_fwd", lib=_lib)
-def _fwd_fake(answers, scores, valid, rule, lam, impl):
+def _fake(
+    answers: torch.Tensor, scores: torch.Tensor | None, valid: torch.Tensor | None, rule: str, lam: float
+) -> VoteTensors:
     questions = answers.shape[0]
     weight, total, margin = (answers.new_empty(questions, dtype=torch.float64) for _ in range(3))
     return answers.new_empty(questions), weight, total, margin, answers.new_empty(questions)
+
+
+_lib.impl("vote_native_fwd", vote_native, "CompositeExplicitAutograd")
+_lib.impl("vote_torch_fwd", vote_torch, "CompositeExplicitAutograd")
+_lib.impl("vote_reference_fwd", vote_reference, "CompositeExplicitAutograd")
+torch.library.register_fake("calm_fast::vote_native_fwd", _fake, lib=_lib)
+torch.library.register_fake("calm_fast::vote_torch_fwd", _fake, lib=_lib)
+torch.library.register_fake("calm_fast::vote_reference_fwd", _fake, lib=_lib)

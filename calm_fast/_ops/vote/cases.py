@@ -1,7 +1,7 @@
 """Cases of vote. Every quantity must equal the definition bit for bit.
 
-Weights are float64 sums in a promised order, so there is no rounding to allow for: `exact` names every element and
-`rounding` is 0. Integers are compared as float64, which holds class ids up to 2^53.
+Weights are float64 sums in a fixed order, so no rounding is tolerated: `exact` names every element and `rounding` is 0.
+Integers are compared as float64, which holds class ids up to 2^53.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Spec:
     classes: int
     rule: str = "count"
     lam: float = 1.0
-    step: float = 0.0  # scores are multiples of it, so that sums of different classes meet; 0 = any
+    step: float = 0.0  # scores are multiples of it, so that sums of different classes collide; 0 = any
     unscored: float = 0.0  # share of NaN scores; 1 = all
     invalid: float | None = None  # share of samples that do not vote; None = no `valid` at all
-    largest: int = 0  # class ids are spread up to it; 0 = they are 0, 1, ..., classes - 1
+    largest: int = 0  # class ids are spread up to it; 0 = the ids are 0, 1, ..., classes - 1
     strided: bool = False
 
 
@@ -78,7 +78,7 @@ class VoteCases:
         return Case(self.op, name, dtype, replace(_SPECS[name], **changes))
 
     def build(self, case: Case, device: torch.device) -> dict[str, Any]:
-        """The op's arguments from a fixed seed. Samples that do not vote hold what must not matter."""
+        """Build the op's arguments from a fixed seed. Samples that do not vote hold values that must not matter."""
         s: Spec = case.spec
         g = torch.Generator().manual_seed(zlib.crc32(repr(s).encode()))
         answers = torch.randint(0, s.classes, (s.q, s.k), generator=g)
@@ -97,7 +97,7 @@ class VoteCases:
         return {name: values.double() for name, values in found._asdict().items()}
 
     def eager(self, inputs: Inputs) -> Values:
-        """The definition: a computation without rounding errors of its own has nothing else to be measured by."""
+        """Run the definition: it has no rounding errors, so no eager computation would be a better yardstick."""
         return self.run(inputs, "reference")
 
     def exact(self, inputs: Inputs) -> Values:

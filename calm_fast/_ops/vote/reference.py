@@ -1,10 +1,13 @@
-"""Definition of vote: which answer the samples of each question choose, in plain Python."""
+"""Definition of vote, in plain Python: which answer the samples of each question choose."""
 
 from __future__ import annotations
 
 import torch
 
 from calm_fast._ops.voting.reference import TIED, ordered_sum, sample_weights
+
+# winner, weight, total, margin, ties: each (Q,)
+VoteTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def vote_reference(
@@ -13,16 +16,16 @@ def vote_reference(
     valid: torch.Tensor | None = None,
     rule: str = "count",
     lam: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The winning class of each question, its weight, the total weight, the margin and the number of tied classes.
+) -> VoteTensors:
+    """Return the winning class of each question, its weight, the total weight, the margin and the tie count.
 
         W_c = sum of w_i over the valid samples i of class c, in sample order;   top = max_c W_c
         tied = classes with top - W_c <= 1e-9;   winner = the tied class that appears first;   weight = W_winner
-        margin = 0 if more classes than one are tied, top if there is no other class, else top - (next largest W_c)
+        margin = 0 if several classes are tied, top if there is no other class, else top - (next largest W_c)
 
     Args:
-        answers: (Q, K) int64, equal id = equal answer. scores: (Q, K) float or None. valid: (Q, K) bool or None (all).
-        rule, lam: what a sample weighs, see `voting.sample_weights`.
+        answers: (Q, K) int64, equal ids are equal answers. scores: (Q, K) float or None. valid: (Q, K) bool or None
+            (all). rule, lam: how a sample is weighed, see `voting.reference.sample_weights`.
     Returns:
         winner, weight, total, margin, ties, each (Q,): int64, three times float64, int64. A question without a
         valid sample has winner -1 and zeros.
@@ -35,13 +38,22 @@ def vote_reference(
         _vote(a, sample_weights(s, v, rule, lam))
         for a, s, v in zip(answers.tolist(), every_score, every_valid, strict=True)
     ]
-    dtypes = (torch.int64, torch.float64, torch.float64, torch.float64, torch.int64)
-    columns = zip(*rows, strict=True) if rows else ((),) * 5
-    return tuple(torch.tensor(c, dtype=d, device=answers.device) for c, d in zip(columns, dtypes, strict=True))
+    winner, weight, total, margin, ties = zip(*rows, strict=True) if rows else ((), (), (), (), ())
+
+    def tensor(values: tuple[float, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=answers.device)
+
+    return (
+        tensor(winner, torch.int64),
+        tensor(weight, torch.float64),
+        tensor(total, torch.float64),
+        tensor(margin, torch.float64),
+        tensor(ties, torch.int64),
+    )
 
 
 def _vote(answers: list[int], weights: list[float | None]) -> tuple[int, float, float, float, int]:
-    """winner, weight, total, margin and ties of one question."""
+    """Return winner, weight, total, margin and ties of one question."""
     classes: dict[int, list[float]] = {}  # in order of appearance
     for answer, weight in zip(answers, weights, strict=True):
         if weight is not None:
@@ -52,7 +64,7 @@ def _vote(answers: list[int], weights: list[float | None]) -> tuple[int, float, 
     descending = sorted(sums.values(), reverse=True)
     tied = [answer for answer, weight in sums.items() if descending[0] - weight <= TIED]
     total = ordered_sum([weight for weight in weights if weight is not None])
-    if not tied:  # only where a sum overflows float64: no class is within 1e-9 of an infinite top
+    if not tied:  # a sum overflows float64: no class is within 1e-9 of an infinite top
         return -1, 0.0, total, 0.0, 0
     if len(tied) > 1:
         margin = 0.0

@@ -1,4 +1,4 @@
-"""vote from torch's own ops: a table of votes a question, classes found by a stable sort where their ids are large."""
+"""vote from torch's own ops: one table of votes per question; a stable sort finds the classes where ids are large."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def vote_torch(
     rule: str,
     lam: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """winner, weight, total, margin, ties (Q,) as `vote_reference` defines them, the same bits on every device.
+    """Return winner, weight, total, margin, ties (Q,) as `vote_reference` defines them, the same bits on every device.
 
     Memory grows with Q K, never with Q K^2.
     """
     q, k = answers.shape
     if not answers.numel():
-        zeros = (torch.zeros(q, dtype=torch.float64, device=answers.device) for _ in range(3))
-        return answers.new_full((q,), -1), *zeros, answers.new_zeros(q)
+        weight, total, margin = (torch.zeros(q, dtype=torch.float64, device=answers.device) for _ in range(3))
+        return answers.new_full((q,), -1), weight, total, margin, answers.new_zeros(q)
     columns, width = class_columns(answers, valid)
     weights = sample_weights(answers, scores, valid, rule, lam)
     sums = column_sums(columns, weights, width)
@@ -31,7 +31,7 @@ def vote_torch(
     top, at = sums.max(1, keepdim=True)
     tied = (top - sums <= TIED) & opened
     ties = tied.sum(1)
-    place = tied.gather(1, columns).to(torch.uint8).argmax(1, keepdim=True)  # the first sample of a tied class
+    place = tied.gather(1, columns).to(torch.uint8).argmax(1, keepdim=True)  # index of the first sample of a tied class
     winner = answers.gather(1, place).squeeze(1).masked_fill_(ties == 0, -1)
     weight = sums.gather(1, columns.gather(1, place)).squeeze(1).masked_fill_(ties == 0, 0.0)
     top = top.squeeze(1)
@@ -42,7 +42,7 @@ def vote_torch(
 
 
 def class_columns(answers: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, int]:
-    """A column for each class of a question: where a table of votes (Q, width + 1) keeps it.
+    """Assign each class of a question a column of a table of votes (Q, width + 1).
 
     Returns:
         columns (Q, K) int64 in 0 .. width - 1, `width` for a sample that does not vote; and width.
@@ -51,13 +51,13 @@ def class_columns(answers: torch.Tensor, valid: torch.Tensor | None) -> tuple[to
     if answers.device.type == "cpu":  # elsewhere reading the largest id would wait for the device
         known = answers if valid is None else answers.masked_fill(~valid, 0)
         width = int(known.max()) + 1
-        if width <= 2 * k + 64:  # grouped answers: the ids themselves will do
+        if width <= 2 * k + 64:  # grouped answers have small ids, which serve as columns
             return (known if valid is None else known.masked_fill_(~valid, width)), width
     return class_slots(answers, valid), k
 
 
 def class_slots(answers: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """For each sample of answers (Q, K) the place of its class's first valid sample; K if not valid."""
+    """Return for each sample of answers (Q, K) the index of its class's first valid sample; K if it is not valid."""
     k = answers.shape[1]
     keys = answers if valid is None else answers.masked_fill(~valid, -1)
     keys, order = keys.sort(dim=1, stable=True)
@@ -72,7 +72,7 @@ def class_slots(answers: torch.Tensor, valid: torch.Tensor | None) -> torch.Tens
 
 
 def column_sums(columns: torch.Tensor, weights: torch.Tensor, width: int) -> torch.Tensor:
-    """Sums of weights (Q, K) float64 by column, (Q, width + 1), each added up in the order of the samples."""
+    """Sum weights (Q, K) float64 by column into (Q, width + 1), each sum in sample order."""
     sums = weights.new_zeros(weights.shape[0], width + 1)
     if weights.device.type == "cpu":  # one thread walks a row from left to right
         return sums.scatter_add_(1, columns, weights)
@@ -80,7 +80,7 @@ def column_sums(columns: torch.Tensor, weights: torch.Tensor, width: int) -> tor
 
 
 def add_in_turns(sums: torch.Tensor, columns: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """scatter_add_ of one sample a row at a time: no two additions of a call meet, so their order is the samples'."""
+    """Add one sample per row at a time: no two additions of a scatter_add_ collide, so each sum is in sample order."""
     for j in range(weights.shape[1]):
         sums.scatter_add_(1, columns[:, j : j + 1], weights[:, j : j + 1])
     return sums

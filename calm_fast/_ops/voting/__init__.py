@@ -1,1 +1,1 @@
-"""What vote and maj_at_k share: rules, weights of samples, ordered sums."""
+"""Code that vote and maj_at_k share: rules, weights of samples, ordered sums."""

@@ -1,4 +1,4 @@
-"""Checks and the choice of an implementation that vote and maj_at_k share."""
+"""Argument checks and the choice of an implementation, shared by vote and maj_at_k."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_votes(
 ) -> None:
     """Check answers (Q, K) int64, scores (Q, K) float or None, valid (Q, K) bool or None, rule and lam.
 
-    What a sample that is not valid holds does not matter. Values are read as `calm_fast.validate_values` says.
+    A sample that is not valid may hold anything. Values are read as `calm_fast.validate_values` says.
 
     Raises:
         TypeError, ValueError: an argument is wrong, a voting sample's answer is negative, or its score infinite.
@@ -43,11 +43,13 @@ def check_votes(
     if not values_checked(answers) or not answers.numel():
         return
     lowest = int(answers.min())
-    if lowest < 0 and valid is not None:  # the others may hold anything
+    if lowest < 0 and valid is not None:  # samples that do not vote may hold anything
         lowest = int(answers.masked_fill(~valid, 0).min())
     if lowest < 0:
         raise bad_value(op, "answers", "class ids >= 0 (mark samples that do not vote in `valid`)", f"{lowest}")
-    if rule != "count" and values_checked(scores) and not scores.nansum().isfinite():  # a sum is cheap; it may overflow
+    if scores is None or rule == "count" or not values_checked(scores):
+        return
+    if not scores.nansum().isfinite():  # a sum is cheap, but it may overflow
         infinite = scores.isinf() if valid is None else scores.isinf() & valid
         if infinite.any():
             at = tuple(infinite.nonzero()[0].tolist())
@@ -55,17 +57,19 @@ def check_votes(
 
 
 def check_same_shape(op: str, name: str, tensor: torch.Tensor, answers: torch.Tensor) -> None:
+    """Raise ValueError unless `tensor` has the (Q, K) of `answers`."""
     if tensor.shape[0] != answers.shape[0] or tensor.shape[1] != answers.shape[1]:
         expected = f"of answers' shape {tuple(answers.shape)}"
         raise bad_value(op, name, expected, f"shape {tuple(tensor.shape)}")
 
 
 def choose(op: str, impl: str, device: torch.device, *, function: str, no_triton: str, cpu: str, gpu: str) -> Decision:
-    """The compiled library where it runs, torch elsewhere; an explicit `impl` is honoured or refused.
+    """Choose the compiled library where it runs and torch elsewhere; honour or refuse an explicit `impl`.
 
     Args:
         op: its name. impl: one of IMPLS. device: of the answers.
-        function: what the library must have. no_triton: why there is no Triton kernel. cpu, gpu: why native is right.
+        function: the kernel that the library must have. no_triton: why there is no Triton kernel.
+        cpu, gpu: the reason to give where native is chosen on that device.
     Raises:
         RuntimeError: an explicit `impl` cannot run here.
     """

@@ -1,27 +1,32 @@
-"""What vote and maj_at_k share: which samples vote, what each weighs, which classes are tied."""
+"""Definitions that vote and maj_at_k share: the weight of a sample, ordered sums, the tie tolerance."""
 
 from __future__ import annotations
 
 import math
 
-TIED = 1e-9  # classes this close to the heaviest are tied with it
+TIED = 1e-9  # classes this close to the heaviest are tied with it; voting.torch_impl and csrc have the same number
 
 
 def sample_weights(
     scores: list[float] | None, valid: list[bool], rule: str = "count", lam: float = 1.0
 ) -> list[float | None]:
-    """Weight of each sample of one question; None: it does not vote.
+    """Return the weight of each sample of one question, None for a sample that does not vote.
 
         count: 1;   weighted: s_i;   adaptive: 1 + lam s_i
 
-    A NaN score is a sample nobody scored: s_i is then the mean of the question's other valid scores, 1 if none.
+    A NaN score marks a sample without a score: s_i is then the mean of the question's other valid scores, 1 if none.
 
     Args:
-        scores: K numbers, None with rule "count". valid: K. rule: "count", "weighted" or "adaptive".
+        scores: K numbers; ignored, and may be None, with rule "count". valid: K. rule: "count", "weighted" or
+            "adaptive".
+    Raises:
+        ValueError: there are no scores, and the rule needs them.
     Source: NAT (arXiv 2312.12832) section 3.4.
     """
     if rule == "count":
         return [1.0 if votes else None for votes in valid]
+    if scores is None:
+        raise ValueError(f"sample_weights: `scores` must be given with rule {rule!r}, got None")
     known = [s for s, votes in zip(scores, valid, strict=True) if votes and not math.isnan(s)]
     mean = ordered_sum(known) / len(known) if known else 1.0
     weights: list[float | None] = []
@@ -32,7 +37,7 @@ def sample_weights(
 
 
 def ordered_sum(values: list[float]) -> float:
-    """The float64 sum in the order of the list; Python's own `sum` compensates from 3.12 on."""
+    """Sum in float64 in the order of the list; Python's own `sum` compensates from 3.12 on."""
     total = 0.0
     for value in values:
         total += value

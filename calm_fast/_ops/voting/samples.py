@@ -1,4 +1,4 @@
-"""The scores and the valid mask that cases of vote and maj_at_k draw for their answers."""
+"""Scores and valid masks for the cases of vote and maj_at_k."""
 
 from __future__ import annotations
 
@@ -8,24 +8,36 @@ import torch
 
 
 class SampleSpec(Protocol):
-    """What a case's Spec says of its samples."""
+    """The fields of a case's Spec that describe its samples."""
 
-    rule: str
-    step: float  # scores are multiples of it, so that sums of different classes meet; 0 = any
-    unscored: float  # share of NaN scores
-    invalid: float | None  # share of samples that do not vote; None = no `valid` at all
-    strided: bool
+    @property
+    def rule(self) -> str: ...
+
+    @property
+    def step(self) -> float:
+        """Scores are multiples of it, so that sums of different classes collide; 0 = any score."""
+
+    @property
+    def unscored(self) -> float:
+        """Share of NaN scores."""
+
+    @property
+    def invalid(self) -> float | None:
+        """Share of samples that do not vote; None = no `valid` at all."""
+
+    @property
+    def strided(self) -> bool: ...
 
 
 def draw_samples(
     spec: SampleSpec, answers: torch.Tensor, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> dict[str, torch.Tensor | None]:
-    """answers (Q, K) int64, scores (Q, K) `dtype` or None, valid (Q, K) bool or None, laid out as `spec` says.
+    """Return answers (Q, K) int64, scores (Q, K) `dtype` or None, valid (Q, K) bool or None, laid out as `spec` says.
 
-    Samples that do not vote hold what must not matter: class -7 and an infinite score.
+    Samples that do not vote hold values that must not matter: class -7 and an infinite score.
     """
 
-    def laid_out(values: torch.Tensor) -> torch.Tensor:  # strided: every other column of a transposed matrix
+    def lay_out(values: torch.Tensor) -> torch.Tensor:  # strided: every other column of a transposed matrix
         values = values.repeat_interleave(2, 1).T.contiguous().T[:, ::2] if spec.strided else values
         return values.to(device)
 
@@ -39,7 +51,7 @@ def draw_samples(
         valid = torch.rand(answers.shape, generator=generator) >= spec.invalid
         answers, scores = answers.masked_fill(~valid, -7), scores.masked_fill(~valid, float("inf"))
     return {
-        "answers": laid_out(answers),
-        "scores": None if spec.rule == "count" else laid_out(scores),
-        "valid": None if valid is None else laid_out(valid),
+        "answers": lay_out(answers),
+        "scores": None if spec.rule == "count" else lay_out(scores),
+        "valid": None if valid is None else lay_out(valid),
     }

@@ -1,10 +1,10 @@
-"""What vote and maj_at_k share in torch: the weight of every sample, and sums in the order of the samples."""
+"""Functions that vote and maj_at_k share in torch: the weight of every sample, and sums in sample order."""
 
 from __future__ import annotations
 
 import torch
 
-TIED = 1e-9  # classes this close to the heaviest are tied with it
+TIED = 1e-9  # as voting.reference.TIED; engines import no reference
 
 
 def sample_weights(
@@ -14,17 +14,21 @@ def sample_weights(
     rule: str,
     lam: float,
 ) -> torch.Tensor:
-    """Weight of each sample, 0 for one that does not vote.
+    """Return the weight of each sample, 0 for a sample that does not vote.
 
     Args:
         answers: (Q, K) int64. scores: (Q, K) float or None. valid: (Q, K) bool or None (all).
         rule: "count", "weighted" or "adaptive". lam: weight of the score in "adaptive".
+    Raises:
+        ValueError: there are no scores, and the rule needs them.
     Returns:
         (Q, K) float64, the same bits as the reference's weights.
     """
     if rule == "count":
         ones = torch.ones(answers.shape, dtype=torch.float64, device=answers.device)
         return ones if valid is None else ones.masked_fill_(~valid, 0.0)
+    if scores is None:
+        raise ValueError(f"sample_weights: `scores` must be given with rule {rule!r}, got None")
     s = scores.double()
     unknown = s.isnan()
     silent = unknown if valid is None else unknown | ~valid
@@ -36,7 +40,7 @@ def sample_weights(
 
 
 def ordered_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sums of the rows of (Q, K) float64, added up from left to right on every device."""
+    """Sum each row of (Q, K) float64 from left to right, on every device."""
     total = values.new_zeros(values.shape[0])
     for column in values.t().contiguous().unbind():
         total += column

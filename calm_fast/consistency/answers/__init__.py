@@ -1,1 +1,1 @@
-"""Final answers of rationales, and which of them are equal."""
+"""Final answers: extraction, equality, groups of equal answers."""

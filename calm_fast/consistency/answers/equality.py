@@ -1,4 +1,4 @@
-"""The final answer of a rationale, and when two answers are the same."""
+"""Extract the final answer of a rationale, and tell whether two answers are equal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-# longer ones are compared as text: no answer, but a rationale or a loop, and parsing it takes minutes
+# longer answers are compared as text: they are rationales or loops, and parsing one takes minutes
 MAX_MATH_LENGTH = 1000
 _STATED = re.compile(r"\bthe (?:(?:final|correct) )?answer is\b:?", re.IGNORECASE)
 _STATED_END = re.compile(r"\.\s|\.?$", re.MULTILINE)
@@ -31,15 +31,16 @@ _PLAIN_RATIO = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?")
 
 
 def extract_answer(text: str, pattern: str | re.Pattern[str] | None = None) -> str | None:
-    """The final answer stated in `text`: the last balanced \\boxed{...}, else what follows the last "The answer is".
+    """Return the final answer of `text`: the last balanced \\boxed{...}, else the text after the last "The answer is".
 
     Args:
-        pattern: a regular expression tried last; the first group of its last match, or the whole match, is the answer.
+        text: a rationale. pattern: a regular expression that is tried last; the answer is the first group of its last
+            match, or the whole match without a group.
     Returns:
-        the answer without surrounding space, or None where there is none.
+        the answer without surrounding space, or None.
     Raises:
         TypeError: `text` is not a string. ValueError: `pattern` is not a regular expression.
-    Boxed first: the other order picks up units in about 2 % of real rationales.
+    The box comes first because the other order picks up units in about 2 % of real rationales.
     """
     if not isinstance(text, str):
         raise TypeError(f"extract_answer: `text` must be a string, got {type(text).__name__}")
@@ -51,7 +52,7 @@ def extract_answer(text: str, pattern: str | re.Pattern[str] | None = None) -> s
 
 
 def _last_boxed(text: str) -> str | None:
-    """Contents of the last \\boxed{...} or \\fbox{...} whose braces balance; one pass, whatever the text."""
+    """Return the contents of the last \\boxed{...} or \\fbox{...} whose braces balance, in one pass over any text."""
     if (first := _BOX.search(text)) is None:
         return None
     opened: list[tuple[bool, int]] = []
@@ -68,7 +69,7 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _last_stated(text: str) -> str | None:
-    """What the last "The answer is" is followed by, to the end of its sentence or line."""
+    """Return the text after the last "The answer is", up to the end of its sentence or line."""
     for stated in reversed(list(_STATED.finditer(text))):
         rest = text[stated.end() : stated.end() + _STATED_LENGTH].lstrip()
         end = _STATED_END.search(rest)
@@ -78,7 +79,7 @@ def _last_stated(text: str) -> str | None:
 
 
 def _unwrap(answer: str) -> str | None:
-    """`answer` without the **bold** or mathematics marks that wrap all of it; None where nothing is left."""
+    """Return `answer` without the **bold** or mathematics marks around all of it; None if nothing is left."""
     answer = answer.strip()
     for wrapped in _WRAPPED:
         if (match := wrapped.fullmatch(answer)) is not None:
@@ -90,37 +91,42 @@ def _last_match(text: str, pattern: str | re.Pattern[str]) -> str | None:
     try:
         compiled = re.compile(pattern)
     except (re.error, TypeError) as problem:
-        raise ValueError(f"extract_answer: `pattern` is not a regular expression: {problem}") from problem
+        raise ValueError(
+            f"extract_answer: `pattern` must be a regular expression, got {pattern!r}: {problem}"
+        ) from problem
     *_, last = [None, *compiled.finditer(text)]
     found = None if last is None else last.group(1) if compiled.groups else last.group()
     return (found or "").strip() or None
 
 
 def equivalent(answer: str | None, gold: str | None, *, timeout: int = 5) -> bool:
-    """Whether two answers mean the same: equal strings, equal exact rationals, else math-verify in both directions.
+    """Return True if two answers are equal: equal strings, equal exact rationals, else by math-verify either way round.
+
+    For many answers use `group_answers`, which runs in parallel and cannot hang.
 
     Args:
-        timeout: seconds for each parse or comparison of math-verify. It uses SIGALRM, which only the main thread of a
-            process can: in another thread an answer that math-verify has to look at raises RuntimeError.
+        timeout: seconds for each parse or comparison of math-verify, which uses SIGALRM.
     Returns:
-        False where either is None (no answer equals nothing, not even no answer) or cannot be understood.
-    For many answers use `group_answers`: parallel, and nothing can hang it.
+        False if either is None (a missing answer equals nothing) or cannot be parsed.
+    Raises:
+        RuntimeError: math-verify is needed outside the main thread, where there is no SIGALRM.
     """
     if answer is None or gold is None:
         return False
     left, right = normalise(answer), normalise(gold)
     if left == right:
         return left != ""
-    exact = rational(left), rational(right)
-    if None not in exact and (exact[0] == exact[1] or far_apart(*exact)):
-        return exact[0] == exact[1]
+    exact_left, exact_right = rational(left), rational(right)
+    if exact_left is not None and exact_right is not None:
+        if exact_left == exact_right or far_apart(exact_left, exact_right):
+            return exact_left == exact_right
     if max(len(left), len(right)) > MAX_MATH_LENGTH:
         return False
     return _verified(answer, gold, timeout)
 
 
 def normalise(answer: str) -> str:
-    """`answer` without decoration that carries no meaning; for comparing strings, not for parsing.
+    """Return `answer` without decoration that carries no meaning, to compare it as a string, not to parse it.
 
     A space between two letters or digits stays: "1 1/2" is not "11/2".
     """
@@ -137,9 +143,9 @@ def _braced(match: re.Match[str]) -> str:
 
 
 def rational(plain: str) -> Fraction | None:
-    """The exact value of a normalised integer, decimal, a/b, \\frac{a}{b} or mixed number; None for anything else.
+    """Return the exact value of a normalised integer, decimal, a/b, \\frac{a}{b} or mixed number; None for other text.
 
-    Percentages are left to math-verify: there 50% equals both 50 and 1/2. So is whatever is not plain ASCII.
+    Percentages are left to math-verify, where 50% equals both 50 and 1/2. So is all text that is not plain ASCII.
     """
     if len(plain) > MAX_MATH_LENGTH:
         return None
@@ -157,22 +163,22 @@ def rational(plain: str) -> Fraction | None:
 
 
 def far_apart(left: Fraction, right: Fraction) -> bool:
-    """Whether two numbers differ by more than math-verify's rounding (6 decimals) could ever forgive."""
+    """Return True if two numbers differ by more than math-verify's rounding to 6 decimals can tolerate."""
     try:
-        if _forgiven(float(left), float(right)) * 1.01 < abs(float(left) - float(right)):
-            return True  # without the exact arithmetic, which costs twenty times more
+        if _tolerance(float(left), float(right)) * 1.01 < abs(float(left) - float(right)):
+            return True  # exact arithmetic costs twenty times as much
     except OverflowError:
         pass
-    return abs(left - right) > _forgiven(left, right)
+    return abs(left - right) > _tolerance(left, right)
 
 
-def _forgiven(left: Any, right: Any) -> Any:
+def _tolerance(left: Any, right: Any) -> Any:
     scale = Fraction if isinstance(left, Fraction) else float
     return scale(2e-6) + max(abs(left), abs(right)) * scale(1e-9)
 
 
 def first_match_classes(count: int, same: Callable[[int, int], bool]) -> list[int]:
-    """Class of each of `count` answers: the first class whose first member is the same, else a new one."""
+    """Return the class of each of `count` answers: the first class whose first member is equal, else a new one."""
     classes: list[int] = []
     heads: list[int] = []
     for answer in range(count):
@@ -185,22 +191,22 @@ def first_match_classes(count: int, same: Callable[[int, int], bool]) -> list[in
 
 
 @lru_cache(maxsize=65536)
-def _parsed(answer: str, timeout: int | None) -> tuple:
+def _parsed(answer: str, timeout: int | None) -> tuple[Any, ...]:
     return tuple(parse_math(answer, timeout))
 
 
-def parse_math(answer: str, timeout: int | None) -> list:
-    """math-verify's reading of `answer`: [] or [expression, string]."""
+def parse_math(answer: str, timeout: int | None) -> list[Any]:
+    """Return math-verify's reading of `answer`: [] or [expression, string]."""
     from math_verify import parse
 
     answer = answer.strip()
     # a full stop ends the sentence, not the number; with it math-verify reads nothing
     answer = answer[:-1] if answer.endswith(".") and not answer.endswith("..") else answer
-    return parse(f"\\boxed{{{answer}}}", parsing_timeout=timeout)
+    return list(parse(f"\\boxed{{{answer}}}", parsing_timeout=timeout))
 
 
-def verify_both(left: list, right: list, timeout: int | None) -> bool:
-    """math-verify in both directions: it is not symmetric, its first argument is the gold answer."""
+def verify_both(left: list[Any], right: list[Any], timeout: int | None) -> bool:
+    """Compare by math-verify in both directions: it is not symmetric, its first argument is the gold answer."""
     from math_verify import verify
 
     if not left or not right:
@@ -211,5 +217,8 @@ def verify_both(left: list, right: list, timeout: int | None) -> bool:
 @lru_cache(maxsize=65536)
 def _verified(answer: str, gold: str, timeout: int) -> bool:
     if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("equivalent: math-verify's time-outs work in a process's main thread only; use processes")
+        raise RuntimeError(
+            "equivalent: `answer` must be compared in the main thread, where math-verify's time-outs work, got another "
+            "thread; use group_answers"
+        )
     return verify_both(list(_parsed(gold, timeout)), list(_parsed(answer, timeout)), timeout)

@@ -1,4 +1,4 @@
-"""Which answers of a question are equal: answers as text become class ids that can vote."""
+"""Group equal answers: the answers of a question become class ids that can vote."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 
 from calm_fast.consistency.answers.equality import first_match_classes, normalise, rational
 from calm_fast.consistency.answers.math_pool import Comparison, compare
-from calm_fast.consistency.answers.math_worker import decided
+from calm_fast.consistency.answers.math_worker import quick_verdict
 from calm_fast.consistency.answers.verdict_cache import VerdictCache
 from calm_fast.core.progress import progress_bar
 
 EQUALITIES = ("math", "exact", "text")
 _QUESTIONS_PER_WORKER = 8  # starting a process costs as much as a few questions
-_KEEP_EVERY = 64  # questions between two writes to the cache
+_SAVE_EVERY = 64  # questions between two writes to the cache
 _ARTICLE = re.compile(r"^(?:a|an|the)\s+(?=\S)")
 _EDGES = ".,;:!?\"'`*_ \u201c\u201d\u2018\u2019\u3002"
 
@@ -30,11 +30,11 @@ class Groups:
     """Answers as class ids within their question.
 
     Attributes:
-        answers: (Q, K) int64, class of each answer; K is the longest row, missing places hold 0.
-        valid: (Q, K) bool, whether there is an answer.
-        correct: (Q,) int64, the gold answer's class (0), or -1 where there is no gold answer.
-        texts: for each question, one answer of each class as it was given (the gold answer, else the first).
-        given_up: (question, answer, answer) of pairs that count as different because the time was over.
+        answers: (Q, K) int64, class of each answer. K is the longest row; the end of a shorter row holds 0.
+        valid: (Q, K) bool, True where there is an answer.
+        correct: (Q,) int64, class of the gold answer (0), or -1 without one.
+        texts: for each question one text per class: the gold answer, else the first answer of the class.
+        given_up: (question, answer, answer) of pairs that count as different because the comparison timed out.
     """
 
     answers: torch.Tensor
@@ -45,8 +45,13 @@ class Groups:
 
     @property
     def timeouts(self) -> int:
-        """How many pairs count as different because the time was over."""
+        """Number of pairs that count as different because the comparison timed out."""
         return len(self.given_up)
+
+    @property
+    def right(self) -> torch.Tensor:
+        """(Q, K) bool, True where an answer equals the gold answer."""
+        return self.valid & (self.answers == self.correct[:, None])
 
 
 def group_answers(
@@ -56,27 +61,30 @@ def group_answers(
     equality: str | Callable[[str, str], bool] = "math",
     workers: int | None = None,
     timeout: float = 5.0,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Groups:
-    """Class ids of answers: equal answers of a question share one; the gold answer's class, where given, is class 0.
+    """Return class ids of answers: equal answers of a question share one, and the gold answer's class is 0.
 
-    An answer joins the first class whose first member it equals, in the order of the samples, so the result does not
-    depend on `workers` or on what a cache holds. None and blank answers are not valid: they never vote.
+    An answer joins the first class whose first member it equals, in sample order, so the result depends neither on
+    `workers` nor on the cache. None and blank answers are not valid and never vote.
 
     Args:
-        answers: for each question the answers of its samples, ragged.
-        gold: for each question the right answer.
+        answers: for each question the answers of its samples; questions may have different numbers of them.
+        gold: for each question the gold answer, or None.
         equality: "math": equal normalised strings, else equal rationals, else finite values far apart are different,
             else math-verify in both directions. "exact": equal strings. "text": equal up to case, Unicode form, space,
-            punctuation at the edges and a leading article. A function of two answers: whatever it says.
-        workers: processes for math-verify; None: one for each CPU at hand, fewer for little work.
-        timeout: CPU seconds that math-verify may take to read an answer or to compare two. The process that takes
-            longer is killed; the pair counts as different and is listed in `given_up`.
-        cache_dir: a folder that keeps math-verify's verdicts for later calls, safe to share; None: nothing is kept.
+            punctuation at the edges and a leading article. Or a function of two answers that returns a bool.
+        workers: processes for math-verify. None = one for each available CPU, fewer for little work.
+        timeout: CPU seconds that math-verify may take to read an answer or to compare two. A process that takes longer
+            is killed; the pair counts as different and is listed in `given_up`.
+        cache_dir: folder that keeps math-verify's verdicts for later calls; processes may share it. None = no cache.
         progress: show a bar over questions.
+    Returns:
+        Groups.
     Raises:
-        TypeError, ValueError: an argument is not what it should be. RuntimeError: no process could be started.
+        TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
+        RuntimeError: no process could be started.
     """
     _check(answers, gold, equality, workers, timeout)
     gold = [None] * len(answers) if gold is None else gold
@@ -91,8 +99,8 @@ def group_answers(
     return _groups(rows, classes, given_up)
 
 
-def _by_rule(row: list[str | None], rule: Callable) -> list[int | None]:
-    """Class of each answer by a function of one answer (its key) or of two (whether they are equal)."""
+def _by_rule(row: list[str | None], rule: Callable[..., Any]) -> list[int | None]:
+    """Return the class of each answer by a function of one answer (its key) or of two (True = equal)."""
     found = [text for text in row if text is not None]
     if rule in _TEXT_RULES.values():
         numbers: dict[str, int] = {}
@@ -103,7 +111,7 @@ def _by_rule(row: list[str | None], rule: Callable) -> list[int | None]:
 
 
 def _as_text(answer: str) -> str:
-    """`answer` for comparison as words."""
+    """Return `answer` in the form in which words are compared."""
     plain = " ".join(unicodedata.normalize("NFKC", answer).casefold().split())
     bare = plain.strip(_EDGES)
     return _ARTICLE.sub("", bare or plain)
@@ -113,7 +121,7 @@ _TEXT_RULES: dict[str, Callable[[str], str]] = {"exact": str, "text": _as_text}
 
 
 class _Question:
-    """Answers of one question: those that are plainly equal are one node; nodes are compared."""
+    """Answers of one question. Those equal by string or rational value form one node; nodes are compared."""
 
     def __init__(self, row: list[str | None], plain: dict[str, tuple[str, Fraction | None]]) -> None:
         texts: list[str] = []
@@ -141,24 +149,25 @@ class _Question:
         self.recalled: frozenset[tuple[int, int]] = frozenset()
 
     def open_pairs(self) -> list[tuple[int, int]]:
-        """Pairs of nodes that only math-verify can decide."""
+        """Return the pairs of nodes that only math-verify can decide."""
         count = len(self.comparison.texts)
-        return [(i, j) for j in range(count) for i in range(j) if self._decided(i, j) is None]
+        return [(i, j) for j in range(count) for i in range(j) if self._quick_verdict(i, j) is None]
 
-    def _decided(self, i: int, j: int) -> bool | None:
+    def _quick_verdict(self, i: int, j: int) -> bool | None:
         texts = self.comparison.texts
-        return decided(texts[i], texts[j], (self.exact[i], self.exact[j]))
+        return quick_verdict(texts[i], texts[j], (self.exact[i], self.exact[j]))
 
     def classes(self) -> tuple[list[int | None], list[tuple[str, str]]]:
-        """Class of each answer, and the pairs that it took but that ran out of time.
+        """Return the class of each answer, and the pairs used for it whose comparison timed out.
 
-        Raises KeyError where a verdict that it takes is not known.
+        Raises:
+            KeyError: a verdict is needed that is not known yet.
         """
         known, texts = self.comparison.known, self.comparison.texts
         given_up = []
 
         def same(i: int, j: int) -> bool:
-            verdict = self._decided(i, j)
+            verdict = self._quick_verdict(i, j)
             if verdict is None:
                 verdict = known[i, j]
                 if verdict is None:
@@ -168,8 +177,8 @@ class _Question:
         of_node = first_match_classes(len(texts), same)
         return [None if node is None else of_node[node] for node in self.node], given_up
 
-    def found(self) -> Iterator[tuple[tuple[str, str], bool | None]]:
-        """Verdicts that no cache had."""
+    def new_verdicts(self) -> Iterator[tuple[tuple[str, str], bool | None]]:
+        """Yield the verdicts that the cache did not have."""
         texts = self.comparison.texts
         for pair, verdict in self.comparison.known.items():
             if pair not in self.recalled:
@@ -195,24 +204,24 @@ def _by_math(
         try:
             for done, number in enumerate(compare([q.comparison for q in waiting], several, timeout), 1):
                 bar.update()
-                fresh.update(waiting[number].found())
-                if done % _KEEP_EVERY == 0:
+                fresh.update(waiting[number].new_verdicts())
+                if done % _SAVE_EVERY == 0:
                     cache.put(fresh)
                     fresh = {}
         finally:
-            cache.put(fresh)  # also what an interrupted call has found
+            cache.put(fresh)  # after an interruption too
     classes, given_up = zip(*(question.classes() for question in questions), strict=True) if questions else ((), ())
     return list(classes), tuple((number, *pair) for number, pairs in enumerate(given_up) for pair in pairs)
 
 
 def _recall(question: _Question, cache: VerdictCache) -> None:
-    """Fill in what the cache knows."""
+    """Take over the verdicts that the cache holds."""
     if cache.file is None:
         return
     texts = question.comparison.texts
     pairs = question.open_pairs()
-    kept = cache.get((texts[i], texts[j]) for i, j in pairs)
-    known = {(i, j): kept[texts[i], texts[j]] for i, j in pairs if (texts[i], texts[j]) in kept}
+    found = cache.get((texts[i], texts[j]) for i, j in pairs)
+    known = {(i, j): found[texts[i], texts[j]] for i, j in pairs if (texts[i], texts[j]) in found}
     question.comparison.known.update(known)
     question.recalled = frozenset(known)
 
@@ -220,7 +229,7 @@ def _recall(question: _Question, cache: VerdictCache) -> None:
 def _groups(
     rows: list[list[str | None]], classes: list[list[int | None]], given_up: tuple[tuple[int, str, str], ...]
 ) -> Groups:
-    """Tensors out of classes; the first of each row is the gold answer's."""
+    """Build the tensors from classes; the first entry of each row belongs to the gold answer."""
     longest = max((len(row) - 1 for row in rows), default=0)
     padded = [[*row[1:], *[None] * (longest - len(row) + 1)] for row in classes]
     shape = (len(rows), longest)
@@ -228,7 +237,7 @@ def _groups(
     for row, ids in zip(rows, classes, strict=True):
         first: dict[int, str] = {}
         for text, number in zip(row, ids, strict=True):
-            if number is not None:
+            if number is not None and text is not None:
                 first.setdefault(number, text)
         texts.append([first[number] for number in range(len(first))])
     return Groups(
@@ -248,13 +257,13 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check(answers, gold, equality, workers, timeout) -> None:
+def _check(answers: Any, gold: Any, equality: Any, workers: Any, timeout: Any) -> None:
     if isinstance(answers, str) or not isinstance(answers, Sequence):
         raise TypeError(f"group_answers: `answers` must be a sequence of sequences, got {type(answers).__name__}")
     for number, row in enumerate(answers):
         if isinstance(row, str) or not isinstance(row, Sequence):
-            raise TypeError(f"group_answers: `answers`[{number}] must be a sequence, got {type(row).__name__}")
-        _check_texts(row, f"`answers`[{number}]")
+            raise TypeError(f"group_answers: `answers[{number}]` must be a sequence, got {type(row).__name__}")
+        _check_texts(row, f"answers[{number}]")
     if gold is not None:
         if isinstance(gold, str) or not isinstance(gold, Sequence):
             raise TypeError(f"group_answers: `gold` must be a sequence, got {type(gold).__name__}")
@@ -262,7 +271,7 @@ def _check(answers, gold, equality, workers, timeout) -> None:
             raise ValueError(
                 f"group_answers: `gold` must have one entry for each of {len(answers)} questions, got {len(gold)}"
             )
-        _check_texts(gold, "`gold`")
+        _check_texts(gold, "gold")
     if not callable(equality) and equality not in EQUALITIES:
         raise ValueError(f"group_answers: `equality` must be one of {EQUALITIES} or a function, got {equality!r}")
     if workers is not None and (not isinstance(workers, int) or isinstance(workers, bool) or workers < 1):
@@ -271,7 +280,7 @@ def _check(answers, gold, equality, workers, timeout) -> None:
         raise ValueError(f"group_answers: `timeout` must be a positive number of seconds, got {timeout!r}")
 
 
-def _check_texts(texts: Sequence, where: str) -> None:
+def _check_texts(texts: Sequence[Any], name: str) -> None:
     for place, text in enumerate(texts):
         if text is not None and not isinstance(text, str):
-            raise TypeError(f"group_answers: {where}[{place}] must be a string or None, got {type(text).__name__}")
+            raise TypeError(f"group_answers: `{name}[{place}]` must be a string or None, got {type(text).__name__}")

@@ -1,6 +1,6 @@
-"""Processes that compare answers by math-verify; one that gets stuck is killed and replaced.
+"""Worker processes that compare answers by math-verify; one that gets stuck is killed and replaced.
 
-Starting one takes most of a second, so that a few that have nothing to do are kept for the next call.
+Starting a process takes most of a second, so a few idle ones are kept for the next call.
 """
 
 from __future__ import annotations
@@ -17,21 +17,24 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import IO, Any, cast
 
-# a process burns its CPU seconds slowly on a busy machine; by the clock it is given this many times as long, and more
+# a busy machine spends CPU seconds slowly; on the clock a process gets this many times its limit, plus a constant
 _PATIENCE, _PATIENCE_MORE = 20, 60
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main()"
 _MODULE = "calm_fast.consistency.answers.math_worker"
-# processes without work that are kept (60 MB each at first), and how many questions one may have served to be kept:
-# what sympy and the parser remember grows
+# most idle processes that are kept (60 MB each at first), and most questions that one of them may have served: caches
+# of sympy and of the parser grow
 _MOST_KEPT, _SERVED = 4, 5000
+Events = queue.Queue[tuple["_Worker", "list[Any] | None"]]
 
 
 @dataclass
 class Comparison:
-    """Answers of one question and what is known of them; filled while it is worked on.
+    """Answers of one question and their verdicts so far.
 
-    known: (i, j), i < j -> same, or None where the time was over before it was known.
+    texts: the answers. known: (i, j), i < j -> equal, or None where the comparison timed out. unreadable, no_value:
+    answers whose reading, or evaluation, killed a process.
     """
 
     texts: list[str]
@@ -40,7 +43,7 @@ class Comparison:
     no_value: set[int] = field(default_factory=set)
 
     def blame(self, step: str, answers: Sequence[int]) -> None:
-        """Note what a process died of, so that the next one leaves it out."""
+        """Record the step that killed a process, so that the next one leaves it out."""
         if step == "read":
             self.unreadable.add(answers[0])
         elif step == "value":
@@ -49,6 +52,7 @@ class Comparison:
             self.known[answers[0], answers[1]] = None
 
     def message(self, timeout: float) -> bytes:
+        """Return the task as the worker reads it."""
         known = [[i, j, verdict] for (i, j), verdict in self.known.items()]
         unreadable, no_value = sorted(self.unreadable), sorted(self.no_value)
         task = {"texts": self.texts, "known": known, "timeout": timeout}
@@ -56,9 +60,9 @@ class Comparison:
 
 
 class _Worker:
-    """A child process, the task it has, and the step it is at."""
+    """A child process, its task, and the step that it has announced."""
 
-    def __init__(self, events: queue.Queue, command: tuple[str, ...]) -> None:
+    def __init__(self, events: Events, command: tuple[str, ...]) -> None:
         self.task: int | None = None
         self.step: tuple[str, list[int]] | None = None
         self.ready = False
@@ -74,16 +78,18 @@ class _Worker:
             # sympy's answers may depend on the order of a set, and that on the hash seed
             env={**os.environ, "PYTHONHASHSEED": "0"},
         )
+        self.input = cast(IO[bytes], self.process.stdin)  # both are pipes
+        self.output = cast(IO[bytes], self.process.stdout)
         self.listener = threading.Thread(target=self._listen, daemon=True)
         self.listener.start()
 
     def _listen(self) -> None:
-        with self.process.stdout as lines:
+        with self.output as lines:
             for line in lines:
                 if not line.endswith(b"\n"):
                     break  # killed in the middle of a line
                 event = json.loads(line)
-                # how it started is noted here: the event may come between two calls, when nobody reads any
+                # record the start here: the event may come between two calls, when no call reads events
                 if event[0] == "ready":
                     self.ready = True
                 elif event[0] == "failed":
@@ -92,34 +98,38 @@ class _Worker:
         self.events.put((self, None))
 
     def give(self, number: int, message: bytes) -> None:
+        """Send task `number`."""
         self.task, self.step, self.heard = number, None, time.monotonic()
         self.served += 1
         try:
-            self.process.stdin.write(message)
-            self.process.stdin.flush()
+            self.input.write(message)
+            self.input.flush()
         except OSError:
-            pass  # it has died; its last event says so
+            pass  # the process has died, as its last event says
 
     def end(self) -> None:
+        """Kill the process and wait for its end."""
         if os.getpid() != self.owner:
-            return  # a fork's copy: the process is its parent's
+            return  # this is a fork, and the process belongs to its parent
         self.process.kill()
         self.process.wait()
         self.listener.join(timeout=1)
         try:
-            self.process.stdin.close()
+            self.input.close()
         except OSError:
             pass
 
 
-class _Kept:
-    """Processes between two calls: each belongs to one call or lies here."""
+class _IdleWorkers:
+    """Processes between two calls; each belongs either to one call or to this list."""
 
     def __init__(self) -> None:
-        self.lock, self.idle, self.hooked = threading.Lock(), [], False
+        self.lock = threading.Lock()
+        self.idle: list[_Worker] = []
+        self.hooked = False
 
-    def take(self, events: queue.Queue) -> _Worker:
-        """A process that reports to `events`: a kept one that is still alive, or a new one."""
+    def take(self, events: Events) -> _Worker:
+        """Return a process that reports to `events`: an idle one that is alive, or a new one."""
         command = (sys.executable, "-c", _START.format(module=_MODULE), json.dumps(sys.path))
         if not self.hooked:
             self.hooked = True
@@ -131,14 +141,14 @@ class _Kept:
                 worker = self.idle.pop() if self.idle else None
             if worker is None:
                 return _Worker(events, command)
-            # in this order: if it dies after it was found alive, the news goes to these events
+            # in this order: a process that dies after the check below reports that to these events
             worker.events, worker.heard = events, time.monotonic()
             if worker.process.poll() is None and worker.command == command:
                 return worker
             worker.end()
 
     def give_back(self, worker: _Worker) -> None:
-        """Keep it, or end it where it is busy, dead, old, or one too many."""
+        """Keep a process, or end it if it is busy, dead or old, or if enough are kept."""
         if worker.owner != os.getpid():
             return
         with self.lock:
@@ -149,35 +159,44 @@ class _Kept:
         worker.end()
 
     def end_all(self) -> None:
-        """End the kept processes; the next call starts new ones."""
+        """End the idle processes."""
         with self.lock:
             ending, self.idle = self.idle, []
         for worker in ending:
             worker.end()
 
     def _forget(self) -> None:
-        """In a fork: the processes are the parent's, and another thread of it may have held the lock."""
+        """Forget all processes after a fork: they are the parent's, and one of its threads may have held the lock."""
         self.lock, self.idle, self.not_ours = threading.Lock(), [], self.idle
 
 
-kept = _Kept()
+kept = _IdleWorkers()
+
+
+def end_workers() -> None:
+    """End the idle processes that `group_answers` keeps for its next call; that call starts new ones.
+
+    They also end with this process.
+    """
+    kept.end_all()
 
 
 def compare(comparisons: Sequence[Comparison], workers: int, timeout: float) -> Iterator[int]:
-    """Fill `known` of every comparison; yields the number of each one when it is finished, in any order.
+    """Fill `known` of every comparison, and yield the index of each one when it is finished, in any order.
+
+    Works in threads, in forks and in daemonic processes. A few processes that are idle at the end are kept for the next
+    call, until `end_workers()` or the end of this process.
 
     Args:
-        timeout: CPU seconds for each reading of an answer and each comparison of two.
-    Works in threads, in forks and in daemonic processes. Processes that are free in the end are kept for the next call,
-    a few of them, until `kept.end_all()` or the end of this process.
+        workers: most processes. timeout: CPU seconds for each reading of an answer and each comparison of two.
     Raises:
-        RuntimeError: the processes cannot be started, or die without having begun anything.
+        RuntimeError: the processes cannot be started, or die before they begin a step.
     """
     waiting = deque(range(len(comparisons)))
     deaths = dict.fromkeys(waiting, 0)
-    events: queue.Queue = queue.Queue()
+    events: Events = queue.Queue()
     pool: set[_Worker] = set()
-    by_the_clock = timeout * _PATIENCE + _PATIENCE_MORE if hasattr(signal, "setitimer") else timeout + 1
+    clock_limit = timeout * _PATIENCE + _PATIENCE_MORE if hasattr(signal, "setitimer") else timeout + 1
 
     def begin(worker: _Worker) -> None:
         if worker.ready and worker.task is None and waiting:
@@ -198,19 +217,19 @@ def compare(comparisons: Sequence[Comparison], workers: int, timeout: float) -> 
                 worker, event = events.get(timeout=1)
             except queue.Empty:
                 for late in pool:
-                    if (late.task is not None or not late.ready) and time.monotonic() - late.heard > by_the_clock:
+                    if (late.task is not None or not late.ready) and time.monotonic() - late.heard > clock_limit:
                         late.process.kill()
                 continue
             if worker not in pool:
-                continue  # it was dead when it was taken
+                continue  # it was dead when this call took it
             worker.heard = time.monotonic()
             if event is None:
                 pool.discard(worker)
-                _bury(worker, comparisons, waiting, deaths)
+                _requeue(worker, comparisons, waiting, deaths)
                 if waiting:
                     hire()
                 continue
-            finished = _note(worker, event, comparisons)
+            finished = _record(worker, event, comparisons)
             if finished is not None:
                 left -= 1
                 yield finished
@@ -220,10 +239,10 @@ def compare(comparisons: Sequence[Comparison], workers: int, timeout: float) -> 
             kept.give_back(worker)
 
 
-def _note(worker: _Worker, event: list, comparisons: Sequence[Comparison]) -> int | None:
-    """Take in what a process said; the number of its task if that is done."""
+def _record(worker: _Worker, event: list[Any], comparisons: Sequence[Comparison]) -> int | None:
+    """Record an event of a process; return the index of its task if that is finished."""
     kind, *rest = event
-    if kind == "verdict":
+    if kind == "verdict" and worker.task is not None:
         comparisons[worker.task].known[rest[0], rest[1]] = rest[2]
         worker.step = None
     elif kind == "done":
@@ -234,8 +253,8 @@ def _note(worker: _Worker, event: list, comparisons: Sequence[Comparison]) -> in
     return None
 
 
-def _bury(worker: _Worker, comparisons: Sequence[Comparison], waiting: deque[int], deaths: dict[int, int]) -> None:
-    """A process has ended: its task goes back to the others, without what it died of."""
+def _requeue(worker: _Worker, comparisons: Sequence[Comparison], waiting: deque[int], deaths: dict[int, int]) -> None:
+    """Requeue a dead worker's task, minus the step that killed it."""
     worker.end()
     if not worker.ready:
         why = worker.failure or f"exit code {worker.process.returncode}"

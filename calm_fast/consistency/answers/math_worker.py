@@ -1,11 +1,11 @@
-"""The child process of `math_pool`: decides by math-verify which answers are the same.
+"""The child process of `math_pool`: decides by math-verify which answers are equal.
 
-One JSON object a line on standard input: the answers of a question, what is known already, a time limit. One JSON list
-a line on standard output: what it is about to do, so that the parent knows what a process died of, and what it found.
+Each line of standard input is a JSON object: the answers of a question, the known verdicts, a time limit. Each line of
+standard output is a JSON list: a step that begins, so that the parent knows which step killed a process, or a verdict.
 
-A step that takes longer than the limit kills the process: the kernel's timer counts its CPU seconds and SIGPROF is left
-at its default action. An exception would reach neither C code (powers of large integers) nor code under sympy's
-`except Exception`, and a process that survived one might not be what it was.
+A step that takes longer than the limit kills the process: the kernel's timer counts its CPU seconds, and SIGPROF keeps
+its default action. An exception would reach neither C code (powers of large integers) nor code under sympy's
+`except Exception`, and would leave the process in an unknown state.
 """
 
 from __future__ import annotations
@@ -38,23 +38,29 @@ _REMEMBERED = 50_000
 Values = list[tuple[Any, Any]]
 
 
-def decided(left: str, right: str, exact: tuple[Fraction | None, Fraction | None]) -> bool | None:
-    """What needs no math-verify: None, or False. `exact`: the two answers' rational values; they are not equal."""
-    if None not in exact and far_apart(*exact):
+def quick_verdict(left: str, right: str, exact: tuple[Fraction | None, Fraction | None]) -> bool | None:
+    """Return False if two answers differ without asking math-verify, else None.
+
+    exact: the rational values of the two answers, which are not equal, or None.
+    """
+    if exact[0] is not None and exact[1] is not None and far_apart(exact[0], exact[1]):
         return False
     return False if max(len(left), len(right)) > MAX_MATH_LENGTH else None
 
 
 class Judge:
-    """Answers by what math-verify reads in them, each read and evaluated once."""
+    """Compares answers by math-verify; each answer is read and evaluated once.
+
+    tell: writes an event for the parent.
+    """
 
     def __init__(self, tell: Callable[..., None]) -> None:
         self.tell = tell
-        self._read: dict[str, list] = {}
+        self._read: dict[str, list[Any]] = {}
         self._values: dict[str, Values | None] = {}
 
     def judge(self, task: dict[str, Any]) -> None:
-        """Tell the verdict of every pair that `first_match_classes` asks for and that is not known."""
+        """Tell the verdict of every unknown pair that `first_match_classes` asks for."""
         texts, limit = task["texts"], task["timeout"]
         known = {(i, j): verdict for i, j, verdict in task["known"]}
         unreadable, no_value = set(task["unreadable"]), set(task["no_value"])
@@ -63,7 +69,7 @@ class Judge:
             self._read.clear()
             self._values.clear()
 
-        def read(i: int) -> list:
+        def read(i: int) -> list[Any]:
             if texts[i] not in self._read:
                 with self.step("read", i, limit=limit):
                     self._read[texts[i]] = parse_math(texts[i], None)
@@ -81,8 +87,8 @@ class Judge:
         def compare(i: int, j: int) -> bool | None:
             if i in unreadable or j in unreadable:
                 return None
-            values = value(i), value(j)
-            if None not in values and different(*values):
+            left_values, right_values = value(i), value(j)
+            if left_values is not None and right_values is not None and values_differ(left_values, right_values):
                 return False
             left, right = read(i), read(j)
             with self.step("pair", i, j, limit=limit):
@@ -90,7 +96,7 @@ class Judge:
 
         def same(i: int, j: int) -> bool:
             if (i, j) not in known:
-                verdict = decided(texts[i], texts[j], (exact[i], exact[j]))
+                verdict = quick_verdict(texts[i], texts[j], (exact[i], exact[j]))
                 if verdict is None:
                     verdict = compare(i, j)
                     self.tell("verdict", i, j, verdict)
@@ -101,10 +107,10 @@ class Judge:
 
     @contextmanager
     def step(self, name: str, *answers: int, limit: float) -> Iterator[None]:
-        """Say what begins, and die if it takes more than `limit` CPU seconds."""
+        """Announce a step, which kills this process if it takes more than `limit` CPU seconds."""
         self.tell(name, *answers)
-        if hasattr(signal, "setitimer"):  # elsewhere the parent's clock has to do
-            signal.setitimer(signal.ITIMER_PROF, max(limit, 1e-3))  # 0 would turn it off
+        if hasattr(signal, "setitimer"):  # without it the parent's clock sets the limit
+            signal.setitimer(signal.ITIMER_PROF, max(limit, 1e-3))  # 0 would disarm it
         try:
             yield
         finally:
@@ -112,39 +118,42 @@ class Judge:
                 signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def numeric_value(exact: Fraction | None, parsed: list) -> Values | None:
-    """(real, imaginary) part as sympy numbers, of any size, at each of two points of the free symbols.
+def numeric_value(exact: Fraction | None, parsed: list[Any]) -> Values | None:
+    """Return (real, imaginary) parts as sympy numbers of any size, at each of two points of the free symbols.
 
-    None for what is no finite number there. Percentages have no value (math-verify takes 50% for 50 and for 1/2), nor
-    have sums and integrals, whose numeric evaluation is neither quick nor sure, nor single symbols, which math-verify
-    compares by name.
+    An expression that is not a finite number there has no value: None. Percentages have none (math-verify takes 50% for
+    50 and for 1/2), nor have sums and integrals, whose numeric evaluation is neither quick nor reliable, nor single
+    symbols, which math-verify compares by name.
     """
     import sympy
 
     if exact is not None:
         return [(sympy.Rational(exact.numerator, exact.denominator).evalf(17), sympy.Integer(0))] * 2
     expression = parsed[0] if parsed else None
-    unsure = (sympy.UnevaluatedExpr, sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
+    unreliable = (sympy.UnevaluatedExpr, sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
     try:
-        if not isinstance(expression, sympy.Expr) or expression.is_Symbol or expression.has(*unsure):
+        if not isinstance(expression, sympy.Expr) or expression.is_Symbol or expression.has(*unreliable):
             return None
         symbols = expression.free_symbols
         points = [{s: sympy.Rational(1000 + crc32(s.name.encode()) % p, p) for s in symbols} for p in (7919, 10007)]
         values = [expression.evalf(17, subs=at, strict=True).as_real_imag() for at in points[: 2 if symbols else 1]]
-    except Exception:  # sympy raises all kinds; without a value math-verify decides
+    except Exception:  # sympy raises all kinds of errors; without a value math-verify decides
         return None
     finite = all(part.is_Number and part.is_finite for parts in values for part in parts)
     return values * (1 if symbols else 2) if finite else None
 
 
-def different(left: Values, right: Values) -> bool:
-    """Whether two expressions surely differ: somewhere by more than math-verify's rounding forgives."""
+def values_differ(left: Values, right: Values) -> bool:
+    """True if two expressions differ at some point by more than math-verify's rounding tolerates.
+
+    False is inconclusive.
+    """
     pairs = [pair for at in zip(left, right, strict=True) for pair in zip(*at, strict=True)]
     return any(bool(abs(a - b) > 2e-6 + 1e-9 * max(abs(a), abs(b))) for a, b in pairs)
 
 
 def serve(tasks: TextIO, results: TextIO) -> None:
-    """Judge every task that comes in; a line ["done"] ends each."""
+    """Answer every task of `tasks`; a line ["done"] ends each answer."""
 
     def tell(*event: Any) -> None:
         results.write(json.dumps(event) + "\n")
@@ -165,11 +174,11 @@ def serve(tasks: TextIO, results: TextIO) -> None:
 def main() -> None:
     """Serve on standard input and output until the parent closes them."""
     results = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # parsers print; the pipe is for results only
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and ends us
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # parsers print, and the pipe is for results only
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it and ends this process
     if hasattr(signal, "SIGPROF"):
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    logging.disable(logging.CRITICAL)  # math-verify warns that its own timer is off
+    logging.disable(logging.CRITICAL)  # math-verify logs that its own timer is off
     try:
         import resource
 
@@ -177,5 +186,5 @@ def main() -> None:
         if hard == resource.RLIM_INFINITY or hard > MEMORY_LIMIT:
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, hard))
     except (ImportError, OSError, ValueError):
-        pass  # not on this system: the time limit remains
+        pass  # not available on this system; the time limit remains
     serve(sys.stdin, results)

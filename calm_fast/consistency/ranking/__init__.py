@@ -1,1 +1,1 @@
-"""A ranking model over any encoder: its inputs, losses, training and files."""
+"""A ranking model over any encoder: inputs, losses, training and files."""

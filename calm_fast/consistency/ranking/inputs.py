@@ -1,4 +1,4 @@
-"""A question and a rationale as one token sequence, and the mean state of the rationale's tokens."""
+"""Encode a question and a rationale as one token sequence, and average the states of the rationale's tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sequence: `ids`; the rationale is ids[start:stop]."""
+    """One token sequence; the rationale is ids[start:stop]."""
 
     ids: list[int]
     start: int
@@ -23,13 +23,13 @@ class PairEncoder:
     """Joins question and rationale for a backbone: [first] question [between] rationale [last].
 
     first: the tokenizer's cls token, else its bos token, else nothing. between: its sep token, else a newline's tokens,
-    else its eos token. last: its sep token, else its eos token, else nothing. Of BERT this is the usual pair.
+    else its eos token. last: its sep token, else its eos token, else nothing. For BERT this is the usual pair.
 
-    Too long a pair loses the question's beginning first (its end says what is asked), down to a quarter of the window;
-    then the rationale loses its beginning (its end has the answer).
+    A pair that is too long loses the beginning of the question first (its end says what is asked), down to a quarter of
+    the window, then the beginning of the rationale (its end has the answer).
 
     Args:
-        tokenizer: a transformers tokenizer. max_length: tokens of a sequence, special ones included.
+        tokenizer: a transformers tokenizer. max_length: most tokens of a sequence, special ones included.
     Raises:
         ValueError: `max_length` leaves no room for a question and a rationale.
     """
@@ -45,14 +45,17 @@ class PairEncoder:
         self.last = single("sep", "eos")
         self.window = max_length - len(self.first) - len(self.between) - len(self.last)
         if self.window < 8:
-            raise ValueError(f"max_length: expected at least {max_length + 8 - self.window}, got {max_length}")
+            raise ValueError(
+                f"Ranker: `max_length` must be at least {max_length + 8 - self.window}, to leave room for a question "
+                f"and a rationale, got {max_length}"
+            )
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        # verbose=False: sequences longer than the model are cut below, no warning needed
+        # verbose=False: no warning about sequences longer than the model, they are cut below
         return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
     def __call__(self, questions: Sequence[str], rationales: Sequence[Sequence[str]]) -> list[list[Encoded]]:
-        """Every rationale of every question; an empty rationale counts as its question's separator alone."""
+        """Encode every rationale of every question; an empty rationale is represented by the separator before it."""
         asked = self._tokens(questions)
         flat = iter(self._tokens([r for group in rationales for r in group]))
         return [[self._join(q, next(flat)) for _ in group] for q, group in zip(asked, rationales, strict=True)]
@@ -62,15 +65,15 @@ class PairEncoder:
         question = question[-room:]
         rationale = rationale[-(self.window - len(question)) :]
         before = self.first + question + self.between
-        # mean pooling needs a token: of an empty rationale it reads the separator before it
+        # mean pooling needs a token: for an empty rationale, the separator before it
         start = len(before) - (0 if rationale else 1)
         return Encoded(before + rationale + self.last, start, len(before) + len(rationale))
 
 
 def batches_by_length(items: Sequence[Encoded], tokens: int) -> Iterator[list[int]]:
-    """Indices of `items` in batches of at most `tokens` tokens, padding included; longest first, so memory peaks first.
+    """Yield indices of `items` in batches of at most `tokens` tokens, padding included.
 
-    A sequence longer than `tokens` is a batch of its own.
+    The longest come first, so that memory peaks first. A sequence longer than `tokens` is a batch of its own.
     """
     order = sorted(range(len(items)), key=lambda i: (-len(items[i].ids), i))
     start = 0
@@ -81,7 +84,10 @@ def batches_by_length(items: Sequence[Encoded], tokens: int) -> Iterator[list[in
 
 
 def pad(items: Sequence[Encoded], pad_id: int, with_types: bool, device: torch.device | str) -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask (and token_type_ids: 1 from the rationale on) (B, longest) int64, padded right."""
+    """Return input_ids and attention_mask (B, longest) int64, padded on the right.
+
+    with_types adds token_type_ids, which are 1 from the rationale on.
+    """
     longest = max(len(item.ids) for item in items)
     ids = torch.tensor([item.ids + [pad_id] * (longest - len(item.ids)) for item in items])
     place = torch.arange(longest)
@@ -93,8 +99,8 @@ def pad(items: Sequence[Encoded], pad_id: int, with_types: bool, device: torch.d
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def pooled(backbone: nn.Module, items: Sequence[Encoded], pad_id: int) -> torch.Tensor:
-    """(B, d) float32: mean over the rationale's tokens of the backbone's last hidden state, for one batch."""
+def mean_states(backbone: nn.Module, items: Sequence[Encoded], pad_id: int) -> torch.Tensor:
+    """Return for one batch (B, d) float32, the backbone's last hidden state averaged over the rationale's tokens."""
     device = next(backbone.parameters()).device
     with_types = getattr(backbone.config, "type_vocab_size", 0) > 1
     batch = pad(items, pad_id, with_types, device)
@@ -103,6 +109,6 @@ def pooled(backbone: nn.Module, items: Sequence[Encoded], pad_id: int) -> torch.
     place = torch.arange(hidden.shape[1], device=device)
     starts, stops = (torch.tensor([getattr(i, end) for i in items], device=device) for end in ("start", "stop"))
     inside = (place >= starts[:, None]) & (place < stops[:, None])
-    # where, not a product: a padded position may hold anything, NaN included
+    # `where` and no product: a padded position may hold anything, NaN included
     total = torch.where(inside[..., None], hidden, 0.0).sum(1)
     return total / (stops - starts)[:, None]

@@ -1,4 +1,4 @@
-"""What a ranker is trained for, and how it is judged: right rationales above wrong ones of the same question."""
+"""Losses and accuracy of a ranker, which is to score right rationales above wrong ones of the same question."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ def ranking_loss(
     margin: float = 0.3,
     power: float = 3.0,
 ) -> torch.Tensor:
-    """Mean over questions of a loss on scores s = sigmoid(logits), r a right and w a wrong rationale of one question.
+    """Return the mean over questions of a loss on scores s = sigmoid(logits).
 
-        power     mean_r (1 - s_r)^p + mean_w s_w^p            (the released code's, there p is 3)
+        power     mean_r (1 - s_r)^p + mean_w s_w^p            (the released code's loss, with p = 3)
         margin    mean_{r,w} max(0, margin - (s_r - s_w))      (margin ranking)
-        bce       mean of the binary cross-entropy             (of every question, also with one kind only)
+        bce       mean of the binary cross-entropy             (uses questions with rationales of one kind too)
 
-    Within a question means are over all its pairs: the expectation of drawing one pair per question, which the released
-    code does. Questions without both kinds say nothing to power and margin.
+    r is a right and w a wrong rationale of one question. Within a question the mean is over all its pairs, the
+    expectation of drawing one pair per question as the released code does. power and margin use only questions with
+    both right and wrong rationales.
 
     Args:
-        logits (Q, K) float. labels (Q, K) bool: right. valid (Q, K) bool: which entries are rationales.
+        logits: (Q, K) float. labels: (Q, K) bool, True = right. valid: (Q, K) bool, True = the entry is a rationale.
+        loss: "power", "margin" or "bce". margin: of loss "margin". power: p of loss "power".
     Returns:
-        a scalar, 0 with zero gradients where no question counts.
+        a scalar; 0 with zero gradients if no question counts.
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
+    Source: NAT (arXiv 2312.12832) section 3.4.
     """
     if loss not in LOSSES:
-        raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
+        raise bad_value("ranking_loss", "loss", f"one of {', '.join(map(repr, LOSSES))}", repr(loss))
     check_tensor("ranking_loss", "logits", logits, "(Q, K)", _FLOATS)
     for name, flags in (("labels", labels), ("valid", valid)):
         check_tensor("ranking_loss", name, flags, "(Q, K)", (torch.bool,), logits.device)
@@ -69,7 +72,11 @@ def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class PairAccuracy(NamedTuple):
-    """accuracy: share of (right, wrong) pairs of one question in the right order, ties 1/2; NaN without a pair."""
+    """Pair accuracy over questions.
+
+    accuracy: share of the (right, wrong) pairs of one question in the right order, a tie counting 1/2; NaN without one.
+    pairs: number of pairs. questions: number of questions that have one.
+    """
 
     accuracy: float
     pairs: int
@@ -77,12 +84,12 @@ class PairAccuracy(NamedTuple):
 
 
 def pair_counts(scores: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(won, pairs), each (Q,) float64: pairs of a question in the right order, ties 1/2, and all its pairs."""
+    """Return for each question its pairs in the right order, a tie counts 1/2, and all its pairs: (Q,) float64 each."""
     for name, rows in (("scores", scores), ("labels", labels)):
         if isinstance(rows, str) or not hasattr(rows, "__len__"):
-            raise bad_type("pair_accuracy", name, "a sequence with one entry per question", rows)
+            raise bad_type("pair_accuracy", name, "a sequence with one entry for each question", rows)
     if len(labels) != len(scores):
-        expected = f"a sequence with one entry per question, {len(scores)} as in `scores`"
+        expected = f"a sequence with one entry for each of the {len(scores)} questions of `scores`"
         raise bad_value("pair_accuracy", "labels", expected, f"{len(labels)} entries")
     won, pairs = torch.zeros(len(scores), dtype=torch.float64), torch.zeros(len(scores), dtype=torch.float64)
     for i, (s, right) in enumerate(zip(scores, labels, strict=True)):
@@ -100,12 +107,14 @@ def pair_counts(scores: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) 
 
 
 def pair_accuracy(scores: Sequence[torch.Tensor], labels: Sequence[torch.Tensor]) -> PairAccuracy:
-    """How often a right rationale is scored above a wrong one of the same question, over all such pairs.
+    """Return the share of pairs in which a right rationale scores above a wrong one of the same question.
 
     Args:
-        scores: per question (K_q,) float. labels: per question (K_q,) bool, right or not.
+        scores: for each question (K_q,) float. labels: for each question (K_q,) bool, True = right.
+    Returns:
+        PairAccuracy(accuracy, pairs, questions).
     Raises:
-        TypeError, ValueError: scores and labels differ in their lengths; the message says where.
+        TypeError, ValueError: scores and labels have other types, or differ in their lengths; the message says where.
     """
     won, pairs = pair_counts(scores, labels)
     total = float(pairs.sum())

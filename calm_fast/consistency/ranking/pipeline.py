@@ -1,8 +1,7 @@
-"""From rows of sampled rationales to a ranker on disk, and from a ranker to rows with scores; both resumable."""
+"""Train a ranker from rows of sampled rationales, and score rows with a ranker; both can be resumed."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -14,56 +13,64 @@ import torch
 
 from calm_fast._version import versions
 from calm_fast.consistency.answers.equality import extract_answer
+from calm_fast.consistency.answers.gold import gold_answer
 from calm_fast.consistency.ranking.losses import PairAccuracy, pair_accuracy
-from calm_fast.consistency.ranking.ranker import Ranker, fingerprint
+from calm_fast.consistency.ranking.ranker import Ranker
 from calm_fast.consistency.ranking.training import RankerSettings, questions_to_rank, train_ranker
-from calm_fast.consistency.voting.consensus import solution
 from calm_fast.consistency.voting.journal import Journal
 from calm_fast.consistency.voting.samples import write_rows
+from calm_fast.core.files import atomic_path, write_json
+from calm_fast.core.fingerprint import json_checksum, model_fingerprint
 from calm_fast.core.progress import progress_bar
 
 Rows = Sequence[dict[str, Any]]
-_CHUNK = 250  # questions whose features, or scores, are computed and kept together
-_STEP = 32  # questions scored and written at once
+_CHUNK = 250  # questions whose features are computed and saved together
+_STEP = 32  # questions scored and written together
 
 
 def label_rationales(
     rows: Rows,
     *,
     pattern: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     progress: bool = False,
 ) -> list[torch.Tensor]:
-    """Per row (K,) bool: whether each rationale's answer equals the row's; one without an answer is wrong.
+    """Return for each row (K,) bool: True where a rationale's answer equals the gold answer.
 
-    The row's answer is what a solution ends in, or the text itself, as in `calm-fast vote`; a row where it is blank
-    gets an empty tensor: nobody knows which of its rationales are right. pattern: last resort of `extract_answer`.
+    A rationale without an answer is wrong. A row without a gold answer (see `gold_answer`) gets an empty tensor.
+
+    Args:
+        rows: question, answer, generated_answer. pattern: last resort of `extract_answer`.
+        cache_dir, workers, progress: see `group_answers`.
     """
     from calm_fast.consistency.answers.grouping import group_answers
 
-    gold = [solution(row["answer"], pattern) for row in rows]
+    gold = [gold_answer(row["answer"], pattern) for row in rows]
     answers = [[extract_answer(r, pattern) for r in row["generated_answer"]] for row in rows]
     groups = group_answers(answers, gold=gold, workers=workers, cache_dir=cache_dir, progress=progress)
-    labels = []
-    for i, row in enumerate(rows):
-        k = 0 if gold[i] is None else len(row["generated_answer"])
-        labels.append((groups.valid[i, :k] & (groups.answers[i, :k] == groups.correct[i])).bool().cpu())
-    return labels
+    counts = [0 if gold[i] is None else len(row["generated_answer"]) for i, row in enumerate(rows)]
+    return [right[:k] for right, k in zip(groups.right, counts, strict=True)]
 
 
-def cached_features(ranker: Ranker, rows: Rows, folder: str | os.PathLike, *, progress: bool = False) -> list:
-    """`ranker.features` of all rows, kept in `folder` chunk by chunk; a second call goes on where the first stopped.
+def cached_features(
+    ranker: Ranker, rows: Rows, folder: str | os.PathLike[str], *, progress: bool = False
+) -> list[torch.Tensor]:
+    """Return `ranker.features` of all rows, saved in `folder` chunk by chunk; a second call resumes the first.
 
     Raises:
-        ValueError: `folder` holds features of another backbone, length or rows.
+        ValueError: the ranker has no backbone, or `folder` holds features of another backbone, length or rows.
     """
     from safetensors.torch import load_file, save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     texts = [[row["question"], row["generated_answer"]] for row in rows]
-    identity = {"backbone": fingerprint(ranker.backbone), "rows": _digest(texts), "max_length": ranker.max_length}
+    identity = {
+        "backbone": model_fingerprint(ranker.required_backbone()),
+        "rows": json_checksum(texts),
+        "max_length": ranker.max_length,
+    }
     _claim(folder / "features.json", identity, "features")
     features: list[torch.Tensor] = []
     starts = range(0, len(rows), _CHUNK)
@@ -72,17 +79,16 @@ def cached_features(ranker: Ranker, rows: Rows, folder: str | os.PathLike, *, pr
         part = rows[start : start + _CHUNK]
         if not file.is_file():
             groups = ranker.features([r["question"] for r in part], [r["generated_answer"] for r in part])
-            temporary = file.with_suffix(".part")
-            save_file({"features": torch.cat(groups)}, temporary)
-            temporary.replace(file)
+            with atomic_path(file) as partial:
+                save_file({"features": torch.cat(groups)}, partial)
         features += load_file(file)["features"].split([len(r["generated_answer"]) for r in part])
     return features
 
 
 def run_training(
     rows: Rows,
-    model: str | os.PathLike,
-    out: str | os.PathLike,
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     settings: RankerSettings | None = None,
     *,
     train_backbone: bool = False,
@@ -94,20 +100,24 @@ def run_training(
     workers: int | None = None,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Label, encode, train, judge and save a ranker; what `calm-fast rank train` does. Resumable to equal weights.
+    """Label rationales, then train, evaluate and save a ranker, as `calm-fast rank train` does.
+
+    A second call resumes the first and ends at the weights of an uninterrupted run.
 
     Args:
         rows: question, answer, generated_answer. model: folder or name of the backbone.
-        out: gets ranker/ (`Ranker.from_pretrained`), results.json, and what resuming needs.
-        holdout: share of the questions that training does not see and that the ranker is judged on.
+        out: gets ranker/ (see `Ranker.from_pretrained`), results.json, and the files that resuming needs.
+        holdout: share of the questions that are kept out of training to evaluate the ranker.
         pattern: last resort of `extract_answer`.
+    Returns:
+        the content of results.json.
     Raises:
         ValueError: `out` belongs to another run, or no question has both right and wrong rationales.
     """
     settings = settings or RankerSettings()
     extract_answer("", pattern)  # a bad pattern is an error before any work
     if not 0 <= holdout < 1:
-        raise ValueError(f"holdout: expected a share of at least 0 and below 1, got {holdout}")
+        raise ValueError(f"run_training: `holdout` must be a share of at least 0 and below 1, got {holdout}")
     out = Path(out)
     decisive = {k: v for k, v in asdict(settings).items() if k not in ("progress", "save_every")}
     ranker = Ranker.from_backbone(
@@ -115,23 +125,23 @@ def run_training(
     )
     identity = {
         "settings": decisive, "train_backbone": train_backbone, "max_length": ranker.max_length, "hidden": hidden,
-        "dtype": str(dtype), "holdout": holdout, "backbone": fingerprint(ranker.backbone), "rows": _digest(rows),
-        "pattern": pattern,
+        "dtype": str(dtype), "holdout": holdout, "backbone": model_fingerprint(ranker.required_backbone()),
+        "rows": json_checksum(rows), "pattern": pattern,
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)  # not before the model has been read
     _claim(out / "identity.json", identity, "a run")
-    labels = _kept_labels(out / "labels.json", rows, pattern, out / "answers", workers, settings.progress)
+    labels = _saved_labels(out / "labels.json", rows, pattern, out / "answers", workers, settings.progress)
     known = [i for i, row in enumerate(labels) if len(row)]
-    held = _held_out(known, holdout, settings.seed)
-    seen = [i for i in known if i not in held]
+    held_out = _draw_held_out(known, holdout, settings.seed)
+    seen = [i for i in known if i not in held_out]
 
     def pick(values: Sequence[Any], chosen: Sequence[int]) -> list[Any]:
         return [values[i] for i in chosen]
 
     try:
-        questions_to_rank(pick(labels, seen))  # before hours of features
+        questions_to_rank(pick(labels, seen))  # features may take hours: fail before them
     except ValueError:
-        for file in ("identity.json", "labels.json"):  # such a run never ends: `out` is free for mended rows
+        for file in ("identity.json", "labels.json"):  # such a run cannot go on: leave `out` free for other rows
             (out / file).unlink()
         raise
     if device is not None:
@@ -144,7 +154,7 @@ def run_training(
         checkpoint=out / "checkpoint.pt", **texts,
     )  # fmt: skip
 
-    def judged(chosen: Sequence[int]) -> PairAccuracy:
+    def evaluate(chosen: Sequence[int]) -> PairAccuracy:
         if features is not None:
             return pair_accuracy(ranker.score_features(pick(features, chosen)), pick(labels, chosen))
         return pair_accuracy(ranker.score(pick(questions, chosen), pick(rationales, chosen)), pick(labels, chosen))
@@ -153,30 +163,32 @@ def run_training(
     right = sum(int(row.sum()) for row in labels)
     results = {
         "identity": identity,
-        "questions": {"all": len(rows), "trained_on": len(seen), "held_out": len(held)},
+        "questions": {"all": len(rows), "trained_on": len(seen), "held_out": len(held_out)},
         "rationales": {"right": right, "wrong": sum(map(len, labels)) - right},
         "losses": losses,
-        "pair_accuracy": {"trained_on": _finite(judged(seen)), "held_out": _finite(judged(sorted(held)))},
+        "pair_accuracy": {"trained_on": _as_json(evaluate(seen)), "held_out": _as_json(evaluate(sorted(held_out)))},
         "versions": versions(),
     }
-    _write(out / "results.json", results)
+    write_json(out / "results.json", results)
     return results
 
 
 def run_scoring(
     rows: Rows,
-    ranker: str | os.PathLike,
-    out: str | os.PathLike,
+    ranker: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
-    backbone: str | os.PathLike | None = None,
+    backbone: str | os.PathLike[str] | None = None,
     device: str | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write every row with its rationales' `scores`; what `calm-fast rank score` does. A second call goes on.
+    """Write every row with the `scores` of its rationales, as `calm-fast rank score` does; a second call resumes.
 
     Args:
-        ranker: folder of a ranker, or a run's folder that holds one. out: the file, gzip where it ends in .gz.
-        backbone: where the ranker's frozen backbone is now, if it moved.
+        rows: question, generated_answer. ranker: folder of a ranker, or the folder of a run that holds one.
+        out: the file, gzipped where it ends in .gz. backbone: the folder of the frozen backbone, if it was moved.
+    Returns:
+        the path of the file.
     """
     out, folder = Path(out), Path(ranker)
     folder = folder / "ranker" if (folder / "ranker").is_dir() else folder
@@ -184,12 +196,13 @@ def run_scoring(
     if device is not None:
         scorer.to(device)
     weights = [[name, t.tolist()] for name, t in sorted(scorer.head.state_dict().items())]
-    with Journal(out.with_name(f".{out.name}.part"), {"ranker": _digest(weights), "rows": _digest(rows)}) as journal:
+    settings = {"ranker": json_checksum(weights), "rows": json_checksum(rows)}
+    with Journal(out.with_name(f".{out.name}.part"), settings) as journal:
         scores = {i: row["scores"] for i, row in journal.rows.items()}
         steps = range(0, len(rows), _STEP)
         for start in progress_bar(steps, desc="scoring", unit=f"{_STEP} questions", shown=progress):
             chunk = rows[start : start + _STEP]
-            # a step is scored as a whole: a resumed run forms the batches of an unbroken one, and so the same last bits
+            # score a step as a whole: a resumed run then forms the batches of an uninterrupted one, for the same bits
             if all(start + i in scores for i in range(len(chunk))):
                 continue
             found = scorer.score([r["question"] for r in chunk], [r["generated_answer"] for r in chunk])
@@ -202,42 +215,35 @@ def run_scoring(
     return out
 
 
-def _kept_labels(
+def _saved_labels(
     file: Path, rows: Rows, pattern: str | None, cache_dir: Path, workers: int | None, progress: bool
 ) -> list[torch.Tensor]:
     if not file.is_file():
         labels = label_rationales(rows, pattern=pattern, cache_dir=cache_dir, workers=workers, progress=progress)
-        _write(file, [row.int().tolist() for row in labels])
+        write_json(file, [row.int().tolist() for row in labels])
     return [torch.tensor(row, dtype=torch.bool) for row in json.loads(file.read_text(encoding="utf-8"))]
 
 
-def _held_out(known: Sequence[int], share: float, seed: int) -> set[int]:
+def _draw_held_out(known: Sequence[int], share: float, seed: int) -> set[int]:
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(known), generator=generator).tolist()
     return {known[i] for i in order[: round(share * len(known))]}
 
 
-def _finite(result: PairAccuracy) -> dict[str, Any]:
-    """JSON has no NaN: None where there is no pair."""
+def _as_json(result: PairAccuracy) -> dict[str, Any]:
+    """Return `result` for JSON, which has no NaN: the accuracy is None without a pair."""
     return result._asdict() | {"accuracy": result.accuracy if result.pairs else None}
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
 def _claim(file: Path, identity: dict[str, Any], what: str) -> None:
-    """Mark a folder as this run's; ValueError where it is another's."""
+    """Mark a folder as this run's; raise ValueError if it belongs to another run."""
     identity = json.loads(json.dumps(identity))
     if not file.is_file():
-        _write(file, identity)
+        write_json(file, identity)
     kept = json.loads(file.read_text(encoding="utf-8"))
     changed = [key for key in identity if kept.get(key) != identity[key]]
     if changed:
-        raise ValueError(f"{file.parent} holds {what} with other {', '.join(changed)}; choose another folder")
-
-
-def _write(file: Path, content: Any) -> None:
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
+        raise ValueError(
+            f"rank: `out` must be a new folder or that of the same run, got {file.parent}, which holds {what} with "
+            f"other {', '.join(changed)}; choose another folder"
+        )

@@ -1,4 +1,4 @@
-"""Training a ranker on right and wrong rationales of the same question; resumable to equal weights."""
+"""Train a ranker on right and wrong rationales of the same question; a resumed run ends at equal weights."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from torch.nn.utils.rnn import pad_sequence
 
 from calm_fast.consistency.ranking.losses import LOSSES, ranking_loss
 from calm_fast.consistency.ranking.ranker import Ranker
+from calm_fast.core.checks import bad_value
+from calm_fast.core.files import atomic_path
 from calm_fast.core.progress import progress_bar
+
+_CALLER, _SETTINGS = "train_ranker", "RankerSettings"
 
 
 @dataclass(frozen=True)
 class RankerSettings:
-    """How to train. power: the exponent of loss "power"; margin: of loss "margin". Rates decay by a cosine to zero.
+    """How to train a ranker; learning rates decay to zero by a cosine.
 
-    questions_per_step: of features, every rationale of these questions is used; a trained backbone sees one right and
-    one wrong rationale of each, so one step holds 2 * questions_per_step sequences in memory.
-    save_every: steps between checkpoints, and progress: whether to show a bar; neither changes what is computed.
+    loss, power, margin: see `ranking_loss`. questions_per_step: with features, a step uses every rationale of these
+    questions. A trained backbone reads one right and one wrong rationale of each, so a step holds
+    2 * questions_per_step sequences in memory. warmup: share of the steps. clip: largest norm of the gradient.
+    save_every: steps between checkpoints, 0 = none. progress: show a bar. Neither of the two changes the result.
     """
 
     loss: str = "power"
@@ -42,20 +47,27 @@ class RankerSettings:
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
-            raise ValueError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
+            raise bad_value(_SETTINGS, "loss", f"one of {', '.join(map(repr, LOSSES))}", repr(self.loss))
         for name, low in (("epochs", 1), ("questions_per_step", 1), ("power", 1), ("save_every", 0)):
             if getattr(self, name) < low:
-                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
+                raise bad_value(_SETTINGS, name, f"at least {low}", str(getattr(self, name)))
         for name in ("learning_rate", "backbone_learning_rate", "margin"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+                raise bad_value(_SETTINGS, name, "a positive number", str(getattr(self, name)))
 
 
 def questions_to_rank(truth: Sequence[torch.Tensor]) -> list[bool]:
-    """Per question, whether it has both right and wrong rationales; ValueError where none has."""
+    """Return for each question whether it has both right and wrong rationales.
+
+    Raises:
+        ValueError: no question has.
+    """
     mixed = [bool(row.any()) and not bool(row.all()) for row in truth]
     if not any(mixed):
-        raise ValueError("labels: no question has both right and wrong rationales, so there is nothing to rank")
+        raise ValueError(
+            f"{_CALLER}: `labels` must have a question with both right and wrong rationales, got none, so there is "
+            "nothing to rank"
+        )
     return mixed
 
 
@@ -67,32 +79,38 @@ def train_ranker(
     rationales: Sequence[Sequence[str]] | None = None,
     features: Sequence[torch.Tensor] | None = None,
     settings: RankerSettings | None = None,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> list[float]:
-    """Train `ranker` in place: its head alone (from features), or head and backbone (`train_backbone`).
+    """Train `ranker` in place: its head alone, or head and backbone if it has `train_backbone`.
 
     Args:
-        labels: per question (K_q,) bool, whether each rationale is right.
-        questions, rationales: texts; of a frozen backbone the features are computed once.
-        features: per question (K_q, F) float instead of texts; for a frozen backbone or none.
-        checkpoint: a file; written now and then, and a run that finds it goes on from there to equal weights.
+        labels: for each question (K_q,) bool, True = the rationale is right.
+        questions, rationales: texts. A frozen backbone computes their features once.
+        features: for each question (K_q, F) float, instead of texts; for a ranker without a trained backbone.
+        checkpoint: a file that is written every `save_every` steps. A run that finds it resumes from it and ends at
+            the weights of an uninterrupted run.
     Returns:
         the mean loss of every epoch. The same seed gives the same weights on the same machine.
     Raises:
-        ValueError: no question has both right and wrong rationales, sizes differ, or the checkpoint is another run's.
+        ValueError: no question has both right and wrong rationales, sizes differ, or the checkpoint belongs to another
+            run.
     """
     settings = settings or RankerSettings()
     truth = [torch.as_tensor(row, dtype=torch.bool).cpu() for row in labels]
     mixed = questions_to_rank(truth)
-    if features is None and (questions is None or rationales is None):
-        raise ValueError("train_ranker: expected `questions` and `rationales`, or `features`")
-    if ranker.train_backbone:
-        if features is not None:
-            raise ValueError("features: a ranker that trains its backbone needs `questions` and `rationales`")
-        batch_loss = _from_texts(ranker, questions, rationales, truth, settings)
-    else:
-        if features is None:
+    if ranker.train_backbone and features is not None:
+        raise ValueError(
+            f"{_CALLER}: `features` must be None for a ranker that trains its backbone, got features; give `questions` "
+            "and `rationales`"
+        )
+    if features is None:
+        if questions is None or rationales is None:
+            raise ValueError(f"{_CALLER}: `questions` and `rationales` must be given, or `features`, got neither")
+        if ranker.train_backbone:
+            batch_loss = _from_texts(ranker, questions, rationales, truth, settings)
+        else:
             features = ranker.features(questions, rationales, progress=settings.progress)
+    if features is not None:
         batch_loss = _from_features(ranker, features, truth, settings)
     usable = [i for i, row in enumerate(truth) if (mixed[i] or settings.loss == "bce" and len(row))]
     identity = _identity(ranker, truth, settings)
@@ -105,8 +123,8 @@ BatchLoss = Callable[[list[int]], torch.Tensor]
 def _from_features(
     ranker: Ranker, features: Sequence[torch.Tensor], truth: Sequence[torch.Tensor], settings: RankerSettings
 ) -> BatchLoss:
-    _same_sizes("features", [len(x) for x in features], truth)
-    ranker.score_features(features[:1])  # its errors name what is wrong with a feature's shape
+    _check_sizes("features", [len(x) for x in features], truth)
+    ranker.score_features(features[:1])  # raises if a feature's shape is wrong
     device = ranker.head.outer.weight.device
     ranker.head.standardise(torch.cat(list(features)).float().to(device))
     x = pad_sequence([f.float() for f in features], batch_first=True).to(device)
@@ -127,11 +145,11 @@ def _from_texts(
     settings: RankerSettings,
 ) -> BatchLoss:
     groups = ranker.encode(questions, rationales)
-    _same_sizes("rationales", [len(group) for group in groups], truth)
+    _check_sizes("rationales", [len(group) for group in groups], truth)
 
     def batch_loss(chosen: list[int]) -> torch.Tensor:
-        # torch's generator is seeded per step, so the draw is the same after a resume
-        drawn = [_one_pair(truth[i]) for i in chosen]
+        # torch's generator is seeded for every step, so the draw is the same after a resume
+        drawn = [_draw_pair(truth[i]) for i in chosen]
         items = [groups[i][k] for i, pair in zip(chosen, drawn, strict=True) for k in pair]
         logits = ranker.logits(items).split([len(pair) for pair in drawn])
         labels = [truth[i][pair].to(logits[0].device) for i, pair in zip(chosen, drawn, strict=True)]
@@ -141,8 +159,8 @@ def _from_texts(
     return batch_loss
 
 
-def _one_pair(right: torch.Tensor) -> list[int]:
-    """A right and a wrong rationale of a question; of one kind alone a single one."""
+def _draw_pair(right: torch.Tensor) -> list[int]:
+    """Draw a right and a wrong rationale of a question, or a single one if it has one kind only."""
     kinds = [side.nonzero().flatten() for side in (right, ~right)]
     return [int(side[torch.randint(len(side), ())]) for side in kinds if len(side)]
 
@@ -151,12 +169,14 @@ def _loss(logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor, setti
     return ranking_loss(logits, labels, valid, loss=settings.loss, margin=settings.margin, power=settings.power)
 
 
-def _same_sizes(name: str, sizes: list[int], truth: Sequence[torch.Tensor]) -> None:
+def _check_sizes(name: str, sizes: list[int], truth: Sequence[torch.Tensor]) -> None:
     if len(sizes) != len(truth):
-        raise ValueError(f"{name}: expected {len(truth)} questions, as in labels, got {len(sizes)}")
+        raise bad_value(_CALLER, name, f"for the {len(truth)} questions of `labels`", f"{len(sizes)} questions")
     for i, (size, row) in enumerate(zip(sizes, truth, strict=True)):
         if row.ndim != 1 or size != len(row):
-            raise ValueError(f"labels[{i}]: expected one label for each of {size} rationales, got {tuple(row.shape)}")
+            raise bad_value(
+                _CALLER, f"labels[{i}]", f"one label for each of {size} rationales", f"shape {tuple(row.shape)}"
+            )
 
 
 def _fit(
@@ -169,15 +189,18 @@ def _fit(
 ) -> list[float]:
     from transformers import get_cosine_schedule_with_warmup
 
-    groups = [{"params": list(ranker.head.parameters()), "lr": settings.learning_rate}]
+    parameters = list(ranker.head.parameters())
+    groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": settings.learning_rate}]
     if ranker.train_backbone:
-        groups.append({"params": list(ranker.backbone.parameters()), "lr": settings.backbone_learning_rate})
+        backbone = list(ranker.required_backbone().parameters())
+        groups.append({"params": backbone, "lr": settings.backbone_learning_rate})
+        parameters += backbone
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
     per_epoch = -(-len(usable) // settings.questions_per_step)
     total = per_epoch * settings.epochs
     schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * total), total)
     losses = _resume(checkpoint, identity, ranker, optimizer, schedule)
-    parameters = [p for group in groups for p in group["params"]]
+
     ranker.train()
     devices = {p.device for p in parameters if p.device.type == "cuda"}
     with (
@@ -188,7 +211,7 @@ def _fit(
             epoch, place = divmod(step, per_epoch)
             torch.manual_seed(_seed(settings.seed, "order", epoch))
             order = torch.randperm(len(usable)).tolist()[place * settings.questions_per_step :]
-            # every step has its own seed, so that a resumed run draws what an unbroken one draws
+            # every step has its own seed, so that a resumed run draws as an uninterrupted one does
             torch.manual_seed(_seed(settings.seed, "step", step))
             loss = batch_loss([usable[i] for i in order[: settings.questions_per_step]])
             loss.backward()
@@ -216,22 +239,21 @@ def _identity(ranker: Ranker, truth: Sequence[torch.Tensor], settings: RankerSet
     return hashlib.sha256(repr((decisive, ranker.head.sizes, ranker.train_backbone, labels)).encode()).hexdigest()
 
 
-def _trained(ranker: Ranker) -> torch.nn.Module:
+def _trained_module(ranker: Ranker) -> torch.nn.Module:
     return ranker if ranker.train_backbone else ranker.head
 
 
 def _save(file: Path, identity: str, ranker: Ranker, optimizer: Any, schedule: Any, losses: list[float]) -> None:
     state = {
         "identity": identity,
-        "weights": _trained(ranker).state_dict(),
+        "weights": _trained_module(ranker).state_dict(),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "losses": losses,
     }
-    part = file.with_name(f"{file.name}.part")  # an interruption leaves the old file or the new one
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, part)
-    part.replace(file)
+    with atomic_path(file) as partial:
+        torch.save(state, partial)
 
 
 def _resume(file: Path | None, identity: str, ranker: Ranker, optimizer: Any, schedule: Any) -> list[float]:
@@ -239,8 +261,11 @@ def _resume(file: Path | None, identity: str, ranker: Ranker, optimizer: Any, sc
         return []
     state = torch.load(file, map_location="cpu", weights_only=True)
     if state["identity"] != identity:
-        raise ValueError(f"checkpoint: {file.name} belongs to a run with other settings or labels")
-    _trained(ranker).load_state_dict(state["weights"])
+        raise ValueError(
+            f"{_CALLER}: `checkpoint` must be of a run with the same settings and labels, got {file.name}, which is of "
+            "one with other settings or labels; give another file"
+        )
+    _trained_module(ranker).load_state_dict(state["weights"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     return list(state["losses"])

@@ -1,11 +1,11 @@
-"""The LM head of a causal language model as the arguments of ops.linear_logprob, measured on the model itself."""
+"""The LM head of a causal language model as arguments of the vocabulary ops, measured on the model itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,59 +16,92 @@ from calm_fast import ops
 # names under which configs keep a factor of the logits (some multiply, some divide) and their soft cap
 _SCALES = ("logit_scale", "logits_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
 _CAPS = ("final_logit_softcapping", "final_logit_softcap", "logits_soft_cap")
-_PROBE_SIZE = 50.0  # logits of the second probe reach this: far enough for a cap to bend them
+_PROBE_SIZE = 50.0  # logits of the second probe reach this, far enough for a cap to show
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """logits = softcap(hidden weight^T + bias) / temperature, as `ops.linear_logprob` takes them."""
+    """An LM head with logits = softcap(hidden weight^T + bias) / temperature, as `ops.linear_logprob` takes them."""
 
     module: nn.Linear
     temperature: float
     softcap: float | None
 
     def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor, **options: Any) -> Any:
-        """log-probability of targets (T,) from hidden (T, d); options of `ops.linear_logprob`."""
-        weight, bias = self.module.weight, self.module.bias
+        """Return the log-probability of targets (T,) from hidden (T, d); options of `ops.linear_logprob`."""
+        weight = self.module.weight
         hidden = hidden.to(device=weight.device, dtype=weight.dtype)
-        bias = None if bias is None else bias.to(weight.dtype)
+        bias = None if self.module.bias is None else self.module.bias.to(weight.dtype)
         return ops.linear_logprob(
             hidden, weight, targets.to(weight.device), bias=bias, temperature=self.temperature, softcap=self.softcap,
             **options,
         )  # fmt: skip
 
+    def nce(
+        self,
+        student: torch.Tensor,
+        nat: torch.Tensor,
+        neg: torch.Tensor,
+        targets: torch.Tensor,
+        seq_ids: torch.Tensor,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Return the NCE loss of hidden states (T, d) under this head; options of `ops.linear_nce`.
+
+        The op's own temperature belongs to the distillation alone, so the head's factor goes into states, bias and cap:
+        with u = W h + b, s tanh(u / s) / T = (s / T) tanh((u / T) / (s / T)) for the softcap s and the temperature T.
+        """
+        weight, softcap = self.module.weight, self.softcap
+        bias: torch.Tensor | None = self.module.bias
+        if self.temperature != 1.0:
+            student, nat, neg = (states / self.temperature for states in (student, nat, neg))
+            bias = None if bias is None else bias / self.temperature
+            softcap = None if softcap is None else softcap / self.temperature
+        return ops.linear_nce(student, nat, neg, weight, targets, seq_ids, bias=bias, softcap=softcap, **options)
+
 
 @contextmanager
-def _hidden(head: nn.Module, probe: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Collect what enters `head`, and let only `probe` of it through: no (T, V) logits within the block."""
+def _record_input(head: nn.Module, probe: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Collect the inputs of `head`, and replace each by `probe` of it: no (T, V) logits within the block."""
     seen: list[torch.Tensor] = []
 
-    def keep(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    def replace(module: nn.Module, args: tuple[Any, ...]) -> Any:
         seen.append(args[0])
         return (probe(args[0]), *args[1:])
 
-    handle = head.register_forward_pre_hook(keep)
+    handle = head.register_forward_pre_hook(replace)
     try:
         yield seen
     finally:
         handle.remove()
 
 
-def hidden_states(head: LinearHead, run: Callable[[], Any]) -> torch.Tensor:
-    """The states (B, M, d) that enter the LM head in `run()`, which computes a single logit row."""
-    with _hidden(head.module, lambda states: states[:1, :1]) as seen:
+def head_input(head: LinearHead, run: Callable[[], Any]) -> torch.Tensor:
+    """Return the states (B, M, d) that enter the LM head in `run()`, which computes a single row of logits."""
+    with _record_input(head.module, lambda states: states[:1, :1]) as seen:
         run()
     return seen[0]
 
 
+def probe_token(model: PreTrainedModel) -> torch.Tensor:
+    """Return (1, 1) int64, a token that is not padding, which some families warn about."""
+    pad = model.config.get_text_config(decoder=True).pad_token_id
+    return torch.tensor([[1 if pad == 0 and vocabulary_size(model) > 1 else 0]], device=model.device)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Return the number of rows of the input embeddings."""
+    return int(cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0])
+
+
 def find_linear_head(model: PreTrainedModel, run: Callable[[], Any]) -> LinearHead | None:
-    """The head of `model` if it is one linear layer, then perhaps a factor, then perhaps a soft cap; else None.
+    """Return the head of `model` if it is one linear layer, an optional factor and an optional soft cap; else None.
 
     Args:
-        run: a forward of `model` on one token that returns its output.
-    What follows the layer is measured, not believed: two probes replace the layer's input, the second scaled up to
-    where a cap bends its logits, and the model's own logits must be those of factor and cap, to the rounding of their
-    dtype. The candidates are what the config names, in every combination.
+        run: a forward of `model` on one token (`probe_token`) that returns its output.
+    The factor and the cap are measured. Two probes replace the layer's input, the second scaled up to where a cap shows
+    in its logits, and the model's own logits must be those of factor and cap, to the rounding of their dtype. The
+    candidates are the values that the config names, in every combination.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or not head.weight.is_floating_point():
@@ -77,14 +110,14 @@ def find_linear_head(model: PreTrainedModel, run: Callable[[], Any]) -> LinearHe
     listener = head.register_forward_hook(lambda module, args, output: products.append(output))
 
     def probe(states: torch.Tensor) -> torch.Tensor:
-        # not the state itself: a padding token's may be zero, and zero logits tell nothing
+        # not the state itself: a padding token's may be zero, and zero logits show nothing
         rows = torch.randn(1, 1, states.shape[-1], generator=torch.Generator().manual_seed(0))
         rows = rows.to(device=states.device, dtype=states.dtype)
         logits = nn.functional.linear(rows.to(head.weight.dtype), head.weight, head.bias)
         return torch.cat([rows, rows * (_PROBE_SIZE / logits.abs().max()).to(rows.dtype)], dim=1)
 
     try:
-        with _hidden(head, probe) as seen:
+        with _record_input(head, probe) as seen:
             logits = run().logits
     finally:
         listener.remove()
@@ -104,7 +137,7 @@ def find_linear_head(model: PreTrainedModel, run: Callable[[], Any]) -> LinearHe
 
 
 def _candidates(model: PreTrainedModel) -> Iterator[tuple[float, float | None]]:
-    """(factor, cap) of the logits, what the config names first."""
+    """Yield (factor, cap) of the logits, those that the config names first."""
     config = model.config.get_text_config(decoder=True)
 
     def named(names: tuple[str, ...]) -> list[float]:

@@ -1,11 +1,11 @@
-"""Samples from prompts that are read once, reproducible whatever is sampled beside them."""
+"""Draw samples from prompts that are read once; a sample does not depend on the others of its batch."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -19,6 +19,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import Cache
 
 from calm_fast.consistency.sampling.prefix import PrefixReader, branch
 from calm_fast.core.checks import bad_type, bad_value, check_finite_number
@@ -34,9 +35,9 @@ _RANGES = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn: softmax of logits / temperature (0: the most likely), cut to top_k and top_p.
+    """How a token is drawn: from softmax(logits / temperature) cut to top_k and top_p, greedily at temperature 0.
 
-    A sample ends after an end token of the model, after one of `stop`, or after max_new_tokens.
+    A sample ends after an end token of the model, after one of the strings `stop`, or after max_new_tokens.
     """
 
     max_new_tokens: int = 512
@@ -55,7 +56,7 @@ class Sampling:
             right = {"temperature": value >= 0, "top_p": 0 < value <= 1}.get(name, value >= 1)
             if not right or (whole and not isinstance(value, int)):
                 raise bad_value(_CALLER, name, expected, repr(value))
-        # a string is a sequence of strings too: every letter of it would end a sample
+        # a string is a sequence of strings too, and every letter of it would end a sample
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise bad_type(_CALLER, "stop", "a sequence of strings, none of them empty", self.stop)
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -63,8 +64,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Sample:
-    """One continuation: its token ids (the end token included), their log-probability under the model itself
-    (temperature 1, nothing cut), and whether it ended by itself."""
+    """One continuation of a prompt.
+
+    tokens: ids, the end token included. logprob: log-probability of the tokens under the model at temperature 1,
+    without cuts. finished: False if it was cut at max_new_tokens.
+    """
 
     tokens: list[int]
     logprob: float
@@ -72,7 +76,7 @@ class Sample:
 
 
 def uniforms(seed: int, prompt: Sequence[int], sample: int, count: int) -> torch.Tensor:
-    """The numbers in [0, 1) that decide the tokens of sample number `sample` of a prompt, (count,) float64."""
+    """Return the numbers in [0, 1) that choose the tokens of sample number `sample` of a prompt, (count,) float64."""
     text = f"{seed}/{sample}/" + " ".join(map(str, prompt))
     digest = hashlib.sha256(text.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -80,7 +84,7 @@ def uniforms(seed: int, prompt: Sequence[int], sample: int, count: int) -> torch
 
 
 class _Draw(LogitsProcessor):
-    """Decides every row's next token by its own uniform number, and keeps the token's log-probability."""
+    """Chooses every row's next token by the row's own uniform number, and keeps the token's log-probability."""
 
     def __init__(self, settings: Sampling, numbers: torch.Tensor, prompt_length: int) -> None:
         self.numbers, self.prompt_length = numbers, prompt_length
@@ -101,15 +105,15 @@ class _Draw(LogitsProcessor):
             cumulated = self.warpers(input_ids, scores).double().softmax(-1).cumsum(-1)
             total = cumulated[:, -1:]
             number = self.numbers[:, input_ids.shape[1] - self.prompt_length, None].to(scores.device) * total
-            # strictly below the total: the first token that passes it has probability
+            # strictly below the total, so that the first token to exceed it has a positive probability
             number = torch.minimum(number, torch.nextafter(total, torch.zeros_like(total)))
             token = torch.searchsorted(cumulated, number, right=True)
         self.logprobs.append((scores.gather(1, token) - scores.logsumexp(-1, keepdim=True))[:, 0].double())
-        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
+        return cast(torch.FloatTensor, torch.full_like(scores, float("-inf")).scatter(1, token, 0.0))
 
 
 class _Ends(StoppingCriteria):
-    """Where each row ended: tokens up to its end token or stop string, -1 while it goes on."""
+    """Records the length of each row up to its end token or stop string; -1 while the row continues."""
 
     def __init__(self, ends: Sequence[int], stop: Any, rows: int, prompt_length: int, device: torch.device) -> None:
         self.ends = torch.tensor(list(ends), dtype=torch.int64, device=device)
@@ -122,21 +126,21 @@ class _Ends(StoppingCriteria):
             done |= self.stop(input_ids, scores).to(done.device)
         length = input_ids.shape[1] - self.prompt_length
         self.lengths = torch.where(done & (self.lengths < 0), length, self.lengths)
-        return self.lengths >= 0
+        return cast(torch.BoolTensor, self.lengths >= 0)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The model's end tokens, else the tokenizer's."""
+    """Return the model's end tokens, else the tokenizer's."""
     ends = model.generation_config.eos_token_id
     ends = getattr(tokenizer, "eos_token_id", None) if ends is None else ends
     return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [int(ends)]
 
 
 class PromptBatch:
-    """Prompts read once, left-padded, from which any number of samples is continued.
+    """Left-padded prompts, read once, from which any number of samples can be drawn.
 
-    All tokens but a prompt's last are encoded here; `sample` continues copies of that cache, each of which reads the
-    last one. Where the family's cache cannot be copied (`reader.shares`), every sample reads its prompt anew.
+    The cache here holds all tokens of a prompt but the last; `sample` continues copies of it, each of which reads the
+    last token. If the family's cache cannot be copied (`reader.shares`), every sample reads its prompt again.
     """
 
     def __init__(self, reader: PrefixReader, tokenizer: Any, prompts: Sequence[list[int]], settings: Sampling) -> None:
@@ -150,7 +154,7 @@ class PromptBatch:
         self.ids = torch.tensor(padded, dtype=torch.int64, device=device)
         lengths = torch.tensor([len(p) for p in self.prompts], device=device)
         self.mask = (torch.arange(longest, device=device)[None] >= longest - lengths[:, None]).long()
-        self.cache = None
+        self.cache: Cache | None = None
         if reader.shares and longest > 1:
             self.cache = reader.new_cache()
             mask = None if bool(self.mask.all()) else self.mask[:, :-1]
@@ -159,21 +163,21 @@ class PromptBatch:
                 self.cache = None
 
     def sample(self, rows: Sequence[int], numbers: Sequence[int], seed: int) -> list[Sample]:
-        """Sample number numbers[i] of prompt rows[i], all at once."""
+        """Draw sample number numbers[i] of prompt rows[i] for every i, in one batch."""
         model, length = self.reader.model, self.ids.shape[1]
         index = torch.tensor(list(rows), device=self.ids.device)
         ids, mask = self.ids[index], self.mask[index]
-        steps = self.settings.max_new_tokens
-        drawn = torch.stack([uniforms(seed, self.prompts[q], j, steps) for q, j in zip(rows, numbers, strict=True)])
-        draw = _Draw(self.settings, drawn, length)
+        count = self.settings.max_new_tokens
+        chosen = torch.stack([uniforms(seed, self.prompts[q], j, count) for q, j in zip(rows, numbers, strict=True)])
+        draw = _Draw(self.settings, chosen, length)
         stop = StopStringCriteria(self.tokenizer, list(self.settings.stop)) if self.settings.stop else None
         ends = _Ends(self.ends, stop, len(rows), length, ids.device)
         more: dict[str, Any] = {}
-        if self.cache is not None:
-            more[self.reader.signature.generated] = branch(self.cache, index)
         if self.reader.signature is not None:
             more["attention_mask"] = mask
-        sequences = model.generate(
+            if self.cache is not None:
+                more[self.reader.signature.generated] = branch(self.cache, index)
+        sequences = cast(Any, model).generate(
             ids,
             generation_config=self._config(),
             logits_processor=LogitsProcessorList([draw]),
@@ -184,15 +188,15 @@ class PromptBatch:
         logprobs = torch.stack(draw.logprobs, dim=1).cpu()
         samples = []
         for i, end in enumerate(found):
-            count = len(tokens[i]) if end < 0 else end
-            samples.append(Sample(tokens[i][:count], float(logprobs[i, :count].sum()), end >= 0))
+            stop_at = len(tokens[i]) if end < 0 else end
+            samples.append(Sample(tokens[i][:stop_at], float(logprobs[i, :stop_at].sum()), end >= 0))
         return samples
 
     def _config(self) -> GenerationConfig:
-        """Greedy over what `_Draw` decided: nothing of the model's own sampling settings takes part."""
+        """Return a greedy configuration: `_Draw` chooses the tokens, and the model's own settings do not count."""
         return GenerationConfig(
             do_sample=False, num_beams=1, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1.0,
             no_repeat_ngram_size=0, max_new_tokens=self.settings.max_new_tokens, pad_token_id=self.pad,
             eos_token_id=self.ends or None, num_return_sequences=1, return_dict_in_generate=False,
-            use_cache=self.reader.signature is not None,  # RWKV's own state does not give what recomputing gives
+            use_cache=self.reader.signature is not None,  # RWKV's own state gives other results than recomputing
         )  # fmt: skip

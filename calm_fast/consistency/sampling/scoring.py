@@ -1,4 +1,4 @@
-"""Log-probabilities of many completions of each prompt, the prompt encoded once, no logits in memory."""
+"""Log-probabilities of many completions of each prompt; the prompt is encoded once, and no logits are stored."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from calm_fast.consistency.sampling.head import find_linear_head, hidden_states
-from calm_fast.consistency.sampling.prefix import PrefixReader, branch, check_model, evaluating
+from calm_fast.consistency.sampling.head import find_linear_head, head_input, probe_token, vocabulary_size
+from calm_fast.consistency.sampling.prefix import PrefixReader, branch, check_model
 from calm_fast.core.checks import bad_type
+from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.progress import progress_bar
 
 _CALLER = "score_sequences"
@@ -21,11 +22,11 @@ Text = str | Sequence[int]
 
 @dataclass(frozen=True)
 class SequenceScores:
-    """Scores of the K completions of one prompt, in their order, on the CPU.
+    """Scores of the K completions of one prompt, in order, on the CPU.
 
-    sum (K,) float64: log p(completion | prompt); an empty completion has 0. mean (K,) float64: sum / tokens; an empty
-    completion has NaN, which `ops.vote` reads as "not scored". tokens (K,) int64. token_logprobs, token_entropies: one
-    float32 tensor (tokens,) per completion, where asked for; entropies are those of the whole distribution, in nats.
+    sum (K,) float64: log p(completion | prompt), 0 for an empty completion. mean (K,) float64: sum / tokens, NaN for an
+    empty completion, which `ops.vote` reads as "no score". tokens (K,) int64. token_logprobs, token_entropies: one
+    float32 tensor (tokens,) for each completion, if requested; an entropy is that of the whole distribution, in nats.
     """
 
     sum: torch.Tensor
@@ -48,38 +49,39 @@ def score_sequences(
     progress: bool = False,
     impl: str = "auto",
 ) -> list[SequenceScores]:
-    """Sum and mean log-probability of K completions of each prompt.
+    """Return the sum and mean log-probability of K completions of each prompt.
 
         sum_k = sum_t log p(c_kt | prompt, c_k1 ... c_k,t-1);   mean_k = sum_k / tokens_k
 
-    Each prompt is encoded once, alone, and its cache continued by the completions in batches of similar length; states
-    go from the last layer to `ops.linear_logprob`, so (T, V) logits never exist. No gradients; eval mode during the
-    call. Models with a recurrent state (Mamba, RWKV, hybrids) read prompt + completion anew for each completion; a head
-    that is not one linear layer with an optional factor and soft cap has its logits computed, 256 MiB at a time.
+    Each prompt is encoded once, alone, and the completions continue its cache in batches of similar length. The states
+    of the last layer go to `ops.linear_logprob`, so (T, V) logits never exist. The model runs in eval mode without
+    gradients. Models with a recurrent state (Mamba, RWKV, hybrids) read prompt + completion again for each completion.
+    A head that is not one linear layer with an optional factor and soft cap computes its logits, 256 MiB at a time.
 
     Args:
         model: a decoder-only transformers model, composed and dual-LoRA models included.
-        prompts: token ids or strings, one or more tokens each. completions: for each prompt, any number of the same.
-        tokenizer: for strings. A prompt gets the tokenizer's special tokens, a completion none (add the end token's
-            text if it is to be scored). A completion's ids are what follows the prompt's ids in the ids of prompt +
-            completion; where these do not begin with the prompt's ids (a token spans the boundary), the completion is
-            tokenized alone: the prompt is never re-tokenized, as in generation. For sampled completions pass the ids.
-        max_tokens: rows x (prompt + longest completion) of one batch, at least one row: bounds memory whatever K.
-        share_prompt: False reads the prompt anew for every completion.
-        return_tokens, return_entropy: also the log-probability, the entropy at each token.
+        prompts: token ids or strings, with at least one token each. completions: for each prompt any number of them.
+        tokenizer: for strings. A prompt gets the tokenizer's special tokens, a completion none (add the text of the end
+            token to score it). The ids of a completion are those that follow the prompt's ids in the ids of prompt +
+            completion. If these do not begin with the prompt's ids, because a token spans the boundary, the completion
+            is tokenized alone: the prompt is never re-tokenized, as in generation. Pass ids for sampled completions.
+        max_tokens: most rows x (prompt + longest completion) of a batch, which has at least one row; it bounds memory
+            for any K.
+        share_prompt: False reads the prompt again for every completion.
+        return_tokens, return_entropy: also return the log-probability, or the entropy, at each token.
         impl: of `ops.linear_logprob`.
     Returns:
-        one SequenceScores per prompt.
+        one SequenceScores for each prompt.
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came. An empty
-        prompt is an error: its first token must be conditioned on something, such as the begin-of-sequence token.
+            prompt is an error: a first token must be conditioned on something, such as the begin-of-sequence token.
     """
     check_model(_CALLER, model)
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
         raise ValueError(f"{_CALLER}: `max_tokens` must be a positive integer, got {max_tokens!r}")
     pairs = _token_ids(model, tokenizer, prompts, completions)
     results = []
-    with evaluating(model):
+    with eval_mode(model):
         scorer = _Scorer(model, max_tokens, share_prompt, return_entropy, impl)
         for prompt, rows in progress_bar(pairs, desc="scoring", unit="prompt", shown=progress):
             logprobs, entropies = scorer.score(prompt, rows)
@@ -92,29 +94,27 @@ def score_sequences(
 
 
 class _Scorer:
-    """One model, read prompt by prompt."""
+    """Scores completions with one model, prompt by prompt."""
 
     def __init__(self, model: PreTrainedModel, max_tokens: int, share: bool, entropy: bool, impl: str) -> None:
         self.reader = PrefixReader(model, share)
         self.max_tokens, self.entropy, self.impl = max_tokens, entropy, impl
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        pad = model.config.get_text_config(decoder=True).pad_token_id  # some families warn about it
-        token = torch.tensor([[1 if pad == 0 and vocabulary > 1 else 0]], device=model.device)
+        token = probe_token(model)
         self.head = find_linear_head(model, lambda: self.reader(token))
         if self.head is None:
-            self.max_tokens = min(max_tokens, max(1, _LOGITS_AT_ONCE // vocabulary))
+            self.max_tokens = min(max_tokens, max(1, _LOGITS_AT_ONCE // vocabulary_size(model)))
 
     def score(self, prompt: list[int], rows: list[list[int]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Log-probabilities and entropies (empty unless asked for) of each row's tokens."""
+        """Return log-probabilities and entropies (empty unless requested) of each row's tokens."""
         results: list[Any] = [(torch.empty(0), torch.empty(0)) for _ in rows]
-        asked = [k for k, row in enumerate(rows) if row]
+        nonempty = [k for k, row in enumerate(rows) if row]
         cache = first = None
-        if self.reader.shares and asked:
+        if self.reader.shares and nonempty:
             cache = self.reader.new_cache()
             first = self._states(torch.tensor([prompt]), cache, 0, 1)
             if not self.reader.filled(cache, len(prompt)):
                 cache = first = None
-        for batch in _batches(asked, rows, len(prompt), self.max_tokens):
+        for batch in _batches(nonempty, rows, len(prompt), self.max_tokens):
             states = self._continue(prompt, [rows[k] for k in batch], cache, first)
             for k, result in zip(batch, self._read(states, [rows[k] for k in batch]), strict=True):
                 results[k] = result
@@ -123,31 +123,32 @@ class _Scorer:
     def _continue(
         self, prompt: list[int], rows: list[list[int]], cache: Any, first: torch.Tensor | None
     ) -> torch.Tensor:
-        """States (B, longest, d or V): state t of a row predicts its token t; what follows a row's end is padding."""
-        # causal models: no real token sees the padding after it, so that it needs no mask
+        """Return states (B, longest, d or V); state t of a row predicts its token t, and padding follows its end."""
+        # in a causal model no real token sees the padding after it, so no mask is needed
         longest = max(map(len, rows))
-        fed = [row[:-1] + row[-1:] * (longest - len(row)) for row in rows]
-        fed = torch.tensor(fed, dtype=torch.int64).reshape(len(rows), longest - 1)
-        if cache is None:
+        padded = [row[:-1] + row[-1:] * (longest - len(row)) for row in rows]
+        fed = torch.tensor(padded, dtype=torch.int64).reshape(len(rows), longest - 1)
+        if cache is None or first is None:
             whole = torch.cat([torch.tensor([prompt]).expand(len(rows), -1), fed], dim=1)
             return self._states(whole, None, 0, longest)
         first = first.expand(len(rows), -1, -1)
         if longest == 1:
             return first
-        # every batch continues a copy: the prompt's own cache keeps the prompt's tokens only
+        # every batch continues a copy, so that the prompt's own cache holds the prompt only
         twin = branch(cache, torch.zeros(len(rows), dtype=torch.int64, device=self.reader.model.device))
         return torch.cat([first, self._states(fed, twin, len(prompt), longest - 1)], dim=1)
 
     def _states(self, ids: torch.Tensor, cache: Any, past: int, keep: int) -> torch.Tensor:
-        """What predicts the token after each of the last `keep` of ids (B, M): states before the head, or logits."""
+        """Return the states before the head, or the logits, at the last `keep` of ids (B, M)."""
         ids = ids.to(self.reader.model.device)
         if self.head is None:
             return self.reader(ids, cache=cache, past=past, keep=keep).logits[:, -keep:]
-        states = hidden_states(self.head, lambda: self.reader(ids, cache=cache, past=past))
+        states = head_input(self.head, lambda: self.reader(ids, cache=cache, past=past))
         if states.shape[:2] != ids.shape:
+            kind = type(self.reader.model).__name__
             raise RuntimeError(
-                f"{_CALLER}: the head of {type(self.reader.model).__name__} read states of shape {tuple(states.shape)} "
-                f"for {tuple(ids.shape)} tokens, expected one state a token"
+                f"{_CALLER}: `model` must give its head one state for each token, got {kind}, which gives states of "
+                f"shape {tuple(states.shape)} for {tuple(ids.shape)} tokens"
             )
         return states[:, -keep:]
 
@@ -168,9 +169,9 @@ class _Scorer:
         return zip(parts, others, strict=True)
 
 
-def _batches(asked: list[int], rows: list[list[int]], past: int, max_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows of similar length, the longest first, rows x (past + longest) <= max_tokens or a single row."""
-    order = sorted(asked, key=lambda k: (-len(rows[k]), k))
+def _batches(nonempty: list[int], rows: list[list[int]], past: int, max_tokens: int) -> Iterator[list[int]]:
+    """Yield indices of rows of similar length, longest first: rows x (past + longest) <= max_tokens, or one row."""
+    order = sorted(nonempty, key=lambda k: (-len(rows[k]), k))
     start = 0
     while start < len(order):
         count = max(1, max_tokens // (past + len(rows[order[start]])))
@@ -186,10 +187,10 @@ def _token_ids(
             raise bad_type(_CALLER, name, "a sequence with one entry for each prompt", value)
     if len(prompts) != len(completions):
         raise ValueError(
-            f"{_CALLER}: `prompts` and `completions` must be sequences of one length (a list of completions for each "
-            f"prompt), got {len(prompts)} and {len(completions)}"
+            f"{_CALLER}: `completions` must have a list of completions for each of the {len(prompts)} prompts, got "
+            f"{len(completions)}"
         )
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocabulary_size(model)
     pairs = []
     for i, (prompt, rows) in enumerate(zip(prompts, completions, strict=True)):
         if isinstance(rows, str) or not hasattr(rows, "__len__"):
@@ -197,7 +198,7 @@ def _token_ids(
         ids = _encode(tokenizer, prompt, f"prompts[{i}]", vocabulary)
         if not ids:
             raise ValueError(
-                f"{_CALLER}: `prompts[{i}]` has no tokens, expected at least one to condition the first token on; "
+                f"{_CALLER}: `prompts[{i}]` must have at least one token to condition the first token on, got none; "
                 "begin it with the model's begin-of-sequence token"
             )
         named = [(row, f"completions[{i}][{k}]") for k, row in enumerate(rows)]
@@ -216,7 +217,7 @@ def _encode(
             raise ValueError(f"{_CALLER}: `{name}` must hold token ids in [0, {vocabulary}), got {ids[:8]}...")
         return ids
     if tokenizer is None:
-        raise ValueError(f"{_CALLER}: `tokenizer` is needed, `{name}` is a string")
+        raise ValueError(f"{_CALLER}: `tokenizer` must be given for strings, got None, and `{name}` is a string")
     if prompt_ids is None:
         return list(tokenizer(text)["input_ids"])
     if isinstance(prompt, str):

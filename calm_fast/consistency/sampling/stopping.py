@@ -1,4 +1,4 @@
-"""When to stop sampling: how sure it is, from the votes so far, that the leading answer stays the leader."""
+"""When to stop sampling: the probability, given the votes so far, that the leading answer stays the leader."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def leader_probability(top: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Probability that the leading answer is the more frequent one of the two most frequent answers.
+    """Return the probability that the leading answer is the more frequent one of the two most frequent answers.
 
         P = 1 - I_{1/2}(top + 1, second + 1) = 1 - sum_{i <= second} C(n, i) / 2^n,   n = top + second + 1
 
-    the posterior, from a uniform prior, of "the leader's share is above one half" among the samples that chose either
-    of the two. I is the regularised incomplete beta function; for whole numbers it is the sum. From a vote by rule
-    "count": top = vote.weight, second = vote.weight - vote.margin.
+    It is the posterior probability, from a uniform prior, that the leader's share is above one half among the samples
+    that chose either of the two. I is the regularised incomplete beta function, which is the sum for integers. For a
+    vote by rule "count", top = vote.weight and second = vote.weight - vote.margin.
 
     Args:
-        top: any shape, integer dtype: votes of the leading answer. second: votes of the next one, 0 <= second <= top.
+        top: votes of the leading answer, any shape, integer dtype. second: votes of the next answer, same shape,
+            0 <= second <= top.
     Returns:
-        the same shape, float64, 1/2 to 1: 1/2 where the two are level.
+        the same shape, float64, from 1/2 to 1; 1/2 where the two are equal.
     Raises:
-        TypeError, ValueError: not integer tensors of one shape and device; on a CPU also votes out of order.
+        TypeError, ValueError: the arguments are not integer tensors of one shape and device, or second is out of range,
+            which is checked on a CPU.
     Source: Adaptive-Consistency (arXiv 2305.11860), the Beta criterion.
     """
     for name, votes in (("top", top), ("second", second)):
         if not isinstance(votes, torch.Tensor) or votes.dtype not in _INTEGERS:
-            raise bad_type("leader_probability", name, "a tensor of whole votes (integer dtype)", votes)
+            raise bad_type("leader_probability", name, "a tensor of integer dtype", votes)
     if top.shape != second.shape or top.device != second.device:
-        expected = f"like top: shape {tuple(top.shape)} on {top.device}"
+        expected = f"of top's shape {tuple(top.shape)} and on {top.device}"
         raise bad_value("leader_probability", "second", expected, f"shape {tuple(second.shape)} on {second.device}")
     if not top.numel():
         return torch.zeros(top.shape, dtype=torch.float64, device=top.device)
@@ -47,10 +49,12 @@ def leader_probability(top: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def should_stop(top: torch.Tensor, second: torch.Tensor, threshold: float = 0.95) -> torch.Tensor:
-    """Where `leader_probability(top, second)` reaches `threshold`: bool, the tensors' shape.
+    """Return a bool tensor, True where `leader_probability(top, second)` reaches `threshold`.
 
+    Args:
+        top, second: as in `leader_probability`. threshold: above 1/2 and at most 1; 1/2 would stop before any sample.
     Raises:
-        ValueError: a threshold that is not above 1/2 and at most 1 (1/2 would stop before the first sample).
+        TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
     """
     check_finite_number("should_stop", "threshold", threshold)
     if not 0.5 < threshold <= 1:

@@ -1,1 +1,1 @@
-"""Votes over groups of equal answers: files of samples, curves over k, reports."""
+"""Votes over groups of equal answers: files of samples, curves over k, results, reports."""

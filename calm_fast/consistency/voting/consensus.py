@@ -1,4 +1,4 @@
-"""Questions with their samples, the vote over them, and what it says."""
+"""Questions with their samples, and the result of a vote over them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from calm_fast import ops
-from calm_fast.consistency.answers.equality import extract_answer
-from calm_fast.consistency.voting.samples import answer_text, check_row
+from calm_fast._ops.maj_at_k.api import vote_credit
+from calm_fast.consistency.answers.gold import answer_text
+from calm_fast.consistency.answers.grouping import Groups
+from calm_fast.consistency.voting.samples import check_row
 from calm_fast.core.checks import bad_type
 
 _CALLER = "SelfConsistency"
@@ -19,11 +21,12 @@ _CALLER = "SelfConsistency"
 
 @dataclass(frozen=True)
 class SelfConsistencyResult:
-    """What the samples of one question say.
+    """The vote over the samples of one question.
 
-    answer: the winning answer as one of the samples writes it, None where no sample has one. weight, total, margin,
-    ties: of the vote, see `ops.vote`. rationales, answers (None: none found), scores (None: not scored): one entry per
-    sample. reference: the right answer, where given; credit: 1 / ties if it is among the tied, else 0.
+    answer: the winning answer in the words of a sample, None if no sample has an answer. weight, total, margin, ties:
+    of the vote, see `ops.vote`. rationales, answers (None = no answer found), scores (None = no score): one entry for
+    each sample. reference: the gold answer or a solution, if given. credit: 1 / ties if the gold answer is among the
+    tied, else 0; None without a gold answer.
     """
 
     index: int
@@ -40,7 +43,7 @@ class SelfConsistencyResult:
     credit: float | None = None
 
     def to_row(self) -> dict[str, Any]:
-        """A row of samples (question, answer = the reference, generated_answer, scores) with the vote's fields."""
+        """Return a row of samples (question, answer = the reference, generated_answer, scores) with the vote."""
         return {
             "index": self.index, "question": self.question, "answer": self.reference,
             "generated_answer": self.rationales, "extracted": self.answers, "scores": self.scores,
@@ -50,13 +53,14 @@ class SelfConsistencyResult:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> SelfConsistencyResult:
+        """Return the result that `to_row` wrote."""
         names = {"reference": "answer", "rationales": "generated_answer", "answers": "extracted", "answer": "winner"}
         return cls(**{field: row[names.get(field, field)] for field in cls.__dataclass_fields__})
 
 
 @dataclass
 class Question:
-    """A question on its way to its result."""
+    """A question, and its samples as they are drawn."""
 
     index: int
     text: str
@@ -66,23 +70,25 @@ class Question:
     scores: list[float | None] | None
 
 
-def voted(
-    items: Sequence[Question], groups: Any, gold: Sequence[str | None], rule: str, lam: float
-) -> list[SelfConsistencyResult]:
-    """The vote over each question's samples; groups: what `group_answers` makes of their answers and of gold."""
-    scores = torch.full(groups.answers.shape, float("nan"), dtype=torch.float64)
-    for q, item in enumerate(items):
-        values = [float("nan") if value is None else value for value in item.scores or ()]
+def score_matrix(rows: Sequence[Sequence[float | None] | None], width: int) -> torch.Tensor:
+    """Return (Q, width) float64 scores of Q questions; NaN where a sample has none."""
+    scores = torch.full((len(rows), width), math.nan, dtype=torch.float64)
+    for q, row in enumerate(rows):
+        values = [math.nan if value is None else value for value in row or ()]
         scores[q, : len(values)] = torch.tensor(values, dtype=torch.float64)
+    return scores
+
+
+def vote_results(
+    items: Sequence[Question], groups: Groups, gold: Sequence[str | None], rule: str, lam: float
+) -> list[SelfConsistencyResult]:
+    """Return the vote over each question's samples; groups: the result of `group_answers` on their answers and gold."""
+    scores = score_matrix([item.scores for item in items], groups.answers.shape[1])
     votes = ops.vote(groups.answers, scores, valid=groups.valid, rule=rule, lam=lam)
-    # the same vote with the right answer's samples first: it wins there if it is among the tied
-    order = (groups.answers != groups.correct[:, None]).long().argsort(dim=1, stable=True)
-    answers, scores, valid = (tensor.gather(1, order) for tensor in (groups.answers, scores, groups.valid))
-    first = ops.vote(answers, scores, valid=valid, rule=rule, lam=lam).winner
+    credit = vote_credit(groups.answers, groups.correct, scores, valid=groups.valid, rule=rule, lam=lam)
     results = []
     for q, item in enumerate(items):
-        winner, ties = int(votes.winner[q]), int(votes.ties[q])
-        right = ties > 0 and int(first[q]) == int(groups.correct[q])
+        winner = int(votes.winner[q])
         results.append(
             SelfConsistencyResult(
                 index=item.index,
@@ -91,12 +97,12 @@ def voted(
                 weight=float(votes.weight[q]),
                 total=float(votes.total[q]),
                 margin=float(votes.margin[q]),
-                ties=ties,
+                ties=int(votes.ties[q]),
                 rationales=item.rationales,
                 answers=item.answers,
                 scores=item.scores,
                 reference=item.reference,
-                credit=None if gold[q] is None else float(right) / max(ties, 1),
+                credit=None if gold[q] is None else float(credit[q]),
             )
         )
     return results
@@ -106,8 +112,8 @@ def _first_text(answers: Sequence[str | None], classes: list[int], valid: list[b
     return next((a for a, c, v in zip(answers, classes, valid, strict=False) if v and c == winner), None)
 
 
-def as_questions(questions: Sequence[str], references: Sequence[str | None] | None) -> list[Question]:
-    """Questions without samples yet, checked."""
+def new_questions(questions: Sequence[str], references: Sequence[str | None] | None) -> list[Question]:
+    """Check questions and references, and return them as questions without samples."""
     sized = hasattr(questions, "__len__") and hasattr(questions, "__iter__")
     if isinstance(questions, (str, Mapping)) or not sized:
         raise bad_type(_CALLER, "questions", "a sequence of strings", questions)
@@ -117,18 +123,18 @@ def as_questions(questions: Sequence[str], references: Sequence[str | None] | No
     references = [None] * len(questions) if references is None else list(references)
     if len(references) != len(questions):
         raise ValueError(
-            f"{_CALLER}: `references` must have one entry per question ({len(questions)}), got {len(references)}"
+            f"{_CALLER}: `references` must have one entry for each of {len(questions)} questions, got {len(references)}"
         )
     pairs = zip(questions, references, strict=True)
     return [Question(i, text, reference, [], [], None) for i, (text, reference) in enumerate(pairs)]
 
 
-def ready_questions(rows: Sequence[Mapping[str, Any]]) -> list[Question]:
-    """Questions with the samples and scores of rows, checked."""
+def questions_of_rows(rows: Sequence[Mapping[str, Any]]) -> list[Question]:
+    """Check rows, and return their questions with samples and scores."""
     for i, row in enumerate(rows):
-        scored = isinstance(row, Mapping) and row.get("scores") is not None
-        check_row(row, f"{_CALLER}: row {i}", "scores" if scored else None, need_answer=False)
-    items = as_questions([row["question"] for row in rows], [answer_text(row.get("answer")) for row in rows])
+        has_scores = isinstance(row, Mapping) and row.get("scores") is not None
+        check_row(row, f"{_CALLER}: row {i}", "scores" if has_scores else None, need_answer=False)
+    items = new_questions([row["question"] for row in rows], [answer_text(row.get("answer")) for row in rows])
     for item, row in zip(items, rows, strict=True):
         item.rationales = row["generated_answer"]
         if row.get("scores") is not None:
@@ -136,31 +142,25 @@ def ready_questions(rows: Sequence[Mapping[str, Any]]) -> list[Question]:
     return items
 
 
-def ranked(items: Sequence[Question], ranker: Any) -> None:
-    """Give every item the ranker's scores; ValueError where these are not one number for each sample."""
+def add_ranker_scores(items: Sequence[Question], ranker: Any) -> None:
+    """Set the scores of every question to the ranker's; raise ValueError unless each sample has one number."""
     found = list(ranker.score([item.text for item in items], [item.rationales for item in items]))
     counts = [len(values) for values in found]
     wanted = [len(item.rationales) for item in items]
     if counts != wanted:
         raise ValueError(
-            f"{_CALLER}: `ranker`.score must give one number for each sample, {wanted} of them, got {counts}"
+            f"{_CALLER}: `ranker` must return from score() one number for each sample, {wanted}, got {counts}"
         )
     for item, values in zip(items, found, strict=True):
         item.scores = [_score(float(value)) for value in values]
 
 
 def _score(value: float | None) -> float | None:
-    """A sample's score; None where there is none."""
+    """Return a score, None for a missing one."""
     return None if value is None or math.isnan(value) else float(value)
 
 
-def solution(reference: str | int | float | None, pattern: str | None) -> str | None:
-    """The answer of a reference: what a solution ends in, or the reference itself; None where it is blank."""
-    reference = answer_text(reference)
-    return extract_answer(reference, pattern) or reference if reference and reference.strip() else None
-
-
 def same_question(item: Question, row: Mapping[str, Any]) -> bool:
-    """Whether a written row is of this question, and of its samples where they are there already."""
-    given = not item.rationales or item.rationales == row.get("generated_answer")
-    return item.text == row["question"] and item.reference == row.get("answer") and given
+    """Return True if a saved row has this question, its reference, and its samples if it has any yet."""
+    same_samples = not item.rationales or item.rationales == row.get("generated_answer")
+    return item.text == row["question"] and item.reference == row.get("answer") and same_samples

@@ -1,4 +1,4 @@
-"""An append-only JSONL file of finished questions that survives being killed."""
+"""An append-only JSONL file of finished questions that survives a killed process."""
 
 from __future__ import annotations
 
@@ -10,27 +10,31 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from calm_fast.core.files import write_json
+
 FORMAT_VERSION = 1
-_PIECE = 1 << 14  # bytes of a gzip file taken at once
+_CALLER = "Journal"
+_PIECE = 1 << 14  # bytes of a gzip file that are decompressed at once
 
 
 class Journal:
-    """Rows {"index": int, "question": str, ...}, one a line, and the settings they were made with beside them.
+    """Rows {"index": int, "question": str, ...}, one per line, and beside the file the settings of the run.
 
-    A line counts once its newline is written; what a kill left behind it is cut off when the file is opened again.
-    Where the name ends in .gz every write is a gzip member of its own, which counts once it is whole: any gzip reader
-    reads the members as one file, and a kill costs at most the last write.
-    The settings lie in FILE.settings.json; rows made with others are never mixed. One process writes at a time.
+    A line counts once its newline is written. An incomplete line that a killed process left is cut off when the file is
+    opened again. If the name ends in .gz, every write is a gzip member of its own, which counts once it is complete;
+    any gzip reader reads the members as one file, and a killed process loses at most its last write. The settings lie
+    in FILE.settings.json, and rows of different settings are never mixed. One process writes at a time.
 
-    Raises ValueError: the file exists without settings, was made with other settings, or holds a damaged line.
-    RuntimeError: another process has it open.
+    Raises:
+        ValueError: the file exists without settings, was made with other settings, or has a damaged line.
+        RuntimeError: another process has the file open.
     """
 
-    def __init__(self, file: str | os.PathLike, settings: Mapping[str, Any]) -> None:
+    def __init__(self, file: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
         self.file = Path(file)
         self.packed = self.file.suffix == ".gz"
         self.settings_file = self.file.with_name(self.file.name + ".settings.json")
-        # as JSON gives it back: tuples are lists there
+        # as JSON returns it, with lists for tuples
         wanted = json.loads(json.dumps({"format": FORMAT_VERSION, **settings}))
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.stream = open(self.file, "a+b")  # noqa: SIM115 - open as long as the journal
@@ -54,22 +58,23 @@ class Journal:
             keys = [key for key in {**made, **wanted} if made.get(key) != wanted.get(key)]
             if keys:
                 told = "; ".join(f"{key}: {made.get(key)!r} there, {wanted.get(key)!r} now" for key in keys)
-                raise ValueError(f"out: {self.file.name} was made with other settings ({told}); give another file")
+                raise ValueError(
+                    f"{_CALLER}: `out` must be a file of the same settings, got {self.file.name}, which was made with "
+                    f"other settings ({told}); give another file"
+                )
             return
         if self.file.stat().st_size:
             raise ValueError(
-                f"out: {self.file.name} exists and {self.settings_file.name} does not, expected a file of an earlier "
-                "run to resume; give another file"
+                f"{_CALLER}: `out` must be a new file or one of an earlier run, got {self.file.name}, which exists "
+                f"while {self.settings_file.name} does not; give another file"
             )
-        partial = self.settings_file.with_name(self.settings_file.name + ".partial")
-        partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.settings_file)
+        write_json(self.settings_file, wanted, indent=2)
 
     def _read(self) -> list[dict[str, Any]]:
         self.stream.seek(0)
         content = self.stream.read()
         lines, whole = self._members(content) if self.packed else _lines(content)
-        if whole < len(content):  # a kill in the middle of a write
+        if whole < len(content):  # the process was killed during a write
             self.stream.truncate(whole)
         rows = []
         for number, line in enumerate(lines.splitlines(), 1):
@@ -77,22 +82,28 @@ class Journal:
                 row = json.loads(line)
                 rows.append({**row, "index": int(row["index"]), "question": str(row["question"])})
             except (ValueError, KeyError, TypeError) as problem:
-                raise ValueError(f"out: {self.file.name}, line {number} is damaged ({problem}); remove it") from problem
+                raise ValueError(
+                    f"{_CALLER}: `out` must hold rows as they were written, got {self.file.name}, whose line {number} "
+                    f"is damaged ({problem}); remove that line"
+                ) from problem
         return rows
 
     def _members(self, content: bytes) -> tuple[bytes, int]:
-        """What the whole gzip members of a file say, and where the last of them ends."""
-        lines, whole = [], 0
+        """Return the content of the complete gzip members of a file, and the end of the last of them."""
+        lines: list[bytes] = []
+        whole = 0
         while whole < len(content):
-            member, end, text = zlib.decompressobj(wbits=31), whole, []  # 31: gzip and nothing else
+            member, end, text = zlib.decompressobj(wbits=31), whole, list[bytes]()  # 31: gzip and nothing else
             try:
                 while end < len(content) and not member.eof:
                     piece = content[end : end + _PIECE]
                     text.append(member.decompress(piece))
                     end += len(piece) - len(member.unused_data)
             except zlib.error as problem:
-                where = f"out: {self.file.name}, after byte {whole}"
-                raise ValueError(f"{where}: expected gzip, as the name says ({problem}); give another file") from None
+                raise ValueError(
+                    f"{_CALLER}: `out` must be gzip, as its name says, got {self.file.name}, which is not after byte "
+                    f"{whole} ({problem}); give another file"
+                ) from None
             if not member.eof:
                 break
             lines += text
@@ -100,7 +111,7 @@ class Journal:
         return b"".join(lines), whole
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write rows behind the others, on disk when this returns."""
+        """Append rows; they are on disk when this returns."""
         lines = b"".join(json.dumps(row, allow_nan=False).encode("ascii") + b"\n" for row in rows)
         if not lines:
             return
@@ -110,7 +121,7 @@ class Journal:
 
 
 def _lines(content: bytes) -> tuple[bytes, int]:
-    """The whole lines of a file, and where the last of them ends."""
+    """Return the complete lines of a file, and the end of the last of them."""
     whole = content.rfind(b"\n") + 1
     return content[:whole], whole
 
@@ -123,4 +134,7 @@ def _lock(stream: Any, file: Path) -> None:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as problem:
-        raise RuntimeError(f"out: another process is writing {file.name}") from problem
+        raise RuntimeError(
+            f"{_CALLER}: `out` must be a file that no other process writes, got {file.name}: another process is "
+            "writing it; wait for that process or give another file"
+        ) from problem

@@ -1,8 +1,7 @@
-"""`calm-fast vote`: a file of samples becomes accuracies, their curve and the votes themselves."""
+"""`calm-fast vote`: accuracies, their curves and the votes of a file of samples."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -16,13 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 from calm_fast import ops
-from calm_fast._ops.maj_at_k.api import Curve
+from calm_fast._ops.maj_at_k.api import Curve, vote_credit
 from calm_fast._ops.voting.decide import RULES
 from calm_fast.consistency.answers.equality import extract_answer
+from calm_fast.consistency.answers.gold import gold_answer
 from calm_fast.consistency.answers.grouping import Groups, group_answers
-from calm_fast.consistency.voting.consensus import solution
+from calm_fast.consistency.voting.consensus import score_matrix
 from calm_fast.consistency.voting.curves import any_at_k
 from calm_fast.consistency.voting.samples import read_rows, write_rows
+from calm_fast.core.files import write_json
 from calm_fast.core.progress import progress_bar
 
 
@@ -30,10 +31,9 @@ from calm_fast.core.progress import progress_bar
 class VoteSettings:
     """How samples are read and counted.
 
-    ks: sizes of the curve; empty: powers of two up to the number of samples, and that number.
-    rule, lam, scores, resamples, seed: the weighted vote beside the plain one, see `ops.maj_at_k`; `scores` names the
-    field of the rows that holds them. answer_regex: last resort of `extract_answer`. equality, workers, timeout,
-    cache_dir: see `group_answers`.
+    ks: sizes of the curve; empty = powers of two up to the number of samples, and that number. rule, lam, resamples,
+    seed: of the weighted vote beside the plain one, see `ops.maj_at_k`. scores: the field of the rows with the scores.
+    answer_regex: last resort of `extract_answer`. equality, workers, timeout, cache_dir: see `group_answers`.
     """
 
     ks: tuple[int, ...] = ()
@@ -46,15 +46,16 @@ class VoteSettings:
     equality: str = "math"
     workers: int | None = None
     timeout: float = 5.0
-    cache_dir: str | os.PathLike | None = None
+    cache_dir: str | os.PathLike[str] | None = None
 
 
 @dataclass(frozen=True)
 class VoteReport:
-    """What `run` found; curves are over `ks`.
+    """The outcome of `run`; curves are over `ks`.
 
-    results: the content of results.json. weighted: the curve of another rule than "count". questions, samples,
-    unanswered: how many were counted, and samples without an answer. ungraded: rows without a right answer, left out.
+    results: the content of results.json. weighted: the curve of another rule than "count", or None. samples: number of
+    samples. unanswered: samples without an answer. ungraded: rows without a gold answer, which are left out. timeouts:
+    pairs of answers that count as different because their comparison timed out.
     """
 
     results: dict[str, Any]
@@ -71,27 +72,29 @@ class VoteReport:
 
 
 def run(
-    file: str | os.PathLike,
-    out: str | os.PathLike,
+    file: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     settings: VoteSettings | None = None,
     *,
     limit: int | None = None,
     progress: bool = True,
 ) -> VoteReport:
-    """Count the votes of `file`; writes results.json, votes.jsonl and curve.png into `out`.
+    """Count the votes of `file`, and write results.json, votes.jsonl and curve.png into `out`.
 
+    Args:
+        file: JSONL rows, see `read_rows`. out: a folder. limit: most rows to read. progress: show bars.
     Raises:
-        ValueError: the file or a setting is not what it should be.
+        ValueError: a row or a setting is wrong, or there is nothing to count; the message says which.
     """
-    begun = time.perf_counter()
+    start = time.perf_counter()
     settings = settings or VoteSettings()
     weighted = settings.rule != "count"
     _check(settings)
     rows = read_rows(file, limit, scores=settings.scores if weighted else None, need_answer=False)
-    gold = [solution(row.get("answer"), settings.answer_regex) for row in rows]
+    gold = [gold_answer(row.get("answer"), settings.answer_regex) for row in rows]
     graded = [number for number, answer in enumerate(gold) if answer is not None]
     if not graded:
-        raise ValueError(f"{Path(file).name}: no row has an `answer` to compare with")
+        raise ValueError(f"{Path(file).name}: a row must have a gold answer in `answer`, got none in any row")
     bar = progress_bar([rows[n] for n in graded], desc="reading answers", unit="question", shown=progress)
     answers = [[extract_answer(text, settings.answer_regex) for text in row["generated_answer"]] for row in bar]
     groups = group_answers(
@@ -99,11 +102,13 @@ def run(
         timeout=settings.timeout, cache_dir=settings.cache_dir, progress=progress,
     )  # fmt: skip
     if not groups.answers.shape[1]:
-        raise ValueError(f"{Path(file).name}: no row has a sample in `generated_answer`")
-    scores = _scores([rows[n] for n in graded], settings.scores, groups) if weighted else None
+        raise ValueError(f"{Path(file).name}: a row must have a sample in `generated_answer`, got none in any row")
+    scores = None
+    if weighted:
+        scores = score_matrix([rows[n][settings.scores] for n in graded], groups.answers.shape[1])
 
     ks = settings.ks or _powers_of_two(groups.answers.shape[1])
-    # 1 first: `single` is the majority of one
+    # `single` is the majority of one
     exact = ops.maj_at_k(groups.answers, groups.correct, ks=(1, *ks), valid=groups.valid)
     single, majority = float(exact.accuracy[0]), Curve(exact.accuracy[1:], exact.stderr[1:])
     anyone = any_at_k(groups.answers, groups.correct, ks=ks, valid=groups.valid)
@@ -115,7 +120,7 @@ def run(
         )  # fmt: skip
     largest = _first_valid(groups.valid, max(ks))
     ties = int((ops.vote(groups.answers, valid=largest).ties > 1).sum())
-    results = {
+    results: dict[str, Any] = {
         "questions": len(graded),
         "single": single,
         "majority": _by_k(ks, majority),
@@ -127,11 +132,11 @@ def run(
     report = VoteReport(
         results=results, ks=ks, majority=majority, any=anyone, weighted=curve, rule=settings.rule,
         samples=sum(len(row) for row in answers), unanswered=sum(text is None for row in answers for text in row),
-        ungraded=len(rows) - len(graded), timeouts=groups.timeouts, seconds=time.perf_counter() - begun,
+        ungraded=len(rows) - len(graded), timeouts=groups.timeouts, seconds=time.perf_counter() - start,
     )  # fmt: skip
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(folder / "results.json", results, indent=2)
     write_rows(folder / "votes.jsonl", _votes(graded, groups, scores, settings))
     draw(report, folder / "curve.png")
     return report
@@ -143,7 +148,7 @@ def _check(settings: VoteSettings) -> None:
     if len(set(settings.ks)) != len(settings.ks):
         raise ValueError(f"vote: `ks` must be different numbers, got {list(settings.ks)}")
     if settings.rule not in RULES:
-        raise ValueError(f"vote: `rule` must be count, weighted or adaptive, got {settings.rule!r}")
+        raise ValueError(f"vote: `rule` must be 'count', 'weighted' or 'adaptive', got {settings.rule!r}")
     if not math.isfinite(settings.lam):
         raise ValueError(f"vote: `lam` must be finite, got {settings.lam!r}")
     extract_answer("", settings.answer_regex)  # a bad pattern is an error before any work
@@ -158,24 +163,21 @@ def _by_k(ks: Sequence[int], curve: Curve) -> dict[str, float]:
     return {str(k): float(value) for k, value in zip(ks, curve.accuracy, strict=True)}
 
 
-def _scores(rows: Sequence[dict[str, Any]], field: str, groups: Groups) -> torch.Tensor:
-    scores = torch.full(groups.answers.shape, math.nan, dtype=torch.float64)
-    for number, row in enumerate(rows):
-        values = [math.nan if value is None else value for value in row[field]]
-        scores[number, : len(values)] = torch.tensor(values, dtype=torch.float64)
-    return scores
-
-
 def _first_valid(valid: torch.Tensor, k: int) -> torch.Tensor:
-    """The first k valid samples of each question."""
+    """Return the mask of the first k valid samples of each question."""
     return valid & (valid.cumsum(1) <= k)
 
 
 def _votes(
     numbers: Sequence[int], groups: Groups, scores: torch.Tensor | None, settings: VoteSettings
 ) -> Iterator[dict[str, Any]]:
-    """A row for each question: all its samples vote."""
-    votes = ops.vote(groups.answers, scores, valid=groups.valid, rule=settings.rule, lam=settings.lam)
+    """Yield a row for each question, of a vote of all its samples.
+
+    The mean of `credit` is the accuracy at the largest k, if no question has more samples than that.
+    """
+    rule, lam = settings.rule, settings.lam
+    votes = ops.vote(groups.answers, scores, valid=groups.valid, rule=rule, lam=lam)
+    credit = vote_credit(groups.answers, groups.correct, scores, valid=groups.valid, rule=rule, lam=lam)
     for place, number in enumerate(numbers):
         winner = int(votes.winner[place])
         yield {
@@ -186,16 +188,17 @@ def _votes(
             "ties": int(votes.ties[place]),
             "gold": groups.texts[place][0],
             "right": winner == 0,
+            "credit": float(credit[place]),
         }
 
 
 def _cell(accuracy: float, stderr: float) -> str:
-    """In percent; one question has no standard error."""
+    """Return an accuracy in percent with its standard error, which a single question does not have."""
     return f"{100 * accuracy:.1f}" if math.isnan(stderr) else f"{100 * accuracy:.1f} ± {100 * stderr:.1f}"
 
 
 def print_report(report: VoteReport, console: Console) -> None:
-    """The table for a person."""
+    """Print the table and the counts."""
     questions, ks = report.results["questions"], report.ks
     columns = {"majority": report.majority, "any": report.any}
     if report.weighted is not None:
@@ -215,17 +218,15 @@ def print_report(report: VoteReport, console: Console) -> None:
     console.print(f"ties at {max(ks)} samples: {ties} of {questions} questions ({100 * ties / questions:.1f} %)")
     console.print(f"samples without an answer: {report.unanswered} of {report.samples}")
     if report.ungraded:
-        console.print(f"rows without a right answer, left out: {report.ungraded}")
+        console.print(f"rows without a gold answer, left out: {report.ungraded}")
     if report.timeouts:
-        console.print(
-            f"pairs of answers that math-verify could not decide in time, taken as different: {report.timeouts}"
-        )
+        console.print(f"pairs of answers that count as different because math-verify timed out: {report.timeouts}")
     console.print(f"{report.seconds:.1f} seconds")
 
 
 def draw(report: VoteReport, file: Path) -> None:
-    """The curves as a picture, a band of one standard error around each."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+    """Plot the curves with a band of one standard error around each."""
+    from matplotlib.figure import Figure  # not pyplot, which needs a window system and has global state
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()

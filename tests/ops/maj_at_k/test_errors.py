@@ -79,12 +79,12 @@ def test_auto_takes_the_compiled_library_where_it_runs(method):
             maj_at_k(**good(), method=method, impl="native")
 
 
-def op_arguments(method, rule, impl):
+def op_arguments(method, rule):
     g = torch.Generator().manual_seed(0)
     answers, scores = torch.randint(0, 3, (5, 9), generator=g), torch.rand(5, 9, generator=g)
     valid = torch.rand(5, 9, generator=g) < 0.8
     scores = None if rule == "count" else scores
-    return answers, torch.zeros(5, dtype=torch.int64), scores, valid, [1, 4, 2], method, 7, rule, 1.0, 3, impl
+    return answers, torch.zeros(5, dtype=torch.int64), scores, valid, [1, 4, 2], method, 7, rule, 1.0, 3
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch", "native"])
@@ -92,7 +92,7 @@ def op_arguments(method, rule, impl):
 def test_opcheck(method, rule, impl):
     if impl == "native" and native_library.obstacle(f"maj_at_k_{method}"):
         pytest.skip(native_library.obstacle(f"maj_at_k_{method}"))
-    torch.library.opcheck(torch.ops.calm_fast.maj_at_k_fwd, op_arguments(method, rule, impl))
+    torch.library.opcheck(getattr(torch.ops.calm_fast, f"maj_at_k_{impl}_fwd"), op_arguments(method, rule))
 
 
 @pytest.mark.parametrize("method", ["exact", "resample"])

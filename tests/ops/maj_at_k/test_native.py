@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calm_fast._ops.maj_at_k.api import _maj_at_k_native
 from calm_fast._ops.maj_at_k.cases import CASES
+from calm_fast._ops.maj_at_k.native import maj_at_k_native
 from calm_fast._ops.maj_at_k.reference import maj_at_k_reference
 from calm_fast.core import native_library
 from calm_fast.core.numerics import Case
@@ -23,7 +23,7 @@ def arguments(inputs):
 
 
 def run(inputs, lane=-1):
-    return _maj_at_k_native(*arguments(inputs), lane)
+    return maj_at_k_native(*arguments(inputs), lane)
 
 
 @pytest.fixture(params=LANES)
@@ -51,7 +51,7 @@ def test_resampled_bits_are_the_definition_s(k, classes, lane):
     ks = sorted({1, 2, 3, max(1, k // 2), max(1, k - 1), k, k + 1})
     for resamples in (1, 16, 17, 33, 65) if k < 100 else (17,):
         options = (answers, correct, None, None, ks, "resample", resamples, "count", 1.0, -7)
-        assert torch.equal(_maj_at_k_native(*options, lane), maj_at_k_reference(*options))
+        assert torch.equal(maj_at_k_native(*options, lane), maj_at_k_reference(*options))
 
 
 def test_weighted_bits_are_the_definition_s(lane):
@@ -74,7 +74,7 @@ def test_weighted_bits_are_the_definition_s_at_every_size(k, classes, lane):
     ks = sorted({1, 2, max(1, k // 2), max(1, k - 1), k})
     for resamples in (1, 17, 65) if k < 100 else (17,):
         options = (answers, correct, scores, None, ks, "resample", resamples, "weighted", 1.0, 11)
-        assert torch.equal(_maj_at_k_native(*options, lane), maj_at_k_reference(*options))
+        assert torch.equal(maj_at_k_native(*options, lane), maj_at_k_reference(*options))
 
 
 @pytest.mark.parametrize("rule", ["count", "weighted"])
@@ -87,7 +87,7 @@ def test_what_votes_decides_not_what_is_there(k, rule, lane):
     scores = torch.randn(4, k, generator=g) if rule == "weighted" else None
     valid = torch.stack([torch.randperm(k, generator=g) < n for n in (3, 40, 255, 256)])
     options = (answers, correct, scores, valid, [1, 2, 20, 254], "resample", 17, rule, 1.0, 3)
-    torch.testing.assert_close(_maj_at_k_native(*options, lane), maj_at_k_reference(*options), rtol=0, atol=1e-12)
+    torch.testing.assert_close(maj_at_k_native(*options, lane), maj_at_k_reference(*options), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ragged", "doubling", "resample", "everything"])

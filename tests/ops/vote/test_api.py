@@ -10,8 +10,8 @@ import torch
 
 from calm_fast._ops.vote import torch_impl as vote_impl
 from calm_fast._ops.vote.api import Vote, decide, vote
-from calm_fast._ops.vote.api import _vote_native_fwd as native_vote
 from calm_fast._ops.vote.cases import CASES
+from calm_fast._ops.vote.native import vote_native as native_vote
 from calm_fast.core import native_library
 from calm_fast.core.numerics import Case, check
 
@@ -251,8 +251,8 @@ def test_scores_that_require_grad_give_a_plain_vote(impl):
 @pytest.mark.parametrize("name", ["count", "everything", "no-samples", "strided"])
 def test_opcheck(name, impl):
     inputs = build(name)
-    arguments = (inputs["answers"], inputs["scores"], inputs["valid"], inputs["rule"], inputs["lam"], impl)
-    torch.library.opcheck(torch.ops.calm_fast.vote_fwd.default, arguments)
+    arguments = (inputs["answers"], inputs["scores"], inputs["valid"], inputs["rule"], inputs["lam"])
+    torch.library.opcheck(getattr(torch.ops.calm_fast, f"vote_{impl}_fwd").default, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

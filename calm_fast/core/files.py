@@ -1,0 +1,37 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_path(file: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside `file`, which replaces `file` when the block ends.
+
+    If the block raises, `file` stays as it was and the temporary file is removed. A killed process leaves the old file
+    or the new one, never a part of one.
+    """
+    target = Path(file)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(file: str | os.PathLike[str], text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_path(file) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(file: str | os.PathLike[str], content: Any, indent: int = 1) -> None:
+    """Write `content` as JSON with a final newline, atomically."""
+    write_text(file, json.dumps(content, indent=indent) + "\n")
