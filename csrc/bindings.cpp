@@ -1,7 +1,7 @@
-// Schemas of the compiled library and the module's entry point; nothing else.
+// Schemas of the compiled library and the entry point of the module; nothing else.
 //
-// The same file is in both extension modules. Schemas are defined once, by calm_fast._cpu, which is loaded first;
-// csrc/<op>/<op>_cpu.cpp and csrc/<op>/<op>_cuda.cu add their implementations to them.
+// Both extension modules compile this file. calm_fast._cpu, which is loaded first, defines the schemas;
+// csrc/<op>/<part>_cpu.cpp and csrc/<op>/<part>_cuda.cu add their implementations.
 
 #include "common/module.h"
 
@@ -9,7 +9,7 @@
 
 #ifndef CALM_FAST_CUDA_MODULE
 STABLE_TORCH_LIBRARY_FRAGMENT(calm_fast, m) {
-  // A function with SIMD code takes `lane` last: -1 for the best of this CPU, or one of csrc/common/lanes.h.
+  // A kernel with SIMD code takes `lane` last: -1 for the best lane of this CPU, or a value of Lane in common/lanes.h.
   m.def("_cross_attention_native_decode(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, bool causal, float scale,"
         " int lane=-1) -> (Tensor out, Tensor lse)");
   m.def("_cross_attention_native_fwd(Tensor q, Tensor k, Tensor v, Tensor? lo, Tensor? hi, bool causal, float scale,"

@@ -1,4 +1,4 @@
-// What every <op>_cuda.cu needs beside checks.h: the device and stream of a tensor, its pointers, launch errors.
+// Host helpers of every <part>_cuda.cu beside checks.h: a tensor's device and stream, its pointers, launch errors.
 #pragma once
 
 #include "common/checks.h"
@@ -12,7 +12,7 @@
 
 namespace calm_fast {
 
-// Makes the tensor's GPU current while it lives, and knows torch's current stream there.
+// Makes the tensor's GPU current for the lifetime of the object; stream() is torch's current stream on that GPU.
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& tensor) : guard_(tensor.get_device_index()) {
@@ -49,7 +49,16 @@ inline void check_launch(const char* op, const char* problem) {
 inline void check_same_device(const char* op, const char* name, const Tensor& tensor, const Tensor& first) {
   STD_TORCH_CHECK(
       tensor.is_cuda() && tensor.get_device_index() == first.get_device_index(),
-      op, ": `", name, "` must be on CUDA device ", first.get_device_index());
+      op, ": `", name, "` must be on CUDA device ", first.get_device_index(), ", got ",
+      tensor.is_cuda() ? "CUDA device " + std::to_string(tensor.get_device_index()) : std::string("a CPU tensor"));
+}
+
+inline int64_t processors_of(const char* op, int device) {
+  int count = 0;
+  const cudaError_t problem = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  STD_TORCH_CHECK(
+      problem == cudaSuccess, op, ": CUDA cannot tell the number of multiprocessors: ", cudaGetErrorString(problem));
+  return count;
 }
 
 }  // namespace calm_fast

@@ -3,7 +3,7 @@
 //   to_float(value), from_float<T>(value)          scalar
 //   load16 / load16_part, store16 / store16_part   AVX-512: 16 values, or the first `count` < 16 of them (rest 0)
 //   load8 / store8                                 AVX2: 8 values
-//   dispatch_float(dtype, op, [&](auto zero) { using T = decltype(zero); ... })
+//   dispatch_float(dtype, op, name, [&](auto zero) { using T = decltype(zero); ... })
 #pragma once
 
 #include <cstring>
@@ -28,18 +28,16 @@ inline T from_float(float value) {
   return static_cast<T>(value);
 }
 
-// Calls `body` with a zero of the C++ type of `dtype`; an error for anything but the three.
+// Calls `body` with a zero of the C++ type of `dtype`, the dtype of argument `name`; refuses any other dtype.
 template <class Body>
-inline void dispatch_float(ScalarType dtype, const char* op, const Body& body) {
+inline void dispatch_float(ScalarType dtype, const char* op, const char* name, const Body& body) {
+  check_float_dtype(op, name, dtype);
   if (dtype == ScalarType::Float) {
     body(float{0});
   } else if (dtype == ScalarType::BFloat16) {
     body(BFloat16(0.0f));
-  } else if (dtype == ScalarType::Half) {
-    body(Half(0.0f));
   } else {
-    STD_TORCH_CHECK(false, op, ": float32, bfloat16 or float16 expected, got dtype ", static_cast<int>(dtype),
-                    " in torch's numbering");
+    body(Half(0.0f));
   }
 }
 
@@ -56,7 +54,7 @@ CALM_FAST_AVX512 inline __m512 load16(const Half* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-// Round to nearest even; a NaN stays a NaN (its top bits may round to infinity, so it is set to a quiet one).
+// Rounds to nearest even. A NaN becomes the quiet NaN, because rounding its upper bits might give infinity.
 CALM_FAST_AVX512 inline __m256i narrow_bf16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

@@ -1,9 +1,9 @@
-// SIMD lanes: which instructions a function may use is decided at run time, never by a compile flag.
+// SIMD lanes: the instruction set of a function is chosen at run time, never by a compile flag.
 //
-//   CALM_FAST_AVX512 void rows_avx512(...)   a function compiled for AVX-512 (F, BW, DQ, VL) whatever the flags
-//   choose_lane(lane)                        -1: the best lane of this CPU; else that lane, or an error
+//   CALM_FAST_AVX512 void rows_avx512(...)   compiles a function for AVX-512 (F, BW, DQ, VL) whatever the flags
+//   choose_lane(op, lane)                    returns the best lane of this CPU for -1, else that lane or an error
 //
-// Lambdas do NOT inherit their function's target attribute: no intrinsics inside a lambda.
+// A lambda does NOT inherit its function's target attribute: use no intrinsics inside one.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@
 #define CALM_FAST_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define CALM_FAST_AVX512_BF16 \
   __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
-// elementwise loops that the compiler vectorises well by itself
+// For elementwise loops that the compiler vectorises well on its own.
 #define CALM_FAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CALM_FAST_X86 0
@@ -26,7 +26,8 @@
 
 namespace calm_fast {
 
-// Each lane has everything of the ones before it; a function without code of its own for one takes the next lower.
+// Each lane includes the instructions of the lanes before it. A function without code for a lane runs the next lower
+// one.
 enum class Lane : int64_t { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 inline const char* lane_name(Lane lane) {
@@ -59,13 +60,13 @@ inline Lane best_lane() {
 #endif
 }
 
-// The lane to run: `wanted` is an argument of every native function, so that tests reach each of them.
+// Returns the lane to run. `wanted` is the kernel's argument `lane`, through which tests force each lane.
 inline Lane choose_lane(const char* op, int64_t wanted) {
   if (wanted < 0) return best_lane();
   STD_TORCH_CHECK(
       wanted <= static_cast<int64_t>(best_lane()),
-      op, ": lane ", wanted, " (0 scalar, 1 avx2, 2 avx512, 3 avx512_bf16) asked for, but the best of this CPU is ",
-      lane_name(best_lane()));
+      op, ": `lane` must be -1 or at most ", static_cast<int64_t>(best_lane()), ", the best lane of this CPU (",
+      lane_name(best_lane()), "), got ", wanted);
   return static_cast<Lane>(wanted);
 }
 

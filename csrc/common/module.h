@@ -39,7 +39,7 @@ inline PyObject* build_info(PyObject*, PyObject*) {
 #define CALM_FAST_MODULE(name)                                                                      \
   PyMODINIT_FUNC PyInit_##name() {                                                                  \
     static PyMethodDef methods[] = {                                                                \
-        {"build_info", calm_fast::build_info, METH_NOARGS, "How this module was built: a dict."},   \
+        {"build_info", calm_fast::build_info, METH_NOARGS, "Return how this module was built, as a dict."},   \
         {nullptr, nullptr, 0, nullptr}};                                                            \
     static PyModuleDef definition = {                                                               \
         PyModuleDef_HEAD_INIT, #name, "Compiled part of calm_fast.", 0, methods, nullptr, nullptr,  \

@@ -1,9 +1,9 @@
-// 16 bytes of float32, bfloat16 or float16 as floats: the wide loads of the decode kernels.
+// Unpacks 16 bytes of float32, bfloat16 or float16 to floats, for the wide loads of the decode kernels.
 #pragma once
 
 #include "common/simt.cuh"
 
-// Loops over registers must disappear: an index known only at run time would put the array into memory.
+// Loops over registers must be unrolled: an index known only at run time would put the array into memory.
 #if defined(CALM_FAST_EMULATED)
 #define SIMT_UNROLL
 #else
@@ -13,7 +13,7 @@
 namespace calm_fast::simt {
 
 template <class T>
-constexpr int kPack = 16 / static_cast<int>(sizeof(T));  // elements of 16 bytes
+constexpr int kPack = 16 / static_cast<int>(sizeof(T));  // elements in 16 bytes
 
 namespace packed {
 
@@ -40,7 +40,7 @@ __device__ __forceinline__ void unpack_word(uint32_t word, float* to) {
 
 }  // namespace packed
 
-// to[0 .. kPack<T>): the elements of T in `from`
+// Writes the elements of type T in `from` to to[0 .. kPack<T>).
 template <class T>
 __device__ __forceinline__ void unpack(const uint4& from, float* to) {
   constexpr int kEach = kPack<T> / 4;

@@ -1,4 +1,4 @@
-// Parallel loops on torch's own thread pool; a second OpenMP runtime would fight with it.
+// Parallel loops on torch's own thread pool. A second OpenMP runtime would compete with it for the cores.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace calm_fast {
 
-// body(begin, end) over parts of [0, count) of at least `grain` items, on at most torch's number of threads.
-// The body must not throw: an exception inside a worker thread ends the process.
+// Calls body(begin, end) on ranges of [0, count) with at least `grain` items, on at most torch's number of threads.
+// The body must not throw: an exception in a worker thread ends the process.
 template <class Body>
 inline void parallel_for(int64_t count, int64_t grain, const Body& body) {
   if (count <= 0) return;

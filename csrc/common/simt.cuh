@@ -1,16 +1,16 @@
-// The dialect of CUDA C++ that every <op>.cuh is written in: nvcc compiles it for the GPU, g++ for the emulation.
+// The dialect of CUDA C++ of every <part>.cuh: nvcc compiles it for the GPU, g++ for the emulation on the CPU.
 //
-//   Global<T>, Shared<T>               T* to global and shared memory (the emulation checks every access)
+//   Global<T>, Shared<T>               a T* to global or shared memory (the emulation checks every access)
 //   SIMT_SHARED(T, name, count)        __shared__ T name[count]
 //   SharedPool pool; pool.take<T>(n, "name")     dynamic shared memory cut into arrays, each 16-byte aligned;
-//                                      SharedBytes().add<T>(n).total() is what the launch must give
+//                                      SharedBytes().add<T>(n).total() is the size that the launch must pass
 //   ScratchPool pool(bytes)            the same cuts out of global memory
 //   load<V>(p), store<V>(p, v)         a wide access (float4, uint4, ...) at p, which must be aligned to it
-//   SIMT_LAUNCH(kernel, grid, block, shared, stream, arguments...)   nullptr, or what went wrong
+//   SIMT_LAUNCH(kernel, grid, block, shared, stream, arguments...)   returns nullptr or an error message
 //   bfloat16, float16, to_float(x), from_float<T>(x)
 //   load_acquire(p)                    reads a flag that another block's atomic set
-// Rules the emulation enforces: name the type of a value that is read (no `auto x = p[i]`); every thread of a block
-// reaches the same __syncthreads; a shuffle is no barrier for memory, __syncwarp is.
+// Rules that the emulation enforces. Name the type of a value that is read (no `auto x = p[i]`). Every thread of a
+// block reaches the same __syncthreads. A shuffle does not order memory; __syncwarp does.
 #pragma once
 
 #include <cstdint>
@@ -130,7 +130,7 @@ class SharedPool {
   unsigned char* next_;
 };
 
-// The same cuts out of global memory, for what does not fit into shared memory.
+// The same, out of global memory, for arrays that do not fit into shared memory.
 class ScratchPool {
  public:
   __device__ explicit ScratchPool(unsigned char* bytes) : next_(bytes) {}
@@ -145,7 +145,7 @@ class ScratchPool {
   unsigned char* next_;
 };
 
-// More than 48 KiB of dynamic shared memory has to be asked for, kernel by kernel.
+// A kernel must opt in to more than 48 KiB of dynamic shared memory.
 template <class... Parameters, class... Args>
 const char* launch(
     void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream, const Args&... args) {
@@ -179,11 +179,12 @@ SIMT_HOST_DEVICE float to_float(float x) { return x; }
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int64_t kSharedLimit = 96 * 1024;  // dynamic shared memory a block may ask for: sm_86 and sm_89 have 99 KiB, others more
+// Dynamic shared memory that a block may use: sm_86 and sm_89 have 99 KiB, the others more.
+constexpr int64_t kSharedLimit = 96 * 1024;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How much dynamic shared memory arrays taken from a SharedPool need.
+// Adds up the dynamic shared memory of the arrays that a kernel takes from its SharedPool.
 class SharedBytes {
  public:
   template <class T>

@@ -1,9 +1,11 @@
-// Vectors of float32 in four lanes, one namespace each with the same names: V, kWidth, arithmetic, comparisons, and the
-// two steps of exp2 that read a number's bits. NaN survives: maximum(a, b) gives b where either is NaN, so b is the data.
+// Vectors of float32 in four lanes. Each lane is a namespace with the same names: V, kWidth, arithmetic, comparisons
+// and exp2_of. NaN survives: maximum(a, b) returns b where either is NaN, so pass the data as b.
 //
-// fused(a, b, c) = a b + c, rounded once where the lane can. dot(acc, a, b) adds a product of 32-bit operands: one
-// float32 each, or two bfloat16 each (kPairs), as paired(even, odd) makes them. store_half and load_half are IEEE half
-// precision in memory. greater(a, b) and same(a, b) are masks for any() and pick(mask, x, y).
+//   fused(a, b, c)       a b + c, rounded once where the lane has a fused multiply-add
+//   dot(acc, a, b)       acc plus the product of 32-bit operands: one float32 each, or two bfloat16 each (kPairs), as
+//                        paired(even, odd) makes them
+//   store_half, load_half                IEEE half precision in memory
+//   greater(a, b), same(a, b)            masks for any(mask) and pick(mask, x, y)
 #pragma once
 
 #include <cmath>
@@ -16,9 +18,10 @@
 
 namespace calm_fast {
 
-constexpr float kRoundingMagic = 12582912.0f;  // 1.5 * 2^23: added to a small number it leaves the integer in the low bits
+// 1.5 * 2^23: adding it to a small number leaves the nearest integer in the low bits.
+constexpr float kRoundingMagic = 12582912.0f;
 
-// exp2_of(x) = 2^x for x <= 127, to 1.4 units of 2^-24; 2^-126 or less below x = -126, not 0; NaN for NaN
+// exp2_of(x) = 2^x for x <= 127, to 1.4 units of 2^-24. Below x = -126 it returns 2^-126 or less, not 0; NaN stays NaN.
 #define CALM_FAST_EXP2                                                   \
   LANE V exp2_of(V x) {                                                  \
     x = maximum(set1(-126.0f), x);                                       \
@@ -76,7 +79,7 @@ LANE bool any(M mask) {
   return found;
 }
 LANE V pick(M mask, V a, V b) { CALM_FAST_EACH(mask.x[i] ? a.x[i] : b.x[i]); }
-// a 2^n, n being the integer in the low bits of `rounded`
+// Returns a 2^n, where n is the integer in the low bits of `rounded`.
 LANE V scaled(V a, V rounded) {
   V out;
   for (int i = 0; i < kWidth; ++i) {
@@ -136,7 +139,7 @@ CALM_FAST_EXP2
 #undef LANE
 }  // namespace avx2
 
-// the two AVX-512 lanes differ in their target and in dot
+// The two AVX-512 lanes differ only in their target and in dot and paired.
 #define CALM_FAST_AVX512_VECTORS                                                                          \
   constexpr int kWidth = 16;                                                                              \
   using V = __m512;                                                                                       \

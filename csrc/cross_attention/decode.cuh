@@ -1,13 +1,15 @@
-// cross_attention for few queries on a GPU: the keys of a KV head are cut into splits, a block does one split for up to
-// eight of the rows that read that head, and a second kernel combines the splits in order.
+// The decode part of cross_attention on a GPU. The keys of a KV head are cut into splits. A block computes one split
+// for up to eight of the rows that read that head, and a second kernel combines the splits in order.
 //
-// A row is (query, head of the group). A key belongs to a group of kLanes lanes, eight elements a lane, so K and V are
-// read once, 16 bytes at a time, for all rows of the tile. The sums over lanes are exchanged so that each lane ends with
-// the score of one row: it alone does that row's softmax, and hands the weights back. Everything is float32.
-// docs/ops/cross_attention.md counts bytes and instructions. No torch headers: the CPU emulation compiles this too.
+// A row is (query, head of the group). A key belongs to a group of kLanes lanes, eight elements per lane, so K and V
+// are read once, 16 bytes at a time, for all rows of the tile. The sums over lanes are exchanged so that each lane ends
+// with the score of one row. That lane alone computes the row's softmax and hands the weights back. Everything is
+// float32. docs/ops/cross_attention.md counts bytes and instructions. No torch headers: the CPU emulation compiles this
+// file too.
 #pragma once
 
 #include "common/packed.cuh"
+#include "cross_attention/limits.h"
 
 namespace calm_fast::cross_attention {
 
@@ -19,9 +21,9 @@ using simt::Shared;
 constexpr int kThreads = 128, kWarps = kThreads / kWarpSize;
 constexpr int kEach = 8;             // elements of a head that a lane holds
 constexpr int kMaxSplits = 128;
-constexpr int kCombineThreads = 64;  // four columns each: head dim 256
-constexpr float kLowest = -3e38f;    // a maximum over no keys: finite, so that no inf - inf arises
-constexpr float kHidden = -1.0f;     // the weight of a key that the row does not see; weights are >= 0 or NaN
+constexpr int kCombineThreads = static_cast<int>(kMaxHeadDim) / 4;  // four columns per thread
+constexpr float kLowest = -3e38f;    // a maximum over no keys: finite, so that inf - inf cannot arise
+constexpr float kHidden = -1.0f;     // weight of a key that the row does not see; other weights are >= 0 or NaN
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 struct Strides {
@@ -30,24 +32,24 @@ struct Strides {
 
 template <class T>
 struct Args {
-  Global<const T> q, k, v;        // (B, M, H, D), (B, N, Hkv, D): no gaps in D, 16-byte aligned
+  Global<const T> q, k, v;        // (B, M, H, D), (B, N, Hkv, D): D contiguous, rows 16-byte aligned
   Global<const int32_t> lo, hi;   // (B, M) or null
   Global<T> out;                  // (B, M, H, D)
   Global<float> lse;              // (B, H, M)
   Global<float> acc, max, total;  // (B Hkv, splits, rows[, D]), null with one split
   Strides qs, ks, vs;
   int64_t n, split_keys;
-  int m, heads, kv_heads, d;      // narrow: a 64-bit division is a hundred instructions
-  int group, rows, tiles, splits; // heads of a KV head; m group; tiles of rows
+  int m, heads, kv_heads, d;      // 32 bits: a 64-bit division takes a hundred instructions
+  int group, rows, tiles, splits; // query heads of a KV head; m * group; tiles of rows
   bool causal;
   float scale_log2;               // scale * log2(e)
 };
 
-// Keys [lo, hi) that row `row` sees, within [first, last).
 struct Interval {
   int64_t lo, hi;
 };
 
+// Returns the keys [lo, hi) that row `row` sees within [first, last).
 template <class T>
 __device__ __forceinline__ Interval interval_of(const Args<T>& a, int64_t b, int row, int64_t first, int64_t last) {
   if (row >= a.rows) return {0, 0};
@@ -65,7 +67,7 @@ __device__ __forceinline__ Interval interval_of(const Args<T>& a, int64_t b, int
   return {lo < first ? first : lo, hi > last ? last : hi};
 }
 
-// What a row's sums become: four columns of out, and its lse by whoever has column 0.
+// Writes four columns of a row's output; the thread with column 0 also writes its lse.
 template <class T>
 __device__ __forceinline__ void finish(
     const Args<T>& a, int64_t b, int head, int row, int column, float4 acc, float max, float total) {
@@ -73,7 +75,7 @@ __device__ __forceinline__ void finish(
   Global<T> out = a.out + ((b * a.m + i) * a.heads + h) * a.d + column;
   const Interval sees = interval_of(a, b, row, 0, a.n);
   const bool nothing = sees.lo >= sees.hi;
-  const float inverse = 1.0f / total;  // a row that sees only scores of -inf is NaN, as in the definition
+  const float inverse = 1.0f / total;  // a row that sees only scores of -inf gives NaN, as in the definition
   out[0] = simt::from_float<T>(nothing ? 0.0f : acc.x * inverse);
   out[1] = simt::from_float<T>(nothing ? 0.0f : acc.y * inverse);
   out[2] = simt::from_float<T>(nothing ? 0.0f : acc.z * inverse);
@@ -83,13 +85,13 @@ __device__ __forceinline__ void finish(
   }
 }
 
-// The eight elements of a lane as they lie in memory: one load of 16-bit elements, two of float32.
+// The eight elements of a lane in the dtype of memory: one 16-byte load for 16-bit elements, two for float32.
 template <class T>
 struct Raw {
   static constexpr int kLoads = kEach / simt::kPack<T>;
   uint4 words[kLoads];
 
-  // load c of lane l: elements (c lanes + l) kPack onwards, so that a load of all lanes has no gaps
+  // Load c of lane l reads the elements from (c lanes + l) kPack on, so that a load of all lanes is contiguous.
   __device__ __forceinline__ void read(Global<const T> row, int lane, int lanes, int d, bool wanted) {
     SIMT_UNROLL
     for (int c = 0; c < kLoads; ++c) {
@@ -104,7 +106,7 @@ struct Raw {
   }
 };
 
-// The sums over kLanes lanes of kRows values each: lane l ends with row l / (kLanes / kRows).
+// Sums kRows values each over kLanes lanes; lane l ends with the sum of row l / (kLanes / kRows).
 template <int kRows, int kLanes>
 __device__ __forceinline__ float scatter_sum(float (&x)[kRows], int lane) {
   int step = kLanes / 2;
@@ -122,20 +124,21 @@ __device__ __forceinline__ float scatter_sum(float (&x)[kRows], int lane) {
   return x[0];
 }
 
-// Keys of one step of a lane group: enough 16-byte loads in flight, few enough registers.
+// Keys per step of a lane group: enough 16-byte loads in flight, without spilling registers.
 template <class T, int kRows>
 constexpr int kUnrolled = sizeof(T) == 4 && kRows > 1 ? 2 : 4;
 
 constexpr int64_t step_keys(int lanes, int unrolled) { return static_cast<int64_t>(kThreads / lanes) * unrolled; }
 
+// Attends one tile of kRows rows to one split of the keys.
 template <class T, int kRows, int kLanes>
 __global__ void __launch_bounds__(kThreads, kRows == 8 ? 2 : kRows == 4 ? 3 : 4) decode_kernel(Args<T> a) {
   constexpr int kUnroll = kUnrolled<T, kRows>, kGroups = kThreads / kLanes, kPerRow = kLanes / kRows;
   constexpr int64_t kStep = step_keys(kLanes, kUnroll);
   const int lane = threadIdx.x % kLanes, key_group = threadIdx.x / kLanes, warp = threadIdx.x / kWarpSize;
-  const int mine = lane / kPerRow;  // the row of the tile whose softmax this lane does
+  const int mine = lane / kPerRow;  // row of the tile whose softmax this lane computes
 
-  int at = blockIdx.x;  // tiles of one split lie side by side: they read the same keys, the later ones from L2
+  int at = blockIdx.x;  // tiles of one split are adjacent: they read the same keys, the later tiles from L2
   const int tile = at % a.tiles;
   at /= a.tiles;
   const int64_t split = at % a.splits;
@@ -151,6 +154,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 8 ? 2 : kRows == 4 ? 3 : 4)
   Shared<float> row_max = pool.take<float>(kRows, "row_max");
   Shared<float> warp_acc = pool.take<float>(kWarps * kRows * a.d, "warp_acc");
 
+  // Load: the query rows of the tile, scaled for exp2.
   float q[kRows][kEach], acc[kRows][kEach];
   SIMT_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -166,9 +170,10 @@ __global__ void __launch_bounds__(kThreads, kRows == 8 ? 2 : kRows == 4 ? 3 : 4)
     }
   }
 
-  // this lane's row, and what any row of the tile sees: the same in every group, so in every warp
+  // The interval of this lane's row, and the union over the tile's rows, which is the same in every warp.
   const Interval own = interval_of(a, b, tile * kRows + mine, first, last);
-  int begin = static_cast<int>(own.lo < own.hi ? own.lo : last), end = static_cast<int>(own.lo < own.hi ? own.hi : first);
+  int begin = static_cast<int>(own.lo < own.hi ? own.lo : last);
+  int end = static_cast<int>(own.lo < own.hi ? own.hi : first);
   SIMT_UNROLL
   for (int step = kLanes / 2; step > 0; step /= 2) {
     begin = min(begin, __shfl_xor_sync(kAllLanes, begin, step));
@@ -178,8 +183,10 @@ __global__ void __launch_bounds__(kThreads, kRows == 8 ? 2 : kRows == 4 ? 3 : 4)
   float top = kLowest, total = 0.0f;
   Global<const T> keys = a.k + b * a.ks.batch + head * a.ks.head;
   Global<const T> values = a.v + b * a.vs.batch + head * a.vs.head;
-  // steps begin at multiples of kStep: which lanes add up a key follows from its index, not from what others see
+  // Steps begin at multiples of kStep, so that the lanes that add up a key follow from its index alone, not from the
+  // intervals of the other rows.
   for (int64_t start = begin / kStep * kStep; start < end; start += kStep) {
+    // Load: all keys and values of the step, before any of them is used.
     Raw<T> key[kUnroll], value[kUnroll];
     SIMT_UNROLL
     for (int u = 0; u < kUnroll; ++u) {
@@ -191,6 +198,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 8 ? 2 : kRows == 4 ? 3 : 4)
       const int64_t j = start + u * kGroups + key_group;
       value[u].read(values + j * a.vs.token, lane, kLanes, a.d, j >= begin && j < end);
     }
+    // Scores: each lane multiplies its elements; the exchange leaves it with the score of its own row.
     float weight[kUnroll], higher = top;
     SIMT_UNROLL
     for (int u = 0; u < kUnroll; ++u) {
@@ -204,8 +212,9 @@ __global__ void __launch_bounds__(kThreads, kRows == 8 ? 2 : kRows == 4 ? 3 : 4)
       }
       const int64_t j = start + u * kGroups + key_group;
       weight[u] = scatter_sum<kRows, kLanes>(sums, lane);
-      if (j >= own.lo && j < own.hi) higher = fmaxf(higher, weight[u]);  // passes over NaN, which stays in the weight
+      if (j >= own.lo && j < own.hi) higher = fmaxf(higher, weight[u]);  // ignores NaN, which stays in the weight
     }
+    // Softmax: weights relative to the running maximum.
     const float shrink = exp2f(top - higher);
     const bool moved = __any_sync(kAllLanes, higher != top);
     total *= shrink;
@@ -217,6 +226,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 8 ? 2 : kRows == 4 ? 3 : 4)
       weight[u] = seen ? exp2f(weight[u] - top) : kHidden;
       total += seen ? weight[u] : 0.0f;
     }
+    // Accumulate: rescale the sums if a maximum of the warp has moved, then add the weighted values.
     if (moved) {  // the same for the whole warp
       SIMT_UNROLL
       for (int r = 0; r < kRows; ++r) {
@@ -232,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 8 ? 2 : kRows == 4 ? 3 : 4)
       SIMT_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const float w = __shfl_sync(kAllLanes, weight[u], r * kPerRow, kLanes);
-        if (!(w < 0.0f)) {  // not a product with 0: a hidden value may be NaN
+        if (!(w < 0.0f)) {  // a weight of 0 would not do: a hidden value may be NaN
           SIMT_UNROLL
           for (int e = 0; e < kEach; ++e) acc[r][e] += w * x[e];
         }
@@ -240,12 +250,13 @@ __global__ void __launch_bounds__(kThreads, kRows == 8 ? 2 : kRows == 4 ? 3 : 4)
     }
   }
 
-  // one maximum per row of the block, then sums relative to it, over the groups of a warp and over the warps in order
+  // Combine the block: one maximum per row, then the sums relative to it, over the groups of a warp and the warps in
+  // order.
   float common = top;
   SIMT_UNROLL
   for (int step = kLanes; step < kWarpSize; step *= 2) common = fmaxf(common, __shfl_xor_sync(kAllLanes, common, step));
-  const bool speaks = threadIdx.x % kWarpSize < kLanes;
-  if (speaks && lane % kPerRow == 0) warp_max[warp * kRows + mine] = common;
+  const bool writes = threadIdx.x % kWarpSize < kLanes;  // the first lane group writes for its warp
+  if (writes && lane % kPerRow == 0) warp_max[warp * kRows + mine] = common;
   __syncthreads();
   SIMT_UNROLL
   for (int w = 0; w < kWarps; ++w) {
@@ -256,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 8 ? 2 : kRows == 4 ? 3 : 4)
   total *= shrink;
   SIMT_UNROLL
   for (int step = kLanes; step < kWarpSize; step *= 2) total += __shfl_xor_sync(kAllLanes, total, step);
-  if (speaks && lane % kPerRow == 0) warp_total[warp * kRows + mine] = total;
+  if (writes && lane % kPerRow == 0) warp_total[warp * kRows + mine] = total;
   SIMT_UNROLL
   for (int r = 0; r < kRows; ++r) {
     const float factor = __shfl_sync(kAllLanes, shrink, r * kPerRow, kLanes);
@@ -270,16 +281,17 @@ __global__ void __launch_bounds__(kThreads, kRows == 8 ? 2 : kRows == 4 ? 3 : 4)
     for (int e = 0; e < kEach; e += 4) {
       constexpr int kPack = simt::kPack<T>;
       const int column = (e / kPack * kLanes + lane) * kPack + e % kPack;
-      if (speaks && column < a.d) {
+      if (writes && column < a.d) {
         simt::store(warp_acc + (warp * kRows + r) * a.d + column,
                     float4{acc[r][e], acc[r][e + 1], acc[r][e + 2], acc[r][e + 3]});
       }
     }
   }
-  // the row's maximum for everyone: the lanes that know it sit in other groups
-  if (warp == 0 && speaks && lane % kPerRow == 0) row_max[mine] = common;
+  // The row's maximum goes through shared memory, because the threads that store the row are in other groups.
+  if (warp == 0 && writes && lane % kPerRow == 0) row_max[mine] = common;
   __syncthreads();
 
+  // Store: the output if there is one split, else the split's sums for combine_kernel.
   const int quarters = a.d / 4;
   for (int index = threadIdx.x; index < kRows * quarters; index += kThreads) {
     const int r = index / quarters, column = index % quarters * 4;
@@ -304,11 +316,12 @@ __global__ void __launch_bounds__(kThreads, kRows == 8 ? 2 : kRows == 4 ? 3 : 4)
       a.max[place] = max;
       a.total[place] = sum;
     }
-    if (sum != 0.0f) simt::store(a.acc + place * a.d + column, columns);  // else the combine kernel does not read it
+    if (sum != 0.0f) simt::store(a.acc + place * a.d + column, columns);  // combine_kernel does not read it otherwise
   }
 }
 
-// A block per row: its splits in order. out = sum_s 2^(max_s - max) acc_s / total, total likewise.
+// Combines the splits of a row in order, a block per row: out = sum_s 2^(max_s - max) acc_s / total, where total is the
+// same sum of the splits' totals.
 template <class T>
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(Args<T> a) {
   SIMT_SHARED(float, shares, kMaxSplits);
@@ -316,6 +329,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(Args<T> a) {
   const int unit = static_cast<int>(blockIdx.x) / a.rows, row = static_cast<int>(blockIdx.x) % a.rows;
   const int64_t at = int64_t(unit) * a.splits * a.rows + row;  // split s: at + s rows
   const int splits = a.splits, lane = threadIdx.x % kWarpSize;
+  // Softmax: the maximum over the splits, then each split's factor.
   float top = kLowest;
   for (int s = threadIdx.x; s < splits; s += kCombineThreads) {
     const float max = a.max[at + int64_t(s) * a.rows];
@@ -335,6 +349,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(Args<T> a) {
     shares[s] = exp2f(max - top);
   }
   __syncthreads();
+  // Accumulate and store: four columns per thread.
   const int column = threadIdx.x * 4;
   if (column >= a.d) return;
   float total = 0.0f;
@@ -342,7 +357,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(Args<T> a) {
   for (int s = 0; s < splits; ++s) {
     const int64_t place = at + int64_t(s) * a.rows;
     const float part = a.total[place];
-    if (part == 0.0f) continue;  // nothing seen in this split, and nothing written; a NaN stays
+    if (part == 0.0f) continue;  // the row sees no key of this split, whose acc is unwritten; a NaN stays
     const float share = shares[s];
     const float4 x = simt::load<float4>(a.acc + place * a.d + column);
     total += share * part;
@@ -351,16 +366,18 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(Args<T> a) {
   finish(a, unit / a.kv_heads, unit % a.kv_heads, row, column, sum, top, total);
 }
 
-// How a shape is launched; `floats` is what the caller must allocate for acc, max and total together.
+// The launch of a shape. `floats` is the memory that the caller must allocate for acc, max and total together.
 struct Plan {
   int tile_rows, lanes;
   int64_t tiles, splits, split_keys, units, shared, floats;
 };
 
-// Follows from the shape, the size of an element and the number of multiprocessors alone, so that a call gives the same
-// bits every time: splits until every multiprocessor has `kBusy` blocks, but none shorter than two steps of a block.
+// Plans the launch from the shape, the element size and the number of multiprocessors alone, so that repeated calls
+// give the same bits. It splits the keys until every multiprocessor has kBusy blocks, but no split is shorter than two
+// steps.
 inline Plan plan(
-    int64_t batch, int64_t m, int64_t heads, int64_t kv_heads, int64_t n, int64_t d, int64_t element, int64_t processors) {
+    int64_t batch, int64_t m, int64_t heads, int64_t kv_heads, int64_t n, int64_t d, int64_t element,
+    int64_t processors) {
   constexpr int64_t kBusy = 4, kLeastSteps = 2;
   const int64_t rows = m * (heads / kv_heads);
   Plan p = {};
@@ -396,7 +413,8 @@ const char* launch_rows(const Args<T>& a, const Plan& p, simt::Stream stream) {
   return launch_decode<T, kRows, 32>(a, p, stream);
 }
 
-// Fills what follows from the plan; acc .. total are cut out of `floats` (16-byte aligned, null where Plan::floats is 0).
+// Fills the arguments that follow from the plan. acc, max and total are cut out of `floats`, which is 16-byte aligned,
+// and null where Plan::floats is 0.
 template <class T>
 void apply(Args<T>& a, const Plan& p, Global<float> floats) {
   a.group = a.heads / a.kv_heads;
@@ -411,7 +429,7 @@ void apply(Args<T>& a, const Plan& p, Global<float> floats) {
   a.total = a.max + places;
 }
 
-// Launches for B, M > 0; nullptr, or what went wrong.
+// Launches the kernels; requires B, M > 0. Returns nullptr or an error message.
 template <class T>
 const char* launch(const Args<T>& a, const Plan& p, simt::Stream stream) {
   const char* problem = nullptr;

@@ -1,7 +1,7 @@
-// calm_fast::_cross_attention_native_decode for CPU tensors: few queries against many keys, one pass over keys and values.
+// The decode part of cross_attention on the CPU: few queries against many keys, one pass over keys and values.
 //
-// The keys of each KV head are cut into splits of a fixed length, worked on in parallel and combined in order: the
-// result depends on no number of threads. Everything is accumulated in float32.
+// The keys of each KV head are cut into splits of a fixed length, which run in parallel and are combined in order, so
+// the result does not depend on the number of threads. Everything is accumulated in float32.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -20,24 +20,24 @@
 #include "common/dtypes.h"
 #include "common/parallel.h"
 #include "common/vectors.h"
+#include "cross_attention/inputs_cpu.h"
 
-namespace calm_fast::decode {
+namespace calm_fast::cross_attention::decode {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
-constexpr int kBlock = 32;        // keys at a time: with head dim 128 their float32 rows fill half of a 32 KiB L1 cache
+constexpr int kBlock = 32;        // keys per block: with head dim 128 their float32 rows fill half of a 32 KiB L1 cache
 constexpr int64_t kSplit = 1024;  // keys of a unit of work
-constexpr int64_t kMaxQueries = 16, kMaxHeadDim = 256;
 
-// One KV head of one sequence, keys [first, last), and the query rows that read it.
+// A unit of work: one KV head of one sequence, keys [first, last), and the query rows that read that head.
 struct Unit {
   const float* q;        // (rows, width), padded with zeros
   const void *k, *v;     // key 0 of this head
   int64_t k_stride, v_stride, first, last, rows, d, width;
   const int32_t *lo, *hi;  // (rows,)
   float scale_log2;
-  float *acc, *max, *total;  // (rows, width), (rows,), (rows,): what comes out
+  float *acc, *max, *total;  // (rows, width), (rows,), (rows,): the outputs
   float *scores, *spare;     // (rows, kBlock), (kBlock, width)
 };
 
@@ -52,7 +52,7 @@ struct LaneFunctions {
   void attend(const Unit& unit, Half) const { attend_half(unit); }
 };
 
-// to[i]: the sum over the vector given i-th
+// Writes the sum of each vector: to[0] of a, to[1] of b, and so on.
 inline void sum4(float* to, scalar::V a, scalar::V b, scalar::V c, scalar::V d) {
   const scalar::V all[4] = {a, b, c, d};
   for (int i = 0; i < 4; ++i) to[i] = (all[i].x[0] + all[i].x[1]) + (all[i].x[2] + all[i].x[3]);
@@ -99,11 +99,11 @@ const LaneFunctions& functions(Lane lane) {
   return scalar_lane::kFunctions;
 }
 
-struct Sizes {
-  int64_t batch, m, heads, n, kv_heads, d, width, group, rows, splits;
+struct Sizes : Shape {
+  int64_t width, rows, splits;  // d rounded up to a whole vector; query rows of a KV head; splits of the keys
 };
 
-// lo and hi of every (sequence, row), row = query * group + head of the group.
+// Returns lo and hi of every (sequence, row), where row = query * group + head of the group.
 std::vector<int32_t> intervals(const Sizes& s, const int32_t* lo, const int32_t* hi, bool causal) {
   std::vector<int32_t> bounds(static_cast<size_t>(2 * s.batch * s.rows));
   int32_t* to = bounds.data();
@@ -117,7 +117,7 @@ std::vector<int32_t> intervals(const Sizes& s, const int32_t* lo, const int32_t*
   return bounds;
 }
 
-// The splits of one row, in order: acc (width,) becomes the output, the return value is the log-sum-exp.
+// Combines the splits of one row, in order, into `out` (d,). Returns the log-sum-exp.
 float combine(float* out, const Sizes& s, const float* acc, const float* max, const float* total, float scale) {
   float top = -kInfinity;
   for (int64_t i = 0; i < s.splits; ++i) top = std::max(top, max[i * s.rows]);
@@ -125,7 +125,7 @@ float combine(float* out, const Sizes& s, const float* acc, const float* max, co
   std::fill(out, out + s.d, 0.0f);
   double sum = 0.0;
   for (int64_t i = 0; i < s.splits; ++i) {
-    if (total[i * s.rows] == 0.0f) continue;  // nothing seen in this split; a NaN stays
+    if (total[i * s.rows] == 0.0f) continue;  // the row sees no key of this split; a NaN stays
     const float share = std::exp((max[i * s.rows] - shift) * scale);
     sum += static_cast<double>(total[i * s.rows]) * share;
     for (int64_t c = 0; c < s.d; ++c) out[c] += share * acc[i * s.rows * s.width + c];
@@ -140,7 +140,7 @@ struct Call {
   Sizes s;
   const T *q, *k, *v;
   int64_t q_strides[3], k_strides[3], v_strides[3];  // batch, token, head
-  const int32_t* bounds;  // of `intervals`
+  const int32_t* bounds;  // from `intervals`
   float scale;
   T* out;
   float* lse;
@@ -158,6 +158,7 @@ void run(const Call<T>& call, const LaneFunctions& lane, float* acc, float* max,
       return;
     }
     for (int64_t unit = begin; unit < end; ++unit) {
+      // Load: the query rows as float32, padded with zeros.
       const int64_t split = unit % s.splits, head = unit / s.splits % s.kv_heads, b = unit / s.splits / s.kv_heads;
       float* rows = memory.get();
       for (int64_t r = 0; r < s.rows; ++r) {
@@ -166,6 +167,7 @@ void run(const Call<T>& call, const LaneFunctions& lane, float* acc, float* max,
         for (int64_t c = 0; c < s.d; ++c) rows[r * s.width + c] = to_float(from[c]);
         std::fill(rows + r * s.width + s.d, rows + (r + 1) * s.width, 0.0f);
       }
+      // Scores, softmax, accumulate: the lane's attend.
       const int32_t* bounds = call.bounds + 2 * b * s.rows;
       float* own = acc + unit * s.rows * s.width;
       std::fill(own, own + s.rows * s.width, 0.0f);
@@ -183,6 +185,7 @@ void run(const Call<T>& call, const LaneFunctions& lane, float* acc, float* max,
   });
   out_of_memory = failed;
   if (failed) return;
+  // Store: combine the splits of every row.
   parallel_for(heads, 8, [&](int64_t begin, int64_t end) {
     float row[kMaxHeadDim];
     for (int64_t head = begin; head < end; ++head) {
@@ -193,7 +196,7 @@ void run(const Call<T>& call, const LaneFunctions& lane, float* acc, float* max,
         const int64_t at = head * s.splits * s.rows + r;
         T* out = call.out + ((b * s.m + i) * s.heads + h) * s.d;
         float* lse = call.lse + (b * s.heads + h) * s.m + i;
-        if (bounds[r] >= bounds[s.rows + r]) {  // sees nothing
+        if (bounds[r] >= bounds[s.rows + r]) {  // empty interval
           std::fill(out, out + s.d, T(0.0f));
           *lse = -kInfinity;
           continue;
@@ -205,36 +208,13 @@ void run(const Call<T>& call, const LaneFunctions& lane, float* acc, float* max,
   });
 }
 
-void check_heads(const char* name, const Tensor& tensor, int64_t batch, int64_t n, int64_t d, ScalarType dtype) {
-  STD_TORCH_CHECK(
-      tensor.dim() == 4 && tensor.size(0) == batch && tensor.size(1) == n && tensor.size(3) == d &&
-          tensor.scalar_type() == dtype && (tensor.stride(3) == 1 || d == 1),
-      "cross_attention: `", name, "` must have shape (B, N, Hkv, D), q's dtype and a last dimension without gaps, got ",
-      shape_text(tensor));
-}
-
-std::tuple<Tensor, Tensor> cross_attention_cpu(
+// Returns out (B, M, H, D) in q's dtype and lse (B, H, M) float32.
+std::tuple<Tensor, Tensor> cross_attention_decode_cpu(
     Tensor q, Tensor k, Tensor v, std::optional<Tensor> lo, std::optional<Tensor> hi, bool causal, double scale,
     int64_t lane) {
-  STD_TORCH_CHECK(q.dim() == 4, "cross_attention: `q` must have shape (B, M, H, D), got ", shape_text(q));
-  Sizes s{q.size(0), q.size(1), q.size(2), 0, 0, q.size(3), 0, 0, 0, 0};
-  STD_TORCH_CHECK(s.m <= kMaxQueries, "cross_attention: at most ", kMaxQueries, " queries, got M = ", s.m);
-  STD_TORCH_CHECK(s.d >= 1 && s.d <= kMaxHeadDim, "cross_attention: head dim 1 to ", kMaxHeadDim, ", got ", s.d);
-  STD_TORCH_CHECK(q.stride(3) == 1 || s.d == 1, "cross_attention: `q` must have a last dimension without gaps");
-  STD_TORCH_CHECK(scale > 0, "cross_attention: `scale` must be positive, got ", scale);
-  STD_TORCH_CHECK(k.dim() == 4, "cross_attention: `k` must have shape (B, N, Hkv, D), got ", shape_text(k));
-  s.n = k.size(1);
-  s.kv_heads = k.size(2);
-  STD_TORCH_CHECK(
-      s.kv_heads >= 1 && s.heads % s.kv_heads == 0 && v.dim() == 4 && v.size(2) == s.kv_heads,
-      "cross_attention: ", s.kv_heads, " KV heads for ", s.heads, " heads");
-  STD_TORCH_CHECK(s.n <= std::numeric_limits<int32_t>::max(), "cross_attention: too many keys: ", s.n);
-  check_heads("k", k, s.batch, s.n, s.d, q.scalar_type());
-  check_heads("v", v, s.batch, s.n, s.d, q.scalar_type());
-  if (lo.has_value()) check_tensor("cross_attention", "lo", *lo, {s.batch, s.m}, ScalarType::Int);
-  if (hi.has_value()) check_tensor("cross_attention", "hi", *hi, {s.batch, s.m}, ScalarType::Int);
-  const LaneFunctions& chosen = functions(choose_lane("cross_attention", lane));
-  s.group = s.heads / s.kv_heads;
+  Sizes s{check_inputs(q, k, v, lo, hi, scale, std::numeric_limits<int32_t>::max()), 0, 0, 0};
+  STD_TORCH_CHECK(s.m <= kMaxQueries, kOp, ": `q` must have at most ", kMaxQueries, " queries, got M = ", s.m);
+  const LaneFunctions& chosen = functions(choose_lane(kOp, lane));
   s.rows = s.m * s.group;
   s.width = (s.d + chosen.width - 1) / chosen.width * chosen.width;
   s.splits = std::max<int64_t>(1, (s.n + kSplit - 1) / kSplit);
@@ -245,16 +225,14 @@ std::tuple<Tensor, Tensor> cross_attention_cpu(
   Tensor partial = torch::stable::new_empty(q, {units * s.rows * (s.width + 2)}, ScalarType::Float);
   auto* acc = static_cast<float*>(partial.mutable_data_ptr());
   float* max = acc + units * s.rows * s.width;
-  const std::vector<int32_t> bounds = intervals(
-      s, lo.has_value() ? static_cast<const int32_t*>(lo->const_data_ptr()) : nullptr,
-      hi.has_value() ? static_cast<const int32_t*>(hi->const_data_ptr()) : nullptr, causal);
+  const std::vector<int32_t> bounds = intervals(s, bounds_data(lo), bounds_data(hi), causal);
   bool out_of_memory = false;
-  dispatch_float(q.scalar_type(), "cross_attention", [&](auto zero) {
+  dispatch_float(q.scalar_type(), kOp, "q", [&](auto zero) {
     using T = decltype(zero);
     Call<T> call{
         s, static_cast<const T*>(q.const_data_ptr()), static_cast<const T*>(k.const_data_ptr()),
-        static_cast<const T*>(v.const_data_ptr()), {}, {}, {},
-        bounds.data(), static_cast<float>(scale), static_cast<T*>(out.mutable_data_ptr()), static_cast<float*>(lse.mutable_data_ptr())};
+        static_cast<const T*>(v.const_data_ptr()), {}, {}, {}, bounds.data(), static_cast<float>(scale),
+        static_cast<T*>(out.mutable_data_ptr()), static_cast<float*>(lse.mutable_data_ptr())};
     for (int i = 0; i < 3; ++i) {
       call.q_strides[i] = q.stride(i);
       call.k_strides[i] = k.stride(i);
@@ -262,14 +240,14 @@ std::tuple<Tensor, Tensor> cross_attention_cpu(
     }
     run(call, chosen, acc, max, max + units * s.rows, out_of_memory);
   });
-  STD_TORCH_CHECK(!out_of_memory, "cross_attention: out of memory");
+  STD_TORCH_CHECK(!out_of_memory, kOp, ": out of memory");
   return {out, lse};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
-  m.impl("_cross_attention_native_decode", TORCH_BOX(&cross_attention_cpu));
+  m.impl("_cross_attention_native_decode", TORCH_BOX(&cross_attention_decode_cpu));
 }
 
-}  // namespace calm_fast::decode
+}  // namespace calm_fast::cross_attention::decode

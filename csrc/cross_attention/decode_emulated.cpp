@@ -1,6 +1,8 @@
-// decode.cuh on a CPU. tensors: q, k, v (whole storages), lo?, hi?, out, lse; integers: dtype (0 float32,
-// 1 bfloat16, 2 float16), B, M, H, N, Hkv, D, causal, multiprocessors, then offset, batch, token and head stride of q,
-// of k and of v; floats: scale.
+// decode.cuh in the emulation (? marks an optional tensor).
+//   tensors: q, k, v (whole storages), lo?, hi?, out, lse
+//   integers: dtype (0 float32, 1 bfloat16, 2 float16), B, M, H, N, Hkv, D, causal, multiprocessors, then the
+//             offset and the batch, token and head stride of q, of k and of v
+//   floats: scale
 #include "cross_attention/decode.cuh"
 #include "emulation/call.hpp"
 
@@ -13,6 +15,11 @@ const char* run(const calm_fast::emulation::Call& in) {
   namespace op = calm_fast::cross_attention;
   const int64_t* sizes = in.integers + 1;
   const int64_t batch = sizes[0], m = sizes[1], heads = sizes[2], n = sizes[3], kv_heads = sizes[4], d = sizes[5];
+  if (m > op::kMaxQueries) {
+    throw calm_fast::emulation::Failure(
+        "cross_attention: `q` must have at most " + std::to_string(op::kMaxQueries) + " queries, got M = " +
+        std::to_string(m));
+  }
   auto q = in.tensor<const T>(0, "q", Use::input);
   auto k = in.tensor<const T>(1, "k", Use::input);
   auto v = in.tensor<const T>(2, "v", Use::input);
@@ -22,7 +29,7 @@ const char* run(const calm_fast::emulation::Call& in) {
   auto lse = in.tensor<float>(6, "lse", Use::output);
   const op::Plan plan = op::plan(batch, m, heads, kv_heads, n, d, sizeof(T), sizes[7]);
   std::vector<float> floats(plan.floats);
-  // three arrays to the checks, so that running from one into the next is seen
+  // Three arrays with bounds of their own, so that an index that runs from one into the next is found.
   const int64_t places = plan.floats / (d + 2);
   const auto part = [&](const char* name, int64_t from, int64_t count) {
     return calm_fast::emulation::Buffer<float>(name, floats.data() + from, count, Use::output);

@@ -1,10 +1,10 @@
 // The decode loop of one lane. Included once per lane by decode_cpu.cpp, inside that lane's namespace
-// (common/vectors.h) with LANE the attribute of its functions; no include guard on purpose.
+// (common/vectors.h). LANE is the attribute of the lane's functions. No include guard on purpose.
 //
-// A unit of work is one KV head of one sequence and one split of its keys, with every query row that reads that head
-// (M queries x H / Hkv heads): each key and value is read from memory once for all of them.
+// A unit of work is one KV head of one sequence and one split of its keys, with all query rows that read that head
+// (M queries x H / Hkv heads), so that each key and value is read from memory once for all of them.
 
-// Rows of keys or values as float32, padded with zeros to `width`.
+// Copies rows of keys or values to `spare` as float32, padded with zeros to `width`. Returns `spare`.
 template <class T>
 LANE const float* staged(float* spare, const T* from, int64_t stride, int64_t keys, int64_t d, int64_t width) {
   for (int64_t j = 0; j < keys; ++j) {
@@ -28,7 +28,7 @@ LANE const float* staged(float* spare, const T* from, int64_t stride, int64_t ke
   return spare;
 }
 
-// A vector of float32 from numbers of any dtype.
+// Loads a vector of float32 from memory of any dtype.
 template <class T>
 LANE V widened(const T* from) {
   if constexpr (std::is_same_v<T, float>) return load(from);
@@ -43,7 +43,8 @@ LANE V widened(const T* from) {
   }
 }
 
-// Rows that are read next: the processor does not foresee the jump from keys to values and back. kAhead: fetch them.
+// Rows that are read next, prefetched where kAhead is set: the hardware does not predict the jump from keys to values
+// and back.
 struct Ahead {
   const char* at;
   int64_t stride, bytes, rows;
@@ -55,14 +56,15 @@ LANE void prefetch(const Ahead& ahead, int64_t row) {
   asm volatile("");  // GCC drops the calls of a function that does nothing but prefetch
 }
 
-// scores[r * kBlock + j] = q_r . k_j: kRows rows by 4 keys in registers, every sum in the same order whatever the tile
+// Computes scores[r * kBlock + j] = q_r . k_j, kRows rows by 4 keys in registers. The order of each sum does not depend
+// on the tile.
 template <int kRows, bool kAhead, class T>
 LANE void score(
     float* scores, const float* q, const T* k, int64_t stride, int64_t keys, int64_t width, const Ahead& ahead) {
   for (int64_t j = 0; j < keys; j += 4) {
     const T* key[4];
     for (int64_t i = 0; i < 4; ++i) {
-      key[i] = k + (j + i < keys ? j + i : keys - 1) * stride;  // what is too many is erased
+      key[i] = k + (j + i < keys ? j + i : keys - 1) * stride;  // scores of surplus keys are overwritten later
       if (kAhead) prefetch(ahead, j + i);
     }
     V acc[kRows][4];
@@ -87,7 +89,8 @@ LANE void score(
   }
 }
 
-// acc[r][i] = acc[r][i] * shrink[r] + sum_j weights[r][j] values[j][i]: kRows rows by kCount vectors of i in registers
+// Accumulates acc[r][i] = acc[r][i] * shrink[r] + sum_j weights[r][j] values[j][i], kRows rows by kCount vectors of i
+// in registers.
 template <int kRows, int kCount, bool kAhead, class T>
 LANE void weigh_tile(
     float* acc, const float* shrink, const float* weights, const T* values, int64_t stride, int64_t keys,
@@ -131,9 +134,9 @@ LANE void weigh(
   }
 }
 
-// Scores [begin, end) of a block become weights relative to the row's running maximum; the others become 0.
-// Returns what the sums so far shrink by.
-LANE float soften(float* scores, int64_t begin, int64_t end, float scale_log2, float& max, float& total) {
+// Online softmax of one row and block: scores [begin, end) become weights relative to the row's running maximum, the
+// other scores become 0. Returns the factor by which the sums so far shrink.
+LANE float online_softmax(float* scores, int64_t begin, int64_t end, float scale_log2, float& max, float& total) {
   for (int64_t j = 0; j < begin; ++j) scores[j] = -kInfinity;
   for (int64_t j = end; j < kBlock; ++j) scores[j] = -kInfinity;
   V top = set1(max);
@@ -141,14 +144,14 @@ LANE float soften(float* scores, int64_t begin, int64_t end, float scale_log2, f
   float each[kWidth], largest = max;
   store(each, top);
   for (int i = 0; i < kWidth; ++i) largest = each[i] > largest ? each[i] : largest;
-  // a row whose scores are all -inf has weights 0 here, not exp(-inf + inf)
+  // A row whose scores are all -inf gets weights of 0 here, not exp(-inf + inf), which is NaN.
   const float shift = largest == -kInfinity ? 0.0f : largest;
   const float shrink = max == -kInfinity ? 0.0f : std::exp2((max - shift) * scale_log2);
   V sums = set1(0.0f);
   for (int j = 0; j < kBlock; j += kWidth) {
     const V score = load(scores + j);
     V weight = exp2_of(mul(sub(score, set1(shift)), set1(scale_log2)));
-    weight = pick(same(score, set1(-kInfinity)), set1(0.0f), weight);  // exp2_of ends at 2^-126
+    weight = pick(same(score, set1(-kInfinity)), set1(0.0f), weight);  // exp2_of does not go below 2^-126
     store(scores + j, weight);
     sums = add(sums, weight);
   }
@@ -159,6 +162,7 @@ LANE float soften(float* scores, int64_t begin, int64_t end, float scale_log2, f
   return shrink;
 }
 
+// Computes the scores of all rows of a unit for one block of keys.
 template <class T>
 LANE void all_scores(const Unit& u, const T* k, int64_t stride, int64_t keys, const Ahead& ahead) {
   int64_t r = 0;
@@ -172,19 +176,20 @@ LANE void all_scores(const Unit& u, const T* k, int64_t stride, int64_t keys, co
   }
 }
 
-// v: value 0 of the block; low, high: the keys of all numbers that any row sees, from which scores are counted
+// Softmax and accumulation of all rows of a unit for the keys [low, high) of one block, which are those that any row
+// sees. v and the scores begin at key `low`.
 template <class T>
 LANE void all_values(const Unit& u, const T* v, int64_t stride, int64_t low, int64_t high, const Ahead& ahead) {
   bool fetched = false;
   for (int64_t r = 0; r < u.rows;) {
     const int64_t begin = (u.lo[r] > low ? u.lo[r] : low) - low, end = (u.hi[r] < high ? u.hi[r] : high) - low;
-    int64_t count = 1;  // rows with this interval, at most 4: the heads of one query at least share it
+    int64_t count = 1;  // rows with this interval, at most 4: the heads of a query share theirs
     while (count < 4 && r + count < u.rows && u.lo[r + count] == u.lo[r] && u.hi[r + count] == u.hi[r]) ++count;
     if (begin < end) {
       count = count < 4 ? 1 : 4;
       float shrink[4];
       for (int64_t i = 0; i < count; ++i) {
-        shrink[i] = soften(u.scores + (r + i) * kBlock, begin, end, u.scale_log2, u.max[r + i], u.total[r + i]);
+        shrink[i] = online_softmax(u.scores + (r + i) * kBlock, begin, end, u.scale_log2, u.max[r + i], u.total[r + i]);
       }
       const auto add = count == 4 ? (fetched ? weigh<4, false, T> : weigh<4, true, T>)
                                   : (fetched ? weigh<1, false, T> : weigh<1, true, T>);
@@ -197,16 +202,18 @@ LANE void all_values(const Unit& u, const T* v, int64_t stride, int64_t low, int
   }
 }
 
+// Attends the rows of a unit to its keys, block by block.
 template <class T>
 LANE void attend(const Unit& u) {
   const auto* k = static_cast<const T*>(u.k);
   const auto* v = static_cast<const T*>(u.v);
-  // numbers are widened once for all rows, or as they are read where there are too few rows to share that
+  // 16-bit keys and values are widened once for all rows, or on every read where fewer than 4 rows would share the
+  // copy.
   const bool direct = u.d == u.width && (std::is_same_v<T, float> || u.rows < 4);
   const int64_t size = static_cast<int64_t>(sizeof(T)), bytes = u.d * size;
   for (int64_t start = u.first; start < u.last; start += kBlock) {
     const int64_t stop = start + kBlock < u.last ? start + kBlock : u.last;
-    int64_t low = stop, high = start;  // of the keys that any row sees
+    int64_t low = stop, high = start;  // bounds of the keys that any row sees
     for (int64_t r = 0; r < u.rows; ++r) {
       const int64_t begin = u.lo[r] > start ? u.lo[r] : start, end = u.hi[r] < stop ? u.hi[r] : stop;
       if (begin >= end) continue;
@@ -218,6 +225,7 @@ LANE void attend(const Unit& u) {
     const T *block = k + low * u.k_stride, *values = v + low * u.v_stride;
     const Ahead next_values{reinterpret_cast<const char*>(values), u.v_stride * size, bytes, keys};
     const Ahead next_keys{reinterpret_cast<const char*>(k + stop * u.k_stride), u.k_stride * size, bytes, more};
+    // Load and scores, then softmax and accumulate.
     if (direct) {
       all_scores(u, block, u.k_stride, keys, next_values);
       all_values(u, values, u.v_stride, low, high, next_keys);

@@ -1,7 +1,7 @@
-// calm_fast::_cross_attention_native_fwd and _bwd for CPU tensors: any number of queries, in tiles; each panel of
-// queries meets only the blocks of keys that it sees.
+// The tiles part of cross_attention on the CPU, forward and backward: any number of queries, in tiles. Each panel of
+// queries is multiplied only with the blocks of keys that it sees.
 //
-// No sum depends on how the work is divided: every one runs over keys, or over queries, in order, in one thread.
+// No sum depends on how the work is divided: each runs over keys, or over queries, in order and in one thread.
 // Everything is accumulated in float32.
 #include <algorithm>
 #include <atomic>
@@ -21,16 +21,17 @@
 #include "common/dtypes.h"
 #include "common/parallel.h"
 #include "common/vectors.h"
+#include "cross_attention/inputs_cpu.h"
 
-namespace calm_fast::tiles {
+namespace calm_fast::cross_attention::tiles {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kLog2e = 1.4426950408889634;
-constexpr int64_t kBlock = 64;      // keys at a time
-constexpr int64_t kPanels = 4;      // panels of queries that share a block of keys once it is staged
-constexpr int64_t kKeyBlocks = 4;   // blocks of keys of a unit of work of dk and dv
-constexpr int64_t kMaxHeadDim = 256, kMaxKeys = 1 << 23;  // a float holds every key's number and a half
+constexpr int64_t kBlock = 64;      // keys per block
+constexpr int64_t kPanels = 4;      // panels of queries that share a staged block of keys
+constexpr int64_t kKeyBlocks = 4;   // blocks of keys per unit of work for dk and dv
+constexpr int64_t kMaxKeys = 1 << 23;  // index + 0.5 must be exact in float32
 
 // One KV head of one sequence and the group of query heads that read it.
 struct Head {
@@ -39,22 +40,22 @@ struct Head {
   float* lse;             // (group, m)
   const int32_t *lo, *hi; // (m,)
   int64_t q_token, q_head, k_token, v_token, out_token;  // strides; heads of out lie d apart
-  int64_t m, n, group, d, width;                         // width: d up to a whole vector
+  int64_t m, n, group, d, width;                         // width: d rounded up to a whole vector
   float scale, scale_log2;
 };
 
-// What the backward pass has beside it; out is read there.
-struct Slopes {
+// The backward pass's further inputs and its outputs. It also reads Head::out and Head::lse.
+struct Gradients {
   const void* dout;   // as out
   const float* dlse;  // (group, m) or null
-  void* dq;           // as out, or null: not wanted here
+  void* dq;           // as out, or null where not wanted
   float *dk, *dv;     // (keys, width), or null
 };
 
 template <class T>
 struct Typed {
   void (*forward)(const Head&, int64_t, int64_t, float*);
-  void (*backward)(const Head&, const Slopes&, int64_t, int64_t, int64_t, int64_t, float*);
+  void (*backward)(const Head&, const Gradients&, int64_t, int64_t, int64_t, int64_t, float*);
   void (*write_keys)(T*, int64_t, const float*, float, int64_t, const Head&);
 };
 
@@ -103,47 +104,17 @@ const Functions& functions(Lane lane) {
   return scalar_lane::kFunctions;
 }
 
-struct Sizes {
-  int64_t batch, m, heads, n, kv_heads, d, group;
-};
-
-Sizes check(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& lo,
-            const std::optional<Tensor>& hi, double scale) {
-  STD_TORCH_CHECK(q.dim() == 4, "cross_attention: `q` must have shape (B, M, H, D), got ", shape_text(q));
-  STD_TORCH_CHECK(k.dim() == 4, "cross_attention: `k` must have shape (B, N, Hkv, D), got ", shape_text(k));
-  Sizes s{q.size(0), q.size(1), q.size(2), k.size(1), k.size(2), q.size(3), 0};
-  STD_TORCH_CHECK(s.d >= 1 && s.d <= kMaxHeadDim, "cross_attention: head dim 1 to ", kMaxHeadDim, ", got ", s.d);
-  STD_TORCH_CHECK(s.n <= kMaxKeys, "cross_attention: at most ", kMaxKeys, " keys, got N = ", s.n);
-  STD_TORCH_CHECK(
-      s.kv_heads >= 1 && s.heads % s.kv_heads == 0, "cross_attention: ", s.kv_heads, " KV heads for ", s.heads,
-      " heads");
-  STD_TORCH_CHECK(scale > 0, "cross_attention: `scale` must be positive, got ", scale);
-  STD_TORCH_CHECK(q.stride(3) == 1 || s.d == 1, "cross_attention: `q` must have a last dimension without gaps");
-  for (const auto& [name, tensor] : {std::pair{"k", &k}, std::pair{"v", &v}}) {
-    STD_TORCH_CHECK(
-        tensor->dim() == 4 && tensor->size(0) == s.batch && tensor->size(1) == s.n && tensor->size(2) == s.kv_heads &&
-            tensor->size(3) == s.d && tensor->scalar_type() == q.scalar_type() &&
-            (tensor->stride(3) == 1 || s.d == 1),
-        "cross_attention: `", name, "` must have shape (B, N, Hkv, D), q's dtype and a last dimension without gaps, got ",
-        shape_text(*tensor));
-  }
-  if (lo.has_value()) check_tensor("cross_attention", "lo", *lo, {s.batch, s.m}, ScalarType::Int);
-  if (hi.has_value()) check_tensor("cross_attention", "hi", *hi, {s.batch, s.m}, ScalarType::Int);
-  s.group = s.heads / s.kv_heads;
-  return s;
-}
-
+// Returns the address of element `offset` of a float tensor.
 const void* pointer(const Tensor& tensor, int64_t offset) {
   const int64_t size = tensor.scalar_type() == ScalarType::Float ? 4 : 2;
   return static_cast<const char*>(tensor.const_data_ptr()) + offset * size;
 }
 
-// lo and hi of every sequence, (batch, 2, m), within [0, n].
+// Returns lo and hi of every sequence, (batch, 2, m), clamped to [0, n].
 std::vector<int32_t> intervals(
-    const Sizes& s, const std::optional<Tensor>& lo, const std::optional<Tensor>& hi, bool causal) {
+    const Shape& s, const std::optional<Tensor>& lo, const std::optional<Tensor>& hi, bool causal) {
   std::vector<int32_t> bounds(static_cast<size_t>(2 * s.batch * s.m));
-  const auto* low = lo.has_value() ? static_cast<const int32_t*>(lo->const_data_ptr()) : nullptr;
-  const auto* high = hi.has_value() ? static_cast<const int32_t*>(hi->const_data_ptr()) : nullptr;
+  const int32_t *low = bounds_data(lo), *high = bounds_data(hi);
   int32_t* to = bounds.data();
   for (int64_t b = 0; b < s.batch; ++b, to += 2 * s.m) {
     for (int64_t i = 0; i < s.m; ++i) {
@@ -155,9 +126,9 @@ std::vector<int32_t> intervals(
   return bounds;
 }
 
-// Everything about KV head `index` of all sequences; out and lse are contiguous, (B, M, H, D) and (B, H, M).
+// Returns the Head of KV head `index`, counted over all sequences. out (B, M, H, D) and lse (B, H, M) are contiguous.
 struct Heads {
-  const Sizes& s;
+  const Shape& s;
   const Tensor &q, &k, &v;
   const std::vector<int32_t>& bounds;
   void* out;
@@ -175,14 +146,15 @@ struct Heads {
         s.heads * s.d, s.m, s.n, s.group, s.d, width, static_cast<float>(scale),
         static_cast<float>(scale * kLog2e)};
   }
-  // where head `first` of sequence b begins in a contiguous (B, M, H, D) tensor of q's dtype
+  // Returns the address of head `first` of sequence b in a contiguous (B, M, H, D) tensor of q's dtype.
   void* pointer_of(void* data, int64_t b, int64_t first) const {
     const int64_t size = q.scalar_type() == ScalarType::Float ? 4 : 2;
     return data ? static_cast<char*>(data) + (b * s.m * s.heads + first) * s.d * size : nullptr;
   }
 };
 
-// body(task, scratch) for every task, each thread with `floats` of its own; false: out of memory.
+// Calls body(task, scratch) for every task, with `floats` of scratch memory per thread. Returns false if memory ran
+// out.
 template <class Body>
 bool each_task(int64_t count, int64_t floats, const Body& body) {
   std::atomic<bool> failed{false};  // nothing may be thrown inside parallel_for
@@ -197,40 +169,41 @@ bool each_task(int64_t count, int64_t floats, const Body& body) {
   return !failed;
 }
 
-std::tuple<Tensor, Tensor> forward_cpu(
+// Returns out (B, M, H, D) in q's dtype and lse (B, H, M) float32.
+std::tuple<Tensor, Tensor> cross_attention_fwd_cpu(
     Tensor q, Tensor k, Tensor v, std::optional<Tensor> lo, std::optional<Tensor> hi, bool causal, double scale,
     int64_t lane) {
-  const Sizes s = check(q, k, v, lo, hi, scale);
-  const Functions& chosen = functions(choose_lane("cross_attention", lane));
+  const Shape s = check_inputs(q, k, v, lo, hi, scale, kMaxKeys);
+  const Functions& chosen = functions(choose_lane(kOp, lane));
   const int64_t width = (s.d + chosen.width - 1) / chosen.width * chosen.width;
   Tensor out = torch::stable::new_empty(q, {s.batch, s.m, s.heads, s.d});
   Tensor lse = torch::stable::new_empty(q, {s.batch, s.heads, s.m}, ScalarType::Float);
   const std::vector<int32_t> bounds = intervals(s, lo, hi, causal);
-  const Heads heads{s, q, k, v, bounds, out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr()), scale, width};
+  const Heads heads{s, q, k, v, bounds, out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr()), scale,
+                    width};
   const int64_t panels = (s.m + chosen.panel - 1) / chosen.panel * s.group, parts = (panels + kPanels - 1) / kPanels;
   bool fine = true;
-  dispatch_float(q.scalar_type(), "cross_attention", [&](auto zero) {
+  dispatch_float(q.scalar_type(), kOp, "q", [&](auto zero) {
     const auto& typed = chosen.of(zero);
     fine = each_task(s.batch * s.kv_heads * parts, chosen.forward_floats(width), [&](int64_t task, float* memory) {
       const int64_t part = task % parts;
       typed.forward(heads(task / parts), part * kPanels, std::min((part + 1) * kPanels, panels), memory);
     });
   });
-  STD_TORCH_CHECK(fine, "cross_attention: out of memory");
+  STD_TORCH_CHECK(fine, kOp, ": out of memory");
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_cpu(
+// Returns dq, dk and dv, contiguous, in q's dtype.
+std::tuple<Tensor, Tensor, Tensor> cross_attention_bwd_cpu(
     Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
     std::optional<Tensor> lo, std::optional<Tensor> hi, bool causal, double scale, int64_t lane) {
-  const Sizes s = check(q, k, v, lo, hi, scale);
-  check_tensor("cross_attention", "dout", dout, {s.batch, s.m, s.heads, s.d}, q.scalar_type());
-  check_tensor("cross_attention", "out", out, {s.batch, s.m, s.heads, s.d}, q.scalar_type());
-  check_tensor("cross_attention", "lse", lse, {s.batch, s.heads, s.m}, ScalarType::Float);
-  if (dlse.has_value()) {
-    check_tensor("cross_attention", "dlse", *dlse, {s.batch, s.heads, s.m}, ScalarType::Float);
-  }
-  const Functions& chosen = functions(choose_lane("cross_attention", lane));
+  const Shape s = check_inputs(q, k, v, lo, hi, scale, kMaxKeys);
+  check_tensor(kOp, "dout", dout, {s.batch, s.m, s.heads, s.d}, q.scalar_type());
+  check_tensor(kOp, "out", out, {s.batch, s.m, s.heads, s.d}, q.scalar_type());
+  check_tensor(kOp, "lse", lse, {s.batch, s.heads, s.m}, ScalarType::Float);
+  if (dlse.has_value()) check_tensor(kOp, "dlse", *dlse, {s.batch, s.heads, s.m}, ScalarType::Float);
+  const Functions& chosen = functions(choose_lane(kOp, lane));
   const int64_t width = (s.d + chosen.width - 1) / chosen.width * chosen.width;
   Tensor dq = torch::stable::new_empty(q, {s.batch, s.m, s.heads, s.d});
   Tensor dk = torch::stable::new_empty(q, {s.batch, s.n, s.kv_heads, s.d});
@@ -242,32 +215,34 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(
   const int64_t blocks = (s.n + kBlock - 1) / kBlock, floats = chosen.backward_floats(width);
   void* dq_data = dq.mutable_data_ptr();
   bool fine = true;
-  dispatch_float(q.scalar_type(), "cross_attention", [&](auto zero) {
+  dispatch_float(q.scalar_type(), kOp, "q", [&](auto zero) {
     using T = decltype(zero);
     const auto& typed = chosen.of(zero);
     const auto given = [&](int64_t index) {
       const int64_t b = index / s.kv_heads, first = index % s.kv_heads * s.group;
-      return Slopes{
+      return Gradients{
           heads.pointer_of(const_cast<void*>(dout.const_data_ptr()), b, first),
           dlse.has_value() ? static_cast<const float*>(dlse->const_data_ptr()) + (b * s.heads + first) * s.m : nullptr,
           heads.pointer_of(dq_data, b, first), nullptr, nullptr};
     };
-    // dk and dv of key blocks [begin, end), and dq too where these are all
+    // Computes dk and dv of key blocks [begin, end), and dq too if those are all of them.
     const auto keys = [&](int64_t index, int64_t begin, int64_t end, bool queries_too, float* memory) {
       const Head head = heads(index);
-      Slopes slopes = given(index);
+      Gradients gradients = given(index);
       const int64_t size = (end - begin) * kBlock * width, from = begin * kBlock, to = std::min(end * kBlock, s.n);
-      if (!queries_too) slopes.dq = nullptr;
-      slopes.dk = memory + floats;
-      slopes.dv = slopes.dk + size;
-      std::memset(slopes.dk, 0, static_cast<size_t>(2 * size) * sizeof(float));
-      typed.backward(head, slopes, 0, panels, from, to, memory);
+      if (!queries_too) gradients.dq = nullptr;
+      gradients.dk = memory + floats;
+      gradients.dv = gradients.dk + size;
+      std::memset(gradients.dk, 0, static_cast<size_t>(2 * size) * sizeof(float));
+      typed.backward(head, gradients, 0, panels, from, to, memory);
       const int64_t b = index / s.kv_heads, h = index % s.kv_heads, stride = s.kv_heads * s.d;
       const int64_t at = (b * s.n + from) * stride + h * s.d;
-      typed.write_keys(static_cast<T*>(dk.mutable_data_ptr()) + at, stride, slopes.dk, head.scale, to - from, head);
-      typed.write_keys(static_cast<T*>(dv.mutable_data_ptr()) + at, stride, slopes.dv, 1.0f, to - from, head);
+      typed.write_keys(static_cast<T*>(dk.mutable_data_ptr()) + at, stride, gradients.dk, head.scale, to - from, head);
+      typed.write_keys(static_cast<T*>(dv.mutable_data_ptr()) + at, stride, gradients.dv, 1.0f, to - from, head);
     };
-    if (count >= torch::stable::get_num_threads()) {  // scores once for all three
+    // Enough heads for all threads: compute the scores once for dq, dk and dv. Else compute dq by panels, and dk and dv
+    // by key blocks.
+    if (count >= torch::stable::get_num_threads()) {
       fine = each_task(count, floats + 2 * blocks * kBlock * width, [&](int64_t index, float* memory) {
         keys(index, 0, blocks, true, memory);
       });
@@ -282,15 +257,15 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(
       keys(task / parts, begin, std::min(begin + kKeyBlocks, blocks), false, memory);
     });
   });
-  STD_TORCH_CHECK(fine, "cross_attention: out of memory");
+  STD_TORCH_CHECK(fine, kOp, ": out of memory");
   return {dq, dk, dv};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
-  m.impl("_cross_attention_native_fwd", TORCH_BOX(&forward_cpu));
-  m.impl("_cross_attention_native_bwd", TORCH_BOX(&backward_cpu));
+  m.impl("_cross_attention_native_fwd", TORCH_BOX(&cross_attention_fwd_cpu));
+  m.impl("_cross_attention_native_bwd", TORCH_BOX(&cross_attention_bwd_cpu));
 }
 
-}  // namespace calm_fast::tiles
+}  // namespace calm_fast::cross_attention::tiles

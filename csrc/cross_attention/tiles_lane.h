@@ -1,9 +1,9 @@
-// Tiles of one lane. Included once per lane by tiles_cpu.cpp, inside that lane's namespace
-// (common/vectors.h) with LANE the attribute of its functions and kRows the rows of a tile; no include guard on purpose.
+// Tiles of one lane. Included once per lane by tiles_cpu.cpp, inside that lane's namespace (common/vectors.h). LANE is
+// the attribute of the lane's functions and kRows the number of rows of a tile. No include guard on purpose.
 //
-// A vector's elements are queries: a panel holds kPanel queries of one head, packed with queries innermost, so scores
-// and outputs are transposed, (keys, queries) and (columns, queries). Keys and values are broadcast, every running
-// maximum and sum is a vector of queries, and nothing is ever added up across a vector.
+// The elements of a vector are queries. A panel holds kPanel queries of one head, packed with queries innermost, so
+// scores and outputs are transposed: (keys, queries) and (columns, queries). Keys and values are broadcast, every
+// running maximum and sum is a vector of queries, and nothing is summed across a vector.
 
 constexpr int kVectors = 3;
 constexpr int kPanel = kVectors * kWidth;
@@ -16,9 +16,9 @@ constexpr int kPanel = kVectors * kWidth;
 struct Panel {
   int64_t head, query, rows;         // head of the group, first query, queries
   int64_t first, last;               // keys that any of them sees
-  int64_t full_first, full_last;     // keys that each one sees that sees any
+  int64_t full_first, full_last;     // keys that all of them see, queries with an empty interval aside
   int vectors;
-  float lo[kPanel], hi[kPanel];      // beyond `rows`, and where nothing is seen: 0, 0
+  float lo[kPanel], hi[kPanel];      // 0, 0 beyond `rows` and for an empty interval
 };
 
 LANE Panel panel_of(const Head& u, int64_t index) {
@@ -49,7 +49,8 @@ LANE Panel panel_of(const Head& u, int64_t index) {
   return p;
 }
 
-// The part of block [start, start + kBlock) that a panel sees, in multiples of kRows from its start.
+// The keys [low, high) of a block that a panel sees, as multiples of kRows from the block's start. masked: some query
+// does not see all of them.
 struct Part {
   int64_t low, high;
   bool masked;
@@ -66,13 +67,13 @@ LANE Part part_of(const Panel& p, int64_t start) {
   return part;
 }
 
-// `value` where key `key` lies within lo and hi, else `other`
+// Returns `value` where lo <= key < hi, else `other`. The half keeps the comparisons strict.
 LANE V within(V value, float key, V lo, V hi, V other) {
   const V at = set1(key + 0.5f);
   return pick(greater(at, lo), pick(greater(hi, at), value, other), other);
 }
 
-// Rows of queries as float32: those of `p`, zeros where nothing is seen and beyond them, up to a whole vector.
+// Copies the rows of a panel's queries as float32. Rows with an empty interval, and those up to a whole vector, are 0.
 template <class T>
 LANE void query_rows(float* to, const T* from, int64_t stride, const Panel& p, int64_t d, int64_t width) {
   widen(to, from, stride, p.rows, d, width);
@@ -81,7 +82,7 @@ LANE void query_rows(float* to, const T* from, int64_t stride, const Panel& p, i
   }
 }
 
-// Keys (or values) [low, high) of a block, at their places in it; what lies behind the last key is 0.
+// Copies keys (or values) [low, high) of a block to their places in it as float32; rows beyond the last key are 0.
 template <class T>
 LANE void stage(float* to, const T* from, int64_t stride, int64_t start, int64_t low, int64_t high, const Head& u) {
   const int64_t there = u.n - start < high ? u.n - start : high;
@@ -91,9 +92,10 @@ LANE void stage(float* to, const T* from, int64_t stride, int64_t start, int64_t
 
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
-// Scores of a block become weights relative to the running maximum; shrink: what the sums so far shrink by.
+// Online softmax of a block: scores become weights relative to the running maximum; shrink[i] becomes the factor by
+// which the sums of query i so far shrink.
 template <bool kMasked>
-LANE void soften(
+LANE void online_softmax(
     const Panel& p, float* scores, int64_t start, const Part& part, float scale, float* max, float* total,
     float* shrink) {
   const V none = set1(-kInfinity);
@@ -110,14 +112,14 @@ LANE void soften(
       top = maximum(top, score);
     }
     top = maximum(top, old);
-    // a row whose scores are all -inf has weights 0 here, not exp(-inf + inf)
+    // A row whose scores are all -inf gets weights of 0 here, not exp(-inf + inf), which is NaN.
     const V shift = pick(same(top, none), set1(0.0f), top);
     const V less = pick(same(old, none), set1(0.0f), exp2_of(mul(sub(old, shift), set1(scale))));
     V sums = set1(0.0f);
     for (int64_t key = part.low; key < part.high; ++key) {
       const V score = load(column + key * kPanel);
       V weight = exp2_of(mul(sub(score, shift), set1(scale)));
-      weight = pick(same(score, none), set1(0.0f), weight);  // exp2_of ends at 2^-126
+      weight = pick(same(score, none), set1(0.0f), weight);  // exp2_of does not go below 2^-126
       store(column + key * kPanel, weight);
       sums = add(sums, weight);
     }
@@ -131,7 +133,7 @@ LANE int64_t forward_floats(int64_t width) {
   return kPanels * (2 * width * kPanel + 2 * kPanel) + 2 * kBlock * width + kBlock * kPanel + kPanel;
 }
 
-// Panels [begin, end) of one KV head, at most kPanels.
+// Computes out and lse of panels [begin, end) of one KV head; at most kPanels of them.
 template <class T>
 LANE void forward(const Head& u, int64_t begin, int64_t end, float* memory) {
   Panel panels[kPanels];
@@ -139,13 +141,14 @@ LANE void forward(const Head& u, int64_t begin, int64_t end, float* memory) {
   float *queries = memory, *outs = queries + kPanels * columns, *max = outs + kPanels * columns;
   float *total = max + kPanels * kPanel, *keys = total + kPanels * kPanel, *values = keys + kBlock * u.width;
   float *scores = values + kBlock * u.width, *shrink = scores + kBlock * kPanel;
+  // Load: the queries, transposed.
   int64_t first = u.n, last = 0;
   for (int64_t i = 0; i < count; ++i) {
     Panel& p = panels[i] = panel_of(u, begin + i);
     first = p.first < first ? p.first : first;
     last = p.last > last ? p.last : last;
     const T* q = static_cast<const T*>(u.q) + p.query * u.q_token + p.head * u.q_head;
-    float* rows = outs + i * columns;  // the accumulators' place until they are cleared
+    float* rows = outs + i * columns;  // borrows the accumulators until they are cleared
     query_rows(rows, q, u.q_token, p, u.d, u.width);
     transpose(queries + i * columns, kPanel, rows, u.width, p.vectors * kWidth, u.width);
     std::memset(rows, 0, static_cast<size_t>(columns) * sizeof(float));
@@ -164,6 +167,7 @@ LANE void forward(const Head& u, int64_t begin, int64_t end, float* memory) {
       high = parts[i].high > high ? parts[i].high : high;
     }
     if (low >= high) continue;
+    // Load: a block of keys and values, for all panels.
     stage(keys, static_cast<const T*>(u.k), u.k_token, start, low, high, u);
     stage(values, static_cast<const T*>(u.v), u.v_token, start, low, high, u);
     for (int64_t i = 0; i < count; ++i) {
@@ -171,15 +175,17 @@ LANE void forward(const Head& u, int64_t begin, int64_t end, float* memory) {
       const Part& part = parts[i];
       const int64_t size = part.high - part.low;
       if (size <= 0) continue;
+      // Scores, softmax, accumulate.
       float* at = scores + part.low * kPanel;
       product<false, false>(
           p.vectors, size, at, keys + part.low * u.width, u.width, queries + i * columns, u.d, nullptr);
-      const auto soft = part.masked ? soften<true> : soften<false>;
-      soft(p, scores, start, part, u.scale_log2, max + i * kPanel, total + i * kPanel, shrink);
+      const auto softmax = part.masked ? online_softmax<true> : online_softmax<false>;
+      softmax(p, scores, start, part, u.scale_log2, max + i * kPanel, total + i * kPanel, shrink);
       product<true, true>(
           p.vectors, u.width, outs + i * columns, values + part.low * u.width, u.width, at, size, shrink);
     }
   }
+  // Store.
   for (int64_t i = 0; i < count; ++i) {
     const Panel& p = panels[i];
     float* rows = queries + i * columns;
@@ -202,9 +208,9 @@ LANE void forward(const Head& u, int64_t begin, int64_t end, float* memory) {
 
 // ---- backward --------------------------------------------------------------------------------------------------------
 
-// Scores become P = exp(scale s - lse), and dP becomes t = P (dP - delta).
+// Softmax backward: scores become P = exp(scale s - lse), and dP (in `up`) becomes t = P (dP - delta).
 template <bool kMasked>
-LANE void slopes(
+LANE void softmax_backward(
     const Panel& p, float* scores, float* up, int64_t start, const Part& part, float scale, const float* lse,
     const float* delta) {
   for (int j = 0; j < p.vectors; ++j) {
@@ -215,13 +221,13 @@ LANE void slopes(
       const V score = load(scores + at);
       V weight = exp2_of(sub(mul(score, set1(scale)), end));
       weight = pick(same(score, set1(-kInfinity)), zero, weight);
-      V slope = mul(weight, sub(load(up + at), less));
+      V t = mul(weight, sub(load(up + at), less));
       if (kMasked) {
         weight = within(weight, static_cast<float>(start + key), lo, hi, zero);
-        slope = within(slope, static_cast<float>(start + key), lo, hi, zero);
+        t = within(t, static_cast<float>(start + key), lo, hi, zero);
       }
       store(scores + at, weight);
-      store(up + at, slope);
+      store(up + at, t);
     }
   }
 }
@@ -230,10 +236,11 @@ LANE int64_t backward_floats(int64_t width) {
   return 5 * width * kPanel + 2 * kPanel + 2 * kBlock * width + 2 * kBlock * kPanel;
 }
 
-// Panels [begin, end) of one KV head against its keys [from, to), from being a multiple of kBlock: dq of the panels
-// (unless s.dq is null) and what they add to dk and dv (unless s.dk is null).
+// Computes dq of panels [begin, end) of one KV head (unless s.dq is null) and adds their part of dk and dv (unless s.dk
+// is null), for its keys [from, to). `from` is a multiple of kBlock.
 template <class T>
-LANE void backward(const Head& u, const Slopes& s, int64_t begin, int64_t end, int64_t from, int64_t to, float* memory) {
+LANE void backward(
+    const Head& u, const Gradients& s, int64_t begin, int64_t end, int64_t from, int64_t to, float* memory) {
   const int64_t columns = u.width * kPanel;
   float *rows = memory, *queries = rows + columns, *given = queries + columns, *ups = given + columns;
   float *dq = ups + columns, *lse = dq + columns, *delta = lse + kPanel, *keys = delta + kPanel;
@@ -242,6 +249,7 @@ LANE void backward(const Head& u, const Slopes& s, int64_t begin, int64_t end, i
     const Panel p = panel_of(u, index);
     const int64_t padded = p.vectors * kWidth;
     const int64_t first = p.first > from ? p.first : from, last = p.last < to ? p.last : to;
+    // Load: out and dout for delta = sum(out dout) - dlse, then the queries and dout, transposed.
     if (first < last) {
       const T* out = static_cast<const T*>(u.out) + p.query * u.out_token + p.head * u.d;
       const T* dout = static_cast<const T*>(s.dout) + p.query * u.out_token + p.head * u.d;
@@ -271,14 +279,17 @@ LANE void backward(const Head& u, const Slopes& s, int64_t begin, int64_t end, i
       const Part part = part_of(p, start);
       const int64_t size = part.high - part.low;
       if (size <= 0) continue;
+      // Load: a block of keys and values.
       stage(keys, static_cast<const T*>(u.k), u.k_token, start, part.low, part.high, u);
       stage(values, static_cast<const T*>(u.v), u.v_token, start, part.low, part.high, u);
       const float *k = keys + part.low * u.width, *v = values + part.low * u.width;
       float *weights = scores + part.low * kPanel, *t = up + part.low * kPanel;
+      // Scores and dP, then softmax backward.
       product<false, false>(p.vectors, size, weights, k, u.width, queries, u.d, nullptr);
       product<false, false>(p.vectors, size, t, v, u.width, ups, u.d, nullptr);
-      const auto slope = part.masked ? slopes<true> : slopes<false>;
-      slope(p, scores, up, start, part, u.scale_log2, lse, delta);
+      const auto softmax = part.masked ? softmax_backward<true> : softmax_backward<false>;
+      softmax(p, scores, up, start, part, u.scale_log2, lse, delta);
+      // Accumulate: dq of the panel, dk and dv of the block.
       if (s.dq) product<true, true>(p.vectors, u.width, dq, k, u.width, t, size, nullptr);
       if (s.dk) {
         const int64_t at = (start + part.low - from) * u.width;
@@ -286,6 +297,7 @@ LANE void backward(const Head& u, const Slopes& s, int64_t begin, int64_t end, i
         add_to_keys(s.dv + at, weights, given, size, padded, u.width);
       }
     }
+    // Store.
     if (!s.dq) continue;
     transpose(rows, u.width, dq, kPanel, u.width, padded);
     T* to_dq = static_cast<T*>(s.dq) + p.query * u.out_token + p.head * u.d;
@@ -293,6 +305,7 @@ LANE void backward(const Head& u, const Slopes& s, int64_t begin, int64_t end, i
   }
 }
 
+// Stores rows of dk or dv, multiplied by `factor`, in the tensor's dtype.
 template <class T>
 LANE void write_keys(T* to, int64_t stride, const float* from, float factor, int64_t keys, const Head& u) {
   for (int64_t j = 0; j < keys; ++j) narrow(to + j * stride, from + j * u.width, factor, u.d);

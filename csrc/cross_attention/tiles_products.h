@@ -1,10 +1,11 @@
-// Products and copies of the tiles of one lane: included by tiles_lane.h, once per lane, inside that
-// lane's namespace; no include guard on purpose.
+// Products and copies for the tiles of one lane. Included by tiles_lane.h, once per lane, inside that lane's namespace;
+// no include guard on purpose.
 
 // ---- products --------------------------------------------------------------------------------------------------------
 
-// c[r][j] = c[r][j] factor[j] (0 without kAdd, 1 without factor) + sum_k a(r, k) b[k][j], kRows rows by kCount vectors.
-// a(r, k) = a[r a_stride + k], or a[k a_stride + r] where kAcross. b has rows of b_stride.
+// Computes kRows rows by kCount vectors of c[r][j] = c[r][j] factor[j] + sum_k a(r, k) b[k][j]. Without kAdd the first
+// term is 0; without factor it is c[r][j]. a(r, k) = a[r a_stride + k], or a[k a_stride + r] with kAcross. Rows of b
+// are b_stride apart.
 template <bool kAcross, bool kAdd, int kCount>
 LANE void tile(
     float* c, int64_t c_stride, const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
@@ -36,7 +37,7 @@ LANE void tile(
   }
 }
 
-// Rows [0, rows) of c, a multiple of kRows, and `vectors` vectors of a panel.
+// Computes rows [0, rows) of c, where rows is a multiple of kRows, for `vectors` vectors of a panel.
 template <bool kAcross, bool kAdd>
 LANE void product(
     int vectors, int64_t rows, float* c, const float* a, int64_t a_stride, const float* b, int64_t depth,
@@ -54,7 +55,7 @@ LANE void product(
   }
 }
 
-// c (rows, width) += weights (rows, queries) x (queries, width): what the queries of a panel add to keys
+// Adds a panel's part of dk or dv: c (rows, width) += weights (rows, queries) x (queries, width).
 LANE void add_to_keys(float* c, const float* weights, const float* x, int64_t rows, int64_t queries, int64_t width) {
   for (int64_t r = 0; r < rows; r += kRows) {
     int64_t i = 0;
@@ -67,9 +68,9 @@ LANE void add_to_keys(float* c, const float* weights, const float* x, int64_t ro
   }
 }
 
-// ---- moving ----------------------------------------------------------------------------------------------------------
+// ---- copies ----------------------------------------------------------------------------------------------------------
 
-// (rows, d) of any dtype as float32 (rows, width), zeros on the right
+// Copies (rows, d) of any dtype to float32 (rows, width), with zeros on the right.
 template <class T>
 LANE void widen(float* to, const T* from, int64_t stride, int64_t rows, int64_t d, int64_t width) {
   for (int64_t j = 0; j < rows; ++j, from += stride, to += width) {
@@ -90,6 +91,7 @@ LANE void widen(float* to, const T* from, int64_t stride, int64_t rows, int64_t 
   }
 }
 
+// Stores d float32 numbers, multiplied by `factor`, in dtype T.
 template <class T>
 LANE void narrow(T* to, const float* from, float factor, int64_t d) {
   int64_t i = 0;
@@ -106,8 +108,9 @@ LANE void narrow(T* to, const float* from, float factor, int64_t d) {
   for (; i < d; ++i) to[i] = from_float<T>(from[i] * factor);
 }
 
-// to[j * to_stride + i] = from[i * from_stride + j], rows and columns multiples of 4
-LANE void transpose(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows, int64_t columns) {
+// Writes to[j * to_stride + i] = from[i * from_stride + j]; rows and columns are multiples of 4.
+LANE void transpose(
+    float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; i += 4) {
     for (int64_t j = 0; j < columns; j += 4) {
       const float* x = from + i * from_stride + j;

@@ -1,13 +1,15 @@
-// dual_lora for few tokens on a GPU: all that follows the products with down and C1, in one launch.
+// dual_lora for few tokens on a GPU: everything after the products with down and C1, in one launch.
 //
-// A block takes up to eight tokens and some columns of the output. It computes the gate of its tokens and what the last
-// product multiplies - the weighted z of the paper's form, the mix of two gelus of the released one - into shared
-// memory, R or m numbers a token, and then its columns of y + mix last^T, last being `up` or C2. Blocks repeat the first
-// part: it is small, and a second launch is not. Where m is large, `mix_kernel` does it once instead, and torch the
-// product. Everything is float32, rounded once at the end. No torch headers: the CPU emulation compiles this file too.
+// A block takes up to eight tokens and some columns of the output. It first computes the gate of its tokens and the mix
+// into shared memory: the weighted z of the paper's form (R numbers per token) or the weighted sum of two gelus of the
+// released form (m numbers per token). It then computes its columns of y + mix last^T, where `last` is `up` or C2.
+// Every block repeats the first part, which costs less than a second launch. Where m is large, `mix_kernel` computes
+// the mix once and torch does the product. Everything is float32, rounded once at the end. No torch headers: the CPU
+// emulation compiles this file too.
 #pragma once
 
 #include "common/packed.cuh"
+#include "dual_lora/gate.h"
 
 namespace calm_fast::dual_lora {
 
@@ -18,17 +20,17 @@ using simt::Shared;
 
 constexpr int kThreads = 128, kWarps = kThreads / kWarpSize;
 constexpr int kTile = 8;      // tokens of a block
-constexpr int kEach = 8;      // elements of a row of weights that a thread reads at a time
+constexpr int kEach = 8;      // elements of a weight row that a thread reads at a time
 constexpr int kLanes = 4;     // threads that share a column of the output
-constexpr int kColumns = kThreads / kLanes;  // columns of a block at a time
+constexpr int kColumns = kThreads / kLanes;  // columns that a block computes at a time
 constexpr int kMaxTokens = 64, kMaxRank = 1024;
-constexpr int kMaxFused = 512;  // hidden units (m) up to which every block computes the mix for itself
+constexpr int kMaxFused = 512;  // hidden units (m) up to which every block computes the mix itself
 
 template <class T>
 struct Args {
   Global<const T> zg;    // (T, 2 R)
   Global<const T> u;     // (T, m) = y C1^T; null in the paper's form
-  Global<const T> up;    // (m, R); the paper's form has it as `last`
+  Global<const T> up;    // (m, R); null in the paper's form, where `last` is up
   Global<const T> last;  // (N, inner): C2 (N, m), or up (N, R) in the paper's form
   Global<const T> y;     // (T, N)
   Global<T> out;         // (T, N), or the mix (T, m) of mix_kernel
@@ -36,7 +38,8 @@ struct Args {
   int block_columns;     // of the output, a multiple of kColumns
 };
 
-// Elements at .. at + 8 of a row of `width`; zeros behind its end. kWide: width is a multiple of 8, rows are aligned.
+// Reads elements at .. at + 8 of a row of `width` elements, with zeros beyond its end. kWide: width is a multiple of 8
+// and rows are 16-byte aligned.
 template <class T, bool kWide>
 __device__ __forceinline__ void read_each(Global<const T> row, int at, int width, float (&to)[kEach]) {
   if constexpr (kWide) {
@@ -54,16 +57,18 @@ __device__ __forceinline__ void read_each(Global<const T> row, int at, int width
   }
 }
 
-// The exact gelu; erfc keeps the relative precision of small values that 1 + erf loses.
+// The exact gelu. erfc keeps the relative precision of small results, which 1 + erf loses.
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * erfcf(-0.70710678f * x); }
 
-// One warp per token: p_neg = sigmoid(z . g), and each number of z to `give(t, i, z, p_neg)`; 0 for missing tokens.
+// Computes the gate, one warp per token: p_neg = sigmoid(z . g), then give(t, i, z_i, p_neg) for each rank i. z is 0
+// for tokens beyond the last.
 template <class T, class Give>
 __device__ __forceinline__ void gate(const Args<T>& a, int first, Give give) {
   const int lane = threadIdx.x % kWarpSize;
   for (int t = threadIdx.x / kWarpSize; t < kTile; t += kWarps) {
     const bool exists = first + t < a.tokens;
     Global<const T> z = a.zg + static_cast<int64_t>(exists ? first + t : 0) * 2 * a.r;
+    // Scores: the logit difference, summed over the warp.
     float logit = 0.0f;
     for (int i = lane; i < a.r; i += kWarpSize) {
       const T own = z[i], gate = z[a.r + i];
@@ -71,7 +76,8 @@ __device__ __forceinline__ void gate(const Args<T>& a, int first, Give give) {
     }
     SIMT_UNROLL
     for (int step = kWarpSize / 2; step > 0; step /= 2) logit += __shfl_xor_sync(kAllLanes, logit, step);
-    const float p_neg = 1.0f / (1.0f + expf(-logit));
+    // Softmax over the two, then store through `give`.
+    const float p_neg = gate_probability(logit);
     for (int i = lane; i < a.r; i += kWarpSize) {
       const T own = z[i];
       give(t, i, exists ? simt::to_float(own) : 0.0f, p_neg);
@@ -79,10 +85,11 @@ __device__ __forceinline__ void gate(const Args<T>& a, int first, Give give) {
   }
 }
 
-// The mix of hidden unit h for all tokens of the tile.
+// Computes the mix of hidden unit h for all tokens of the tile.
 template <class T, bool kWide>
 __device__ __forceinline__ void mix_unit(
-    const Args<T>& a, int first, int h, Shared<const float> z, Shared<const float> shares, float (&mix)[kTile]) {
+    const Args<T>& a, int first, int h, Shared<const float> z, Shared<const float> p_negs, float (&mix)[kTile]) {
+  // Load: u, where both sums start.
   float pos[kTile], neg[kTile];
   SIMT_UNROLL
   for (int t = 0; t < kTile; ++t) {
@@ -93,6 +100,7 @@ __device__ __forceinline__ void mix_unit(
     }
     neg[t] = pos[t];
   }
+  // Accumulate: the rank updates of both LoRAs.
   Global<const T> up = a.up + static_cast<int64_t>(h) * a.r;
   for (int i = 0; i < a.r; i += kEach) {
     float w[kEach];
@@ -104,51 +112,55 @@ __device__ __forceinline__ void mix_unit(
       const float each[kTile] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       SIMT_UNROLL
       for (int t = 0; t < kTile; ++t) {
-        if (i + e < a.r_pos) pos[t] += each[t] * w[e];  // the same for every thread
+        if (i + e < a.r_pos) pos[t] += each[t] * w[e];  // the branch is the same for every thread
         else neg[t] += each[t] * w[e];
       }
     }
   }
+  // Epilogue: the gate's weighted sum of the two gelus.
   SIMT_UNROLL
   for (int t = 0; t < kTile; ++t) {
-    const float p_neg = shares[t];
-    mix[t] = (1.5f - p_neg) * gelu(pos[t]) + (p_neg - 0.5f) * gelu(neg[t]);
+    const float p_neg = p_negs[t];
+    const GateWeights weights = gate_weights(p_neg);
+    mix[t] = weights.pos * gelu(pos[t]) + weights.neg * gelu(neg[t]);
   }
 }
 
 SIMT_HOST_DEVICE int padded(int inner) { return (inner + kEach - 1) / kEach * kEach; }
 
-// out = y + mix last^T; kGelu: the released form.
+// Computes out = y + mix last^T. kGelu: the released form.
 template <class T, bool kGelu, bool kWide>
 __global__ void __launch_bounds__(kThreads, 4) update_kernel(Args<T> a) {
   const int first = blockIdx.y * kTile, width = padded(a.inner);
   simt::SharedPool pool;
-  Shared<float> mix = pool.take<float>(kTile * width, "mix");  // (tokens, inner), zeros behind inner
+  Shared<float> mix = pool.take<float>(kTile * width, "mix");  // (tokens, width), zeros beyond inner
+  // Scores and softmax: the gate, and from it the mix.
   if constexpr (kGelu) {
     Shared<float> z = pool.take<float>(a.r * kTile, "z");  // (R, tokens)
-    Shared<float> shares = pool.take<float>(kTile, "shares");
+    Shared<float> p_negs = pool.take<float>(kTile, "p_negs");
     gate(a, first, [&](int t, int i, float own, float p_neg) {
       z[i * kTile + t] = own;
-      if (i == 0) shares[t] = p_neg;
+      if (i == 0) p_negs[t] = p_neg;
     });
     __syncthreads();
     for (int h = threadIdx.x; h < width; h += kThreads) {
       float values[kTile] = {};
-      if (h < a.inner) mix_unit<T, kWide>(a, first, h, z, shares, values);
+      if (h < a.inner) mix_unit<T, kWide>(a, first, h, z, p_negs, values);
       SIMT_UNROLL
       for (int t = 0; t < kTile; ++t) mix[t * width + h] = values[t];
     }
   } else {
     gate(a, first, [&](int t, int i, float own, float p_neg) {
-      mix[t * width + i] = (i < a.r_pos ? 1.5f - p_neg : p_neg - 0.5f) * own;
+      mix[t * width + i] = rank_weight(p_neg, i, a.r_pos) * own;
     });
-    const int behind = width - a.inner;
-    for (int index = threadIdx.x; index < kTile * behind; index += kThreads) {
-      mix[index / behind * width + a.inner + index % behind] = 0.0f;
+    const int padding = width - a.inner;
+    for (int index = threadIdx.x; index < kTile * padding; index += kThreads) {
+      mix[index / padding * width + a.inner + index % padding] = 0.0f;
     }
   }
   __syncthreads();
 
+  // Accumulate: kLanes threads share a column, each with every kLanes-th group of kEach elements of the mix.
   const int lane = threadIdx.x % kLanes;
   const int begin = blockIdx.x * a.block_columns, end = begin + a.block_columns < a.n ? begin + a.block_columns : a.n;
   for (int start = begin; start < end; start += kColumns) {
@@ -171,6 +183,7 @@ __global__ void __launch_bounds__(kThreads, 4) update_kernel(Args<T> a) {
         }
       }
     }
+    // Store: add the threads' sums, and let each thread write two of the tokens.
     SIMT_UNROLL
     for (int t = 0; t < kTile; ++t) {
       SIMT_UNROLL
@@ -184,21 +197,23 @@ __global__ void __launch_bounds__(kThreads, 4) update_kernel(Args<T> a) {
   }
 }
 
-// The mix (T, m) of the released form alone.
+// Computes only the mix (T, m) of the released form.
 template <class T, bool kWide>
 __global__ void __launch_bounds__(kThreads, 4) mix_kernel(Args<T> a) {
   const int first = blockIdx.y * kTile, h = blockIdx.x * kThreads + threadIdx.x;
   simt::SharedPool pool;
   Shared<float> z = pool.take<float>(a.r * kTile, "z");
-  Shared<float> shares = pool.take<float>(kTile, "shares");
+  Shared<float> p_negs = pool.take<float>(kTile, "p_negs");
+  // Scores and softmax: the gate.
   gate(a, first, [&](int t, int i, float own, float p_neg) {
     z[i * kTile + t] = own;
-    if (i == 0) shares[t] = p_neg;
+    if (i == 0) p_negs[t] = p_neg;
   });
   __syncthreads();
+  // Accumulate and store: a thread per hidden unit.
   if (h >= a.hidden) return;
   float values[kTile];
-  mix_unit<T, kWide>(a, first, h, z, shares, values);
+  mix_unit<T, kWide>(a, first, h, z, p_negs, values);
   SIMT_UNROLL
   for (int t = 0; t < kTile; ++t) {
     if (first + t < a.tokens) a.out[static_cast<int64_t>(first + t) * a.hidden + h] = simt::from_float<T>(values[t]);
@@ -210,7 +225,7 @@ struct Plan {
   int64_t grid_x, grid_y, shared;
 };
 
-// Columns of a block grow with the tokens, so that all blocks together are about two per multiprocessor.
+// Plans the update: the columns per block grow with the tokens, so that there are about two blocks per multiprocessor.
 inline Plan plan_update(int64_t tokens, int64_t r, int64_t inner, int64_t n, bool gelu, int64_t processors) {
   Plan p = {};
   p.grid_y = simt::ceil_div(tokens, kTile);
@@ -230,7 +245,8 @@ inline Plan plan_mix(int64_t tokens, int64_t r, int64_t hidden) {
   return p;
 }
 
-// Both launch for T, N (or m) > 0 and R > 0; nullptr, or what went wrong. `wide`: R, m and N-rows allow 16-byte loads.
+// Both launch functions require T, N (or m) and R > 0 and return nullptr or an error message. `wide`: R, m and the
+// rows' addresses allow 16-byte loads.
 template <class T>
 const char* launch_update(Args<T> a, const Plan& p, bool wide, simt::Stream stream) {
   a.block_columns = p.block_columns;

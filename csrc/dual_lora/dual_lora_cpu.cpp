@@ -1,8 +1,11 @@
 // dual_lora on the CPU: the gate, both rank updates, both gelus and the mix in one pass over u.
 //
-// The chain of the released form is zg = x down^T, u = y C1^T, mix = a_pos gelu(u + up_pos z_pos) +
-// a_neg gelu(u + up_neg z_neg), out = y + mix C2^T; of the paper's, mix = [a_pos z_pos, a_neg z_neg], out = y + mix up^T.
-// calm_fast/_ops/dual_lora/api.py puts it together, the products are torch's or those of packed_linear/packed_linear_cpu.cpp.
+//   released form: zg = x down^T, u = y C1^T, mix = a_pos gelu(u + up_pos z_pos) + a_neg gelu(u + up_neg z_neg),
+//                  out = y + mix C2^T
+//   paper's form:  zg = x down^T, mix = [a_pos z_pos, a_neg z_neg], out = y + mix up^T
+//
+// This file computes the mix. calm_fast/_ops/dual_lora calls it between the products, which are torch's or those of
+// packed_linear/packed_linear_cpu.cpp.
 
 #include <cmath>
 #include <cstring>
@@ -15,43 +18,46 @@
 #include "common/dtypes.h"
 #include "common/lanes.h"
 #include "common/parallel.h"
+#include "dual_lora/gate.h"
 #include "dual_lora/gelu.h"
 
-namespace calm_fast {
+namespace calm_fast::dual_lora {
 namespace {
 
-constexpr int64_t kBlock = 64;  // columns of u in registers and L1 at a time
+constexpr int64_t kBlock = 64;  // columns of u at a time, in registers and L1
 
 int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// p_neg = sigmoid(z . g) of one token; zg holds z then g, r numbers each
-[[gnu::always_inline]] inline float negative_share(const float* zg, int64_t r) {
+// Returns p_neg = sigmoid(z . g) of one token; zg holds z and then g, r numbers each.
+[[gnu::always_inline]] inline float gate_of(const float* zg, int64_t r) {
   float logit = 0.0f;
   for (int64_t i = 0; i < r; ++i) logit += zg[i] * zg[r + i];
-  return 1.0f / (1.0f + std::exp(-logit));
+  return gate_probability(logit);
 }
 
 struct Mix {
   const float* zg;  // (T, 2 r)
-  const float* up;  // (r, padded): transposed, zero behind column m
+  const float* up;  // (r, padded): transposed, zero beyond column m
   int64_t r_pos, r, m, padded;
 };
 
-// mix (T, m) for tokens [begin, end); inlined into a caller that says for which instructions it is compiled
+// Computes mix (T, m) for tokens [begin, end). Inlined into a caller that chooses the instruction set.
 template <class T>
 [[gnu::always_inline]] inline void mix_tokens(const Mix& s, const T* u, T* mix, int64_t begin, int64_t end) {
   for (int64_t token = begin; token < end; ++token) {
     const float* z = s.zg + token * 2 * s.r;
-    const float p_neg = negative_share(z, s.r);
-    const float a_pos = 1.5f - p_neg, a_neg = p_neg - 0.5f;
+    // Scores and softmax: the gate.
+    const GateWeights weights = gate_weights(gate_of(z, s.r));
     for (int64_t at = 0; at < s.m; at += kBlock) {
       const int64_t width = std::min(kBlock, s.m - at);
       const T* from = u + token * s.m + at;
       T* to = mix + token * s.m + at;
+      // Load: u, where both sums start.
       float pos[kBlock], neg[kBlock];
       for (int64_t j = 0; j < width; ++j) pos[j] = to_float(from[j]);
       for (int64_t j = width; j < kBlock; ++j) pos[j] = 0.0f;
       std::memcpy(neg, pos, sizeof(pos));
+      // Accumulate: the rank updates of both LoRAs.
       for (int64_t i = 0; i < s.r_pos; ++i) {
         const float* row = s.up + i * s.padded + at;
         for (int64_t j = 0; j < kBlock; ++j) pos[j] += z[i] * row[j];
@@ -60,7 +66,8 @@ template <class T>
         const float* row = s.up + i * s.padded + at;
         for (int64_t j = 0; j < kBlock; ++j) neg[j] += z[i] * row[j];
       }
-      for (int64_t j = 0; j < kBlock; ++j) pos[j] = a_pos * gelu(pos[j]) + a_neg * gelu(neg[j]);
+      // Epilogue and store: the gate's weighted sum of the two gelus.
+      for (int64_t j = 0; j < kBlock; ++j) pos[j] = weights.pos * gelu(pos[j]) + weights.neg * gelu(neg[j]);
       for (int64_t j = 0; j < width; ++j) to[j] = from_float<T>(pos[j]);
     }
   }
@@ -107,8 +114,8 @@ void check_ranks(const char* op, const Tensor& zg, int64_t r_pos) {
       r_pos >= 0 && r_pos <= zg.size(1) / 2, op, ": `r_pos` must lie in [0, ", zg.size(1) / 2, "], got ", r_pos);
 }
 
-// mix (T, m) of the released form from zg (T, 2 R), u (T, m), up (m, R)
-Tensor dual_lora_mix(const Tensor& zg, const Tensor& u, const Tensor& up, int64_t r_pos, int64_t lane) {
+// Returns the mix (T, m) of the released form from zg (T, 2 R), u (T, m) and up (m, R), all of one dtype.
+Tensor dual_lora_mix_cpu(const Tensor& zg, const Tensor& u, const Tensor& up, int64_t r_pos, int64_t lane) {
   const char* op = "_dual_lora_native_mix";
   check_ranks(op, zg, r_pos);
   const int64_t tokens = zg.size(0), r = zg.size(1) / 2;
@@ -117,7 +124,7 @@ Tensor dual_lora_mix(const Tensor& zg, const Tensor& u, const Tensor& up, int64_
   check_tensor(op, "up", up, {m, r}, zg.scalar_type());
   const Lane chosen = choose_lane(op, lane);
   Tensor mix = torch::stable::empty_like(u);
-  dispatch_float(zg.scalar_type(), op, [&](auto zero) {
+  dispatch_float(zg.scalar_type(), op, "zg", [&](auto zero) {
     using T = decltype(zero);
     const std::vector<float> wide = widened<T>(zg), factor = widened<T>(up);
     std::vector<float> turned(r * padded, 0.0f);
@@ -131,21 +138,21 @@ Tensor dual_lora_mix(const Tensor& zg, const Tensor& u, const Tensor& up, int64_
   return mix;
 }
 
-// [a_pos z_pos, a_neg z_neg] (T, R) of the paper's form from zg (T, 2 R)
-Tensor dual_lora_weigh(const Tensor& zg, int64_t r_pos) {
+// Returns [a_pos z_pos, a_neg z_neg] (T, R) of the paper's form from zg (T, 2 R).
+Tensor dual_lora_weigh_cpu(const Tensor& zg, int64_t r_pos) {
   const char* op = "_dual_lora_native_weigh";
   check_ranks(op, zg, r_pos);
   const int64_t tokens = zg.size(0), r = zg.size(1) / 2;
   Tensor mix = torch::stable::new_empty(zg, {tokens, r});
-  dispatch_float(zg.scalar_type(), op, [&](auto zero) {
+  dispatch_float(zg.scalar_type(), op, "zg", [&](auto zero) {
     using T = decltype(zero);
     const std::vector<float> wide = widened<T>(zg);
     T* to = static_cast<T*>(mix.data_ptr());
     for (int64_t token = 0; token < tokens; ++token) {
       const float* z = wide.data() + token * 2 * r;
-      const float p_neg = negative_share(z, r);
+      const float p_neg = gate_of(z, r);
       for (int64_t i = 0; i < r; ++i) {
-        to[token * r + i] = from_float<T>((i < r_pos ? 1.5f - p_neg : p_neg - 0.5f) * z[i]);
+        to[token * r + i] = from_float<T>(rank_weight(p_neg, i, r_pos) * z[i]);
       }
     }
   });
@@ -153,9 +160,10 @@ Tensor dual_lora_weigh(const Tensor& zg, int64_t r_pos) {
 }
 
 }  // namespace
-}  // namespace calm_fast
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
-  m.impl("_dual_lora_native_mix", TORCH_BOX(&calm_fast::dual_lora_mix));
-  m.impl("_dual_lora_native_weigh", TORCH_BOX(&calm_fast::dual_lora_weigh));
+  m.impl("_dual_lora_native_mix", TORCH_BOX(&dual_lora_mix_cpu));
+  m.impl("_dual_lora_native_weigh", TORCH_BOX(&dual_lora_weigh_cpu));
 }
+
+}  // namespace calm_fast::dual_lora

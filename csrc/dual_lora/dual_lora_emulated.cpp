@@ -1,5 +1,6 @@
-// dual_lora.cuh on a CPU. tensors: zg, u?, up, last?, y?, out; integers: dtype (0 float32, 1 bfloat16, 2 float16), T, R,
-// R_pos, m (0: the paper's form), N, multiprocessors. Without `last` the mix alone is computed.
+// dual_lora.cuh in the emulation (? marks an optional tensor).
+//   tensors: zg, u?, up, last?, y?, out; without `last` only the mix is computed
+//   integers: dtype (0 float32, 1 bfloat16, 2 float16), T, R, R_pos, m (0: the paper's form), N, multiprocessors
 #include "dual_lora/dual_lora.cuh"
 #include "emulation/call.hpp"
 

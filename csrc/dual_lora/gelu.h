@@ -1,23 +1,23 @@
 // The exact gelu v Phi(v) in plain C++ that compilers vectorise: no branch, no call, the same bits in every lane.
 //
-// With t = |v|, Phi(-t) = exp(-t^2 / 2) g(t), and g, a smooth function that falls from 1/2 like 1 / (t sqrt(2 pi)), is
-// w P(w) with w = 1 / (1 + 0.3125 t) and P of degree 9 (fitted to 1e-8 on [0, 13]). gelu(v) is v Phi(-t) for v < 0 and
-// v (1 - Phi(-t)) otherwise, so the small values on the negative side keep their relative precision.
+// With t = |v|, Phi(-t) = exp(-t^2 / 2) g(t). g is a smooth function that falls from 1/2 like 1 / (t sqrt(2 pi)). It is
+// approximated by w P(w) with w = 1 / (1 + 0.3125 t) and P of degree 9, fitted to 1e-8 on [0, 13]. gelu(v) is v Phi(-t)
+// for v < 0 and v (1 - Phi(-t)) otherwise, so small results on the negative side keep their relative precision.
 #pragma once
 
 #include <bit>
 #include <cstdint>
 
-namespace calm_fast {
+namespace calm_fast::dual_lora {
 
-// Within 6 units in the last place of float32 where |result| > 1e-36; NaN stays NaN, -inf gives NaN as in torch.
+// Accurate to 6 units in the last place of float32 where |result| > 1e-36. NaN stays NaN; -inf gives NaN, as in torch.
 [[gnu::always_inline]] inline float gelu(float v) {
-  // Comparisons as integers, whose order is that of |v|, and choices by masks: where a compiler sees a comparison of
-  // floats it may see a branch, and leave a lane scalar. NaN is larger than everything.
+  // Comparisons are of integers, which order as |v| does, and choices are by masks: a comparison of floats may become a
+  // branch, which keeps the compiler from vectorising. NaN is larger than everything.
   const int32_t bits = std::bit_cast<int32_t>(v), absolute = bits & 0x7fffffff;
   const int32_t limit = std::bit_cast<int32_t>(13.0f);  // Phi(-13) is below the smallest normal number
   const float s = std::bit_cast<float>(absolute < limit ? absolute : limit);
-  // s = high + low with 12 bits in high, so that high^2 is exact: exp magnifies an error of its argument
+  // s = high + low with 12 bits in high, so that high^2 is exact: exp magnifies errors of its argument.
   const float high = std::bit_cast<float>(std::bit_cast<uint32_t>(s) & 0xfffff000u), low = s - high;
   const float x = -0.5f * high * high, correction = -0.5f * low * (s + high);
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
@@ -48,4 +48,4 @@ namespace calm_fast {
   return v * std::bit_cast<float>((tail & negative) | (rest & ~negative));
 }
 
-}  // namespace calm_fast
+}  // namespace calm_fast::dual_lora

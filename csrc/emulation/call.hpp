@@ -1,4 +1,4 @@
-// The door of an emulated kernel: one C function per op, the same signature for all, called through ctypes
+// Entry point of an emulated kernel: one C function per op with the same signature for all, called through ctypes
 // (calm_fast/verify/emulation.py).
 //
 //   CALM_EMULATED(vote) { ... in.tensor<const int64_t>(0, "answers", Use::input) ...  return vote::launch(...); }
@@ -9,7 +9,7 @@
 namespace calm_fast::emulation {
 
 struct RawTensor {
-  void* data;  // null: None
+  void* data;  // null stands for None
   int64_t count;
 };
 
@@ -18,7 +18,7 @@ struct Call {
   const int64_t* integers;
   const double* floats;
   int64_t order, seed, resident;
-  char* message;  // what went wrong
+  char* message;  // receives the error message
   int64_t message_size;
 
   template <class T>
@@ -28,6 +28,7 @@ struct Call {
   Schedule schedule() const { return {static_cast<Order>(order), static_cast<uint64_t>(seed), static_cast<int>(resident)}; }
 };
 
+// Runs `body`. Returns 0, or 1 with the error in call.message.
 inline int guarded(const Call& call, const char* (*body)(const Call&)) {
   std::string message;
   try {

@@ -1,14 +1,15 @@
-// Runs CUDA C++ on a CPU to find bugs, not to be fast: a thread of a block is a fiber, one runs at a time.
+// Runs CUDA C++ on a CPU, to find bugs and not to be fast. A thread of a block is a fiber, and one fiber runs at a
+// time.
 //
-// Never part of a device build: csrc/common/simt.cuh includes it where CALM_FAST_EMULATED is defined, which only the
-// tests and `calm-fast verify` do. What it finds, in every schedule it is given:
+// It is never part of a device build: csrc/common/simt.cuh includes it where CALM_FAST_EMULATED is defined, which only
+// the tests and `calm-fast verify` do. On every schedule it finds
 //   - an index outside its array: every pointer knows its array (Pointer, memory.hpp)
-//   - a missing barrier: two threads touch one byte, one of them writes, and no barrier, __syncwarp or
-//     fence + atomic orders the two
+//   - a missing barrier: two threads access one byte, one of them writes, and no barrier, __syncwarp or fence with an
+//     atomic orders the two
 //   - a read of memory that nobody wrote
-//   - a barrier or a warp's collective that only part of the threads reach, or that threads meet at different lines
-//   - a deadlock; a misaligned wide load; a shuffle from a lane that takes no part
-// Docs: docs/native.md.
+//   - a barrier or a warp collective that only part of the threads reach, or that threads reach at different lines
+//   - a deadlock, a misaligned wide load, a shuffle from a lane that takes no part
+// See docs/native.md.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -47,8 +48,8 @@ constexpr int kWarp = 32;
 constexpr size_t kStack = 256 * 1024;
 constexpr size_t kGuard = 4096;
 
-// forward: threads take turns, lowest first. reverse: the highest runs as far ahead as it can. random: any order, and
-// a thread may lose its turn at every access to memory.
+// forward: threads take turns, lowest first. reverse: the highest thread runs as far as it can. random: any order, and
+// a thread may yield at every memory access.
 enum class Order : int { forward = 0, reverse = 1, random = 2 };
 
 struct Schedule {
@@ -71,16 +72,16 @@ struct Fiber {
   Block* block = nullptr;
   dim3 index;
   int flat = 0;
-  const char* waits = nullptr;  // what for, null while it can run
+  const char* waits = nullptr;  // the barrier or collective it waits for; null while it can run
   const char* site = "";
   bool done = false;
   uint64_t fence = 0;                 // time of its last __threadfence
-  std::map<int, uint64_t> acquired;   // block -> time up to which its writes are visible to this thread
+  std::map<int, uint64_t> acquired;   // block -> time up to which that block's writes are visible to this thread
   int warp() const { return flat / kWarp; }
   int lane() const { return flat % kWarp; }
 };
 
-// A collective of one warp that some lanes wait at.
+// A collective of one warp at which some lanes wait.
 struct Meeting {
   unsigned mask = 0, arrived = 0;
   int unread = 0;
@@ -119,12 +120,12 @@ struct Grid {
   std::mt19937_64 random;
   std::string failure;
   uint64_t time = 1, launch = 0;
-  std::map<const void*, std::map<int, uint64_t>> releases;  // an atomic's address -> block -> what it published
+  std::map<const void*, std::map<int, uint64_t>> releases;  // address of an atomic -> block -> time it published
   std::vector<void*> stacks;
 };
 
 inline uint64_t g_launches = 0;
-inline std::vector<void*> g_stacks;  // kept from launch to launch: mapping them costs more than a small kernel
+inline std::vector<void*> g_stacks;  // reused from launch to launch: mapping them costs more than a small kernel
 inline Grid* g_grid = nullptr;
 inline Fiber* g_self = nullptr;
 
@@ -134,11 +135,12 @@ inline std::string text(const dim3& d) {
   return "(" + std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z) + ")";
 }
 
-inline std::string who(const Fiber& f) { return "block " + text(f.block->index) + " thread " + text(f.index); }
+inline std::string name_of(const Fiber& f) { return "block " + text(f.block->index) + " thread " + text(f.index); }
 
 // ---- switching between fibers ---------------------------------------------------------------------------------------
 
-inline void leave() {  // to the scheduler
+// Returns to the scheduler.
+inline void leave() {
   Fiber& me = self();
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(
@@ -151,7 +153,7 @@ inline void leave() {  // to the scheduler
 }
 
 [[noreturn]] inline void fail(const std::string& what) {
-  if (g_grid->failure.empty()) g_grid->failure = who(self()) + ": " + what;
+  if (g_grid->failure.empty()) g_grid->failure = name_of(self()) + ": " + what;
   leave();
   std::abort();  // nobody resumes a fiber after a failure
 }
@@ -167,13 +169,13 @@ inline void wait_for(const char* what, const char* site) {
   leave();
 }
 
-inline void give_way() {
+inline void yield_turn() {
   make_ready(self());
   leave();
 }
 
-inline void maybe_give_way() {
-  if (g_grid->schedule.order == Order::random && g_grid->random() % 16 == 0) give_way();
+inline void maybe_yield_turn() {
+  if (g_grid->schedule.order == Order::random && g_grid->random() % 16 == 0) yield_turn();
 }
 
 // ---- barriers and collectives ---------------------------------------------------------------------------------------
@@ -207,12 +209,12 @@ inline long barrier(const char* what, const char* site, long vote = 0, int kind 
     for (Fiber& f : block.fibers) {
       if (&f != g_self) make_ready(f);
     }
-    give_way();
+    yield_turn();
   }
   return block.vote_result;
 }
 
-// Waits until every lane of `mask` is here; returns all lanes' values, valid until `left` is called.
+// Waits until every lane of `mask` has arrived. Returns all lanes' values, which are valid until `release` is called.
 inline Meeting& meet(const char* what, const char* site, unsigned mask, uint64_t value) {
   Fiber& me = self();
   Block& block = *me.block;
@@ -256,12 +258,12 @@ inline Meeting& meet(const char* what, const char* site, unsigned mask, uint64_t
       Fiber& f = block.fibers[first + lane];
       if ((mask >> lane & 1) && &f != g_self) make_ready(f);
     }
-    give_way();
+    yield_turn();
   }
   return *meeting;
 }
 
-inline void left(Meeting& meeting) { --meeting.unread; }
+inline void release(Meeting& meeting) { --meeting.unread; }
 
 // ---- running a grid -------------------------------------------------------------------------------------------------
 
@@ -300,7 +302,8 @@ inline void* take_stack() {
     g_grid->stacks.pop_back();
     return stack;
   }
-  void* stack = mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* stack = mmap(nullptr, kStack + kGuard, PROT_READ | PROT_WRITE, kFlags, -1, 0);
   if (stack == MAP_FAILED) throw std::bad_alloc();
   mprotect(stack, kGuard, PROT_NONE);  // an overflow faults instead of writing into a neighbour
   return stack;
@@ -344,20 +347,23 @@ inline std::string describe_deadlock(const std::vector<std::unique_ptr<Block>>& 
   int named = 0;
   for (const auto& block : blocks) {
     for (const Fiber& f : block->fibers) {
-      if (f.waits && named++ < 6) message += " " + who(f) + " waits at " + f.waits + " at " + f.site + ";";
+      if (f.waits && named++ < 6) message += " " + name_of(f) + " waits at " + f.waits + " at " + f.site + ";";
     }
   }
   return message + (named > 6 ? " and " + std::to_string(named - 6) + " more" : "");
 }
 
 // Runs `body` once per thread of the grid; throws Failure with the first bug found.
-inline void run(dim3 grid_size, dim3 block_size, size_t shared_bytes, Schedule schedule, const std::function<void()>& body) {
+inline void run(
+    dim3 grid_size, dim3 block_size, size_t shared_bytes, Schedule schedule, const std::function<void()>& body) {
   const size_t threads = size_t(block_size.x) * block_size.y * block_size.z;
-  if (!threads || threads > 1024) throw Failure("a block has 1 to 1024 threads, not " + std::to_string(threads));
+  if (!threads || threads > 1024) throw Failure("a block must have 1 to 1024 threads, got " + std::to_string(threads));
   if (!grid_size.x || !grid_size.y || !grid_size.z || grid_size.y > 65535 || grid_size.z > 65535) {
-    throw Failure("a grid of " + text(grid_size) + " blocks cannot be launched");
+    throw Failure("a grid must have 1 to 65535 blocks in y and z and at least 1 in x, got " + text(grid_size));
   }
-  if (shared_bytes > 227 * 1024) throw Failure(std::to_string(shared_bytes) + " bytes of shared memory: at most 232448");
+  if (shared_bytes > 227 * 1024) {
+    throw Failure("shared memory must be at most 232448 bytes, got " + std::to_string(shared_bytes));
+  }
   Grid grid;
   grid.grid = grid_size;
   grid.block = block_size;
@@ -402,7 +408,7 @@ inline void run(dim3 grid_size, dim3 block_size, size_t shared_bytes, Schedule s
     for (Fiber& f : block->fibers) grid.stacks.push_back(f.stack);
   }
 #if defined(__SANITIZE_ADDRESS__)
-  for (void* stack : grid.stacks) munmap(stack, kStack + kGuard);  // forgets what the sanitizer marked on them
+  for (void* stack : grid.stacks) munmap(stack, kStack + kGuard);  // clears what the sanitizer marked on them
 #else
   g_stacks.swap(grid.stacks);
 #endif

@@ -1,5 +1,5 @@
-// What CUDA C++ gives device code, for the emulation: qualifiers, indices, barriers, warp collectives, atomics, types.
-// Only what our kernels use, and what the next one may: add here, with CUDA's own name and meaning.
+// The CUDA C++ that device code may use in the emulation: qualifiers, indices, barriers, warp collectives, atomics,
+// types. It has what our kernels use. Add what a new kernel needs, with CUDA's own name and meaning.
 #pragma once
 
 #include <cmath>
@@ -38,7 +38,7 @@ constexpr int warpSize = 32;
 
 namespace calm_fast::emulation {
 
-inline void sync_warp(const char* site, unsigned mask = ~0u) { left(meet("__syncwarp", site, mask, 0)); }
+inline void sync_warp(const char* site, unsigned mask = ~0u) { release(meet("__syncwarp", site, mask, 0)); }
 
 template <class T>
 uint64_t to_word(T value) {
@@ -48,7 +48,8 @@ uint64_t to_word(T value) {
   return word;
 }
 
-// Every lane's value of a shuffle, then the one of `source`; a lane outside its segment keeps its own.
+// Exchanges the values of a shuffle and returns that of lane `source`, or the lane's own value where `source` is
+// outside its segment.
 template <class T>
 T pick(const char* what, const char* site, unsigned mask, T value, int source, bool inside) {
   Meeting& m = meet(what, site, mask, to_word(value));
@@ -58,7 +59,7 @@ T pick(const char* what, const char* site, unsigned mask, T value, int source, b
   }
   T result;
   std::memcpy(&result, &m.values[lane], sizeof(T));
-  left(m);
+  release(m);
   return result;
 }
 
@@ -90,13 +91,15 @@ inline unsigned ballot(const char* site, unsigned mask, bool predicate) {
   Meeting& m = meet("__ballot_sync", site, mask, predicate);
   unsigned result = 0;
   for (int lane = 0; lane < kWarp; ++lane) result |= unsigned((m.mask >> lane & 1) && m.values[lane]) << lane;
-  left(m);
+  release(m);
   return result;
 }
 
-inline unsigned no_active_mask() { fail("__activemask() says who happens to be here, not who should be: name a mask"); }
+inline unsigned no_active_mask() {
+  fail("__activemask() returns the lanes that happen to be active, not those that should be: name a mask");
+}
 
-// ---- atomics: they return what was there before ---------------------------------------------------------------------
+// ---- atomics: they return the old value ----------------------------------------------------------------------------
 
 template <class T>
 T atomicAdd(Pointer<T> p, std::type_identity_t<T> v) {
@@ -118,7 +121,7 @@ template <class T>
 T atomicExch(Pointer<T> p, std::type_identity_t<T> v) {
   return read_modify_write<T>(p.memory(), p.offset(), [v](T) { return v; });
 }
-// CUDA's: counts to `last`, then starts again at 0
+// As in CUDA: counts to `last`, then starts again at 0.
 inline unsigned atomicInc(Pointer<unsigned> p, unsigned last) {
   return read_modify_write<unsigned>(p.memory(), p.offset(), [last](unsigned x) { return x >= last ? 0u : x + 1; });
 }
@@ -127,10 +130,10 @@ T atomicCAS(Pointer<T> p, std::type_identity_t<T> expected, std::type_identity_t
   return read_modify_write<T>(p.memory(), p.offset(), [=](T x) { return x == expected ? v : x; });
 }
 
-// ld.acquire of a flag that an atomic of another block sets; a thread that waits for it lets others run
+// ld.acquire of a flag that an atomic of another block sets. It yields, so that a thread that waits lets others run.
 template <class T>
 T load_acquire(Pointer<T> p) {
-  give_way();
+  yield_turn();
   const unsigned char* at = locate(p.memory(), p.offset(), sizeof(T), alignof(T), "load_acquire");
   meet_releases(at, false);
   std::remove_const_t<T> value;
@@ -197,7 +200,7 @@ using calm_fast::emulation::atomicOr;
 
 inline void __threadfence() { calm_fast::emulation::threadfence(); }
 inline void __threadfence_block() {}
-inline void __nanosleep(unsigned) { calm_fast::emulation::give_way(); }
+inline void __nanosleep(unsigned) { calm_fast::emulation::yield_turn(); }
 
 template <class T>
 T __ldg(calm_fast::emulation::Pointer<const T> p) {

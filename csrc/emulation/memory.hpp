@@ -1,9 +1,10 @@
-// Memory of the emulation: pointers that know their array, and who touched which byte when (see cuda_emulation.hpp).
+// Memory of the emulation: pointers that know their array, and a history of the accesses to each byte (see
+// cuda_emulation.hpp).
 #pragma once
 
 namespace calm_fast::emulation {
 
-// One access, or several that no later one needs to tell apart.
+// One access, or several that later checks need not tell apart.
 struct Access {
   static constexpr int kNobody = -1, kLanes = -2, kThreads = -3, kBlocks = -4;
   int thread = kNobody;  // kLanes: several of one warp, kThreads: of one block, kBlocks: of several blocks
@@ -23,7 +24,7 @@ struct Memory {
   std::string name;
   unsigned char* base;
   size_t bytes;
-  bool initialised;            // by the host
+  bool initialised;            // the host wrote it
   bool constant;
   std::vector<Byte> history;   // empty for constants: nobody writes them
   std::vector<unsigned char> own;
@@ -33,7 +34,7 @@ struct Memory {
         constant(use == Use::input) {
     if (!constant) history.resize(bytes);
   }
-  // shared memory: uninitialised, 16-byte aligned like the device's
+  // Shared memory: uninitialised and 16-byte aligned, as on the device.
   Memory(std::string name, size_t bytes)
       : name(std::move(name)), bytes(bytes), initialised(false), constant(false), history(bytes), own(bytes + 16, 0xcd) {
     base = own.data() + (16 - reinterpret_cast<uintptr_t>(own.data()) % 16) % 16;
@@ -53,7 +54,7 @@ inline Access now() {
   return a;
 }
 
-// Whether everything of `before` happened before what this thread does now.
+// Returns true if everything in `before` happened before this thread's next access.
 inline bool ordered(const Access& before) {
   const Fiber& me = self();
   if (before.thread == Access::kNobody || before.launch != g_grid->launch) return true;  // launches follow one another
@@ -140,7 +141,7 @@ inline void before_write(Memory* m, int64_t offset, size_t size, bool atomic) {
 
 template <class V>
 V read(Memory* m, int64_t offset) {
-  maybe_give_way();
+  maybe_yield_turn();
   const unsigned char* at = locate(m, offset, sizeof(V), alignof(V), "read");
   before_read(m, offset, sizeof(V), false);
   V value;
@@ -150,7 +151,7 @@ V read(Memory* m, int64_t offset) {
 
 template <class V>
 void write(Memory* m, int64_t offset, const V& value) {
-  maybe_give_way();
+  maybe_yield_turn();
   unsigned char* at = locate(m, offset, sizeof(V), alignof(V), "write");
   before_write(m, offset, sizeof(V), false);
   std::memcpy(at, &value, sizeof(V));
@@ -166,7 +167,7 @@ inline void meet_releases(const void* at, bool releases) {
 
 template <class V, class F>
 V read_modify_write(Memory* m, int64_t offset, F change) {
-  maybe_give_way();
+  maybe_yield_turn();
   unsigned char* at = locate(m, offset, sizeof(V), alignof(V), "atomic");
   before_read(m, offset, sizeof(V), true);
   before_write(m, offset, sizeof(V), true);
@@ -181,7 +182,8 @@ V read_modify_write(Memory* m, int64_t offset, F change) {
 template <class T>
 class Pointer;
 
-// What p[i] gives: reads and writes are seen. Unnamed on purpose: `auto x = p[i]` cannot be used, name the type.
+// The result of p[i], through which reads and writes are checked. `auto x = p[i]` does not work on purpose: name the
+// type.
 template <class T>
 class Reference {
  public:
@@ -213,7 +215,7 @@ class Reference {
   int64_t offset_;
 };
 
-// T* of device code.
+// The T* of device code.
 template <class T>
 class Pointer {
  public:
@@ -237,7 +239,7 @@ class Pointer {
   int64_t offset_ = 0;
 };
 
-// A host array handed to a kernel.
+// A host array that is passed to a kernel.
 template <class T>
 class Buffer {
  public:
@@ -249,7 +251,7 @@ class Buffer {
   std::unique_ptr<Memory> memory_;
 };
 
-// `__shared__ T name[count]`: one array per block and source line.
+// Returns the array of `__shared__ T name[count]`, one per block and source line.
 template <class T>
 Pointer<T> static_shared(const char* site, size_t count, const char* name) {
   auto& slot = self().block->statics[std::string(site) + name];
@@ -257,7 +259,7 @@ Pointer<T> static_shared(const char* site, size_t count, const char* name) {
   return {slot.get(), 0};
 }
 
-// Dynamic shared memory, cut into arrays; every thread of a block must cut the same ones.
+// Cuts dynamic shared memory into arrays. Every thread of a block must cut the same ones.
 class SharedPool {
  public:
   template <class T>
@@ -281,7 +283,7 @@ class SharedPool {
   size_t taken_ = 0;
 };
 
-// Global scratch memory, cut likewise: each array has bounds of its own. Not for memory that blocks share.
+// Cuts global scratch memory in the same way; each array has its own bounds. Not for memory that blocks share.
 class ScratchPool {
  public:
   explicit ScratchPool(Pointer<unsigned char> bytes) : next_(bytes) {}

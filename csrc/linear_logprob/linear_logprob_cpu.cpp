@@ -1,4 +1,4 @@
-// linear_logprob on the CPU: products, running sums and logit gradients a tile at a time (vocabulary/lane.h).
+// linear_logprob on the CPU: products, running sums and logit gradients, a tile at a time (vocabulary/sweep_lane.h).
 
 #include <optional>
 #include <tuple>
@@ -15,8 +15,9 @@ using namespace vocabulary;
 
 constexpr const char* kOp = "linear_logprob";
 
-// logprob, entropy, rank and lse (T,); the second and third are empty where not wanted
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprob_fwd(
+// Returns logprob (T,) float32, entropy (T,) float32, rank (T,) int64 and lse (T,) float32. entropy and rank are empty
+// where not wanted.
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprob_fwd_cpu(
     Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor targets, double temperature,
     std::optional<double> softcap, bool want_entropy, bool want_rank, int64_t lane) {
   const Head head = head_of(kOp, weight, bias, temperature, softcap);
@@ -39,8 +40,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_logprob_fwd(
   return {logprob, entropy, rank, lse};
 }
 
-// Fills out (columns, T), in weight's dtype, with the logit gradients of columns first ..
-void linear_logprob_dlogits(
+// Fills out (columns, T), in weight's dtype, with the logit gradients of columns first .. first + columns.
+void linear_logprob_dlogits_cpu(
     Tensor up, std::optional<Tensor> down, Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor targets,
     Tensor lse, std::optional<Tensor> entropy, double temperature, std::optional<double> softcap, int64_t first,
     Tensor out, int64_t lane) {
@@ -48,7 +49,9 @@ void linear_logprob_dlogits(
   const Matrix rows = rows_of(kOp, "hidden", hidden, head);
   const int64_t tokens = rows.rows;
   const int64_t* at = targets_of(kOp, targets, tokens, head.weight.rows);
-  STD_TORCH_CHECK(down.has_value() == entropy.has_value(), kOp, ": `down` and `entropy` come together");
+  STD_TORCH_CHECK(
+      down.has_value() == entropy.has_value(), kOp, ": `entropy` must be given if and only if `down` is, got ",
+      down ? "`down` alone" : "`entropy` alone");
   const LogprobGradient in{
       floats_of(kOp, "lse", lse, tokens), floats_of(kOp, "up", up, tokens),
       down ? floats_of(kOp, "down", *down, tokens) : nullptr,
@@ -61,8 +64,8 @@ void linear_logprob_dlogits(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
-  m.impl("_linear_logprob_native_fwd", TORCH_BOX(&linear_logprob_fwd));
-  m.impl("_linear_logprob_native_dlogits", TORCH_BOX(&linear_logprob_dlogits));
+  m.impl("_linear_logprob_native_fwd", TORCH_BOX(&linear_logprob_fwd_cpu));
+  m.impl("_linear_logprob_native_dlogits", TORCH_BOX(&linear_logprob_dlogits_cpu));
 }
 
 }  // namespace calm_fast

@@ -1,5 +1,5 @@
-// linear_nce on the CPU: three products, running sums and logit gradients a tile at a time (vocabulary/lane.h),
-// and the gradient of the hidden states from logits that a sweep kept (vocabulary/step_lane.h).
+// linear_nce on the CPU: three products, running sums and logit gradients, a tile at a time (vocabulary/sweep_lane.h),
+// and the gradient of the hidden states from logits that a sweep kept (vocabulary/hidden_gradient_lane.h).
 
 #include <optional>
 #include <tuple>
@@ -16,23 +16,27 @@ using namespace vocabulary;
 
 constexpr const char* kOp = "linear_nce";
 
-// Memory of kept logits: (2, V, stride), float16 for bfloat16 inputs, else float32.
+// Returns the memory of kept logits: (2, V, stride), float16 for bfloat16 inputs, else float32.
 NceKept kept_of(const Tensor& kept, const Tensor& references, const Head& head, int64_t tokens) {
   const bool wide = head.weight.type != Type::bfloat16;
   const int64_t stride = (tokens + 15) / 16 * 16;
-  STD_TORCH_CHECK(head.weight.rows < (int64_t{1} << 24), kOp, ": `weight` has too many rows");
+  STD_TORCH_CHECK(
+      head.weight.rows < (int64_t{1} << 24), kOp,
+      ": `weight` must have fewer than 2^24 rows where logits are kept, got ", head.weight.rows);
   check_tensor(kOp, "kept", kept, {2, head.weight.rows, stride}, wide ? ScalarType::Float : ScalarType::Half);
   check_tensor(kOp, "references", references, {2, stride}, ScalarType::Float);
   char* data = static_cast<char*>(kept.mutable_data_ptr());
   return NceKept{
-      data, data + head.weight.rows * stride * (wide ? 4 : 2), static_cast<float*>(references.mutable_data_ptr()), stride,
-      wide ? Type::float32 : Type::float16};
+      data, data + head.weight.rows * stride * (wide ? 4 : 2), static_cast<float*>(references.mutable_data_ptr()),
+      stride, wide ? Type::float32 : Type::float16};
 }
 
-// lse (3, T): log-sum-exps of the student, of the student and of nat over the temperature; losses (3, T): the hard and
-// the soft cross-entropy and KL(p_neg || p_nat) of each token; 0 where the stream for them is missing. Fills `kept`,
-// which needs the student; references (2, stride) belong to it, and lse is then that of what is kept.
-std::tuple<Tensor, Tensor, Tensor> linear_nce_fwd(
+// Returns lse, losses and references, all float32.
+//   lse (3, T): log-sum-exps of student, student / temperature and nat / temperature
+//   losses (3, T): the hard and the soft cross-entropy and KL(p_neg || p_nat) of each token; 0 if a stream is missing
+//   references (2, stride): the offsets of 16-bit kept logits, empty without `kept`
+// Fills `kept`, which requires the student; lse is then that of the logits as they are kept.
+std::tuple<Tensor, Tensor, Tensor> linear_nce_fwd_cpu(
     std::optional<Tensor> student, Tensor nat, std::optional<Tensor> neg, Tensor weight, std::optional<Tensor> bias,
     Tensor targets, double temperature, std::optional<double> softcap, std::optional<Tensor> kept, int64_t lane) {
   const Head head = head_of(kOp, weight, bias, temperature, softcap);
@@ -45,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_nce_fwd(
   const Lane chosen = choose_lane(kOp, lane);
   TorchHost host(nat);
 
-  STD_TORCH_CHECK(student || !kept, kOp, ": `kept` needs `student`");
+  STD_TORCH_CHECK(student || !kept, kOp, ": `student` must be given where logits are kept, got `kept` without it");
   Tensor references = torch::stable::new_zeros(nat, {2, kept ? (tokens + 15) / 16 * 16 : 0}, ScalarType::Float);
   const NceKept memory = kept ? kept_of(*kept, references, head, tokens) : NceKept{};
   Tensor lse = torch::stable::new_zeros(nat, {3, tokens}, ScalarType::Float);
@@ -56,9 +60,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_nce_fwd(
   return {lse, losses, references};
 }
 
-// Fills out (columns, T), in weight's dtype, with the logit gradients of columns first .. ; coefficients (2, T) weigh
-// the hard and the soft cross-entropy.
-void linear_nce_dlogits(
+// Fills out (columns, T), in weight's dtype, with the logit gradients of columns first .. first + columns.
+// coefficients (2, T) float32 are the weights of the hard and the soft cross-entropy.
+void linear_nce_dlogits_cpu(
     Tensor coefficients, Tensor student, Tensor nat, Tensor weight, std::optional<Tensor> bias, Tensor targets,
     Tensor lse, double temperature, std::optional<double> softcap, int64_t first, Tensor out, int64_t lane) {
   const Head head = head_of(kOp, weight, bias, temperature, softcap);
@@ -76,8 +80,8 @@ void linear_nce_dlogits(
   dlogits_nce(choose_lane(kOp, lane), rows, nats, head, at, in, tile, host);
 }
 
-// (T, d) float32: the gradient of the hidden states whose logits are in `kept`; coefficients and lse as above.
-Tensor linear_nce_gradient(
+// Returns the gradient (T, d) float32 of the hidden states whose logits are in `kept`; coefficients and lse as above.
+Tensor linear_nce_gradient_cpu(
     Tensor coefficients, Tensor kept, Tensor references, Tensor weight, Tensor targets, Tensor lse, double temperature,
     std::optional<double> softcap, int64_t lane) {
   const Head head = head_of(kOp, weight, std::nullopt, temperature, softcap);
@@ -99,9 +103,9 @@ Tensor linear_nce_gradient(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
-  m.impl("_linear_nce_native_fwd", TORCH_BOX(&linear_nce_fwd));
-  m.impl("_linear_nce_native_dlogits", TORCH_BOX(&linear_nce_dlogits));
-  m.impl("_linear_nce_native_gradient", TORCH_BOX(&linear_nce_gradient));
+  m.impl("_linear_nce_native_fwd", TORCH_BOX(&linear_nce_fwd_cpu));
+  m.impl("_linear_nce_native_dlogits", TORCH_BOX(&linear_nce_dlogits_cpu));
+  m.impl("_linear_nce_native_gradient", TORCH_BOX(&linear_nce_gradient_cpu));
 }
 
 }  // namespace calm_fast

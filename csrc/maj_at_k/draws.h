@@ -1,7 +1,8 @@
 // The random draws of 16 resamples at once: Philox4x32-10 of (draw / 4, resample, question, 0) under the seed.
 //
-// Draw i of a shuffle swaps sample i with sample i + floor(u_i (n - i) / 2^32). Lanes keep a 32-bit word in each 64-bit
-// element: a product then is one instruction, its upper half one shift, and what stands above a word does not matter.
+// Draw i of a shuffle swaps sample i with sample i + floor(u_i (n - i) / 2^32). The lanes keep a 32-bit word in each
+// 64-bit element, so that a product is one instruction and its upper half one shift. The upper half of an element is
+// ignored.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +11,13 @@
 
 namespace calm_fast::maj_at_k_cpu {
 
-constexpr int kGroup = 16;  // resamples a group
+constexpr int kGroup = 16;  // resamples of a group
 
 constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kStep0 = 0x9E3779B9u, kStep1 = 0xBB67AE85u;
-constexpr int kRounds = 10, kShared = 3;  // the first kShared begin in SharedRounds
+constexpr int kRounds = 10, kShared = 3;  // SharedRounds computes the common part of the first kShared rounds
 
-// The keys of Philox's rounds, in memory, whence one instruction spreads a key over its register.
+// The keys of Philox's rounds, in memory, from which one instruction broadcasts a key over a register.
 struct RoundKeys {
   explicit RoundKeys(uint64_t seed) {
     for (uint32_t round = 0; round < kRounds; ++round) {
@@ -27,14 +28,14 @@ struct RoundKeys {
   uint64_t key0[kRounds], key1[kRounds];  // 32-bit words
 };
 
-// out (draws, 16), rows `stride` apart: for resamples first .. first + 15 the place that each draw takes its sample
-// from. Place: uint32_t, or uint8_t where n is at most 255.
+// Writes out (draws, 16), with rows `stride` apart: the place from which each draw takes its sample, for resamples
+// first .. first + 15. Place is uint32_t, or uint8_t where n is at most 255.
 template <class Place>
 using Draw = void (*)(
     const RoundKeys& keys, uint32_t question, uint32_t first, int64_t draws, int64_t n, Place* out, int64_t stride);
 
-// What the first three rounds give that is the same for every resample: only the resample differs between counters, and
-// it takes two rounds to reach all four words. Spares each lane 4 of its 20 multiplications.
+// The part of the first three rounds that is the same for every resample: the counters differ in the resample alone,
+// which takes two rounds to reach all four words. This saves each lane 4 of its 20 multiplications.
 struct SharedRounds {
   SharedRounds(const RoundKeys& keys, uint32_t question, uint32_t block) {
     const auto key0 = [&](int round) { return static_cast<uint32_t>(keys.key0[round]); };
@@ -92,7 +93,7 @@ CALM_FAST_AVX2 inline void draw_avx2(
   const __m256i lower_words = _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6);
   for (int64_t begin = 0; begin < draws; begin += 4) {
     const SharedRounds shared(keys, question, static_cast<uint32_t>(begin / 4));
-    for (int part = 0; part < 4; part += 2) {  // 2 x 4 resamples: their chains overlap
+    for (int part = 0; part < 4; part += 2) {  // 2 x 4 resamples, so that their dependency chains overlap
       __m256i x[2][4];
       for (int h = 0; h < 2; ++h) {
         const __m256i resample =
@@ -129,13 +130,14 @@ CALM_FAST_AVX2 inline void draw_avx2(
 }
 
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // inside GCC 12's own AVX-512 header
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC 12's own AVX-512 header
 CALM_FAST_AVX512 inline void store_places(uint32_t* out, __m512i places) { _mm512_storeu_si512(out, places); }
 CALM_FAST_AVX512 inline void store_places(uint8_t* out, __m512i places) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(places));
 }
 
-// Draws begin .. begin + 4 kBlocks - 1. A round waits for its products: two blocks of 2 x 8 resamples fill the time.
+// Computes draws begin .. begin + 4 kBlocks - 1. A round waits for its products; two blocks of 2 x 8 resamples hide the
+// latency.
 template <int kBlocks, class Place>
 CALM_FAST_AVX512 inline __attribute__((always_inline)) void draw_blocks_avx512(
     const RoundKeys& keys, uint32_t question, uint32_t first, int64_t begin, int64_t draws, int64_t n, Place* out,

@@ -1,8 +1,9 @@
-// The exact credits of one question on the CPU; docs/ops/maj_at_k.md has the derivation.
+// The exact credits of one question on the CPU. Derivation: docs/ops/maj_at_k.md.
 //
-// For each number w of samples of the right class in the subset: a polynomial in z (samples taken from the others), one
-// for each number t of classes that also have w, whose product over the classes counts the subsets in which nobody has
-// more than w. Coefficients are probabilities of binomials with one common parameter ("tilt"): positive, never above 1.
+// For each number w of samples of the gold class in the subset, and each number t of other classes that also have w,
+// there is a polynomial in z, the number of samples taken from the other classes. It counts the subsets in which no
+// class has more than w samples, and is a product over the classes. Its coefficients are probabilities of binomials
+// with one common parameter (the tilt), so they lie in [0, 1].
 #pragma once
 
 #include <algorithm>
@@ -17,9 +18,10 @@
 
 namespace calm_fast::maj_at_k_cpu {
 
-constexpr int64_t kOneTilt = 1000;  // up to so many samples one tilt serves every k: 2^-1000 is a normal float64
+constexpr int64_t kOneTilt = 1000;  // samples up to which one tilt serves every k: 2^-1000 is a normal float64
 
-// out[i] = C(n, i) p^i (1 - p)^(n - i) for i = 0 .. most; the exponent is kept apart, so that no step under- or overflows
+// Computes out[i] = C(n, i) p^i (1 - p)^(n - i) for i = 0 .. most. The exponent is kept apart, so that no step
+// underflows or overflows.
 inline void binomial_row(double* out, int64_t n, int64_t most, double p) {
   constexpr double kLarge = 0x1p500;
   double value = 1.0;
@@ -41,7 +43,7 @@ inline void binomial_row(double* out, int64_t n, int64_t most, double p) {
   }
 }
 
-// Memory that only grows; take() returns nullptr where there is none left.
+// Memory that only grows. take() returns nullptr if memory ran out.
 class Buffer {
  public:
   double* take(int64_t count) {
@@ -67,19 +69,19 @@ struct ExactScratch {
         all(arena.take<double>(samples + 1)),
         joint(arena.take<double>(samples + 1)) {}
   int32_t* others;  // samples of the other classes, largest first
-  double *rows, **row_of;  // binomial rows of the others
-  double *right, *rest, *all;  // those of the right class, of the small classes together, of the question
-  double* joint;  // coefficients summed over t
+  double *rows, **row_of;      // binomial rows of the other classes
+  double *right, *rest, *all;  // binomial rows of the gold class, of the small classes together, of the question
+  double* joint;               // coefficients summed over t
   Buffer polynomials;
 };
 
-// A product of `held` factors sum_{i < w} f_i z^i + y f_w z^w in two buffers; the coefficient of y^t z^s, s >= t w,
-// stands in row t at s - t w: so a tie moves a row down and not aside.
+// A product of factors sum_{i < w} f_i z^i + y f_w z^w, in two buffers. The coefficient of y^t z^s, s >= t w, is in row
+// t at s - t w, so that a tie moves a coefficient down a row but not sideways.
 struct Product {
   int64_t w, size, most_ties;  // s < size, t <= most_ties
   double *now, *next;
   int64_t length(int64_t t) const { return size - t * w; }
-  // how many elements of row t can be other than 0 once `factors` are in
+  // Returns how many elements of row t can be nonzero after `factors` factors.
   int64_t reach(int64_t t, int64_t factors) const {
     return std::min(length(t), (factors - t) * (w - 1) + 1);
   }
@@ -90,7 +92,7 @@ struct Product {
       const int64_t wide = reach(t, factors + 1);
       double* to = next + t * size;
       if (t > 0) {
-        const double* from = now + (t - 1) * size;  // it reaches as far
+        const double* from = now + (t - 1) * size;  // of the same reach
         for (int64_t s = 0; s < wide; ++s) to[s] = from[s] * factor[w];
       } else {
         for (int64_t s = 0; s < wide; ++s) to[s] = 0.0;
@@ -108,7 +110,7 @@ struct Product {
   }
 };
 
-// Credits of sizes ascending[first .. last), all below n, with one tilt; false where memory ran out.
+// Computes the credits of sizes ascending[first .. last), all below n, with one tilt. Returns false if memory ran out.
 [[gnu::always_inline]] inline bool exact_pass(
     const Question& question, const int64_t* ascending, int64_t first, int64_t last, double tilt, int64_t classes,
     ExactScratch& s, double* credits) {
@@ -116,7 +118,7 @@ struct Product {
   binomial_row(s.right, c, longest, tilt);
   binomial_row(s.all, question.n, longest, tilt);
   double* next_row = s.rows;
-  int64_t small = 0, rest = -1;  // samples of classes below w; of how many `s.rest` is the row
+  int64_t small = 0, rest = -1;  // samples of the classes with fewer than w; the number that s.rest was computed for
   for (int64_t j = 0; j < classes; ++j) {
     const int64_t most = std::min<int64_t>(s.others[j], longest);
     s.row_of[j] = next_row;
@@ -155,7 +157,7 @@ struct Product {
   return true;
 }
 
-// Credits of the first `used` sizes, all below question.n.
+// Computes the credits of the first `used` sizes, all below question.n. Returns false if memory ran out.
 [[gnu::always_inline]] inline bool exact_question(
     const Question& question, const int64_t* ascending, int64_t used, ExactScratch& s, double* credits) {
   const int64_t classes = question.classes - 1;

@@ -1,38 +1,39 @@
-// Resampled maj_at_k on a GPU: a block draws many subsets of one question, a thread one subset at a time.
+// Resampled maj_at_k on a GPU: a block draws many subsets of one question, and a thread one subset at a time.
 //
-// Draws are Philox4x32-10 of (draw / 4, resample, question, 0) under the seed, consumed by a partial Fisher-Yates
-// shuffle of the question's valid samples: a function of those numbers alone, the same on every device
-// (calm_fast/_ops/maj_at_k/reference.py). One shuffle serves every k. Credits are added in a fixed order, with no atomics.
-// No torch headers here: the CPU emulation compiles this file too.
+// The draws are Philox4x32-10 of (draw / 4, resample, question, 0) under the seed. They drive a partial Fisher-Yates
+// shuffle of the question's valid samples, so the subsets depend on those numbers alone and are the same on every
+// device (calm_fast/_ops/maj_at_k/reference.py). One shuffle serves every k. Credits are added in a fixed order,
+// without atomics. No torch headers: the CPU emulation compiles this file too.
 #pragma once
 
 #include <type_traits>
 
 #include "common/simt.cuh"
+#include "common/tie.h"
 
 namespace calm_fast::maj_at_k {
 
 using simt::Global;
 using simt::Shared;
 
-constexpr double kTied = 1e-9;  // classes this close to the heaviest are tied with it
 constexpr int kSizes = 64;      // values of k that one launch serves
 constexpr int kMostThreads = 128;
 constexpr int64_t kBusyBlocks = 1056;    // 8 blocks on each of an H200's 132 multiprocessors
-constexpr int64_t kScratchBlocks = 264;  // when samples do not fit into shared memory
+constexpr int64_t kScratchBlocks = 264;  // blocks of a launch whose samples do not fit into shared memory
 
+// The values of k that one launch serves.
 struct Sizes {
   int size[kSizes];     // ascending
-  int column[kSizes];   // of credit
+  int column[kSizes];   // the column of credit for each size
   int used;
 };
 
 struct Args {
-  Global<const int64_t> answers;  // (Q, K), < 0: does not vote
+  Global<const int64_t> answers;  // (Q, K), negative: does not vote
   Global<const int64_t> correct;  // (Q,)
-  Global<const float> scores32;   // (Q, K), NaN: not scored; both null: every sample weighs 1
+  Global<const float> scores32;   // (Q, K), NaN: unscored; both null: every sample weighs 1
   Global<const double> scores64;
-  Global<const bool> valid;       // (Q, K) or null: all vote
+  Global<const bool> valid;       // (Q, K), or null: all vote
   Global<double> credit;          // (Q, columns)
   Global<double> partial;         // (Q, chunks, sizes.used); null with one chunk
   Global<unsigned char> scratch;  // Plan::scratch bytes
@@ -62,7 +63,7 @@ SIMT_HOST_DEVICE Words philox(uint32_t key0, uint32_t key1, uint32_t x0, uint32_
   return {{x0, x1, x2, x3}};
 }
 
-// A class's weight in a subset: a count (0: no sample), or a float64 sum (minus infinity: no sample).
+// The weight of a class without samples in the subset: 0 for a count, minus infinity for a float64 sum.
 template <class Sum>
 SIMT_HOST_DEVICE Sum no_sample() {
   if constexpr (std::is_same_v<Sum, double>) {
@@ -84,13 +85,14 @@ SIMT_HOST_DEVICE Sum added(Sum sum, double weight) {
 template <class Sum>
 SIMT_HOST_DEVICE bool is_tied(Sum top, Sum sum) {
   if constexpr (std::is_same_v<Sum, double>) {
-    return top - sum <= kTied;  // never for an absent class
+    return top - sum <= kTieTolerance;  // false for an absent class
   } else {
     return sum == top && sum > 0;
   }
 }
 
-// 1 / ties where class `right` (-1: no sample has it) is tied at the top of sums[c * stride], else 0.
+// Returns 1 / ties if class `right` is tied at the top of sums[c * stride], else 0. right = -1: no sample has the gold
+// answer.
 template <class Sum>
 __device__ __forceinline__ double tie_credit(Shared<const Sum> sums, int classes, int stride, int right) {
   if (right < 0) return 0.0;
@@ -105,18 +107,18 @@ __device__ __forceinline__ double tie_credit(Shared<const Sum> sums, int classes
   return 1.0 / ties;
 }
 
-// What one block works on; every pointer is to shared memory, or to scratch where that is too small.
+// The arrays of one block, in shared memory or, where that is too small, in scratch.
 template <class Index, class Sum>
 struct Workspace {
   Shared<int64_t> answers;  // (K,), -1: does not vote
   Shared<double> weights;   // (K,) of the valid samples; unused with counts
-  Shared<Index> opener;     // (K,) first sample of the class
-  Shared<Index> classes;    // (K,) class of each valid sample, numbered as they appear
+  Shared<Index> opener;     // (K,) first sample with the same answer
+  Shared<Index> classes;    // (K,) class of each valid sample, numbered in order of appearance
   Shared<Sum> sums;         // (K, threads)
-  Shared<Index> order;      // (K, threads) the shuffle
+  Shared<Index> order;      // (K, threads) the shuffled samples
 };
 
-// Cuts the arrays out of bytes; the same cuts give their total size.
+// Returns the bytes of the arrays that `cut` takes.
 template <class Index, class Sum>
 SIMT_HOST_DEVICE int64_t workspace_bytes(int64_t samples, int64_t threads) {
   return simt::SharedBytes()
@@ -141,7 +143,8 @@ __device__ __forceinline__ Workspace<Index, Sum> cut(Pool& pool, int64_t samples
   return w;
 }
 
-// kShared: the workspace is shared memory, else a.scratch.
+// Adds up the credits of one question and one chunk of resamples. kShared: the workspace is in shared memory, otherwise
+// in a.scratch.
 template <class Index, class Sum, bool kShared>
 __global__ void __launch_bounds__(kMostThreads, 1) resample_kernel(Args a) {
   constexpr bool kWeighted = std::is_same_v<Sum, double>;
@@ -149,7 +152,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) resample_kernel(Args a) {
   const int lane = t % simt::kWarpSize, warp = t / simt::kWarpSize, warps = threads / simt::kWarpSize;
   simt::SharedPool pool;
   Shared<double> mean_cell = pool.take<double>(1, "mean_cell");
-  Shared<int> cells = pool.take<int>(3, "cells");  // valid samples, classes, class of the right answer
+  Shared<int> cells = pool.take<int>(3, "cells");  // valid samples, classes, class of the gold answer
   Shared<double> earned = pool.take<double>(warps * kSizes, "earned");
   Workspace<Index, Sum> w;
   if constexpr (kShared) {
@@ -165,6 +168,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) resample_kernel(Args a) {
   };
 
   for (int64_t item = blockIdx.x; item < a.questions * a.chunks; item += gridDim.x) {
+    // Load: the answers, -1 for samples that do not vote.
     const int64_t q = item / a.chunks, chunk = item % a.chunks;
     for (int i = t; i < k; i += threads) {
       const bool votes = !a.valid || a.valid[q * k + i];
@@ -174,6 +178,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) resample_kernel(Args a) {
     if (t == 0) cells[2] = -1;
     __syncthreads();
 
+    // Classes: the mean score for unscored samples, and the first sample with each answer.
     if constexpr (kWeighted) {
       if (t == 0) {
         double sum = 0;
@@ -198,7 +203,8 @@ __global__ void __launch_bounds__(kMostThreads, 1) resample_kernel(Args a) {
     }
     __syncthreads();
 
-    for (int i = t; i <= k; i += threads) {  // i == k counts
+    // Class and weight of each valid sample; i == k counts them.
+    for (int i = t; i <= k; i += threads) {
       const int first = i < k ? int(w.opener[i]) : k;
       int place = 0, number = 0;
       for (int j = 0; j < i; ++j) {
@@ -215,7 +221,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) resample_kernel(Args a) {
         if constexpr (kWeighted) {
           double s = score(q * k + i);
           if (s != s) s = *mean_cell;
-          // rounded after the product as well: a fused multiply-add would give other bits than the definition
+          // The product is rounded by itself: a fused multiply-add would give other bits than the definition.
           w.weights[place] = a.adaptive ? __dadd_rn(1.0, __dmul_rn(a.lam, s)) : s;
         }
       }
@@ -232,17 +238,20 @@ __global__ void __launch_bounds__(kMostThreads, 1) resample_kernel(Args a) {
       return 1.0;
     };
 
+    // Draw and accumulate: one resample per thread, whose class sums grow draw by draw; at each size its credit is
+    // added over the warp.
     const int64_t begin = chunk * a.chunk;
     const int64_t end = begin + a.chunk < a.resamples ? begin + a.chunk : a.resamples;
     for (int64_t base = begin + warp * simt::kWarpSize; base < end && draws; base += threads) {
-      const bool active = base + lane < end;  // all lanes stay together for the sums over the warp
+      const bool active = base + lane < end;  // all lanes take part in the sums over the warp
       for (int i = 0; i < n; ++i) order[int64_t(i) * threads] = static_cast<Index>(i);
       for (int c = 0; c < classes; ++c) sums[int64_t(c) * threads] = no_sample<Sum>();
       Words words = {};
       int at = 0;
       for (int i = 0; i < draws; ++i) {
         if (i % 4 == 0) words = philox(a.key[0], a.key[1], i / 4, uint32_t(base + lane), uint32_t(q), 0);
-        const uint32_t u = i % 4 == 0 ? words.word[0] : i % 4 == 1 ? words.word[1] : i % 4 == 2 ? words.word[2] : words.word[3];
+        const uint32_t u =
+            i % 4 == 0 ? words.word[0] : i % 4 == 1 ? words.word[1] : i % 4 == 2 ? words.word[2] : words.word[3];
         const int j = i + static_cast<int>(__umulhi(u, static_cast<uint32_t>(n - i)));
         const Index drawn = order[int64_t(j) * threads];
         order[int64_t(j) * threads] = Index(order[int64_t(i) * threads]);
@@ -258,7 +267,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) resample_kernel(Args a) {
       }
     }
 
-    double whole = 0.0;  // all valid samples together: what every k >= n gets
+    double whole = 0.0;  // credit of all valid samples together, for every k >= n
     if (t == 0 && n > 0) {
       for (int c = 0; c < classes; ++c) sums[int64_t(c) * threads] = no_sample<Sum>();
       for (int i = 0; i < n; ++i) {
@@ -267,6 +276,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) resample_kernel(Args a) {
       }
       whole = tie_credit<Sum>(sums, classes, threads, right);
     }
+    // Store: the sums of the warps, in order.
     __syncthreads();
     if (t == 0) {
       for (int at = 0; at < a.sizes.used; ++at) {
@@ -278,11 +288,11 @@ __global__ void __launch_bounds__(kMostThreads, 1) resample_kernel(Args a) {
         if (at < sampled && a.chunks == 1) a.credit[column] = sum / static_cast<double>(a.resamples);
       }
     }
-    __syncthreads();  // the next question overwrites what thread 0 reads
+    __syncthreads();  // before the next question overwrites the sums that thread 0 reads
   }
 }
 
-// Adds the chunks of a question up, in order; NaN: the kernel above has written that credit.
+// Adds up the chunks of a question, in order. NaN marks a credit that resample_kernel has written.
 __global__ void __launch_bounds__(kMostThreads, 1) combine_kernel(Args a) {
   const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (at >= a.questions * a.sizes.used) return;
@@ -298,7 +308,7 @@ struct Plan {
   int64_t grid, shared, scratch, chunk, chunks;  // scratch: bytes
 };
 
-// How (Q, K) with so many resamples is launched; scratch and partial are what the caller must allocate.
+// Plans the launch. The caller must allocate scratch and partial.
 inline Plan plan(int64_t questions, int64_t samples, int64_t resamples, bool is_weighted) {
   const auto fixed = [](int threads) {
     return simt::SharedBytes().add<double>(1).add<int>(3).add<double>(threads / simt::kWarpSize * kSizes).total();
@@ -324,7 +334,7 @@ inline Plan plan(int64_t questions, int64_t samples, int64_t resamples, bool is_
   return p;
 }
 
-// Launches for Q > 0 and K > 0; nullptr, or what went wrong.
+// Launches the kernels; requires Q > 0 and K > 0. Returns nullptr or an error message.
 inline const char* launch(const Args& a, const Plan& p, simt::Stream stream) {
   const dim3 grid(static_cast<unsigned>(p.grid));
   const bool scored = a.scores32 || a.scores64;

@@ -1,4 +1,4 @@
-// calm_fast::_maj_at_k_native_exact and _maj_at_k_native_resample for CPU tensors: parallel over questions.
+// maj_at_k on the CPU, exact and resampled, parallel over questions.
 #include <atomic>
 #include <memory>
 #include <new>
@@ -19,6 +19,7 @@ namespace {
 
 using namespace maj_at_k_cpu;
 
+// The checked arguments that both methods share.
 struct Inputs {
   Inputs(
       const char* op, const Tensor& answers, const Tensor& correct, const std::optional<Tensor>& valid,
@@ -27,9 +28,10 @@ struct Inputs {
     check_tensor(op, "answers", answers, {-1, -1}, ScalarType::Long);
     check_tensor(op, "correct", correct, {questions}, ScalarType::Long);
     if (valid.has_value()) check_tensor(op, "valid", *valid, {questions, samples}, ScalarType::Bool);
-    STD_TORCH_CHECK(samples < (int64_t{1} << 30), op, ": `answers` has too many samples a question: ", samples);
-    STD_TORCH_CHECK(!ks.empty(), op, ": `ks` is empty");
-    for (int64_t k : ks) STD_TORCH_CHECK(k >= 1, op, ": `ks` must be at least 1, got ", k);
+    STD_TORCH_CHECK(
+        samples < (int64_t{1} << 30), op, ": `answers` must have fewer than 2^30 samples per question, got ", samples);
+    STD_TORCH_CHECK(!ks.empty(), op, ": `ks` must not be empty, got []");
+    for (int64_t k : ks) STD_TORCH_CHECK(k >= 1, op, ": `ks` must be at least 1 each, got ", k);
     ids = static_cast<const int64_t*>(answers.const_data_ptr());
     right = static_cast<const int64_t*>(correct.const_data_ptr());
     voting = valid.has_value() ? static_cast<const uint8_t*>(valid->const_data_ptr()) : nullptr;
@@ -42,6 +44,7 @@ struct Inputs {
   const uint8_t* voting;
 };
 
+// Returns credit (Q, len(ks)) float64.
 Tensor maj_at_k_exact_cpu(
     Tensor answers, Tensor correct, std::optional<Tensor> valid, std::vector<int64_t> ks, int64_t lane) {
   const Inputs in("maj_at_k", answers, correct, valid, ks);
@@ -79,7 +82,8 @@ Tensor maj_at_k_exact_cpu(
   return result;
 }
 
-// scores (Q, K) float32 or float64, NaN: not scored; without scores every sample counts 1
+// Returns credit (Q, len(ks)) float64. scores (Q, K) float32 or float64, NaN: unscored; without scores every sample
+// weighs 1.
 Tensor maj_at_k_resample_cpu(
     Tensor answers, Tensor correct, std::optional<Tensor> scores, std::optional<Tensor> valid, std::vector<int64_t> ks,
     int64_t resamples, bool adaptive, double lam, int64_t seed, int64_t lane) {
@@ -121,9 +125,9 @@ Tensor maj_at_k_resample_cpu(
         const uint8_t* voting = in.voting == nullptr ? nullptr : in.voting + q * in.samples;
         const int64_t at = q * in.samples;
         if (doubles) {
-          votes::weigh(static_cast<const double*>(given) + at, voting, in.samples, adaptive, lam, scratch.weights);
+          vote_cpu::weigh(static_cast<const double*>(given) + at, voting, in.samples, adaptive, lam, scratch.weights);
         } else {
-          votes::weigh(static_cast<const float*>(given) + at, voting, in.samples, adaptive, lam, scratch.weights);
+          vote_cpu::weigh(static_cast<const float*>(given) + at, voting, in.samples, adaptive, lam, scratch.weights);
         }
         for (int64_t i = 0; i < question.n; ++i) scratch.own[i] = scratch.weights[question.place[i]];
         whole = whole_weighted(question, scratch);

@@ -11,7 +11,7 @@
 namespace calm_fast {
 namespace {
 
-// Credit (Q, len(ks)) float64. `lane` chooses SIMD code on a CPU; here it means nothing.
+// Returns credit (Q, len(ks)) float64. `lane` is for the CPU only.
 Tensor maj_at_k_resample_cuda(
     Tensor answers, Tensor correct, std::optional<Tensor> scores, std::optional<Tensor> valid, std::vector<int64_t> ks,
     int64_t resamples, bool adaptive, double lam, int64_t seed, int64_t /*lane*/) {
@@ -29,10 +29,11 @@ Tensor maj_at_k_resample_cuda(
     check_same_device("maj_at_k", "valid", *valid, answers);
   }
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(samples <= kMost, "maj_at_k: `answers` has more than 2^31 - 1 samples a question: ", samples);
+  STD_TORCH_CHECK(
+      samples <= kMost, "maj_at_k: `answers` must have at most 2^31 - 1 samples per question, got ", samples);
   STD_TORCH_CHECK(
       resamples >= 1 && resamples <= std::numeric_limits<uint32_t>::max(),
-      "maj_at_k: `resamples` must be 1 to 2^32 - 1, got ", resamples);
+      "maj_at_k: `resamples` must be from 1 to 2^32 - 1, got ", resamples);
   const OnDeviceOf device(answers);
   const Tensor credit = torch::stable::new_empty(answers, {questions, columns}, ScalarType::Double);
   if (questions == 0 || columns == 0) return credit;
@@ -69,7 +70,7 @@ Tensor maj_at_k_resample_cuda(
     args.sizes.used = static_cast<int>(std::min<int64_t>(maj_at_k::kSizes, columns - begin));
     for (int i = 0; i < args.sizes.used; ++i) {
       const int64_t column = order[begin + i];
-      args.sizes.size[i] = static_cast<int>(std::min(ks[column], samples));  // K and more: all samples
+      args.sizes.size[i] = static_cast<int>(std::min(ks[column], samples));  // K or more: all samples
       args.sizes.column[i] = static_cast<int>(column);
     }
     check_launch("maj_at_k", maj_at_k::launch(args, plan, device.stream()));

@@ -1,5 +1,7 @@
-// maj_at_k.cuh on a CPU. tensors: answers, correct, scores in float32?, scores in float64?, valid?, sizes (ascending),
-// columns, credit; integers: Q, K, columns, resamples, adaptive, seed, most blocks (0: as planned); floats: lam.
+// maj_at_k.cuh in the emulation (? marks an optional tensor).
+//   tensors: answers, correct, scores in float32?, scores in float64?, valid?, sizes (ascending), columns, credit
+//   integers: Q, K, columns, resamples, adaptive, seed, most blocks (0: as planned)
+//   floats: lam
 #include "emulation/call.hpp"
 #include "maj_at_k/maj_at_k.cuh"
 
@@ -16,7 +18,7 @@ CALM_EMULATED(maj_at_k) {
   auto credit = in.tensor<double>(7, "credit", Use::output);
   const int64_t questions = in.integers[0], samples = in.integers[1], resamples = in.integers[3];
   op::Plan plan = op::plan(questions, samples, resamples, in.tensors[2].data || in.tensors[3].data);
-  if (in.integers[6] > 0) plan.grid = std::min(plan.grid, in.integers[6]);  // so that blocks take several questions
+  if (in.integers[6] > 0) plan.grid = std::min(plan.grid, in.integers[6]);  // so that a block takes several questions
   op::Args args = {};
   args.sizes.used = static_cast<int>(in.tensors[5].count);
   for (int i = 0; i < args.sizes.used; ++i) {

@@ -1,4 +1,5 @@
-// What both methods of maj_at_k start from on the CPU: a question's voting samples with their classes, its curve's sizes.
+// The common part of both methods of maj_at_k on the CPU: the voting samples of a question with their classes, and the
+// sizes of the curve.
 #pragma once
 
 #include <algorithm>
@@ -7,11 +8,11 @@
 #include <limits>
 #include <vector>
 
+#include "common/tie.h"
+
 namespace calm_fast::maj_at_k_cpu {
 
-constexpr double kTied = 1e-9;  // classes this close to the heaviest are tied with it
-
-// Pieces of one allocation; without a base it only measures.
+// Cuts arrays out of one allocation. Without a base it only measures.
 class Arena {
  public:
   explicit Arena(char* base = nullptr) : base_(reinterpret_cast<uintptr_t>(base)) {}
@@ -28,7 +29,7 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// The values of k: each once, ascending, and where each stands in the caller's list.
+// The distinct values of k, ascending, and the position of each of the caller's values among them.
 struct Sizes {
   explicit Sizes(const std::vector<int64_t>& ks) : ks(ks), ascending(ks) {
     std::sort(ascending.begin(), ascending.end());
@@ -37,7 +38,7 @@ struct Sizes {
       at.push_back(std::lower_bound(ascending.begin(), ascending.end(), k) - ascending.begin());
     }
   }
-  // how many of the ascending sizes leave out at least one of n samples
+  // Returns how many of the ascending sizes leave out at least one of n samples.
   int64_t below(int64_t n) const {
     return std::lower_bound(ascending.begin(), ascending.end(), n) - ascending.begin();
   }
@@ -45,7 +46,7 @@ struct Sizes {
   std::vector<int64_t> ascending, at;
 };
 
-// The voting samples of one question in their order. Class 0 is the right one, with or without samples.
+// The voting samples of one question, in order. Class 0 is the gold answer's, even if it has no samples.
 struct Question {
   Question(Arena& arena, int64_t samples) : table_size(16) {
     while (table_size < 2 * (samples + 1)) table_size *= 2;
@@ -69,7 +70,7 @@ struct Question {
     }
   }
 
-  // the credit of all voting samples together, one vote each
+  // Returns the credit of all voting samples together, one vote each.
   double whole() const {
     int32_t ties = 0;
     for (int32_t c = 0; c < classes; ++c) {
@@ -81,7 +82,7 @@ struct Question {
 
   int64_t n = 0;
   int32_t classes = 0;
-  int32_t *classes_of, *place, *counts;  // class and place of each voting sample; samples of each class
+  int32_t *classes_of, *place, *counts;  // class and place of each voting sample; number of samples of each class
 
  private:
   int32_t class_number(int64_t id) {

@@ -1,8 +1,8 @@
-// Resampled credits on the CPU: draws of 16 resamples in vector registers (draws.h), then shuffles (rows.h) and votes
-// of 64 of them.
+// Resampled credits on the CPU: the draws of 16 resamples in vector registers (draws.h), then the shuffles (rows.h) and
+// votes of 64 resamples.
 //
-// Credits are added up in the order of the resamples, so every lane returns the same bits as the definition (where k
-// leaves samples out; else the one credit is not averaged).
+// Credits are added up in the order of the resamples, so every lane returns the bits of the definition. Where k takes
+// all samples there is one credit and no average.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 
 namespace calm_fast::maj_at_k_cpu {
 
-// Memory of one thread beside the question's.
+// Memory of one thread besides the question's.
 struct ShuffleScratch {
   ShuffleScratch(Arena& arena, int64_t samples, int64_t sizes)
       : draws(arena.take<uint32_t>((samples + 4) * kGroup)),
@@ -26,12 +26,13 @@ struct ShuffleScratch {
         absent(arena.take<double>((std::min(samples, kByteSamples) + 1) * kRow)),
         credits(arena.take<double>(sizes)) {}
   uint32_t *draws, *state;
-  double *weights, *own;  // of all samples, of the voting ones in their order
-  double *sums, *absent;  // of the classes; with up to kByteSamples voting samples (classes, kRow)
-  double* credits;  // of the sizes
+  double *weights, *own;  // weights of all samples; of the voting samples, in order
+  double *sums, *absent;  // per class; (classes, kRow) with up to kByteSamples voting samples
+  double* credits;        // per size
 };
 
-// sum += 1 where a == b, in two instructions: an AVX-512 comparison gives a mask, the others' give -1 where equal.
+// Adds 1 to `sum` where a == b, in two instructions: an AVX-512 comparison gives a mask, the others give -1 where
+// equal.
 template <class V>
 inline __attribute__((always_inline)) void add_equal(V& sum, const V& a, const V& b) {
   if constexpr (sizeof(V) == 64) {
@@ -41,7 +42,8 @@ inline __attribute__((always_inline)) void add_equal(V& sum, const V& a, const V
   }
 }
 
-// Adds the credits of sizes at .. at + kSizes - 1 in the order of the resamples; the sums do not wait for each other.
+// Adds the credits of sizes at .. at + kSizes - 1 in the order of the resamples. The sums are independent of each
+// other.
 template <int kSizes>
 inline void add_credits(const ByteShuffles& s, int64_t at, int64_t resamples, const double* inverse, double* credits) {
   double sums[kSizes];
@@ -52,8 +54,8 @@ inline void add_credits(const ByteShuffles& s, int64_t at, int64_t resamples, co
   for (int k = 0; k < kSizes; ++k) credits[at + k] = sums[k];
 }
 
-// Adds the credits of the first `resamples` of a row. Counters in memory would wait for each other: instead kClasses
-// classes at a time are compared with what was drawn. Classes behind the last one get no vote.
+// Adds the credits of the first `resamples` of a row. Counters in memory would depend on each other, so kClasses
+// classes at a time are compared with the drawn classes instead. Classes beyond the last one get no votes.
 template <class V>
 inline __attribute__((always_inline)) void count_row(
     ByteShuffles& s, int32_t classes, const int64_t* ascending, int64_t used, int64_t resamples, const double* inverse,
@@ -116,11 +118,11 @@ CALM_FAST_AVX512 inline void count_row_avx512(
 }
 #endif
 
-constexpr double kAbsent = -std::numeric_limits<double>::infinity();  // the sum of a class without a sample
+constexpr double kAbsent = -std::numeric_limits<double>::infinity();  // the sum of a class without samples
 
-// The same for weights, where s.drawn holds places: sums in the order of the draws. The resamples take turns, since an
-// addition to a sum in memory waits for the one before it. `absent` is minus infinity until a class has a sample, then
-// 0: no branch that cannot be foreseen, and every sum over the classes runs in vectors.
+// The same with weights, where s.drawn holds places; sums are in the order of the draws. The resamples are interleaved,
+// because an addition to a sum in memory waits for the one before it. `absent` is minus infinity until a class has a
+// sample, then 0, which avoids unpredictable branches and keeps every sum over the classes in vectors.
 inline __attribute__((always_inline)) void weigh_row(
     const ByteShuffles& s, const Question& question, const int64_t* ascending, int64_t used, int64_t resamples,
     const double* inverse, const ShuffleScratch& scratch) {
@@ -146,9 +148,9 @@ inline __attribute__((always_inline)) void weigh_row(
       }
     }
     for (int64_t c = 0; c < question.classes * kRow; c += kRow) {
-      for (int64_t g = 0; g < kRow; ++g) ties[g] += top[g] - (sums[c + g] + absent[c + g]) <= kTied ? 1.0 : 0.0;
+      for (int64_t g = 0; g < kRow; ++g) ties[g] += top[g] - (sums[c + g] + absent[c + g]) <= kTieTolerance ? 1.0 : 0.0;
     }
-    for (int64_t g = 0; g < kRow; ++g) ties[g] = top[g] - (sums[g] + absent[g]) <= kTied ? ties[g] : 0.0;
+    for (int64_t g = 0; g < kRow; ++g) ties[g] = top[g] - (sums[g] + absent[g]) <= kTieTolerance ? ties[g] : 0.0;
     for (int64_t g = 0; g < resamples; ++g) scratch.credits[at] += inverse[static_cast<int64_t>(ties[g])];
   }
 }
@@ -176,7 +178,7 @@ CALM_FAST_AVX512 inline void weigh_row_avx512(
 }
 #endif
 
-// What one lane does with a row of 64 resamples.
+// The functions of one lane for a row of 64 resamples.
 struct RowLane {
   Draw<uint8_t> draw;
   Draw<uint32_t> draw_words;
@@ -197,7 +199,7 @@ inline RowLane row_lane_for(Lane lane) {
   return {draw_scalar<uint8_t>, draw_scalar<uint32_t>, drawn_classes_scalar, count_row_scalar, weigh_row_scalar};
 }
 
-// Any weights and any number of samples: sums in the order of the draws.
+// Adds the credits of one resample, for any weights and any number of samples; sums are in the order of the draws.
 inline void weighted_shuffle(
     const Question& question, const Sizes& sizes, int64_t used, const uint32_t* draws, const ShuffleScratch& s) {
   for (int64_t i = 0; i < question.n; ++i) s.state[i] = static_cast<uint32_t>(i);
@@ -212,14 +214,14 @@ inline void weighted_shuffle(
     }
     double top = kAbsent;
     for (int32_t c = 0; c < question.classes; ++c) top = s.sums[c] > top ? s.sums[c] : top;
-    if (!(top - s.sums[0] <= kTied)) continue;
+    if (!(top - s.sums[0] <= kTieTolerance)) continue;
     int32_t ties = 0;
-    for (int32_t c = 0; c < question.classes; ++c) ties += top - s.sums[c] <= kTied;
+    for (int32_t c = 0; c < question.classes; ++c) ties += top - s.sums[c] <= kTieTolerance;
     s.credits[at] += 1.0 / ties;
   }
 }
 
-// The credit of all voting samples together, weighted.
+// Returns the credit of all voting samples together, weighted.
 inline double whole_weighted(const Question& question, const ShuffleScratch& s) {
   for (int32_t c = 0; c < question.classes; ++c) s.sums[c] = kAbsent;
   double top = kAbsent;
@@ -228,14 +230,14 @@ inline double whole_weighted(const Question& question, const ShuffleScratch& s) 
     sum = (sum == kAbsent ? 0.0 : sum) + s.own[i];
   }
   for (int32_t c = 0; c < question.classes; ++c) top = s.sums[c] > top ? s.sums[c] : top;
-  if (!(top - s.sums[0] <= kTied)) return 0.0;
+  if (!(top - s.sums[0] <= kTieTolerance)) return 0.0;
   int32_t ties = 0;
-  for (int32_t c = 0; c < question.classes; ++c) ties += top - s.sums[c] <= kTied;
+  for (int32_t c = 0; c < question.classes; ++c) ties += top - s.sums[c] <= kTieTolerance;
   return 1.0 / ties;
 }
 
-// Sums of credits of the first `used` sizes, all below question.n, over the resamples, into s.credits. Up to
-// kByteSamples samples, each counting 1 or, weighted, s.own.
+// Adds the credits of all resamples to s.credits, for the first `used` sizes, all below question.n, and up to
+// kByteSamples samples. Each sample weighs 1 or, if `weighted`, s.own.
 inline void byte_resamples(
     const Question& question, const Sizes& sizes, int64_t used, int64_t resamples, const RoundKeys& keys,
     uint32_t number, const RowLane& lane, bool weighted, const double* inverse, const ShuffleScratch& s) {
@@ -246,15 +248,15 @@ inline void byte_resamples(
     const int64_t rest = resamples - first < kRow ? resamples - first : kRow;
     for (int64_t group = 0; group * kGroup < rest; ++group) {
       const auto resample = static_cast<uint32_t>(first + group * kGroup);
-      if (n <= kFollowed) {
+      if (n <= kTraceSamples) {
         lane.draw(keys, number, resample, draws, n, shuffles.from[0] + group * kGroup, kRow);
       } else {
         lane.draw_words(keys, number, resample, draws, n, s.draws, kGroup);
         shuffle(shuffles, s.draws, draws, group);
       }
     }
-    if (n <= kFollowed) {
-      const int64_t drawn = (rest + kGroup - 1) / kGroup * kGroup;  // behind the last group: any places
+    if (n <= kTraceSamples) {
+      const int64_t drawn = (rest + kGroup - 1) / kGroup * kGroup;  // places beyond the last group are arbitrary
       for (int64_t i = 0; drawn < kRow && i < draws; ++i) __builtin_memset(shuffles.from[i] + drawn, 0, kRow - drawn);
       lane.drawn_classes(shuffles, draws);
     }
@@ -266,6 +268,7 @@ inline void byte_resamples(
   }
 }
 
+// The same for any number of samples, always with s.own.
 inline void weighted_resamples(
     const Question& question, const Sizes& sizes, int64_t used, int64_t resamples, const RoundKeys& keys,
     uint32_t number, Draw<uint32_t> draw, const ShuffleScratch& s) {

@@ -1,4 +1,4 @@
-// x w^T with a weight that is kept packed: what layers multiply with in inference (calm_fast/_ops/packed_linear/api.py).
+// x w^T with a weight packed once, for the layers' products in inference (calm_fast/_ops/packed_linear).
 
 #include <optional>
 #include <vector>
@@ -13,8 +13,8 @@
 namespace calm_fast {
 namespace {
 
-// w (n, k) float32 in panels for packed_linear; (0,) where this CPU has no use for them
-Tensor packed_linear_pack(const Tensor& w, int64_t lane) {
+// Returns w (n, k) float32 in panels for packed_linear_fwd_cpu, or an empty tensor where the lane is below AVX-512.
+Tensor packed_linear_pack_cpu(const Tensor& w, int64_t lane) {
   const char* op = "_packed_linear_native_pack";
   if (choose_lane(op, lane) < Lane::avx512) return torch::stable::new_empty(w, {0});
   check_tensor(op, "w", w, {-1, -1}, ScalarType::Float);
@@ -24,13 +24,14 @@ Tensor packed_linear_pack(const Tensor& w, int64_t lane) {
   return packed;
 }
 
-// x (..., k) w^T [+ add (..., n)], float32, w (n, k) as packed_linear_pack gives it
-Tensor packed_linear(
+// Returns x (..., k) w^T [+ add (..., n)], float32, where `packed` is w (n, k) from packed_linear_pack_cpu.
+Tensor packed_linear_fwd_cpu(
     const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& add, int64_t lane) {
   const char* op = "_packed_linear_native_fwd";
+  const Lane chosen = choose_lane(op, lane);
   STD_TORCH_CHECK(
-      choose_lane(op, lane) >= Lane::avx512, op, ": packed products need AVX-512, which lane ", lane, " does not have");
-  STD_TORCH_CHECK(x.dim() > 0, op, ": `x` must have shape (..., k), got no dimension");
+      chosen >= Lane::avx512, op, ": `lane` must be a lane with AVX-512 for packed products, got ", lane_name(chosen));
+  STD_TORCH_CHECK(x.dim() > 0, op, ": `x` must have shape (..., k), got ()");
   STD_TORCH_CHECK(n >= 0, op, ": `n` must not be negative, got ", n);
   std::vector<int64_t> shape(x.dim());
   int64_t tokens = 1;
@@ -51,9 +52,10 @@ Tensor packed_linear(
 }
 
 }  // namespace
-}  // namespace calm_fast
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
-  m.impl("_packed_linear_native_fwd", TORCH_BOX(&calm_fast::packed_linear));
-  m.impl("_packed_linear_native_pack", TORCH_BOX(&calm_fast::packed_linear_pack));
+  m.impl("_packed_linear_native_fwd", TORCH_BOX(&packed_linear_fwd_cpu));
+  m.impl("_packed_linear_native_pack", TORCH_BOX(&packed_linear_pack_cpu));
 }
+
+}  // namespace calm_fast

@@ -1,9 +1,9 @@
-// out (T, n) = x (T, k) w^T [+ add], float32, w (n, k) packed once, on AVX-512.
+// out (T, n) = x (T, k) w^T [+ add], float32, with w (n, k) packed once, on AVX-512.
 //
-// w is kept in panels of 32 of its rows, (ceil(n / 32), k, 32), zero behind row n: what the kernel reads is contiguous.
-// A tile is 14 tokens x 32 columns, 28 of the 32 registers; x is copied beside it first, because the rows of a matrix
-// that is a power of two wide all fall into the same sets of the cache. The sum over k runs in one fixed order whatever
-// the number of threads or tokens.
+// w is stored in panels of 32 rows, (ceil(n / 32), k, 32), zero beyond row n, so that the kernel reads contiguous
+// memory. A tile is 14 tokens x 32 columns, which fills 28 of the 32 registers. The rows of x are copied first, because
+// rows whose length is a power of two all fall into the same sets of the cache. The order of the sum over k depends
+// neither on the number of threads nor on the number of tokens.
 #pragma once
 
 #include <algorithm>
@@ -20,17 +20,17 @@ namespace calm_fast {
 constexpr int64_t kPanel = 32;           // columns of a panel: two vectors
 constexpr int64_t kTileRows = 14;        // tokens of a tile
 constexpr int64_t kDepth = 256;          // k at a time: a tile of x is 14 KiB
-constexpr int64_t kPackedRow = 256 + 16; // floats between copied rows of x, no power of two
-// Tokens that one pass over the weight serves. A weight beyond the L2 cache (1 MiB and up) comes from further away in
-// every pass: the more tokens then, the better, as long as their copy leaves the L2 cache room for panels.
+constexpr int64_t kPackedRow = 256 + 16; // floats between copied rows of x; not a power of two
+// Tokens that one pass over the weight serves. A weight larger than the L2 cache (1 MiB and up) is read from farther
+// away in every pass, so a pass then serves as many tokens as leave the L2 cache room for panels.
 constexpr int64_t kChunkRows = 9 * kTileRows, kMostRows = 27 * kTileRows;
 constexpr int64_t kLargeWeight = int64_t{1} << 21;
-constexpr int64_t kGroupFloats = 32 << 10;  // panels that stay in the L2 cache while all tiles of a chunk pass
+constexpr int64_t kGroupFloats = 32 << 10;  // panels that stay in the L2 cache while all tiles of a chunk use them
 
 inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 
 inline void pack_panels(const float* w, int64_t n, int64_t k, float* packed) {
-  constexpr int64_t kStep = 64;  // 64 values of one row at a time: reads are contiguous, writes stay in the L1 cache
+  constexpr int64_t kStep = 64;  // values of one row at a time: reads are contiguous, writes stay in the L1 cache
   parallel_for(panels(n), 4, [=](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t rows = std::min(kPanel, n - p * kPanel);
@@ -48,14 +48,14 @@ inline void pack_panels(const float* w, int64_t n, int64_t k, float* packed) {
 
 #if CALM_FAST_X86
 
-// Cache lines that a later tile will read: line i is `at` + (i >> shift) rows + (i mod 2^shift) lines of 16 floats. The
-// processor does not foresee a jump from row to row by itself, and one prefetch per step costs nothing.
+// Cache lines that a later tile will read. Line i is at `at` + (i >> shift) rows + (i mod 2^shift) lines of 16 floats.
+// The hardware does not predict the jump from row to row, and one prefetch per step of k costs nothing.
 struct Ahead {
   const float* at;
   int64_t stride, shift, line, end;
 };
 
-// One tile of ROWS tokens and one panel: c = start + a b, where start is a tile of c's stride, or zero where null.
+// Computes one tile, ROWS tokens by one panel: c = start + a b. start has c's stride; null stands for zero.
 template <int ROWS>
 CALM_FAST_AVX512 void tile_avx512(
     const float* a, const float* b, int64_t depth, const float* start, float* c, int64_t stride, int64_t columns,
@@ -70,6 +70,7 @@ CALM_FAST_AVX512 void tile_avx512(
     _mm_prefetch(reinterpret_cast<const char*>(c + i * stride), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(c + i * stride + 16), _MM_HINT_T0);
   }
+  // Accumulate, with one prefetch per step of k.
   const int64_t within = (int64_t{1} << ahead.shift) - 1;
   for (int64_t j = 0; j < depth; ++j) {
     if (ahead.line < ahead.end) {
@@ -85,7 +86,8 @@ CALM_FAST_AVX512 void tile_avx512(
       acc[i][1] = _mm512_fmadd_ps(value, b1, acc[i][1]);
     }
   }
-  // `start` joins last: a sum over k is one of partial sums of 256, whose rounding errors stay small
+  // Store: `start` is added last, so that the sum over k is one of partial sums of 256, whose rounding errors stay
+  // small.
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
     if (start != nullptr) {
@@ -110,19 +112,20 @@ struct Product {
   int64_t tokens, n, k;
 };
 
-// Rows [begin, end) of the output, columns of panels [first, last); end - begin <= kMostRows. False: out of memory.
+// Computes rows [begin, end) of the output and the columns of panels [first, last); end - begin <= kMostRows. Returns
+// false if memory ran out.
 inline bool product_part(const Product& s, int64_t begin, int64_t end, int64_t first, int64_t last) {
   const int64_t n = s.n, k = s.k, rows = end - begin, tiles = (rows + kTileRows - 1) / kTileRows;
-  // up to 411 KB: too much for some threads' stacks
+  // Up to 411 KB, which is too much for some threads' stacks.
   const std::unique_ptr<float[]> copy(new (std::nothrow) float[rows * kPackedRow]);
   if (!copy) return false;
   float* const copied = copy.get();
-  for (int64_t from = 0; from == 0 || from < k; from += kDepth) {  // k = 0 still writes `add`, or zeros
+  for (int64_t from = 0; from == 0 || from < k; from += kDepth) {  // k = 0 still writes `add` or zeros
     const int64_t depth = std::min(kDepth, k - from);
     for (int64_t i = 0; i < rows; ++i) {
       std::memcpy(copied + i * kPackedRow, s.x + (begin + i) * k + from, sizeof(float) * depth);
     }
-    // what is read next of x: these rows further right, then the next chunk's rows
+    // The part of x that is read next: the same rows further right, then the next chunk's rows.
     const bool further = from + kDepth < k;
     const int64_t next_row = further ? begin : end, next_column = further ? from + kDepth : 0;
     const int64_t group = std::max<int64_t>(1, kGroupFloats / (std::max<int64_t>(1, depth) * kPanel));
@@ -153,7 +156,7 @@ inline bool product_part(const Product& s, int64_t begin, int64_t end, int64_t f
 
 #endif  // CALM_FAST_X86
 
-// The whole product; k may be 0. AVX-512 only: the caller has asked choose_lane.
+// Computes the whole product; k may be 0. The caller has checked that the CPU has AVX-512.
 inline void packed_product(
     const float* x, const float* packed, const float* add, float* out, int64_t tokens, int64_t n, int64_t k) {
 #if CALM_FAST_X86
@@ -162,7 +165,7 @@ inline void packed_product(
   const int64_t most = (tokens + kTileRows - 1) / kTileRows;
   const int64_t rows = n * k < kLargeWeight ? kChunkRows : kMostRows;
   int64_t chunks = std::max((tokens + rows - 1) / rows, std::min(threads, most));
-  chunks = std::min(most, (chunks + threads - 1) / threads * threads);  // as many for every thread
+  chunks = std::min(most, (chunks + threads - 1) / threads * threads);  // equally many for every thread
   const int64_t parts = std::min(count, (threads + chunks - 1) / chunks);
   const Product s{x, packed, add, out, tokens, n, k};
   std::atomic<bool> out_of_memory{false};  // nothing may be thrown inside parallel_for

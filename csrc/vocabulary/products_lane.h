@@ -1,19 +1,21 @@
-// Packing, products and elementwise steps of one lane. Included once per lane by lanes_cpu.cpp, inside that
-// lane's namespace (common/vectors.h) with LANE the attribute of its functions and kRows the weight rows of a tile; no
-// include guard on purpose.
+// Packing, products and elementwise epilogues of one lane. Included once per lane by vocabulary_lanes_cpu.cpp, inside
+// that lane's namespace (common/vectors.h). LANE is the attribute of the lane's functions and kRows the number of
+// weight rows in a tile. No include guard on purpose.
 //
-// A vector's elements are tokens: the hidden states of a group of kGroup tokens are packed with tokens innermost, a
-// weight row's entries are broadcast, and every running sum is a vector of tokens, without sums across a vector. A token's
-// bits therefore depend neither on the other tokens nor on the number of threads.
+// The elements of a vector are tokens. The hidden states of a group of kGroup tokens are packed with tokens innermost,
+// the entries of a weight row are broadcast, and every running sum is a vector of tokens; nothing is summed across a
+// vector. The bits of a token therefore depend neither on the other tokens nor on the number of threads.
 
 constexpr int kVectors = 3;
 constexpr int kGroup = kVectors * kWidth;
+
+#include "vocabulary/softcap_lane.h"
 
 // ---- packing ---------------------------------------------------------------------------------------------------------
 
 LANE int64_t words(int64_t d) { return kPairs ? (d + 1) / 2 : d; }
 
-// The row as 32-bit operands of dot; `spare` holds them where they are not in memory as they are.
+// Returns a row as 32-bit operands of dot: the row itself where its memory has that form, else a copy in `spare`.
 LANE const uint32_t* row_words(const Matrix& m, int64_t row, uint32_t* spare) {
   const int64_t d = m.columns, step = m.column_stride, start = row * m.row_stride;
   const bool whole = step == 1 && (kPairs ? d % 2 == 0 : m.type == Type::float32);
@@ -49,7 +51,7 @@ LANE const uint32_t* row_words(const Matrix& m, int64_t row, uint32_t* spare) {
   return spare;
 }
 
-// to[k * width + r] = word k of row r, for 4 rows
+// Writes word k of row r to to[k * width + r], for 4 rows.
 LANE void interleave4(uint32_t* to, int64_t width, const uint32_t* const* rows, int64_t count) {
   int64_t k = 0;
 #if CALM_FAST_X86
@@ -71,8 +73,8 @@ LANE void interleave4(uint32_t* to, int64_t width, const uint32_t* const* rows, 
   }
 }
 
-// Rows first .. of `m`, or those that `index` names, interleaved into a panel `width` wide; what is missing is 0.
-// spare: 4 rows of words.
+// Interleaves rows first .. first + rows of `m`, or those that `index` names, into a panel of `width` rows; missing
+// rows are 0. `spare` has room for 4 rows of words.
 LANE void pack(
     uint32_t* to, int64_t width, const Matrix& m, int64_t first, int64_t rows, const int64_t* index, uint32_t* spare) {
   const int64_t count = words(m.columns);
@@ -91,7 +93,8 @@ LANE void pack(
   }
 }
 
-// Part `part` of `parts` of rows first .. first + rows on its way into the L2 cache: what the next panel is packed from.
+// Prefetches part `part` of `parts` of rows first .. first + rows into the L2 cache, from which the next panel is
+// packed.
 LANE void prefetch(const Matrix& m, int64_t first, int64_t rows, int64_t part, int64_t parts) {
   if (m.column_stride != 1) return;
   const int64_t size = m.type == Type::float32 ? 4 : 2, lines = (m.columns * size + 63) / 64;
@@ -112,7 +115,7 @@ LANE V broadcast(const uint32_t* word) {
   return set1(value);
 }
 
-// z[r * kGroup + token] = hidden . weight row r: kRows rows by `Count` vectors of tokens
+// Computes z[r * kGroup + token] = hidden . weight row r for kRows rows and Count vectors of tokens.
 template <int Count>
 LANE void product(float* z, const uint32_t* hidden, const uint32_t* weight, int64_t count) {
   V acc[kRows][Count];
@@ -121,6 +124,7 @@ LANE void product(float* z, const uint32_t* hidden, const uint32_t* weight, int6
 #pragma GCC unroll 8
     for (int j = 0; j < Count; ++j) acc[r][j] = set1(0.0f);
   }
+  // Accumulate: one step of k multiplies Count vectors of tokens by kRows broadcast weights.
   for (int64_t k = 0; k < count; ++k) {
     V h[Count];
 #pragma GCC unroll 8
@@ -147,27 +151,21 @@ LANE void product(int vectors, float* z, const uint32_t* hidden, const uint32_t*
 
 // ---- elementwise -----------------------------------------------------------------------------------------------------
 
-LANE V capped(V z, float softcap) {
-  V y = over(z, set1(softcap));
-  y = minimum(set1(10.0f), maximum(set1(-10.0f), y));  // tanh is 1 there
-  const V power = exp2_of(mul(y, set1(2 * kLog2e)));
-  return mul(set1(softcap), sub(set1(1.0f), over(set1(2.0f), add(power, set1(1.0f)))));
-}
-
-// bias and softcap of the tile of columns first .. first + n, in place
-LANE void finish(float* z, int vectors, int n, const Head& head, int64_t first) {
+// Applies bias and softcap to the tile of columns first .. first + n, in place.
+LANE void bias_and_softcap(float* z, int vectors, int n, const Head& head, int64_t first) {
   if (!head.bias && head.softcap == 0) return;
   for (int r = 0; r < n; ++r) {
     for (int j = 0; j < vectors; ++j) {
       float* at = z + r * kGroup + j * kWidth;
       V value = load(at);
       if (head.bias) value = add(value, set1(head.bias[first + r]));
-      if (head.softcap != 0) value = capped(value, head.softcap);
+      if (head.softcap != 0) value = softcapped(value, head.softcap);
       store(at, value);
     }
   }
 }
 
+// Stores float32 numbers rounded to the nearest of `type`.
 LANE void store_as(Type type, void* to, int64_t at, const float* from, int64_t count) {
   if (type == Type::float32) {
     std::memcpy(static_cast<float*>(to) + at, from, static_cast<size_t>(count) * 4);

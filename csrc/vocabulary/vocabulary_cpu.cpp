@@ -1,4 +1,4 @@
-// Drivers of the vocabulary sweeps: memory, blocks of tokens, splits of the vocabulary, and what the splits add up to.
+// Drivers of the vocabulary sweeps: memory, blocks of tokens, splits of the vocabulary, and the sums over the splits.
 
 #include <algorithm>
 #include <cfloat>
@@ -7,18 +7,18 @@
 #include <limits>
 #include <vector>
 
-#include "vocabulary/walk.h"
+#include "vocabulary/lane_types.h"
 
 namespace calm_fast::vocabulary {
 namespace {
 
-// Bytes of a block's packed hidden states, which are read again for every few columns: a third of a common L3 cache. With
-// 640 KiB, within the L2 cache, d 4096 took a quarter longer: each packed weight row served too few tokens.
+// Bytes of a block's packed hidden states, which are read again for every few columns: a third of a common L3 cache.
+// With 640 KiB, within the L2 cache, d = 4096 took a quarter longer, because a packed weight row served too few tokens.
 constexpr int64_t kBlockBytes = 4 << 20;
-// Parts of the product with logit gradients that may run at the same time; each packs weights into memory of its own.
+// Most tasks of the product with logit gradients; each packs weights into its own memory.
 constexpr int64_t kTasks = 32;
 
-// Blocks of the tokens and splits of columns first .. last, with the memory that all blocks share.
+// Cuts the tokens into blocks and columns first .. last into splits, and owns the memory that all blocks share.
 class Plan {
  public:
   Plan(Host& host, Lane lane, const Head& head, int64_t tokens, int64_t streams, int64_t first, int64_t last)
@@ -31,28 +31,28 @@ class Plan {
     const int64_t panel_words = (lane_.rows + 4) * words_;
     float* panels = host.zeroed(streams * most_ * words_);
     float* scratch = host.zeroed(std::max(splits * scratch_words_, (4 + lane_.width) * words_));
-    walk_ = Walk{
+    block_ = Block{
         &head, nullptr, nullptr, 0, reinterpret_cast<uint32_t*>(panels), reinterpret_cast<uint32_t*>(scratch),
         scratch_words_, whole(panel_words, 16) - panel_words, streams, 0, most_, first, last, splits};
   }
 
-  // tokens of a block, rounded up to whole groups
+  // Tokens of a block, rounded up to whole groups.
   int64_t most() const { return most_; }
   const LaneFunctions& lane() const { return lane_; }
 
   // Packs tokens first .. first + tokens of each stream.
   void take(const Matrix* const* hidden, int64_t first, int64_t tokens) {
-    walk_.hidden = hidden;
-    walk_.first_token = first;
-    walk_.tokens = tokens;
-    host_.run(lane_.pack_tokens, &walk_, splits);
+    block_.hidden = hidden;
+    block_.first_token = first;
+    block_.tokens = tokens;
+    host_.run(lane_.pack_tokens, &block_, splits);
   }
   void target_logits(int64_t stream, const int64_t* targets, float* out) const {
-    lane_.target_logits(walk_, stream, targets, out);
+    lane_.target_logits(block_, stream, targets, out);
   }
   void run(void (*body)(void*, int64_t), const void* visitor) {
-    walk_.visitor = visitor;
-    host_.run(body, &walk_, splits);
+    block_.visitor = visitor;
+    host_.run(body, &block_, splits);
   }
 
  private:
@@ -71,7 +71,7 @@ class Plan {
 
  private:
   int64_t most_, scratch_words_;
-  Walk walk_;
+  Block block_;
 };
 
 // Running sums of every split, `count` arrays of `most` tokens each.
@@ -90,15 +90,15 @@ class Sums {
 };
 
 void clear(const Running& sums, int64_t tokens) {
-  // not -infinity: no difference of two of them comes up, and the first finite logit replaces it
+  // -FLT_MAX and not -infinity, whose differences are NaN. The first finite logit replaces it.
   std::fill(sums.max, sums.max + tokens, -FLT_MAX);
   std::fill(sums.total, sums.total + tokens, 0.0f);
   std::fill(sums.weighted, sums.weighted + tokens, 0.0f);
 }
 
-// ---- from the splits to a token --------------------------------------------------------------------------------------
+// ---- sums over the splits --------------------------------------------------------------------------------------------
 
-// sum 2^(scale z - max), in base 2, over all splits; weighted by the exponent or by other values.
+// Combines the running sums of all splits in float64: sum 2^(scale (z - max)), and the same sum weighted.
 struct Total {
   double max = -FLT_MAX, sum = 0, weighted = 0, scale;
 
@@ -113,7 +113,7 @@ struct Total {
     sum = sum * keep + part.total[token] * take;
     max = top;
   }
-  // NaN where every logit was -infinity, as a softmax has it
+  // NaN where every logit was -infinity, as in a softmax.
   double log2_sum() const { return max == -FLT_MAX ? std::numeric_limits<double>::quiet_NaN() : std::log2(sum); }
   double log_sum() const { return (max * scale + log2_sum()) * kLn2; }
   double log_share(float logit) const {
@@ -235,7 +235,7 @@ void sweep_nce(
 
 namespace {
 
-// targets relative to the tile's first column, exact as float within it; -1 outside
+// Writes targets relative to the tile's first column as floats, which are exact there; -1 outside the tile.
 void local_targets(const int64_t* targets, int64_t tokens, const Tile& out, float* to) {
   for (int64_t t = 0; t < tokens; ++t) {
     const int64_t local = targets[t] - out.first;
@@ -253,7 +253,7 @@ void dlogits_logprob(
   float *lse = host.zeroed(5 * most), *constant = lse + most, *linear = lse + 2 * most, *up = lse + 3 * most;
   float* target = lse + 4 * most;
   const float scale = kLog2e / head.temperature;
-  LogprobSlope slope{
+  LogprobDlogits dlogits{
       lse, constant, in.down ? linear : nullptr, up, target, scale, head.softcap, head.weight.type, out, 0};
   const Matrix* streams[] = {&hidden};
   for (int64_t first = 0; first < hidden.rows; first += most) {
@@ -268,21 +268,21 @@ void dlogits_logprob(
       linear[t] = static_cast<float>(-down * kLn2);
     }
     local_targets(targets + first, tokens, out, target);
-    slope.first_token = first;
-    plan.run(plan.lane().slope_logprob, &slope);
+    dlogits.first_token = first;
+    plan.run(plan.lane().dlogits_logprob, &dlogits);
   }
 }
 
 namespace {
 
-// What the gradient of the logits needs of each token, for up to `most` of them.
+// The per-token inputs of the logit gradients, for up to `most` tokens.
 class NceTokens {
  public:
   NceTokens(Host& host, const Head& head, const Tile& out, int64_t most) : temperature_(head.temperature) {
     float* at = host.zeroed(6 * most);
     for (float*& array : arrays_) array = at, at += most;
     const auto& [lse, lse_soft, lse_nat, hard, soft, target] = arrays_;
-    slope = NceSlope{
+    dlogits = NceDlogits{
         lse, lse_soft, lse_nat, hard, soft, target, kLog2e / head.temperature, head.softcap, head.temperature == 1.0f,
         head.weight.type, out, 0};
   }
@@ -295,11 +295,11 @@ class NceTokens {
       hard[t] = in.hard[first + t];
       soft[t] = in.soft[first + t] / temperature_;
     }
-    local_targets(targets + first, tokens, slope.out, target);
-    slope.first_token = first;
+    local_targets(targets + first, tokens, dlogits.out, target);
+    dlogits.first_token = first;
   }
 
-  NceSlope slope;
+  NceDlogits dlogits;
 
  private:
   float temperature_;
@@ -318,7 +318,7 @@ void dlogits_nce(
     const int64_t tokens = std::min(plan.most(), student.rows - first);
     plan.take(streams, first, tokens);
     token.take(in, targets, first, tokens);
-    plan.run(plan.lane().slope_nce, &token.slope);
+    plan.run(plan.lane().dlogits_nce, &token.dlogits);
   }
 }
 
@@ -334,17 +334,17 @@ void gradient_nce(
   token.take(in, targets, 0, tokens);
   float *panels = host.zeroed(kSplit / kDepth * words * width), *scratch = host.zeroed(tasks * scratch_words);
   float* sums = host.zeroed(columns * width);
-  NceStep step{
-      token.slope,
+  NceHiddenGradient pass{
+      token.dlogits,
       {{kept.student, kept.references, kept.stride, head.weight.rows, 0, kept.type},
        {kept.nat, kept.references + kept.stride, kept.stride, head.weight.rows, 0, kept.type}},
       &head.weight, reinterpret_cast<uint32_t*>(panels), reinterpret_cast<uint32_t*>(scratch), sums, scratch_words,
       tokens, width, 0, 0, tasks};
-  for (; step.first < vocabulary; step.first = step.last) {
-    step.last = std::min(step.first + kSplit, vocabulary);
-    const int64_t blocks = whole(step.last - step.first, kDepth) / kDepth;
-    host.run(functions.logit_panels, &step, blocks * (whole(tokens, functions.group) / functions.group));
-    host.run(functions.hidden_gradient, &step, tasks);
+  for (; pass.first < vocabulary; pass.first = pass.last) {
+    pass.last = std::min(pass.first + kSplit, vocabulary);
+    const int64_t blocks = whole(pass.last - pass.first, kDepth) / kDepth;
+    host.run(functions.pack_dlogits, &pass, blocks * (whole(tokens, functions.group) / functions.group));
+    host.run(functions.hidden_gradient, &pass, tasks);
   }
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t c = 0; c < columns; ++c) gradient[t * columns + c] = sums[c * width + t];

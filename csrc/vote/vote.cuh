@@ -1,31 +1,32 @@
-// vote on a GPU: a group of threads per question, a warp for few samples, a block for many.
+// vote on a GPU: a group of threads per question, which is a warp for few samples and a block for many.
 //
-// Every thread takes samples i and walks all samples j in order: if one before i has i's answer, i opens no class; else
-// the weights of the equal ones, added in that order, are the class's weight: the bits of the definition
-// (calm_fast/_ops/vote/reference.py), with no atomics. That is K^2 / 2 comparisons, cheap for the tens to thousands of
-// samples a question has. No torch headers here: the CPU emulation compiles this file too.
+// Each thread takes samples i and compares each with all samples j in order. If an earlier sample has the same answer,
+// i opens no class. Otherwise the weights of the samples with i's answer, added in order, are the weight of its class.
+// No atomics are involved, so the bits are those of the definition (calm_fast/_ops/vote/reference.py). That takes K^2 /
+// 2 comparisons, which is cheap for tens to thousands of samples. No torch headers: the CPU emulation compiles this
+// file too.
 #pragma once
 
 #include "common/simt.cuh"
+#include "common/tie.h"
 
 namespace calm_fast::vote {
 
 using simt::Global;
 using simt::Shared;
 
-constexpr double kTied = 1e-9;  // classes this close to the heaviest are tied with it
 constexpr int kWarpsPerBlock = 4;
 constexpr int kBlockThreads = 256;
-constexpr int64_t kWarpSamples = 256;    // up to here a warp does a question
-constexpr int64_t kScratchBlocks = 512;  // blocks of a launch whose rows do not fit into shared memory
+constexpr int64_t kWarpSamples = 256;    // samples up to which a warp takes a question
+constexpr int64_t kScratchBlocks = 512;  // blocks of a launch whose samples do not fit into shared memory
 
 struct Args {
-  Global<const int64_t> answers;  // (Q, K), < 0: does not vote
-  Global<const float> scores32;   // (Q, K), NaN: not scored; both null: every sample weighs 1
+  Global<const int64_t> answers;  // (Q, K), negative: does not vote
+  Global<const float> scores32;   // (Q, K), NaN: unscored; both null: every sample weighs 1
   Global<const double> scores64;
-  Global<const bool> valid;       // (Q, K) or null: all vote
-  Global<double> scratch;         // Plan::scratch doubles, null where that is 0
-  Global<int64_t> winner;         // (Q,), and so are the following
+  Global<const bool> valid;       // (Q, K), or null: all vote
+  Global<double> scratch;         // Plan::scratch doubles, null if that is 0
+  Global<int64_t> winner;         // (Q,), as are the following
   Global<double> weight, total, margin;
   Global<int64_t> ties;
   int64_t questions, samples;
@@ -44,18 +45,19 @@ __device__ __forceinline__ void sync_group() {
   }
 }
 
-// The two largest class weights, the number of tied classes and the first of them; combined over a group.
+// The two largest class weights.
 struct Best {
-  double top, following;
+  double top, second;
 };
 
 SIMT_HOST_DEVICE Best merge(Best a, Best b) {
   const double low = a.top < b.top ? a.top : b.top, high = a.top < b.top ? b.top : a.top;
-  const double next = a.following < b.following ? b.following : a.following;
-  return {high, low < next ? next : low};
+  const double second = a.second < b.second ? b.second : a.second;
+  return {high, low < second ? second : low};
 }
 
-// Leaves the result in every thread of the group. `cells`: one T per warp; a barrier must come before their next use.
+// Reduces `value` over the group; every thread gets the result. `cells` has one T per warp. A barrier must precede
+// their next use.
 template <int kThreads, class T, class Merge>
 __device__ __forceinline__ T reduce(T value, Shared<T> cells, Merge merge_two) {
   for (int step = simt::kWarpSize / 2; step > 0; step /= 2) value = merge_two(value, step);
@@ -72,11 +74,12 @@ __device__ __forceinline__ T reduce(T value, Shared<T> cells, Merge merge_two) {
 struct MergeBest {
   __device__ Best operator()(Best mine, int step) const {
     const Best other = {__shfl_xor_sync(simt::kAllLanes, mine.top, step),
-                        __shfl_xor_sync(simt::kAllLanes, mine.following, step)};
+                        __shfl_xor_sync(simt::kAllLanes, mine.second, step)};
     return merge(mine, other);
   }
 };
 
+// The number of tied classes and the sample that opens the first of them.
 struct Tied {
   int64_t count, first;
 };
@@ -89,7 +92,8 @@ struct MergeTied {
   }
 };
 
-// kThreads: threads of a question. kStaged: its rows fit into shared memory; else weights and sums are in scratch.
+// Votes on one question per group. kThreads: threads of a group. kStaged: the samples fit into shared memory; otherwise
+// weights and sums are in scratch.
 template <int kThreads, bool kStaged>
 __global__ void __launch_bounds__(kThreads == simt::kWarpSize ? kWarpsPerBlock * simt::kWarpSize : kThreads, 2)
     vote_kernel(Args a) {
@@ -121,9 +125,11 @@ __global__ void __launch_bounds__(kThreads == simt::kWarpSize ? kWarpsPerBlock *
       return votes(i) ? int64_t(answers[i]) : -1;
     };
 
+    // Load: the answers, -1 for samples that do not vote.
     if constexpr (kStaged) {
       for (int64_t i = me; i < n; i += kThreads) staged[i] = votes(i) ? int64_t(answers[i]) : -1;
     }
+    // Scores: the weight of each sample. Unscored samples take the mean of the scored ones, summed in order.
     if (scored) {
       const auto score = [&](int64_t i) -> double {
         if (a.scores32) return a.scores32[q * n + i];
@@ -157,12 +163,13 @@ __global__ void __launch_bounds__(kThreads == simt::kWarpSize ? kWarpsPerBlock *
       for (int64_t i = me; i < n; i += kThreads) {
         double s = score(i);
         if (s != s) s = unknown ? double(*mean_cell) : 0.0;
-        // rounded after the product as well: a fused multiply-add would give other bits than the definition
+        // The product is rounded by itself: a fused multiply-add would give other bits than the definition.
         weights[i] = a.adaptive ? __dadd_rn(1.0, __dmul_rn(a.lam, s)) : s;
       }
     }
     sync_group<kThreads>();
 
+    // Accumulate: the weight of the class that sample i opens, and for i == n the total.
     Best best = {minus_infinity(), minus_infinity()};
     for (int64_t i = me; i <= n; i += kThreads) {  // i == n: the total
       const int64_t mine = i < n ? answer(i) : 0;
@@ -180,22 +187,24 @@ __global__ void __launch_bounds__(kThreads == simt::kWarpSize ? kWarpsPerBlock *
     }
     best = reduce<kThreads>(best, best_cells, MergeBest());
 
+    // Tie-break: the number of classes at the top, and the first of them.
     Tied tied = {0, n};
-    for (int64_t i = me; i < n; i += kThreads) {  // its own sums: no barrier needed
-      if (best.top - sums[i] <= kTied) tied = {tied.count + 1, tied.first < i ? tied.first : i};
+    for (int64_t i = me; i < n; i += kThreads) {  // the thread's own sums: no barrier needed
+      if (best.top - sums[i] <= kTieTolerance) tied = {tied.count + 1, tied.first < i ? tied.first : i};
     }
     tied = reduce<kThreads>(tied, tied_cells, MergeTied());
-    sync_group<kThreads>();  // sums of other threads are read now
+    // Store.
+    sync_group<kThreads>();  // before the sums of other threads are read
     if (me == 0) {
       const bool anyone = tied.count > 0;
       a.winner[q] = anyone ? answer(tied.first) : -1;
       a.weight[q] = anyone ? double(sums[tied.first]) : 0.0;
       a.total[q] = sums[n];
-      const double ahead = best.following == minus_infinity() ? best.top : best.top - best.following;
+      const double ahead = best.second == minus_infinity() ? best.top : best.top - best.second;
       a.margin[q] = tied.count == 1 ? ahead : 0.0;
       a.ties[q] = tied.count;
     }
-    sync_group<kThreads>();  // the next question overwrites what thread 0 reads
+    sync_group<kThreads>();  // before the next question overwrites the sums that thread 0 reads
   }
 }
 
@@ -204,7 +213,7 @@ struct Plan {
   int64_t grid, shared, scratch;  // blocks, bytes, doubles
 };
 
-// How (Q, K) is launched; scratch is what the caller must allocate.
+// Plans the launch for (Q, K). The caller must allocate `scratch`.
 inline Plan plan(int64_t questions, int64_t samples, bool scored) {
   Plan p = {samples <= kWarpSamples, true, 0, 0, 0};
   const int64_t groups = p.warp ? kWarpsPerBlock : 1, cells = p.warp ? kWarpsPerBlock : kBlockThreads / simt::kWarpSize;
@@ -221,10 +230,11 @@ inline Plan plan(int64_t questions, int64_t samples, bool scored) {
   return p;
 }
 
-// Launches vote for Q > 0; nullptr, or what went wrong.
+// Launches the kernel; requires Q > 0. Returns nullptr or an error message.
 inline const char* launch(const Args& a, const Plan& p, simt::Stream stream) {
   const dim3 grid(static_cast<unsigned>(p.grid));
-  if (p.warp) return SIMT_LAUNCH((vote_kernel<simt::kWarpSize, true>), grid, kWarpsPerBlock * simt::kWarpSize, p.shared, stream, a);
+  constexpr int kWarpThreads = kWarpsPerBlock * simt::kWarpSize;
+  if (p.warp) return SIMT_LAUNCH((vote_kernel<simt::kWarpSize, true>), grid, kWarpThreads, p.shared, stream, a);
   if (p.staged) return SIMT_LAUNCH((vote_kernel<kBlockThreads, true>), grid, kBlockThreads, p.shared, stream, a);
   return SIMT_LAUNCH((vote_kernel<kBlockThreads, false>), grid, kBlockThreads, p.shared, stream, a);
 }

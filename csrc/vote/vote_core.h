@@ -1,7 +1,7 @@
-// One question's vote on the CPU, no tensors: the weights of its samples, its classes, the winner.
+// The vote of one question on the CPU, without tensors: sample weights, classes, winner.
 //
-// Sums are taken in float64 in the order of the samples by every lane, so all of them return the same bits as
-// calm_fast/_ops/vote/reference.py. Compile with -ffp-contract=off: 1 + lam s is two roundings.
+// Every lane sums in float64 in the order of the samples, so all lanes return the bits of
+// calm_fast/_ops/vote/reference.py. Compile with -ffp-contract=off, because 1 + lam s must be rounded twice.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +10,13 @@
 #include <type_traits>
 
 #include "common/lanes.h"
+#include "common/tie.h"
 
-namespace calm_fast::votes {
+namespace calm_fast::vote_cpu {
 
-constexpr double kTied = 1e-9;  // classes this close to the heaviest are tied with it
-constexpr int64_t kByteSamples = 256;  // longest question whose classes are sought by comparing bytes
+constexpr int64_t kByteSamples = 256;  // samples up to which classes are found by comparing bytes
 constexpr int64_t kByteBlocks = kByteSamples / 64;
-constexpr int64_t kByteClasses = 40;  // with more classes the table is faster
+constexpr int64_t kByteClasses = 40;  // with more classes the hash table is faster
 
 struct Vote {
   int64_t winner = -1;
@@ -24,7 +24,7 @@ struct Vote {
   int64_t ties = 0;
 };
 
-// Memory of one thread for questions of k samples, inside one allocation.
+// Memory of one thread for questions of k samples, cut out of one allocation.
 struct Scratch {
   static int64_t table_size(int64_t k) {
     int64_t size = 16;
@@ -39,17 +39,17 @@ struct Scratch {
     slots = reinterpret_cast<int32_t*>(ids + k);
   }
   int64_t table;  // a power of two
-  double* weights;  // k, of the samples
-  double* sums;  // of the classes in order of appearance; whole registers are stored, hence kByteClasses more
-  int64_t* ids;  // k, of the classes
-  int32_t* slots;  // table, the class a slot holds, -1: none
+  double* weights;  // (k,) of the samples
+  double* sums;     // (k + kByteClasses,) of the classes, in order of appearance; SIMD stores write whole registers
+  int64_t* ids;     // (k,) of the classes
+  int32_t* slots;   // (table,) the class in each slot; -1: none
 };
 
-// Weight of each sample: s, or 1 + lam s; NaN takes the mean of the other valid scores, 1 if there is none. 0 for a
-// sample that does not vote: added to a sum, it changes no bit.
+// Computes the weight of each sample: s, or 1 + lam s. A NaN score takes the mean of the other valid scores, or 1 if
+// there is none. A sample that does not vote weighs 0, which changes no bit of a sum.
 template <class Score>
 void weigh(const Score* scores, const uint8_t* valid, int64_t k, bool adaptive, double lam, double* weights) {
-  int64_t unscored = 0;  // as wide as a double: the loop vectorises
+  int64_t unscored = 0;  // as wide as a double, so that the loop vectorises
   for (int64_t i = 0; i < k; ++i) {
     weights[i] = static_cast<double>(scores[i]);
     unscored += weights[i] != weights[i];
@@ -70,7 +70,7 @@ void weigh(const Score* scores, const uint8_t* valid, int64_t k, bool adaptive, 
 }
 
 inline double total_weight(const uint8_t* valid, int64_t k, const double* weights) {
-  if (weights == nullptr) {  // whole numbers: the order does not matter
+  if (weights == nullptr) {  // integers: the order does not matter
     int64_t voting = valid == nullptr ? k : 0;
     for (int64_t i = 0; valid != nullptr && i < k; ++i) voting += valid[i] != 0;
     return static_cast<double>(voting);
@@ -80,8 +80,8 @@ inline double total_weight(const uint8_t* valid, int64_t k, const double* weight
   return total;
 }
 
-// Classes in order of appearance with their sums, through a hash table with linear probing: any ids, any k.
-// weights == nullptr counts. Returns how many classes.
+// Finds the classes, in order of appearance, and their sums with a hash table (linear probing), for any ids and any k.
+// Without weights it counts. Returns the number of classes.
 inline int64_t sum_by_table(
     const int64_t* answers, const uint8_t* valid, int64_t k, const double* weights, const Scratch& scratch,
     double& total) {
@@ -105,16 +105,16 @@ inline int64_t sum_by_table(
   return classes;
 }
 
-// What a SIMD lane works on: a byte for each sample.
+// The samples of a question as bytes, for the SIMD lanes.
 struct Bytes {
-  alignas(64) uint8_t of[kByteSamples];  // its id
-  alignas(64) uint8_t number[kByteSamples];  // of its class, in order of appearance; written last, read once
-  uint64_t left[kByteBlocks];  // samples whose class is not known yet
+  alignas(64) uint8_t of[kByteSamples];      // answer id
+  alignas(64) uint8_t number[kByteSamples];  // class, numbered in order of appearance
+  uint64_t left[kByteBlocks];                // bits: samples whose class is not known yet
 };
 
-constexpr uint8_t kNoClass = 255;  // of a sample that does not vote
+constexpr uint8_t kNoClass = 255;  // class of a sample that does not vote
 
-// The ids as bytes, and the samples that vote in `left`. False where the ids do not fit into bytes.
+// Packs the ids into bytes and the voting samples into `left`. Returns false if an id does not fit into a byte.
 __attribute__((always_inline)) inline bool pack(const int64_t* answers, const uint8_t* valid, int64_t k, Bytes& bytes) {
   uint64_t any = 0;
   for (int64_t b = 0; b < (k + 63) / 64; ++b) bytes.left[b] = b < k / 64 ? ~0ULL : (1ULL << (k % 64)) - 1;
@@ -134,7 +134,7 @@ __attribute__((always_inline)) inline bool pack(const int64_t* answers, const ui
 }
 
 #if CALM_FAST_X86
-// Adds the weights up by class, 8 N classes in N registers: a sample changes one element. Returns the total.
+// Adds up the weights by class, 8 N classes in N registers; a sample changes one element. Returns the total.
 template <int N>
 CALM_FAST_AVX512 inline double add_up_avx512(const Bytes& bytes, const double* weights, int64_t k, double* sums) {
   const __m512i first = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
@@ -157,7 +157,8 @@ CALM_FAST_AVX512 inline double add_up_avx512(const Bytes& bytes, const double* w
   return total;
 }
 
-// Classes in order of appearance with their sums. -1 where the table must be used: large ids, or many classes.
+// Finds the classes, in order of appearance, and their sums. Returns their number, or -1 if the table must be used,
+// because an id is too large or there are too many classes.
 CALM_FAST_AVX512 inline int64_t sum_by_bytes_avx512(
     const int64_t* answers, const uint8_t* valid, int64_t k, const double* weights, const Scratch& scratch,
     double& total) {
@@ -221,7 +222,7 @@ CALM_FAST_AVX2 inline uint64_t equal_avx2(const uint8_t* bytes, __m256i id) {
   return low | static_cast<uint64_t>(high) << 32;
 }
 
-// The same with two compares for 64 samples, counts only: adding weights up by class is as fast through the table.
+// The same with two comparisons per 64 samples, for counts only: weights are added up as fast with the table.
 CALM_FAST_AVX2 inline int64_t count_by_bytes_avx2(
     const int64_t* answers, const uint8_t* valid, int64_t k, const Scratch& scratch, double& total) {
   Bytes bytes;
@@ -251,8 +252,8 @@ CALM_FAST_AVX2 inline int64_t count_by_bytes_avx2(
 }
 #endif
 
-// Winner, weight, margin and ties from the classes; they are in order of appearance.
-inline void decide(const Scratch& scratch, int64_t classes, Vote& vote) {
+// Computes winner, weight, margin and ties from the classes, which are in order of appearance.
+inline void pick_winner(const Scratch& scratch, int64_t classes, Vote& vote) {
   double top = -std::numeric_limits<double>::infinity(), next = top;
   for (int64_t c = 0; c < classes; ++c) {
     const double sum = scratch.sums[c];
@@ -264,7 +265,7 @@ inline void decide(const Scratch& scratch, int64_t classes, Vote& vote) {
   }
   int64_t winner = -1;
   for (int64_t c = 0; c < classes; ++c) {
-    if (!(top - scratch.sums[c] <= kTied)) continue;
+    if (!(top - scratch.sums[c] <= kTieTolerance)) continue;
     if (winner < 0) winner = c;
     ++vote.ties;
   }
@@ -274,7 +275,7 @@ inline void decide(const Scratch& scratch, int64_t classes, Vote& vote) {
   vote.margin = vote.ties > 1 ? 0.0 : classes > 1 ? top - next : top;
 }
 
-// The vote of one question. Score is void where every sample weighs 1.
+// Returns the vote of one question. Score is void where every sample weighs 1.
 template <class Score>
 Vote vote_question(
     const int64_t* answers, const Score* scores, const uint8_t* valid, int64_t k, bool adaptive, double lam,
@@ -294,8 +295,8 @@ Vote vote_question(
   }
 #endif
   if (classes < 0) classes = sum_by_table(answers, valid, k, weights, scratch, vote.total);
-  decide(scratch, classes, vote);
+  pick_winner(scratch, classes, vote);
   return vote;
 }
 
-}  // namespace calm_fast::votes
+}  // namespace calm_fast::vote_cpu

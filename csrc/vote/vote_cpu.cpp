@@ -1,4 +1,4 @@
-// calm_fast::_vote_native_fwd for CPU tensors: parallel over questions, see vote_core.h.
+// vote on the CPU, parallel over questions. vote_core.h computes the vote of one question.
 #include <atomic>
 #include <memory>
 #include <new>
@@ -14,11 +14,11 @@
 namespace calm_fast {
 namespace {
 
-using votes::Scratch;
-using votes::Vote;
+using vote_cpu::Scratch;
+using vote_cpu::Vote;
 using Votes = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-constexpr int64_t kSamplesPerThread = 1 << 14;  // fewer are done sooner than a second thread is awake
+constexpr int64_t kSamplesPerThread = 1 << 14;  // fewer are finished before a second thread wakes up
 
 struct Outputs {
   int64_t* winner;
@@ -43,8 +43,8 @@ void vote_rows(
     for (int64_t q = begin; q < end; ++q) {
       const Score* own = nullptr;
       if constexpr (!std::is_void_v<Score>) own = scores + q * k;
-      const uint8_t* votes = valid == nullptr ? nullptr : valid + q * k;
-      const Vote vote = votes::vote_question(answers + q * k, own, votes, k, adaptive, lam, lane, scratch);
+      const uint8_t* own_valid = valid == nullptr ? nullptr : valid + q * k;
+      const Vote vote = vote_cpu::vote_question(answers + q * k, own, own_valid, k, adaptive, lam, lane, scratch);
       out.winner[q] = vote.winner;
       out.weight[q] = vote.weight;
       out.total[q] = vote.total;
@@ -55,12 +55,13 @@ void vote_rows(
   STD_TORCH_CHECK(!out_of_memory, "vote: out of memory");
 }
 
-Votes vote_cpu(
+// Returns winner (Q,) int64, weight, total, margin (Q,) float64 and ties (Q,) int64.
+Votes vote_fwd_cpu(
     Tensor answers, std::optional<Tensor> scores, std::optional<Tensor> valid, bool adaptive, double lam,
     int64_t lane) {
   check_tensor("vote", "answers", answers, {-1, -1}, ScalarType::Long);
   const int64_t questions = answers.size(0), k = answers.size(1);
-  STD_TORCH_CHECK(k < (int64_t{1} << 30), "vote: `answers` has too many samples a question: ", k);
+  STD_TORCH_CHECK(k < (int64_t{1} << 30), "vote: `answers` must have fewer than 2^30 samples per question, got ", k);
   const bool doubles = scores.has_value() && scores->scalar_type() == ScalarType::Double;
   if (scores.has_value()) {
     check_tensor("vote", "scores", *scores, {questions, k}, doubles ? ScalarType::Double : ScalarType::Float);
@@ -95,7 +96,7 @@ Votes vote_cpu(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
-  m.impl("_vote_native_fwd", TORCH_BOX(&vote_cpu));
+  m.impl("_vote_native_fwd", TORCH_BOX(&vote_fwd_cpu));
 }
 
 }  // namespace calm_fast

@@ -8,8 +8,8 @@ namespace {
 
 using Votes = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// `lane` chooses SIMD code on a CPU; here it means nothing.
-Votes vote_cuda(
+// Returns winner (Q,) int64, weight, total, margin (Q,) float64 and ties (Q,) int64. `lane` is for the CPU only.
+Votes vote_fwd_cuda(
     Tensor answers, std::optional<Tensor> scores, std::optional<Tensor> valid, bool adaptive, double lam,
     int64_t /*lane*/) {
   check_tensor("vote", "answers", answers, {-1, -1}, ScalarType::Long);
@@ -53,7 +53,7 @@ Votes vote_cuda(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CUDA, m) {
-  m.impl("_vote_native_fwd", TORCH_BOX(&vote_cuda));
+  m.impl("_vote_native_fwd", TORCH_BOX(&vote_fwd_cuda));
 }
 
 }  // namespace calm_fast

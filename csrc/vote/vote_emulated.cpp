@@ -1,5 +1,7 @@
-// vote.cuh on a CPU. tensors: answers, scores in float32?, scores in float64?, valid?, winner, weight, total, margin,
-// ties; integers: Q, K, adaptive, most blocks (0: as planned); floats: lam.
+// vote.cuh in the emulation (? marks an optional tensor).
+//   tensors: answers, scores in float32?, scores in float64?, valid?, winner, weight, total, margin, ties
+//   integers: Q, K, adaptive, most blocks (0: as planned)
+//   floats: lam
 #include "emulation/call.hpp"
 #include "vote/vote.cuh"
 
@@ -17,11 +19,11 @@ CALM_EMULATED(vote) {
   auto ties = in.tensor<int64_t>(8, "ties", Use::output);
   const int64_t questions = in.integers[0], samples = in.integers[1];
   auto plan = calm_fast::vote::plan(questions, samples, in.tensors[1].data || in.tensors[2].data);
-  if (in.integers[3] > 0) plan.grid = std::min(plan.grid, in.integers[3]);  // so that blocks take several questions
+  if (in.integers[3] > 0) plan.grid = std::min(plan.grid, in.integers[3]);  // so that a block takes several questions
   std::vector<double> scratch_data(plan.scratch);
   calm_fast::emulation::Buffer<double> scratch("scratch", scratch_data.data(), plan.scratch, Use::output);
   const calm_fast::vote::Args args = {
-      answers.get(), scores32.get(), scores64.get(), valid.get(), scratch.get(), winner.get(), weight.get(), total.get(),
-      margin.get(), ties.get(), questions, samples, in.integers[2] != 0, in.floats[0]};
+      answers.get(), scores32.get(), scores64.get(), valid.get(), scratch.get(), winner.get(), weight.get(),
+      total.get(), margin.get(), ties.get(), questions, samples, in.integers[2] != 0, in.floats[0]};
   return calm_fast::vote::launch(args, plan, in.schedule());
 }

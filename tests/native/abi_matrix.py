@@ -1,10 +1,10 @@
-"""One build for every torch: build the wheel once, here, and run its compiled library on other torch versions.
+"""Test one build against many torch versions: build the wheel once and run its compiled library on each of them.
 
-    python tests/native/abi_matrix.py --torch 2.11.0 2.15.0      # makes an environment for each; gigabytes with CUDA
-    python tests/native/abi_matrix.py --python envs/*/bin/python # environments that are there already
+    python tests/native/abi_matrix.py --torch 2.11.0 2.15.0      # creates an environment for each; gigabytes with CUDA
+    python tests/native/abi_matrix.py --python envs/*/bin/python # uses existing environments
 
-In each, `calm-fast verify`'s cases of every op that the library serves run with impl="native" against the float64
-reference, and torch.compile traces dual_lora. Exit code 1 if anything fails.
+In each, the cases of `calm-fast verify` run with impl="native" against the float64 reference, for every op that the
+library serves, and torch.compile traces dual_lora. The exit code is 1 if anything fails.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECK = """
@@ -39,7 +40,8 @@ sys.exit(bool(failed))
 """
 
 
-def run(command: list, **options) -> str:
+def run(command: list[object], **options: Any) -> str:
+    """Run a command and return its output; exit with its messages if it fails."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
     if done.returncode != 0:
         raise SystemExit(
@@ -49,7 +51,7 @@ def run(command: list, **options) -> str:
 
 
 def environment(version: str, folder: Path) -> Path:
-    """A fresh environment with this torch."""
+    """Create an environment with torch `version` in `folder`. Returns its Python."""
     print(f"[abi] installing torch {version}", file=sys.stderr, flush=True)
     run([sys.executable, "-m", "venv", folder])
     python = folder / "bin" / "python"
@@ -61,7 +63,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch", nargs="*", default=[], metavar="VERSION", help="versions to install")
     parser.add_argument(
-        "--python", nargs="*", default=[], type=Path, metavar="PYTHON", help="interpreters with a torch"
+        "--python", nargs="*", default=[], type=Path, metavar="PYTHON", help="interpreters that have torch"
     )
     chosen, failures = parser.parse_args(), 0
     with tempfile.TemporaryDirectory() as name:
@@ -76,7 +78,7 @@ def main() -> int:
         pythons = [Path(sys.executable), *chosen.python]
         pythons += [environment(version, folder / f"torch-{version}") for version in chosen.torch]
         for python in pythons:
-            # the path comes first, but an editable install answers before it: -S keeps its finder out
+            # PYTHONPATH comes first, but the finder of an editable install comes before it: -S keeps that out
             site = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
             env = os.environ | {"PYTHONPATH": f"{place}{os.pathsep}{site}", "OMP_NUM_THREADS": "1"}
             done = subprocess.run([python, "-S", "-c", CHECK], cwd=folder, env=env, capture_output=True, text=True)

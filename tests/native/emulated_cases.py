@@ -1,8 +1,8 @@
-"""What the tests of the emulated kernels need to know of each op with a CUDA kernel; add an entry per op.
+"""Cases and mutations of each op with a CUDA kernel, for the tests of the emulation. A new op adds an entry to each.
 
-EXTRA: cases beside those of `calm-fast verify`, so that every path of the launch plan runs.
-FEW: the cases that a mutant is held against: few, small, and together reaching every barrier.
-WRONG: (old, new) texts in the op's device code, each a wrong index or a wrong guard that must be found.
+EXTRA: cases besides those of `calm-fast verify`, so that every path of the launch plan runs.
+FEW: the cases that a mutant is run on: few and small, and together reaching every barrier.
+WRONG: (old, new) texts in the op's device code; each is a wrong index or a wrong guard that must be found.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def emulated_ops() -> list[str]:
-    """Every op with a csrc/<op>/<part>_emulated.cpp."""
+    """Return every op with a csrc/<op>/<part>_emulated.cpp."""
     return sorted(path.parent.name for path in emulation.CSRC.glob("*/*_emulated.cpp"))
 
 
@@ -41,20 +41,20 @@ def _dual_lora(name: str, dtype: torch.dtype = _F32, **changes: object) -> Case:
 
 EXTRA: dict[str, Callable[[], list[Case]]] = {
     "vote": lambda: [
-        _vote("count", q=3, k=256),  # the last K for a warp, and the first for a block
+        _vote("count", q=3, k=256),  # the largest K for a warp; 257 is the smallest for a block
         _vote("count", q=3, k=257),
         _vote("weighted", q=3, k=4500, classes=3, unscored=0.1, invalid=0.1),  # does not fit into shared memory
         _vote("count", q=2, k=6500, classes=3),
     ],
     "maj_at_k": lambda: [
-        _maj_at_k("adaptive", q=2, resamples=300, k=40, classes=7, ks=(1, 3, 40)),  # several blocks a question
+        _maj_at_k("adaptive", q=2, resamples=300, k=40, classes=7, ks=(1, 3, 40)),  # several blocks per question
         _maj_at_k("weighted", q=2, resamples=70, k=120, classes=9, ks=(1, 30)),  # 64 threads
         _maj_at_k("resample", q=2, resamples=40, k=600, classes=3, ks=(1, 3)),  # 32 threads
         _maj_at_k("resample", q=2, resamples=40, k=800, classes=3, ks=(1, 3)),  # scratch, counts
         _maj_at_k("weighted", q=2, resamples=40, k=400, classes=3, ks=(1, 3)),  # scratch, weights
         _maj_at_k("resample", q=2, resamples=9, k=70, ks=tuple(range(1, 71))),  # two launches
     ],
-    # rows of a tile (1, 4, 8) by lanes of a key (8, 16, 32) by dtype: what verify's cases leave out
+    # rows of a tile (1, 4, 8) by lanes of a key (8, 16, 32) by dtype: the combinations that verify's cases leave out
     "cross_attention": lambda: [
         _attention("decode", b=1, n=97, h=1, hkv=1, d=128),
         _attention("decode", b=1, n=70, h=1, hkv=1, d=200),
@@ -78,7 +78,7 @@ EXTRA: dict[str, Callable[[], list[Case]]] = {
         ),
     ],
     "dual_lora": lambda: [
-        _dual_lora("plain gelu", lead=(3,), m=517),  # too large to be computed by every block
+        _dual_lora("plain gelu", lead=(3,), m=517),  # too large for every block to compute the mix
         _dual_lora("plain gelu", _BF16, lead=(9,), m=520, r_pos=4, r_neg=4),
         _dual_lora("plain gelu", _F16, lead=(2,), m=513, r_pos=4, r_neg=4),
         _dual_lora("plain", lead=(64,), d_out=150),
@@ -99,13 +99,13 @@ FEW: dict[str, Callable[[], list[Case]]] = {
         _maj_at_k("resample", q=2, resamples=40, k=800, classes=3, ks=(1, 3)),
     ],
     "cross_attention": lambda: [
-        _attention("decode-gqa-causal", b=1, m=3, n=131, h=4),  # 6 rows: two missing from the tile
+        _attention("decode-gqa-causal", b=1, m=3, n=131, h=4),  # 6 rows: the tile has two to spare
         _attention("packed", b=1, m=4, n=70, h=1, d=72),  # four lanes share a row
         _attention("scattered", _BF16, b=1, m=1, n=200, h=1, d=72),
         _attention("no-keys", b=1),
     ],
     "dual_lora": lambda: [
-        _dual_lora("plain", lead=(9,), d_out=70, r_neg=2),  # 7 columns: a padded one
+        _dual_lora("plain", lead=(9,), d_out=70, r_neg=2),  # R = 7: a padded column
         _dual_lora("square gelu", lead=(9,), d_in=16, d_out=70),
         _dual_lora("plain gelu", lead=(3,), r_neg=2),
         _dual_lora("plain gelu", lead=(3,), d_out=8, m=517),
@@ -131,8 +131,8 @@ WRONG: dict[str, tuple[tuple[str, str], ...]] = {
         ("key0 += 0x9E3779B9u;", "key0 += 0x9E3779B8u;"),
     ),
     "cross_attention": (
-        ("if (warp == 0 && speaks && lane % kPerRow == 0) row_max[mine] = common;",  # the other warps still read it
-         "if (warp == 0 && speaks && lane % kPerRow == 0) { row_max[mine] = common; warp_max[mine] = common; }"),
+        ("if (warp == 0 && writes && lane % kPerRow == 0) row_max[mine] = common;",  # other warps still read warp_max
+         "if (warp == 0 && writes && lane % kPerRow == 0) { row_max[mine] = common; warp_max[mine] = common; }"),
         ("if (wanted && at < d) words[c]", "if (wanted) words[c]"),
         ("if (row >= a.rows) break;", ""),
         ("const int mine = lane / kPerRow;", "const int mine = lane % kRows;"),
@@ -148,8 +148,8 @@ WRONG: dict[str, tuple[tuple[str, str], ...]] = {
         ("if (at + e < width) {", "if (at + e <= width) {"),
         ("if (i + e >= a.r) break;", ""),
         ("if (i + e < a.r_pos) pos[t]", "if (i + e <= a.r_pos) pos[t]"),
-        ("(i < a.r_pos ? 1.5f - p_neg : p_neg - 0.5f) * own", "(i <= a.r_pos ? 1.5f - p_neg : p_neg - 0.5f) * own"),
-        ("mix[index / behind * width + a.inner + index % behind]", "mix[index / behind * width + index % behind]"),
+        ("rank_weight(p_neg, i, a.r_pos) * own", "rank_weight(p_neg, i, a.r_pos + 1) * own"),
+        ("mix[index / padding * width + a.inner + index % padding]", "mix[index / padding * width + index % padding]"),
         ("if (h < a.inner) mix_unit", "mix_unit"),
         ("const bool exists = column < end;", "const bool exists = column <= end;"),
         ("if (t % kLanes == lane && exists", "if (t % kLanes == 0 && exists"),

@@ -1,4 +1,4 @@
-"""Mutants of a kernel source: each barrier removed, and the wrong indices that a test names."""
+"""Mutants of a kernel source: one barrier removed, or one text replaced by a wrong one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from calm_fast.core.numerics import Case, Truth, judge, truth_of
+from calm_fast.core.numerics import Case, Inputs, Truth, judge, truth_of
 from calm_fast.verify import emulation
 from calm_fast.verify.cases import op_cases
 
@@ -21,42 +21,43 @@ BARRIER = re.compile(r"^\s*(?:__syncthreads\(\)|__syncwarp\(\)|sync_group<\w+>\(
 
 @dataclass(frozen=True)
 class Mutant:
-    """A source text with one bug in it."""
+    """A source text with one bug."""
 
     name: str
     text: str
 
 
 def barriers(text: str) -> list[str]:
-    """Where the barrier statements of `text` are, in readable form."""
+    """Return the barrier statements of `text` and their lines, in readable form."""
     return [
         f"{match.group().strip()} in line {text[: match.end()].count(chr(10)) + 1}" for match in BARRIER.finditer(text)
     ]
 
 
-def switched(text: str) -> Mutant:
-    """`text` where barrier i is skipped while the global `calm_fast_mutant` is i: one compilation for all of them."""
+def with_switchable_barriers(text: str) -> Mutant:
+    """Return `text` where barrier i is skipped while the global `calm_fast_mutant` is i: one compilation for all."""
     numbers = itertools.count()
     body = BARRIER.sub(lambda match: f" if (calm_fast_mutant != {next(numbers)}) {match.group().strip()}", text)
     return Mutant(
-        "switched", body.replace("#pragma once", "#pragma once\ninline volatile int calm_fast_mutant = -1;", 1)
+        "switchable barriers",
+        body.replace("#pragma once", "#pragma once\ninline volatile int calm_fast_mutant = -1;", 1),
     )
 
 
-def choose(op: str, csrc: Path, number: int) -> None:
-    """Which barrier of a switched source is skipped from now on."""
+def skip_barrier(op: str, csrc: Path, number: int) -> None:
+    """Skip barrier `number` of a source with switchable barriers from now on; -1 skips none."""
     ctypes.c_int.in_dll(emulation.library_of(op, csrc), "calm_fast_mutant").value = number
 
 
-def replaced(text: str, old: str, new: str) -> Mutant:
-    """`text` with its only `old` replaced by `new`."""
+def replace_once(text: str, old: str, new: str) -> Mutant:
+    """Return `text` with its only occurrence of `old` replaced by `new`."""
     if text.count(old) != 1:
-        raise ValueError(f"{old!r} is in the source {text.count(old)} times: a mutation must hit one place")
+        raise ValueError(f"replace_once: `old` must occur once in the source, got {text.count(old)} times: {old!r}")
     return Mutant(f"{old} -> {new}", text.replace(old, new))
 
 
-def copy_of(csrc: Path, folder: Path, op: str, mutant: Mutant) -> Path:
-    """A copy of csrc/ in `folder` whose device code is the mutant."""
+def copy_with_mutant(csrc: Path, folder: Path, op: str, mutant: Mutant) -> Path:
+    """Copy csrc/ to `folder` with the mutant as the device code of `op`. Returns the copy."""
     place = folder / "csrc"
     for name in (op, "common", "emulation"):
         shutil.copytree(csrc / name, place / name, dirs_exist_ok=True)
@@ -64,18 +65,18 @@ def copy_of(csrc: Path, folder: Path, op: str, mutant: Mutant) -> Path:
     return place
 
 
-def truths(op: str, cases: list[Case]) -> list[tuple[Case, dict, Truth]]:
-    """Each case with its inputs and the float64 truth."""
+def with_truth(op: str, cases: list[Case]) -> list[tuple[Case, Inputs, Truth]]:
+    """Return each case with its inputs and its float64 truth."""
     ops = op_cases(op)
     built = [(case, ops.build(case, torch.device("cpu"))) for case in cases]
     return [(case, inputs, truth_of(ops, inputs, case.dtype)) for case, inputs in built]
 
 
-def what_is_wrong(
-    op: str, prepared: list[tuple[Case, dict, Truth]], csrc: Path, schedules: tuple[emulation.Schedule, ...]
+def first_problem(
+    op: str, prepared: list[tuple[Case, Inputs, Truth]], csrc: Path, schedules: tuple[emulation.Schedule, ...]
 ) -> str | None:
-    """The first complaint of the emulation, or the first wrong result, over all schedules; None where all is well."""
-    emulation.library_of(op, csrc)  # a mutant that does not compile raises here: it has shown nothing
+    """Return the first error of the emulation or the first wrong result over all schedules, or None."""
+    emulation.library_of(op, csrc)  # a mutant that does not compile raises here, because it would prove nothing
     run: Callable = emulation.adapter(op).run
     for most_blocks, schedule in ((blocks, schedule) for schedule in schedules for blocks in (0, 2)):
         for case, inputs, truth in prepared:

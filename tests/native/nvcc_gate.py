@@ -1,12 +1,12 @@
-"""Compile every CUDA source of csrc/ with nvcc, without a GPU, and check what ptxas says of each kernel.
+"""Compile every CUDA source of csrc/ with nvcc, without a GPU, and check the sizes that ptxas reports for each kernel.
 
     python tests/native/nvcc_gate.py                 all of csrc/*/*_cuda.cu, sm_80 sm_90a sm_100a
-    python tests/native/nvcc_gate.py --only vote     files whose path contains a word
-    python tests/native/nvcc_gate.py --update        record today's sizes for the installed CUDA
+    python tests/native/nvcc_gate.py --only vote     only files whose path contains a word
+    python tests/native/nvcc_gate.py --update        record the current sizes for the installed CUDA
 
-The files are compiled whole, host code against torch's stable headers included (a CPU build of torch has them), and
-not linked. Errors: any compiler or ptxas warning, and with it every spill; a stack frame; more registers or shared
-memory than golden/cuda-<version>.json allows. Without nvcc nothing is checked: it says so, and ends well.
+The files are compiled whole but not linked, including the host code against torch's stable headers, which a CPU build
+of torch has. Errors are any warning of the compiler or ptxas, hence every spill, a stack frame, and more registers or
+shared memory than golden/cuda-<version>.json allows. Without nvcc nothing is checked; the script says so and returns 0.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PROBLEM = re.compile(r"\b(?:error|warning|fatal)\b", re.IGNORECASE)
 
 @dataclass
 class Outcome:
-    """What compiling one file gave: sizes by (kernel, architecture), and what is wrong."""
+    """The result of compiling one file: sizes by (kernel, architecture), and problems."""
 
     file: Path
     sizes: dict[tuple[str, str], Sizes] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Outcome:
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, of PATH, or of the usual place; None where there is none."""
+    """Return nvcc of CUDA_HOME, of PATH or of /usr/local/cuda, or None if there is none."""
     home = os.environ.get("CUDA_HOME")
     candidates = [f"{home}/bin/nvcc"] if home else []
     candidates += [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
@@ -59,15 +59,16 @@ def find_nvcc() -> str | None:
 
 
 def cuda_version(nvcc: str) -> str:
+    """Return the release of nvcc, e.g. "13.0"."""
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     found = re.search(r"release ([\d.]+)", text)
     return found.group(1) if found else "unknown"
 
 
 def known_architectures(nvcc: str) -> list[str]:
-    """Those of ARCHITECTURES that this nvcc can compile for."""
+    """Return those of ARCHITECTURES that this nvcc can compile for."""
     codes = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    # older lists leave out the "a" targets
+    # lists of older releases leave out the "a" targets
     return [arch for arch in ARCHITECTURES if f"sm_{arch}" in codes or f"sm_{arch.rstrip('a')}" in codes]
 
 
@@ -84,7 +85,7 @@ def command(nvcc: str, architectures: list[str], source: Path, output: Path) -> 
 
 
 def demangled(names: list[str]) -> dict[str, str]:
-    """Readable names; the mangled ones where c++filt is missing."""
+    """Return readable names, or the mangled ones if c++filt is missing."""
     if not names or shutil.which("c++filt") is None:
         return {name: name for name in names}
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
@@ -93,7 +94,7 @@ def demangled(names: list[str]) -> dict[str, str]:
 
 
 def parse(log: str) -> dict[tuple[str, str], Sizes]:
-    """(kernel, architecture) -> registers, shared memory and stack in bytes, from ptxas -v."""
+    """Read ptxas -v: (kernel, architecture) -> registers, and shared memory, stack and spills in bytes."""
     found: dict[tuple[str, str], Sizes] = {}
     entry = None
     for line in log.splitlines():
@@ -135,7 +136,7 @@ def examine(nvcc: str, architectures: list[str], source: Path) -> Outcome:
 
 
 def growth(now: Sizes, then: Sizes | None) -> list[str]:
-    """What has grown beyond the record."""
+    """Return what has grown beyond the record."""
     if then is None:
         return ["not in the golden record; look at the numbers, then run with --update"]
     limits = {"registers": then["registers"] + REGISTER_SLACK, "shared": then["shared"]}
@@ -143,13 +144,13 @@ def growth(now: Sizes, then: Sizes | None) -> list[str]:
 
 
 def load(version: str) -> Record | None:
-    """The record of this CUDA version, or None where nobody has made one."""
+    """Return the record of this CUDA version, or None if there is none."""
     path = GOLDEN / f"cuda-{version}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def save(version: str, record: Record) -> Path:
-    """One line per kernel and architecture, sorted, so that a diff shows what changed."""
+    """Write the record, one sorted line per kernel and architecture, so that a diff shows what changed."""
     blocks = []
     for name in sorted(record):
         rows = [f"  {json.dumps(arch)}: {json.dumps(record[name][arch])}" for arch in sorted(record[name])]
@@ -161,7 +162,7 @@ def save(version: str, record: Record) -> Path:
 
 
 def judge(outcome: Outcome, record: Record | None) -> list[str]:
-    """The outcome's problems and its growth against the record."""
+    """Return the outcome's problems and its growth against the record."""
     grown = []
     for (name, arch), sizes in outcome.sizes.items() if record is not None else ():
         grown += [f"{name} sm_{arch}: {text}" for text in growth(sizes, record.get(name, {}).get(arch))]
@@ -169,6 +170,7 @@ def judge(outcome: Outcome, record: Record | None) -> list[str]:
 
 
 def sources(only: str = "") -> list[Path]:
+    """Return the CUDA sources whose path contains `only`."""
     return sorted(path for path in (ROOT / "csrc").glob("*/*_cuda.cu") if only in path.relative_to(ROOT).as_posix())
 
 
@@ -189,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"no record for CUDA {version}: sizes are not compared (--update makes one)")
     today, failed, files = record or {}, 0, sources(args.only)
     if not args.only:
-        today = {}  # what is gone from csrc/ leaves the record
+        today = {}  # kernels that left csrc/ leave the record
     with ThreadPoolExecutor(PROCESSES) as pool:
         for outcome in pool.map(lambda file: examine(nvcc, architectures, file), files):
             problems = judge(outcome, None if args.update else record)

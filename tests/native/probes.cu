@@ -1,4 +1,4 @@
-// Small kernels for tests/native/test_emulation.py: right ones, and ones with one bug each. Compiled by g++ alone here.
+// Small kernels for tests/native/test_emulation.py, some correct and some with one bug each. Only g++ compiles them.
 #include "emulation/call.hpp"
 
 using namespace calm_fast::simt;
@@ -93,7 +93,7 @@ __global__ void absent_lane(Global<float> out) {
   if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_sync(0xffffu, 1.0f, 20);
 }
 
-__global__ void partial_shuffle(Global<float> out) {  // the mask names lanes that never come
+__global__ void partial_shuffle(Global<float> out) {  // the mask names lanes that never arrive
   if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(kAllLanes, 1.0f, 1);
 }
 
@@ -110,8 +110,9 @@ __global__ void misaligned(Global<const float> x, Global<float> out, int at) {
 
 __global__ void atomic_count(Global<unsigned> count) { atomicAdd(&count[0], 1u); }
 
-// every block writes its part; the last one to arrive adds the parts up
-__global__ void last_block(Global<const float> x, Global<float> parts, Global<unsigned> count, Global<float> out, bool fence) {
+// Every block writes its part; the last one to arrive adds up the parts.
+__global__ void last_block(
+    Global<const float> x, Global<float> parts, Global<unsigned> count, Global<float> out, bool fence) {
   SIMT_SHARED(int, last, 1);
   if (threadIdx.x == 0) {
     parts[blockIdx.x] = x[blockIdx.x] * 2.0f;
@@ -126,7 +127,7 @@ __global__ void last_block(Global<const float> x, Global<float> parts, Global<un
   }
 }
 
-// every block waits until all have arrived: needs all of them at once
+// Every block waits until all have arrived, so all must be resident at once.
 __global__ void wait_for_all(Global<unsigned> count, Global<float> out) {
   if (threadIdx.x == 0) {
     __threadfence();
@@ -147,7 +148,9 @@ __global__ void too_much_shared(Global<float> out, int n) {
 
 __global__ void writes_input(Global<float> x) { x[threadIdx.x] = 0.0f; }
 
-__global__ void halves(Global<const bfloat16> b, Global<const float16> h, Global<float> out, Global<bfloat16> b_out, Global<float16> h_out) {
+__global__ void halves(
+    Global<const bfloat16> b, Global<const float16> h, Global<float> out, Global<bfloat16> b_out,
+    Global<float16> h_out) {
   const int i = threadIdx.x;
   const bfloat16 bf = b[i];
   const float16 hf = h[i];

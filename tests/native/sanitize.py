@@ -1,12 +1,13 @@
-"""The native code under AddressSanitizer and UndefinedBehaviorSanitizer, without a GPU.
+"""Run the native code under AddressSanitizer and UndefinedBehaviorSanitizer, without a GPU.
 
     python tests/native/sanitize.py                     both lanes, every op
     python tests/native/sanitize.py --lane library      calm_fast._cpu, built with sanitizers into a folder of its own
     python tests/native/sanitize.py --lane kernels      the emulated CUDA kernels and the emulation itself
     python tests/native/sanitize.py --op vote           one op
 
-library: `calm-fast verify`'s cases of every op it serves, then the tests that force each SIMD lane. kernels: verify's
-cases on every schedule. The sanitizers' runtime is preloaded into Python; a report ends the process and fails the lane.
+library runs the cases of `calm-fast verify` for every op that it serves, then the tests that force each SIMD lane.
+kernels runs a few cases on every schedule. The sanitizers' runtime is preloaded into Python. A report ends the process
+and fails the lane.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ PROCESSES = 2
 
 
 def runtime(name: str) -> str:
-    """Where g++ has a shared library; empty where it has none."""
+    """Return the path of one of g++'s shared libraries, or an empty string if g++ has none of that name."""
     found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
     return str(Path(found).resolve()) if os.path.isabs(found) else ""
 
 
 def obstacle() -> str | None:
-    """Why nothing can be sanitized here; None where it can."""
+    """Return why nothing can be sanitized here, or None."""
     try:
         missing = [name for name in ("libasan.so", "libubsan.so", "libstdc++.so.6") if not runtime(name)]
     except OSError:
@@ -44,24 +45,25 @@ def obstacle() -> str | None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Sanitizers before everything else; libstdc++ with them, or they could not see exceptions being thrown."""
+    """Return the environment of a sanitized process: the sanitizers are preloaded, with libstdc++, without which they
+    cannot intercept exceptions."""
     preload = [runtime("libasan.so"), runtime("libstdc++.so.6")]
     settings = {
         "LD_PRELOAD": " ".join(preload),
-        # Python and torch keep much until they end: leaks of theirs would drown everything
+        # Python and torch free much only at exit, or never: their leaks would bury all other reports
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:exitcode=99",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1:exitcode=99",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
-        "PYTHONSAFEPATH": "1",  # the checkout's own calm_fast/ must not win over the folder of links
+        "PYTHONSAFEPATH": "1",  # the folder of links must win over the checkout's calm_fast/
     }
     return {**os.environ, **settings, **more}
 
 
 def compile_library(csrc: Path, output: Path) -> None:
-    """calm_fast._cpu from `csrc` with sanitizers: the sources and defines of setup.py, -O1.
+    """Compile calm_fast._cpu from `csrc` with sanitizers and -O1, with the sources and defines of setup.py.
 
     Raises:
-        RuntimeError with the compiler's messages.
+        RuntimeError: with the compiler's messages.
     """
     import torch
 
@@ -89,7 +91,7 @@ def compile_library(csrc: Path, output: Path) -> None:
 
 
 def stage(site: Path) -> Path:
-    """A folder of links that imports as calm_fast, without the checkout's own compiled library; its calm_fast/."""
+    """Make a folder of links that imports as calm_fast, without the compiled library. Return its calm_fast/."""
     package = site / "calm_fast"
     package.mkdir(parents=True)
     for entry in (ROOT / "calm_fast").iterdir():
@@ -103,7 +105,7 @@ def stage(site: Path) -> Path:
 
 
 def library_lane(ops: list[str], csrc: Path, lane_tests: bool = True) -> int:
-    """Build, then verify and the lane tests; the first nonzero exit code."""
+    """Build the library, then run verify's cases and the lane tests. Returns the first nonzero exit code."""
     with tempfile.TemporaryDirectory() as folder:
         package = stage(Path(folder) / "site")
         begin = time.perf_counter()
@@ -122,13 +124,14 @@ def library_lane(ops: list[str], csrc: Path, lane_tests: bool = True) -> int:
 
 
 def kernels_lane(ops: list[str], csrc: Path) -> int:
+    """Run the emulated kernels in a sanitized process. Returns its exit code."""
     chosen = [word for op in ops for word in ("--op", op)]
     call = [sys.executable, str(Path(__file__).resolve()), "--child", "kernels", "--csrc", str(csrc), *chosen]
     return subprocess.run(call, env=environment(), cwd=ROOT).returncode
 
 
 def child(lane: str, ops: list[str], csrc: Path) -> int:
-    """What runs with the sanitizers loaded."""
+    """Run one lane inside the sanitized process. Returns its exit code."""
     from calm_fast.ops import OPS
     from calm_fast.verify import emulation, run
 
@@ -150,8 +153,8 @@ def child(lane: str, ops: list[str], csrc: Path) -> int:
     import mutate
 
     for op in ops or emulated_cases.emulated_ops():
-        prepared = mutate.truths(op, emulated_cases.FEW[op]())
-        wrong = mutate.what_is_wrong(op, prepared, csrc, emulation.SCHEDULES)
+        prepared = mutate.with_truth(op, emulated_cases.FEW[op]())
+        wrong = mutate.first_problem(op, prepared, csrc, emulation.SCHEDULES)
         failed += wrong is not None
         print(f"[sanitize] {op} emulated, {len(prepared)} cases on every schedule: {wrong or 'ok'}", flush=True)
     return 1 if failed else 0

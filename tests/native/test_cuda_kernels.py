@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: what the emulation ran, and its results, run there."""
+"""The CUDA kernels on a GPU: the cases of the emulation, and agreement with its results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from calm_fast.core import native_library
-from calm_fast.core.numerics import check
+from calm_fast.core.numerics import Case, check
 from calm_fast.verify import run
 from calm_fast.verify.cases import op_cases
 
@@ -20,7 +20,7 @@ import emulated_cases as known  # noqa: E402
 pytestmark = pytest.mark.gpu
 
 
-def cases(op: str) -> list:
+def cases(op: str) -> list[Case]:
     return [*run.cases_of(run.Part(op, "native", "cuda")), *known.EXTRA[op]()]
 
 
@@ -47,13 +47,13 @@ def test_twenty_runs_give_the_same_bits(op):
 
 @pytest.mark.parametrize("op", known.emulated_ops())
 def test_gpu_and_emulation_agree(op):
-    """The same source, the same bits, where all arithmetic is float64 in a fixed order."""
+    """GPU and emulation agree where all arithmetic is float64 in a fixed order."""
     from calm_fast.verify import emulation
 
     if why := native_library.obstacle(op, "cuda") or emulation.obstacle(op):
         pytest.skip(why)
     if op not in ("vote", "maj_at_k"):
-        pytest.skip("its float32 exponentials differ in their last bits between CPU and GPU")
+        pytest.skip("float32 exponentials differ in their last bits between CPU and GPU")
     ops = op_cases(op)
     for case in known.FEW[op]():
         expected = emulation.adapter(op).run(ops.build(case, torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""Every CUDA kernel, emulated: right in every schedule on verify's cases and more; its bugs are found."""
+"""Every CUDA kernel, emulated: right on every schedule for verify's cases and more, and its mutants are found."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from calm_fast.core.numerics import Case, Inputs, Truth
 from calm_fast.verify import emulation
 from calm_fast.verify.cases import op_cases
 from calm_fast.verify.emulation import SCHEDULES
@@ -28,13 +29,13 @@ def source(op: str) -> str:
 
 
 @functools.cache
-def prepared(op: str) -> list:
-    return mutate.truths(op, [*op_cases(op).cases(), *known.EXTRA[op]()])
+def prepared(op: str) -> list[tuple[Case, Inputs, Truth]]:
+    return mutate.with_truth(op, [*op_cases(op).cases(), *known.EXTRA[op]()])
 
 
 @functools.cache
-def few(op: str) -> list:
-    return mutate.truths(op, known.FEW[op]())
+def few(op: str) -> list[tuple[Case, Inputs, Truth]]:
+    return mutate.with_truth(op, known.FEW[op]())
 
 
 def test_every_kernel_has_its_tests():
@@ -49,12 +50,12 @@ def test_every_kernel_has_its_tests():
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.order}{s.seed}")
 @pytest.mark.parametrize("op", OPS)
 def test_kernel_is_right_on_every_schedule(op, schedule):
-    assert mutate.what_is_wrong(op, prepared(op), emulation.CSRC, (schedule,)) is None
+    assert mutate.first_problem(op, prepared(op), emulation.CSRC, (schedule,)) is None
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_results_do_not_depend_on_the_schedule(op):
-    """Bit for bit: no result may hang on the order in which threads or blocks run."""
+    """The bits do not depend on the order in which threads or blocks run."""
     run = emulation.adapter(op).run
     for _, inputs, _ in few(op):
         first = run(inputs, SCHEDULES[0])
@@ -64,12 +65,14 @@ def test_results_do_not_depend_on_the_schedule(op):
 
 
 @pytest.fixture(scope="module")
-def switched(tmp_path_factory):
-    """switched(op): a csrc/ whose kernel skips the barrier that `mutate.choose` names."""
+def switchable(tmp_path_factory):
+    """switchable(op) returns a csrc/ whose kernel skips the barrier that `mutate.skip_barrier` names."""
 
     @functools.cache
     def make(op: str) -> Path:
-        return mutate.copy_of(emulation.CSRC, tmp_path_factory.mktemp(op), op, mutate.switched(source(op)))
+        return mutate.copy_with_mutant(
+            emulation.CSRC, tmp_path_factory.mktemp(op), op, mutate.with_switchable_barriers(source(op))
+        )
 
     return make
 
@@ -78,16 +81,16 @@ BARRIERS = [(op, number, text) for op in OPS for number, text in enumerate(mutat
 
 
 @pytest.mark.parametrize(("op", "number", "text"), BARRIERS, ids=lambda value: str(value).replace(" ", "_"))
-def test_a_removed_barrier_is_found(op, number, text, switched):
-    mutate.choose(op, switched(op), number)
-    assert mutate.what_is_wrong(op, few(op), switched(op), SCHEDULES) is not None, text
+def test_a_removed_barrier_is_found(op, number, text, switchable):
+    mutate.skip_barrier(op, switchable(op), number)
+    assert mutate.first_problem(op, few(op), switchable(op), SCHEDULES) is not None, text
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_with_every_barrier_in_place_nothing_is_found(op, switched):
-    """Else the tests above would prove nothing."""
-    mutate.choose(op, switched(op), -1)
-    assert mutate.what_is_wrong(op, few(op), switched(op), SCHEDULES) is None
+def test_with_every_barrier_in_place_nothing_is_found(op, switchable):
+    """Without this, the tests above would prove nothing."""
+    mutate.skip_barrier(op, switchable(op), -1)
+    assert mutate.first_problem(op, few(op), switchable(op), SCHEDULES) is None
 
 
 WRONG = [(op, number) for op in OPS for number in range(len(known.WRONG[op]))]
@@ -95,12 +98,12 @@ WRONG = [(op, number) for op in OPS for number in range(len(known.WRONG[op]))]
 
 @pytest.mark.parametrize(("op", "number"), WRONG)
 def test_a_wrong_index_is_found(op, number, tmp_path):
-    mutant = mutate.replaced(source(op), *known.WRONG[op][number])
-    csrc = mutate.copy_of(emulation.CSRC, tmp_path, op, mutant)
-    assert mutate.what_is_wrong(op, few(op), csrc, SCHEDULES) is not None, mutant.name
+    mutant = mutate.replace_once(source(op), *known.WRONG[op][number])
+    csrc = mutate.copy_with_mutant(emulation.CSRC, tmp_path, op, mutant)
+    assert mutate.first_problem(op, few(op), csrc, SCHEDULES) is not None, mutant.name
 
 
-def test_auto_takes_the_cuda_kernels_and_says_that_nobody_measured_them(monkeypatch):
+def test_auto_takes_the_cuda_kernels_and_says_that_they_are_unmeasured(monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     import calm_fast

@@ -1,4 +1,4 @@
-"""The CUDA emulation itself: right kernels give right results, every kind of bug is found in every schedule."""
+"""The CUDA emulation itself: right kernels give right results, and every kind of bug is found on every schedule."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROBES = (
 
 @pytest.fixture(scope="module")
 def probes(tmp_path_factory):
-    """A csrc/ whose op `probes` is tests/native/probes.cu."""
+    """Return a csrc/ whose op `probes` is tests/native/probes.cu."""
     csrc = tmp_path_factory.mktemp("csrc")
     for name in ("common", "emulation"):
         shutil.copytree(emulation.CSRC / name, csrc / name)
@@ -39,7 +39,7 @@ def schedule(request):
 
 @pytest.fixture
 def run(probes, schedule):
-    """run(probe, argument) -> tensors by name."""
+    """run(probe, argument) returns the tensors by name."""
 
     def call(name: str, argument: int = 0, schedule: Schedule = schedule) -> dict[str, torch.Tensor]:
         numbers = torch.arange(64, dtype=torch.float32)
@@ -60,7 +60,7 @@ def run(probes, schedule):
 
 
 @pytest.mark.parametrize("n", [1, 63, 64])
-def test_a_right_kernel_gives_the_right_result(run, n):
+def test_a_correct_kernel_gives_the_right_result(run, n):
     assert run("right_sum", n)["out"][0] == sum(range(n))
 
 
@@ -88,10 +88,10 @@ def test_a_right_kernel_gives_the_right_result(run, n):
         ("last_block", 0, "race: reads what thread 0 of block"),
         ("too_much_shared", 65, "the launch gives 256"),
         ("writes_input", 0, "write to an input: `x`"),
-        ("block_size", 1025, "1 to 1024 threads, not 1025"),
+        ("block_size", 1025, "1 to 1024 threads, got 1025"),
     ],
 )
-def test_a_bug_is_found_in_every_schedule(run, probe, argument, message):
+def test_a_bug_is_found_on_every_schedule(run, probe, argument, message):
     with pytest.raises(EmulationError, match=message):
         run(probe, argument)
 
@@ -101,7 +101,7 @@ def test_syncwarp_orders_memory_within_a_warp(run):
     assert torch.equal(run("warp_barrier", 0)["out"], expected)
 
 
-def test_aligned_wide_load(run):
+def test_an_aligned_wide_load_is_allowed(run):
     assert run("misaligned", 4)["out"][0] == 4 + 7
 
 
@@ -109,17 +109,17 @@ def test_atomics_count_every_thread(run):
     assert run("atomic_count")["count"].item() == 5 * 64
 
 
-def test_fence_and_atomic_order_the_last_block_behind_all_others(run):
+def test_fence_and_atomic_order_the_last_block_after_all_others(run):
     found = run("last_block", 1)
     assert found["out"][0] == 2 * (0 + 1 + 2 + 3) and found["count"].item() == 0
 
 
-def test_blocks_may_wait_for_each_other_where_all_are_resident(run):
+def test_blocks_may_wait_for_each_other_if_all_are_resident(run):
     assert run("wait_for_all", schedule=Schedule("random", 5, resident=3))["out"][:3].tolist() == [1, 1, 1]
-    assert run("wait_for_all", schedule=Schedule("forward", resident=1))["out"][0] == 0  # waited in vain, as on a GPU
+    assert run("wait_for_all", schedule=Schedule("forward", resident=1))["out"][0] == 0  # waits in vain, as on a GPU
 
 
-def test_16_bit_floats_are_torchs(run):
+def test_16_bit_floats_round_as_in_torch(run):
     found = run("halves")
     b, h = found["b"].float(), found["h"].float()
     assert torch.equal(found["out"], b + h)
@@ -128,15 +128,15 @@ def test_16_bit_floats_are_torchs(run):
 
 
 def test_random_schedules_differ_and_repeat(run, probes):
-    """What a racy kernel is caught at depends on the seed, and on nothing else."""
+    """The error that a racy kernel is caught with depends on the seed and on nothing else."""
 
-    def complaint(seed: int) -> str:
+    def error_of(seed: int) -> str:
         with pytest.raises(EmulationError) as caught:
             run("no_barrier", schedule=Schedule("random", seed))
         return str(caught.value)
 
-    seen = [complaint(seed) for seed in range(6)]
-    assert len(set(seen)) > 1 and seen == [complaint(seed) for seed in range(6)]
+    seen = [error_of(seed) for seed in range(6)]
+    assert len(set(seen)) > 1 and seen == [error_of(seed) for seed in range(6)]
 
 
 def test_call_refuses_strided_tensors(probes):
@@ -152,7 +152,7 @@ def test_obstacle_names_what_is_missing(monkeypatch, tmp_path):
     assert "no csrc/ in this installation" in emulation.obstacle("vote")
 
 
-def test_a_source_that_does_not_compile_says_why(tmp_path):
+def test_a_source_that_does_not_compile_raises_the_compilers_messages(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "broken_emulated.cpp").write_text("int f( { return no_such_name; }\n")
     with pytest.raises(EmulationError, match="broken: g\\+\\+ failed:"):

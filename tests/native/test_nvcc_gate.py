@@ -1,4 +1,4 @@
-"""The nvcc gate: it reads ptxas rightly, and a spill, a warning or growth fails it."""
+"""The nvcc gate: it reads the output of ptxas, and a spill, a warning or growth fails it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_growth_beyond_the_slack_is_named():
 
 
 def test_the_record_holds_every_kernel_source():
-    """A source whose kernels nobody recorded would pass the gate of another machine unseen."""
+    """An unrecorded kernel could grow on another machine without failing the gate."""
     records = sorted(gate.GOLDEN.glob("cuda-*.json"))
     assert records
     for path in records:
@@ -67,7 +67,7 @@ def test_the_record_holds_every_kernel_source():
         assert all(sizes["stack"] == 0 for rows in names.values() for sizes in rows.values())
 
 
-def test_without_nvcc_it_says_so_and_ends_well(monkeypatch, capsys):
+def test_without_nvcc_it_says_so_and_returns_0(monkeypatch, capsys):
     monkeypatch.setattr(gate, "find_nvcc", lambda: None)
     assert gate.main([]) == 0
     assert "not run: no nvcc" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The sanitizer lanes see what they are for: bugs put into a copy of the sources are reported."""
+"""The sanitizer lanes report bugs that are put into a copy of the sources."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if why := sanitize.obstacle():
     pytest.skip(f"nothing can be sanitized here: {why}", allow_module_level=True)
 
 
-def lane(name: str, csrc: Path, capfd) -> tuple[int, str]:
-    """Exit code and output of one lane on vote alone."""
+def run_lane(name: str, csrc: Path, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Run one lane on vote alone. Return its exit code and output."""
     if name == "library":
         code = sanitize.library_lane(["vote"], csrc, lane_tests=False)
     else:
@@ -32,7 +32,7 @@ def lane(name: str, csrc: Path, capfd) -> tuple[int, str]:
 
 
 def vote_only(folder: Path) -> Path:
-    """A csrc/ with one op: built in seconds."""
+    """Make a csrc/ with one op, which is built in seconds. Returns it."""
     for name in ("common", "vote", "emulation"):
         shutil.copytree(CSRC / name, folder / name)
     shutil.copy(CSRC / "bindings.cpp", folder)
@@ -49,28 +49,30 @@ def vote_only(folder: Path) -> Path:
 def test_a_bug_in_the_library_is_reported(old, new, report, tmp_path, capfd):
     csrc = vote_only(tmp_path / "csrc")
     source = csrc / "vote" / "vote_cpu.cpp"
-    source.write_text(mutate.replaced(source.read_text(), old, new).text)
-    code, said = lane("library", csrc, capfd)
+    source.write_text(mutate.replace_once(source.read_text(), old, new).text)
+    code, said = run_lane("library", csrc, capfd)
     assert code != 0 and report in said, said[-3000:]
 
 
-def test_the_library_is_clean_and_is_the_sanitized_one(tmp_path, capfd):
-    code, said = lane("library", vote_only(tmp_path / "csrc"), capfd)
+def test_the_unchanged_library_passes_and_is_the_sanitized_one(tmp_path, capfd):
+    code, said = run_lane("library", vote_only(tmp_path / "csrc"), capfd)
     assert code == 0, said[-3000:]
     assert "vote x native (cpu): 200 rows, 0 failed" in said
     assert f"{os.sep}site{os.sep}calm_fast{os.sep}_cpu.abi3.so" in said
 
 
 def test_a_bug_in_the_emulation_is_reported(tmp_path, capfd):
-    """The watcher is watched: an emulation that forgets its bounds writes where only the sanitizer looks."""
+    """An emulation that does not check bounds reads out of bounds, which only the sanitizer sees."""
     csrc = vote_only(tmp_path / "csrc")
     memory = csrc / "emulation" / "memory.hpp"
-    blind = mutate.replaced(memory.read_text(), "offset + int64_t(size) > int64_t(m->bytes)", "false")
+    blind = mutate.replace_once(memory.read_text(), "offset + int64_t(size) > int64_t(m->bytes)", "false")
     memory.write_text(blind.text)
     kernel = csrc / "vote" / "vote.cuh"
-    wrong = mutate.replaced(kernel.read_text(), "return a.scores32[q * n + i];", "return a.scores32[q * n + i + n];")
+    wrong = mutate.replace_once(
+        kernel.read_text(), "return a.scores32[q * n + i];", "return a.scores32[q * n + i + n];"
+    )
     kernel.write_text(wrong.text)
-    code, said = lane("kernels", csrc, capfd)
+    code, said = run_lane("kernels", csrc, capfd)
     assert code != 0 and "heap-buffer-overflow" in said, said[-3000:]
 
 

@@ -210,14 +210,14 @@ def test_autocast_is_ignored():
             {"q": torch.zeros(2, NATIVE_MAX_QUERIES + 1, 4, 24)},
             f"at most {NATIVE_MAX_QUERIES} queries, got M = {NATIVE_MAX_QUERIES + 1}",
         ),
-        ({"k": torch.zeros(2, 70, 3, 24)}, "3 KV heads for 4 heads"),
+        ({"k": torch.zeros(2, 70, 3, 24)}, "`k` must have a number of KV heads that divides the 4 heads of `q`, got 3"),
         ({"v": torch.zeros(2, 69, 2, 24)}, "`v` must have shape"),
         ({"k": torch.zeros(2, 70, 2, 24, dtype=torch.float16)}, "`k` must have shape .* q's dtype"),
-        ({"q": torch.zeros(2, 3, 4, 48)[..., ::2]}, "`q` must have a last dimension without gaps"),
+        ({"q": torch.zeros(2, 3, 4, 48)[..., ::2]}, "`q` must have a contiguous last dimension"),
         ({"lo": torch.zeros(3, dtype=torch.int32)}, r"`lo` must have shape \(2, 3\), got \(3\)"),
-        ({"hi": torch.zeros(2, 3)}, "`hi` has the wrong dtype"),
+        ({"hi": torch.zeros(2, 3)}, "`hi` must be int32, got float32"),
         ({"scale": 0.0}, "`scale` must be positive"),
-        ({"lane": 9}, "lane 9"),
+        ({"lane": 9}, "`lane` must be -1 or at most .* got 9"),
     ],
 )
 def test_a_wrong_direct_call_is_refused_before_it_reads(change, message):

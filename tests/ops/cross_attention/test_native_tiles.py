@@ -269,15 +269,18 @@ def test_double_backward_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": torch.zeros(2, 170, 3, 24)}, "3 KV heads for 4 heads"),
+        (
+            {"k": torch.zeros(2, 170, 3, 24)},
+            "`k` must have a number of KV heads that divides the 4 heads of `q`, got 3",
+        ),
         ({"k": torch.zeros(2, 170, 2)}, "`k` must have shape"),
         ({"v": torch.zeros(2, 169, 2, 24)}, "`v` must have shape"),
         ({"k": torch.zeros(2, 170, 2, 24, dtype=torch.float16)}, "`k` must have shape .* q's dtype"),
-        ({"q": torch.zeros(2, 100, 4, 48)[..., ::2]}, "`q` must have a last dimension without gaps"),
+        ({"q": torch.zeros(2, 100, 4, 48)[..., ::2]}, "`q` must have a contiguous last dimension"),
         ({"lo": torch.zeros(100, dtype=torch.int32)}, r"`lo` must have shape \(2, 100\), got \(100\)"),
-        ({"hi": torch.zeros(2, 100)}, "`hi` has the wrong dtype"),
+        ({"hi": torch.zeros(2, 100)}, "`hi` must be int32, got float32"),
         ({"scale": 0.0}, "`scale` must be positive"),
-        ({"lane": 9}, "lane 9"),
+        ({"lane": 9}, "`lane` must be -1 or at most .* got 9"),
     ],
 )
 def test_a_wrong_direct_call_is_refused_before_it_reads(change, message):

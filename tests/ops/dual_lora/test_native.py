@@ -217,11 +217,11 @@ def test_wrong_direct_calls_are_refused(lane):
         ((torch.zeros(3, 5), u, up, 1), "`zg` must have shape"),
         ((zg, torch.zeros(2, 6), up, 1), "`u` must have shape"),
         ((zg, u, torch.zeros(5, 2), 1), "`up` must have shape"),
-        ((zg, u, up.half(), 1), "`up` has the wrong dtype"),
+        ((zg, u, up.half(), 1), "`up` must be float32, got float16"),
         ((zg, torch.zeros(6, 3).mT, up, 1), "`u` must be contiguous"),
-        ((zg.double(), u.double(), up.double(), 1), "float32, bfloat16 or float16 expected"),
+        ((zg.double(), u.double(), up.double(), 1), "`zg` must be float32, bfloat16 or float16, got float64"),
         ((zg, u, up, 3), "`r_pos` must lie in"),
-        ((zg, u, up, 1, 9), "lane 9"),
+        ((zg, u, up, 1, 9), "`lane` must be -1 or at most .* got 9"),
     ):
         with pytest.raises(RuntimeError, match=message):
             ops._dual_lora_native_mix(*args)

@@ -38,7 +38,7 @@ def packing():
 def test_lanes_below_avx512_pack_nothing_and_refuse_packed_products():
     w, ops = torch.ones(5, 6), library()
     assert ops._packed_linear_native_pack(w, LANES["scalar"]).numel() == 0
-    with pytest.raises(RuntimeError, match="packed products need AVX-512"):
+    with pytest.raises(RuntimeError, match="`lane` must be a lane with AVX-512 for packed products, got scalar"):
         ops._packed_linear_native_fwd(w, torch.ones(1, 6, 32), 5, None, LANES["scalar"])
 
 
@@ -92,7 +92,7 @@ def test_linear_takes_any_leading_dimensions(packing, shape):
     ("wrong", "message"),
     [
         ({"x": torch.ones(3, 6)}, "`packed` must have shape"),
-        ({"x": torch.ones(3, 5, dtype=torch.float64)}, "`x` has the wrong dtype"),
+        ({"x": torch.ones(3, 5, dtype=torch.float64)}, "`x` must be float32, got float64"),
         ({"x": torch.ones(5, 3).t()}, "`x` must be contiguous"),
         ({"n": 33}, "`packed` must have shape"),
         ({"n": -1}, "`n` must not be negative"),

@@ -176,7 +176,9 @@ def test_masked_columns(lane):
 def test_wrong_direct_calls_are_refused():
     student, nat, neg, weight, targets = draw(5, 8, 30, torch.float32)
     ops = torch.ops.calm_fast
-    with pytest.raises(RuntimeError, match="linear_nce: `kept` needs `student`"):
+    with pytest.raises(
+        RuntimeError, match="linear_nce: `student` must be given where logits are kept, got `kept` without it"
+    ):
         ops._linear_nce_native_fwd(None, nat, neg, weight, None, targets, 1.0, None, memory(weight, 5))
     for kept in (memory(weight, 17), memory(weight[:29], 5), memory(weight, 5).half(), memory(weight, 5)[:1]):
         with pytest.raises(RuntimeError, match="linear_nce: `kept`"):

@@ -1,8 +1,8 @@
-// The four lanes of the vocabulary sweeps, each the same sources under another target (common/vectors.h).
+// The four lanes of the vocabulary sweeps: the same sources, compiled for four instruction sets (common/vectors.h).
 
-#include "vocabulary/walk.h"
+#include "vocabulary/lane_types.h"
 
-// GCC 12 takes the undefined operand of its own unmasked AVX-512 intrinsics for a variable used uninitialized
+// GCC 12 warns about the undefined operand of its own unmasked AVX-512 intrinsics.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -23,30 +23,30 @@
 #define LANE inline
 CALM_FAST_VOCABULARY_LANE(scalar, 4)
 #include "vocabulary/products_lane.h"
-#include "vocabulary/lane.h"
-#include "vocabulary/step_lane.h"
+#include "vocabulary/sweep_lane.h"
+#include "vocabulary/hidden_gradient_lane.h"
 }}}  // NOLINT
 #undef LANE
 #if CALM_FAST_X86
 #define LANE CALM_FAST_AVX2 inline
 CALM_FAST_VOCABULARY_LANE(avx2, 4)
 #include "vocabulary/products_lane.h"
-#include "vocabulary/lane.h"
-#include "vocabulary/step_lane.h"
+#include "vocabulary/sweep_lane.h"
+#include "vocabulary/hidden_gradient_lane.h"
 }}}  // NOLINT
 #undef LANE
 #define LANE CALM_FAST_AVX512 inline
 CALM_FAST_VOCABULARY_LANE(avx512, 8)
 #include "vocabulary/products_lane.h"
-#include "vocabulary/lane.h"
-#include "vocabulary/step_lane.h"
+#include "vocabulary/sweep_lane.h"
+#include "vocabulary/hidden_gradient_lane.h"
 }}}  // NOLINT
 #undef LANE
 #define LANE CALM_FAST_AVX512_BF16 inline
 CALM_FAST_VOCABULARY_LANE(avx512_bf16, 8)
 #include "vocabulary/products_lane.h"
-#include "vocabulary/lane.h"
-#include "vocabulary/step_lane.h"
+#include "vocabulary/sweep_lane.h"
+#include "vocabulary/hidden_gradient_lane.h"
 }}}  // NOLINT
 #undef LANE
 #endif

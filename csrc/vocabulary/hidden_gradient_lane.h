@@ -1,28 +1,28 @@
-// From kept logits to the gradient of the hidden states, in one lane. Included after lane.h, under the same
-// rules; last, for it ends with the table of the lane's functions.
+// The gradient of the hidden states from kept logits, in one lane. Included after sweep_lane.h, under the same rules,
+// and last, because it ends with the table of the lane's functions.
 //
-// The product gradient = dz W is that of products_lane.h with other operands: dz packed with tokens
-// innermost where the hidden states are, columns of W where its rows are. It never leaves float32.
+// gradient = dz W uses the product of products_lane.h with other operands: dz, packed with tokens innermost, in place
+// of the hidden states, and columns of W in place of its rows. The gradient is accumulated in float32.
 
-constexpr int kStrip = 4 * kRows;  // columns of the hidden states packed at once: 64 bytes of a weight row in 16 bits
+constexpr int kStrip = 4 * kRows;  // columns of W packed at once: with kRows = 8 and 16 bits, 64 bytes of a row
 
-// a vector of the group that starts at `group`
+// Returns the kept logits of one column for a vector of tokens in the group that starts at `group`.
 LANE V kept_logits(const KeptLogits& from, int64_t column, int64_t group, int64_t token) {
   const int64_t at = from.place(column, group, kGroup) + token - group;
   if (from.type == Type::float32) return load(static_cast<const float*>(from.data) + at);
-  // not -infinity, which a slope of the softcap cannot take; the exponential is 0 all the same
+  // The lower bound replaces -infinity, for which the derivative of the softcap is NaN; its exponential is 0 as well.
   const V relative = maximum(set1(-65504.0f), load_half(static_cast<const uint16_t*>(from.data) + at));
   return add(relative, load(from.reference + token));
 }
 
-// Where the logit gradients of kDepth columns from `block` on and the group of tokens from `at` on are packed.
-LANE uint32_t* panel_of(const NceStep& s, int64_t block, int64_t at) {
+// Returns the panel of the logit gradients of column block `block` and the group of tokens that starts at `at`.
+LANE uint32_t* panel_of(const NceHiddenGradient& s, int64_t block, int64_t at) {
   return s.panels + words(kDepth) * (block * s.width + at);
 }
 
-// Task i: the logit gradients of one group of tokens and kDepth columns.
-LANE void logit_panels(void* context, int64_t task) {
-  const NceStep& s = *static_cast<const NceStep*>(context);
+// Computes and packs the logit gradients of one group of tokens and kDepth columns.
+LANE void pack_dlogits(void* context, int64_t task) {
+  const NceHiddenGradient& s = *static_cast<const NceHiddenGradient*>(context);
   const int64_t groups = (s.tokens + kGroup - 1) / kGroup, block = task / groups, at = task % groups * kGroup;
   const int64_t begin = s.first + block * kDepth, end = begin + kDepth < s.last ? begin + kDepth : s.last;
   const int64_t width = s.width - at < kGroup ? s.width - at : kGroup;
@@ -34,14 +34,15 @@ LANE void logit_panels(void* context, int64_t task) {
       for (int i = 0; i < (kPairs ? 2 : 1) && column + i < end; ++i) {
         const V z = kept_logits(s.kept[0], column + i, at, token);
         const V nat = kept_logits(s.kept[1], column + i, at, token);
-        dz[i] = nce_slope(s.slope, token, set1(static_cast<float>(column + i)), z, nat);
+        dz[i] = nce_dlogits(s.dlogits, token, set1(static_cast<float>(column + i)), z, nat);
       }
       store(reinterpret_cast<float*>(to), kPairs ? paired(dz[0], dz[1]) : dz[0]);
     }
   }
 }
 
-// Columns first .. of one weight row, `count` of at most kStrip, as 32-bit words; those of 16 bits at their low end.
+// Copies `count` <= kStrip columns of one weight row from `first` on as 32-bit words. A 16-bit entry fills the low half
+// of its word where products take pairs.
 LANE void row_part(const Matrix& m, int64_t row, int64_t first, int64_t count, uint32_t* to) {
   const int64_t step = m.column_stride, start = row * m.row_stride + first * step;
   for (int64_t i = count; i < kStrip; ++i) to[i] = 0;
@@ -68,7 +69,7 @@ LANE void row_part(const Matrix& m, int64_t row, int64_t first, int64_t count, u
   std::memcpy(to, value, sizeof value);
 }
 
-// A strip of weight rows begin .. end as four panels, each kRows columns wide.
+// Packs a strip of weight rows begin .. end as four panels, each kRows columns wide.
 LANE void pack_columns(uint32_t* to, const Matrix& m, int64_t begin, int64_t end, int64_t first) {
   const int64_t count = m.columns - first < kStrip ? m.columns - first : kStrip, size = words(kDepth) * kRows;
   alignas(64) uint32_t low[kStrip], high[kStrip];
@@ -86,21 +87,21 @@ LANE void pack_columns(uint32_t* to, const Matrix& m, int64_t begin, int64_t end
   }
 }
 
-// Part `part` of `parts` of a strip on its way into the L2 cache: the next that is packed.
+// Prefetches part `part` of `parts` of the strip that is packed next into the L2 cache.
 LANE void prefetch_strip(const Matrix& m, int64_t begin, int64_t end, int64_t first, int64_t part, int64_t parts) {
   if (m.column_stride != 1 || first >= m.columns) return;
   const int64_t size = m.type == Type::float32 ? 4 : 2, rows = end - begin;
   for (int64_t r = begin + rows * part / parts; r < begin + rows * (part + 1) / parts; ++r) {
     const char* line = static_cast<const char*>(m.data) + (r * m.row_stride + first) * size;
     for (int64_t i = 0; i < kStrip * size; i += 64) __builtin_prefetch(line + i, 0, 2);
-    asm volatile("");  // see prefetch
+    asm volatile("");  // as in prefetch
   }
 }
 
-// Task i of s.tasks: every s.tasks-th strip of the hidden states' gradient, all tokens. One task adds up an element,
-// in the order of the columns.
+// Adds dz W to every s.tasks-th strip of the hidden states' gradient, for all tokens. One task adds up each element, in
+// the order of the vocabulary.
 LANE void hidden_gradient(void* context, int64_t task) {
-  const NceStep& s = *static_cast<const NceStep*>(context);
+  const NceHiddenGradient& s = *static_cast<const NceHiddenGradient*>(context);
   const Matrix& weight = *s.weight;
   uint32_t* packed = s.scratch + task * s.scratch_words;
   float* tile = reinterpret_cast<float*>(packed + words(kDepth) * kStrip);
@@ -110,6 +111,7 @@ LANE void hidden_gradient(void* context, int64_t task) {
       const int64_t end = begin + kDepth < s.last ? begin + kDepth : s.last;
       const bool more = end < s.last;
       const int64_t next = more ? end : s.first, after = next + kDepth < s.last ? next + kDepth : s.last;
+      // Load: the strip's weights, packed once for all tokens.
       pack_columns(packed, weight, begin, end, strip);
       for (int64_t p = 0; p < 4 && strip + p * kRows < weight.columns; ++p) {
         const int64_t column = strip + p * kRows;
@@ -117,6 +119,7 @@ LANE void hidden_gradient(void* context, int64_t task) {
         for (int64_t group = 0; group < groups; ++group) {
           prefetch_strip(weight, next, after, more ? strip : strip + s.tasks * kStrip, p * groups + group, calls);
           const int64_t at = group * kGroup, width = s.width - at < kGroup ? s.width - at : kGroup;
+          // Accumulate: a tile of dz W, then its sum into the gradient.
           product(
               static_cast<int>(width / kWidth), tile, panel_of(s, block, at), packed + p * kRows * words(kDepth),
               words(end - begin));
@@ -131,6 +134,6 @@ LANE void hidden_gradient(void* context, int64_t task) {
 }
 
 constexpr LaneFunctions kFunctions{
-    kRows, kGroup, kWidth, kStrip, kPairs, pack_tokens, target_logits, walk_split<LogprobSweep>, walk_split<NceSweep>,
-    walk_split<LogprobSlope>, walk_split<NceSlope>, logit_panels, hidden_gradient,
+    kRows, kGroup, kWidth, kStrip, kPairs, pack_tokens, target_logits, sweep_split<LogprobSweep>, sweep_split<NceSweep>,
+    sweep_split<LogprobDlogits>, sweep_split<NceDlogits>, pack_dlogits, hidden_gradient,
 };

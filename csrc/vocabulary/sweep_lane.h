@@ -1,27 +1,30 @@
-// The sweeps of one lane: running sums, logit gradients and the walk that hands tiles to them. Included after
-// products_lane.h, under the same rules.
+// The sweeps of one lane: running sums, logit gradients, and the loop over the vocabulary that produces the tiles for
+// both. Included after products_lane.h, under the same rules.
 
 // ---- running sums ----------------------------------------------------------------------------------------------------
 
-// per token of a group: sum exp2(scale z - max), and the same sum weighted
+// Weights of the second running sum: none, the exponent itself (for the entropy), or an array of values.
 enum class Weigh { nothing, exponent, values };
 
-// drift, where given, are further weights, whose sum is `drifted`
+// Adds a tile to the running sums of each token of a group: sum 2^(scale (z - max)), and the same sum weighted.
+// kDrift adds a third sum, `drifted`, whose weights are `drift`. kWhole: the tile has kRows rows, not n.
 template <Weigh kWeigh, bool kWhole, bool kDrift>
-LANE void account(
+LANE void accumulate(
     const Running& to, int64_t at, int vectors, int n, const float* z, const float* values, float scale,
     const float* drift, float* drifted) {
   const int rows = kWhole ? kRows : n;
   for (int j = 0; j < vectors; ++j) {
     const float* from = z + j * kWidth;
     const int64_t token = at + j * kWidth;
+    // Load: the running sums, and the maximum of the tile.
     V top = load(from);
     for (int r = 1; r < rows; ++r) top = maximum(top, load(from + r * kGroup));
     V max = load(to.max + token), total = load(to.total + token);
     V weighted = kWeigh == Weigh::nothing ? set1(0.0f) : load(to.weighted + token);
     V moved = kDrift ? load(drifted + token) : set1(0.0f);
     const M larger = greater(top, max);
-    if (any(larger)) {  // a new maximum is rare after the first tiles
+    // Softmax: rescale the sums to the new maximum, which is rare after the first tiles.
+    if (any(larger)) {
       top = pick(larger, top, max);
       const V shift = maximum(set1(-126.0f), mul(sub(max, top), set1(scale)));
       const V shrink = exp2_of(shift);
@@ -32,6 +35,7 @@ LANE void account(
       max = top;
       store(to.max + token, max);
     }
+    // Accumulate: two chains of additions, so that they overlap.
     V even = set1(0.0f), odd = set1(0.0f);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
@@ -46,6 +50,7 @@ LANE void account(
       if (kWeigh == Weigh::values) weighted = fused(power, load(values + j * kWidth + r * kGroup), weighted);
       if (kDrift) moved = fused(power, load(drift + j * kWidth + r * kGroup), moved);
     }
+    // Store.
     store(to.total + token, add(total, add(even, odd)));
     if (kWeigh != Weigh::nothing) store(to.weighted + token, weighted);
     if (kDrift) store(drifted + token, moved);
@@ -53,18 +58,19 @@ LANE void account(
 }
 
 template <Weigh kWeigh, bool kDrift = false>
-LANE void account(
+LANE void accumulate(
     const Running& to, int64_t at, int vectors, int n, const float* z, const float* values, float scale,
     const float* drift = nullptr, float* drifted = nullptr) {
-  if (n == kRows) return account<kWeigh, true, kDrift>(to, at, vectors, n, z, values, scale, drift, drifted);
-  account<kWeigh, false, kDrift>(to, at, vectors, n, z, values, scale, drift, drifted);
+  if (n == kRows) return accumulate<kWeigh, true, kDrift>(to, at, vectors, n, z, values, scale, drift, drifted);
+  accumulate<kWeigh, false, kDrift>(to, at, vectors, n, z, values, scale, drift, drifted);
 }
 
-// ---- what happens to a tile ------------------------------------------------------------------------------------------
+// ---- visitors of a tile ----------------------------------------------------------------------------------------------
 
-// One group's tile: `z` one tile per stream of n rows, tokens at .. of the block, columns first .. of the vocabulary.
+// Position of a tile: columns first .. first + n of the vocabulary by the tokens at .. of the block. Its logits `z` are
+// one tile per stream (student, nat, neg).
 struct Place {
-  int64_t split, at, tokens, first;  // tokens: how many of the group's are real
+  int64_t split, at, tokens, first;  // tokens: number of tokens of the group that are not padding
   int vectors, n;
 };
 
@@ -74,18 +80,19 @@ LANE void visit(const LogprobSweep& s, const Place& p, float* z) {
     for (int j = 0; j < p.vectors; ++j) {
       const V target = load(s.at_target + p.at + j * kWidth);
       V count = load(to.larger + p.at + j * kWidth);
-      for (int r = 0; r < p.n; ++r) {  // the target's own logit has the same bits: it never counts
+      // The target's own logit has the same bits as `target`, so it never counts.
+      for (int r = 0; r < p.n; ++r) {
         count = add(count, pick(greater(load(z + r * kGroup + j * kWidth), target), set1(1.0f), set1(0.0f)));
       }
       store(to.larger + p.at + j * kWidth, count);
     }
   }
-  if (s.want_entropy) return account<Weigh::exponent>(to.running, p.at, p.vectors, p.n, z, nullptr, s.scale);
-  account<Weigh::nothing>(to.running, p.at, p.vectors, p.n, z, nullptr, s.scale);
+  if (s.want_entropy) return accumulate<Weigh::exponent>(to.running, p.at, p.vectors, p.n, z, nullptr, s.scale);
+  accumulate<Weigh::nothing>(to.running, p.at, p.vectors, p.n, z, nullptr, s.scale);
 }
 
-// 0 for -infinity: a probability of 0 times it would be NaN.
-LANE void finite(const Place& p, float* z) {
+// Replaces -infinity by 0, because a probability of 0 times -infinity would be NaN.
+LANE void zero_infinities(const Place& p, float* z) {
   for (int r = 0; r < p.n; ++r) {
     for (int j = 0; j < p.vectors; ++j) {
       const V value = load(z + r * kGroup + j * kWidth);
@@ -94,7 +101,8 @@ LANE void finite(const Place& p, float* z) {
   }
 }
 
-// A group's tile to where it outlives the sweep; `drift` is what rounding to 16 bits adds there, or 0.
+// Writes a tile to memory that outlives the sweep. `drift` becomes the error of rounding to 16 bits; it is not written
+// for float32.
 LANE void keep(const KeptLogits& to, const Place& p, const float* z, float* drift) {
   const int64_t token = to.first_token + p.at;
   for (int r = 0; r < p.n; ++r) {
@@ -115,15 +123,15 @@ LANE void keep(const KeptLogits& to, const Place& p, const float* z, float* drif
   }
 }
 
-// What a sweep without kept logits, or with exact ones, does; the sums of a sweep whose logits are rounded know by how
-// much that moves the log-sum-exp, so that the probabilities add up to 1. Without that a certain token's p - 1, or the
-// difference of two certain probabilities, would be nothing but rounding.
+// Adds a tile to the running sums. Where the kept logits are rounded, it also sums by how much rounding moves the
+// log-sum-exp, so that the probabilities of the rounded logits add up to 1. Otherwise p - 1 of a near-certain token, or
+// the difference of two near-certain probabilities, would be nothing but rounding error.
 template <Weigh kWeigh>
-LANE void account(
+LANE void accumulate(
     const NceSweep& s, const Running& to, float* drifted, const Place& p, const float* z, const float* values,
     float scale, const float* drift) {
-  if (s.rounds) return account<kWeigh, true>(to, p.at, p.vectors, p.n, z, values, scale, drift, drifted);
-  account<kWeigh>(to, p.at, p.vectors, p.n, z, values, scale);
+  if (s.rounds) return accumulate<kWeigh, true>(to, p.at, p.vectors, p.n, z, values, scale, drift, drifted);
+  accumulate<kWeigh>(to, p.at, p.vectors, p.n, z, values, scale);
 }
 
 LANE void visit(const NceSweep& s, const Place& p, float* z) {
@@ -134,41 +142,38 @@ LANE void visit(const NceSweep& s, const Place& p, float* z) {
     keep(s.kept[0], p, z, drift[0]);
     keep(s.kept[1], p, nat, drift[1]);
   }
-  if (s.student) account<Weigh::nothing>(s, to.student, to.student_drift, p, z, nullptr, kLog2e, drift[0]);
+  if (s.student) accumulate<Weigh::nothing>(s, to.student, to.student_drift, p, z, nullptr, kLog2e, drift[0]);
   if (!s.plain) {
-    if (s.student) account<Weigh::nothing>(s, to.soft_student, to.soft_student_drift, p, z, nullptr, s.scale, drift[0]);
-    account<Weigh::nothing>(to.nat, p.at, p.vectors, p.n, nat, nullptr, kLog2e);
+    if (s.student) {
+      accumulate<Weigh::nothing>(s, to.soft_student, to.soft_student_drift, p, z, nullptr, s.scale, drift[0]);
+    }
+    accumulate<Weigh::nothing>(to.nat, p.at, p.vectors, p.n, nat, nullptr, kLog2e);
   }
-  if (s.banned) finite(p, z);
+  if (s.banned) zero_infinities(p, z);
   if (s.student) {
-    account<Weigh::values>(s, to.soft_nat, to.nat_drift, p, nat, z, s.scale, drift[1]);
+    accumulate<Weigh::values>(s, to.soft_nat, to.nat_drift, p, nat, z, s.scale, drift[1]);
   } else {
-    account<Weigh::nothing>(to.soft_nat, p.at, p.vectors, p.n, nat, nullptr, s.scale);
+    accumulate<Weigh::nothing>(to.soft_nat, p.at, p.vectors, p.n, nat, nullptr, s.scale);
   }
   if (!s.neg) return;
-  for (int r = 0; r < p.n; ++r) {  // averaged as a difference, not as two large means
+  // KL is the mean of neg - nat: averaging the difference avoids the cancellation of two large means.
+  for (int r = 0; r < p.n; ++r) {
     for (int j = 0; j < p.vectors; ++j) {
       const int i = r * kGroup + j * kWidth;
       const V gap = sub(load(neg + i), load(nat + i));
-      // both -infinity where a bias of -infinity rules the column out
+      // Both logits are -infinity where a bias of -infinity bans the column.
       store(nat + i, s.banned ? pick(same(load(neg + i), set1(-kInfinity)), set1(0.0f), gap) : gap);
     }
   }
-  account<Weigh::values>(to.neg, p.at, p.vectors, p.n, neg, nat, kLog2e);
+  accumulate<Weigh::values>(to.neg, p.at, p.vectors, p.n, neg, nat, kLog2e);
 }
 
-// the gradient before the softcap, into the tile and from there to memory
-LANE void write(const Tile& out, Type type, const Place& p, int64_t token, int r, const float* from) {
+// Writes row r of a tile of logit gradients to memory.
+LANE void write_gradient(const Tile& out, Type type, const Place& p, int64_t token, int r, const float* from) {
   store_as(type, out.data, (p.first + r - out.first) * out.stride + token, from, p.tokens);
 }
 
-LANE V slope(V dz, V z, float softcap) {
-  if (softcap == 0) return dz;
-  const V y = over(z, set1(softcap));
-  return mul(dz, sub(set1(1.0f), mul(y, y)));
-}
-
-LANE void visit(const LogprobSlope& s, const Place& p, float* z) {
+LANE void visit(const LogprobDlogits& s, const Place& p, float* z) {
   for (int r = 0; r < p.n; ++r) {
     const V column = set1(static_cast<float>(p.first + r - s.out.first));
     float* row = z + r * kGroup;
@@ -177,19 +182,19 @@ LANE void visit(const LogprobSlope& s, const Place& p, float* z) {
       const V value = load(row + j * kWidth);
       const V x = fused(value, set1(s.scale), load(s.minus_lse + token));
       V factor = load(s.constant + token);
-      // a bias of -infinity gives x = -infinity and power 0; their product must be 0
+      // A bias of -infinity gives x = -infinity and a power of 0; their product must be 0, not NaN.
       if (s.linear) factor = fused(load(s.linear + token), maximum(set1(-126.0f), x), factor);
       V dz = mul(exp2_of(x), factor);
       const M here = same(load(s.target + token), column);
       if (any(here)) dz = add(dz, pick(here, load(s.up + token), set1(0.0f)));
-      store(row + j * kWidth, slope(dz, value, s.softcap));
+      store(row + j * kWidth, softcap_backward(dz, value, s.softcap));
     }
-    write(s.out, s.type, p, s.first_token + p.at, r, row);
+    write_gradient(s.out, s.type, p, s.first_token + p.at, r, row);
   }
 }
 
-// dz of one column and a vector of tokens
-LANE V nce_slope(const NceSlope& s, int64_t token, V column, V z, V nat) {
+// Returns dz of one column for a vector of tokens.
+LANE V nce_dlogits(const NceDlogits& s, int64_t token, V column, V z, V nat) {
   const V hard = load(s.hard + token), soft = load(s.soft + token);
   const V power = exp2_of(fused(z, set1(s.scale), load(s.minus_lse_soft + token)));
   V dz;
@@ -202,91 +207,95 @@ LANE V nce_slope(const NceSlope& s, int64_t token, V column, V z, V nat) {
   dz = sub(dz, mul(exp2_of(teacher), soft));
   const M here = same(load(s.target + token), column);
   if (any(here)) dz = sub(dz, pick(here, hard, set1(0.0f)));
-  return slope(dz, z, s.softcap);
+  return softcap_backward(dz, z, s.softcap);
 }
 
-LANE void visit(const NceSlope& s, const Place& p, float* z) {
+LANE void visit(const NceDlogits& s, const Place& p, float* z) {
   const float* nat = z + kRows * kGroup;
   for (int r = 0; r < p.n; ++r) {
     const V column = set1(static_cast<float>(p.first + r - s.out.first));
     float* row = z + r * kGroup;
     for (int j = 0; j < p.vectors; ++j) {
-      const V dz = nce_slope(s, p.at + j * kWidth, column, load(row + j * kWidth), load(nat + r * kGroup + j * kWidth));
+      const V dz =
+          nce_dlogits(s, p.at + j * kWidth, column, load(row + j * kWidth), load(nat + r * kGroup + j * kWidth));
       store(row + j * kWidth, dz);
     }
-    write(s.out, s.type, p, s.first_token + p.at, r, row);
+    write_gradient(s.out, s.type, p, s.first_token + p.at, r, row);
   }
 }
 
-// ---- the walk --------------------------------------------------------------------------------------------------------
+// ---- the loop over the vocabulary ------------------------------------------------------------------------------------
 
-// One split of the vocabulary against one block of tokens.
+// Computes the logits of one split of the vocabulary for one block of tokens and hands every tile to the visitor.
 template <class Visitor>
-LANE void walk_split(void* context, int64_t split) {
-  const Walk& walk = *static_cast<const Walk*>(context);
-  const Visitor& visitor = *static_cast<const Visitor*>(walk.visitor);
-  const int64_t count = words(walk.head->weight.columns), streams = walk.streams;
-  uint32_t* panel = walk.scratch + split * walk.scratch_words;
+LANE void sweep_split(void* context, int64_t split) {
+  const Block& block = *static_cast<const Block*>(context);
+  const Visitor& visitor = *static_cast<const Visitor*>(block.visitor);
+  const int64_t count = words(block.head->weight.columns), streams = block.streams;
+  uint32_t* panel = block.scratch + split * block.scratch_words;
   uint32_t* spare = panel + kRows * count;
-  float* z = reinterpret_cast<float*>(spare + 4 * count + walk.padding);
-  const int64_t start = walk.first + split * kSplit;
-  const int64_t stop = start + kSplit < walk.last ? start + kSplit : walk.last;
-  const Matrix& weight = walk.head->weight;
+  float* z = reinterpret_cast<float*>(spare + 4 * count + block.padding);
+  const int64_t start = block.first + split * kSplit;
+  const int64_t stop = start + kSplit < block.last ? start + kSplit : block.last;
+  const Matrix& weight = block.head->weight;
   for (int64_t first = start; first < stop; first += kRows) {
     Place place{split, 0, 0, first, 0, static_cast<int>(stop - first < kRows ? stop - first : kRows)};
+    // Load: a panel of kRows weight rows, packed once for all tokens of the block.
     pack(panel, kRows, weight, first, place.n, nullptr, spare);
-    const int64_t rest = stop - first - kRows, groups = (walk.tokens + kGroup - 1) / kGroup;
-    for (; place.at < walk.tokens; place.at += kGroup) {
+    const int64_t rest = stop - first - kRows, groups = (block.tokens + kGroup - 1) / kGroup;
+    for (; place.at < block.tokens; place.at += kGroup) {
       prefetch(weight, first + kRows, rest < kRows ? rest : kRows, place.at / kGroup, groups);
-      place.tokens = walk.tokens - place.at < kGroup ? walk.tokens - place.at : kGroup;
+      place.tokens = block.tokens - place.at < kGroup ? block.tokens - place.at : kGroup;
       place.vectors = static_cast<int>((place.tokens + kWidth - 1) / kWidth);
+      // Scores: one tile of logits per stream.
       for (int64_t i = 0; i < streams; ++i) {
         float* tile = z + i * kRows * kGroup;
-        product(place.vectors, tile, walk.panels + (i * walk.padded + place.at) * count, panel, count);
-        finish(tile, place.vectors, place.n, *walk.head, first);
+        product(place.vectors, tile, block.panels + (i * block.padded + place.at) * count, panel, count);
+        bias_and_softcap(tile, place.vectors, place.n, *block.head, first);
       }
+      // Softmax and accumulate, or store of the gradient: the visitor's part.
       visit(visitor, place, z);
     }
   }
 }
 
-// The tokens of a block packed group by group: task i of as many as there are splits, with the scratch of split i.
+// Packs the tokens of a block, group by group. There are as many tasks as splits; task i uses the scratch of split i.
 LANE void pack_tokens(void* context, int64_t task) {
-  const Walk& walk = *static_cast<const Walk*>(context);
-  const int64_t count = words(walk.head->weight.columns);
-  uint32_t* spare = walk.scratch + task * walk.scratch_words;
-  for (int64_t at = task * kGroup; at < walk.tokens; at += walk.splits * kGroup) {
-    const int64_t tokens = walk.tokens - at < kGroup ? walk.tokens - at : kGroup;
+  const Block& block = *static_cast<const Block*>(context);
+  const int64_t count = words(block.head->weight.columns);
+  uint32_t* spare = block.scratch + task * block.scratch_words;
+  for (int64_t at = task * kGroup; at < block.tokens; at += block.splits * kGroup) {
+    const int64_t tokens = block.tokens - at < kGroup ? block.tokens - at : kGroup;
     const int64_t width = (tokens + kWidth - 1) / kWidth * kWidth;
-    for (int64_t i = 0; i < walk.streams; ++i) {
-      uint32_t* to = walk.panels + (i * walk.padded + at) * count;
-      pack(to, width, *walk.hidden[i], walk.first_token + at, tokens, nullptr, spare);
+    for (int64_t i = 0; i < block.streams; ++i) {
+      uint32_t* to = block.panels + (i * block.padded + at) * count;
+      pack(to, width, *block.hidden[i], block.first_token + at, tokens, nullptr, spare);
     }
   }
 }
 
-// The logit of each token's target in one stream, by the very operations of a tile.
-LANE void target_logits(const Walk& walk, int64_t stream, const int64_t* targets, float* out) {
-  const Matrix& weight = walk.head->weight;
+// Computes the logit of each token's target in one stream, by the same operations as a tile, so with the same bits.
+LANE void target_logits(const Block& block, int64_t stream, const int64_t* targets, float* out) {
+  const Matrix& weight = block.head->weight;
   const int64_t count = words(weight.columns);
-  for (int64_t at = 0; at < walk.tokens; at += kWidth) {
-    const int64_t tokens = walk.tokens - at < kWidth ? walk.tokens - at : kWidth;
-    const int64_t group = at / kGroup * kGroup, inside = walk.tokens - group < kGroup ? walk.tokens - group : kGroup;
+  for (int64_t at = 0; at < block.tokens; at += kWidth) {
+    const int64_t tokens = block.tokens - at < kWidth ? block.tokens - at : kWidth;
+    const int64_t group = at / kGroup * kGroup, inside = block.tokens - group < kGroup ? block.tokens - group : kGroup;
     const int64_t width = (inside + kWidth - 1) / kWidth * kWidth;
-    const uint32_t* hidden = walk.panels + (stream * walk.padded + group) * count + (at - group);
-    uint32_t* panel = walk.scratch + 4 * count;
-    pack(panel, kWidth, weight, 0, tokens, targets + at, walk.scratch);
+    const uint32_t* hidden = block.panels + (stream * block.padded + group) * count + (at - group);
+    uint32_t* panel = block.scratch + 4 * count;
+    pack(panel, kWidth, weight, 0, tokens, targets + at, block.scratch);
     V z = set1(0.0f);
     for (int64_t k = 0; k < count; ++k) {
       const V h = load(reinterpret_cast<const float*>(hidden + k * width));
       z = dot(z, h, load(reinterpret_cast<const float*>(panel + k * kWidth)));
     }
-    if (walk.head->bias) {
+    if (block.head->bias) {
       float bias[kWidth] = {};
-      for (int64_t i = 0; i < tokens; ++i) bias[i] = walk.head->bias[targets[at + i]];
+      for (int64_t i = 0; i < tokens; ++i) bias[i] = block.head->bias[targets[at + i]];
       z = add(z, load(bias));
     }
-    if (walk.head->softcap != 0) z = capped(z, walk.head->softcap);
+    if (block.head->softcap != 0) z = softcapped(z, block.head->softcap);
     store(out + at, z);
   }
 }
