@@ -1,4 +1,4 @@
-"""CrossAttention against its equation in float64, through fold and cache, and against the released hook."""
+"""CrossAttention against its equation in float64, with folding and a cache, and against the released hook."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIONS = {
 
 
 def _layer(dtype: torch.dtype = torch.float64, **options) -> CrossAttention:
-    """A layer with every parameter away from its initial value."""
+    """Return a layer with every parameter away from its initial value."""
     torch.manual_seed(0)
     layer = CrossAttention(DB, DA, H, **options).to(dtype)
     for p in layer.parameters():
@@ -39,12 +39,12 @@ def _inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Ten
     augmenter = torch.randn(B, N, DA, generator=g, dtype=torch.float64).to(dtype)
     lo = torch.randint(0, 4, (B, M), generator=g, dtype=torch.int32)
     hi = torch.randint(2, N + 1, (B, M), generator=g, dtype=torch.int32)
-    hi[0, 0] = 0  # one query that sees nothing
+    hi[0, 0] = 0  # one query sees no key
     return anchor, augmenter, lo, hi
 
 
 def _equation(layer: CrossAttention, anchor, augmenter, lo, hi) -> torch.Tensor:
-    """The layer's equation written out product by product: no fold, no fused residual, a loop over queries."""
+    """Compute the layer's equation product by product: no folding, no fused residual, a loop over queries."""
     p = dict(layer.named_parameters())
 
     def norm(x, name):
@@ -136,7 +136,7 @@ def test_an_empty_interval_leaves_its_row_untouched() -> None:
         assert torch.equal(out[0, 0], anchor[0, 0])
         assert not torch.equal(out[1, 1], anchor[1, 1])
         assert torch.equal(layer(anchor, augmenter[:, :0]), anchor)
-        early = layer(anchor, augmenter[:, :3], causal=True)  # N < M: the first M - N queries see nothing
+        early = layer(anchor, augmenter[:, :3], causal=True)  # N < M: the first M - N queries see no key
         assert torch.equal(early[:, : M - 3], anchor[:, : M - 3])
         assert not torch.equal(early[:, M - 3 :], anchor[:, M - 3 :])
 

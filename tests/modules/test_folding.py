@@ -1,4 +1,4 @@
-"""The cost model against counted FLOPs, and when kept folded weights must be forgotten."""
+"""The cost model against counted FLOPs, and changes that must drop kept folded weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DA, DB, KV, B, N = 24, 40, 16, 2, 33
 
 
 def _counted(fold: bool, *, training: bool, augmenter_grad: bool) -> int:
-    """FLOPs that torch itself counts for k and v of a layer that is made to fold or not to."""
+    """Return the FLOPs that torch counts for k and v of a layer, folded or not."""
     layer = CrossAttention(DB, DA, 2, head_dim=KV // 2)
     layer.requires_grad_(training)
     hidden = torch.randn(B, N, DA, requires_grad=augmenter_grad)
@@ -73,7 +73,7 @@ def test_slowness_knows_tf32() -> None:
     assert folding.slowness(torch.float32, "cpu") == folding.slowness(torch.bfloat16, "cpu")
 
 
-def test_slowness_of_a_gpu_can_be_asked_while_tracing() -> None:
+def test_slowness_of_a_gpu_works_while_tracing() -> None:
     def scaled(x: torch.Tensor) -> torch.Tensor:
         return x * folding.slowness(torch.float32, "cuda")
 

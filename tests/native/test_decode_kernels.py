@@ -269,6 +269,6 @@ def test_shapes_beyond_the_kernels_limits_are_refused():
     q, k, v = (t.to(device) for t in tensors(d=20))
     with pytest.raises(RuntimeError, match="multiple of 8, not 20"):
         cross_attention(q, k, v, impl="native")
-    q, k, v = (t.to(device) for t in tensors(m=17))
-    with pytest.raises(RuntimeError, match="at most 16 queries"):
+    q, k, v = (t.to(device) for t in tensors(m=NATIVE_MAX_QUERIES + 1))
+    with pytest.raises(RuntimeError, match=f"at most {NATIVE_MAX_QUERIES} queries"):
         cross_attention(q, k, v, impl="native")

@@ -76,7 +76,7 @@ def test_definition_matches_plain_loops(mask, scale, impl):
     got, got_lse = cross_attention(q, k, v, **options, scale=scale, return_lse=True, impl=impl)
     torch.testing.assert_close(got, out, rtol=0, atol=1e-13)
     torch.testing.assert_close(got_lse, lse, rtol=0, atol=1e-13)
-    alone = cross_attention(q, k, v, **options, scale=scale, impl=impl)  # SDPA, where torch needs no lse
+    alone = cross_attention(q, k, v, **options, scale=scale, impl=impl)  # without lse torch takes SDPA
     torch.testing.assert_close(alone, out, rtol=0, atol=1e-13)
 
 
@@ -150,7 +150,7 @@ def test_nearly_causal_intervals_keep_their_mask(options, sdpa_calls):
     torch.testing.assert_close(out, cross_attention(q, k, v, **options, impl="reference"), rtol=0, atol=1e-13)
 
 
-# ---- rows that see nothing, NaN, empty tensors ----------------------------------------------------------------------
+# ---- rows that see no key, NaN, empty tensors ----------------------------------------------------------------------
 
 EMPTY_ROWS = {"lo": ints([0, 4, 7, 2, 0], [7, 0, 0, 0, 7]), "hi": ints([0, 2, 7, 5, 7], [7, 7, 0, 1, 0])}
 IS_EMPTY = torch.tensor([[True, True, True, False, False], [True, False, True, False, True]])
@@ -196,7 +196,7 @@ def test_nan_query_stays_in_its_row(impl, options, return_lse):
     q[0, 1, 2] = math.nan  # an empty row with the intervals
     got = cross_attention(q, k, v, **options, return_lse=return_lse, impl=impl)
     clean, got = (x[0] if return_lse else x for x in (clean, got))
-    # torch's SDPA on a CPU takes a NaN row without a mask for one that sees nothing and returns 0
+    # without a mask torch's SDPA on a CPU takes a NaN row for one that sees no key and returns 0
     lost = impl == "torch" and not return_lse and not options
     assert (got[0, 3, 1] == 0).all() if lost else got[0, 3, 1].isnan().all()
     assert (got[0, 1, 2] == 0).all() if options or lost else got[0, 1, 2].isnan().all()
@@ -325,7 +325,7 @@ def test_long_rows_cross_the_row_blocks_of_the_lse_path():
 
 
 def finite(result):
-    """lse without its -inf entries: numerical differences of infinities mean nothing."""
+    """Return the result with 0 for lse = -inf: numerical differences of infinities are undefined."""
     out, lse = result
     return out, torch.where(lse.isfinite(), lse, 0.0)
 
@@ -406,8 +406,8 @@ def test_impl_that_cannot_run_is_refused_with_the_reason(monkeypatch):
                 call(*args, impl=impl)
 
 
-def test_validate_values_reads_tensors_elsewhere_only_when_asked(monkeypatch):
-    """A CPU tensor stands in for one on a GPU: `readable` says no to it."""
+def test_values_on_other_devices_are_read_only_within_validate_values(monkeypatch):
+    """A CPU tensor stands in for one on a GPU: `readable` returns False for it."""
     q, k, v = tensors(dtype=torch.float32)
     validate = importlib.import_module("calm_fast.core.checks")
     monkeypatch.setattr(validate, "readable", lambda tensor: False)
@@ -416,7 +416,7 @@ def test_validate_values_reads_tensors_elsewhere_only_when_asked(monkeypatch):
     with pytest.raises(ValueError, match=r"`hi` must be within 0 and N = 7, got values from 8 to 8"):
         with calm_fast.validate_values():
             cross_attention(q, k, v, hi=bad, impl="reference")
-    cross_attention(q, k, v, hi=bad, impl="reference")  # the block has ended, by an exception at that
+    cross_attention(q, k, v, hi=bad, impl="reference")  # an exception ends the block too
 
 
 def test_float32_is_ieee_by_default():

@@ -1,4 +1,4 @@
-"""cross_attention with intervals on a CPU: only what a block of queries may see is computed, forward and backward."""
+"""cross_attention with intervals on a CPU: a block of queries computes only the keys it may see, both directions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tensors(b=2, m=M, n=N, h=8, hkv=4, d=16, dtype=torch.float64, grad=False):
 
 
 def packed(b, m, n, documents=3, seed=0):
-    """Documents one after the other, another cut for each sequence; hi grows by uneven steps, some rows are empty."""
+    """Documents in a row, cut differently in each sequence; hi grows by uneven steps, some rows are empty."""
     g = generator(seed)
     lo, hi = (torch.zeros(b, m, dtype=torch.int32) for _ in range(2))
     for row in range(b):
@@ -72,7 +72,7 @@ SAVING = {name for name in MASKS if name != "scattered"}  # random ends leave no
 
 @pytest.fixture
 def block_calls(monkeypatch):
-    """Number of keys of every block that is computed."""
+    """Rows and keys of every block that is computed."""
     found, true = [], MODULE._one_block
 
     def spy(q, k, v, block, *rest):
@@ -84,7 +84,7 @@ def block_calls(monkeypatch):
 
 
 def both(options, dtype=torch.float64, **sizes):
-    """out and gradients of impl "torch", and of the reference in float64 from the same values."""
+    """Return out and gradients of impl "torch", and of the reference in float64 from the same values."""
     results = []
     for impl in ("torch", "reference"):
         leaves = [t.detach() for t in tensors(dtype=dtype, **sizes)]
@@ -117,7 +117,7 @@ def test_blocks_in_other_dtypes(dtype, block_calls):
 
 
 def test_memory_of_a_block_is_its_own_mask(monkeypatch):
-    """A mask of (M, N) never exists where blocks save work."""
+    """No (M, N) mask is built if blocks save work."""
     monkeypatch.setattr(MODULE, "_mask", lambda *args: pytest.fail("an (M, N) mask was made"))
     q, k, v = tensors(b=1, dtype=torch.float32)
     lo, hi = packed(1, M, N)
@@ -151,7 +151,7 @@ def test_repeats_give_the_same_bits():
 
 
 def test_nan_stays_in_its_rows():
-    """A NaN query in its row; a NaN key nowhere beyond the blocks whose rows may see it."""
+    """A NaN query stays in its row, a NaN key in the blocks whose rows may see it."""
     options = MASKS["packed, one text"]
     q, k, v = tensors(dtype=torch.float32)
     clean = cross_attention(q, k, v, **options, impl="torch")
@@ -184,7 +184,7 @@ def test_backward_twice_and_frozen_keys():
 
 
 def test_compiled_and_transformed_calls_read_no_values(block_calls):
-    """Under torch.compile and torch.func a mask is made: values cannot decide what is called."""
+    """Under torch.compile and torch.func a mask is built: values cannot choose the blocks."""
     q, k, v = tensors(dtype=torch.float32)
     options = MASKS["packed, one text"]
     want = cross_attention(q, k, v, **options, impl="reference")

@@ -1,4 +1,4 @@
-"""The cache of decisions: it answers what `decide` would, asks again when something changes, and stays small."""
+"""The cache of decisions: it equals `decide`, notices every change of its conditions, and stays bounded."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def outcome(call):
 
 
 def agree(cache, q, k, v, causal=False, return_lse=False):
-    """Assert that what is stored for a call is what `decide` says; return that."""
+    """Assert that the decision stored for a call equals `decide`; return the decision, or the error as text."""
     options = {"causal": causal, "return_lse": return_lse}
     wanted = outcome(lambda: API.decide(q, k, v, **options))
     ran = outcome(lambda: cross_attention(q, k, v, **options))
@@ -109,7 +109,7 @@ def test_flags_equal_to_a_bool_are_no_bool(flag, cache):
     assert agree(cache, q, k, v, return_lse=flag).startswith("TypeError: cross_attention: `return_lse` must be True")
 
 
-def test_equal_calls_ask_once(asked):
+def test_equal_calls_decide_once(asked):
     q, k, v = tensors()
     for n in (9, 4, 1, 9):  # decode steps differ in N alone
         for grad in (False, True):
@@ -141,7 +141,7 @@ def test_transforms_are_seen_after_a_plain_call(m, dtype, cache):
 
     def look(q):
         inside.append(API.decide(q, k, v).impl)
-        inside.append(API.decide(torch.ones_like(k[:, :1]), k, v).impl)  # no tensor of the transform
+        inside.append(API.decide(torch.ones_like(k[:, :1]), k, v).impl)  # a tensor that the transform does not track
         assert API._signature(k, k, v, False, False) is None
         return cross_attention(q, k, v, return_lse=True)[0].square().sum()
 
@@ -159,7 +159,7 @@ def test_transforms_are_seen_after_a_plain_call(m, dtype, cache):
     assert set(inside) == {"torch"} and len(cache) == count
 
 
-def test_fake_tensors_parameters_and_subclasses_are_decided_anew(cache, asked):
+def test_fake_tensors_parameters_and_subclasses_bypass_the_cache(cache, asked):
     class Other(torch.Tensor):
         pass
 
@@ -205,7 +205,7 @@ def test_a_library_that_goes_or_comes_back_is_noticed(m, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["1", "0", None])
-def test_triton_s_interpreter_decides_nothing_on_a_cpu(value, cache, monkeypatch):
+def test_the_interpreter_of_triton_changes_no_decision_on_a_cpu(value, cache, monkeypatch):
     q, k, v = tensors()
     before = agree(cache, q, k, v, return_lse=True)
     if value is None:

@@ -1,4 +1,4 @@
-"""What bad input to cross_attention gets: the exact argument, what was expected, what came; and no kernel runs."""
+"""Bad input to cross_attention: the error names the argument, the expectation and the value, and no kernel runs."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ BAD = {
 
 @pytest.fixture
 def no_kernel(monkeypatch):
-    """Every implementation of the op fails the test when it is entered."""
+    """Fail the test if any implementation of the op is entered."""
 
     def forbidden(*args, **kwargs):
         pytest.fail("a kernel ran on bad input")

@@ -1,4 +1,4 @@
-"""cross_attention in the compiled library: every SIMD lane, what a decode step promises, and what `auto` does."""
+"""cross_attention's decode kernel in the compiled library: every SIMD lane, its promises, and the choice of `auto`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def bounds(b, m, n, seed=0):
 
 def test_there_are_cases_for_it():
     assert {"decode", "decode-splits", "decode-dim256", "decode-gqa-causal"} <= {c.name for c in NATIVE_CASES}
-    assert len(NATIVE_CASES) < len(CASES.cases())  # the others: test_native_tiles.py
+    assert len(NATIVE_CASES) < len(CASES.cases())  # the rest: test_native_tiles.py
 
 
 @pytest.mark.parametrize("case", NATIVE_CASES, ids=str)
@@ -184,7 +184,7 @@ def test_auto_takes_it_for_few_queries():
 
 @pytest.mark.parametrize("m", [1, NATIVE_MAX_QUERIES, NATIVE_MAX_QUERIES + 1])
 def test_auto_and_native_give_the_same_bits(m):
-    """`auto` skips the registered op where autograd records nothing; `native` never does."""
+    """`auto` skips the registered op if autograd records nothing; `native` never does."""
     q, k, v = tensors(m=m)
     for recorded in (False, True):
         q.requires_grad_(recorded)

@@ -1,4 +1,4 @@
-"""cross_attention in the compiled library for any number of queries: every SIMD lane, both directions, its promises."""
+"""cross_attention's tiles in the compiled library, any number of queries: every lane, both directions, promises."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tensors(b=2, m=100, n=170, h=4, hkv=2, d=24, dtype=torch.float32, seed=0):
 
 
 def scattered(b=2, m=100, n=170, seed=0):
-    """Random intervals, another one in each row; about half of the rows see nothing."""
+    """Random intervals, a new one in each row; about half of the rows see no key."""
     g = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(0, n + 1, (b, m), generator=g, dtype=torch.int32) for _ in range(2))
 
@@ -59,7 +59,7 @@ def test_error_within_its_bound(case):
 
 @pytest.mark.parametrize("case", [c for c in CASES.cases() if (c.spec.scale or 1) > 0], ids=str)
 def test_every_lane_is_within_the_bound(case, lane):
-    """Few queries too, forward and backward, straight from the library."""
+    """Few queries too, forward and backward, called directly."""
     inputs = CASES.build(case, CPU)
     truth = truth_of(CASES, inputs, case.dtype)
     q, k, v = (inputs[name].contiguous() for name in "qkv")
@@ -92,7 +92,7 @@ def against_float64(q, k, v, lo, hi, causal, scale, lane, tolerance):
 
 @pytest.mark.parametrize("d", [1, 7, 16, 40, 64, 80, 256])
 def test_any_head_dim_and_gaps_between_rows(d, lane):
-    """Elements that belong to nobody are NaN: reading one shows."""
+    """The gaps between rows hold NaN: reading one shows."""
     poisoned = [torch.full((*t.shape[:3], d + 3), math.nan) for t in tensors(d=d)]
     for wide, t in zip(poisoned, tensors(d=d), strict=True):
         wide[..., 1 : d + 1] = t
@@ -115,7 +115,7 @@ def test_half_precision_rounds_once(dtype, lane):
 
 
 def test_threads_change_no_bit():
-    """Also with fewer KV heads than threads, where dq and dk, dv are computed one after the other."""
+    """Also with fewer KV heads than threads: dq and dk, dv are then computed one after the other."""
     q, k, v = tensors(b=1, m=130, n=900, h=4, hkv=2)
     lo, hi = scattered(1, 130, 900)
     before, results = torch.get_num_threads(), []
@@ -305,7 +305,7 @@ def test_a_wrong_direct_backward_is_refused(name):
 @pytest.mark.parametrize("m", [3, 40], ids=["few", "many"])
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"lo": True}], ids=["full", "causal", "intervals"])
 def test_torch_func_transforms_work_with_auto(m, options):
-    """Registered ops have no rules for them; inside one `auto` is torch, and says so."""
+    """Registered ops have no rules for transforms; inside one `auto` chooses torch and says so."""
     g = torch.Generator().manual_seed(5)
     q, k, v = (torch.randn(2, n, 4, 16, generator=g) for n in (m, 50, 50))
     options = {"lo": torch.arange(m, dtype=torch.int32)} if "lo" in options else options

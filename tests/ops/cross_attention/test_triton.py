@@ -1,4 +1,4 @@
-"""cross_attention's Triton kernels against the float64 definition: in the interpreter here, on a GPU where one is."""
+"""cross_attention's Triton kernels against the float64 definition, in the interpreter or on a GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def device(request, kernel_device):
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Fresh memory is full of NaN (or of an absurd integer), so whatever a kernel leaves unwritten shows."""
+    """Fill fresh memory with NaN (or an absurd integer), so that elements a kernel leaves unwritten show."""
     empty = torch.empty
 
     def filled(*args, **kwargs):
@@ -121,7 +121,7 @@ def test_one_sided_intervals(side, m, device):
 
 
 def blocks_apart(b, m, n, g):
-    """Tiles that see everything between tiles that see little: the unmasked run of a key block ends and resumes."""
+    """Tiles that see every key between tiles that see few: the unmasked run of a key block ends and resumes."""
     tile = torch.arange(m) // 16
     lo = torch.where(tile % 3 == 1, n // 2, 0).expand(b, m)
     hi = torch.where(tile % 3 == 2, n // 3, n).expand(b, m)
@@ -207,7 +207,7 @@ def test_strides_do_not_change_a_bit(m, device):
 def test_expanded_inputs(device):
     i = inputs(device, b=1, hkv=1, n=30)
     shared = {name: i[name].expand(2, *i[name].shape[1:]) for name in ("q", "k", "v", "lo", "hi")}
-    shared["dout"] = torch.ones((), device=device).expand(2, 20, 2, 16)  # what out.sum() sends back
+    shared["dout"] = torch.ones((), device=device).expand(2, 20, 2, 16)  # the upstream gradient of out.sum()
     out, lse = forward(i, **shared)
     grads = backward(i, out, lse, **shared, dlse=torch.ones((), device=device).expand(2, 2, 20))
     assert torch.equal(out[0], out[1]) and all(torch.equal(g[0], g[1]) for g in grads)
@@ -259,7 +259,7 @@ def test_other_tiles_give_the_same_attention(config, device):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_what_the_launchers_refuse(device):
+def test_launchers_refuse_wrong_arguments(device):
     i = inputs(device)
     with pytest.raises(ValueError, match="`scale` must be positive"):
         kernels.launch_cross_attention_fwd(i["q"], i["k"], i["v"], None, None, False, 0.0)

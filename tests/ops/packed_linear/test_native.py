@@ -1,4 +1,4 @@
-"""Products with packed weights: the compiled function, when a layer may keep them so, and what it then gives."""
+"""Packed products in the compiled library: bounds, refusals, and layers that keep packed weights."""
 
 from __future__ import annotations
 
@@ -106,11 +106,11 @@ def test_a_wrong_direct_call_is_named(packs, wrong, message):
         library()._packed_linear_native_fwd(**(arguments | wrong))
 
 
-def test_only_what_nothing_follows_is_packed(packing):
+def test_only_products_that_nothing_records_are_packed(packing):
     x = torch.randn(2, 4)
     leaf = x.clone().requires_grad_()
     assert can_pack(x) and not can_pack(x, leaf) and not can_pack(x.double()) and not can_pack(x.bfloat16())
-    assert not can_pack(torch.nn.Parameter(x)), "a subclass may mean anything"
+    assert not can_pack(torch.nn.Parameter(x)), "a subclass multiplies in its own way"
     with torch.no_grad():
         assert can_pack(leaf)
     for transform in (torch.func.vmap, torch.func.grad):
@@ -171,7 +171,7 @@ def test_a_layer_with_packed_weights_is_as_exact_as_without(packing, options):
 
 
 def test_a_frozen_layer_still_passes_gradients_on(packing):
-    """Packed products have no gradient: a call that autograd records gets the plain weights, also in between."""
+    """Packed products have no gradient: a call that autograd records gets plain weights, also between other calls."""
     made = layer().requires_grad_(False)
     anchor, augmenter = torch.randn(1, 5, 48), torch.randn(1, 6, 24)
     with torch.no_grad():
@@ -240,8 +240,8 @@ def test_packed_weights_follow_their_parameters(packing):
     torch.testing.assert_close(after - anchor, 2 * (before - anchor), rtol=1e-4, atol=1e-5)
 
 
-def test_a_token_alone_and_in_company_is_the_same_bits(packing):
-    """Generation with a cache gives what one pass gives because no sum depends on how many tokens there are."""
+def test_a_token_has_the_same_bits_alone_and_among_others(packing):
+    """Generation with a cache equals one pass, because no sum depends on the number of tokens."""
     made = layer()
     anchor, augmenter = torch.randn(3, 40, 48), torch.randn(3, 40, 24)
     kept = pack(made.q_proj.weight.detach())
