@@ -7,9 +7,28 @@ that needs them is first used.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calm_fast._version import __version__
+
+if TYPE_CHECKING:  # the names of _LAZY, for type checkers
+    from calm_fast.consistency.sampling.scoring import score_sequences as score_sequences
+    from calm_fast.consistency.self_consistency import SelfConsistency as SelfConsistency
+    from calm_fast.core.checks import validate_values as validate_values
+    from calm_fast.core.dispatch import explain as explain
+    from calm_fast.hf import ComposedConfig as ComposedConfig
+    from calm_fast.hf import ComposedForCausalLM as ComposedForCausalLM
+    from calm_fast.hf import compose as compose
+    from calm_fast.hf.dual_lora import add_dual_lora as add_dual_lora
+    from calm_fast.hf.dual_lora import get_gates as get_gates
+    from calm_fast.hf.dual_lora import load_dual_lora as load_dual_lora
+    from calm_fast.hf.dual_lora import record_gates as record_gates
+    from calm_fast.hf.dual_lora import remove_dual_lora as remove_dual_lora
+    from calm_fast.hf.dual_lora import save_dual_lora as save_dual_lora
+    from calm_fast.hf.dual_lora import save_lora_adapter as save_lora_adapter
+    from calm_fast.hf.dual_lora import set_dual_lora_mode as set_dual_lora_mode
+    from calm_fast.modules.cross_attention import CrossAttention as CrossAttention
+    from calm_fast.modules.dual_lora import DualLoRALinear as DualLoRALinear
 
 # public name -> the module that defines it, which is imported when the name is first used
 _LAZY = {

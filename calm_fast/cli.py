@@ -1,4 +1,4 @@
-"""The command line: `calm-fast demo | verify | bench | nat | vote | rank | env`. Commands import what they need."""
+"""The command line: `calm-fast demo | verify | bench | nat | vote | rank | env`. Imports happen inside the commands."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help and one-line errors, in a terminal and in a log alike
+    rich_markup_mode=None,  # plain help and one-line errors, in terminals and in logs
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 class Suite(str, Enum):
-    """The sizes of `bench`."""
+    """The suites of `bench`."""
 
     quick = "quick"
     full = "full"
 
 
 class Memory(str, Enum):
-    """Where `bench` lets a CPU's tensors get their memory."""
+    """The source of memory for CPU tensors in `bench`: kept from earlier calls, or from the system."""
 
     kept = "kept"
     system = "system"
@@ -58,9 +58,9 @@ def _options(
 
 @contextlib.contextmanager
 def _folder(out: Path) -> Iterator[None]:
-    """`out`, created; one readable line where that fails, before minutes of work are lost.
+    """Create `out`, and fail with one readable line before minutes of work are lost if that is not possible.
 
-    If the command fails and has left nothing in it, the folders that were created here go again.
+    If the command fails without writing anything, the folders that were created here are removed.
     """
     new = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
     try:
@@ -74,9 +74,9 @@ def _folder(out: Path) -> Iterator[None]:
             raise typer.BadParameter(f"cannot {what} {out}: {problem.strerror}", param_hint="--out") from problem
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # the first that holds something ends it
+        with contextlib.suppress(OSError):  # stops at the first folder that is not empty
             for folder in new:
-                with contextlib.suppress(FileNotFoundError):  # not made yet
+                with contextlib.suppress(FileNotFoundError):  # not created yet
                     folder.rmdir()
         raise
 
@@ -84,12 +84,12 @@ def _folder(out: Path) -> Iterator[None]:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results.json and report.html.")] = Path("demo_out"),
-    seed: Annotated[int, typer.Option(min=0, help="Decides keys, weights and batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of keys, weights and batches.")] = 0,
 ) -> None:
     """Compose two small language models end to end: key-value arithmetic on keys the composition never saw.
 
-    Trains A (knows keys), B (knows numbers) and their composition, about 4 minutes on 2 CPU cores; prints accuracies
-    beside the paper's and writes results.json and report.html.
+    Trains A (knows keys), B (knows numbers) and their composition, in about 4 minutes on 2 CPU cores. Prints the
+    accuracies beside the paper's and writes results.json and report.html.
     """
     with _folder(out):
         from calm_fast.experiments import key_value_arithmetic
@@ -104,12 +104,12 @@ def verify(
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Also write every row to this file.")
     ] = None,
-    brief: Annotated[bool, typer.Option("--brief", help="Only failed rows and the summary.")] = False,
+    brief: Annotated[bool, typer.Option("--brief", help="Print only failed rows and the summary.")] = False,
 ) -> None:
-    """Prove every op with every implementation that can run here against the float64 reference.
+    """Check every op with every implementation that can run here against the float64 reference.
 
-    Exit code 1 if any quantity exceeds its bound. Where there is no GPU, Triton kernels run in Triton's CPU
-    interpreter, in a fresh process.
+    Exit code 1 if any quantity exceeds its bound. Without a GPU, Triton kernels run in Triton's CPU interpreter, in a
+    fresh process. From a source checkout with g++, CUDA kernels run in the CPU emulation.
     """
     with contextlib.nullcontext() if json_file is None else _folder(json_file.parent):
         from calm_fast.verify import run
@@ -130,13 +130,13 @@ def bench(
     compare: Annotated[str | None, typer.Option(metavar="REV", help="A git revision to time beside this one.")] = None,
     memory: Annotated[
         Memory | None,
-        typer.Option(help="CPU: what a call releases is kept for the next, or the system's. Default: kept with glibc."),
+        typer.Option(help="CPU: keep released memory for the next call, or give it back. Default: kept with glibc."),
     ] = None,
 ) -> None:
     """Measure speed and memory against strong baselines on this machine.
 
-    More options: python -m calm_fast.benchmarks.run --help. Exit code 1 if an implementation computes something wrong,
-    with --compare 3 if this checkout is slower than REV.
+    More options: python -m calm_fast.benchmarks.run --help. Exit code 1 if an implementation gives a wrong result; with
+    --compare, exit code 3 if this checkout is slower than REV.
     """
     with _folder(out):
         from calm_fast.benchmarks.run import main as run_main
@@ -353,18 +353,18 @@ def vote(
 def env(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Versions, device, which implementations run here, and why others don't."""
+    """Print versions, devices, the implementations that run here, and the reasons why others do not."""
     from calm_fast import env_report
 
     raise typer.Exit(env_report.main(["--json"] if json_output else []))
 
 
 def main() -> None:
-    """The console script. Bad input is one line and exit code 2; an unexpected error keeps its traceback."""
+    """Run the console script. Bad input gives one line and exit code 2; an unexpected error keeps its traceback."""
     with quiet_end():
         try:
             app()
-        except ImportError as problem:  # a broken or missing package: `calm-fast env` says which
+        except ImportError as problem:  # a package is missing or broken
             typer.echo(
                 f"calm-fast: {type(problem).__name__}: {problem}. `calm-fast env` shows what is installed.", err=True
             )

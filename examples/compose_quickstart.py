@@ -19,6 +19,7 @@ VOCAB = 64
 
 
 def tiny_llama(width: int, layers: int) -> LlamaForCausalLM:
+    """Return a small Llama with random weights."""
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=width,
@@ -34,7 +35,7 @@ def tiny_llama(width: int, layers: int) -> LlamaForCausalLM:
 
 
 def counting_batch(rows: int = 32, length: int = 16) -> torch.Tensor:
-    """Rows that count upwards from a random start, (rows, length): something a composition can learn."""
+    """Return rows (rows, length) that count upwards from a random start, a task that a composition can learn."""
     start = torch.randint(2, VOCAB, (rows, 1))
     return 2 + (start + torch.arange(length)) % (VOCAB - 2)
 
@@ -42,17 +43,17 @@ def counting_batch(rows: int = 32, length: int = 16) -> torch.Tensor:
 def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        # 1. Two models, as they would lie on disk.
+        # 1. Save two models, as a user would have them on disk.
         tiny_llama(64, 4).save_pretrained(Path(folder) / "anchor")
         tiny_llama(48, 6).save_pretrained(Path(folder) / "augmenter")
 
-        # 2. Compose. (-1, -1) reads the augmenter's embedding output into the anchor's; the rest is spread evenly.
+        # 2. Compose. (-1, -1) connects the embedding outputs; the other pairs are spread evenly.
         pairs = [(-1, -1), (0, 0), (2, 1), (5, 3)]
         model = compose(Path(folder) / "anchor", Path(folder) / "augmenter", connections=pairs)
         ids = counting_batch()
-        assert torch.equal(model(ids).logits, model.anchor(ids).logits), "untrained, it is the anchor, bit for bit"
+        assert torch.equal(model(ids).logits, model.anchor(ids).logits), "untrained, it must equal the anchor"
 
-        # 3. Train: only the cross-attention has gradients. transformers' Trainer does the same.
+        # 3. Train. Only the cross-attention has gradients. transformers' Trainer works too.
         trainable = [p for p in model.parameters() if p.requires_grad]
         total = sum(p.numel() for p in model.parameters())
         print(f"{sum(p.numel() for p in trainable):,} of {total:,} parameters train")
@@ -67,7 +68,7 @@ def main() -> None:
             if step % 50 == 0:
                 print(f"step {step:3d}  loss {loss.item():.3f}")
 
-        # 4. Generate, cached, from prompts of different lengths (left padding).
+        # 4. Generate with a cache from prompts of different lengths (left padding).
         model.eval()
         prompts = torch.tensor([[0, 0, 10, 11, 12], [30, 31, 32, 33, 34]])
         mask = (prompts != 0).long()
@@ -75,7 +76,7 @@ def main() -> None:
         for row in out.tolist():
             print("generated", row)
 
-        # 5. Save the composition (its own tensors and two references), load it, get the same model.
+        # 5. Save the composition (its own tensors and references to its parts) and load it again.
         model.save_pretrained(Path(folder) / "composed")
         size = (Path(folder) / "composed" / "model.safetensors").stat().st_size
         print(f"saved {size / 1024:.0f} KiB")

@@ -78,7 +78,7 @@ def test_out_that_cannot_be_written_is_refused_before_the_work(command, tmp_path
     def refuse(**where):
         raise PermissionError(13, "Permission denied", str(where["dir"]))
 
-    monkeypatch.setattr("calm_fast.cli.tempfile.TemporaryFile", refuse)  # root may write everywhere
+    monkeypatch.setattr("calm_fast.cli.tempfile.TemporaryFile", refuse)  # root can write everywhere
     result = invoke(command, "--out", str(tmp_path))
     assert (
         result.exit_code == 2 and "--out: cannot write into" in result.output and "Permission denied" in result.output
@@ -186,7 +186,7 @@ def test_env_says_why_triton_does_not_run_here(monkeypatch):
 
 @pytest.fixture
 def broken(tmp_path):
-    """Makes packages that fail to import, ahead of the real ones on the path."""
+    """Return a function that puts packages which fail to import ahead of the real ones on the path."""
 
     def make(*names):
         for name in names:
@@ -219,7 +219,7 @@ def test_env_survives_a_broken_triton(broken):
     assert impls["triton"].startswith("no: its kernels cannot be imported (OSError")
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])  # the output fails at the program's end, or where it is printed
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # the write fails at the program's end, or at the print itself
 @pytest.mark.parametrize(
     "args",
     [

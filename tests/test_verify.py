@@ -1,4 +1,4 @@
-"""The error rule and `calm-fast verify`: the right passes, the subtly wrong fails, and the exit code says so."""
+"""The error rule and `calm-fast verify`: right results pass, slightly wrong ones fail, and so does the exit code."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_wrong_implementation_exceeds_its_bounds(wrong, monkeypatch):
 
 
 def test_low_precision_accumulation_is_caught(monkeypatch):
-    """A bfloat16 result summed in bfloat16, term by term: worse than twice eager, which sums in float32."""
+    """Summing in bfloat16, term by term, has more than twice the error of eager, which sums in float32."""
 
     def sloppy(q, k, v, lo, hi, causal, scale, return_lse):
         group = q.shape[2] // k.shape[2]
@@ -104,10 +104,10 @@ def test_low_precision_accumulation_is_caught(monkeypatch):
 
 @pytest.mark.parametrize("op", run.OPS)
 def test_bounds_are_close_to_what_good_implementations_reach(op):
-    """A bound a thousand times too wide would pass anything: the median error is at least 1 % of its bound."""
+    """The median error is at least 1 % of its bound: a bound a thousand times too wide would pass anything."""
     cases = [c for c in op_cases(op).cases() if c.dtype == torch.float32][:20]
     rows = [r for c in cases for r in numerics.check(op_cases(op), c, "torch")]
-    ratios = [r.ratio for r in rows if r.bound > 0]  # a bound of 0 asks for every bit
+    ratios = [r.ratio for r in rows if r.bound > 0]  # a bound of 0 means equal bit for bit
     assert rows and (not ratios or torch.tensor(ratios).median() > 0.01)
 
 
@@ -187,7 +187,7 @@ def test_verify_exits_1_where_nothing_ran(monkeypatch):
     monkeypatch.setattr(native_library, "obstacle", lambda op, device="cpu": "it was not built")
     monkeypatch.setattr(run.emulation, "may_have_kernels", lambda op: False)
     result = invoke("--impl", "native")
-    assert result.exit_code == 1 and "nothing is proven" in result.output
+    assert result.exit_code == 1 and "nothing is verified" in result.output
 
 
 @pytest.mark.parametrize("args", [("--impl", "cuda"), ("--op", "attention"), ("--unknown",)])
@@ -208,7 +208,7 @@ def test_a_worker_that_dies_is_a_failure(monkeypatch):
 
 @pytest.mark.slow
 def test_triton_runs_in_a_fresh_interpreter_process(monkeypatch):
-    """Some first rows only: every case runs in this op's own tests."""
+    """Check the first rows only: the op's own tests run every case."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     part = run.Part("cross_attention", "triton", "cpu", interpreted=True)
     rows = run.run_part(part)

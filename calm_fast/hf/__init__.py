@@ -11,7 +11,7 @@ with importing("transformers"):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from calm_fast.hf.cache import ComposedCache
-    from calm_fast.hf.compose import compose
+    from calm_fast.hf.compose_models import compose
     from calm_fast.hf.composed import ComposedForCausalLM
     from calm_fast.hf.config import ComposedConfig
     from calm_fast.hf.connections import resolve_connections

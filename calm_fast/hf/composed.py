@@ -274,11 +274,11 @@ class ComposedForCausalLM(CompositionFiles, GenerationMixin):
             cache: a ComposedCache; also taken as past_key_values or cache_params, its names before transformers 5.24.
             labels: (B, M), shifted by the anchor's loss.
             use_cache: default, True in eval mode without labels if the anchor's config says so.
+            kwargs: go to the anchor.
             augmenter_input_ids: (B, N), read by the augmenter instead of input_ids; requires hi.
             augmenter_attention_mask, augmenter_position_ids: the same for them.
             lo, hi: (B, M) int32; anchor token i reads the augmenter tokens lo <= j < hi, instead of the aligned causal
                 rule.
-            kwargs: go to the anchor.
         The last five are a tensor for all augmenters, or a list with a tensor or None for each.
         Returns:
             the anchor's output; it holds the cache as ``cache`` and as ``past_key_values``.

@@ -217,7 +217,7 @@ def verify(
     print_summary(records, time.perf_counter() - begin)
     ran = [r for r in records if r["verdict"] != "not run"]
     if not ran:
-        console().print("[red]nothing ran: nothing is proven[/red]")
+        console().print("[red]nothing ran, so nothing is verified[/red]")
     return 0 if ran and all(r["verdict"] == "ok" for r in ran) else 1
 
 

@@ -1,4 +1,4 @@
-"""What is stated about other packages is what was run: ranges, record, page, constraints, and what errors say."""
+"""Statements about other packages match recorded runs: ranges, record, page, constraints and error messages."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_constraints_satisfy_every_requirement() -> None:
     for name, requirement in lanes.requirements().items():
         assert pinned[name] in requirement.specifier, name
     assert {"torch", "tokenizers", "ruff"} <= pinned.keys()
-    # torch on the package index asks for one triton, each release of torch for another
+    # each release of torch on the package index requires another triton
     assert not {"calm-fast", "triton"} & pinned.keys()
     assert pinned["transformers"] == tried_range("transformers")[1]
 
@@ -191,7 +191,7 @@ def test_a_suite_that_does_not_start_counts_as_failed(monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def newer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An installed transformers that is newer than any tried."""
+    """Make the installed transformers newer than any that was tried."""
     tested = {"lane": "newest", "failed": 0, "versions": {"transformers": "5.2.0", "torch": "2.13.0+cpu"}}
     older = {"lane": "lowest", "failed": 0, "versions": {"transformers": "5.1.0"}}
     broken = {"lane": "newest", "failed": 4, "versions": {"transformers": "7.0.0"}}
@@ -242,7 +242,7 @@ def test_a_missing_name_says_what_is_installed_and_what_was_tried(newer: None) -
 
 @pytest.mark.parametrize("door", ["calm_fast.compose", "calm_fast.score_sequences", "calm_fast.nat.run"])
 def test_every_door_says_so(door: str, tmp_path: Path) -> None:
-    """In a process of its own, with a transformers that has lost a name which calm_fast imports."""
+    """In a fresh process, with a transformers that lacks a name which calm_fast imports."""
     code = (
         "import transformers.cache_utils, transformers.trainer_utils\n"
         "del transformers.cache_utils.CacheLayerMixin, transformers.trainer_utils.get_last_checkpoint\n"

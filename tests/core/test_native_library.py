@@ -1,4 +1,4 @@
-"""How the compiled library is found, what it says about itself, and what is said where it is not."""
+"""How the compiled library is found, what it reports about itself, and the errors where it is missing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ built = pytest.mark.skipif(not BUILT, reason="calm_fast was installed without th
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """The questions asked anew, and forgotten again afterwards."""
+    """Clear the cached answers before and after a test."""
     for cached in (native_library._load, native_library._served, native_library._find_obstacle):
         cached.cache_clear()
         monkeypatch.setattr(native_library, cached.__name__, cached)
@@ -76,7 +76,7 @@ def test_every_declared_function_has_an_implementation():
 
 @built
 def test_no_two_ops_answer_to_one_prefix():
-    """`obstacle("x")` looks for functions x and x_...: no op's name may begin another's that way."""
+    """`obstacle("x")` looks for functions x and x_..., so no op's name may be such a prefix of another's."""
     assert not [(a, b) for a in OPS for b in OPS if a != b and b.startswith(f"{a}_")]
 
 

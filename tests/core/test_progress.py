@@ -1,4 +1,4 @@
-"""A bar on a terminal, a line every few seconds elsewhere, nothing where none is asked for."""
+"""A progress bar on a terminal, a line every few seconds elsewhere, nothing if it is switched off."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from calm_fast.core.progress import progress_bar
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, terminal: bool, **options: Any) -> str:
-    """What a loop over 400 steps of a millisecond writes to standard error."""
+    """Return what a loop over 400 steps of a millisecond writes to standard error."""
 
     class Screen(io.StringIO):
         def isatty(self) -> bool:

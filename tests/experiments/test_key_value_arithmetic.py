@@ -55,7 +55,7 @@ def keys_in(ids: torch.Tensor, world: data.World) -> set[int]:
 
 
 def expected_answer(prompt: str) -> str:
-    """The answer of a prompt's text, worked out apart from the code that made it."""
+    """Return the answer to a prompt's text, computed independently of the code that made it."""
     words = prompt.split()
     values = [str(WORLD.values[int(w[1:])].item()) if w.startswith("k") else w for w in words]
     if words[-1] == "=":
@@ -159,7 +159,7 @@ def test_exact_match_is_what_greedy_generation_gives():
 
 def test_an_answer_without_its_end_is_wrong():
     class Parrot(torch.nn.Module):
-        """Writes the true answer, but never <eos>."""
+        """Writes the gold answer, but never <eos>."""
 
         def forward(self, input_ids, logits_to_keep, use_cache):
             following = torch.cat([input_ids[:, 1:], input_ids[:, -1:]], dim=1)[:, logits_to_keep]
@@ -190,7 +190,7 @@ def test_composition_computes_with_unseen_keys_and_leaves_a_and_b_alone():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The pipeline of seed 3 twice and of seed 4 once: folder and returned results of each."""
+    """Run seed 3 twice and seed 4 once; return the folder and the results of each."""
     out = []
     for name, seed in (("first", 3), ("again", 3), ("other", 4)):
         folder = tmp_path_factory.mktemp(name)
@@ -233,7 +233,7 @@ def test_report_is_self_contained_and_shows_both_tables(runs):
 
 
 def test_run_refuses_a_negative_seed(tmp_path):
-    with pytest.raises(ValueError, match="seed: expected a non-negative int, got -1"):
+    with pytest.raises(ValueError, match="run: `seed` must be a non-negative int, got -1"):
         experiment.run(tmp_path, -1)
 
 

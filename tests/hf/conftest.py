@@ -1,4 +1,4 @@
-"""Makes the factories of this folder importable by its tests under --import-mode=importlib."""
+"""Make the factories of this folder importable by its tests under --import-mode=importlib."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ PAD, EOS = 0, 96  # sampled prompts avoid both
 
 @dataclass(frozen=True)
 class Family:
-    """What a tiny config of a family is made of: its own names for width, depth, heads, and anything special."""
+    """The tiny config of a family: its own names for width, depth and heads, and its special settings."""
 
     model_type: str
     width: str = "hidden_size"
@@ -28,7 +28,7 @@ class Family:
     static_chunks: bool = True  # transformers sizes its static cache right for prefill in chunks
 
     def model(self, seed: int = 0, width: int = 32, depth: int = 3, vocab: int = VOCAB) -> Any:
-        """A randomly initialised causal LM in eval mode."""
+        """Return a randomly initialised causal LM in eval mode."""
         torch.manual_seed(seed)
         names = {self.width: width, self.depth: depth, "vocab_size": vocab}
         if self.heads:
@@ -107,12 +107,12 @@ def randomize(composed: ComposedForCausalLM, seed: int = 7) -> ComposedForCausal
 
 
 def composed_model(name: str, connections: Any = ((-1, -1), (0, 1), (2, 2)), **kwargs: Any) -> ComposedForCausalLM:
-    """Anchor and augmenter of one family (different seeds and depths), composed with random weights."""
+    """Compose an anchor and an augmenter of one family (different seeds) with random weights."""
     family = FAMILIES[name]
     pairs = [tuple(pair) for pair in connections]
     return randomize(compose(family.model(0), family.model(1), pairs, **kwargs))
 
 
 def prompts(batch: int = 2, length: int = 9, seed: int = 3) -> torch.Tensor:
-    """Token ids (batch, length) without padding or end tokens."""
+    """Return token ids (batch, length) without padding or end tokens."""
     return torch.randint(2, EOS, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Bad input names the argument, what was expected and what came; layers are found by one rule."""
+"""Errors for bad input name the argument, what it must be and what came. One rule finds the layers."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_a_foreign_cache_is_refused_by_generate() -> None:
 
 
 def test_layers_named_by_path_are_used() -> None:
-    path = "transformer.h"  # CTRL's layers are plain modules, which the generic rule does not take
+    path = "transformer.h"  # CTRL's layers are plain modules, which the generic rule does not find
     anchor, augmenter = OTHERS["ctrl"].model(0), OTHERS["ctrl"].model(1)
     composed = randomize(compose(anchor, augmenter, "uniform:2", anchor_layers=path, augmenter_layers=path))
     ids, how = prompts(), {"max_new_tokens": 5, "do_sample": False}
@@ -247,7 +247,7 @@ def test_visibility_of_padding_documents_and_steps() -> None:
     assert lo.tolist() == [[2] * 4, [0] * 4]
     assert hi.tolist() == [[2, 2, 3, 4], [1, 2, 3, 0]]
     lo, hi, _ = aligned_visibility(mask[:1], None, 1, 3, 1)
-    assert (lo.tolist(), lo.dtype, hi) == ([[2]], torch.int32, None)  # to the last one, itself
+    assert (lo.tolist(), lo.dtype, hi) == ([[2]], torch.int32, None)  # from the first real token up to the query itself
     assert aligned_visibility(ones(2, 4), None, 2, 3, 1) is CAUSAL
     lo, hi, _ = aligned_visibility(mask, None, 2, 3, 1)
     assert lo.tolist() == [[2], [0]] and hi.tolist() == [[4], [0]]  # the second row's token is padding

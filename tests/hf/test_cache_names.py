@@ -1,4 +1,4 @@
-"""The cache under every name: what users write, what a transformers release calls it, and a name nobody knows."""
+"""The cache under every name: names that users write, names of transformers releases, and an unknown name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ OWN = cache_argument(LlamaForCausalLM.forward)
 
 @dataclass
 class LogitsAndCache(ModelOutput):
-    """Outputs of a release in which the cache has no name but ``cache``."""
+    """Outputs of a release whose only name for the cache is ``cache``."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
@@ -52,7 +52,7 @@ class LogitsAndCache(ModelOutput):
 
 
 class NewNameOnly(LlamaForCausalLM):
-    """A Llama of the release that has dropped the old names."""
+    """A Llama of a release without the old names."""
 
     def forward(
         self,
@@ -72,7 +72,7 @@ class NewNameOnly(LlamaForCausalLM):
 
 
 class OldNameOnly(LlamaForCausalLM):
-    """A Llama as remote code of earlier days writes it."""
+    """A Llama as older remote code writes it."""
 
     def forward(
         self,
@@ -89,21 +89,21 @@ class OldNameOnly(LlamaForCausalLM):
 
 
 class UnknownName(LlamaForCausalLM):
-    """A Llama of a release that has renamed the cache once more."""
+    """A Llama of a release that has renamed the cache again."""
 
     def forward(self, input_ids: Any = None, attention_mask: Any = None, memory: Any = None, **kwargs: Any) -> Any:
         return super().forward(input_ids, attention_mask=attention_mask, **kwargs, **{OWN: memory})
 
 
 class DictCache(LlamaForCausalLM):
-    """A model with a ``cache`` that is no transformers Cache, as XLM has it."""
+    """A model whose ``cache`` is not a transformers Cache, as in XLM."""
 
     def forward(self, input_ids: Any = None, cache: dict[str, torch.Tensor] | None = None, **kwargs: Any) -> Any:
         return super().forward(input_ids, **kwargs)
 
 
 def made(kind: type[LlamaForCausalLM], seed: int = 0) -> LlamaForCausalLM:
-    """A model of `kind` with the weights of the Llama family's `seed`."""
+    """Return a model of `kind` with the weights of the Llama family for `seed`."""
     llama = FAMILIES["llama"].model(seed)
     model = kind(llama.config).eval()
     model.load_state_dict(llama.state_dict())
@@ -156,7 +156,7 @@ def test_two_names_at_once_are_named(call: str) -> None:
 @pytest.mark.parametrize("call", ["forward", "generate"])
 @pytest.mark.parametrize("foreign", [DynamicCache, tuple])
 def test_a_cache_of_another_kind_is_refused_under_the_name_it_came_by(name: str, call: str, foreign: Any) -> None:
-    """Also where the release does not mark a caller's own cache: it would be wrapped with empty augmenter caches."""
+    """Also in releases that do not mark the caller's own cache, which would be wrapped with empty augmenter caches."""
     composed, ids = composed_model("llama"), prompts()
     with pytest.raises(ValueError, match=f"`{name}` must be a ComposedCache, got {foreign.__name__}"):
         getattr(composed, call)(ids, **{name: foreign()})
@@ -218,7 +218,7 @@ def test_every_family_takes_its_cache_under_a_known_name(name: str) -> None:
         model(prompts(2, 1), **{signature.cache: cache_of(outputs), "use_cache": True})
 
 
-# ---- a name nobody knows -------------------------------------------------------------------------------------------
+# ---- an unknown name -----------------------------------------------------------------------------------------------
 
 
 def test_an_unknown_name_is_an_error_that_says_what_was_tried() -> None:
@@ -267,7 +267,7 @@ def test_generate_without_a_known_name_says_what_was_tried(monkeypatch: pytest.M
 
 
 class Forgetful(LlamaForCausalLM):
-    """A Llama whose forward takes the cache, and drops it on the way to the layers."""
+    """A Llama whose forward takes the cache but does not pass it on to the layers."""
 
     def forward(self, input_ids: Any = None, cache: Cache | None = None, **kwargs: Any) -> Any:
         return super().forward(input_ids, **kwargs)

@@ -1,4 +1,4 @@
-"""What a composition computes, and that it leaves its parts alone."""
+"""A composition computes the equation of CALM and does not change its parts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def states(model: nn.Module, ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Te
 
 
 def entering(composed: ComposedForCausalLM, ids: torch.Tensor) -> torch.Tensor:
-    """What layer 0 of the anchor is called with (some families record hidden_states[0] before that)."""
+    """Return the input of the anchor's layer 0 (some families record hidden_states[0] before it)."""
     seen: list[torch.Tensor] = []
     layer = find_layers(composed.anchor)[1][0]
     handle = layer.register_forward_hook(lambda _, args, output: seen.append(args[0]))
@@ -45,7 +45,7 @@ def entering(composed: ComposedForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def test_a_connection_computes_its_module_on_the_two_hidden_states(name: str, pair: tuple[int, int]) -> None:
     anchor, augmenter, ids = FAMILIES[name].model(0), FAMILIES[name].model(1), prompts()
-    # asked for before composing: transformers' own recording hooks are in place first
+    # requested before composing, so that transformers installs its recording hooks first
     read, written = states(augmenter, ids)[pair[0] + 1], states(anchor, ids)[pair[1] + 1]
     composed = randomize(compose(anchor, augmenter, [pair]))
     expected = composed.connections[0](written, read, causal=True)
@@ -238,7 +238,7 @@ def test_intervals_follow_the_layer_to_its_device(monkeypatch) -> None:
     monkeypatch.setattr(composed.connections[0], "forward", forward)
     hi = torch.arange(1, 10, dtype=torch.int32).expand(2, 9)
     composed.frame.states[0, 1] = torch.randn(2, 9, 8)
-    hidden = torch.empty(2, 9, 8, device="meta")  # a layer that a device map put elsewhere than the inputs
+    hidden = torch.empty(2, 9, 8, device="meta")  # a layer that a device map put on another device than the inputs
     composed._add_residuals([AugmenterCall({}, Visibility(torch.zeros_like(hi), hi, False))], None, 1, hidden)
     assert seen == ["meta"] * 3
 
@@ -285,7 +285,7 @@ def test_families_that_name_things_differently(name: str) -> None:
     assert torch.equal(composed.generate(ids, use_cache=True, **how), composed.generate(ids, use_cache=False, **how))
     with torch.no_grad():
         full = composed(ids, use_cache=False).logits
-        first = composed(ids[:, :8], use_cache=True)  # one token left: all that Mamba itself can continue with
+        first = composed(ids[:, :8], use_cache=True)  # one token left: Mamba itself can continue with no more
         rest = composed(ids[:, 8:], cache=first.cache)
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), full, rtol=0, atol=1e-4)
 
@@ -300,7 +300,7 @@ def test_forward_compiles_as_one_graph(backend: str) -> None:
     torch.compiler.reset()
     compiled = torch.compile(composed, fullgraph=True, backend=backend)
     packed = {"position_ids": torch.cat([torch.arange(4), torch.arange(5)])[None]}
-    # every new combination compiles again, which inductor takes its time for
+    # every new combination compiles again, which is slow with inductor
     for kwargs in ({}, packed, {"attention_mask": mask})[-1 if backend == "inductor" else 0 :]:
         expected = composed(ids, labels=ids, **kwargs)
         outputs = compiled(ids, labels=ids, **kwargs)

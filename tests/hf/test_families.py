@@ -20,19 +20,19 @@ STEPS = 7
 
 @cache
 def shared(name: str) -> ComposedForCausalLM:
-    """One composition per family for the tests that only read it."""
+    """One composition per family, for tests that do not change it."""
     return composed_model(name)
 
 
 def left_padded(rows: torch.Tensor, pads: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same prompts with the first row's start turned into padding."""
+    """Return the same prompts with padding at the start of the first row."""
     mask = torch.ones_like(rows)
     mask[0, :pads] = 0
     return rows.masked_fill(mask == 0, PAD), mask
 
 
 def recompute(model: Any, ids: torch.Tensor, steps: int = STEPS) -> torch.Tensor:
-    """Greedy continuation, every step from scratch through the plain forward: no cache, no generate()."""
+    """Continue greedily, each step from scratch through the plain forward, without cache or generate()."""
     for _ in range(steps):
         with torch.no_grad():
             logits = model(ids, use_cache=False).logits
@@ -56,7 +56,7 @@ def test_logits_at_init_are_the_anchors_bit_for_bit(name: str) -> None:
 
 
 def stepwise(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Logits of a left-padded batch in two cached pieces, positions left to the model."""
+    """Return the logits of a left-padded batch in two cached pieces; the model computes the positions."""
     first = model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True)
     return model(ids[:, 6:], attention_mask=mask, **{cache_argument(model.forward): cache_of(first)}).logits
 
@@ -105,7 +105,7 @@ def test_greedy_generation_equals_recomputation(name: str) -> None:
     composed, ids = shared(name), prompts()
     expected = recompute(composed, ids)
     assert torch.equal(composed.generate(ids, max_new_tokens=STEPS, do_sample=False, eos_token_id=None), expected)
-    # the composition takes part: the anchor alone says something else
+    # the composition has an effect: the anchor alone gives other tokens
     assert not torch.equal(recompute(composed.anchor, ids), expected)
 
 
@@ -125,7 +125,7 @@ HOW_TO_CACHE = ("cache_implementation", "prefill_chunk_size")
 def test_cached_generation_equals_recomputation(name: str, variant: str, padding: str) -> None:
     composed, ids, mask = shared(name), prompts(), None
     if variant == "static chunked" and not FAMILIES[name].static_chunks:
-        with pytest.raises(RuntimeError, match="index_copy_"):  # also without a composition
+        with pytest.raises(RuntimeError, match="index_copy_"):  # it fails without a composition too
             composed.anchor.generate(ids, max_new_tokens=2, **VARIANTS[variant])
         return
     if padding == "left padding":

@@ -1,4 +1,4 @@
-"""Ways of generating that people use: drafts, pipelines, continued caches, guidance; and what is refused."""
+"""Common ways to generate: drafts, pipelines, continued caches, guidance; and the unsupported ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 
 def words() -> PreTrainedTokenizerFast:
-    """One word for each token id."""
+    """A tokenizer with one word per token id."""
     inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token=f"w{PAD}"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -1,4 +1,4 @@
-"""The example does what it says."""
+"""The quickstart example runs and prints what it promises."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def rebuilt(folder: Path) -> ComposedForCausalLM:
-    """The composition in the folder, made again without loading it."""
+    """Compose the models of the folder again, without loading the composition."""
     return randomize(compose(folder / "anchor", folder / "augmenter", [(-1, -1), (2, 1)], **SETTINGS))
 
 
@@ -172,7 +172,7 @@ def test_files_and_parts_that_are_not_there_are_named(folder: Path) -> None:
 
 
 def test_a_name_of_the_hub_is_still_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OWNER/NAME, no folder here, is read from the cache that the hub's files are kept in."""
+    """OWNER/NAME, which is not a folder here, is read from the cache of the hub."""
     revision = "0" * 40
     kept = tmp_path / "cache" / "models--owner--anchor"
     shutil.copytree(folder / "anchor", kept / "snapshots" / revision)

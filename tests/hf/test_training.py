@@ -24,7 +24,7 @@ CHECKPOINTING = next(
 
 
 def dataset() -> list[dict[str, list[int]]]:
-    """Rows of one length with a different number of labelled tokens each."""
+    """Return rows of one length, each with another number of labelled tokens."""
     rows = prompts(ROWS, 10, seed=11).tolist()
     return [{"input_ids": row, "labels": [-100] * (n % 7) + row[n % 7 :]} for n, row in enumerate(rows)]
 
@@ -81,7 +81,7 @@ def test_resumed_training_equals_uninterrupted(tmp_path: Path) -> None:
 
 
 def test_training_resumes_where_the_parts_tie_their_lm_head(tmp_path: Path) -> None:
-    """Most small models do. Trainer ties again after it has read a checkpoint; an augmenter's view has no LM head."""
+    """Most small models tie it. Trainer ties again on resuming. An augmenter's view has no LM head."""
     model = composed_model("gemma3_text")
     assert model.anchor.lm_head.weight is model.anchor.get_input_embeddings().weight
     trainer(model, tmp_path, 2, save_strategy="steps", save_steps=1).train()
@@ -117,7 +117,7 @@ def gradients(model: ComposedForCausalLM, ids: torch.Tensor) -> list[torch.Tenso
 
 
 def switch(model: ComposedForCausalLM, what: str) -> Any:
-    """Gradient checkpointing on or off, under the name this transformers version prefers."""
+    """Return the method that switches gradient checkpointing, under the name that this transformers version prefers."""
     return getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")
 
 
@@ -171,7 +171,7 @@ def test_no_gradient_below_the_first_connection() -> None:
 
 
 class Evaluate(TrainerCallback):
-    """Checks the modes the Trainer leaves the parts in."""
+    """Records the modes in which Trainer leaves the parts."""
 
     def __init__(self) -> None:
         self.modes: list[tuple[bool, bool]] = []

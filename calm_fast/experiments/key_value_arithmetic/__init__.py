@@ -1,6 +1,6 @@
 """The CALM key-value arithmetic experiment (arXiv 2401.02412, section 4.1) through the public API, end to end.
 
-Read `data` (tasks), `training` (models, recipe), `evaluation`, then `run` here; `report` and `speed` only tell.
+Read `data` (tasks), `training` (models, recipe) and `evaluation`, then `run` here. `report` and `speed` only present.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
 import calm_fast
 from calm_fast._version import versions
+from calm_fast.core.checks import bad_value
 from calm_fast.core.progress import progress_bar
 from calm_fast.experiments.key_value_arithmetic import report, speed
 from calm_fast.experiments.key_value_arithmetic.data import ROW, World, mixture_a, mixture_b, mixture_composition
 from calm_fast.experiments.key_value_arithmetic.evaluation import accuracies, examples
 from calm_fast.experiments.key_value_arithmetic.training import (
+    Causal,
     Recipe,
     add_tokens,
     seeds,
@@ -42,9 +43,9 @@ Bars = Callable[[str, int], Callable[[range], Any]]
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread for torch: matrices this small gain little from two, and lose much on a busy machine.
+    """Run torch on one thread: matrices this small gain little from two, and lose much on a busy machine.
 
-    It also makes a seed's numbers independent of the machine's number of cores.
+    The numbers of a seed also become independent of the machine's number of cores.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -62,7 +63,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _train_alone(*args: Any) -> list[float]:
-    """train() on one torch thread: the count belongs to the thread that computes."""
+    """Run train() on one torch thread. Each Python thread has its own thread count, so it is set here."""
     with _one_thread():
         return train(*args)
 
@@ -75,7 +76,7 @@ def _bars(enabled: bool) -> Bars:
     return bar
 
 
-def _what_ran(recipe: Recipe) -> list[tuple[str, str]]:
+def _setup_rows(recipe: Recipe) -> list[tuple[str, str]]:
     tokens, size = ROW - 1, recipe.width // recipe.heads
     q = torch.empty(recipe.composition.rows, tokens, recipe.heads, size)
     return [
@@ -88,7 +89,7 @@ def _what_ran(recipe: Recipe) -> list[tuple[str, str]]:
         ("composition", "calm_fast.compose and torch's AdamW, one thread"),
         (
             "machine",
-            f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}; everything on the CPU",
+            f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}; everything runs on the CPU",
         ),
     ]
 
@@ -115,8 +116,8 @@ def _recipe_rows(recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
-def _train_parts(recipe: Recipe, seed: int, bar: Bars) -> tuple[World, dict[str, nn.Module], dict[str, list[float]]]:
-    """The keys, A and B trained side by side, and their losses."""
+def _train_parts(recipe: Recipe, seed: int, bar: Bars) -> tuple[World, dict[str, Causal], dict[str, list[float]]]:
+    """Train A and B at the same time; return the world of keys, the models, and their losses."""
     streams, world = seeds(seed), token_world(recipe, seed)
     a = tiny_llama(recipe, world.vocab_size, streams["init_a"])
     b = tiny_llama(recipe, world.key_offset, streams["init_b"])  # B's own vocabulary: everything but keys
@@ -132,9 +133,9 @@ def _train_parts(recipe: Recipe, seed: int, bar: Bars) -> tuple[World, dict[str,
 
 
 def _train_composition(
-    recipe: Recipe, seed: int, world: World, parts: dict[str, nn.Module], bar: Bars
-) -> tuple[nn.Module, list[float]]:
-    """A and B composed by the public API and trained on the keys of `world.train_keys`, and the losses."""
+    recipe: Recipe, seed: int, world: World, parts: dict[str, Causal], bar: Bars
+) -> tuple[Causal, list[float]]:
+    """Compose A and B with the public API and train on `world.train_keys`; return the composition and its losses."""
     streams = seeds(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(streams["init_ab"])
@@ -167,18 +168,24 @@ def run(
 ) -> dict[str, Any]:
     """Train A, B and their composition, evaluate all three, write results.json and report.html to `out_dir`.
 
-    seed: decides keys, values, the split, every initial weight and every batch; the same seed gives the same losses
-    and accuracies on one machine with one torch version. recipe: other numbers than the default's.
-    progress: progress bars and the table on the terminal. measure_speed: time the composition layer for the report.
-    Returns what results.json holds: {"accuracy": {task: {"A", "B", "AB"}} in percent, "seconds", "seed", "versions"}.
-    Raises ValueError for a negative seed.
+    Args:
+        seed: decides keys, values, the split, every initial weight and every batch. On one machine with one torch
+            version, the same seed gives the same losses and accuracies.
+        recipe: the numbers of the experiment; default, `Recipe()`.
+        progress: show progress bars and the table on the terminal.
+        measure_speed: time the composition layer for the report.
+    Returns:
+        the content of results.json: {"accuracy": {task: {"A", "B", "AB"}} in percent, "seconds", "seed", "versions"}.
+    Raises:
+        ValueError: `seed` is negative.
     """
     if seed < 0:
-        raise ValueError(f"seed: expected a non-negative int, got {seed}")
+        raise bad_value("key_value_arithmetic.run", "seed", "a non-negative int", str(seed))
     recipe = Recipe() if recipe is None else recipe
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    console, bar, seconds = Console(quiet=not progress), _bars(progress), {}
+    console, bar = Console(quiet=not progress), _bars(progress)
+    seconds: dict[str, float] = {}
 
     with _one_thread(), _timed(seconds, "total"):
         console.print(f"Key-value arithmetic, seed {seed}: training A (keys) and B (numbers) at the same time")
@@ -196,5 +203,5 @@ def run(
             measured = [speed.measure(case) for case in speed.CASES] if measure_speed else []
 
     results = {"accuracy": accuracy, "seconds": seconds, "seed": seed, "versions": versions()}
-    _write(out, report.Story(results, losses, _what_ran(recipe), shown, measured, _recipe_rows(recipe)), console)
+    _write(out, report.Story(results, losses, _setup_rows(recipe), shown, measured, _recipe_rows(recipe)), console)
     return results

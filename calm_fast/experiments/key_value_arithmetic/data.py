@@ -1,7 +1,7 @@
 """Vocabulary and task batches of the key-value arithmetic experiment (CALM, section 4.1).
 
-Every row is `x op y <mark> answer <eos>` with a two-operand expression, so all answers start at the same column
-and a batch is one rectangular int64 tensor that needs no attention mask (padding is on the right, attention causal).
+Every row is `x op y <mark> answer <eos>` with a two-operand expression, so all answers start in the same column. A
+batch is one rectangular int64 tensor. It needs no attention mask: padding is on the right, and attention is causal.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from calm_fast.core.checks import bad_value
 
 PAD, EOS, PLUS, MINUS, EQUALS, COLON = range(6)
 SPECIALS = ("<pad>", "<eos>", "+", "-", "=", ":")
@@ -21,10 +23,10 @@ IGNORE = -100  # label of a token that carries no loss (the transformers convent
 
 @dataclass(frozen=True)
 class World:
-    """Keys, their values and the token ids, all drawn from one seed.
+    """The keys, their values and their token ids, all drawn from one seed.
 
     values: (keys,) int64, the number behind each key.
-    train_keys / unseen_keys: int64 key indices; composition trains on the first, the experiment reports the second.
+    train_keys, unseen_keys: int64 key indices. The composition trains on the first; results are for the second.
     """
 
     values: torch.Tensor
@@ -40,12 +42,13 @@ class World:
         order = torch.randperm(keys, generator=rng)
         cut = int(round(keys * train_fraction))
         if not 0 < cut < keys:
-            raise ValueError(f"train_fraction must leave keys on both sides, got {train_fraction} of {keys} keys")
+            expected = "a fraction that leaves keys on both sides of the split"
+            raise bad_value("World.create", "train_fraction", expected, f"{train_fraction} of {keys} keys")
         return World(values, order[:cut], order[cut:], max_value)
 
     @property
     def number_offset(self) -> int:
-        """Token id of the number 0; the numbers -max_value .. 2*max_value have one token each."""
+        """Token id of the number 0. Each number from -max_value to 2*max_value has one token."""
         return len(SPECIALS) + self.max_value
 
     @property
@@ -58,15 +61,15 @@ class World:
         return self.key_offset + len(self.values)
 
     def number(self, x: torch.Tensor) -> torch.Tensor:
-        """Token ids of the integers x (any shape)."""
+        """Return the token ids of the integers x, of any shape."""
         return x + self.number_offset
 
     def key(self, k: torch.Tensor) -> torch.Tensor:
-        """Token ids of the key indices k (any shape)."""
+        """Return the token ids of the key indices k, of any shape."""
         return k + self.key_offset
 
     def decode(self, ids: list[int]) -> str:
-        """Readable text of token ids, for reports and tests."""
+        """Return readable text for token ids, for reports and tests."""
         words = []
         for i in ids:
             if i < len(SPECIALS):
@@ -94,19 +97,19 @@ class Batch:
 
 
 def _operands(pool: torch.Tensor, n: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two independent draws of n members of `pool`."""
+    """Return two independent draws of n members of `pool`."""
     pick = torch.randint(0, len(pool), (2, n), generator=rng)
     return pool[pick[0]], pool[pick[1]]
 
 
 def _operator(n: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """n operator tokens and their signs (+1 / -1)."""
+    """Return n operator tokens and their signs, +1 or -1."""
     minus = torch.randint(0, 2, (n,), generator=rng)
     return torch.where(minus == 1, MINUS, PLUS), 1 - 2 * minus
 
 
 def _batch(columns: list[torch.Tensor | int], answer_start: int, n: int) -> Batch:
-    """Rows from their columns (a tensor (n,) or one token for all rows), padded on the right to ROW."""
+    """Build rows from columns, each a tensor (n,) or one token for all rows, padded on the right to ROW."""
     ids = torch.full((n, ROW), PAD, dtype=torch.int64)
     for position, column in enumerate(columns):
         ids[:, position] = column
@@ -116,7 +119,7 @@ def _batch(columns: list[torch.Tensor | int], answer_start: int, n: int) -> Batc
 
 
 def substitution(world: World, pool: torch.Tensor, n: int, rng: torch.Generator) -> Batch:
-    """`k1 op k2 : v1 op v2 <eos>`: the values of an expression of keys."""
+    """Return rows `k1 op k2 : v1 op v2 <eos>`: the values of an expression of keys."""
     k1, k2 = _operands(pool, n, rng)
     op, _ = _operator(n, rng)
     v1, v2 = world.number(world.values[k1]), world.number(world.values[k2])
@@ -124,9 +127,9 @@ def substitution(world: World, pool: torch.Tensor, n: int, rng: torch.Generator)
 
 
 def facts(world: World, pool: torch.Tensor, n: int, rng: torch.Generator) -> Batch:
-    """A key at once followed by its value, half at the first and half at the second operand of an expression.
+    """Return rows with a key followed at once by its value: half `k v`, half `k1 op k2 v2`.
 
-    This is what makes A's state AT a key carry the value, where the composition can read it.
+    They make A's state at a key carry the value, where the composition can read it.
     """
     first = n // 2
     k = pool[torch.randint(0, len(pool), (first,), generator=rng)]
@@ -138,21 +141,21 @@ def facts(world: World, pool: torch.Tensor, n: int, rng: torch.Generator) -> Bat
 
 
 def numeric(world: World, n: int, rng: torch.Generator) -> Batch:
-    """`a op b = c <eos>`."""
+    """Return rows `a op b = c <eos>`."""
     a, b = torch.randint(0, world.max_value + 1, (2, n), generator=rng)
     op, sign = _operator(n, rng)
     return _batch([world.number(a), op, world.number(b), EQUALS, world.number(a + sign * b), EOS], ANSWER_START, n)
 
 
 def echo(world: World, n: int, rng: torch.Generator) -> Batch:
-    """`a op b : a op b <eos>`: the number side of substitution, which B must already be able to write."""
+    """Return rows `a op b : a op b <eos>`: the answers of substitution, which B must be able to write."""
     a, b = world.number(torch.randint(0, world.max_value + 1, (2, n), generator=rng))
     op, _ = _operator(n, rng)
     return _batch([a, op, b, COLON, a, op, b, EOS], ANSWER_START, n)
 
 
 def kv_arithmetic(world: World, pool: torch.Tensor, n: int, rng: torch.Generator) -> Batch:
-    """`k1 op k2 = c <eos>`: what neither A nor B can do alone."""
+    """Return rows `k1 op k2 = c <eos>`, which neither A nor B can answer alone."""
     k1, k2 = _operands(pool, n, rng)
     op, sign = _operator(n, rng)
     c = world.number(world.values[k1] + sign * world.values[k2])
@@ -160,7 +163,7 @@ def kv_arithmetic(world: World, pool: torch.Tensor, n: int, rng: torch.Generator
 
 
 def mixed_arithmetic(world: World, pool: torch.Tensor, n: int, rng: torch.Generator) -> Batch:
-    """Arithmetic over one key and one number, the key on either side."""
+    """Return rows of arithmetic with one key and one number, the key on either side."""
     k = pool[torch.randint(0, len(pool), (n,), generator=rng)]
     v = world.values[k]
     x = torch.randint(0, world.max_value + 1, (n,), generator=rng)
@@ -176,7 +179,7 @@ Mixture = list[tuple[float, Callable[[int, torch.Generator], Batch]]]
 
 
 def mixture_a(world: World) -> Mixture:
-    """A's training data: half substitution, half facts, over ALL keys (A owns them)."""
+    """Return A's training data: half substitution, half facts, over all keys, because A knows them all."""
     everything = torch.arange(len(world.values))
     return [
         (0.5, lambda n, rng: substitution(world, everything, n, rng)),
@@ -185,12 +188,12 @@ def mixture_a(world: World) -> Mixture:
 
 
 def mixture_b(world: World) -> Mixture:
-    """B's training data: numbers only, no key ever."""
+    """Return B's training data: numbers only, never a key."""
     return [(0.7, lambda n, rng: numeric(world, n, rng)), (0.3, lambda n, rng: echo(world, n, rng))]
 
 
 def mixture_composition(world: World) -> Mixture:
-    """The composition's training data: only `train_keys`; numeric rows keep B's own skill."""
+    """Return the composition's training data: only `train_keys`, and numeric rows that preserve B's own skill."""
     pool = world.train_keys
     return [
         (0.4, lambda n, rng: kv_arithmetic(world, pool, n, rng)),
@@ -201,7 +204,7 @@ def mixture_composition(world: World) -> Mixture:
 
 
 def draw(mixture: Mixture, rows: int, rng: torch.Generator) -> Batch:
-    """A batch of `rows` rows with the mixture's shares (rounded; the first task takes the remainder)."""
+    """Return a batch of `rows` rows with the mixture's shares, rounded; the first task takes the remainder."""
     counts = [int(round(rows * share)) for share, _ in mixture]
     counts[0] += rows - sum(counts)
     return Batch.cat([make(n, rng) for n, (_, make) in zip(counts, mixture, strict=True) if n > 0])

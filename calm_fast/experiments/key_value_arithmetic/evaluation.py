@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from calm_fast.experiments.key_value_arithmetic.data import (
     ANSWER_START,
@@ -18,6 +17,7 @@ from calm_fast.experiments.key_value_arithmetic.data import (
     numeric,
     substitution,
 )
+from calm_fast.experiments.key_value_arithmetic.training import Causal
 
 TASKS: dict[str, Callable[[World, torch.Tensor, int, torch.Generator], Batch]] = {
     "substitution": substitution,
@@ -27,12 +27,12 @@ TASKS: dict[str, Callable[[World, torch.Tensor, int, torch.Generator], Batch]] =
 
 
 @torch.no_grad()
-def exact_matches(model: nn.Module, batch: Batch, rows: int = 1000) -> torch.Tensor:
-    """(n,) bool: would greedy generation write every answer token, <eos> included?
+def exact_matches(model: Causal, batch: Batch, rows: int = 1000) -> torch.Tensor:
+    """Return (n,) bool, True where greedy generation writes every answer token, <eos> included.
 
-    One pass over the true answer decides it exactly: if each argmax equals the true token, greedy decoding sees the
-    same prefix at every step and writes the answer; at the first argmax that differs it leaves the answer. The
-    two are compared in the tests.
+    One pass over the true answer decides this exactly. If each argmax equals the true token, greedy decoding sees the
+    same prefix at every step and writes the answer. At the first argmax that differs, the answer is lost. A test
+    compares the two.
     """
     verdicts = []
     for ids, labels in zip(batch.input_ids.split(rows), batch.labels.split(rows), strict=True):
@@ -44,11 +44,11 @@ def exact_matches(model: nn.Module, batch: Batch, rows: int = 1000) -> torch.Ten
 
 
 @torch.no_grad()
-def generate_answers(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """(n, answer columns) int64: the tokens that greedy `generate()` writes after the mark, PAD after <eos>."""
+def generate_answers(model: Causal, batch: Batch) -> torch.Tensor:
+    """Return (n, answer columns) int64: the tokens that greedy `generate()` writes after the mark, PAD after <eos>."""
     prompt = batch.input_ids[:, :ANSWER_START]
     room = batch.input_ids.shape[1] - ANSWER_START
-    written = model.generate(
+    written: torch.Tensor = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
@@ -60,9 +60,9 @@ def generate_answers(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def accuracies(
-    models: dict[str, nn.Module], world: World, pool: torch.Tensor, rows: int, seed: int
+    models: dict[str, Causal], world: World, pool: torch.Tensor, rows: int, seed: int
 ) -> dict[str, dict[str, float]]:
-    """Percent of exact answers, task -> model name; every model answers the same `rows` rows of a task."""
+    """Return the percentage of exact answers by task and model; every model answers the same `rows` rows of a task."""
     table = {}
     for task, make in TASKS.items():
         batch = make(world, pool, rows, torch.Generator().manual_seed(seed))
@@ -72,8 +72,8 @@ def accuracies(
     return table
 
 
-def examples(model: nn.Module, world: World, pool: torch.Tensor, seed: int, rows: int = 3) -> list[dict[str, str]]:
-    """A few prompts with what `generate()` writes and what was expected, as text."""
+def examples(model: Causal, world: World, pool: torch.Tensor, seed: int, rows: int = 3) -> list[dict[str, str]]:
+    """Return a few prompts as text, each with the answer of `generate()` and the gold answer."""
     shown = []
     for task, make in TASKS.items():
         batch = make(world, pool, rows, torch.Generator().manual_seed(seed))

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from calm_fast.experiments.key_value_arithmetic.speed import Measurement
 
-# CALM (arXiv 2401.02412), Table 1; shown beside what was measured, never mixed with it
+# CALM (arXiv 2401.02412), Table 1, shown beside the measured numbers
 PAPER = {
     "substitution": {"A": 98.1, "B": 0.0, "AB": 92.9},
     "numeric": {"A": 4.2, "B": 73.7, "AB": 72.0},
@@ -36,18 +36,18 @@ svg { max-width: 100%; height: auto }
 
 @dataclass(frozen=True)
 class Story:
-    """What the report tells: results.json's content, and what only the report shows."""
+    """The content of the report: that of results.json, and what only the report shows."""
 
     results: dict[str, Any]
     losses: dict[str, list[float]]
-    ran: list[tuple[str, str]]  # what, and where or how it ran
+    setup: list[tuple[str, str]]  # (item, where or how it ran)
     examples: list[dict[str, str]]
     speed: list[Measurement]
     recipe: list[tuple[str, str]]
 
 
 def print_table(accuracy: dict[str, dict[str, float]], console: Console) -> None:
-    """The 3 x 3 table with the paper's numbers beside ours."""
+    """Print the 3 x 3 table with the paper's numbers beside the measured ones."""
     table = Table(title="Exact answers on unseen keys, % (paper)")
     table.add_column("task")
     for model in MODELS.values():
@@ -63,7 +63,7 @@ def _rows(rows: list[list[str]]) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Cells are HTML already."""
+    """Return an HTML table; the cells are HTML already."""
     header = "".join(f"<th>{cell}</th>" for cell in head)
     return f"<table><thead><tr>{header}</tr></thead><tbody>\n{_rows(rows)}\n</tbody></table>"
 
@@ -80,7 +80,7 @@ def _accuracy_table(accuracy: dict[str, dict[str, float]]) -> str:
 
 
 def loss_plot(losses: dict[str, list[float]]) -> str:
-    """One panel per trained model as an <svg> element: loss of every step, and its running mean."""
+    """Return an <svg> element with one panel per trained model: the loss of every step and its running mean."""
     import matplotlib
 
     matplotlib.rcParams["svg.hashsalt"] = "calm-fast"  # the same curves give the same file
@@ -133,10 +133,10 @@ def _speed_table(speed: list[Measurement]) -> str:
 
 
 def html(story: Story) -> str:
-    """The whole report as one HTML page without outside references."""
+    """Return the report as one HTML page without external references."""
     results = story.results
     examples = [[escape(e[c]) for c in ("task", "prompt", "written", "expected")] for e in story.examples]
-    pairs = [[escape(what), escape(how)] for what, how in story.ran]
+    pairs = [[escape(what), escape(how)] for what, how in story.setup]
     seconds = [[escape(what), f"{value:.1f}"] for what, value in results["seconds"].items()]
     versions = [[escape(what), escape(str(value))] for what, value in results["versions"].items()]
     speed = ""
@@ -151,9 +151,9 @@ float64 first. Chosen: <code>{choices}</code>.</p>
 <html lang="en"><head><meta charset="utf-8"><title>Key-value arithmetic, seed {results["seed"]}</title>
 <style>{_STYLE}</style></head><body>
 <h1>Key-value arithmetic by composition</h1>
-<p>A knows 2-operand expressions of keys and the number behind every key; B knows arithmetic on numbers and has never
-seen a key. Both are frozen. Cross-attention from A to B, trained on a part of the keys only, lets the two together
-compute with keys they never computed with (CALM, arXiv 2401.02412, section 4.1). Seed {results["seed"]}.</p>
+<p>A knows 2-operand expressions of keys and the number behind every key. B knows arithmetic on numbers and has never
+seen a key. Both are frozen. Cross-attention from A to B is trained on some of the keys only, and lets the composition
+compute with keys it has never computed with (CALM, arXiv 2401.02412, section 4.1). Seed {results["seed"]}.</p>
 <h2>Exact answers in percent, on keys never seen in composition</h2>
 {_accuracy_table(results["accuracy"])}
 <p>The paper's models and keys (strings of several tokens) are larger and harder than these; its numbers show the
@@ -162,7 +162,7 @@ pattern to expect, not a mark to beat.</p>
 {_table(["task", "prompt", "written by generate()", "expected"], examples)}
 <h2>Loss</h2>
 {loss_plot(story.losses)}
-<h2>What ran where</h2>
+<h2>Setup</h2>
 {_table(["", ""], pairs)}
 {speed}
 <h2>Recipe</h2>

@@ -16,7 +16,7 @@ from calm_fast import CrossAttention, explain
 
 @dataclass(frozen=True)
 class Case:
-    """One measured shape: B x M tokens of an anchor of width DB reading as many of an augmenter of width DA."""
+    """One measured shape: B x M anchor tokens of width DB read as many augmenter tokens of width DA."""
 
     name: str
     batch: int
@@ -29,7 +29,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Median milliseconds of both sides, interleaved, and each side's largest error against float64."""
+    """Median milliseconds of both sides, timed in turns, and the largest error of each side against float64."""
 
     case: Case
     eager_ms: float
@@ -51,7 +51,8 @@ CASES = (
 
 
 def eager_layer(layer: CrossAttention, anchor: torch.Tensor, augmenter: torch.Tensor) -> torch.Tensor:
-    """H_B + W_o softmax(q k^T / sqrt(D)) v, causal, every product on its own; anchor (B, M, DB) as the result."""
+    """Return H_B + W_o softmax(q k^T / sqrt(D)) v, causal, with every product on its own: (B, M, DB) like `anchor`."""
+    assert layer.proj is not None and layer.norm is not None  # the layer's defaults
     batch, tokens, _ = anchor.shape
     states = layer.proj(augmenter)
 
@@ -73,14 +74,17 @@ def _layer_and_inputs(case: Case, seed: int) -> tuple[CrossAttention, torch.Tens
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layer = CrossAttention(case.anchor_dim, case.augmenter_dim, case.heads)
-        torch.nn.init.normal_(layer.o_proj.weight, std=case.anchor_dim**-0.5)  # zero at init would hide errors
+        torch.nn.init.normal_(layer.o_proj.weight, std=case.anchor_dim**-0.5)  # the initial zeros would hide errors
         anchor = torch.randn(case.batch, case.tokens, case.anchor_dim)
         augmenter = torch.randn(case.batch, case.tokens, case.augmenter_dim)
     return layer, anchor, augmenter
 
 
 def _check(case: Case) -> tuple[float, float]:
-    """Errors (eager, ours) against float64 on a shorter sequence; raises where ours is not as good as eager."""
+    """Return the errors (eager, ours) against float64 on a shorter sequence.
+
+    Raises RuntimeError if ours is worse than the error rule allows.
+    """
     short = Case(case.name, 1, 64, case.augmenter_dim, case.anchor_dim, case.heads, case.training)
     layer, anchor, augmenter = _layer_and_inputs(short, seed=1)
     with torch.no_grad():
@@ -90,12 +94,14 @@ def _check(case: Case) -> tuple[float, float]:
     errors = [(x.double() - truth).abs().max().item() for x in (eager, ours)]
     rounding = truth.abs().max().item() * torch.finfo(torch.float32).eps
     if not errors[1] <= 2 * errors[0] + 4 * rounding:
-        raise RuntimeError(f"composition layer: error {errors[1]:.2e} against eager's {errors[0]:.2e}; not timed")
+        raise RuntimeError(
+            f"CrossAttention: its error must be at most twice eager's {errors[0]:.2e}, got {errors[1]:.2e}; not timed"
+        )
     return errors[0], errors[1]
 
 
-def _step(case: Case, run: Callable[[], torch.Tensor], parameters: list[torch.nn.Parameter]) -> float:
-    """Milliseconds of one forward, or of one forward and backward."""
+def _step(case: Case, run: Callable[[], torch.Tensor], parameters: list[torch.Tensor]) -> float:
+    """Return the milliseconds of one forward, or in training of one forward and backward."""
     start = time.perf_counter()
     if case.training:
         run().square().mean().backward()
@@ -112,9 +118,9 @@ def measure(case: Case, seconds: float = 2.0, rounds: int = 15) -> Measurement:
     """Check both sides against float64, then time them in turns for about `seconds` (at least 3 rounds)."""
     eager_error, ours_error = _check(case)
     layer, anchor, augmenter = _layer_and_inputs(case, seed=2)
-    # in training the anchor's states carry the gradient of the layers below; the frozen augmenter's carry none
+    # in training the anchor's states pass the gradient on to the layers below; the augmenter is frozen
     anchor.requires_grad_(case.training)
-    parameters = [*layer.parameters(), anchor]
+    parameters: list[torch.Tensor] = [*layer.parameters(), anchor]
     sides = {
         "eager": lambda: eager_layer(layer, anchor, augmenter),
         "ours": lambda: layer(anchor, augmenter, causal=True),

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from calm_fast import ComposedForCausalLM
 from calm_fast.experiments.key_value_arithmetic.data import EOS, IGNORE, PAD, ROW, Batch, Mixture, World, draw
+
+Causal = LlamaForCausalLM | ComposedForCausalLM
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every number of the experiment; connections are (A's layer, B's layer), -1 = the embedding output."""
+    """All numbers of the experiment. Connections are (layer of A, layer of B); -1 is the embedding output."""
 
     keys: int = 2000
     max_value: int = 19
@@ -52,7 +54,7 @@ class Recipe:
 
 
 def tiny_llama(recipe: Recipe, vocab_size: int, seed: int) -> LlamaForCausalLM:
-    """A small untied Llama with weights drawn from `seed`; torch's global generator is left as it was."""
+    """Return a small untied Llama with weights drawn from `seed`; torch's global generator keeps its state."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=recipe.width,
@@ -72,20 +74,20 @@ def tiny_llama(recipe: Recipe, vocab_size: int, seed: int) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def add_tokens(model: PreTrainedModel, vocab_size: int) -> None:
-    """Grow `model` to `vocab_size` tokens, every new row the mean of the old ones.
+def add_tokens(model: LlamaForCausalLM, vocab_size: int) -> None:
+    """Grow `model` to `vocab_size` tokens; every new row is the mean of the old ones.
 
-    B is trained before anybody shows it a key, so it cannot tell one key from another. With random rows it could,
-    and the composition would learn its training keys by heart (unseen arithmetic 70 % instead of 99 %).
+    B never sees a key in its training, and with equal rows it cannot tell one key from another. With random rows it
+    could, and the composition would learn its training keys by heart (arithmetic on unseen keys 70 % instead of 99 %).
     """
-    old = model.get_input_embeddings().weight.shape[0]
+    old = model.config.vocab_size
     model.resize_token_embeddings(vocab_size, mean_resizing=False)
-    for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+    for table in (model.model.embed_tokens.weight, model.lm_head.weight):
         table[old:] = table[:old].mean(dim=0)
 
 
-def answer_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy of the answer tokens; logits only for columns in which some row has one."""
+def answer_loss(model: Causal, batch: Batch) -> torch.Tensor:
+    """Return the mean cross-entropy of the answer tokens; only columns with an answer token get logits."""
     targets = batch.labels[:, 1:]
     answered = targets != IGNORE
     columns = answered.any(dim=0).nonzero().squeeze(1)
@@ -95,15 +97,15 @@ def answer_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def train(
-    model: nn.Module,
+    model: Causal,
     mixture: Mixture,
     schedule: Schedule,
     seed: int,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> list[float]:
-    """Train the parameters of `model` that require grad; returns the loss of every step.
+    """Train the parameters of `model` that require grad; return the loss of every step.
 
-    Batches come from `seed` alone. progress: wraps the range of steps, for a progress bar.
+    seed: decides the batches. progress: wraps the range of steps, for a progress bar.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -126,13 +128,13 @@ def train(
 
 
 def seeds(seed: int) -> dict[str, int]:
-    """An own stream for everything drawn, so that changing one part of the recipe leaves the others alone."""
+    """Return a separate seed for everything that is drawn, so that a change of one part leaves the others alone."""
     names = ("world", "init_a", "init_b", "init_ab", "train_a", "train_b", "train_ab", "eval")
     return {name: seed * len(names) + i for i, name in enumerate(names)}
 
 
 def token_world(recipe: Recipe, seed: int) -> World:
-    """The keys, values and split of this recipe and seed."""
+    """Return the keys, values and split of this recipe and seed."""
     return World.create(
         seeds(seed)["world"],
         keys=recipe.keys,
