@@ -174,7 +174,7 @@ def nat(
     answer. Writes negative/ and student/ (PEFT adapters), nat/ and results.json; the same call resumes an interrupted
     run.
     """
-    data = _deprecated_data(data, old_data)
+    data = _data_argument(data, old_data)
     with _folder(out):
         from calm_fast.nat import Settings, run
 
@@ -194,7 +194,7 @@ def nat(
             typer.echo(f"{path:50} negative share {gate['mean']:.3f} +- {gate['std']:.3f}")
 
 
-def _deprecated_data(data: Path | None, old_data: Path | None) -> Path:
+def _data_argument(data: Path | None, old_data: Path | None) -> Path:
     """Return DATA, which may still come as --data."""
     if data is not None and old_data is not None:
         raise typer.BadParameter(f"must be given once, got {data} and --data {old_data}", param_hint="DATA")

@@ -1,4 +1,4 @@
-"""Grouping: which answers are equal, in whatever way that is decided, and what bad input gets."""
+"""Grouping of equal answers under every rule of equality, and errors for bad input."""
 
 from __future__ import annotations
 

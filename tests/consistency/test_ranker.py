@@ -1,4 +1,4 @@
-"""The ranking model: what it reads, what it returns, saving, bad input."""
+"""The ranking model: input, scores, saving, errors for bad input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses, pair accuracy, and that training learns what there is to learn and nothing else."""
+"""Losses and pair accuracy; training learns a signal that is there and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of samples: what is read, what is written, and how bad lines are named."""
+"""Files of samples: reading, writing, and errors that name the bad line."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_a_decoder_of_another_depth_than_its_encoder(family: str, depths: tuple[
     reader = PrefixReader(model)
     cache = reader.new_cache()
     reader(torch.tensor([PROMPTS[0]]), cache=cache)
-    assert reader.filled(cache, len(PROMPTS[0])) and len(cache.layers) == depths[1]  # the prompt is shared
+    assert reader.check_filled(cache, len(PROMPTS[0])) and len(cache.layers) == depths[1]  # the prompt is shared
     got = score_sequences(model, PROMPTS, COMPLETIONS, share_prompt=share, return_tokens=True)
     check(model, [x.token_logprobs for x in got])
 

@@ -320,7 +320,7 @@ def test_bad_questions_and_rows_are_named() -> None:
 
 
 class Says:
-    """A ranker that gives what it was told to."""
+    """A ranker that returns fixed scores."""
 
     def __init__(self, *scores: Any) -> None:
         self.scores = scores

@@ -1,4 +1,4 @@
-"""`calm-fast vote`: what it counts, what it writes, and how bad input is refused."""
+"""`calm-fast vote`: counts, files, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_votes_say_who_won(file, tmp_path) -> None:
 
 @pytest.mark.parametrize("rule", ["count", "weighted", "adaptive"])
 def test_the_mean_credit_is_the_accuracy(tmp_path, rule) -> None:
-    """Where `right` follows the tie-break, `credit` shares a tie as the accuracy in results.json does."""
+    """`right` follows the tie-break; `credit` shares a tie, as the accuracy in results.json does."""
     rng = random.Random(0)
     rows = []
     for _ in range(120):

@@ -159,6 +159,9 @@ def test_splits_come_from_rows_an_encoder_and_kept_features(tmp_path, monkeypatc
     class Encoder:
         backbone, max_length = torch.nn.Linear(2, 2), 32
 
+        def required_backbone(self):
+            return self.backbone
+
         def features(self, questions, rationales, **_):
             return [torch.full((len(r), 3), float(len(q))) for q, r in zip(questions, rationales, strict=True)]
 
@@ -177,6 +180,9 @@ def test_real_rationales_vote_as_the_data_says(shared_data, tmp_path):
 
     class Encoder:
         backbone, max_length = torch.nn.Linear(2, 2), 32
+
+        def required_backbone(self):
+            return self.backbone
 
         def features(self, questions, rationales, **_):
             return [torch.randn(len(r), 4) for r in rationales]

@@ -1,4 +1,4 @@
-"""What `nat.run` takes for the same run, and what it prints."""
+"""nat.run: it resumes only the same run, and prints nothing without progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The three stages train what they should, on tiny models, and survive interruption."""
+"""Each stage trains its own part of a tiny model, and resumes after an interruption."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def equivalent(answer: str | None, gold: str | None, *, timeout: int = 5) -> boo
             return exact_left == exact_right
     if max(len(left), len(right)) > MAX_MATH_LENGTH:
         return False
-    return _verified(answer, gold, timeout)
+    return _verify_cached(answer, gold, timeout)
 
 
 def normalise(answer: str) -> str:
@@ -134,10 +134,10 @@ def normalise(answer: str) -> str:
     plain = _FREE_SPACE.sub(lambda space: "" if space.group(1) else " ", plain.strip())
     plain = plain[:-1] if plain.endswith(".") and not plain.endswith("..") else plain
     plain = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", plain)
-    return _SHORT_FRACTION.sub(_braced, plain)
+    return _SHORT_FRACTION.sub(_add_braces, plain)
 
 
-def _braced(match: re.Match[str]) -> str:
+def _add_braces(match: re.Match[str]) -> str:
     above, below = match.group(1) or match.group(2)[1:-1], match.group(3) or match.group(4)[1:-1]
     return f"\\frac{{{above}}}{{{below}}}"
 
@@ -191,7 +191,7 @@ def first_match_classes(count: int, same: Callable[[int, int], bool]) -> list[in
 
 
 @lru_cache(maxsize=65536)
-def _parsed(answer: str, timeout: int | None) -> tuple[Any, ...]:
+def _parse_cached(answer: str, timeout: int | None) -> tuple[Any, ...]:
     return tuple(parse_math(answer, timeout))
 
 
@@ -215,10 +215,10 @@ def verify_both(left: list[Any], right: list[Any], timeout: int | None) -> bool:
 
 
 @lru_cache(maxsize=65536)
-def _verified(answer: str, gold: str, timeout: int) -> bool:
+def _verify_cached(answer: str, gold: str, timeout: int) -> bool:
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError(
             "equivalent: `answer` must be compared in the main thread, where math-verify's time-outs work, got another "
             "thread; use group_answers"
         )
-    return verify_both(list(_parsed(gold, timeout)), list(_parsed(answer, timeout)), timeout)
+    return verify_both(list(_parse_cached(gold, timeout)), list(_parse_cached(answer, timeout)), timeout)

@@ -140,11 +140,11 @@ def _candidates(model: PreTrainedModel) -> Iterator[tuple[float, float | None]]:
     """Yield (factor, cap) of the logits, those that the config names first."""
     config = model.config.get_text_config(decoder=True)
 
-    def named(names: tuple[str, ...]) -> list[float]:
+    def config_values(names: tuple[str, ...]) -> list[float]:
         values = [getattr(config, name, None) for name in names]
         return [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0]
 
-    scales = [factor for value in named(_SCALES) for factor in (value, 1 / value)]
-    for cap in (*named(_CAPS), None):
+    scales = [factor for value in config_values(_SCALES) for factor in (value, 1 / value)]
+    for cap in (*config_values(_CAPS), None):
         for scale in dict.fromkeys((*scales, 1.0)):
             yield scale, cap

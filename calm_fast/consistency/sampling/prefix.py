@@ -92,7 +92,7 @@ class PrefixReader:
             prepared["logits_to_keep"] = keep
         return self.model(**prepared, return_dict=True)
 
-    def filled(self, cache: Cache, tokens: int) -> bool:
+    def check_filled(self, cache: Cache, tokens: int) -> bool:
         """Return True if the model kept all tokens in the cache; if not, set `shares` to False for good."""
         layers = _used_layers(cache)
         self.shares = self._shareable(cache)

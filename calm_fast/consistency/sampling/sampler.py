@@ -159,7 +159,7 @@ class PromptBatch:
             self.cache = reader.new_cache()
             mask = None if bool(self.mask.all()) else self.mask[:, :-1]
             reader(self.ids[:, :-1], mask, self.cache, 0, keep=1)
-            if not reader.filled(self.cache, longest - 1):
+            if not reader.check_filled(self.cache, longest - 1):
                 self.cache = None
 
     def sample(self, rows: Sequence[int], numbers: Sequence[int], seed: int) -> list[Sample]:

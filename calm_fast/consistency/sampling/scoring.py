@@ -112,7 +112,7 @@ class _Scorer:
         if self.reader.shares and nonempty:
             cache = self.reader.new_cache()
             first = self._states(torch.tensor([prompt]), cache, 0, 1)
-            if not self.reader.filled(cache, len(prompt)):
+            if not self.reader.check_filled(cache, len(prompt)):
                 cache = first = None
         for batch in _batches(nonempty, rows, len(prompt), self.max_tokens):
             states = self._continue(prompt, [rows[k] for k in batch], cache, first)

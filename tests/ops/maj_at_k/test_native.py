@@ -63,7 +63,7 @@ def test_weighted_bits_are_the_definition_s(lane):
 @pytest.mark.parametrize("k", [1, 17, 63, 64, 65, 255, 256])
 @pytest.mark.parametrize("classes", [3, 300])
 def test_weighted_bits_are_the_definition_s_at_every_size(k, classes, lane):
-    """At the edges of what is followed back (64), swapped as bytes (255) and done one by one; sums of either sign,
+    """At the size limits of traced draws (64), byte swaps (255) and the plain loop; sums of either sign,
     equal sums, infinite ones."""
     g = torch.Generator().manual_seed(k)
     answers, correct = torch.randint(0, classes, (3, k), generator=g), torch.zeros(3, dtype=torch.int64)
