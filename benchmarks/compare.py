@@ -71,11 +71,11 @@ def revision(name: str) -> tuple[Path, str]:
     top = machine.checkout()
     if top is None:
         raise CompareError(
-            "--compare needs a git checkout, but this calm_fast is installed or its files are not under git"
+            "`--compare` needs a git checkout, but this calm_fast is installed or its files are not under git"
         )
     found = machine.git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if not found:
-        raise CompareError(f"bench: `--compare` must be a revision of the checkout {top}, got {name!r}")
+        raise CompareError(f"`--compare` must be a revision of the checkout {top}, got {name!r}")
     return top, found
 
 
@@ -122,7 +122,7 @@ def other_tree(commit: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="calm-fast-compare-") as folder:
         tree = Path(folder) / "tree"
         if machine.git("worktree", "add", "--detach", str(tree), commit) is None:
-            raise CompareError(f"--compare: `git worktree add` failed for {commit}")
+            raise CompareError(f"`--compare`: `git worktree add` failed for {commit}")
         try:
             yield tree
         finally:

@@ -98,7 +98,7 @@ def test_an_unknown_revision_is_named(repo, monkeypatch, capsys, tmp_path):
 def test_outside_a_checkout_there_is_nothing_to_compare_with(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(machine, "checkout", lambda: None)
     code = main(["--device", "cpu", "--op", "vote", "--compare", "HEAD", "--out", str(tmp_path)])
-    assert code == 2 and "--compare needs a git checkout" in capsys.readouterr().err
+    assert code == 2 and "`--compare` needs a git checkout" in capsys.readouterr().err
     with pytest.raises(CompareError):
         compare.revision("HEAD")
 
