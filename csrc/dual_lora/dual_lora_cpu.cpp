@@ -24,6 +24,7 @@
 namespace calm_fast::dual_lora {
 namespace {
 
+constexpr const char* kOp = "dual_lora";
 constexpr int64_t kBlock = 64;  // columns of u at a time, in registers and L1
 
 int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -106,25 +107,24 @@ std::vector<float> widened(const Tensor& tensor) {
   return to;
 }
 
-void check_ranks(const char* op, const Tensor& zg, int64_t r_pos) {
+void check_ranks(const Tensor& zg, int64_t r_pos) {
   STD_TORCH_CHECK(
-      zg.dim() == 2 && zg.size(1) % 2 == 0, op, ": `zg` must have shape (T, 2 R), got ", shape_text(zg));
-  check_tensor(op, "zg", zg, {-1, -1}, zg.scalar_type());
+      zg.dim() == 2 && zg.size(1) % 2 == 0, kOp, ": `zg` must have shape (T, 2 R), got ", shape_text(zg));
+  check_tensor(kOp, "zg", zg, {-1, -1}, zg.scalar_type());
   STD_TORCH_CHECK(
-      r_pos >= 0 && r_pos <= zg.size(1) / 2, op, ": `r_pos` must lie in [0, ", zg.size(1) / 2, "], got ", r_pos);
+      r_pos >= 0 && r_pos <= zg.size(1) / 2, kOp, ": `r_pos` must lie in [0, ", zg.size(1) / 2, "], got ", r_pos);
 }
 
 // Returns the mix (T, m) of the released form from zg (T, 2 R), u (T, m) and up (m, R), all of one dtype.
 Tensor dual_lora_mix_cpu(const Tensor& zg, const Tensor& u, const Tensor& up, int64_t r_pos, int64_t lane) {
-  const char* op = "_dual_lora_native_mix";
-  check_ranks(op, zg, r_pos);
+  check_ranks(zg, r_pos);
   const int64_t tokens = zg.size(0), r = zg.size(1) / 2;
-  check_tensor(op, "u", u, {tokens, -1}, zg.scalar_type());
+  check_tensor(kOp, "u", u, {tokens, -1}, zg.scalar_type());
   const int64_t m = u.size(1), padded = rounded_up(m, kBlock);
-  check_tensor(op, "up", up, {m, r}, zg.scalar_type());
-  const Lane chosen = choose_lane(op, lane);
+  check_tensor(kOp, "up", up, {m, r}, zg.scalar_type());
+  const Lane chosen = choose_lane(kOp, lane);
   Tensor mix = torch::stable::empty_like(u);
-  dispatch_float(zg.scalar_type(), op, "zg", [&](auto zero) {
+  dispatch_float(zg.scalar_type(), kOp, "zg", [&](auto zero) {
     using T = decltype(zero);
     const std::vector<float> wide = widened<T>(zg), factor = widened<T>(up);
     std::vector<float> turned(r * padded, 0.0f);
@@ -140,11 +140,10 @@ Tensor dual_lora_mix_cpu(const Tensor& zg, const Tensor& u, const Tensor& up, in
 
 // Returns [a_pos z_pos, a_neg z_neg] (T, R) of the paper's form from zg (T, 2 R).
 Tensor dual_lora_weigh_cpu(const Tensor& zg, int64_t r_pos) {
-  const char* op = "_dual_lora_native_weigh";
-  check_ranks(op, zg, r_pos);
+  check_ranks(zg, r_pos);
   const int64_t tokens = zg.size(0), r = zg.size(1) / 2;
   Tensor mix = torch::stable::new_empty(zg, {tokens, r});
-  dispatch_float(zg.scalar_type(), op, "zg", [&](auto zero) {
+  dispatch_float(zg.scalar_type(), kOp, "zg", [&](auto zero) {
     using T = decltype(zero);
     const std::vector<float> wide = widened<T>(zg);
     T* to = static_cast<T*>(mix.data_ptr());

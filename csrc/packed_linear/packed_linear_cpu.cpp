@@ -13,11 +13,12 @@
 namespace calm_fast {
 namespace {
 
+constexpr const char* kOp = "packed_linear";
+
 // Returns w (n, k) float32 in panels for packed_linear_fwd_cpu, or an empty tensor where the lane is below AVX-512.
 Tensor packed_linear_pack_cpu(const Tensor& w, int64_t lane) {
-  const char* op = "_packed_linear_native_pack";
-  if (choose_lane(op, lane) < Lane::avx512) return torch::stable::new_empty(w, {0});
-  check_tensor(op, "w", w, {-1, -1}, ScalarType::Float);
+  if (choose_lane(kOp, lane) < Lane::avx512) return torch::stable::new_empty(w, {0});
+  check_tensor(kOp, "w", w, {-1, -1}, ScalarType::Float);
   const int64_t n = w.size(0), k = w.size(1);
   Tensor packed = torch::stable::new_empty(w, {panels(n), k, kPanel});
   pack_panels(static_cast<const float*>(w.data_ptr()), n, k, static_cast<float*>(packed.data_ptr()));
@@ -27,12 +28,11 @@ Tensor packed_linear_pack_cpu(const Tensor& w, int64_t lane) {
 // Returns x (..., k) w^T [+ add (..., n)], float32, where `packed` is w (n, k) from packed_linear_pack_cpu.
 Tensor packed_linear_fwd_cpu(
     const Tensor& x, const Tensor& packed, int64_t n, const std::optional<Tensor>& add, int64_t lane) {
-  const char* op = "_packed_linear_native_fwd";
-  const Lane chosen = choose_lane(op, lane);
+  const Lane chosen = choose_lane(kOp, lane);
   STD_TORCH_CHECK(
-      chosen >= Lane::avx512, op, ": `lane` must be a lane with AVX-512 for packed products, got ", lane_name(chosen));
-  STD_TORCH_CHECK(x.dim() > 0, op, ": `x` must have shape (..., k), got ()");
-  STD_TORCH_CHECK(n >= 0, op, ": `n` must not be negative, got ", n);
+      chosen >= Lane::avx512, kOp, ": `lane` must be a lane with AVX-512 for packed products, got ", lane_name(chosen));
+  STD_TORCH_CHECK(x.dim() > 0, kOp, ": `x` must have shape (..., k), got ()");
+  STD_TORCH_CHECK(n >= 0, kOp, ": `n` must not be negative, got ", n);
   std::vector<int64_t> shape(x.dim());
   int64_t tokens = 1;
   for (int64_t i = 0; i < x.dim(); ++i) {
@@ -40,10 +40,10 @@ Tensor packed_linear_fwd_cpu(
     if (i + 1 < x.dim()) tokens *= shape[i];
   }
   const int64_t k = shape.back();
-  check_tensor(op, "x", x, shape, ScalarType::Float);
-  check_tensor(op, "packed", packed, {panels(n), k, kPanel}, ScalarType::Float);
+  check_tensor(kOp, "x", x, shape, ScalarType::Float);
+  check_tensor(kOp, "packed", packed, {panels(n), k, kPanel}, ScalarType::Float);
   shape.back() = n;
-  if (add) check_tensor(op, "add", *add, shape, ScalarType::Float);
+  if (add) check_tensor(kOp, "add", *add, shape, ScalarType::Float);
   Tensor out = torch::stable::new_empty(x, shape);
   packed_product(
       static_cast<const float*>(x.data_ptr()), static_cast<const float*>(packed.data_ptr()),
