@@ -1,12 +1,13 @@
-"""Launch numbers of Triton kernels: a frozen dataclass, safe defaults given by the caller, measured ones from JSON.
+"""Launch configs of Triton kernels: the base dataclass, and the lookup of measured configs in JSON files.
 
-A measured file is ``kernels/<op>/tuned/<gpu>.json``:
+Each kernel that is tuned has its own subclass in ``kernels/<op>/configs.py``, next to the defaults of the op.
+A measured file is ``kernels/<op>/tuned/<gpu>.json``; "config" holds the fields of the kernel's dataclass:
 
     {"op": ..., "gpu": ..., "versions": {...}, "entries": [
         {"part": "fwd", "dtype": "bfloat16", "head_dim": 128, "shape": {"M": 4096, "N": 4096},
          "config": {"block_m": 128, "block_n": 128, "num_warps": 8, "num_stages": 2}}, ...]}
 
-`part`, `dtype` and `head_dim` must match exactly; among the matches the entry with the nearest shape wins.
+`part`, `dtype` and `head_dim` must match exactly. Among the matches the entry with the nearest shape wins.
 """
 
 from __future__ import annotations
@@ -14,41 +15,59 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """Tile sizes and compiler options of one kernel launch; every field is a compile-time constant.
+    """Compiler options of one kernel launch. Subclasses add tile sizes; every field is a compile-time constant.
 
-    block_m: query rows per tile. block_n: keys per tile. num_stages: depth of the load pipeline.
-    split_keys: keys per program where the key axis is split over programs (decode), else 0.
+    Fields named `block_*` are sizes of a tile, powers of two.
+
+    Args:
+        num_warps: warps of a program, a power of two.
+        num_stages: depth of the load pipeline, at least 1.
+    Raises:
+        ValueError: a field has a value that no kernel can be launched with.
     """
 
-    block_m: int
-    block_n: int
     num_warps: int
     num_stages: int
-    split_keys: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("block_m", "block_n", "num_warps"):
-            value = getattr(self, name)
-            if value < 1 or value & (value - 1):
-                raise ValueError(f"LaunchConfig: `{name}` must be a power of two, got {value}")
+        self._require_powers_of_two(
+            "num_warps", *(field.name for field in fields(self) if field.name.startswith("block_"))
+        )
         if self.num_stages < 1:
-            raise ValueError(f"LaunchConfig: `num_stages` must be at least 1, got {self.num_stages}")
-        if self.split_keys < 0 or self.split_keys % self.block_n:
+            raise ValueError(f"{type(self).__name__}: `num_stages` must be at least 1, got {self.num_stages}")
+
+    def __str__(self) -> str:
+        sizes = [f"{f.name} {getattr(self, f.name)}" for f in fields(self) if not f.name.startswith("num_")]
+        return ", ".join([*sizes, f"{self.num_warps} warps", f"{self.num_stages} stages"])
+
+    def _require_powers_of_two(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1 or value & (value - 1):
+                raise ValueError(f"{type(self).__name__}: `{name}` must be a power of two, got {value}")
+
+    def _require_multiple(self, name: str, block: str) -> None:
+        """Raise unless the field `name` is a positive multiple of the field `block`."""
+        value, unit = getattr(self, name), getattr(self, block)
+        if value < 1 or value % unit:
             raise ValueError(
-                f"LaunchConfig: `split_keys` must be a multiple of block_n {self.block_n}, got {self.split_keys}"
+                f"{type(self).__name__}: `{name}` must be a positive multiple of {block} {unit}, got {value}"
             )
 
 
+Config = TypeVar("Config", bound=LaunchConfig)
+
+
 def gpu_slug(name: str) -> str:
-    """File stem for a GPU name: "NVIDIA H200" -> "nvidia_h200"."""
+    """Return the file stem of a GPU name: "NVIDIA H200" -> "nvidia_h200"."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
@@ -58,7 +77,7 @@ def _entries(path: Path) -> tuple[dict[str, Any], ...]:
 
 
 def _distance(entry: dict[str, Any], shape: dict[str, int]) -> float:
-    """Sum of |log2 ratio| over the sizes the entry was measured at; a size we do not know counts as far."""
+    """Return the sum of |log2 ratio| over the sizes the entry was measured at; a size missing from `shape` is far."""
     measured = entry.get("shape", {})
     return sum(
         abs(math.log2(max(shape[key], 1) / max(size, 1))) if key in shape else 64.0 for key, size in measured.items()
@@ -66,19 +85,34 @@ def _distance(entry: dict[str, Any], shape: dict[str, int]) -> float:
 
 
 def tuned_config(
-    folder: Path, gpu: str, part: str, dtype: str, head_dim: int, shape: dict[str, int]
-) -> LaunchConfig | None:
-    """The measured config nearest to `shape`, or None where this GPU, part, dtype or head dim was never measured.
+    kind: type[Config], folder: Path, gpu: str, part: str, dtype: str, head_dim: int, shape: dict[str, int]
+) -> Config | None:
+    """Return the measured config nearest to `shape`, or None if this GPU, part, dtype or head dim was never measured.
 
     Args:
-        folder: ``kernels/<op>/tuned``. gpu: the device's name. part: which kernel of the op.
-        dtype: "bfloat16" and so on. head_dim: as the kernel pads it. shape: named sizes, e.g. {"M": .., "N": ..}.
+        kind: the dataclass of the kernel's config.
+        folder: ``kernels/<op>/tuned``.
+        gpu: the device's name.
+        part: kernel of the op, e.g. "fwd".
+        dtype: "bfloat16", "float16" or "float32".
+        head_dim: padded depth of the tile, as the kernel sees it.
+        shape: named sizes, e.g. {"M": 4096, "N": 4096}.
+    Raises:
+        ValueError: the nearest entry does not hold the fields of `kind`.
     """
+    path = folder / f"{gpu_slug(gpu)}.json"
     matches = [
         entry
-        for entry in _entries(folder / f"{gpu_slug(gpu)}.json")
+        for entry in _entries(path)
         if (entry["part"], entry["dtype"], entry["head_dim"]) == (part, dtype, head_dim)
     ]
     if not matches:
         return None
-    return LaunchConfig(**min(matches, key=lambda entry: _distance(entry, shape))["config"])
+    numbers = min(matches, key=lambda entry: _distance(entry, shape))["config"]
+    expected = {field.name for field in fields(kind)}
+    if set(numbers) != expected:
+        raise ValueError(
+            f"tuned_config: `config` of part {part} in {path} must have the fields {sorted(expected)},"
+            f" got {sorted(numbers)}; remove the file or write it again: python -m calm_fast.benchmarks.tune"
+        )
+    return kind(**numbers)

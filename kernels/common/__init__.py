@@ -1,1 +1,1 @@
-"""What the Triton kernels of every op share."""
+"""Code that the Triton kernels of every op share: launching, device arithmetic, code generation specs."""

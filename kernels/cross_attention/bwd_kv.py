@@ -1,7 +1,6 @@
-"""Backward kernels of cross_attention that belong to keys: the queries a key block visits, and dk and dv.
+"""Backward kernels of cross_attention that go by keys: the queries that each key block visits, then dk and dv.
 
-Nothing is accumulated with atomics, so the gradients are the same bits every time. Derivation:
-docs/ops/cross_attention.md.
+There are no atomics, so the gradients have the same bits every time. Derivation: docs/ops/cross_attention.md.
 """
 
 from __future__ import annotations
@@ -9,13 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from calm_fast.kernels.cross_attention.common import (
-    load_interval,
-    load_rows,
-    mask_scores,
-    matmul,
-    matmul_add,
-)
+from calm_fast.kernels.common.arithmetic import matmul, matmul_add
+from calm_fast.kernels.cross_attention.common import load_interval, load_rows, mask_scores
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -31,14 +25,14 @@ def _cross_attention_query_ranges_kernel(
     N,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr,  # query tiles looked at together
+    TILES: tl.constexpr,  # query tiles that one step looks at
     HAS_LO: tl.constexpr,
     HAS_HI: tl.constexpr,
 ):
-    """Which query tiles a key block visits: tiles outside [first, last) see none of it.
+    """The query tiles that a key block visits: tiles outside [first, last) see none of it.
 
-    [full_first, full_last) is the first run of tiles whose rows all see the whole block (for monotone intervals
-    there is only one); they need no mask. Correct for any intervals, because all other visited tiles are masked.
+    [full_first, full_last) is the first run of tiles whose rows all see the whole block (for monotone intervals there
+    is only one). These tiles need no mask. All other visited tiles are masked, so any intervals are handled correctly.
     """
     key_block = tl.program_id(0) % tl.cdiv(N, BLOCK_N)
     b = (tl.program_id(0) // tl.cdiv(N, BLOCK_N)).to(tl.int64)
@@ -51,6 +45,7 @@ def _cross_attention_query_ranges_kernel(
     run_first = tiles  # the run [run_first, run_last) of full tiles, found in one pass from left to right
     run_last = tiles
     for start in tl.range(0, tiles, TILES):
+        # load the intervals of TILES tiles
         tile = start + tl.arange(0, TILES)
         rows = tile[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         lo, hi, seen = load_interval(
@@ -65,6 +60,7 @@ def _cross_attention_query_ranges_kernel(
             HAS_HI,
             False,
         )
+        # touched: some row sees a key of the block; broken: some row that sees anything misses a key of it
         touched = tl.max((seen & (lo < key_last) & (hi > key_first)).to(tl.int32), 1) > 0
         broken = tl.max((seen & ((lo > key_first) | (hi < key_last))).to(tl.int32), 1) > 0
         first = tl.minimum(first, tl.min(tl.where(touched, tile, tiles), 0))
@@ -72,6 +68,7 @@ def _cross_attention_query_ranges_kernel(
         run_first = tl.minimum(run_first, tl.min(tl.where(touched & (broken == 0), tile, tiles), 0))
         run_last = tl.minimum(run_last, tl.min(tl.where(broken & (tile > run_first), tile, tiles), 0))
 
+    # store
     first = tl.minimum(first, last)
     run_first = tl.minimum(run_first, last)
     run_last = tl.maximum(tl.minimum(run_last, last), run_first)
@@ -120,10 +117,10 @@ def _collect_key_grads(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """dk and dv (both still without the scale) of one key block, over the query tiles outside of the gap.
+    """Add to dk and dv (both still without the scale) of one key block the query tiles outside the gap.
 
-    Visited are the rows [first, gap_first) and [gap_last, last) of every head of the group, in one loop: a loop
-    per head or per side would fill the load pipeline anew, and costs registers that this kernel does not have.
+    The loop visits rows [first, gap_first) and [gap_last, last) of every head of the group. A loop per head or per
+    side would fill the load pipeline again, and would cost registers that this kernel does not have.
     """
     left = (gap_first - first) // BLOCK_M
     tiles = left + (last - gap_last) // BLOCK_M
@@ -133,17 +130,18 @@ def _collect_key_grads(
         start = tl.where(tile < left, first, gap_last - left * BLOCK_M) + tile * BLOCK_M
         rows = start + tl.arange(0, BLOCK_M)
         inside = rows < M
-        # rows beyond M get +inf and drop out like rows that see nothing
+        # load: rows beyond M get +inf and drop out like rows that see nothing
         lse2 = tl.load(lse2_base + head * M + rows, mask=inside, other=float("inf"))
         delta = tl.load(delta_base + head * M + rows, mask=inside, other=0.0)
         q = load_rows(q_base + head * stride_qh, start, stride_qm, M, D, BLOCK_M, BLOCK_D, True)
         dout = load_rows(dout_base + head * stride_gh, start, stride_gm, M, D, BLOCK_M, BLOCK_D, True)
-        # everything is transposed, (keys, queries): p and ds then feed their products straight from registers
+        # scores, softmax: transposed, (keys, queries), so that p and ds feed their products straight from registers
         p = tl.exp2(matmul(k, tl.trans(q), PRECISION, INTERPRET) * scale_log2 - lse2[None, :])
         if MASKED:
             lo, hi, _ = load_interval(lo_ptr, hi_ptr, stride_lom, stride_him, rows, M, N, HAS_LO, HAS_HI, CAUSAL)
             keys = key_first + tl.arange(0, BLOCK_N)
             p = mask_scores(p, lo[None, :], hi[None, :], keys[:, None], 0.0, HAS_LO)
+        # accumulate
         dv = matmul_add(p.to(dout.dtype), dout, dv, PRECISION, INTERPRET)
         dp = matmul(v, tl.trans(dout), PRECISION, INTERPRET)
         ds = p * (dp - delta[None, :])
@@ -161,7 +159,7 @@ def _cross_attention_bwd_dkdv_kernel(
     delta_ptr,  # (B, H, M) float32
     lo_ptr,  # (B, M) int32 or None
     hi_ptr,  # (B, M) int32 or None
-    ranges_ptr,  # (B, cdiv(N, BLOCK_N), 4) int32, or None where there are no intervals
+    ranges_ptr,  # (B, cdiv(N, BLOCK_N), 4) int32, or None without intervals
     dk_ptr,  # (B, N, H // GROUP, D) contiguous
     dv_ptr,  # (B, N, H // GROUP, D) contiguous
     stride_qb,
@@ -196,6 +194,7 @@ def _cross_attention_bwd_dkdv_kernel(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
+    """dk and dv of one block of keys of one KV head."""
     key_blocks = tl.cdiv(N, BLOCK_N)
     kv_heads = H // GROUP
     key_block = tl.program_id(0) % key_blocks
@@ -204,6 +203,7 @@ def _cross_attention_bwd_dkdv_kernel(
     key_first = key_block * BLOCK_N
     kv_head64 = kv_head.to(tl.int64)
 
+    # the query tiles to visit
     if HAS_LO or HAS_HI:
         at = ranges_ptr + (b * key_blocks + key_block) * 4
         first = tl.load(at)
@@ -213,6 +213,7 @@ def _cross_attention_bwd_dkdv_kernel(
     elif CAUSAL:  # row i sees the keys j <= i + N - M
         last = tl.cdiv(M, BLOCK_M) * BLOCK_M
         first = tl.minimum(tl.maximum(key_first - (N - M), 0) // BLOCK_M * BLOCK_M, last)
+        # the first row that sees the whole block
         whole = tl.maximum(tl.minimum(key_first + BLOCK_N, N) - 1 - (N - M), 0)
         full_first = tl.minimum(tl.cdiv(whole, BLOCK_M) * BLOCK_M, last)
         full_last = last
@@ -222,6 +223,7 @@ def _cross_attention_bwd_dkdv_kernel(
         full_first = first
         full_last = last
 
+    # load
     k_base = k_ptr + b * stride_kb + kv_head64 * stride_kh
     v_base = v_ptr + b * stride_vb + kv_head64 * stride_vh
     k = load_rows(k_base, key_first, stride_kn, N, D, BLOCK_N, BLOCK_D, True)
@@ -231,6 +233,7 @@ def _cross_attention_bwd_dkdv_kernel(
     lo_base = lo_ptr + b * stride_lob if HAS_LO else lo_ptr
     hi_base = hi_ptr + b * stride_hib if HAS_HI else hi_ptr
 
+    # scores, softmax, accumulate: the tiles that need a mask, then those that do not
     head64 = kv_head64 * GROUP  # the first query head of the group
     q_base = q_ptr + b * stride_qb + head64 * stride_qh
     dout_base = dout_ptr + b * stride_gb + head64 * stride_gh
@@ -250,6 +253,7 @@ def _cross_attention_bwd_dkdv_kernel(
         D, BLOCK_D, BLOCK_M, BLOCK_N, False, HAS_LO, HAS_HI, CAUSAL, PRECISION, INTERPRET,
     )  # fmt: skip
 
+    # store
     keys = key_first + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
     inside = (keys < N)[:, None] & (cols < D)[None, :]

@@ -1,7 +1,6 @@
-"""Backward kernels of cross_attention that belong to queries: the terms of each row, and dq.
+"""Backward kernels of cross_attention that go by queries: the terms of each row, and dq.
 
-Nothing is accumulated with atomics, so the gradients are the same bits every time. Derivation:
-docs/ops/cross_attention.md.
+There are no atomics, so the gradients have the same bits every time. Derivation: docs/ops/cross_attention.md.
 """
 
 from __future__ import annotations
@@ -9,15 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from calm_fast.kernels.cross_attention.common import (
-    LOG2_E,
-    key_block_ranges,
-    load_interval,
-    load_rows,
-    mask_scores,
-    matmul,
-    matmul_add,
-)
+from calm_fast.kernels.common.arithmetic import LOG2_E, matmul, matmul_add
+from calm_fast.kernels.cross_attention.common import key_block_ranges, load_interval, load_rows, mask_scores
 
 
 @triton.jit(do_not_specialize=["M", "H"])
@@ -41,6 +33,7 @@ def _cross_attention_bwd_rows_kernel(
     BLOCK_M: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
+    """The two terms the backward pass needs of each query row: lse2 and delta."""
     tiles = tl.cdiv(M, BLOCK_M)
     first_row = tl.program_id(0) % tiles * BLOCK_M
     head = tl.program_id(0) // tiles % H
@@ -49,15 +42,17 @@ def _cross_attention_bwd_rows_kernel(
     inside = rows < M
     at = (b * H + head) * M + rows
 
+    # load
     out_base = out_ptr + b * stride_ob + head.to(tl.int64) * stride_oh
     dout_base = dout_ptr + b * stride_gb + head.to(tl.int64) * stride_gh
     out = load_rows(out_base, first_row, stride_om, M, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
     dout = load_rows(dout_base, first_row, stride_gm, M, D, BLOCK_M, BLOCK_D, True).to(tl.float32)
+    # row sum
     delta = tl.sum(out * dout, 1)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + at, mask=inside, other=0.0)
+    # store: exp2(score - inf) = 0, so rows that see nothing drop out of every product without a mask
     lse = tl.load(lse_ptr + at, mask=inside, other=0.0)
-    # exp2(score - inf) = 0: rows that see nothing drop out of every product without a mask
     empty = lse == float("-inf")
     tl.store(lse2_ptr + at, tl.where(empty, float("inf"), lse * LOG2_E), mask=inside)
     tl.store(delta_ptr + at, tl.where(empty, 0.0, delta), mask=inside)
@@ -88,14 +83,17 @@ def _collect_query_grads(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """dq (still without the scale) of one query tile, over the key blocks in [first, last)."""
+    """Add to dq (still without the scale) of one query tile the key blocks in [first, last)."""
     for start in tl.range(first, last, BLOCK_N):
+        # load
         k = load_rows(k_base, start, stride_kn, N, D, BLOCK_N, BLOCK_D, MASKED)
         v = load_rows(v_base, start, stride_vn, N, D, BLOCK_N, BLOCK_D, MASKED)
+        # scores, softmax
         p = tl.exp2(matmul(q, tl.trans(k), PRECISION, INTERPRET) * scale_log2 - lse2[:, None])
         if MASKED:
             keys = start + tl.arange(0, BLOCK_N)
             p = mask_scores(p, lo[:, None], hi[:, None], keys[None, :], 0.0, HAS_LO)
+        # accumulate
         dp = matmul(dout, tl.trans(v), PRECISION, INTERPRET)
         ds = p * (dp - delta[:, None])
         dq = matmul_add(ds.to(k.dtype), k, dq, PRECISION, INTERPRET)
@@ -145,6 +143,7 @@ def _cross_attention_bwd_dq_kernel(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
+    """dq of one tile of queries of one head."""
     tiles = tl.cdiv(M, BLOCK_M)
     first_row = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # as in the forward kernel
     head = tl.program_id(0) // tiles % H
@@ -152,6 +151,7 @@ def _cross_attention_bwd_dq_kernel(
     kv_head = (head // GROUP).to(tl.int64)
     head64 = head.to(tl.int64)
 
+    # intervals of the tile's rows
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < M
     lo, hi, seen = load_interval(
@@ -168,6 +168,7 @@ def _cross_attention_bwd_dq_kernel(
     )
     first, full_first, full_last, last = key_block_ranges(lo, hi, seen, N, BLOCK_N, HAS_LO)
 
+    # load
     q_base = q_ptr + b * stride_qb + head64 * stride_qh
     dout_base = dout_ptr + b * stride_gb + head64 * stride_gh
     k_base = k_ptr + b * stride_kb + kv_head * stride_kh
@@ -178,6 +179,7 @@ def _cross_attention_bwd_dq_kernel(
     lse2 = tl.load(lse2_ptr + row_terms, mask=inside, other=float("inf"))
     delta = tl.load(delta_ptr + row_terms, mask=inside, other=0.0)
 
+    # scores, softmax, accumulate: as in the forward kernel
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if HAS_LO:
         dq = _collect_query_grads(
@@ -193,8 +195,9 @@ def _cross_attention_bwd_dq_kernel(
         scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, PRECISION, INTERPRET,
     )  # fmt: skip
 
+    # store: a NaN query that sees nothing still has gradient 0
     cols = tl.arange(0, BLOCK_D)
-    dq = tl.where(seen[:, None], dq * scale, 0.0)  # a NaN query that sees nothing still has gradient 0
+    dq = tl.where(seen[:, None], dq * scale, 0.0)
     tile = dq_ptr + (b * M + first_row) * H * D + head64 * D
     dq_ptrs = tile + tl.arange(0, BLOCK_M)[:, None] * (H * D) + cols[None, :]
     tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None] & (cols < D)[None, :])

@@ -1,32 +1,9 @@
-"""Device helpers that the forward, backward and decode kernels of cross_attention share."""
+"""Device helpers that the kernels of cross_attention share: rows of a tile, intervals, masking."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-# The running row maximum starts at a finite number: exp2(-inf - NEG_HUGE) is 0 where exp2(-inf - -inf) is NaN.
-NEG_HUGE = tl.constexpr(-3.0e38)
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def matmul(a, b, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """a @ b with float32 accumulation."""
-    if INTERPRET:  # the interpreter multiplies the bit patterns of bfloat16
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
-def matmul_add(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """acc + a @ b with float32 accumulation."""
-    if INTERPRET:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -40,9 +17,9 @@ def load_rows(
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Rows first .. first + BLOCK of a matrix whose last dim is contiguous, as (BLOCK, BLOCK_D); outside is 0.
+    """Load rows first .. first + BLOCK of a matrix with contiguous rows, as (BLOCK, BLOCK_D); outside it is 0.
 
-    The tile's own offsets are 32-bit (the launcher bounds the strides), the position of the tile 64-bit.
+    Offsets inside the tile are 32-bit (the launcher bounds the strides), the position of the tile is 64-bit.
     """
     rows = tl.arange(0, BLOCK)
     cols = tl.arange(0, BLOCK_D)
@@ -70,7 +47,7 @@ def load_interval(
     HAS_HI: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """The interval of each query row, and which rows exist and see at least one key."""
+    """Load the interval of each query row. Returns lo, hi, seen; seen: the row exists and sees at least one key."""
     inside = rows < M
     lo = tl.zeros_like(rows)
     hi = tl.zeros_like(rows) + N
@@ -85,11 +62,11 @@ def load_interval(
 
 @triton.jit
 def key_block_ranges(lo, hi, seen, N, BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr):
-    """Where a tile of query rows finds its keys: first <= full_first <= full_last <= last, multiples of BLOCK_N.
+    """Return the keys of a tile of query rows: first <= full_first <= full_last <= last, multiples of BLOCK_N.
 
-    Keys outside [first, last) are seen by no row; in [full_first, full_last) every row that sees anything sees
-    every key, so nothing is masked. Rows that see nothing do not count: they are zeroed at the end. Blocks start at
-    multiples of BLOCK_N, so what a row computes does not depend on the other rows of its tile.
+    No row sees keys outside [first, last). In [full_first, full_last) every row that sees anything sees every key, so
+    nothing is masked. Rows that see nothing do not count: they are zeroed at the end. Blocks start at multiples of
+    BLOCK_N, so a row's result does not depend on the other rows of its tile.
     """
     last = tl.cdiv(tl.max(tl.where(seen, hi, 0), 0), BLOCK_N) * BLOCK_N
     full_last = tl.minimum(tl.min(tl.where(seen, hi, N), 0) // BLOCK_N * BLOCK_N, last)
@@ -107,7 +84,7 @@ def key_block_ranges(lo, hi, seen, N, BLOCK_N: tl.constexpr, HAS_LO: tl.constexp
 
 @triton.jit
 def mask_scores(scores, lo, hi, keys, FILL: tl.constexpr, HAS_LO: tl.constexpr):
-    """scores where lo <= key < hi, else FILL; lo, hi and keys are already shaped to broadcast."""
+    """Return scores where lo <= key < hi, else FILL. lo, hi and keys are shaped to broadcast."""
     visible = keys < hi
     if HAS_LO:
         visible = visible & (keys >= lo)

@@ -1,4 +1,4 @@
-"""Few query rows against many keys: the key axis is split over programs, a second kernel combines the parts.
+"""Decode kernels of cross_attention: few query rows against many keys, split over programs and then combined.
 
 All query heads of a KV head share one tile, so every key and value is read once per KV head.
 Derivation: docs/ops/cross_attention.md.
@@ -9,12 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from calm_fast.kernels.cross_attention.common import (
-    LN_2,
-    NEG_HUGE,
-    key_block_ranges,
-    load_interval,
-)
+from calm_fast.kernels.common.arithmetic import LN_2, NEG_HUGE
+from calm_fast.kernels.cross_attention.common import key_block_ranges, load_interval
 from calm_fast.kernels.cross_attention.fwd import attend
 
 
@@ -51,13 +47,14 @@ def _cross_attention_decode_kernel(
     BLOCK_R: tl.constexpr,  # rows of a tile: (query, head of the group) pairs
     BLOCK_N: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,  # a multiple of BLOCK_N
-    DIRECT: tl.constexpr,  # there is one split: nothing to combine
+    DIRECT: tl.constexpr,  # a single split: nothing to combine
     HAS_LO: tl.constexpr,
     HAS_HI: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
+    """One tile of rows of one KV head against SPLIT_KEYS keys: attention over these keys alone, and its lse."""
     tiles = tl.cdiv(M * GROUP, BLOCK_R)
     kv_heads = H // GROUP
     split = tl.program_id(0) % SPLITS
@@ -65,6 +62,7 @@ def _cross_attention_decode_kernel(
     kv_head = tl.program_id(0) // SPLITS // tiles % kv_heads
     b = (tl.program_id(0) // SPLITS // tiles // kv_heads).to(tl.int64)
 
+    # intervals of the tile's rows
     pair = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     rows = pair // GROUP
     heads = kv_head * GROUP + pair % GROUP
@@ -80,12 +78,13 @@ def _cross_attention_decode_kernel(
         HAS_HI,
         CAUSAL,
     )
-    # what this split holds of each row's interval; the rest of the kernel is the forward pass on that
+    # the part of each interval inside this split; from here on this is the forward pass on that part
     lo = tl.maximum(lo, split * SPLIT_KEYS)
     hi = tl.minimum(hi, (split + 1) * SPLIT_KEYS)
     seen = seen & (lo < hi)
     first, _, _, last = key_block_ranges(lo, hi, seen, N, BLOCK_N, True)
 
+    # load
     cols = tl.arange(0, BLOCK_D)
     inside = rows < M
     row64 = rows.to(tl.int64)
@@ -98,18 +97,19 @@ def _cross_attention_decode_kernel(
     row_max = tl.zeros((BLOCK_R,), tl.float32) + NEG_HUGE
     k_base = k_ptr + b * stride_kb + kv_head.to(tl.int64) * stride_kh
     v_base = v_ptr + b * stride_vb + kv_head.to(tl.int64) * stride_vh
-    # always masked: reading the keys takes far longer than masking so few rows
+    # scores, softmax, accumulate: always masked, because reading the keys takes far longer than masking so few rows
     acc, row_sum, row_max = attend(
         acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, lo, hi, first, last,
         scale_log2, N, D, BLOCK_D, BLOCK_N, True, True, PRECISION, INTERPRET,
     )  # fmt: skip
 
+    # store
     row_sum = tl.where(seen, row_sum, 1.0)
     part = tl.where(seen[:, None], acc / row_sum[:, None], 0.0)
     lse = tl.where(seen, (row_max + tl.log2(row_sum)) * LN_2, float("-inf"))
     part_rows = ((b * M + row64) * H + head64) * SPLITS + split
     part_ptrs = part_ptr + part_rows[:, None] * D + cols[None, :]
-    # a split that a row sees nothing of writes only its lse: the combine kernel then skips the part
+    # a row that sees nothing of the split writes only its lse of -inf: the combine kernel skips the part
     written = inside if DIRECT else inside & seen
     tl.store(part_ptrs, part.to(part_ptr.dtype.element_ty), mask=written[:, None] & (cols < D)[None, :])
     tl.store(part_lse_ptr + ((b * H + head64) * M + row64) * SPLITS + split, lse, mask=inside)
@@ -117,7 +117,7 @@ def _cross_attention_decode_kernel(
 
 @triton.jit(do_not_specialize=["M", "H", "SPLITS"])
 def _cross_attention_combine_kernel(
-    part_ptr,  # (B, M, H, SPLITS, D) float32; a part whose lse is -inf holds anything
+    part_ptr,  # (B, M, H, SPLITS, D) float32; undefined where the lse is -inf
     part_lse_ptr,  # (B, H, M, SPLITS) float32
     out_ptr,  # (B, M, H, D) contiguous
     lse_ptr,  # (B, H, M) float32 contiguous
@@ -128,7 +128,7 @@ def _cross_attention_combine_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """out = sum_s exp(lse_s) part_s / sum_s exp(lse_s) of one (b, m, h), in the order of the splits."""
+    """out = sum_s exp(lse_s) part_s / sum_s exp(lse_s) for one (b, m, h), in the order of the splits."""
     row = tl.program_id(0).to(tl.int64)  # (b * M + m) * H + h
     head = row % H
     lse_row = (row // H // M * H + head) * M + row // H % M  # (b * H + h) * M + m
@@ -139,18 +139,22 @@ def _cross_attention_combine_kernel(
     total = 0.0
     peak = NEG_HUGE
     for start in tl.range(0, SPLITS, BLOCK_S):
+        # load
         s = start + splits
         lse = tl.load(part_lse_ptr + lse_row * SPLITS + s, mask=s < SPLITS, other=float("-inf"))
-        there = lse != float("-inf")  # true for NaN, which must survive
+        present = lse != float("-inf")  # true for NaN, which must survive
+        # softmax over the splits
         new_peak = tl.maximum(peak, tl.max(lse, 0))
         weight = tl.exp(lse - new_peak)
         shrink = tl.exp(peak - new_peak)
+        # accumulate
         part_ptrs = part_ptr + (row * SPLITS + s)[:, None] * D + cols[None, :]
-        part = tl.load(part_ptrs, mask=there[:, None] & (cols < D)[None, :], other=0.0)
+        part = tl.load(part_ptrs, mask=present[:, None] & (cols < D)[None, :], other=0.0)
         acc = acc * shrink + tl.sum(weight[:, None] * part, 0)
         total = total * shrink + tl.sum(weight, 0)
         peak = new_peak
 
+    # store
     seen = total != 0.0
     total = tl.where(seen, total, 1.0)
     out = tl.where(seen, acc / total, 0.0)

@@ -1,4 +1,4 @@
-"""Forward kernel of cross_attention: one tile of query rows against the key blocks it can see.
+"""Forward kernel of cross_attention: one tile of query rows against the key blocks it sees.
 
 Derivation and measured facts: docs/ops/cross_attention.md.
 """
@@ -8,16 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from calm_fast.kernels.cross_attention.common import (
-    LN_2,
-    NEG_HUGE,
-    key_block_ranges,
-    load_interval,
-    load_rows,
-    mask_scores,
-    matmul,
-    matmul_add,
-)
+from calm_fast.kernels.common.arithmetic import LN_2, NEG_HUGE, matmul, matmul_add
+from calm_fast.kernels.cross_attention.common import key_block_ranges, load_interval, load_rows, mask_scores
 
 
 @triton.jit
@@ -44,21 +36,23 @@ def attend(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Online softmax over the key blocks in [first, last): returns the new (acc, row_sum, row_max).
+    """Online softmax over the key blocks in [first, last). Returns the new (acc, row_sum, row_max).
 
-    acc (rows, BLOCK_D) and row_sum (rows,) are relative to exp2(row_max); row_max is in units of log2.
+    acc (rows, BLOCK_D) and row_sum (rows,) are relative to exp2(row_max); row_max is in log2 units.
     """
     for start in tl.range(first, last, BLOCK_N):
+        # scores
         k = load_rows(k_base, start, stride_kn, N, D, BLOCK_N, BLOCK_D, MASKED)
         scores = matmul(q, tl.trans(k), PRECISION, INTERPRET)
         if MASKED:
             keys = start + tl.arange(0, BLOCK_N)
             scores = mask_scores(scores, lo[:, None], hi[:, None], keys[None, :], float("-inf"), HAS_LO)
-        # the scale is positive (the launcher sees to it), so it commutes with max and joins the exponent's FMA
+        # softmax: the scale is positive (the launcher checks), so it commutes with max and joins the exponent's FMA
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
         p = tl.exp2(scores * scale_log2 - new_max[:, None])
         shrink = tl.exp2(row_max - new_max)
         row_sum = row_sum * shrink + tl.sum(p, 1)
+        # accumulate
         acc = acc * shrink[:, None]
         v = load_rows(v_base, start, stride_vn, N, D, BLOCK_N, BLOCK_D, MASKED)
         acc = matmul_add(p.to(v.dtype), v, acc, PRECISION, INTERPRET)
@@ -103,7 +97,8 @@ def _cross_attention_fwd_kernel(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    # 1-D grid (the y axis ends at 65535); neighbours share a KV head, and the last rows come first because with
+    """One tile of queries of one head: out and lse in a single pass over its keys."""
+    # 1-D grid (the y axis ends at 65535): neighbours share a KV head, and the last rows come first because with
     # causal-like intervals they see the most keys
     tiles = tl.cdiv(M, BLOCK_M)
     first_row = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
@@ -112,6 +107,7 @@ def _cross_attention_fwd_kernel(
     kv_head = (head // GROUP).to(tl.int64)
     head64 = head.to(tl.int64)
 
+    # intervals of the tile's rows
     rows = first_row + tl.arange(0, BLOCK_M)
     lo, hi, seen = load_interval(
         lo_ptr + b * stride_lob if HAS_LO else lo_ptr,
@@ -127,11 +123,13 @@ def _cross_attention_fwd_kernel(
     )
     first, full_first, full_last, last = key_block_ranges(lo, hi, seen, N, BLOCK_N, HAS_LO)
 
+    # load
     q_base = q_ptr + b * stride_qb + head64 * stride_qh
     k_base = k_ptr + b * stride_kb + kv_head * stride_kh
     v_base = v_ptr + b * stride_vb + kv_head * stride_vh
     q = load_rows(q_base, first_row, stride_qm, M, D, BLOCK_M, BLOCK_D, True)
 
+    # scores, softmax, accumulate: blocks that need a mask on the left, whole blocks, blocks that need one on the right
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.zeros((BLOCK_M,), tl.float32) + NEG_HUGE
@@ -149,7 +147,7 @@ def _cross_attention_fwd_kernel(
         scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, PRECISION, INTERPRET,
     )  # fmt: skip
 
-    # a row that sees nothing may have met unmasked blocks of its neighbours: it becomes 0 and -inf here
+    # store: a row that sees nothing may have met unmasked blocks of its neighbours, and becomes 0 and -inf here
     row_sum = tl.where(seen, row_sum, 1.0)
     out = tl.where(seen[:, None], acc / row_sum[:, None], 0.0)
     lse = tl.where(seen, (row_max + tl.log2(row_sum)) * LN_2, float("-inf"))

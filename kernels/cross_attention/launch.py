@@ -1,7 +1,7 @@
-"""Launchers of the Triton kernels of cross_attention, and what the code generation checks compile.
+"""Launchers of the Triton kernels of cross_attention.
 
-The public op (calm_fast.ops.cross_attention) has validated the arguments; here tensors get strides the kernels
-can address, each launch gets its numbers, and kernels run on the tensors' device and its current stream.
+The public op (calm_fast.ops.cross_attention) has validated the arguments. The launchers give tensors strides that the
+kernels can address, choose configs, and start kernels on the tensors' device and its current stream.
 """
 
 from __future__ import annotations
@@ -12,32 +12,37 @@ from typing import Any
 import torch
 import triton
 
+from calm_fast.core.launch_config import Config
+from calm_fast.kernels.common.arithmetic import LOG2_E
+from calm_fast.kernels.common.config_table import ConfigTable, padded
 from calm_fast.kernels.common.launching import addressable, float32_precision, interpreted, launch
 from calm_fast.kernels.cross_attention.bwd_kv import (
     _cross_attention_bwd_dkdv_kernel,
     _cross_attention_query_ranges_kernel,
 )
 from calm_fast.kernels.cross_attention.bwd_q import _cross_attention_bwd_dq_kernel, _cross_attention_bwd_rows_kernel
-from calm_fast.kernels.cross_attention.codegen import codegen_specs
-from calm_fast.kernels.cross_attention.configs import BackwardConfig, LaunchConfig, pick_config
+from calm_fast.kernels.cross_attention.configs import (
+    COMBINE,
+    DECODE,
+    DKDV,
+    DQ,
+    FWD,
+    RANGES,
+    AttentionConfig,
+    BackwardConfig,
+    DecodeConfig,
+    row_terms_config,
+    table_size,
+)
 from calm_fast.kernels.cross_attention.decode import _cross_attention_combine_kernel, _cross_attention_decode_kernel
 from calm_fast.kernels.cross_attention.fwd import _cross_attention_fwd_kernel
 
-__all__ = [
-    "BackwardConfig",
-    "LaunchConfig",
-    "codegen_specs",
-    "launch_cross_attention_bwd",
-    "launch_cross_attention_fwd",
-]
+__all__ = ["launch_cross_attention_bwd", "launch_cross_attention_fwd"]
 
-_LOG2_E = 1.4426950408889634
+_LOG2_E: float = LOG2_E.value
 _MAX_HEAD_DIM = 256
 _DECODE_ROWS = 64  # the split-key kernel takes over at this many query rows of a KV head ...
 _DECODE_M = 16  # ... or at this many queries, whatever the group
-_ROW_TILE = 64  # query rows per program of the row terms kernel up to head dim 128; above, half: 64 spilled
-_RANGE_TILES = 16  # query tiles a step of the range kernel looks at
-_SMALL = LaunchConfig(_ROW_TILE, 64, 4, 3)  # row terms, query ranges, combine: no product, nothing to tune
 _INTERPRETED = interpreted(_cross_attention_fwd_kernel)
 
 
@@ -66,15 +71,20 @@ class _Problem:
 
     @property
     def interval_strides(self) -> tuple[int, ...]:
-        """(b, m) strides of lo and hi, 0 where there is none."""
+        """(b, m) strides of lo and hi, 0 for an absent one."""
         return tuple(s for t in (self.lo, self.hi) for s in (t.stride() if t is not None else (0, 0)))
+
+    def scalars(self) -> dict[str, Any]:
+        """Run-time sizes that every attention kernel takes."""
+        _, m, n, heads, kv_heads, _ = self.sizes
+        return {"scale_log2": self.scale * _LOG2_E, "M": m, "N": n, "H": heads, "GROUP": heads // kv_heads}
 
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments that every attention kernel takes."""
         d = self.q.shape[3]
         return {
             "D": d,
-            "BLOCK_D": _padded(d),
+            "BLOCK_D": padded(d),
             "HAS_LO": self.lo is not None,
             "HAS_HI": self.hi is not None,
             "CAUSAL": self.causal,
@@ -82,15 +92,11 @@ class _Problem:
             "INTERPRET": _INTERPRETED,
         }
 
-    def config(self, part: str) -> LaunchConfig:
+    def config(self, table: ConfigTable[int, Config]) -> Config:
+        """Return the launch config of a kernel for this call."""
         _, m, n, heads, kv_heads, d = self.sizes
-        shape = {"M": m, "N": n, "H": heads, "Hkv": kv_heads}
-        return pick_config(part, self.q.device, self.q.dtype, _padded(d), shape, _INTERPRETED)
-
-
-def _padded(d: int) -> int:
-    """The head dim a tile has: a power of two, and at least what a matrix product needs."""
-    return max(16, triton.next_power_of_2(d))
+        shape, block_d = {"M": m, "N": n, "H": heads, "Hkv": kv_heads}, padded(d)
+        return table.pick(self.q.device, self.q.dtype, table_size(block_d), block_d, shape, _INTERPRETED)
 
 
 def _problem(
@@ -106,7 +112,8 @@ def _problem(
         raise ValueError(f"cross_attention: `q` must have a head dim of at most {_MAX_HEAD_DIM}, got {q.shape[3]}")
     if not scale > 0:
         raise ValueError(f"cross_attention: `scale` must be positive in the Triton kernels, got {scale}")
-    return _Problem(*(addressable(t, rows=1) for t in (q, k, v)), lo, hi, causal, scale)
+    q, k, v = (addressable(t, rows=1) for t in (q, k, v))
+    return _Problem(q, k, v, lo, hi, causal, scale)
 
 
 def launch_cross_attention_fwd(
@@ -117,21 +124,27 @@ def launch_cross_attention_fwd(
     hi: torch.Tensor | None,
     causal: bool,
     scale: float,
-    config: LaunchConfig | None = None,
+    config: AttentionConfig | DecodeConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Interval attention: out_i = sum_j softmax_j(scale * q_i . k_j) v_j over lo_i <= j < hi_i, and its lse.
+    """Interval attention and its log-sum-exp, by the forward kernel or, for few queries, the decode kernel.
+
+        out_i = sum_j softmax_j(scale * q_i . k_j) v_j over lo_i <= j < hi_i
 
     Args:
-        q: (B, M, H, D) float32, bfloat16 or float16, any strides. k, v: (B, N, Hkv, D), same dtype.
-        lo, hi: (B, M) int32 or None (0 and N); values outside 0..N are clamped. causal: hi_i = i + 1 + N - M.
-        scale: positive. config: launch numbers; with split_keys > 0 the split-key (decode) kernel runs.
+        q: (B, M, H, D) float32, bfloat16 or float16, any strides.
+        k, v: (B, N, Hkv, D), q's dtype.
+        lo, hi: (B, M) int32 or None (0 and N). Values outside 0..N are clamped.
+        causal: hi_i = i + 1 + N - M.
+        scale: positive.
+        config: launch config; a DecodeConfig runs the decode kernel. None chooses one.
     Returns:
-        out (B, M, H, D) in q's dtype and lse (B, H, M) float32, both contiguous; a row that sees nothing has 0
-        and -inf.
+        out (B, M, H, D) in q's dtype and lse (B, H, M) float32, both contiguous. A row that sees nothing has 0 and
+        -inf.
     Raises:
         ValueError: the head dim is above 256 or the scale is not positive.
-    Deterministic. Without `config`, a row's bits do not depend on the batch size or on keys outside its interval
-    on its right.
+
+    Deterministic. Without `config`, a row's bits do not depend on the batch size or on keys to the right of its
+    interval.
     """
     p = _problem(q, k, v, lo, hi, causal, scale)
     batch, m, n, heads, kv_heads, d = p.sizes
@@ -141,8 +154,8 @@ def launch_cross_attention_fwd(
         return out.zero_(), lse.fill_(float("-inf"))
     if config is None:
         few = m <= _DECODE_M or m * (heads // kv_heads) <= _DECODE_ROWS
-        config = p.config("decode" if few else "fwd")
-    if config.split_keys:
+        config = p.config(DECODE) if few else p.config(FWD)
+    if isinstance(config, DecodeConfig):
         _launch_decode(p, out, lse, config)
         return out, lse
     launch(
@@ -153,18 +166,17 @@ def launch_cross_attention_fwd(
         *(p.q, p.k, p.v, lo, hi, out, lse),
         *p.strides,
         *p.interval_strides,
-        *(scale * _LOG2_E, m, n, heads, heads // kv_heads),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        **p.scalars(),
         **p.constants(),
     )
     return out, lse
 
 
-def _launch_decode(p: _Problem, out: torch.Tensor, lse: torch.Tensor, config: LaunchConfig) -> None:
-    """Fill out and lse by splitting the keys over programs and combining the parts."""
+def _launch_decode(p: _Problem, out: torch.Tensor, lse: torch.Tensor, config: DecodeConfig) -> None:
+    """Fill out and lse: split the keys over programs, then combine the splits."""
     batch, m, n, heads, kv_heads, d = p.sizes
-    group = heads // kv_heads
     splits = triton.cdiv(n, config.split_keys)
     part, part_lse = out, lse
     if splits > 1:
@@ -172,17 +184,18 @@ def _launch_decode(p: _Problem, out: torch.Tensor, lse: torch.Tensor, config: La
         part_lse = torch.empty((batch, heads, m, splits), dtype=torch.float32, device=out.device)
     launch(
         _cross_attention_decode_kernel,
-        splits * triton.cdiv(m * group, config.block_m) * kv_heads * batch,
+        splits * triton.cdiv(m * (heads // kv_heads), config.block_r) * kv_heads * batch,
         out.device,
         config,
         *(p.q, p.k, p.v, p.lo, p.hi, part, part_lse),
         *p.strides,
         *p.interval_strides,
-        *(p.scale * _LOG2_E, m, n, heads, group, splits),
-        BLOCK_R=config.block_m,
+        SPLITS=splits,
+        BLOCK_R=config.block_r,
         BLOCK_N=config.block_n,
         SPLIT_KEYS=config.split_keys,
         DIRECT=splits == 1,
+        **p.scalars(),
         **p.constants(),
     )
     if splits > 1:
@@ -190,11 +203,14 @@ def _launch_decode(p: _Problem, out: torch.Tensor, lse: torch.Tensor, config: La
             _cross_attention_combine_kernel,
             batch * m * heads,
             out.device,
-            _SMALL,
-            *(part, part_lse, out, lse, m, heads, splits),
+            COMBINE,
+            *(part, part_lse, out, lse),
+            M=m,
+            H=heads,
+            SPLITS=splits,
             D=d,
-            BLOCK_D=_padded(d),
-            BLOCK_S=16,
+            BLOCK_D=padded(d),
+            BLOCK_S=COMBINE.block_s,
         )
 
 
@@ -212,50 +228,57 @@ def launch_cross_attention_bwd(
     scale: float,
     config: BackwardConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of interval attention: ds = p * (dout . v - rowsum(dout * out) + dlse), p recomputed from lse.
+    """Gradients of interval attention, with p computed again from lse.
+
+        ds = p * (dout . v - rowsum(dout * out) + dlse)
 
     Args:
-        dout: (B, M, H, D) q's dtype, any strides. dlse: (B, H, M) float32 or None (zero).
-        out, lse: what the forward pass returned; the rest as there.
+        dout: (B, M, H, D) in q's dtype, any strides.
+        dlse: (B, H, M) float32 or None (zero).
+        out, lse: results of the forward pass.
+        q, k, v, lo, hi, causal, scale: as in the forward pass.
+        config: launch configs. None chooses them.
     Returns:
-        dq (B, M, H, D), dk and dv (B, N, Hkv, D), contiguous, in the inputs' dtype. A row that sees nothing gets
-        and gives zero.
+        dq (B, M, H, D), dk and dv (B, N, Hkv, D), contiguous, in the inputs' dtype. A row that sees nothing gets and
+        gives zero.
     Raises:
-        ValueError: as the forward pass.
+        ValueError: the head dim is above 256 or the scale is not positive.
+
     Deterministic: no atomics; dk and dv sum the query heads of a KV head inside one program.
     """
     p = _problem(q, k, v, lo, hi, causal, scale)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if dq.numel() == 0 or dk.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    config = config or BackwardConfig(dkdv=p.config("dkdv"), dq=p.config("dq"))
+    config = config or BackwardConfig(dkdv=p.config(DKDV), dq=p.config(DQ))
     dout = addressable(dout, rows=1)
     lse2, delta = _launch_rows(p, out, dout, lse, dlse)
-    _launch_dkdv(p, dout, (lse2, delta), dk, dv, config.dkdv)
-    _launch_dq(p, dout, (lse2, delta), dq, config.dq)
+    _launch_dkdv(p, dout, lse2, delta, dk, dv, config.dkdv)
+    _launch_dq(p, dout, lse2, delta, dq, config.dq)
     return dq, dk, dv
 
 
 def _launch_rows(
     p: _Problem, out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, dlse: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two numbers the backward pass needs of each row: lse in log2 units, rowsum(dout * out) - dlse."""
+    """Return the terms the backward pass needs of each row: lse in log2 units, and rowsum(dout * out) - dlse."""
     batch, m, _, heads, _, d = p.sizes
     out = addressable(out, rows=1)
     lse2, delta = (torch.empty((batch, heads, m), dtype=torch.float32, device=out.device) for _ in range(2))
-    tile = _ROW_TILE if d <= 128 else _ROW_TILE // 2
+    config = row_terms_config(padded(d))
     launch(
         _cross_attention_bwd_rows_kernel,
-        triton.cdiv(m, tile) * heads * batch,
+        triton.cdiv(m, config.block_m) * heads * batch,
         out.device,
-        _SMALL,
+        config,
         *(out, dout, lse.contiguous(), dlse if dlse is None else dlse.contiguous(), lse2, delta),
         *out.stride()[:3],
         *dout.stride()[:3],
-        *(m, heads),
+        M=m,
+        H=heads,
         D=d,
-        BLOCK_D=_padded(d),
-        BLOCK_M=tile,
+        BLOCK_D=padded(d),
+        BLOCK_M=config.block_m,
         HAS_DLSE=dlse is not None,
     )
     return lse2, delta
@@ -264,12 +287,14 @@ def _launch_rows(
 def _launch_dkdv(
     p: _Problem,
     dout: torch.Tensor,
-    rows: tuple[torch.Tensor, torch.Tensor],
+    lse2: torch.Tensor,
+    delta: torch.Tensor,
     dk: torch.Tensor,
     dv: torch.Tensor,
-    config: LaunchConfig,
+    config: AttentionConfig,
 ) -> None:
-    batch, m, n, heads, kv_heads, _ = p.sizes
+    """Fill dk and dv."""
+    batch, m, n, _, kv_heads, _ = p.sizes
     key_blocks = triton.cdiv(n, config.block_n)
     ranges = None
     if p.lo is not None or p.hi is not None:
@@ -278,13 +303,14 @@ def _launch_dkdv(
             _cross_attention_query_ranges_kernel,
             key_blocks * batch,
             dk.device,
-            _SMALL,
+            RANGES,
             *(p.lo, p.hi, ranges),
             *p.interval_strides,
-            *(m, n),
+            M=m,
+            N=n,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
-            TILES=_RANGE_TILES,
+            TILES=RANGES.block_tiles,
             HAS_LO=p.lo is not None,
             HAS_HI=p.hi is not None,
         )
@@ -293,13 +319,14 @@ def _launch_dkdv(
         key_blocks * kv_heads * batch,
         dk.device,
         config,
-        *(p.q, p.k, p.v, dout, *rows, p.lo, p.hi, ranges, dk, dv),
+        *(p.q, p.k, p.v, dout, lse2, delta, p.lo, p.hi, ranges, dk, dv),
         *p.strides,
         *dout.stride()[:3],
         *p.interval_strides,
-        *(p.scale, p.scale * _LOG2_E, m, n, heads, heads // kv_heads),
+        scale=p.scale,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        **p.scalars(),
         **p.constants(),
     )
 
@@ -307,22 +334,25 @@ def _launch_dkdv(
 def _launch_dq(
     p: _Problem,
     dout: torch.Tensor,
-    rows: tuple[torch.Tensor, torch.Tensor],
+    lse2: torch.Tensor,
+    delta: torch.Tensor,
     dq: torch.Tensor,
-    config: LaunchConfig,
+    config: AttentionConfig,
 ) -> None:
-    batch, m, n, heads, kv_heads, _ = p.sizes
+    """Fill dq."""
+    batch, m, _, heads, _, _ = p.sizes
     launch(
         _cross_attention_bwd_dq_kernel,
         triton.cdiv(m, config.block_m) * heads * batch,
         dq.device,
         config,
-        *(p.q, p.k, p.v, dout, *rows, p.lo, p.hi, dq),
+        *(p.q, p.k, p.v, dout, lse2, delta, p.lo, p.hi, dq),
         *p.strides,
         *dout.stride()[:3],
         *p.interval_strides,
-        *(p.scale, p.scale * _LOG2_E, m, n, heads, heads // kv_heads),
+        scale=p.scale,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        **p.scalars(),
         **p.constants(),
     )

@@ -8,36 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from calm_fast.kernels.cross_attention.common import matmul_add
+from calm_fast.kernels.common.arithmetic import matmul_add
+from calm_fast.kernels.dual_lora.gate import column_weights, gate_probability, gate_weights, load_tile
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
-
-
-@triton.jit
-def load_tile(base, rows, stride, inside, cols, last_col):
-    """Elements (rows, cols) of a matrix with unit column stride, 0 outside `inside` rows and from last_col on."""
-    return tl.load(
-        base + rows[:, None] * stride + cols[None, :], mask=inside[:, None] & (cols < last_col)[None, :], other=0.0
-    )
-
-
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)) without an overflow on the way."""
-    small = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0.0, 1.0, small) / (1.0 + small)
-
-
-@triton.jit
-def negative_share(zg_base, rows, stride, inside, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """p_neg (rows,) float32: the sigmoid of z . g."""
-    logit = tl.zeros_like(rows).to(tl.float32)
-    for first in tl.range(0, R, BLOCK_R):
-        cols = first + tl.arange(0, BLOCK_R)
-        z = load_tile(zg_base, rows, stride, inside, cols, R).to(tl.float32)
-        g = load_tile(zg_base + R, rows, stride, inside, cols, R).to(tl.float32)
-        logit += tl.sum(z * g, 1)
-    return sigmoid(logit)
 
 
 @triton.jit
@@ -47,7 +21,7 @@ def lora_hidden(
     rows,
     stride_zg,
     inside,
-    hidden,  # row of `up`: a unit of the bottleneck
+    hidden,  # rows of `up`: units of the bottleneck
     stride_up,
     H,
     acc,  # C1 y, (rows, hidden) float32
@@ -57,7 +31,7 @@ def lora_hidden(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """acc + z[:, FIRST:LAST] up[:, FIRST:LAST]^T: what gelu sees of one LoRA."""
+    """Return acc + z[:, FIRST:LAST] up[:, FIRST:LAST]^T, the input of one LoRA's gelu."""
     for first in tl.range(FIRST, LAST, BLOCK_R):
         cols = first + tl.arange(0, BLOCK_R)
         z = load_tile(zg_base, rows, stride_zg, inside, cols, LAST)
@@ -68,6 +42,7 @@ def lora_hidden(
 
 @triton.jit
 def normal_cdf(x):
+    """Return the standard normal distribution function at x."""
     return 0.5 + 0.5 * tl.erf(x * SQRT_HALF)
 
 
@@ -91,7 +66,7 @@ def _dual_lora_mix_kernel(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """mix = (p_pos + 1/2) gelu(u + z_pos up_pos^T) + (p_neg - 1/2) gelu(u + z_neg up_neg^T)."""
+    """mix = a_pos gelu(u + z_pos up_pos^T) + a_neg gelu(u + z_neg up_neg^T), a_* from the gate."""
     blocks = tl.cdiv(H, BLOCK_N)
     first_row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M
     hidden = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -99,7 +74,9 @@ def _dual_lora_mix_kernel(
     inside = first_row + rows < T
     zg_base = zg_ptr + first_row * stride_zg
 
-    p_neg = negative_share(zg_base, rows, stride_zg, inside, R, BLOCK_R)[:, None]
+    # gate
+    p_neg = gate_probability(zg_base, rows, stride_zg, inside, R, BLOCK_R)[:, None]
+    # accumulate: the inputs of the two gelus
     u = load_tile(u_ptr + first_row * stride_u, rows, stride_u, inside, hidden, H).to(tl.float32)
     pos = lora_hidden(
         zg_base, up_ptr, rows, stride_zg, inside, hidden, stride_up, H, u, 0, R_POS, BLOCK_R, PRECISION, INTERPRET
@@ -107,7 +84,9 @@ def _dual_lora_mix_kernel(
     neg = lora_hidden(
         zg_base, up_ptr, rows, stride_zg, inside, hidden, stride_up, H, u, R_POS, R, BLOCK_R, PRECISION, INTERPRET
     )
-    mix = (1.5 - p_neg) * pos * normal_cdf(pos) + (p_neg - 0.5) * neg * normal_cdf(neg)
+    # store
+    a_pos, a_neg = gate_weights(p_neg)
+    mix = a_pos * pos * normal_cdf(pos) + a_neg * neg * normal_cdf(neg)
     ptrs = mix_ptr + first_row * stride_mix + rows[:, None] * stride_mix + hidden[None, :]
     tl.store(ptrs, mix.to(mix_ptr.dtype.element_ty), mask=inside[:, None] & (hidden < H)[None, :])
 
@@ -125,11 +104,11 @@ def load_mix(
     GATED: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Columns first .. first + BLOCK_K of what the rank update multiplies: a itself, or z weighted by the gate."""
+    """Load columns first .. first + BLOCK_K of the rank update's left operand: a itself, or z weighted by the gate."""
     cols = first + tl.arange(0, BLOCK_K)
     a = load_tile(a_base, rows, stride, inside, cols, K)
     if GATED:
-        weight = tl.where((cols < R_POS)[None, :], 1.5 - p_neg[:, None], p_neg[:, None] - 0.5)
+        weight = column_weights(p_neg, cols, R_POS)
         a = (a.to(tl.float32) * weight).to(a_base.dtype.element_ty)
     return a
 
@@ -157,7 +136,7 @@ def _dual_lora_update_kernel(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """out = y + mix w^T; the mix is read, or made of z and the gate (once per program)."""
+    """out = y + mix w^T. The mix is read, or made of z and the gate once per program."""
     parts = tl.cdiv(N, N_STEP)
     first_row = (tl.program_id(0) // parts).to(tl.int64) * BLOCK_M
     start = tl.program_id(0) % parts * N_STEP
@@ -167,12 +146,15 @@ def _dual_lora_update_kernel(
     y_base = y_ptr + first_row * stride_y
     out_base = out_ptr + first_row * stride_out
 
+    # gate
     p_neg = tl.zeros((BLOCK_M,), tl.float32)
     if GATED:
-        p_neg = negative_share(a_base, rows, stride_a, inside, K, BLOCK_R)
-    if K <= BLOCK_K:  # one chunk: it stays where it is for all columns of out
+        p_neg = gate_probability(a_base, rows, stride_a, inside, K, BLOCK_R)
+    # load: a mix of one chunk stays in place for all columns of out
+    if K <= BLOCK_K:
         a = load_mix(a_base, rows, stride_a, inside, 0, p_neg, K, R_POS, GATED, BLOCK_K)
     for first in tl.range(start, tl.minimum(start + N_STEP, N), BLOCK_N):
+        # accumulate onto y
         cols = first + tl.arange(0, BLOCK_N)
         w_base = w_ptr + tl.cast(first, tl.int64) * stride_w
         w_rows = tl.arange(0, BLOCK_N)
@@ -185,5 +167,6 @@ def _dual_lora_update_kernel(
                 a = load_mix(a_base, rows, stride_a, inside, k, p_neg, K, R_POS, GATED, BLOCK_K)
                 w = load_tile(w_base, w_rows, stride_w, cols < N, k + tl.arange(0, BLOCK_K), K)
                 acc = matmul_add(a, tl.trans(w), acc, PRECISION, INTERPRET)
+        # store
         ptrs = out_base + rows[:, None] * stride_out + cols[None, :]
         tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (cols < N)[None, :])

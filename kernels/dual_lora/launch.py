@@ -1,7 +1,8 @@
 """Launchers of the Triton kernels of dual_lora; the wide products around them are torch's own.
 
-The public op (calm_fast.ops.dual_lora) has validated the arguments and made zg = [z, g] = x down^T, one product.
-R = R_pos + R_neg, positive columns first; T tokens.
+The public op (calm_fast.ops.dual_lora) has validated the arguments and computed zg = [z, g] = x down^T in one product.
+R = R_pos + R_neg, positive columns first; T tokens; a_pos = p_pos + 1/2 and a_neg = p_neg - 1/2 are the gate's weights,
+p_neg = sigmoid(z . g) and p_pos = 1 - p_neg.
 """
 
 from __future__ import annotations
@@ -9,21 +10,25 @@ from __future__ import annotations
 import torch
 import triton
 
+from calm_fast.core.launch_config import Config
+from calm_fast.kernels.common.config_table import ConfigTable, padded
 from calm_fast.kernels.common.launching import addressable, float32_precision, interpreted, launch
 from calm_fast.kernels.dual_lora.bwd import _dual_lora_gate_bwd_kernel, _dual_lora_gelu_bwd_kernel
 from calm_fast.kernels.dual_lora.configs import (
-    LaunchConfig,
+    GATE_BWD,
+    GELU_BWD,
+    MIX,
+    UPDATE,
+    GateConfig,
+    TileConfig,
     block_k,
     block_r,
-    codegen_specs,
-    pick_config,
     programs_wanted,
+    table_size,
 )
 from calm_fast.kernels.dual_lora.fwd import _dual_lora_mix_kernel, _dual_lora_update_kernel
 
 __all__ = [
-    "LaunchConfig",
-    "codegen_specs",
     "launch_dual_lora_bwd",
     "launch_dual_lora_fwd",
     "launch_dual_lora_gelu_bwd",
@@ -33,36 +38,42 @@ __all__ = [
 _INTERPRETED = interpreted(_dual_lora_update_kernel)
 
 
-def _config(part: str, like: torch.Tensor, k: int, n: int) -> LaunchConfig:
-    return pick_config(part, like.device, like.dtype, k, {"T": like.shape[0], "N": n}, _INTERPRETED)
+def _config(table: ConfigTable[str, Config], like: torch.Tensor, k: int, n: int) -> Config:
+    """Return the config of a kernel: tokens, dtype and device are those of `like`; k: depth, n: columns."""
+    tokens = like.shape[0]
+    size, shape = table_size(tokens, k), {"T": tokens, "N": n}
+    return table.pick(like.device, like.dtype, size, padded(k), shape, _INTERPRETED)
 
 
 def _update(
-    a: torch.Tensor, y: torch.Tensor, w: torch.Tensor, r_pos: int, gated: bool, config: LaunchConfig | None
+    a: torch.Tensor, y: torch.Tensor, w: torch.Tensor, r_pos: int, gated: bool, config: TileConfig | None
 ) -> torch.Tensor:
-    """out = y + a w^T; where gated, a = [z, g] and z is weighted by the gate first."""
+    """Return y + a w^T. If gated, a = [z, g] and z is weighted by the gate first."""
     tokens, n = y.shape
     out = torch.empty((tokens, n), dtype=y.dtype, device=y.device)
     if out.numel() == 0:
         return out
     a, y, w = addressable(a), addressable(y), addressable(w)
     k = w.shape[1]
-    config = config or _config("update", y, k, n)
-    row_tiles, col_tiles = triton.cdiv(tokens, config.block_m), triton.cdiv(n, config.block_n)
-    # a program keeps its mix for several columns of tiles, as far as every multiprocessor still has work
+    config = config or _config(UPDATE, y, k, n)
+    row_tiles, col_tiles = triton.cdiv(tokens, config.block_tokens), triton.cdiv(n, config.block_columns)
+    # a program keeps its mix for several columns of tiles, as long as every multiprocessor still has work
     parts = min(col_tiles, triton.cdiv(programs_wanted(y.device, _INTERPRETED), row_tiles))
-    step = triton.cdiv(col_tiles, parts) * config.block_n
+    step = triton.cdiv(col_tiles, parts) * config.block_columns
     launch(
         _dual_lora_update_kernel,
         row_tiles * triton.cdiv(n, step),
         y.device,
         config,
-        *(a, y, w, out, a.stride(0), y.stride(0), w.stride(0), n, tokens, n, step),
+        *(a, y, w, out, a.stride(0), y.stride(0), w.stride(0), n),
+        T=tokens,
+        N=n,
+        N_STEP=step,
         K=k,
         R_POS=r_pos,
         GATED=gated,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
+        BLOCK_M=config.block_tokens,
+        BLOCK_N=config.block_columns,
         BLOCK_K=block_k(k, y.dtype, _INTERPRETED),
         BLOCK_R=block_r(k, y.dtype, _INTERPRETED),
         PRECISION=float32_precision(y.dtype),
@@ -72,23 +83,40 @@ def _update(
 
 
 def launch_dual_lora_fwd(
-    zg: torch.Tensor, y: torch.Tensor, up: torch.Tensor, r_pos: int, config: LaunchConfig | None = None
+    zg: torch.Tensor, y: torch.Tensor, up: torch.Tensor, r_pos: int, config: TileConfig | None = None
 ) -> torch.Tensor:
-    """out = y + [(p_pos + 1/2) z_pos, (p_neg - 1/2) z_neg] up^T, p_neg = sigmoid(z . g).
+    """The paper's form: gate and rank update in one kernel.
+
+        out = y + [a_pos z_pos, a_neg z_neg] up^T
 
     Args:
-        zg: (T, 2R) float32, bfloat16 or float16, any strides. y: (T, N), up: (N, R), zg's dtype. r_pos: of R.
-        config: launch numbers.
+        zg: (T, 2R) float32, bfloat16 or float16, any strides.
+        y: (T, N), zg's dtype.
+        up: (N, R), zg's dtype.
+        r_pos: number of positive columns.
+        config: launch config. None chooses one.
     Returns:
-        out (T, N) in y's dtype, contiguous. Nothing else of T rows is stored. Deterministic.
+        out (T, N) in y's dtype, contiguous. Nothing else of T rows is stored.
+
+    Deterministic.
     """
     return _update(zg, y, up, r_pos, True, config)
 
 
 def launch_dual_lora_bwd(
-    dmix: torch.Tensor, zg: torch.Tensor, r_pos: int, config: LaunchConfig | None = None
+    dmix: torch.Tensor, zg: torch.Tensor, r_pos: int, config: GateConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Through the gate, from dmix (T, R) = dout up: dzg (T, 2R), and the mix (T, R) that up's gradient needs."""
+    """Gradients of the paper's form through the gate.
+
+    Args:
+        dmix: (T, R) = dout up, zg's dtype.
+        zg, r_pos: as in the forward pass.
+        config: launch config. None chooses one.
+    Returns:
+        dzg (T, 2R), and the mix (T, R) that up's gradient needs.
+
+    Deterministic.
+    """
     tokens, r = dmix.shape
     dzg, mix = (torch.empty((tokens, width), dtype=zg.dtype, device=zg.device) for width in (2 * r, r))
     if tokens:
@@ -103,20 +131,22 @@ def _gate_backward(
     dzg: torch.Tensor,
     mix: torch.Tensor | None,
     r_pos: int,
-    config: LaunchConfig | None = None,
+    config: GateConfig | None = None,
 ) -> None:
+    """Fill dzg, and the mix unless it is None. dlogit None: the kernel derives it from dmix."""
     tokens, r = dmix.shape
     zg = addressable(zg)
-    config = config or _config("gate_bwd", zg, r, r)
+    config = config or _config(GATE_BWD, zg, r, r)
     launch(
         _dual_lora_gate_bwd_kernel,
-        triton.cdiv(tokens, config.block_m),
+        triton.cdiv(tokens, config.block_tokens),
         zg.device,
         config,
-        *(dmix, dlogit, zg, dzg, mix, dmix.stride(0), zg.stride(0), tokens),
+        *(dmix, dlogit, zg, dzg, mix, dmix.stride(0), zg.stride(0)),
+        T=tokens,
         R=r,
         R_POS=r_pos,
-        BLOCK_M=config.block_m,
+        BLOCK_M=config.block_tokens,
         BLOCK_R=block_r(r, zg.dtype, _INTERPRETED),
         HAS_DLOGIT=dlogit is not None,
     )
@@ -129,15 +159,24 @@ def launch_dual_lora_gelu_fwd(
     up: torch.Tensor,
     c2: torch.Tensor,
     r_pos: int,
-    config: LaunchConfig | None = None,
+    config: TileConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out = y + mix C2^T, mix = (p_pos + 1/2) gelu(u + z_pos up_pos^T) + (p_neg - 1/2) gelu(u + z_neg up_neg^T).
+    """The released form: one product, the gated mix of two gelus, the rank update.
+
+        out = y + mix C2^T,  mix = a_pos gelu(u + z_pos up_pos^T) + a_neg gelu(u + z_neg up_neg^T),  u = y C1^T
 
     Args:
-        zg: (T, 2R), y: (T, N), c1: (H, N), up: (H, R), c2: (N, H), one dtype, any strides. r_pos: of R.
-        config: launch numbers of the mix.
+        zg: (T, 2R) float32, bfloat16 or float16, any strides.
+        y: (T, N), zg's dtype.
+        c1: (H, N), zg's dtype.
+        up: (H, R), zg's dtype.
+        c2: (N, H), zg's dtype.
+        r_pos: number of positive columns.
+        config: launch config of the mix. None chooses one.
     Returns:
-        out (T, N); u = y C1^T (T, H) and mix (T, H), which the backward pass reads. Deterministic.
+        out (T, N); u (T, H) and mix (T, H), which the backward pass reads.
+
+    Deterministic.
     """
     u = y @ c1.mT
     tokens, h = u.shape
@@ -145,17 +184,19 @@ def launch_dual_lora_gelu_fwd(
     if tokens:
         zg, up = addressable(zg), addressable(up)
         r = up.shape[1]
-        config = config or _config("mix", u, r, h)
+        config = config or _config(MIX, u, r, h)
         launch(
             _dual_lora_mix_kernel,
-            triton.cdiv(tokens, config.block_m) * triton.cdiv(h, config.block_n),
+            triton.cdiv(tokens, config.block_tokens) * triton.cdiv(h, config.block_columns),
             u.device,
             config,
-            *(zg, u, up, mix, zg.stride(0), u.stride(0), up.stride(0), h, tokens, h),
+            *(zg, u, up, mix, zg.stride(0), u.stride(0), up.stride(0), h),
+            T=tokens,
+            H=h,
             R=r,
             R_POS=r_pos,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
+            BLOCK_M=config.block_tokens,
+            BLOCK_N=config.block_columns,
             BLOCK_R=block_r(max(r_pos, r - r_pos), u.dtype, _INTERPRETED),
             PRECISION=float32_precision(y.dtype),
             INTERPRET=_INTERPRETED,
@@ -169,12 +210,20 @@ def launch_dual_lora_gelu_bwd(
     u: torch.Tensor,
     up: torch.Tensor,
     r_pos: int,
-    config: LaunchConfig | None = None,
+    config: TileConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Through the mix, from dmix (T, H) = dout C2.
+    """Gradients of the released form through the mix.
 
+    Args:
+        dmix: (T, H) = dout C2, zg's dtype.
+        zg, up, r_pos: as in the forward pass.
+        u: (T, H) from the forward pass.
+        config: launch config of the gelus. None chooses one.
     Returns:
-        dzg (T, 2R), and the gradients (T, H) of what the two gelus saw: their sum is u's, z^T times them are up's.
+        dzg (T, 2R), and the gradients (T, H) of the inputs of the two gelus. Their sum is u's gradient; z^T times
+        each of them is up's.
+
+    Deterministic.
     """
     tokens, h = u.shape
     r = up.shape[1]
@@ -184,18 +233,20 @@ def launch_dual_lora_gelu_bwd(
         return dzg, dpos, dneg
     dmix, zg, u, up = (addressable(t) for t in (dmix, zg, u, up))
     dlogit = torch.empty(tokens, dtype=torch.float32, device=u.device)
-    config = config or _config("gelu_bwd", u, r, h)
+    config = config or _config(GELU_BWD, u, r, h)
     launch(
         _dual_lora_gelu_bwd_kernel,
-        triton.cdiv(tokens, config.block_m),
+        triton.cdiv(tokens, config.block_tokens),
         u.device,
         config,
         *(dmix, zg, u, up, dpos, dneg, dlogit),
-        *(dmix.stride(0), zg.stride(0), u.stride(0), up.stride(0), tokens, h),
+        *(dmix.stride(0), zg.stride(0), u.stride(0), up.stride(0)),
+        T=tokens,
+        H=h,
         R=r,
         R_POS=r_pos,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
+        BLOCK_M=config.block_tokens,
+        BLOCK_N=config.block_columns,
         BLOCK_R=block_r(max(r_pos, r - r_pos), u.dtype, _INTERPRETED),
         PRECISION=float32_precision(u.dtype),
         INTERPRET=_INTERPRETED,

@@ -1,4 +1,4 @@
-"""Kernels of linear_logprob: sweep the vocabulary, combine its splits, and the gradient of a chunk of logits.
+"""Kernels of linear_logprob: the sweep over the vocabulary, the combination of its splits, a chunk of logit gradients.
 
 Derivation: docs/ops/linear_logprob.md.
 """
@@ -8,18 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from calm_fast.kernels.common.arithmetic import LN_2, LOG2_E, NEG_HUGE, apply_softcap, softcap_slope
 from calm_fast.kernels.vocabulary.tiles import (
-    LN_2,
-    LOG2_E,
-    NEG_HUGE,
-    any_valid,
-    cap,
+    bias_and_softcap,
     load_block,
-    product,
+    load_targets,
+    logits_tile,
+    online_softmax,
     row_pointers,
-    running_sum,
     tile_position,
-    without_banned,
+    zero_banned,
 )
 
 
@@ -29,7 +27,7 @@ def _linear_logprob_target_kernel(
     weight_ptr,  # (V, d)
     bias_ptr,  # (V,) or None
     targets_ptr,  # (T,) int64
-    at_target_ptr,  # (T,) float32
+    threshold_ptr,  # (T,) float32, written
     stride_h,
     stride_w,
     T,
@@ -42,11 +40,12 @@ def _linear_logprob_target_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """The logits of the targets alone: what a rank is counted against."""
+    """The logits of the targets alone, the thresholds of their ranks."""
     first = tl.program_id(0) * BLOCK_T
     rows = first + tl.arange(0, BLOCK_T)
-    targets, valid, some = any_valid(targets_ptr, rows, T, ignore_index)
+    targets, valid, _ = load_targets(targets_ptr, rows, T, ignore_index)
     targets = tl.where(valid, targets, 0)
+    # scores
     hidden = row_pointers(hidden_ptr, first, T, stride_h, BLOCK_T)
     weight = weight_ptr + targets * stride_w  # int64, as the targets are
     z = tl.zeros((BLOCK_T,), tl.float32)
@@ -56,8 +55,9 @@ def _linear_logprob_target_kernel(
     if HAS_BIAS:
         z += tl.load(bias_ptr + targets).to(tl.float32)
     if HAS_SOFTCAP:
-        z = softcap * (2.0 * tl.sigmoid(z * (2.0 / softcap)) - 1.0)
-    tl.store(at_target_ptr + rows, z, mask=valid)
+        z = apply_softcap(z, softcap)
+    # store
+    tl.store(threshold_ptr + rows, z, mask=valid)
 
 
 @triton.jit(do_not_specialize=["T", "ignore_index", "splits"])
@@ -66,9 +66,9 @@ def _linear_logprob_sweep_kernel(
     weight_ptr,  # (V, d)
     bias_ptr,  # (V,) or None
     targets_ptr,  # (T,) int64
-    alone_ptr,  # (T,) float32, only where ranks are wanted
+    threshold_ptr,  # (T,) float32, or None without ranks
     part_ptr,  # (2 + HAS_ENTROPY, splits, T) float32: maxima in log2 units, sums, means
-    above_ptr,  # (splits, T) int32, only where ranks are wanted
+    above_ptr,  # (splits, T) int32, or None without ranks
     at_target_ptr,  # (T,) float32
     stride_h,
     stride_w,
@@ -91,41 +91,45 @@ def _linear_logprob_sweep_kernel(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """One tile of tokens against SPLIT_V columns; tau is 1 / temperature. A tile without valid tokens is left out."""
+    """One tile of tokens against SPLIT_V columns; tau is 1 / temperature. A tile without valid tokens is skipped."""
     tile, split = tile_position(T, splits, BLOCK_T, GROUP)
     first = tile * BLOCK_T
     rows = first + tl.arange(0, BLOCK_T)
-    targets, valid, some = any_valid(targets_ptr, rows, T, ignore_index)
-    if not some:
+    targets, valid, any_valid = load_targets(targets_ptr, rows, T, ignore_index)
+    if not any_valid:
         return
+    # load: pointers to the rows, accumulators
     hidden = row_pointers(hidden_ptr, first, T, stride_h, BLOCK_T)
     nothing = tl.zeros((BLOCK_T,), tl.float32)
     row_max, row_sum, mean, at_target = nothing + NEG_HUGE, nothing, nothing, nothing
     above = tl.zeros((BLOCK_T,), tl.int32)
     if HAS_RANK:
-        alone = tl.load(alone_ptr + rows, mask=valid, other=0.0)
+        threshold = tl.load(threshold_ptr + rows, mask=valid, other=0.0)
     begin = split * SPLIT_V
     for start in range(begin, tl.minimum(begin + SPLIT_V, V), BLOCK_V):
+        # scores
         weight = row_pointers(weight_ptr, start, V, stride_w, BLOCK_V)
-        z = product(hidden, weight, D, BLOCK_T, BLOCK_V, BLOCK_D, PRECISION, INTERPRET)
+        z = logits_tile(hidden, weight, D, BLOCK_T, BLOCK_V, BLOCK_D, PRECISION, INTERPRET)
         cols = start + tl.arange(0, BLOCK_V)
         inside = cols < V
-        z = cap(z, bias_ptr, cols, V, softcap, HAS_BIAS, HAS_SOFTCAP)
+        z = bias_and_softcap(z, bias_ptr, cols, V, softcap, HAS_BIAS, HAS_SOFTCAP)
+        # softmax, accumulate
         own = cols[None, :] == targets[:, None]
         at_target += tl.sum(tl.where(own, z, 0.0), 1)
-        row_max, row_sum, weights, shrink = running_sum(row_max, row_sum, z, inside, tau * LOG2_E)
+        row_max, row_sum, weights, shrink = online_softmax(row_max, row_sum, z, inside, tau * LOG2_E)
         if HAS_ENTROPY:
-            mean = mean * shrink + tl.sum(weights * without_banned(z, HAS_BIAS), 1)
+            mean = mean * shrink + tl.sum(weights * zero_banned(z, HAS_BIAS), 1)
         if HAS_RANK:  # the target's own logit, computed twice, may differ by a rounding: it never counts
             above += tl.sum(
-                ((z > alone[:, None]) & inside[None, :] & (cols[None, :] != targets[:, None])).to(tl.int32), 1
+                ((z > threshold[:, None]) & inside[None, :] & (cols[None, :] != targets[:, None])).to(tl.int32), 1
             )
+    # store
     part = part_ptr + tl.cast(split, tl.int64) * T + rows
     plane = tl.cast(splits, tl.int64) * T
     tl.store(part, row_max, mask=valid)
     tl.store(part + plane, row_sum, mask=valid)
     if HAS_ENTROPY:
-        # a split of nothing but banned tokens has no mean, and weighs nothing
+        # a split with only banned tokens has no mean, and weighs nothing
         tl.store(part + 2 * plane, tl.where(row_sum == 0.0, 0.0, mean / row_sum), mask=valid)
     if HAS_RANK:
         tl.store(above_ptr + tl.cast(split, tl.int64) * T + rows, above, mask=valid)
@@ -151,9 +155,10 @@ def _linear_logprob_combine_kernel(
     HAS_RANK: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """What one token's splits add up to; zeros for tokens that do not count."""
+    """Log-probability, entropy, rank and lse of each token from its splits; zeros for ignored tokens."""
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    targets, valid, some = any_valid(targets_ptr, rows, T, ignore_index)
+    targets, valid, _ = load_targets(targets_ptr, rows, T, ignore_index)
+    # accumulate the splits, in their order
     row_max = tl.zeros((BLOCK_T,), tl.float32) + NEG_HUGE
     row_sum = tl.zeros((BLOCK_T,), tl.float32)
     mean = tl.zeros((BLOCK_T,), tl.float32)
@@ -171,7 +176,7 @@ def _linear_logprob_combine_kernel(
             mean = mean * shrink + share * tl.load(part_ptr + 2 * plane + place, mask=valid, other=0.0)
         if HAS_RANK:
             rank += tl.load(above_ptr + place, mask=valid, other=0)
-    # relative to the maximum, so that a certain token loses nothing to the size of its logit; never above 0
+    # store: relative to the maximum, so that the size of a certain token's logit costs no digits; never above 0
     lse = (row_max + tl.log2(row_sum)) * LN_2
     at_target = tl.load(at_target_ptr + rows, mask=valid, other=0.0) * (tau * LOG2_E)
     logprob = ((at_target - row_max) - tl.log2(row_sum)) * LN_2
@@ -194,7 +199,7 @@ def _linear_logprob_dlogits_kernel(
     bias_ptr,  # (V,) or None
     targets_ptr,  # (T,) int64
     lse_ptr,  # (T,) float32
-    entropy_ptr,  # (T,) float32, only with dentropy
+    entropy_ptr,  # (T,) float32, read only with dentropy
     dlogprob_ptr,  # (T,) float32
     dentropy_ptr,  # (T,) float32 or None
     chunk_ptr,  # (end_row - first_row, end_column - first_column) contiguous
@@ -220,20 +225,22 @@ def _linear_logprob_dlogits_kernel(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """dz = tau (dlogprob (1_target - p) - dentropy p (log p + entropy)), tau = 1 / temperature; 0 for ignored rows."""
+    """dz = tau (dlogprob (1_target - p) - dentropy p (log p + entropy)); tau = 1 / temperature, and 0 if ignored."""
     tile, block = tile_position(end_row - first_row, blocks, BLOCK_T, GROUP)
     first = first_row + tile * BLOCK_T
     start = first_column + block * BLOCK_V
     rows = first + tl.arange(0, BLOCK_T)
     cols = start + tl.arange(0, BLOCK_V)
     inside = rows < end_row
-    targets, valid, some = any_valid(targets_ptr, rows, end_row, ignore_index)
+    targets, valid, any_valid = load_targets(targets_ptr, rows, end_row, ignore_index)
     dz = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
-    if some:
+    if any_valid:
+        # scores, computed again
         hidden = row_pointers(hidden_ptr, first, end_row, stride_h, BLOCK_T)
         weight = row_pointers(weight_ptr, start, end_column, stride_w, BLOCK_V)
-        z = product(hidden, weight, D, BLOCK_T, BLOCK_V, BLOCK_D, PRECISION, INTERPRET)
-        z = cap(z, bias_ptr, cols, V, softcap, HAS_BIAS, HAS_SOFTCAP)
+        z = logits_tile(hidden, weight, D, BLOCK_T, BLOCK_V, BLOCK_D, PRECISION, INTERPRET)
+        z = bias_and_softcap(z, bias_ptr, cols, V, softcap, HAS_BIAS, HAS_SOFTCAP)
+        # softmax and its gradient
         lse = tl.load(lse_ptr + rows, mask=valid, other=0.0)
         dlogprob = tl.load(dlogprob_ptr + rows, mask=valid, other=0.0) * tau
         p = tl.exp2(z * (tau * LOG2_E) - (lse * LOG2_E)[:, None])
@@ -241,14 +248,14 @@ def _linear_logprob_dlogits_kernel(
             dentropy = tl.load(dentropy_ptr + rows, mask=valid, other=0.0) * tau
             entropy = tl.load(entropy_ptr + rows, mask=valid, other=0.0)
             constant = dentropy * (lse - entropy) - dlogprob
-            dz = p * (constant[:, None] - (dentropy * tau)[:, None] * without_banned(z, HAS_BIAS))
+            dz = p * (constant[:, None] - (dentropy * tau)[:, None] * zero_banned(z, HAS_BIAS))
         else:
             dz = p * (-dlogprob)[:, None]
         dz = tl.where(cols[None, :] == targets[:, None], dz + dlogprob[:, None], dz)
         if HAS_SOFTCAP:
-            bent = z / softcap
-            dz *= 1.0 - bent * bent
+            dz *= softcap_slope(z, softcap)
         dz = tl.where(valid[:, None], dz, 0.0)
+    # store
     width = (end_column - first_column).to(tl.int64)
     out = chunk_ptr + (rows - first_row).to(tl.int64)[:, None] * width + (cols - first_column)[None, :]
     tl.store(out, dz.to(chunk_ptr.dtype.element_ty), mask=inside[:, None] & (cols < end_column)[None, :])

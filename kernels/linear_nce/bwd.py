@@ -5,12 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from calm_fast.kernels.vocabulary.tiles import LOG2_E, cap, load_block, matmul_add, row_pointers, tile_position
+from calm_fast.kernels.common.arithmetic import LOG2_E, matmul_add, softcap_slope
+from calm_fast.kernels.vocabulary.tiles import bias_and_softcap, load_block, row_pointers, tile_position
 
 
 @triton.jit
-def share(z, lse, coefficient, scale):
-    """coefficient * exp(scale * z - lse), for a tile z and one lse and coefficient a row."""
+def weighted_softmax(z, lse, coefficient, scale):
+    """Return coefficient * exp(scale * z - lse) for a tile z, with one lse and one coefficient a row."""
     return coefficient[:, None] * tl.exp2(z * (scale * LOG2_E) - (lse * LOG2_E)[:, None])
 
 
@@ -37,7 +38,7 @@ def _linear_nce_dlogits_kernel(
     blocks,  # of columns
     tau,
     softcap,
-    PLAIN: tl.constexpr,
+    TAU_IS_1: tl.constexpr,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -50,7 +51,7 @@ def _linear_nce_dlogits_kernel(
 ):
     """dz = dloss (hard (softmax z - 1_target) + soft tau (softmax(tau z) - softmax(tau z_nat))); tau = 1 / temperature.
 
-    Rows whose coefficients are 0 (ignored tokens) get 0, and a tile of nothing else is not computed.
+    Rows whose coefficients are 0 (ignored tokens) get 0. A tile with only such rows is not computed.
     """
     tile, block = tile_position(end_row - first_row, blocks, BLOCK_T, GROUP)
     first = first_row + tile * BLOCK_T
@@ -58,12 +59,14 @@ def _linear_nce_dlogits_kernel(
     rows = first + tl.arange(0, BLOCK_T)
     cols = start + tl.arange(0, BLOCK_V)
     inside = rows < end_row
+    # load: the coefficients say which rows count
     dloss = tl.load(dloss_ptr)
     hard = tl.load(coefficients_ptr + rows, mask=inside, other=0.0)
     soft = tl.load(coefficients_ptr + T + rows, mask=inside, other=0.0)
     counts = (hard != 0.0) | (soft != 0.0)
     dz = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     if tl.max(counts.to(tl.int32), 0) > 0:
+        # scores, computed again
         student = row_pointers(student_ptr, first, end_row, stride_s, BLOCK_T)
         nat = row_pointers(nat_ptr, first, end_row, stride_p, BLOCK_T)
         weight = row_pointers(weight_ptr, start, end_column, stride_w, BLOCK_V)
@@ -73,25 +76,26 @@ def _linear_nce_dlogits_kernel(
             w = tl.trans(load_block(weight, k, D, BLOCK_D))
             z = matmul_add(load_block(student, k, D, BLOCK_D), w, z, PRECISION, INTERPRET)
             z_nat = matmul_add(load_block(nat, k, D, BLOCK_D), w, z_nat, PRECISION, INTERPRET)
-        z = cap(z, bias_ptr, cols, V, softcap, HAS_BIAS, HAS_SOFTCAP)
-        z_nat = cap(z_nat, bias_ptr, cols, V, softcap, HAS_BIAS, HAS_SOFTCAP)
+        z = bias_and_softcap(z, bias_ptr, cols, V, softcap, HAS_BIAS, HAS_SOFTCAP)
+        z_nat = bias_and_softcap(z_nat, bias_ptr, cols, V, softcap, HAS_BIAS, HAS_SOFTCAP)
 
+        # softmax and its gradient
         hard = hard * dloss
         soft = soft * dloss * tau
         lse_soft = tl.load(lse_ptr + T + rows, mask=inside, other=0.0)
         lse_nat = tl.load(lse_ptr + 2 * T + rows, mask=inside, other=0.0)
         targets = tl.load(targets_ptr + rows, mask=inside, other=0)
-        if PLAIN:
-            dz = share(z, lse_soft, hard + soft, 1.0)
+        if TAU_IS_1:
+            dz = weighted_softmax(z, lse_soft, hard + soft, 1.0)
         else:
             lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
-            dz = share(z, lse_soft, soft, tau) + share(z, lse, hard, 1.0)
-        dz -= share(z_nat, lse_nat, soft, tau)
+            dz = weighted_softmax(z, lse_soft, soft, tau) + weighted_softmax(z, lse, hard, 1.0)
+        dz -= weighted_softmax(z_nat, lse_nat, soft, tau)
         dz = tl.where(cols[None, :] == targets[:, None], dz - hard[:, None], dz)
         if HAS_SOFTCAP:
-            bent = z / softcap
-            dz *= 1.0 - bent * bent
+            dz *= softcap_slope(z, softcap)
         dz = tl.where(counts[:, None], dz, 0.0)
+    # store
     width = (end_column - first_column).to(tl.int64)
     out = chunk_ptr + (rows - first_row).to(tl.int64)[:, None] * width + (cols - first_column)[None, :]
     tl.store(out, dz.to(chunk_ptr.dtype.element_ty), mask=inside[:, None] & (cols < end_column)[None, :])

@@ -1,134 +1,132 @@
 """Loss and student gradient of linear_nce in one pass over chunks of tokens: torch's products, row kernels between.
 
-For a frozen head on a GPU, where torch's products are faster than those inside our kernels. Two forms, see
-docs/ops/linear_nce.md, "On a GPU": whole sequences in a chunk, or any tokens and one product more.
+For a frozen head on a GPU, where torch's products are faster than those inside our kernels. There are two forms: chunks
+of whole sequences, or chunks of any tokens and one more product. See docs/ops/linear_nce.md, "On a GPU".
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 
+from calm_fast.kernels.common.launching import interpreted, launch
+from calm_fast.kernels.linear_nce.configs import CALIBRATE, DzConfig, StatsConfig, dz_config, stats_config
 from calm_fast.kernels.linear_nce.fwd import _linear_nce_calibrate_kernel
 from calm_fast.kernels.linear_nce.rows import STATS, _linear_nce_dz_kernel, _linear_nce_stats_kernel
-from calm_fast.kernels.vocabulary.launch import CodegenSpec, LaunchConfig, launch, make_spec
 
-__all__ = ["launch_linear_nce_step", "step_specs"]
+__all__ = ["launch_linear_nce_step"]
 
-_INTERPRETED = not isinstance(_linear_nce_stats_kernel, triton.runtime.JITFunction)
+_INTERPRETED = interpreted(_linear_nce_stats_kernel)
 
-# dz lies within +-1, times this well within float16's range: probabilities below 2^-24 would vanish in it
+# dz lies within +-1. Times this it is well within float16's range, where probabilities below 2^-24 would vanish.
 _SCALE = 2.0**14
 _ALIGN = 16  # logits a row is padded to, so that every row begins at a whole vector
 
-# (LANES, WIDTH): a lane for each thread, a vector of 16 bytes for each lane (with Triton 3.6 two lanes spilled)
-_STATS_16BIT, _STATS_FLOAT = LaunchConfig(256, 8, 8, 1), LaunchConfig(256, 4, 8, 1)
-_DZ = LaunchConfig(1024, 4096, 8, 1)  # BLOCK_J, BLOCK
-_CALIBRATE = LaunchConfig(64, 64, 4, 1)
-_PARTS = {
-    "stats": (_linear_nce_stats_kernel, "LANES", "WIDTH"),
-    "dz": (_linear_nce_dz_kernel, "BLOCK_J", "BLOCK"),
-}
-_INTERPRETER = {"stats": LaunchConfig(8, 8, 4, 1), "dz": LaunchConfig(8, 64, 4, 1)}
+# order, ids and chunks of tokens sorted by sequence, as calm_fast/_ops/linear_nce/schedule.py cuts them
+Plan = tuple[torch.Tensor, torch.Tensor, list[slice]]
 
 
-def row_config(part: str, dtype: torch.dtype) -> LaunchConfig:
-    """Launch numbers of a row kernel. part: "stats" or "dz". dtype: of the logits."""
-    if part == "dz":
-        return _DZ
-    return _STATS_FLOAT if dtype == torch.float32 else _STATS_16BIT
+@dataclass(frozen=True)
+class _Problem:
+    """One call's inputs as the row kernels take them.
+
+    streams: student, nat, neg, (T, d) each. targets, seq_ids: contiguous. tau: 1 / temperature. softcap: 0 for none.
+    """
+
+    streams: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    targets: torch.Tensor
+    seq_ids: torch.Tensor
+    alpha: float
+    tau: float
+    offset: float
+    softcap: float
+    ignore_index: int
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """out = a @ b, 16-bit operands with a float32 result included; into `out`, so that autocast leaves it alone."""
+    """out = a @ b, also for 16-bit operands with a float32 result; into `out`, so that autocast leaves it alone."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif a.device.type == "cuda":
         torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:  # the interpreter's tensors: no such product on a CPU
+    else:  # the interpreter's tensors: a CPU has no such product
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 class _Chunks:
-    """The buffers of a chunk of at most `rows` tokens, and what is done with it: products, statistics, gradients."""
+    """Buffers for a chunk of at most `rows` tokens, with the products and the row kernels that work on them."""
 
-    def __init__(
-        self,
-        streams: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        seq_ids: torch.Tensor,
-        options: dict[str, Any],
-        rows: int,
-        parts: int,
-    ) -> None:
-        """streams: (T, d) each. targets, seq_ids: contiguous, of the tokens in the order in which they are worked on.
-
-        options: tau, softcap (0 = none) and ignore_index of the kernels. parts: gradient rows a token, 1 or 2.
-        """
-        self.streams, self.weight, self.targets, self.seq_ids, self.options = streams, weight, targets, seq_ids, options
-        self.bias = None if bias is None else bias.contiguous()
-        self.plain, self.softcap = options["tau"] == 1.0, options["softcap"] != 0.0
-        self.parts = parts
+    def __init__(self, problem: _Problem, rows: int, parts: int) -> None:
+        """problem: targets and seq_ids in the order in which tokens are worked on. parts: gradient rows a token."""
+        self.problem, self.parts = problem, parts
+        weight = problem.weight
         v, d = weight.shape
         self.width = triton.cdiv(v, _ALIGN) * _ALIGN
         self.hidden = weight.new_empty((3 * rows, d))
         self.logits = weight.new_empty(3 * rows * self.width)
         self.product = weight.new_empty((parts * rows, d), dtype=torch.float32)
         self.stats = self.product.new_empty(STATS * rows)
-        self.terms = self.product.new_empty((3, targets.shape[0]))
+        self.terms = self.product.new_empty((3, problem.targets.shape[0]))
 
     def _rows(self, count: int) -> torch.Tensor:
-        """(count, V): the first logits of the buffer."""
-        return self.logits[: count * self.width].view(count, self.width)[:, : self.weight.shape[0]]
+        """Return the first logits of the buffer as (count, V)."""
+        return self.logits[: count * self.width].view(count, self.width)[:, : self.problem.weight.shape[0]]
 
-    def _launch(self, part: str, first: int, rows: int, tensors: tuple, numbers: tuple, **constant: Any) -> None:
-        """One program for each token. part: "stats" or "dz"."""
-        config = _INTERPRETER[part] if _INTERPRETED else row_config(part, self.weight.dtype)
-        kernel, *sizes = _PARTS[part]
-        constant |= dict(zip(sizes, (config.block_m, config.block_n), strict=True))
+    def _launch(
+        self, kernel: Any, config: StatsConfig | DzConfig, first: int, rows: int, *tensors: torch.Tensor, **named: Any
+    ) -> None:
+        """Start one program for each token."""
+        p = self.problem
         launch(
             kernel,
             rows,
-            self.weight.device,
+            p.weight.device,
             config,
-            *(self.logits, self.bias, self.targets, *tensors),
-            *(first, rows, self.targets.shape[0], self.weight.shape[0], self.width, *numbers),
-            PLAIN=self.plain,
-            HAS_BIAS=self.bias is not None,
-            HAS_SOFTCAP=self.softcap,
-            **constant,
+            *(self.logits, p.bias, p.targets, *tensors),
+            first=first,
+            rows=rows,
+            total=p.targets.shape[0],
+            V=p.weight.shape[0],
+            stride=self.width,
+            tau=p.tau,
+            softcap=p.softcap,
+            ignore_index=p.ignore_index,
+            TAU_IS_1=p.tau == 1.0,
+            HAS_BIAS=p.bias is not None,
+            HAS_SOFTCAP=p.softcap != 0.0,
+            **named,
         )
 
     def read(self, first: int, rows: int, order: torch.Tensor | None) -> None:
-        """Logits and statistics of tokens first .. first + rows; order: which rows of the streams they are."""
-        for i, stream in enumerate(self.streams):
+        """Compute logits and statistics of tokens first .. first + rows; order: their rows in the streams."""
+        for i, stream in enumerate(self.problem.streams):
             hidden = self.hidden[i * rows : (i + 1) * rows]
             if order is None:
                 hidden.copy_(stream[first : first + rows])
             else:
                 torch.index_select(stream, 0, order[first : first + rows], out=hidden)
-        _multiply(self.hidden[: 3 * rows], self.weight.T, self._rows(3 * rows))
-        options = self.options
-        numbers = (options["tau"], options["softcap"], options["ignore_index"])
-        self._launch("stats", first, rows, (self.stats, self.terms), numbers)
-
-    def gradients(
-        self, first: int, rows: int, alpha: float, offset: float, scale: float, losses: torch.Tensor
-    ) -> torch.Tensor:
-        """(parts * rows, d) float32: scale times the gradient, or its parts, of the chunk last read."""
-        options = self.options
+        _multiply(self.hidden[: 3 * rows], self.problem.weight.T, self._rows(3 * rows))
+        config = stats_config(self.problem.weight.dtype, _INTERPRETED)
         self._launch(
-            "dz", first, rows,
-            (self.seq_ids, self.stats, self.terms, losses),
-            (alpha, options["tau"], offset, options["softcap"], scale, options["ignore_index"]),
-            PARTS=self.parts == 2,
+            _linear_nce_stats_kernel, config, first, rows, self.stats, self.terms,
+            LANES=config.lanes, WIDTH=config.width,
+        )  # fmt: skip
+
+    def gradients(self, first: int, rows: int, scale: float, losses: torch.Tensor) -> torch.Tensor:
+        """Return (parts * rows, d) float32: scale times the gradient, or its parts, of the chunk last read."""
+        config = dz_config(_INTERPRETED)
+        self._launch(
+            _linear_nce_dz_kernel, config, first, rows, self.problem.seq_ids, self.stats, self.terms, losses,
+            alpha=self.problem.alpha, offset=self.problem.offset, scale=scale, PARTS=self.parts == 2,
+            BLOCK_J=config.block_j, BLOCK=config.block_v,
         )  # fmt: skip
         product = self.product[: self.parts * rows]
-        _multiply(self._rows(self.parts * rows), self.weight, product)
+        _multiply(self._rows(self.parts * rows), self.problem.weight, product)
         return product
 
 
@@ -147,111 +145,93 @@ def launch_linear_nce_step(
     ignore_index: int,
     *,
     rows: int,
-    plan: tuple[torch.Tensor, torch.Tensor, list[slice]] | None,
+    plan: Plan | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The NCE loss and its gradient with respect to the student's hidden states, weight and bias being frozen.
+    """The NCE loss and its gradient with respect to the student's hidden states; weight and bias are frozen.
 
     Args:
-        student, nat, neg: (T, d) float32, bfloat16 or float16, any strides. weight: (V, d), bias (V,) or None.
-        targets, seq_ids: (T,) int64.
+        student, nat, neg: (T, d) float32, bfloat16 or float16, any strides.
+        weight: (V, d), the same dtype.
+        bias: (V,) or None.
+        targets, seq_ids: (T,) int64; ignore_index marks tokens that do not count.
+        alpha, temperature, offset, softcap: as in the op.
         rows: tokens of a chunk of any tokens.
-        plan: order, ids (T,) and chunks of whole sequences, four products; None = chunks of any tokens, five products.
+        plan: order (T,), ids (T,) and the chunks of whole sequences (four products). None = chunks of any tokens (five
+            products).
     Returns:
-        loss () and gradient (T, d), both float32; the gradient of an ignored token is 0.
+        loss () and gradient (T, d), both float32. The gradient of an ignored token is 0.
     Deterministic.
     """
     tokens, device = student.shape[0], student.device
     gradient = torch.zeros((tokens, student.shape[1]), dtype=torch.float32, device=device)
     if tokens == 0:
         return gradient.new_zeros(()), gradient
-    options = {"tau": 1.0 / temperature, "softcap": softcap or 0.0, "ignore_index": ignore_index}
-    targets, seq_ids = targets.contiguous(), seq_ids.contiguous()
-    head, numbers = ((student, nat, neg), weight, bias), (alpha, offset)
-    if plan is not None:
-        return _whole_sequences(head, targets, plan, options, numbers, gradient)
-    return _any_tokens(head, targets, seq_ids, options, numbers, rows, gradient)
+    problem = _Problem(
+        streams=(student, nat, neg),
+        weight=weight,
+        bias=None if bias is None else bias.contiguous(),
+        targets=targets.contiguous(),
+        seq_ids=seq_ids.contiguous(),
+        alpha=alpha,
+        tau=1.0 / temperature,
+        offset=offset,
+        softcap=softcap or 0.0,
+        ignore_index=ignore_index,
+    )
+    return _any_tokens(problem, rows, gradient) if plan is None else _whole_sequences(problem, plan, gradient)
 
 
-def _whole_sequences(
-    head: tuple, targets: torch.Tensor, plan: tuple, options: dict, numbers: tuple, gradient: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """dz is final as soon as a chunk has been read: one gradient row a token."""
-    order, ids, cuts = plan
-    if not cuts:
+def _whole_sequences(problem: _Problem, plan: Plan, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return loss and gradient with one gradient row a token: dz is final as soon as a chunk has been read."""
+    order, ids, chunks_of_tokens = plan
+    if not chunks_of_tokens:
         return gradient.new_zeros(()), gradient
-    count, (alpha, offset) = cuts[-1].stop, numbers
+    count, alpha, tau = chunks_of_tokens[-1].stop, problem.alpha, problem.tau
     order, ids = order[:count], ids[:count]
-    rows = max(cut.stop - cut.start for cut in cuts)
-    chunks = _Chunks(*head, targets.index_select(0, order), ids, options, rows, 1)
+    rows = max(cut.stop - cut.start for cut in chunks_of_tokens)
+    problem = replace(problem, targets=problem.targets.index_select(0, order), seq_ids=ids)
+    chunks = _Chunks(problem, rows, parts=1)
     losses = gradient.new_empty(count)
-    # what dz reaches before it is scaled, so that it neither vanishes nor overflows in float16
-    size = abs(1.0 - alpha) + abs(alpha) / options["tau"] * (abs(offset) + 1.0)
-    for cut in cuts:
+    # the bound of dz before scaling, so that it neither vanishes nor overflows in float16
+    size = abs(1.0 - alpha) + abs(alpha) / tau * (abs(problem.offset) + 1.0)
+    for cut in chunks_of_tokens:
         first, length = cut.start, cut.stop - cut.start
         chunks.read(first, length, order)
-        product = chunks.gradients(first, length, alpha, offset, _SCALE / size, losses)
+        product = chunks.gradients(first, length, _SCALE / size, losses)
         gradient.index_copy_(0, order[cut], product.mul_(size / _SCALE / count))
     return losses.sum() / count, gradient
 
 
-def _any_tokens(
-    head: tuple,
-    targets: torch.Tensor,
-    seq_ids: torch.Tensor,
-    options: dict,
-    numbers: tuple,
-    rows: int,
-    gradient: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two gradient rows a token, weighed when the KL of all sequences is known."""
-    tokens, tau, (alpha, offset) = targets.shape[0], options["tau"], numbers
+def _any_tokens(problem: _Problem, rows: int, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return loss and gradient with two gradient rows a token, weighted when the KL of all sequences is known."""
+    targets, tau = problem.targets, problem.tau
+    tokens = targets.shape[0]
     half = max(1, min(rows // 2, tokens))  # the gradient's product has `rows` rows here too
-    chunks = _Chunks(*head, targets, seq_ids, options, half, 2)
+    chunks = _Chunks(problem, half, parts=2)
     soft = torch.empty_like(gradient)
     for first in range(0, tokens, half):
         end = min(first + half, tokens)
         chunks.read(first, end - first, None)
-        product = chunks.gradients(first, end - first, alpha, offset, _SCALE, chunks.stats)
+        product = chunks.gradients(first, end - first, _SCALE, chunks.stats)
         gradient[first:end] = product[: end - first]
         soft[first:end] = product[end - first :]
     coefficients = gradient.new_empty((2, tokens))
     launch(
         _linear_nce_calibrate_kernel,
-        triton.cdiv(tokens, _CALIBRATE.block_m),
+        triton.cdiv(tokens, CALIBRATE.block_t),
         targets.device,
-        _CALIBRATE,
-        *(chunks.terms, targets, seq_ids, coefficients, tokens, alpha, tau, offset, options["ignore_index"]),
-        BLOCK_T=_CALIBRATE.block_m,
-        BLOCK_J=_CALIBRATE.block_n,
+        CALIBRATE,
+        *(chunks.terms, targets, problem.seq_ids, coefficients),
+        T=tokens,
+        alpha=problem.alpha,
+        tau=tau,
+        offset=problem.offset,
+        ignore_index=problem.ignore_index,
+        BLOCK_T=CALIBRATE.block_t,
+        BLOCK_J=CALIBRATE.block_j,
     )
     loss = (coefficients * chunks.terms[:2]).sum()
     hard_weight, soft_weight = (coefficients / _SCALE).unsqueeze(2)
     gradient.mul_(hard_weight).addcmul_(soft.mul_(tau), soft_weight)
-    # an ignored row is 0 times the weight so far: NaN where the weight holds an infinity
-    return loss, gradient.masked_fill_((targets == options["ignore_index"]).unsqueeze(1), 0.0)
-
-
-_POINTERS = {"targets_ptr": "*i64", "seq_ids_ptr": "*i64"} | {
-    f"{name}_ptr": "*fp32" for name in ("stats", "terms", "losses")
-}
-
-
-def step_specs() -> list[CodegenSpec]:
-    """The row kernels as code generation checks compile them: plain, and with temperature, bias and softcap."""
-    specs = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for plain in (True, False):
-            shared = {"PLAIN": plain, "HAS_BIAS": not plain, "HAS_SOFTCAP": not plain}
-            shared |= {"bias_ptr": None} if plain else {}
-            suffix = "" if plain else "_full"
-            config = row_config("stats", dtype)
-            constant = shared | {"LANES": config.block_m, "WIDTH": config.block_n}
-            arguments = (dtype, constant, config, False, (80, 90, 100), _POINTERS)
-            specs.append(make_spec(f"linear_nce_stats{suffix}", _linear_nce_stats_kernel, *arguments))
-            for parts in (False, True):
-                config = row_config("dz", dtype)
-                constant = shared | {"BLOCK_J": config.block_m, "BLOCK": config.block_n, "PARTS": parts}
-                arguments = (dtype, constant, config, False, (80, 90, 100), _POINTERS)
-                name = "linear_nce_dz" + ("_parts" if parts else "") + suffix
-                specs.append(make_spec(name, _linear_nce_dz_kernel, *arguments))
-    return specs
+    # so far an ignored row is 0 times the weight: NaN if the weight holds an infinity
+    return loss, gradient.masked_fill_((targets == problem.ignore_index).unsqueeze(1), 0.0)

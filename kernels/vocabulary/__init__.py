@@ -1,1 +1,1 @@
-"""Triton code that linear_nce and linear_logprob share: tiles of logits and running sums over them."""
+"""Code that the Triton kernels of linear_nce and linear_logprob share: tiles of logits and running sums over them."""

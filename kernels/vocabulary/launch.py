@@ -1,4 +1,4 @@
-"""Host side that linear_nce and linear_logprob share: compile-time arguments, launch numbers, code generation specs."""
+"""Host code that the launchers of linear_nce and linear_logprob share: choice of configs, compile-time arguments."""
 
 from __future__ import annotations
 
@@ -6,53 +6,37 @@ from typing import Any
 
 import torch
 
-from calm_fast.kernels.common import launching
-from calm_fast.kernels.common.launching import CodegenSpec, LaunchConfig, addressable, launch
-
-__all__ = ["CodegenSpec", "LaunchConfig", "addressable", "block_d", "constants", "gpu_config", "launch", "make_spec"]
-
-GROUP = 8  # token tiles that share the vocabulary in L2
+from calm_fast.core.launch_config import Config
+from calm_fast.kernels.common.config_table import ConfigTable
+from calm_fast.kernels.common.launching import float32_precision
+from calm_fast.kernels.vocabulary.configs import GROUP, DlogitsConfig, SweepConfig, block_d, table_size
 
 
-def block_d(dtype: torch.dtype, interpreted: bool) -> int:
-    """Depth of a tile of the product; float32 products outside the tensor cores unroll it."""
-    return 16 if interpreted or dtype == torch.float32 else 64
+def pick_config(
+    table: ConfigTable[str, Config], weight: torch.Tensor, tokens: int, plain: bool, interpreted: bool
+) -> Config:
+    """Return the config of a kernel. Only plain kernels are measured, so only they use measured configs."""
+    v, d = weight.shape
+    shape = {"T": tokens, "V": v}
+    return table.pick(weight.device, weight.dtype, table_size(plain), d, shape, interpreted, measured=plain)
 
 
 def constants(
-    weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, config: LaunchConfig, interpreted: bool
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    config: SweepConfig | DlogitsConfig,
+    interpreted: bool,
 ) -> dict[str, Any]:
-    """Compile-time arguments of every kernel that computes logits."""
+    """Return the compile-time arguments of every kernel that computes tiles of logits."""
     return {
         "D": weight.shape[1],
-        "BLOCK_T": config.block_m,
-        "BLOCK_V": config.block_n,
+        "BLOCK_T": config.block_t,
+        "BLOCK_V": config.block_v,
         "BLOCK_D": block_d(weight.dtype, interpreted),
+        "GROUP": GROUP,
         "HAS_BIAS": bias is not None,
         "HAS_SOFTCAP": softcap is not None,
-        "PRECISION": launching.float32_precision(weight.dtype),
+        "PRECISION": float32_precision(weight.dtype),
         "INTERPRET": interpreted,
     }
-
-
-def gpu_config(op: str, part: str, weight: torch.Tensor, tokens: int) -> tuple[LaunchConfig | None, int]:
-    """The config measured on the weight's GPU for the nearest shape, None without one; and the GPU's architecture."""
-    v, d = weight.shape
-    measured = launching.measured_config(op, part, weight.device, weight.dtype, d, {"T": tokens, "V": v})
-    return measured, launching.gpu(weight.device).arch
-
-
-def make_spec(
-    name: str,
-    fn: Any,
-    dtype: torch.dtype,
-    constant: dict[str, Any],
-    config: LaunchConfig,
-    tensor_core: bool | str,
-    archs: tuple[int, ...],
-    pointers: dict[str, str],
-) -> CodegenSpec:
-    """`launching.make_spec` under a name with the dtype, and the architecture where it is one; float32 is IEEE."""
-    name = f"{name}_{launching.short_name(dtype)}" + (f"_sm{archs[0]}" if len(archs) == 1 else "")
-    core = False if dtype == torch.float32 else tensor_core
-    return launching.make_spec(name, fn, dtype, constant, config, core, archs, pointers)

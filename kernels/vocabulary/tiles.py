@@ -1,6 +1,6 @@
 """Device helpers that the kernels of linear_nce and linear_logprob share: tiles of logits and running sums over them.
 
-Shape letters: T tokens, d hidden size, V vocabulary. A tile is BLOCK_T tokens x BLOCK_V columns.
+Shape letters: T tokens, d hidden size, V vocabulary. A tile is BLOCK_T tokens x BLOCK_V vocabulary entries (columns).
 """
 
 from __future__ import annotations
@@ -8,19 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from calm_fast.kernels.cross_attention.common import LN_2, LOG2_E, NEG_HUGE, matmul_add
-
-__all__ = [
-    "LN_2", "LOG2_E", "NEG_HUGE", "any_valid", "cap", "load_block", "matmul_add", "product", "row_pointers",
-    "running_sum", "tile_position", "without_banned",
-]  # fmt: skip
+from calm_fast.kernels.common.arithmetic import apply_softcap, matmul_add
 
 
 @triton.jit
 def tile_position(T, splits, BLOCK_T: tl.constexpr, GROUP: tl.constexpr):
-    """(token tile, split) of this program: programs that run together share rows of weight and hidden states in L2.
+    """Return (token tile, split) of this program.
 
-    GROUP token tiles walk through all splits side by side before the next GROUP starts.
+    GROUP token tiles walk through all splits side by side before the next GROUP starts, so programs that run together
+    share rows of weight and hidden states in L2.
     """
     tiles = tl.cdiv(T, BLOCK_T)
     group = tl.program_id(0) // (GROUP * splits)
@@ -31,14 +27,14 @@ def tile_position(T, splits, BLOCK_T: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def row_pointers(base, first, end, stride, BLOCK: tl.constexpr):
-    """Pointers to rows first .. first + BLOCK of a matrix; from `end` on they repeat the last row (no mask needed)."""
+    """Return pointers to rows first .. first + BLOCK of a matrix. From `end` on they repeat the last row: no mask."""
     relative = tl.minimum(tl.arange(0, BLOCK), end - 1 - first)
     return base + tl.cast(first, tl.int64) * stride + relative * stride
 
 
 @triton.jit
 def load_block(rows, k, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Columns k .. k + BLOCK_D of the rows; 0 from D on."""
+    """Load columns k .. k + BLOCK_D of the rows; 0 from D on."""
     cols = k + tl.arange(0, BLOCK_D)
     ptrs = rows[:, None] + cols[None, :]
     if D % BLOCK_D == 0:
@@ -47,7 +43,7 @@ def load_block(rows, k, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def product(
+def logits_tile(
     hidden,
     weight,
     D: tl.constexpr,
@@ -57,7 +53,7 @@ def product(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """hidden rows x weight rows, (BLOCK_T, BLOCK_V) float32; arguments from `row_pointers`."""
+    """Return hidden rows @ weight rows^T, (BLOCK_T, BLOCK_V) float32; both arguments come from `row_pointers`."""
     acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     for k in range(0, D, BLOCK_D):
         a = load_block(hidden, k, D, BLOCK_D)
@@ -67,29 +63,29 @@ def product(
 
 
 @triton.jit
-def cap(z, bias_ptr, cols, V, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """softcap * tanh((z + bias) / softcap)."""
+def bias_and_softcap(z, bias_ptr, cols, V, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """Return softcap * tanh((z + bias) / softcap)."""
     if HAS_BIAS:
         z += tl.load(bias_ptr + tl.minimum(cols, V - 1)).to(tl.float32)[None, :]
     if HAS_SOFTCAP:
-        z = softcap * (2.0 * tl.sigmoid(z * (2.0 / softcap)) - 1.0)
+        z = apply_softcap(z, softcap)
     return z
 
 
 @triton.jit
-def without_banned(z, HAS_BIAS: tl.constexpr):
-    """z with 0 for -inf: a bias of -inf rules a token out, and its p = 0 times -inf would be NaN."""
+def zero_banned(z, HAS_BIAS: tl.constexpr):
+    """Return z with 0 for -inf: a bias of -inf bans a token, and its p = 0 times -inf would be NaN."""
     if HAS_BIAS:
         z = tl.where(z == float("-inf"), 0.0, z)
     return z
 
 
 @triton.jit
-def running_sum(row_max, row_sum, z, inside, scale_log2):
-    """Account for a tile in sum exp2(scale_log2 * z - row_max); returns (row_max, row_sum, weights, shrink).
+def online_softmax(row_max, row_sum, z, inside, scale_log2):
+    """Add a tile to row_sum = sum exp2(scale_log2 * z - row_max). Returns (row_max, row_sum, weights, shrink).
 
-    weights are the tile's exponentials, 0 for columns that are not `inside`; sums weighted by earlier ones are to be
-    multiplied by shrink. row_max starts at NEG_HUGE: finite, so that no inf - inf comes up.
+    weights: the tile's exponentials, 0 for columns that are not `inside`. shrink: factor for sums weighted by earlier
+    exponentials. row_max starts at NEG_HUGE, which is finite, so that inf - inf never occurs.
     """
     z2 = tl.where(inside[None, :], z * scale_log2, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(z2, 1))
@@ -99,8 +95,8 @@ def running_sum(row_max, row_sum, z, inside, scale_log2):
 
 
 @triton.jit
-def any_valid(targets_ptr, rows, T, ignore_index):
-    """The targets of a tile's rows, which of them count, and whether any does."""
+def load_targets(targets_ptr, rows, T, ignore_index):
+    """Return the targets of a tile's rows, a mask of those that count, and True if any counts."""
     targets = tl.load(targets_ptr + rows, mask=rows < T, other=0)
     valid = (rows < T) & (targets != ignore_index)
     return targets, valid, tl.max(valid.to(tl.int32), 0) > 0

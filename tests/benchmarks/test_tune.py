@@ -1,9 +1,11 @@
-"""Measuring launch configs, as far as a machine without a GPU can say: what is tried, what is out, what is written."""
+"""Measuring launch configs, as far as it can be tested without a GPU: candidates, screening, the written file."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,40 +19,38 @@ from calm_fast.core.launch_config import LaunchConfig
 H200 = "NVIDIA H200"
 
 
+@dataclass(frozen=True, kw_only=True)
+class TileConfig(LaunchConfig):
+    block_m: int
+
+
+def tile(block_m: int) -> TileConfig:
+    return TileConfig(block_m=block_m, num_warps=4, num_stages=1)
+
+
 @pytest.fixture
 def faked_gpu(monkeypatch, tmp_path):
-    """gpu(arch): kernels believe that they would run on an H200 of that architecture, with tuned files in tmp_path."""
-    from calm_fast.kernels.common import launching
-    from calm_fast.kernels.cross_attention import configs as cross_attention_configs
-    from calm_fast.kernels.dual_lora import configs as dual_lora_configs
-    from calm_fast.kernels.linear_logprob import launch as linear_logprob
-    from calm_fast.kernels.linear_nce import launch as linear_nce
+    """fake(arch): kernels take the device for an H200 of that architecture, with tuned files in tmp_path."""
+    from calm_fast.kernels.common import config_table, hardware
 
     def fake(arch: int) -> Path:
-        for module in (launching, cross_attention_configs, dual_lora_configs):
-            monkeypatch.setattr(module, "gpu", lambda device: launching.Gpu(H200, arch, 132))
-        for module in (linear_logprob, linear_nce):
-            monkeypatch.setattr(module, "_INTERPRETED", False)
-        monkeypatch.setattr(launching, "KERNELS", tmp_path)
+        monkeypatch.setattr(hardware, "gpu", lambda device: hardware.Gpu(H200, arch, 132))
+        monkeypatch.setattr(config_table, "KERNELS", tmp_path)
         return tmp_path
 
     return fake
 
 
 def looked_up(problem: Problem) -> LaunchConfig:
-    """The launch numbers that the op's launcher takes for the problem's shape."""
-    from calm_fast.kernels.cross_attention import configs as cross_attention_configs
-    from calm_fast.kernels.dual_lora import configs as dual_lora_configs
-    from calm_fast.kernels.linear_logprob import launch as linear_logprob
-    from calm_fast.kernels.linear_nce import launch as linear_nce
-
+    """The config that the op's launcher takes for the problem's shape."""
+    configs = importlib.import_module(f"calm_fast.kernels.{problem.op}.configs")
+    sizes = {
+        "cross_attention": lambda: configs.table_size(problem.depth),
+        "dual_lora": lambda: configs.table_size(problem.shape["T"], problem.depth),
+    }
+    size = sizes.get(problem.op, lambda: "plain")()
     device = torch.device("cuda", 0)
-    if problem.op in ("linear_nce", "linear_logprob"):
-        module = linear_nce if problem.op == "linear_nce" else linear_logprob
-        weight = torch.empty(problem.shape["V"], problem.depth, device="meta", dtype=torch.bfloat16)
-        return module._pick(problem.part, weight, problem.shape["T"], True)
-    module = cross_attention_configs if problem.op == "cross_attention" else dual_lora_configs
-    return module.pick_config(problem.part, device, torch.bfloat16, problem.depth, problem.shape, False)
+    return configs.TABLES[problem.part].pick(device, torch.bfloat16, size, problem.depth, problem.shape, False)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -61,15 +61,14 @@ def test_every_problem_has_distinct_candidates_and_its_own_place_in_the_file(op)
     for problem in found:
         assert 4 <= len(problem.candidates) == len(set(problem.candidates)), problem.name
         for arch in (80, 90, 100):
-            splits = {bool(c.split_keys) for c in (*problem.candidates, problem.default(arch))}
-            assert splits == {problem.part in ("decode", "sweep")}
+            assert {type(c) for c in (*problem.candidates, problem.default(arch))} == {problem.kind}
 
 
-def test_the_columns_of_a_sweep_are_never_tuned():
-    """They decide a token's bits, which must not depend on whether a file was measured at some length."""
+def test_the_split_of_a_sweep_is_never_tuned():
+    """It decides a token's bits, which must not depend on whether a measured file exists."""
     for problem in problems(("linear_nce", "linear_logprob")):
         if problem.part == "sweep":
-            assert {c.split_keys for c in problem.candidates} == {problem.default(90).split_keys}
+            assert {c.split_v for c in problem.candidates} == {problem.default(90).split_v}
 
 
 def test_dry_run_names_every_kernel_every_candidate_and_the_time(capsys):
@@ -81,7 +80,7 @@ def test_dry_run_names_every_kernel_every_candidate_and_the_time(capsys):
     assert f"{len(every)} kernels and shapes" in out and "at most 100 s (" in out
     names = [line.split(":")[0] for line in out.splitlines() if line.endswith(" candidates")]
     first = [name for name in names if any(f"depth {d} " in name for d in (128, 4096, 32))]
-    assert names[: len(first)] == first  # what models have most often comes first
+    assert names[: len(first)] == first  # the most common depths come first
 
 
 def test_dry_run_of_one_op_takes_less(capsys):
@@ -126,7 +125,7 @@ def test_what_tune_writes_is_what_the_launchers_take(faked_gpu, capsys):
 
 def test_a_second_run_replaces_what_it_measured_and_keeps_the_rest(tmp_path):
     def entry(part: str, block: int) -> dict:
-        config = tune.asdict(LaunchConfig(block, 64, 4, 2))
+        config = tune.asdict(tile(block))
         return {"part": part, "dtype": "bfloat16", "head_dim": 64, "shape": {"M": 1, "N": 2}, "config": config}
 
     tune.write(tmp_path, "cross_attention", H200, [entry("fwd", 16), entry("dq", 16)])
@@ -158,7 +157,7 @@ def test_a_group_that_the_deadline_cuts_short_is_not_written(monkeypatch, faked_
 
     monkeypatch.setattr(tune, "Screen", NoScreen)
     monkeypatch.setattr(tune, "best_config", best)
-    found = list(tune.tune(todo, torch.device("meta"), time.monotonic() + 60, 1))
+    found = list(tune.tune(todo, torch.device("meta"), time.monotonic() + 600, 1))
     assert len(measured) == 3 and len(found) == 1  # both of update; of mix only one
     ((op, entries),) = found
     assert op == "dual_lora" and [e["part"] for e in entries] == ["update", "update"]
@@ -168,8 +167,10 @@ def test_a_group_that_the_deadline_cuts_short_is_not_written(monkeypatch, faked_
 @pytest.mark.slow
 def test_screening_lets_the_defaults_through_and_stops_what_cannot_run():
     pytest.importorskip("triton")
+    from calm_fast.kernels.dual_lora.configs import tile as dual_lora_tile
+
     index, update = next((i, p) for i, p in enumerate(problems(("dual_lora",))) if p.part == "update")
-    spilling, wide = LaunchConfig(128, 256, 4, 2), LaunchConfig(256, 256, 8, 8)
+    spilling, wide = dual_lora_tile(128, 256, 4, 2), dual_lora_tile(256, 256, 8, 8)
     screen = Screen(90, 1)
     for config in (update.default(90), spilling, wide):
         screen.submit("dual_lora", index, config)
@@ -181,7 +182,7 @@ def test_screening_lets_the_defaults_through_and_stops_what_cannot_run():
 
 
 def test_tuning_takes_the_fastest_that_agrees():
-    present, fast, wrong, broken = (LaunchConfig(16, n, 4, 1) for n in (16, 32, 64, 128))
+    present, fast, wrong, broken = (tile(m) for m in (16, 32, 64, 128))
 
     def run(config):
         if config == broken:
@@ -197,7 +198,7 @@ def test_tuning_takes_the_fastest_that_agrees():
 
 
 def test_tuning_keeps_the_present_config_when_out_of_time():
-    present, other = LaunchConfig(16, 16, 4, 1), LaunchConfig(16, 32, 4, 1)
+    present, other = tile(16), tile(32)
     seen = []
 
     def run(config):

@@ -1,4 +1,4 @@
-"""Kernels that are wrong on purpose, one per fact the codegen tool must catch, and one that is right."""
+"""Kernels that are wrong on purpose, one for each fault the codegen tool must catch, and one that is right."""
 
 from __future__ import annotations
 

@@ -3,12 +3,12 @@
     python tests/codegen/check.py                 all kernels, sm_80 sm_90 sm_100
     python tests/codegen/check.py --arch 90       one architecture
     python tests/codegen/check.py --only decode   kernels whose name contains a word
-    python tests/codegen/check.py --update        record today's sizes for the installed Triton, and the table
+    python tests/codegen/check.py --update        record today's numbers for the installed Triton, and write the table
     python tests/codegen/check.py --table         only write docs/ops/machine_code.md from the record
 
-Each op's `calm_fast.kernels.<op>.launch.codegen_specs()` names the kernels and representative arguments. Hard facts
+Each op's `calm_fast.kernels.<op>.codegen.codegen_specs()` names the kernels and representative arguments. Hard facts
 (no spills, no float64, tensor cores where promised, shared memory within the limit) hold for every Triton;
-registers, SASS size and shared memory are compared with golden/triton-<version>.json where that exists.
+registers, SASS size and shared memory are compared with golden/triton-<version>.json if that exists.
 Exit 1 on any problem.
 """
 
@@ -36,7 +36,7 @@ PROCESSES = 2
 
 
 def clean_environment(cache: str) -> None:
-    """The facts must not depend on the caller's settings: no interpreter, no old cache, no other ptxas."""
+    """Clear the caller's Triton settings, which facts must not depend on: interpreter, old cache, another ptxas."""
     if "triton" in sys.modules:
         raise RuntimeError("Triton was imported before its settings could be cleared")
     for name in [name for name in os.environ if name.startswith("TRITON_")]:
@@ -45,7 +45,7 @@ def clean_environment(cache: str) -> None:
 
 
 def import_specs_module(source: str) -> ModuleType:
-    """A module by dotted name, or by path if `source` ends in .py."""
+    """Import a module by dotted name, or by path if `source` ends in .py."""
     if not source.endswith(".py"):
         return importlib.import_module(source)
     spec = importlib.util.spec_from_file_location(Path(source).stem, source)
@@ -57,18 +57,18 @@ def import_specs_module(source: str) -> ModuleType:
 
 
 def kernel_modules() -> Iterator[str]:
-    """The kernel module of every registered op that has Triton kernels."""
+    """Yield the codegen module of every registered op that has Triton kernels."""
     from calm_fast.ops import OPS
 
     for stem in OPS:
         if importlib.util.find_spec(f"calm_fast.kernels.{stem}") is None:
             print(f"{stem}: no Triton kernels")
         else:
-            yield f"calm_fast.kernels.{stem}.launch"
+            yield f"calm_fast.kernels.{stem}.codegen"
 
 
 def named_specs(source: str) -> dict[str, Any]:
-    """name -> spec of one module; a name that occurs twice would hide a kernel."""
+    """Return name -> spec of one module. Two specs of one name are an error: one would hide the other."""
     module = import_specs_module(source)
     specs = list(module.codegen_specs())
     by_name = {spec.name: spec for spec in specs}
@@ -78,13 +78,13 @@ def named_specs(source: str) -> dict[str, Any]:
 
 
 def jobs_of(source: str) -> list[tuple[str, str, int]]:
-    """(module, kernel name, architecture) for all a spec is meant for: its `archs`, or every one."""
+    """Return (module, kernel name, architecture) for each architecture in a spec's `archs`, by default all."""
     specs = named_specs(source)
     return [(source, n, arch) for n, spec in specs.items() for arch in getattr(spec, "archs", SHARED_LIMIT)]
 
 
 def examine(source: str, name: str, arch: int) -> tuple[Facts | None, dict[str, Any], list[str], float]:
-    """Runs in a worker process: compile one kernel for one architecture and collect what is wrong with it."""
+    """Compile one kernel for one architecture in a worker process: returns facts, numbers, problems and seconds."""
     begin = time.perf_counter()
     spec = named_specs(source)[name]
     try:
@@ -106,12 +106,12 @@ def describe(facts: Facts) -> str:
 def compare(name: str, arch: int, now: dict[str, Any], record: golden.Golden) -> list[str]:
     then = record.get(name, {}).get(str(arch))
     if then is None:
-        return ["not in the golden record; look at the numbers, then run with --update"]
+        return ["not in the golden record; check the numbers, then run with --update"]
     return golden.growth(now, then)
 
 
 def run_all(jobs: list[tuple[str, str, int]], record: golden.Golden | None) -> tuple[golden.Golden, int]:
-    """Examine all jobs in parallel, a line each; returns today's numbers and how many jobs failed."""
+    """Examine all jobs in parallel and print a line for each. Returns today's numbers and the number of failed jobs."""
     today: golden.Golden = {}
     failed = 0
     context = multiprocessing.get_context("spawn")
@@ -132,7 +132,7 @@ def run_all(jobs: list[tuple[str, str, int]], record: golden.Golden | None) -> t
 
 
 def update_record(version: str, today: golden.Golden, kept: golden.Golden, failed: int) -> None:
-    """Write today's numbers over `kept`, unless a hard fact is broken."""
+    """Write today's numbers over those in `kept`, unless a hard fact is broken."""
     if failed:
         print("not recorded: a record is made only when all hard facts hold")
         return
@@ -158,8 +158,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_LIMIT), default=sorted(SHARED_LIMIT))
     parser.add_argument("--only", metavar="WORD", help="kernels whose name contains WORD")
-    parser.add_argument("--update", action="store_true", help="record today's sizes instead of comparing")
-    parser.add_argument("--table", action="store_true", help="write the table of the record and stop")
+    parser.add_argument("--update", action="store_true", help="record today's numbers instead of comparing")
+    parser.add_argument("--table", action="store_true", help="write the table from the record and stop")
     parser.add_argument("--list", action="store_true", help="print the kernels' names and stop")
     parser.add_argument("--specs", metavar="MODULE", help="take codegen_specs() from this module or .py file only")
     return parser.parse_args(argv)
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         word = arguments.only or ""
         jobs = [job for job in every if word in job[1] and job[2] in arguments.arch]
         full = jobs == every
-        own = arguments.specs is None  # other people's kernels have no record
+        own = arguments.specs is None  # kernels from --specs have no record
         record = golden.load(triton.__version__) if own else None
         print(f"{len(jobs)} compilations, Triton {triton.__version__}, {PROCESSES} processes", flush=True)
         today, failed = run_all(jobs, None if arguments.update else record)

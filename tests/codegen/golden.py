@@ -1,6 +1,6 @@
-"""The recorded machine code of every kernel, one JSON file per Triton version: growth must be seen.
+"""The golden record of every kernel's machine code, one JSON file per Triton version, so that growth is noticed.
 
-docs/ops/machine_code.md shows the rows of one architecture to people; it is written from the newest record.
+docs/ops/machine_code.md shows the rows of one architecture. It is written from the newest record.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def path_for(version: str) -> Path:
 
 
 def load(version: str) -> Golden | None:
-    """The record for this Triton version, or None where nobody has made one."""
+    """Return the record for a Triton version, or None if there is none."""
     path = path_for(version)
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def numbers(facts: Facts, spec: Any) -> dict[str, Any]:
-    """What is recorded of a kernel. spec: its entry of codegen_specs()."""
+    """Return the recorded numbers of a kernel. spec: its entry of codegen_specs()."""
     tile = [f"{key.removeprefix('BLOCK_')} {spec.constexprs[key]}" for key in spec.constexprs if key in TILE]
     return {
         "registers": facts.registers,
@@ -62,7 +62,7 @@ def numbers(facts: Facts, spec: Any) -> dict[str, Any]:
 
 
 def save(version: str, golden: Golden) -> Path:
-    """Write one line per kernel and architecture, sorted, so that a diff shows what changed."""
+    """Write the record, a sorted line per kernel and architecture so that diffs are readable; returns its path."""
     blocks = []
     for name in sorted(golden):
         rows = [f"  {json.dumps(arch)}: {json.dumps(golden[name][arch])}" for arch in sorted(golden[name], key=int)]
@@ -74,7 +74,7 @@ def save(version: str, golden: Golden) -> Path:
 
 
 def growth(now: dict[str, int], then: dict[str, int]) -> list[str]:
-    """What has grown beyond the slack."""
+    """Return a message for each number that has grown beyond the slack."""
     limits = {
         "registers": then["registers"] + REGISTER_SLACK,
         "instructions": int(then["instructions"] * SIZE_SLACK),
@@ -84,18 +84,18 @@ def growth(now: dict[str, int], then: dict[str, int]) -> list[str]:
 
 
 def page(version: str, golden: Golden) -> str:
-    """The page about the machine code of SHOWN, from a record."""
+    """Return the text of the page about the machine code of SHOWN, from a record."""
     lines = [
         f"# Machine code of the Triton kernels, sm_{SHOWN}",
         "",
         f"Written by `make codegen ARGS=--table` from the record of Triton {version}; `make codegen` compares. Every",
-        "kernel with the launch numbers in code, compiled without a GPU: what the compiler made, not how fast it is.",
+        "kernel is compiled with its default launch config, without a GPU. The numbers say nothing about speed.",
         "",
-        "- spills: instructions that touch local memory; any is an error.",
-        "- matrix: tensor-core instructions; HGMMA works for a group of four warps, HMMA for one.",
+        "- spills: instructions that access local memory. Any is an error.",
+        "- matrix: tensor-core instructions. HGMMA works for a group of four warps, HMMA for one.",
         "- async: instructions that copy from global to shared memory past the registers, so that products and loads",
         "  overlap. 0 in a kernel with products means that nothing is pipelined.",
-        "- blocks, warps: how many fit on a multiprocessor at once, by registers and shared memory (an estimate).",
+        "- blocks, warps: the number that fits on a multiprocessor, estimated from registers and shared memory.",
         "",
         "| kernel | tile | stages | registers | spills | shared, KiB | matrix | async | blocks | warps |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""The codegen tool itself: it must catch what it claims to, whatever the caller's Triton settings are."""
+"""The codegen tool itself: it must catch every fault it claims to, whatever the caller's Triton settings are."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_record_survives_a_round_trip(tmp_path, monkeypatch):
     assert path.read_text().index('"a"') < path.read_text().index('"b"')
 
 
-def test_blocks_of_a_multiprocessor_follow_the_scarcest_thing():
+def test_blocks_of_a_multiprocessor_follow_the_scarcest_resource():
     assert blocks_per_multiprocessor(GOOD, 4) == 4  # 104 registers of 128 threads
     assert blocks_per_multiprocessor(replace(GOOD, registers=24), 4) == 9  # 25 KiB of 228 each
     assert blocks_per_multiprocessor(replace(GOOD, registers=24, shared=0), 4) == 16  # warps
@@ -126,7 +126,7 @@ def test_blocks_of_a_multiprocessor_follow_the_scarcest_thing():
     assert blocks_per_multiprocessor(replace(GOOD, arch=100, tensor_memory=256), 4) == 2
 
 
-def test_numbers_and_page_show_what_was_compiled():
+def test_numbers_and_page_show_the_compiled_kernel():
     facts = replace(GOOD, matrix_instructions=12, async_copies=7)
     row = golden.numbers(facts, SPEC)
     assert (row["matrix"], row["async"], row["tile"], row["blocks"]) == ("12 HGMMA", 7, "M 64, N 32", 4)
@@ -134,13 +134,13 @@ def test_numbers_and_page_show_what_was_compiled():
     assert text.splitlines()[-1] == "| `fwd` | M 64, N 32 | 3 | 100 | 0 | 24.0 | 12 HGMMA | 7 | 4 | 16 |"
 
 
-def test_the_page_is_that_of_the_record():
+def test_the_page_matches_the_record():
     version = re.search(r"record of Triton (\S+);", golden.PAGE.read_text())[1]
     assert golden.PAGE.read_text() == golden.page(version, golden.load(version)), "run: make codegen ARGS=--table"
 
 
 def test_record_covers_every_kernel(bad_run):
-    """A new kernel cannot join without its sizes being recorded (where a record for this Triton exists)."""
+    """A new kernel needs recorded numbers, if a record for this Triton exists."""
     import triton
 
     record = golden.load(triton.__version__)

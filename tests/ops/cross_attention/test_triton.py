@@ -17,10 +17,16 @@ from calm_fast.verify.cases import op_cases
 
 pytest.importorskip("triton", reason="the kernels need Triton; it has wheels for Linux only")
 from calm_fast.kernels.cross_attention import launch as kernels
-from calm_fast.kernels.cross_attention.configs import default_config
+from calm_fast.kernels.cross_attention.configs import (
+    TABLES,
+    AttentionConfig,
+    BackwardConfig,
+    DecodeConfig,
+    attention_tile,
+    table_size,
+)
 
 OPS = op_cases("cross_attention")
-LaunchConfig = kernels.LaunchConfig
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
 
@@ -242,8 +248,8 @@ def test_a_row_does_not_depend_on_batch_neighbours_or_unseen_keys(m, device):
     assert torch.equal(again[:, 0], out[:, 0]) and torch.equal(again_lse[..., 0], lse[..., 0])
 
 
-CONFIGS = [LaunchConfig(16, 16, 4, 1), LaunchConfig(64, 32, 4, 2), LaunchConfig(32, 64, 8, 1)]
-CONFIGS += [LaunchConfig(32, 16, 4, 1, split_keys=32)]
+CONFIGS = [attention_tile(16, 16, 4, 1), attention_tile(64, 32, 4, 2), attention_tile(32, 64, 8, 1)]
+CONFIGS += [DecodeConfig(block_r=32, block_n=16, split_keys=32, num_warps=4, num_stages=1)]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -253,8 +259,8 @@ def test_other_tiles_give_the_same_attention(config, device):
     other, other_lse = forward(i, config)
     torch.testing.assert_close(other, out, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(other_lse, lse, rtol=1e-5, atol=1e-6)
-    if not config.split_keys:
-        grads = backward(i, out, lse, kernels.BackwardConfig(dkdv=config, dq=config))
+    if isinstance(config, AttentionConfig):
+        grads = backward(i, out, lse, BackwardConfig(dkdv=config, dq=config))
         for a, b in zip(grads, backward(i, out, lse), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -272,9 +278,9 @@ def test_every_default_config_exists_and_the_nearest_measured_one_wins(tmp_path)
     for arch in (80, 86, 89, 90, 100, 103, 120):
         for dtype in DTYPES:
             for part in ("fwd", "dkdv", "dq", "decode"):
-                found = [default_config(part, arch, dtype, d) for d in (16, 32, 64, 128, 256)]
-                assert all((c.split_keys > 0) == (part == "decode") for c in found)
-    small, large = LaunchConfig(64, 32, 4, 2), LaunchConfig(128, 64, 8, 3)
+                found = [TABLES[part].default(arch, dtype, table_size(d)) for d in (16, 32, 64, 128, 256)]
+                assert {type(c) for c in found} == {TABLES[part].kind}
+    small, large = attention_tile(64, 32, 4, 2), attention_tile(128, 64, 8, 3)
     entries = [
         {"part": "fwd", "dtype": "bfloat16", "head_dim": 128, "shape": {"M": m}, "config": asdict(c)}
         for m, c in ((512, small), (8192, large))
@@ -282,8 +288,21 @@ def test_every_default_config_exists_and_the_nearest_measured_one_wins(tmp_path)
     (tmp_path / "nvidia_h200.json").write_text(json.dumps({"entries": entries}))
     for m, expected in ((1, small), (1000, small), (5000, large), (10**6, large)):
         shape = {"M": m, "N": 4096}
-        assert tuned_config(tmp_path, "NVIDIA H200", "fwd", "bfloat16", 128, shape) == expected
-    assert tuned_config(tmp_path, "NVIDIA H200", "fwd", "float16", 128, {"M": 1}) is None
-    assert tuned_config(tmp_path, "NVIDIA H100", "fwd", "bfloat16", 128, {"M": 1}) is None
-    with pytest.raises(ValueError, match="`block_m` must be a power of two, got 48"):
-        LaunchConfig(48, 32, 4, 1)
+        assert tuned_config(AttentionConfig, tmp_path, "NVIDIA H200", "fwd", "bfloat16", 128, shape) == expected
+    assert tuned_config(AttentionConfig, tmp_path, "NVIDIA H200", "fwd", "float16", 128, {"M": 1}) is None
+    assert tuned_config(AttentionConfig, tmp_path, "NVIDIA H100", "fwd", "bfloat16", 128, {"M": 1}) is None
+    with pytest.raises(ValueError, match="`config` of part fwd .* must have the fields .*'block_r'.*, got .*'block_m'"):
+        tuned_config(DecodeConfig, tmp_path, "NVIDIA H200", "fwd", "bfloat16", 128, {"M": 1})
+
+
+def test_configs_that_no_kernel_can_be_launched_with_are_refused():
+    with pytest.raises(ValueError, match="AttentionConfig: `block_m` must be a power of two, got 48"):
+        attention_tile(48, 32, 4, 1)
+    with pytest.raises(ValueError, match="AttentionConfig: `num_warps` must be a power of two, got 3"):
+        attention_tile(64, 32, 3, 1)
+    with pytest.raises(ValueError, match="AttentionConfig: `num_stages` must be at least 1, got 0"):
+        attention_tile(64, 32, 4, 0)
+    with pytest.raises(
+        ValueError, match="DecodeConfig: `split_keys` must be a positive multiple of block_n 32, got 48"
+    ):
+        DecodeConfig(block_r=16, block_n=32, split_keys=48, num_warps=4, num_stages=1)
