@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -71,7 +71,7 @@ def _cross_attention(
         hi = torch.where(torch.arange(m, device=device) % 5 == 0, lo, hi)  # some rows see no key
     impl = _compiled("cross_attention", device) if compiled else "triton"
     return _both(
-        lambda q, k, v: [cast(torch.Tensor, ops.cross_attention(q, k, v, lo=lo, hi=hi, causal=causal, impl=impl))],
+        lambda q, k, v: [ops.cross_attention(q, k, v, lo=lo, hi=hi, causal=causal, impl=impl)],
         lambda q, k, v: cross_attention_reference(q, k, v, lo, hi, causal)[:1],
         leaves,
         backward,

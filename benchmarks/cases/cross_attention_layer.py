@@ -148,7 +148,8 @@ def _ours(s: LayerShape, graph: bool = False) -> Callable[[Inputs], Thunk]:
         from calm_fast import CrossAttention
 
         layer = CrossAttention(s.db, s.da, s.h, head_dim=s.d, eps=EPS).to(inputs["hb"])
-        parts = {
+        assert layer.norm is not None and layer.proj is not None  # both are on by default
+        parts: dict[str, Any] = {
             "norm": layer.norm, "proj": layer.proj, "q": layer.q_proj,
             "k": layer.k_proj, "v": layer.v_proj, "o": layer.o_proj,
         }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -241,8 +241,7 @@ class DualLoRALinear(nn.Module):
                 return pack_folded(fold())
 
         if may_cache((*factors, *value)):
-            kept = self._folded.get((*factors, *value), (dtype, scaling), fold_to_keep)
-            return cast(Folded, kept)  # `get` returns what fold_to_keep returned
+            return self._folded.get((*factors, *value), (dtype, scaling), fold_to_keep)
         self._folded.clear()
         return fold()
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from calm_fast.kernels.common.arithmetic import matmul, matmul_add
-from calm_fast.kernels.cross_attention.common import load_interval, load_rows, mask_scores
+from calm_fast.kernels.common.intervals import load_interval, load_rows, mask_scores
 
 
 @triton.jit(do_not_specialize=["M", "N"])

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from calm_fast.kernels.common.arithmetic import LN_2, NEG_HUGE
-from calm_fast.kernels.cross_attention.common import key_block_ranges, load_interval
+from calm_fast.kernels.common.intervals import key_block_ranges, load_interval
 from calm_fast.kernels.cross_attention.fwd import attend
 
 

@@ -1,4 +1,4 @@
-"""Device helpers that the kernels of cross_attention share: rows of a tile, intervals, masking."""
+"""Device helpers of attention over intervals: rows of a tile, the keys that a tile sees, masking."""
 
 from __future__ import annotations
 
