@@ -157,7 +157,11 @@ def _ours(s: Shape, graph: bool = False) -> Callable[[Inputs], Thunk]:
             base, s.r, SCALE * s.r, gate_dim=s.g, value_dim=s.m or None, variant=s.variant,
             dtype=x.dtype, device=x.device,
         )  # fmt: skip
-        parts: dict[str, torch.Tensor] = {"a_pos": layer.lora_a_pos, "b_pos": layer.lora_b_pos, "a_neg": layer.lora_a_neg}
+        parts: dict[str, torch.Tensor] = {
+            "a_pos": layer.lora_a_pos,
+            "b_pos": layer.lora_b_pos,
+            "a_neg": layer.lora_a_neg,
+        }
         parts |= {"b_neg": layer.lora_b_neg, "w_q": layer.gate_q, "w_k": layer.gate_k}
         parts |= dict(zip(("c1", "c2") if s.m else ("w_v",), layer.value, strict=True))
         with torch.no_grad():
