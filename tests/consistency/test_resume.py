@@ -185,7 +185,7 @@ def test_other_questions_files_and_processes_are_refused(tmp_path) -> None:
 
 
 def test_ready_samples_resume_too(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("calm_fast.consistency.self_consistency._READY_AT_ONCE", 2)
+    monkeypatch.setattr("calm_fast.consistency.self_consistency._VOTE_AT_ONCE", 2)
     rows = [
         {"question": q, "answer": a, "generated_answer": ["\\boxed{1}", "2"]}
         for q, a in zip(QUESTIONS, REFERENCES, strict=True)
