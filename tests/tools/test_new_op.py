@@ -26,7 +26,8 @@ COPIED = ("calm_fast", "kernels", "benchmarks", "tests", "csrc", "docs", "tools"
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the repository with the op NAME in it."""
-    root = tmp_path_factory.mktemp("checkout")
+    root = tmp_path_factory.mktemp("new_op") / "checkout"
+    root.mkdir()
     for folder in COPIED:
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
     for file in ROOT.iterdir():
@@ -37,17 +38,18 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in the copy, with the copy's calm_fast as an installed package."""
-    installed = root / "installed"
+    """Run Python with the copy's calm_fast as an installed package; beside the sources it would lack its kernels."""
+    installed = root.parent / "installed"
     if not installed.is_dir():
         link_tree(installed, root)
-    env = {**os.environ, "PYTHONPATH": f"{installed}{os.pathsep}{root}"}
-    return subprocess.run([sys.executable, *words], cwd=root, env=env, capture_output=True, text=True, timeout=600)
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    return subprocess.run([sys.executable, *words], cwd=installed, env=env, capture_output=True, text=True, timeout=600)
 
 
 def test_its_own_tests_and_those_of_the_layout_pass(checkout: Path) -> None:
-    chosen = (f"tests/ops/{NAME}", "tests/test_layout.py", "tests/test_imports.py")
-    done = run(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen)
+    chosen = [str(checkout / "tests" / part) for part in (f"ops/{NAME}", "test_layout.py", "test_imports.py")]
+    config = ("-c", str(checkout / "pyproject.toml"), "--rootdir", str(checkout), "-p", "no:cacheprovider")
+    done = run(checkout, "-m", "pytest", "-q", *config, *chosen)
     assert done.returncode == 0, done.stdout[-3000:]
     assert not re.search(r"\d+ skipped", done.stdout), done.stdout[-300:]
 
@@ -60,7 +62,7 @@ def test_verify_proves_it(checkout: Path) -> None:
 
 def test_its_machine_code_holds_the_hard_facts(checkout: Path) -> None:
     """The record has no such kernel yet, so this is the run that writes it."""
-    done = run(checkout, "tests/codegen/check.py", "--only", NAME, "--arch", "90", "--update")
+    done = run(checkout, str(checkout / "tests/codegen/check.py"), "--only", NAME, "--arch", "90", "--update")
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert f"{NAME}_fwd_bf16 sm_90" in done.stdout
 
@@ -80,7 +82,7 @@ def test_it_is_measured(checkout: Path) -> None:
 
 def test_it_is_formatted_and_linted(checkout: Path) -> None:
     files = [path for path in [*new_op.skeleton_files(NAME), *new_op.LISTS] if path.endswith(".py")]
-    done = run(checkout, "-m", "ruff", "check", *files)
+    done = run(checkout, "-m", "ruff", "check", *(str(checkout / path) for path in files))
     assert done.returncode == 0, done.stdout
 
 
