@@ -99,13 +99,14 @@ def enter(root: Path, name: str) -> None:
     readme = root / "README.md"
     row = f"| `{name}` | multiplies by a number (the skeleton: say what it computes) | forward, backward | | |"
     readme.write_text(
-        add_line(readme.read_text(encoding="utf-8"), row, r"\| `[a-z_]+` \| .* \| .* \|.*\|.*\|"), encoding="utf-8"
+        add_line(readme.read_text(encoding="utf-8"), row, r"\| `[a-z_]+` \|.*\|.*\|.*\|.*\|"), encoding="utf-8"
     )
 
     index = root / "docs" / "README.md"
     text = index.read_text(encoding="utf-8")
-    last = re.findall(r"\[\w+\]\(ops/\w+\.md\)", text)[-1]
-    index.write_text(text.replace(last, f"{last}, [{name}](ops/{name}.md)"), encoding="utf-8")
+    first = re.search(r"\[\w+\]\(ops/\w+\.md\)", text)
+    assert first, "docs/README.md links no page of an op"
+    index.write_text(text.replace(first[0], f"{first[0]}, [{name}](ops/{name}.md)", 1), encoding="utf-8")
 
 
 def quoted(word: str) -> str:

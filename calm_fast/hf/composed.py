@@ -168,10 +168,13 @@ class ComposedForCausalLM(CompositionFiles, GenerationMixin):
         return self
 
     def _checkpointable(self) -> list[GradientCheckpointingLayer]:
-        """Return the anchor layers above the first connected one: their input always needs a gradient."""
+        """Return the anchor layers that can be checkpointed above the first connected one.
+
+        Their input always needs a gradient. Layers named by a path may be plain modules, which cannot.
+        """
         first = max(0, min(b for _, _, b in self.pairs))
         layers = list(find_layers(self.anchor, self.config.anchor_layers)[1])[first + 1 :]
-        return cast("list[GradientCheckpointingLayer]", layers)
+        return [layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)]
 
     def _set_gradient_checkpointing(
         self,
@@ -179,6 +182,12 @@ class ComposedForCausalLM(CompositionFiles, GenerationMixin):
         gradient_checkpointing_func: Callable[..., Any] = checkpoint,
         every_n_layers: int = 1,
     ) -> None:
+        path, layers = find_layers(self.anchor, self.config.anchor_layers)
+        if enable and not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
+            raise ValueError(
+                "gradient checkpointing: `anchor_layers` must name layers that transformers can checkpoint, got "
+                f"{path!r} of {type(self.anchor).__name__}; train without gradient checkpointing"
+            )
         for index, layer in enumerate(self._checkpointable()):
             layer.gradient_checkpointing = enable and index % every_n_layers == 0
             run = partial(checkpoint_in_eval, layer, self.frame, gradient_checkpointing_func)

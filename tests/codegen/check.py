@@ -2,7 +2,7 @@
 
     python tests/codegen/check.py                 all kernels, sm_80 sm_90 sm_100
     python tests/codegen/check.py --arch 90       one architecture
-    python tests/codegen/check.py --only decode   kernels whose name contains a word
+    python tests/codegen/check.py --only decode   kernels whose name contains a word, or all kernels of an op
     python tests/codegen/check.py --update        record today's numbers for the installed Triton, and write the table
     python tests/codegen/check.py --table         only write docs/ops/machine_code.md from the record
 
@@ -157,7 +157,7 @@ def report_stale(record: golden.Golden, today: golden.Golden) -> int:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_LIMIT), default=sorted(SHARED_LIMIT))
-    parser.add_argument("--only", metavar="WORD", help="kernels whose name contains WORD")
+    parser.add_argument("--only", metavar="WORD", help="kernels whose name contains WORD, or those of the op WORD")
     parser.add_argument("--update", action="store_true", help="record today's numbers instead of comparing")
     parser.add_argument("--table", action="store_true", help="write the table from the record and stop")
     parser.add_argument("--list", action="store_true", help="print the kernels' names and stop")
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(f"{name} {arch}" for _, name, arch in every))
             return 0
         word = arguments.only or ""
-        jobs = [job for job in every if word in job[1] and job[2] in arguments.arch]
+        jobs = [job for job in every if (word in job[1] or word in job[0].split(".")) and job[2] in arguments.arch]
         full = jobs == every
         own = arguments.specs is None  # kernels from --specs have no record
         record = golden.load(triton.__version__) if own else None
@@ -199,6 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     elif own and full:
         failed += report_stale(record, today)
     verdict = "all facts hold" if not failed else f"{failed} with problems"
+    if not jobs:
+        verdict = f"nothing to compile: no kernel or op matches {word!r}, see --list"
     print(f"codegen: {len(jobs)} compilations in {time.perf_counter() - begin:.0f} s, {verdict}")
     return 1 if failed or not jobs else 0
 

@@ -228,6 +228,12 @@ def test_layers_named_by_path_are_used() -> None:
     composed = randomize(compose(anchor, augmenter, "uniform:2", anchor_layers=path, augmenter_layers=path))
     ids, how = prompts(), {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(composed.generate(ids, **how), composed.generate(ids, use_cache=False, **how))
+    # they train like any others, but transformers has no way to checkpoint them
+    composed.train()
+    composed(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in composed.connections.parameters())
+    with pytest.raises(ValueError, match="`anchor_layers` must name layers that transformers can checkpoint"):
+        composed._set_gradient_checkpointing(enable=True)  # what every release's ..._checkpointing_enable calls
 
 
 @pytest.mark.parametrize("name", FAMILIES)
