@@ -1,7 +1,8 @@
 """The choice of an implementation: the Decision of an op, what can run here, and explain().
 
-Each `calm_fast/_ops/<op>/api.py` has `decide(*args, **kwargs) -> Decision`, a pure function of device, dtype and shape.
-The package reads one environment variable, Triton's own TRITON_INTERPRET, and reads it here.
+The api.py of every public op has `decide(*args, **kwargs) -> Decision`. It reads the device, dtype, shape and
+requires_grad of the arguments, grad mode and active transforms, and computes nothing. The ops read one environment
+variable, Triton's own TRITON_INTERPRET, and read it here.
 """
 
 from __future__ import annotations

@@ -79,6 +79,8 @@ class OpCases(Protocol):
     op: str
     impls: Sequence[str]  # the implementations to verify, including those that cannot run here
 
+    # Optional, `cuda_kernels = True`: csrc/<op>/ has CUDA kernels, which a source checkout emulates on a CPU.
+
     def cases(self) -> Sequence[Case]: ...
     def fits(self, case: Case, impl: str, device: str) -> bool:
         """Optional: return False for a case that `impl` refuses by its contract; it then counts as no failure."""

@@ -23,6 +23,7 @@ from types import ModuleType
 import torch
 
 from calm_fast.core.checks import bad_value, describe
+from calm_fast.verify.cases import op_cases
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FLAGS = ("-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-Wall", "-Wextra", "-ffp-contract=off", "-DCALM_FAST_EMULATED")
@@ -151,9 +152,9 @@ def call(
         raise EmulationError(f"{op} ({schedule.order}): {message.value.decode(errors='replace')}")
 
 
-def may_have_kernels(op: str) -> bool:
-    """Return True if `op` has CUDA kernels to emulate, or if csrc/ is missing, which leaves it unknown."""
-    return not CSRC.is_dir() or source(op).is_file()
+def has_kernels(op: str) -> bool:
+    """Return True if `op` has CUDA kernels, in an installation without csrc/ too."""
+    return bool(getattr(op_cases(op), "cuda_kernels", False))
 
 
 def adapter(op: str) -> ModuleType:

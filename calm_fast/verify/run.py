@@ -74,7 +74,7 @@ def plan(ops: Sequence[str] = ALL_OPS, impls: Sequence[str] = ()) -> list[Part]:
                 parts.append(_triton_part(op, gpu))
             elif impl == "native":
                 parts += [Part(op, impl, device, _native_obstacle(op, device) or "") for device in devices]
-                if emulation.may_have_kernels(op):
+                if emulation.has_kernels(op):
                     parts.append(Part(op, impl, EMULATED, emulation.obstacle(op) or ""))
             else:
                 parts += [Part(op, impl, device) for device in devices]

@@ -121,6 +121,7 @@ class CrossAttentionCases:
 
     op = "cross_attention"
     impls = ("torch", "triton", "native")
+    cuda_kernels = True
 
     def cases(self) -> list[Case]:
         """Return every spec in float32, with and without lse, and some in half precision."""

@@ -68,6 +68,7 @@ class DualLoRACases:
 
     op = "dual_lora"
     impls = ("torch", "triton", "native")
+    cuda_kernels = True
 
     def cases(self) -> list[Case]:
         found = [self.case(name, torch.float32) for name in _SPECS]

@@ -87,6 +87,7 @@ class MajAtKCases:
 
     op = "maj_at_k"
     impls = ("torch", "native")
+    cuda_kernels = True
 
     def cases(self) -> list[Case]:
         found = [self.case(name, torch.float32) for name in _SPECS]

@@ -67,6 +67,7 @@ class VoteCases:
 
     op = "vote"
     impls = ("torch", "native")
+    cuda_kernels = True
 
     def cases(self) -> list[Case]:
         found = [self.case(name, torch.float32) for name in _SPECS]

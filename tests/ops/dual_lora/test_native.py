@@ -214,9 +214,9 @@ def test_layer_in_inference_sees_every_change_of_a_parameter():
 def test_wrong_direct_calls_are_refused(lane):
     ops, zg, u, up = library(), torch.zeros(3, 4), torch.zeros(3, 6), torch.zeros(6, 2)
     for args, message in (
-        ((torch.zeros(3, 5), u, up, 1), "`zg` must have shape"),
-        ((zg, torch.zeros(2, 6), up, 1), "`u` must have shape"),
-        ((zg, u, torch.zeros(5, 2), 1), "`up` must have shape"),
+        ((torch.zeros(3, 5), u, up, 1), "dual_lora: `zg` must have shape"),
+        ((zg, torch.zeros(2, 6), up, 1), "dual_lora: `u` must have shape"),
+        ((zg, u, torch.zeros(5, 2), 1), "dual_lora: `up` must have shape"),
         ((zg, u, up.half(), 1), "`up` must be float32, got float16"),
         ((zg, torch.zeros(6, 3).mT, up, 1), "`u` must be contiguous"),
         ((zg.double(), u.double(), up.double(), 1), "`zg` must be float32, bfloat16 or float16, got float64"),

@@ -91,13 +91,13 @@ def test_linear_takes_any_leading_dimensions(packing, shape):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"x": torch.ones(3, 6)}, "`packed` must have shape"),
+        ({"x": torch.ones(3, 6)}, "packed_linear: `packed` must have shape"),
         ({"x": torch.ones(3, 5, dtype=torch.float64)}, "`x` must be float32, got float64"),
         ({"x": torch.ones(5, 3).t()}, "`x` must be contiguous"),
-        ({"n": 33}, "`packed` must have shape"),
+        ({"n": 33}, "packed_linear: `packed` must have shape"),
         ({"n": -1}, "`n` must not be negative"),
-        ({"add": torch.ones(3, 3)}, "`add` must have shape"),
-        ({"x": torch.tensor(1.0)}, "`x` must have shape"),
+        ({"add": torch.ones(3, 3)}, "packed_linear: `add` must have shape"),
+        ({"x": torch.tensor(1.0)}, "packed_linear: `x` must have shape"),
     ],
 )
 def test_a_wrong_direct_call_is_named(packs, wrong, message):
