@@ -102,6 +102,7 @@ lint: $(STAMP)
 
 new-op: $(STAMP)
 	@"$(PY)" -m tools.new_op $(NAME)
+	@"$(PY)" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 
 types: $(STAMP)
 	@echo "[types] mypy on calm_fast, kernels and benchmarks"

@@ -188,6 +188,16 @@ def extensions() -> list[Extension]:
     return [*found, CUDAExtension("calm_fast._cuda", ["csrc/bindings.cpp", *kernels], **shared)]
 
 
+def forget_old_sources() -> None:
+    """Delete the copies of sources that an earlier build left in build/lib*.
+
+    setuptools packs all that lies there: a wheel would hold modules that have been moved or removed since.
+    """
+    for path in (ROOT / "build").glob("lib*/calm_fast/**/*"):
+        if path.is_file() and path.suffix != ".so":
+            path.unlink()
+
+
 def pure(why: str) -> list[Extension]:
     """Return no extensions; an editable install deletes those that an earlier build left in the tree."""
     say(f"pure Python, no compiled library: {why}")
@@ -225,6 +235,7 @@ def native_arguments() -> dict[str, Any]:
     }
 
 
+forget_old_sources()
 setup(
     packages=packages(),
     package_dir=MAPPED,

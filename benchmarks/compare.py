@@ -87,7 +87,7 @@ def stage(tree: Path, benchmarks: Path, site: Path) -> Path:
         if entry.name not in ("__pycache__", "benchmarks", "kernels"):
             (package / entry.name).symlink_to(entry)
     older = tree / "kernels" / "fused"  # the older layout: all kernels in one folder
-    if older.is_dir():
+    if (older / "__init__.py").is_file():  # an update of the checkout may leave the empty folder
         (package / "kernels").symlink_to(older)
     else:
         (package / "kernels").mkdir()

@@ -122,10 +122,11 @@ def _compare(args: argparse.Namespace, chosen: Sequence[Case], device: torch.dev
     print(f"rows: {args.out / 'results.jsonl'}   report: {args.out / 'report.html'}")
     if any(is_red(row) for row in rows if row["commit"] == rows[0]["commit"]):
         return 1
-    if pairs and all(p.ratio is None for p in pairs):
+    ours = [p for p in pairs if not p.control]
+    if ours and all(p.ratio is None for p in ours):
         print(f"bench: --compare {args.compare}: no implementation ran on both sides", file=sys.stderr)
         return 2
-    return 3 if any(p.verdict == compare.SLOWER and not p.control for p in pairs) else 0
+    return 3 if any(p.verdict == compare.SLOWER for p in ours) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,7 +29,17 @@ HARD_LINES_CUDA = 600
 LEFTOVER = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|X" + r"XX)\b")
 MACHINE_PATH = re.compile(r"(?<![\w.$}/])/(?:home|root|Users|work|mnt|opt|data)/\w")
 TEXT = {".py", ".md", ".toml", ".sh", ".cfg", ".in", ".yaml", ".yml", ".json", ".jsonl", ".cu", ".cuh", ".cpp", ""}
-SKIPPED_FOLDERS = {".git", ".venv", "build", "dist", "__pycache__", ".pytest_cache", ".ruff_cache", ".benchmarks"}
+SKIPPED_FOLDERS = {
+    ".git",
+    ".venv",
+    "build",
+    "dist",
+    "__pycache__",
+    ".pytest_cache",
+    ".ruff_cache",
+    ".mypy_cache",
+    ".benchmarks",
+}
 
 
 def tracked_files() -> list[Path]:

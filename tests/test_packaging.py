@@ -34,6 +34,7 @@ NOT_SOURCE = shutil.ignore_patterns(
     "*.egg-info",
     ".pytest_cache",
     ".ruff_cache",
+    ".mypy_cache",
     ".benchmarks",
     "*.so",
 )
@@ -76,6 +77,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (shared / "building").rename(dist)
     (path,) = dist.glob("*.whl")
     return path
+
+
+def test_leftovers_of_an_earlier_build_are_not_packed(tmp_path: Path) -> None:
+    """setuptools packs all of build/lib, so a module that was moved since would come back."""
+    copy = tmp_path / "source"
+    shutil.copytree(ROOT, copy, ignore=NOT_SOURCE)
+    stale = copy / "build" / "lib" / "calm_fast" / "ops" / "__init__.py"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("")
+    settings = os.environ | {"CALM_FAST_NATIVE": "0"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_py"], cwd=copy, env=settings, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not stale.exists() and (stale.parents[1] / "ops.py").is_file()
 
 
 @pytest.fixture(scope="session")

@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print("\n".join(written))
     print(
+        "\nAn editable install maps each folder of kernels/ by name: install it again (make new-op does)."
         f"\nNext: make test ARGS='tests/ops/{name} tests/test_layout.py'; make codegen ARGS='--only {name} --update'."
         f"\nThen calm_fast/_ops/{name}/reference.py, and everything after it."
     )

@@ -80,6 +80,8 @@ inline Tile tile_of(const char* op, const Tensor& out, const Head& head, int64_t
       dtype_name(out.scalar_type()));
   check_tensor(op, "out", out, {-1, tokens}, out.scalar_type());
   STD_TORCH_CHECK(
+      out.size(0) <= head.weight.rows, op, ": `out` must have at most ", head.weight.rows, " rows, got ", out.size(0));
+  STD_TORCH_CHECK(
       first >= 0 && first + out.size(0) <= head.weight.rows, op, ": `first` must lie in [0, ",
       head.weight.rows - out.size(0), "] for an `out` of ", out.size(0), " columns, got ", first);
   STD_TORCH_CHECK(

@@ -155,7 +155,11 @@ def test_worker_checks_before_it_times(monkeypatch):
 
 @pytest.mark.parametrize(("ratio", "code"), [(None, 2), (Times(1.0, 1.0, 1.0, 7), 0)])
 def test_nothing_compared_exits_2(ratio, code, monkeypatch, capsys, tmp_path):
-    pairs = [Pair("vote", "v1_vote", "calm_fast", False, ratio, ratio, ratio, None if ratio else "other: failed")]
+    always = Times(1.0, 1.0, 1.0, 7)  # the control runs on every revision
+    pairs = [
+        Pair("vote", "v1_vote", "calm_fast", False, ratio, ratio, ratio, None if ratio else "other: failed"),
+        Pair("vote", "v1_vote", "counter", True, always, always, always, None),
+    ]
     rows = [{"commit": "now", "ours": True, "failure": None}]
     monkeypatch.setattr(compare, "compare", lambda *args: (pairs, rows))
     assert main(["--device", "cpu", "--op", "vote", "--compare", "HEAD", "--out", str(tmp_path)]) == code

@@ -44,7 +44,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 MARKS = ("<!-- lanes: written by `make contract ARGS=--record` -->", "<!-- end of lanes -->")
 
 # never installed by a lane: torch takes gigabytes with CUDA and brings its own triton; the rest is not under test
-SHARED = ("torch", "triton", "ruff", "build", "setuptools", "ninja", "wheel")
+SHARED = ("torch", "triton", "ruff", "mypy", "build", "setuptools", "ninja", "wheel")
 # columns of the page's table
 COLUMNS = ("transformers", "peft", "accelerate", "torch", "numpy", "math-verify", "typer", "python")
 GPU_MACHINES = "==5.17.0"  # the transformers of the project's GPU machines

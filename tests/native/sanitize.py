@@ -75,7 +75,7 @@ def compile_library(csrc: Path, output: Path) -> None:
     sources = [csrc / "bindings.cpp", *sorted(csrc.glob("*/*_cpu.cpp"))]
 
     def compile_one(source: Path) -> tuple[Path, str]:
-        target = output.parent / f"{source.stem}.o"
+        target = output.parent / f"{source.parent.name}_{source.stem}.o"
         done = subprocess.run(["g++", *flags, "-c", str(source), "-o", str(target)], capture_output=True, text=True)
         return target, done.stderr if done.returncode else ""
 

@@ -217,7 +217,7 @@ def _signature(
     """
     if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is torch.Tensor):
         return None
-    if torch.jit.is_tracing():  # sizes are tensors then: keys that no later call equals
+    if torch._C._is_tracing():  # sizes are tensors then: keys that no later call equals
         return None
     if not (q.is_cpu and k.is_cpu and v.is_cpu) or not type(causal) is type(return_lse) is bool:
         return None

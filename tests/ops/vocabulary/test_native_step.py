@@ -80,7 +80,7 @@ def test_edges_in_every_lane(t, d, v, dtype, lane):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_strides_or_other_tokens(dtype, lane):
+def test_bits_of_a_lane_do_not_depend_on_strides_or_other_tokens(dtype, lane):
     student, nat, _, weight, targets = draw(101, 37, 2600, dtype)
     coefficients = weights(101)
     expected = gradient(student, nat, weight, targets, coefficients)

@@ -17,6 +17,6 @@ def codegen_specs() -> list[CodegenSpec]:
     for dtype in (torch.bfloat16, torch.float32):
         config = FWD.default(_ARCH, dtype, "any")
         name = f"op_name_fwd_{short_name(dtype)}"
-        constants = {"BLOCK": config.block}
+        constants = {"BLOCK": config.block_size}
         specs.append(make_spec(name, _op_name_fwd_kernel, dtype, constants, config, False, aligned=("size",)))
     return specs

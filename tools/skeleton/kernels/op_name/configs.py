@@ -10,16 +10,16 @@ from calm_fast.kernels.common.config_table import TENSOR_CORE_TARGETS, ConfigTab
 
 @dataclass(frozen=True, kw_only=True)
 class ElementwiseConfig(LaunchConfig):
-    """block: elements of a program."""
+    """block_size: elements of a program."""
 
-    block: int
+    block_size: int
 
 
 # not measured: one size for every architecture and dtype
-_DEFAULT = {"any": ElementwiseConfig(block=1024, num_warps=4, num_stages=1)}
+_DEFAULT = {"any": ElementwiseConfig(block_size=1024, num_warps=4, num_stages=1)}
 FWD = ConfigTable(
     "op_name",
     "fwd",
     dict.fromkeys((*TENSOR_CORE_TARGETS, "float32"), _DEFAULT),
-    interpreter=ElementwiseConfig(block=32, num_warps=4, num_stages=1),
+    interpreter=ElementwiseConfig(block_size=32, num_warps=4, num_stages=1),
 )

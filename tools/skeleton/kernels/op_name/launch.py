@@ -21,7 +21,7 @@ def launch_op_name_fwd(x: torch.Tensor, scale: float) -> torch.Tensor:
     if x.numel():
         shape = {"T": tokens, "D": width}
         config = FWD.pick(x.device, x.dtype, "any", padded(width), shape, interpreted(_op_name_fwd_kernel))
-        programs = triton.cdiv(x.numel(), config.block)
-        scalars = {"size": x.numel(), "scale": scale, "BLOCK": config.block}
+        programs = triton.cdiv(x.numel(), config.block_size)
+        scalars = {"size": x.numel(), "scale": scale, "BLOCK": config.block_size}
         launch(_op_name_fwd_kernel, programs, x.device, config, x, out, **scalars)
     return out
