@@ -189,7 +189,7 @@ class SelfConsistency:
         if out is None:
             results = {result.index: result for done in work(items, bar) for result in done}
             return [results[item.index] for item in items]
-        with Journal(out, self._settings(kind)) as journal:
+        with Journal(out, self._settings(kind), _CALLER) as journal:
             for index, row in journal.rows.items():
                 if index >= len(items) or not same_question(items[index], row):
                     raise ValueError(
@@ -320,9 +320,16 @@ class SelfConsistency:
         return vote_results(items, groups, gold, self.rule, self.lam)
 
 
+# the name under which earlier versions recorded our own function: their runs go on
+_RECORDED = {"calm_fast.consistency.answers.equality.equivalent": "calm_fast.consistency.answers.equivalent"}
+
+
 def _name(value: Any) -> Any:
     """Return a setting as JSON, a function as its name."""
-    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else value
+    if not hasattr(value, "__qualname__"):
+        return value
+    name = f"{value.__module__}.{value.__qualname__}"
+    return _RECORDED.get(name, name)
 
 
 def _identity(model: Any) -> str | None:

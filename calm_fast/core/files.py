@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +17,18 @@ def atomic_path(file: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `file`, which replaces `file` when the block ends.
 
     If the block raises, `file` stays as it was and the temporary file is removed. A killed process leaves the old file
-    or the new one, never a part of one.
+    or the new one, never a part of one; of two writers the last one wins. Links are followed and the file's mode is
+    kept. A target that cannot be replaced, such as a pipe or a terminal, is given itself.
     """
-    target = Path(file)
-    partial = target.with_name(f".{target.name}.partial")
+    target = Path(os.path.realpath(file))
+    if target.exists() and not target.is_file():
+        yield target
+        return
+    partial = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         yield partial
+        if target.exists():
+            shutil.copymode(target, partial)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

@@ -106,7 +106,13 @@ class ComposedForCausalLM(CompositionFiles, GenerationMixin):
         self.augmenters = nn.ModuleList(views)
         self.headless = [headless_path(view, path) for view, (path, _) in zip(views, found, strict=True)]
         called = [submodule(view, names) for view, names in zip(views, self.headless, strict=True)]
-        self.signatures = [Signature.of(anchor), *map(Signature.of, augmenters, called)]
+        self.signatures = [
+            Signature.of(anchor, where=WHERE, argument="anchor"),
+            *(
+                Signature.of(augmenter, inner, where=WHERE, argument="augmenters")
+                for augmenter, inner in zip(augmenters, called, strict=True)
+            ),
+        ]
         self.connections = nn.ModuleList(self._connection(i, anchor_layers[max(b, 0)]) for i, _, b in self.pairs)
         self.first_of = [next(c for c, p in enumerate(self.pairs) if p[0] == i) for i in range(len(self.augmenters))]
         self.by_layer = {b: [c for c, pair in enumerate(self.pairs) if pair[2] == b] for _, _, b in self.pairs}

@@ -17,7 +17,7 @@ from self_consistency_setup import QUESTIONS, REFERENCES, consistency
 from tiny_models import FAMILIES
 
 from calm_fast import SelfConsistency
-from calm_fast.consistency import read_rows
+from calm_fast.consistency import equivalent, read_rows
 from calm_fast.consistency.voting.journal import Journal
 
 HERE = Path(__file__).parent
@@ -159,6 +159,14 @@ def test_other_settings_are_refused(tmp_path, changes, named) -> None:
     with pytest.raises(ValueError, match=f"was made with other settings .*{named}.*give another file"):
         consistency(**changes)(QUESTIONS[:2], out=out)
     assert out.read_bytes() == before
+
+
+def test_our_own_equality_keeps_its_recorded_name(tmp_path) -> None:
+    """The settings of a run name functions; the name of `equivalent` must not follow the file it lies in."""
+    out = tmp_path / "run.jsonl"
+    consistency(equality=equivalent)(QUESTIONS[:2], out=out)
+    settings = json.loads(out.with_name("run.jsonl.settings.json").read_text())
+    assert settings["equality"] == "calm_fast.consistency.answers.equivalent"
 
 
 def test_other_questions_files_and_processes_are_refused(tmp_path) -> None:

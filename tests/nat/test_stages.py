@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from calm_fast import nat
 from calm_fast._ops.linear_nce.reference import linear_nce_reference
+from calm_fast.consistency.sampling.head import LinearHead
 from calm_fast.hf.dual_lora import add_dual_lora, dual_lora_layers, save_lora_adapter
 from calm_fast.nat import stages
 from calm_fast.nat.data import IGNORE, RationaleDataset, RightPadding, split_rationales
@@ -223,6 +224,15 @@ def family(name, vocabulary):
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**common, **own)
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+def test_nce_takes_states_of_another_dtype_than_the_head() -> None:
+    """Some families, Mamba for one, end in float32 states under a head in 16 bits, and score_sequences takes them."""
+    torch.manual_seed(0)
+    head = LinearHead(torch.nn.Linear(8, 12, bias=False).bfloat16(), 0.5, None)
+    states, targets, seq_ids = torch.randn(3, 6, 8), torch.arange(6), torch.zeros(6, dtype=torch.int64)
+    loss = head.nce(*states, targets, seq_ids)
+    assert torch.equal(loss, head.nce(*states.bfloat16(), targets, seq_ids))
 
 
 @pytest.mark.parametrize("name", ["granite", "cohere", "gemma2"])

@@ -71,7 +71,7 @@ def cached_features(
         "rows": json_checksum(texts),
         "max_length": ranker.max_length,
     }
-    _claim(folder / "features.json", identity, "features")
+    _claim(folder / "features.json", identity, "features", "cached_features: `folder`")
     features: list[torch.Tensor] = []
     starts = range(0, len(rows), _CHUNK)
     for start in progress_bar(starts, desc="features", unit=f"{_CHUNK} questions", shown=progress):
@@ -129,7 +129,7 @@ def run_training(
         "rows": json_checksum(rows), "pattern": pattern,
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)  # not before the model has been read
-    _claim(out / "identity.json", identity, "a run")
+    _claim(out / "identity.json", identity, "a run", "rank: `out`")
     labels = _saved_labels(out / "labels.json", rows, pattern, out / "answers", workers, settings.progress)
     known = [i for i, row in enumerate(labels) if len(row)]
     held_out = _draw_held_out(known, holdout, settings.seed)
@@ -197,7 +197,7 @@ def run_scoring(
         scorer.to(device)
     weights = [[name, t.tolist()] for name, t in sorted(scorer.head.state_dict().items())]
     settings = {"ranker": json_checksum(weights), "rows": json_checksum(rows)}
-    with Journal(out.with_name(f".{out.name}.part"), settings) as journal:
+    with Journal(out.with_name(f".{out.name}.part"), settings, "rank score") as journal:
         scores = {i: row["scores"] for i, row in journal.rows.items()}
         steps = range(0, len(rows), _STEP)
         for start in progress_bar(steps, desc="scoring", unit=f"{_STEP} questions", shown=progress):
@@ -235,7 +235,7 @@ def _as_json(result: PairAccuracy) -> dict[str, Any]:
     return result._asdict() | {"accuracy": result.accuracy if result.pairs else None}
 
 
-def _claim(file: Path, identity: dict[str, Any], what: str) -> None:
+def _claim(file: Path, identity: dict[str, Any], what: str, where: str) -> None:
     """Mark a folder as this run's; raise ValueError if it belongs to another run."""
     identity = json.loads(json.dumps(identity))
     if not file.is_file():
@@ -244,6 +244,6 @@ def _claim(file: Path, identity: dict[str, Any], what: str) -> None:
     changed = [key for key in identity if kept.get(key) != identity[key]]
     if changed:
         raise ValueError(
-            f"rank: `out` must be a new folder or that of the same run, got {file.parent}, which holds {what} with "
+            f"{where} must be a new folder or that of the same run, got {file.parent}, which holds {what} with "
             f"other {', '.join(changed)}; choose another folder"
         )

@@ -105,7 +105,9 @@ def train_ranker(
         )
     if features is None:
         if questions is None or rationales is None:
-            raise ValueError(f"{_CALLER}: `questions` and `rationales` must be given, or `features`, got neither")
+            given = {"questions": questions, "rationales": rationales}
+            missing = " and ".join(f"no `{name}`" for name, value in given.items() if value is None)
+            raise ValueError(f"{_CALLER}: `questions` and `rationales` must be given, or `features`, got {missing}")
         if ranker.train_backbone:
             batch_loss = _from_texts(ranker, questions, rationales, truth, settings)
         else:

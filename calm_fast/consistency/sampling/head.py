@@ -52,7 +52,9 @@ class LinearHead:
         with u = W h + b, s tanh(u / s) / T = (s / T) tanh((u / T) / (s / T)) for the softcap s and the temperature T.
         """
         weight, softcap = self.module.weight, self.softcap
-        bias: torch.Tensor | None = self.module.bias
+        student, nat, neg = (states.to(device=weight.device, dtype=weight.dtype) for states in (student, nat, neg))
+        targets, seq_ids = targets.to(weight.device), seq_ids.to(weight.device)
+        bias: torch.Tensor | None = None if self.module.bias is None else self.module.bias.to(weight.dtype)
         if self.temperature != 1.0:
             student, nat, neg = (states / self.temperature for states in (student, nat, neg))
             bias = None if bias is None else bias / self.temperature

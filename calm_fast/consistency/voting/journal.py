@@ -13,7 +13,6 @@ from typing import Any
 from calm_fast.core.files import write_json
 
 FORMAT_VERSION = 1
-_CALLER = "Journal"
 _PIECE = 1 << 14  # bytes of a gzip file that are decompressed at once
 
 
@@ -25,13 +24,15 @@ class Journal:
     any gzip reader reads the members as one file, and a killed process loses at most its last write. The settings lie
     in FILE.settings.json, and rows of different settings are never mixed. One process writes at a time.
 
+    where: the function whose argument `out` the file is, which errors name.
+
     Raises:
         ValueError: the file exists without settings, was made with other settings, or has a damaged line.
         RuntimeError: another process has the file open.
     """
 
-    def __init__(self, file: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
-        self.file = Path(file)
+    def __init__(self, file: str | os.PathLike[str], settings: Mapping[str, Any], where: str = "Journal") -> None:
+        self.file, self.where = Path(file), where
         self.packed = self.file.suffix == ".gz"
         self.settings_file = self.file.with_name(self.file.name + ".settings.json")
         # as JSON returns it, with lists for tuples
@@ -39,7 +40,7 @@ class Journal:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.stream = open(self.file, "a+b")  # noqa: SIM115 - open as long as the journal
         try:
-            _lock(self.stream, self.file)
+            _lock(self.stream, self.file, where)
             self._check_settings(wanted)
             self.rows = {row["index"]: row for row in self._read()}
         except BaseException:
@@ -59,13 +60,13 @@ class Journal:
             if keys:
                 told = "; ".join(f"{key}: {made.get(key)!r} there, {wanted.get(key)!r} now" for key in keys)
                 raise ValueError(
-                    f"{_CALLER}: `out` must be a file of the same settings, got {self.file.name}, which was made with "
-                    f"other settings ({told}); give another file"
+                    f"{self.where}: `out` must be a file of the same settings, got {self.file.name}, which was "
+                    f"made with other settings ({told}); give another file"
                 )
             return
         if self.file.stat().st_size:
             raise ValueError(
-                f"{_CALLER}: `out` must be a new file or one of an earlier run, got {self.file.name}, which exists "
+                f"{self.where}: `out` must be a new file or one of an earlier run, got {self.file.name}, which exists "
                 f"while {self.settings_file.name} does not; give another file"
             )
         write_json(self.settings_file, wanted, indent=2)
@@ -83,8 +84,8 @@ class Journal:
                 rows.append({**row, "index": int(row["index"]), "question": str(row["question"])})
             except (ValueError, KeyError, TypeError) as problem:
                 raise ValueError(
-                    f"{_CALLER}: `out` must hold rows as they were written, got {self.file.name}, whose line {number} "
-                    f"is damaged ({problem}); remove that line"
+                    f"{self.where}: `out` must hold rows as they were written, got {self.file.name}, whose line "
+                    f"{number} is damaged ({problem}); remove that line"
                 ) from problem
         return rows
 
@@ -101,8 +102,8 @@ class Journal:
                     end += len(piece) - len(member.unused_data)
             except zlib.error as problem:
                 raise ValueError(
-                    f"{_CALLER}: `out` must be gzip, as its name says, got {self.file.name}, which is not after byte "
-                    f"{whole} ({problem}); give another file"
+                    f"{self.where}: `out` must be gzip, as its name says, got {self.file.name}, which is not after "
+                    f"byte {whole} ({problem}); give another file"
                 ) from None
             if not member.eof:
                 break
@@ -126,7 +127,7 @@ def _lines(content: bytes) -> tuple[bytes, int]:
     return content[:whole], whole
 
 
-def _lock(stream: Any, file: Path) -> None:
+def _lock(stream: Any, file: Path, where: str) -> None:
     try:
         import fcntl
     except ImportError:  # not a POSIX system
@@ -135,6 +136,6 @@ def _lock(stream: Any, file: Path) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as problem:
         raise RuntimeError(
-            f"{_CALLER}: `out` must be a file that no other process writes, got {file.name}: another process is "
+            f"{where}: `out` must be a file that no other process writes, got {file.name}: another process is "
             "writing it; wait for that process or give another file"
         ) from problem

@@ -1,0 +1,53 @@
+"""core/files.py: whole files or none, beside links, modes, pipes and other writers."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from calm_fast.core.files import atomic_path, write_json, write_text
+
+
+def test_a_block_that_raises_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    write_text(file, "old")
+    with pytest.raises(KeyError), atomic_path(file) as partial:
+        partial.write_text("half")
+        raise KeyError
+    assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_two_writers_do_not_touch_each_other(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    with atomic_path(file) as first, atomic_path(file) as second:
+        assert first != second and first.parent == second.parent == tmp_path
+        first.write_text("first")
+        second.write_text("second")
+    assert file.read_text() == "first"  # the outer block ends last
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_link_stays_a_link_and_a_mode_stays_a_mode(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.json", tmp_path / "link.json"
+    real.write_text("old")
+    real.chmod(0o600)
+    link.symlink_to(real)
+    write_json(link, {"a": 1})
+    assert link.is_symlink() and real.read_text() == '{\n "a": 1\n}\n'
+    assert stat.S_IMODE(real.stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_written_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    write_text(pipe, "through")
+    reader.join(timeout=20)
+    assert read == ["through"] and stat.S_ISFIFO(pipe.stat().st_mode)
