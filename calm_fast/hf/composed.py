@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput  # type: ignore[attr-defined]  # re-exported without __all__
 
 from calm_fast.core.checks import bad_value
 from calm_fast.core.compatibility import require
-from calm_fast.hf.cache import ComposedCache, cache_of_first_layers
-from calm_fast.hf.cache_names import NAMES, alias_cache, cache_of, generate_argument, given_cache, with_cache
+from calm_fast.hf.cache import ComposedCache
+from calm_fast.hf.cache_names import with_cache
 from calm_fast.hf.config import ComposedConfig
-from calm_fast.hf.hooks import ANCHOR, Frame, checkpoint_in_eval, install
+from calm_fast.hf.generation import CompositionGeneration, own_cache
+from calm_fast.hf.hooks import ANCHOR, Frame, install
 from calm_fast.hf.inputs import (
     WHERE,
     AugmenterCall,
@@ -34,21 +31,12 @@ from calm_fast.hf.inputs import (
 )
 from calm_fast.hf.layers import device_of, find_layers, headless_path, hidden_size, submodule, truncated_view
 from calm_fast.hf.saving import CompositionFiles
+from calm_fast.hf.training import CompositionTraining
 from calm_fast.modules.cross_attention import CrossAttention
 
 
-def _own_cache(**given: Any) -> ComposedCache | None:
-    """Return the cache that was passed under one of its names, or None.
-
-    Raises ValueError for a cache under two names, or of another kind.
-    """
-    name, cache = given_cache(**given)
-    if cache is not None and not isinstance(cache, ComposedCache):
-        raise bad_value(WHERE, name, "a ComposedCache", type(cache).__name__)
-    return cache
-
-
-class ComposedForCausalLM(CompositionFiles, GenerationMixin):
+# GenerationMixin is named once more, because PreTrainedModel.can_generate looks for it among the direct bases
+class ComposedForCausalLM(CompositionFiles, CompositionTraining, CompositionGeneration, GenerationMixin):
     """A frozen anchor that reads frozen augmenters through trained cross-attention. Build one with ``compose``.
 
     After anchor layer b of every connection (a, b):
@@ -133,9 +121,6 @@ class ComposedForCausalLM(CompositionFiles, GenerationMixin):
         dtype = getattr(torch, self.config.composition_dtype)
         return module.to(device=device_of(anchor_layer), dtype=dtype)
 
-    def _augmenter(self, index: int) -> PreTrainedModel:
-        return cast(PreTrainedModel, self.augmenters[index])
-
     def init_weights(self) -> None:
         """Do nothing: the parts come initialised, and CrossAttention initialises itself."""
 
@@ -156,95 +141,6 @@ class ComposedForCausalLM(CompositionFiles, GenerationMixin):
             "resize_token_embeddings: a composition cannot be resized, because its parts embed the tokens and are "
             "shared with the caller; resize the anchor and the augmenters, then compose them"
         )
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: continuous batching has one cache for all rows."""
-        raise ValueError(
-            "continuous batching (generate_batch, paged caches): a composition cannot run it, because its packed rows "
-            "have 4-D masks and one cache for all parts; use generate() with left padding"
-        )
-
-    def train(self, mode: bool = True) -> ComposedForCausalLM:
-        """Put the connections into training mode; the parts stay in eval mode, so they never use dropout."""
-        super().train(mode)
-        for part in (self.anchor, *self.augmenters):
-            part.eval()
-        for layer in self._checkpointable():
-            layer.training = mode and bool(layer.gradient_checkpointing)
-        return self
-
-    def _checkpointable(self) -> list[GradientCheckpointingLayer]:
-        """Return the anchor layers that can be checkpointed above the first connected one.
-
-        Their input always needs a gradient. Layers named by a path may be plain modules, which cannot.
-        """
-        first = max(0, min(b for _, _, b in self.pairs))
-        layers = list(find_layers(self.anchor, self.config.anchor_layers)[1])[first + 1 :]
-        return [layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)]
-
-    def _set_gradient_checkpointing(
-        self,
-        enable: bool = True,
-        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
-        every_n_layers: int = 1,
-    ) -> None:
-        path, layers = find_layers(self.anchor, self.config.anchor_layers)
-        if enable and not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
-            raise ValueError(
-                "gradient checkpointing: `anchor_layers` must name layers that transformers can checkpoint, got "
-                f"{path!r} of {type(self.anchor).__name__}; train without gradient checkpointing"
-            )
-        for index, layer in enumerate(self._checkpointable()):
-            layer.gradient_checkpointing = enable and index % every_n_layers == 0
-            run = partial(checkpoint_in_eval, layer, self.frame, gradient_checkpointing_func)
-            layer._gradient_checkpointing_func = run  # type: ignore[assignment]  # transformers declares no type
-        self.train(self.training)
-
-    def enable_input_require_grads(self) -> None:
-        """Do nothing: the connections make states require grad, and inputs that do would replay frozen layers."""
-
-    def disable_input_require_grads(self) -> None:
-        """Do nothing, as enable_input_require_grads does."""
-
-    def new_cache(self, anchor_cache: Cache | None = None) -> ComposedCache:
-        """Return an empty cache for generation around `anchor_cache` (default, a new DynamicCache)."""
-        parts = [self.anchor, *map(self._augmenter, range(len(self.augmenters)))]
-        texts = [part.config.get_text_config(decoder=True) for part in parts]
-        anchor_cache = DynamicCache(config=texts[0]) if anchor_cache is None else anchor_cache
-        caches = [cache_of_first_layers(text, depth) for text, depth in zip(texts[1:], self.depths, strict=True)]
-        return ComposedCache(anchor_cache, caches, len(self.pairs))
-
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        # generate() reads the mask's shape before the first forward
-        check_tensors(**{name: model_kwargs.get(name) for name in ("attention_mask", "position_ids")})
-        super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]  # transformers' own self type
-
-    def _prepare_cache_for_generation(  # type: ignore[override]  # passes on what a release adds
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        for name in ("augmenter_input_ids", "augmenter_attention_mask", "augmenter_position_ids", "lo", "hi"):
-            if model_kwargs.get(name) is not None:
-                got = "a value. Call forward step by step for an augmenter with tokens of its own"
-                raise bad_value("generate", name, "None, because every part reads the anchor's tokens", got)
-        super()._prepare_cache_for_generation(  # type: ignore[misc]  # transformers' own self type
-            generation_config, model_kwargs, *args, **kwargs
-        )
-        name = generate_argument()
-        cache = model_kwargs.get(name)
-        # transformers made it: a user's cache of another kind is refused in generate()
-        if cache is not None and not isinstance(cache, ComposedCache):
-            model_kwargs[name] = self.new_cache(cache)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run transformers' generate; a ComposedCache is taken and returned as ``cache`` and as ``past_key_values``.
-
-        Raises ValueError for a cache passed under two names, or one that is not a ComposedCache.
-        """
-        cache = _own_cache(**{name: kwargs.pop(name, None) for name in NAMES})
-        if cache is not None:
-            kwargs[generate_argument()] = cache
-        outputs = super().generate(*args, **kwargs)
-        return alias_cache(outputs, cache_of(outputs)) if isinstance(outputs, ModelOutput) else outputs
 
     def _add_residuals(
         self, calls: list[AugmenterCall], cache: ComposedCache | None, layer: int, hidden: torch.Tensor
@@ -308,7 +204,7 @@ class ComposedForCausalLM(CompositionFiles, GenerationMixin):
         check_ids("input_ids", input_ids)
         check_tensors(attention_mask=attention_mask, position_ids=position_ids, labels=labels)
         recurrent = kwargs.pop("cache_params", None)
-        cache = _own_cache(cache=cache, past_key_values=past_key_values, cache_params=recurrent)
+        cache = own_cache(cache=cache, past_key_values=past_key_values, cache_params=recurrent)
         past = 0 if cache is None else cache.get_seq_length()
         inputs = Tokens(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
         external = {

@@ -1,0 +1,69 @@
+"""Training and evaluation mode of a composed model, and gradient checkpointing of its anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from typing_extensions import Self
+
+from calm_fast.hf.config import ComposedConfig
+from calm_fast.hf.hooks import Frame, checkpoint_in_eval
+from calm_fast.hf.layers import find_layers
+
+
+class CompositionTraining(PreTrainedModel):
+    """The methods of ComposedForCausalLM that Trainer calls to train it."""
+
+    config: ComposedConfig
+    anchor: PreTrainedModel
+    augmenters: nn.ModuleList
+    frame: Frame
+    pairs: list[tuple[int, int, int]]
+
+    def train(self, mode: bool = True) -> Self:
+        """Put the connections into training mode; the parts stay in eval mode, so they never use dropout."""
+        super().train(mode)
+        for part in (self.anchor, *self.augmenters):
+            part.eval()
+        for layer in self._checkpointable():
+            layer.training = mode and bool(layer.gradient_checkpointing)
+        return self
+
+    def _checkpointable(self) -> list[GradientCheckpointingLayer]:
+        """Return the anchor layers that can be checkpointed above the first connected one.
+
+        Their input always needs a gradient. Layers named by a path may be plain modules, which cannot.
+        """
+        first = max(0, min(b for _, _, b in self.pairs))
+        layers = list(find_layers(self.anchor, self.config.anchor_layers)[1])[first + 1 :]
+        return [layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)]
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        path, layers = find_layers(self.anchor, self.config.anchor_layers)
+        if enable and not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
+            raise ValueError(
+                "gradient checkpointing: `anchor_layers` must name layers that transformers can checkpoint, got "
+                f"{path!r} of {type(self.anchor).__name__}; train without gradient checkpointing"
+            )
+        for index, layer in enumerate(self._checkpointable()):
+            layer.gradient_checkpointing = enable and index % every_n_layers == 0
+            run = partial(checkpoint_in_eval, layer, self.frame, gradient_checkpointing_func)
+            layer._gradient_checkpointing_func = run  # type: ignore[assignment]  # transformers declares no type
+        self.train(self.training)
+
+    def enable_input_require_grads(self) -> None:
+        """Do nothing: the connections make states require grad, and inputs that do would replay frozen layers."""
+
+    def disable_input_require_grads(self) -> None:
+        """Do nothing, as enable_input_require_grads does."""
