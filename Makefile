@@ -13,7 +13,7 @@ NATIVE := $(VENV)/.calm-fast-native
 LOG := $(VENV)/set-up.log
 
 .DEFAULT_GOAL := help
-.PHONY: help setup upgrade native demo test contract lint types new-op codegen cuda-gate sanitize wheel-check bench results clean
+.PHONY: help setup upgrade native demo test contract lint types seams new-op codegen cuda-gate sanitize wheel-check bench results clean
 
 help:
 	@echo "make demo         set up, then run the main job: calm-fast demo (5 to 11 minutes on 2 cores)"
@@ -21,6 +21,7 @@ help:
 	@echo "make contract     test our use of other packages on their lowest, GPU machines' and newest releases (4 minutes)"
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make types        mypy on calm_fast, kernels and benchmarks, laid out as in an installed package"
+	@echo "make seams        write docs/seams.md from the tests' marks"
 	@echo "make codegen      compile every Triton kernel for sm_80, sm_90, sm_100 and check the machine code (no GPU)"
 	@echo "make cuda-gate    compile every CUDA source for sm_80, sm_90a, sm_100a; spills are errors (no GPU; needs nvcc)"
 	@echo "make sanitize     run the C++ code and the emulated CUDA kernels under ASan and UBSan"
@@ -107,6 +108,9 @@ new-op: $(STAMP)
 types: $(STAMP)
 	@echo "[types] mypy on calm_fast, kernels and benchmarks"
 	@"$(PY)" -m tools.check_types
+
+seams: $(STAMP)
+	@"$(PY)" -m tools.seams $(ARGS)
 
 codegen: $(STAMP)
 	@echo "[codegen] compiling every Triton kernel for each GPU architecture and checking the machine code"
