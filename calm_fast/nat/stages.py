@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from calm_fast.core.checks import bad_type, bad_value, check_finite_number
 from calm_fast.core.progress import progress_bar
 from calm_fast.hf.dual_lora import add_dual_lora, dual_lora_layers
 from calm_fast.modules.dual_lora import VARIANTS
+from calm_fast.nat.checkpoints import newest_checkpoint
 from calm_fast.nat.data import RationaleDataset, RightPadding
 from calm_fast.nat.trainer import DualLoRATrainer, DualTeacher, NCETrainer
 
@@ -115,7 +116,7 @@ def train_negative(
     """
     _seed(settings)
     add_dual_lora(model, settings.target_modules, mode="neg", **settings.layer_options())
-    return _fit(DualLoRATrainer, model, wrong, pad_id, out, settings)
+    return _fit("train_negative", DualLoRATrainer, model, wrong, pad_id, out, settings)
 
 
 def train_nat(
@@ -138,7 +139,7 @@ def train_nat(
     """
     _seed(settings)
     add_dual_lora(model, settings.target_modules, negative, mode="mix", **settings.layer_options())
-    return _fit(DualLoRATrainer, model, right, pad_id, out, settings)
+    return _fit("train_nat", DualLoRATrainer, model, right, pad_id, out, settings)
 
 
 def distil_nce(
@@ -165,7 +166,7 @@ def distil_nce(
         "offset": settings.nce_offset,
         "teachers": DualTeacher(teacher),
     }
-    return student, _fit(NCETrainer, student, right, pad_id, out, settings, **options)
+    return student, _fit("distil_nce", NCETrainer, student, right, pad_id, out, settings, **options)
 
 
 def plain_lora(
@@ -181,7 +182,7 @@ def plain_lora(
     """
     _seed(settings)
     add_dual_lora(model, settings.target_modules, mode="pos", **_single_lora(settings))
-    return _fit(DualLoRATrainer, model, right, pad_id, out, settings)
+    return _fit("plain_lora", DualLoRATrainer, model, right, pad_id, out, settings)
 
 
 def _single_lora(settings: Settings) -> dict[str, Any]:
@@ -230,6 +231,7 @@ class _Progress(TrainerCallback):
 
 
 def _fit(
+    where: str,
     trainer_class: type[DualLoRATrainer],
     model: nn.Module,
     dataset: RationaleDataset,
@@ -248,6 +250,26 @@ def _fit(
     trainer.remove_callback(PrinterCallback)  # Trainer prints every log line if its own bar is off
     if settings.progress:
         trainer.add_callback(_Progress(Path(out).name))
-    last = get_last_checkpoint(os.fspath(out)) if Path(out).is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    last = newest_checkpoint(Path(out), where, trainer.args)
+    if last is None:
+        trainer.train()
+        return [entry for entry in trainer.state.log_history if "loss" in entry]
+    if last.step > settings.steps:
+        raise bad_value(
+            where,
+            "out",
+            f"a new folder or that of a stage of at most {settings.steps} steps",
+            f"{out}, which holds {last.folder.name}; choose another folder",
+        )
+    if last.state.get("max_steps") != settings.steps:
+        warnings.warn(
+            f"{where}: `out` holds {last.folder.name} of a stage of {last.state.get('max_steps')} steps; it goes on to "
+            f"{settings.steps} steps with their learning rates, and ends at other weights than a stage begun with them",
+            stacklevel=3,
+        )
+    if last.step == settings.steps:
+        # Trainer.train would still take one step
+        trainer.load_checkpoint(last.folder)
+        return [entry for entry in last.state["log_history"] if "loss" in entry]
+    trainer.train(resume_from_checkpoint=os.fspath(last.folder))
     return [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -14,9 +15,8 @@ from transformers import PreTrainedModel, Trainer
 from calm_fast.consistency.sampling.head import LinearHead, find_linear_head, head_input, probe_token
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.hf.dual_lora import dual_lora_layers, save_dual_lora
+from calm_fast.nat.checkpoints import WEIGHTS
 from calm_fast.nat.data import IGNORE
-
-_WEIGHTS = "dual_lora.safetensors"
 
 
 class DualLoRATrainer(Trainer):
@@ -27,17 +27,35 @@ class DualLoRATrainer(Trainer):
         save_dual_lora(self.accelerator.unwrap_model(self.model), folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        file = Path(resume_from_checkpoint) / _WEIGHTS
+        self.load_checkpoint(resume_from_checkpoint, model)
+
+    def load_checkpoint(self, folder: str | os.PathLike[str], model: nn.Module | None = None) -> None:
+        """Copy the weights of a checkpoint into the dual LoRA layers of the model, without training.
+
+        Raises:
+            ValueError: the folder holds no such weights, or those of other layers.
+        """
+        file, where = Path(folder) / WEIGHTS, type(self).__name__
         if not file.is_file():
             raise ValueError(
-                f"DualLoRATrainer: `resume_from_checkpoint` must be a folder with {file.name}, got "
-                f"{resume_from_checkpoint}, which has none. Remove that folder to train the stage from its beginning."
+                f"{where}: `resume_from_checkpoint` must be a folder with {file.name}, got {folder}, which has none. "
+                "Remove that folder to train the stage from its beginning."
             )
         tensors = load_file(file)
+        layers = dual_lora_layers(cast(nn.Module, self.model if model is None else model))
+        own = {
+            f"{path}.{name}": p for path, layer in layers.items() for name, p in layer.named_parameters(recurse=False)
+        }
+        shapes = [{name: tuple(t.shape) for name, t in side.items()} for side in (own, tensors)]
+        if shapes[0] != shapes[1]:
+            other = sorted(name for name in {*own, *tensors} if shapes[0].get(name) != shapes[1].get(name))
+            raise ValueError(
+                f"{where}: `resume_from_checkpoint` must be a checkpoint of the same layers, got {folder}, which "
+                f"differs in {', '.join(other[:3])} ({len(other)} in all). Choose another folder for other layers."
+            )
         with torch.no_grad():
-            for path, layer in dual_lora_layers(cast(nn.Module, self.model if model is None else model)).items():
-                for name, p in layer.named_parameters(recurse=False):
-                    p.copy_(tensors[f"{path}.{name}"])
+            for name, p in own.items():
+                p.copy_(tensors[name])
 
 
 def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -259,3 +259,38 @@ def test_bad_training_input_is_named():
     for name, value in (("loss", "x"), ("epochs", 0), ("margin", 0.0)):
         with pytest.raises(ValueError, match=f"RankerSettings: `{name}` must be .*, got"):
             RankerSettings(**{name: value})
+
+
+def test_a_checkpoint_appears_whole_or_not_at_all_and_a_damaged_one_is_named(tmp_path, monkeypatch):
+    features, labels = feature_task()
+    settings, file = replace(QUICK, epochs=4, save_every=2), tmp_path / "checkpoint.pt"
+
+    def run() -> list[torch.Tensor]:
+        ranker = Ranker.for_features(24, hidden=8)
+        train_ranker(ranker, labels, features=features, settings=settings, checkpoint=file)
+        return weights(ranker)
+
+    save, written = torch.save, []
+
+    def full(content, target, *args, **kwargs):
+        written.append(target)
+        if len(written) == 2:
+            target.write_bytes(b"PK")
+            raise OSError(28, "No space left on device")
+        save(content, target, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        run()
+    monkeypatch.undo()
+    assert [f.name for f in tmp_path.iterdir()] == [file.name]
+    resumed = run()
+    content = file.read_bytes()
+    again = run()  # a finished run trains no further
+    file.unlink()
+    for one, two, three in zip(run(), resumed, again, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+    for damaged in (content[: len(content) // 2], b""):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"train_ranker: `checkpoint` must be .*checkpoint.pt, which cannot be"):
+            run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -261,7 +262,13 @@ def _save(file: Path, identity: str, ranker: Ranker, optimizer: Any, schedule: A
 def _resume(file: Path | None, identity: str, ranker: Ranker, optimizer: Any, schedule: Any) -> list[float]:
     if file is None or not file.is_file():
         return []
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as problem:
+        raise ValueError(
+            f"{_CALLER}: `checkpoint` must be a file that {_CALLER} wrote, got {file}, which cannot be read ({problem}); "
+            "remove it to train from the beginning"
+        ) from problem
     if state["identity"] != identity:
         raise ValueError(
             f"{_CALLER}: `checkpoint` must be of a run with the same settings and labels, got {file.name}, which is of "
