@@ -1,6 +1,7 @@
 """Composition of transformers models.
 
-Importing this package registers ComposedConfig and ComposedForCausalLM with transformers' Auto classes.
+Importing this package registers ComposedConfig and ComposedForCausalLM with transformers' Auto classes, and with its
+names of causal language models.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from calm_fast.core.compatibility import importing
 
 with importing("transformers"):
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from calm_fast.hf.cache import ComposedCache
     from calm_fast.hf.compose_models import compose
@@ -19,6 +21,10 @@ with importing("transformers"):
 
 AutoConfig.register(ComposedConfig.model_type, ComposedConfig, exist_ok=True)
 AutoModelForCausalLM.register(ComposedConfig, ComposedForCausalLM, exist_ok=True)
+# register() leaves out the table of names by which Trainer decides to shift labels under label smoothing, and by which
+# pipelines, model cards and the server know a causal LM. The Auto classes do not load from this entry: they skip model
+# types that are not transformers' own.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ComposedConfig.model_type] = ComposedForCausalLM.__name__
 
 __all__ = [
     "ComposedCache",

@@ -29,6 +29,7 @@ from calm_fast.hf.inputs import (
     check_vocabulary,
     part_inputs,
 )
+from calm_fast.hf.introspection import CompositionIntrospection
 from calm_fast.hf.layers import device_of, find_layers, headless_path, hidden_size, submodule, truncated_view
 from calm_fast.hf.saving import CompositionFiles
 from calm_fast.hf.training import CompositionTraining
@@ -36,7 +37,9 @@ from calm_fast.modules.cross_attention import CrossAttention
 
 
 # GenerationMixin is named once more, because PreTrainedModel.can_generate looks for it among the direct bases
-class ComposedForCausalLM(CompositionFiles, CompositionTraining, CompositionGeneration, GenerationMixin):
+class ComposedForCausalLM(
+    CompositionIntrospection, CompositionFiles, CompositionTraining, CompositionGeneration, GenerationMixin
+):
     """A frozen anchor that reads frozen augmenters through trained cross-attention. Build one with ``compose``.
 
     After anchor layer b of every connection (a, b):
@@ -59,7 +62,6 @@ class ComposedForCausalLM(CompositionFiles, CompositionTraining, CompositionGene
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -107,6 +109,7 @@ class ComposedForCausalLM(CompositionFiles, CompositionTraining, CompositionGene
         self.frame = Frame()
         install(self, self.pairs, self.frame, anchor_layers, [layers for _, layers in found])
 
+        self._describe_parts(anchor, augmenters)
         self.generation_config = copy.deepcopy(getattr(anchor, "generation_config", self.generation_config))
         # set on the composition's own config only: the parts keep their attention implementation
         config._attn_implementation_internal = anchor.config._attn_implementation
