@@ -161,6 +161,9 @@ def nat(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each stage.")] = 300,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    warmup: Annotated[
+        int | None, typer.Option(min=0, help="Steps until --lr is reached. Default: a tenth of --steps, at most 20.")
+    ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of both LoRAs.")] = 8,
     variant: Annotated[str, typer.Option(help="paper or released.")] = "paper",
     target: Annotated[list[str] | None, typer.Option(help="A layer name; repeat. Default: q_proj, v_proj.")] = None,
@@ -180,8 +183,8 @@ def nat(
 
         try:
             settings = Settings(
-                steps=steps, batch_size=batch_size, learning_rate=lr, rank=rank, variant=variant, seed=seed,
-                target_modules=tuple(target or ("q_proj", "v_proj")),
+                steps=steps, batch_size=batch_size, learning_rate=lr, warmup=warmup, rank=rank, variant=variant,
+                target_modules=tuple(target or ("q_proj", "v_proj")), seed=seed,
             )  # fmt: skip
             results = run(data, model, out, settings, limit=limit, max_length=max_length)
         except ValueError as problem:

@@ -49,6 +49,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     # progress and checkpoints do not change the result
     decisive = {k: v for k, v in asdict(settings).items() if k not in ("progress", "save_every")}
+    decisive["warmup"] = settings.warmup_steps
     identity: dict[str, Any] = {
         "settings": decisive,
         "limit": limit,

@@ -29,7 +29,8 @@ History = list[dict[str, float]]
 class Settings:
     """Settings of all stages.
 
-    steps, batch_size, learning_rate, warmup: of each stage; warmup counts steps. rank, alpha, target_modules, variant,
+    steps, batch_size, learning_rate, warmup: of each stage. The rate rises to `learning_rate` over `warmup` steps, by
+    default a tenth of the steps, at most 20, and falls to zero by a cosine. rank, alpha, target_modules, variant,
     gate_dim, value_dim, dropout: of the layers, see `DualLoRALinear`. nce_alpha, nce_temperature, nce_offset: constants
     of `ops.linear_nce`. save_every: steps between checkpoints, 0 = none. progress: show a bar.
 
@@ -40,7 +41,7 @@ class Settings:
     steps: int = 300
     batch_size: int = 8
     learning_rate: float = 1e-3
-    warmup: int = 20
+    warmup: int | None = None
     rank: int = 8
     alpha: float = 16.0
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
@@ -56,19 +57,33 @@ class Settings:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch_size": 1, "rank": 1, "gate_dim": 1, "warmup": 0, "save_every": 0}
+        least = {"steps": 1, "batch_size": 1, "rank": 1, "gate_dim": 1, "warmup": 0, "save_every": 0, "seed": 0}
         for name, lowest in least.items():
             value = getattr(self, name)
+            if name == "warmup" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise bad_type("nat.Settings", name, "an integer", value)
             if value < lowest:
                 raise bad_value("nat.Settings", name, f"at least {lowest}", str(value))
+        if self.warmup_steps >= self.steps:
+            expected = f"below `steps` ({self.steps}), or the learning rate is never reached"
+            raise bad_value("nat.Settings", "warmup", expected, str(self.warmup))
         if self.variant not in VARIANTS:
             raise bad_value("nat.Settings", "variant", "'paper' or 'released'", repr(self.variant))
         for name in ("learning_rate", "nce_temperature"):
             check_finite_number("nat.Settings", name, getattr(self, name))
             if getattr(self, name) <= 0:
                 raise bad_value("nat.Settings", name, "positive", str(getattr(self, name)))
+        for name in ("alpha", "dropout", "nce_alpha", "nce_offset"):
+            check_finite_number("nat.Settings", name, getattr(self, name))
+        if not 0 <= self.dropout < 1:
+            raise bad_value("nat.Settings", "dropout", "at least 0 and below 1", str(self.dropout))
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps over which the learning rate rises."""
+        return min(20, self.steps // 10) if self.warmup is None else self.warmup
 
     def arguments(self, out: str | os.PathLike[str]) -> TrainingArguments:
         """Return these settings as transformers' TrainingArguments with the output folder `out`."""
@@ -77,7 +92,7 @@ class Settings:
             max_steps=self.steps,
             per_device_train_batch_size=self.batch_size,
             learning_rate=self.learning_rate,
-            warmup_steps=self.warmup,
+            warmup_steps=self.warmup_steps,
             lr_scheduler_type="cosine",
             weight_decay=0.0,
             logging_steps=max(1, self.steps // 20),

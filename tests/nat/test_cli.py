@@ -41,7 +41,11 @@ def test_rows_that_are_left_out_are_counted(model_folder, rows_file, tmp_path) -
 
 def test_bad_settings_are_bad_usage(model_folder, rows_file, tmp_path) -> None:
     arguments = ["nat", str(rows_file), "--model", str(model_folder), "--out", str(tmp_path / "out")]
-    for wrong, message in ((["--variant", "x"], "`variant` must be"), (["--lr", "-1"], "`learning_rate` must be")):
+    for wrong, message in (
+        (["--variant", "x"], "`variant` must be"),
+        (["--lr", "-1"], "`learning_rate` must be"),
+        (["--steps", "5", "--warmup", "5"], "`warmup` must be below"),
+    ):
         result = CliRunner().invoke(app, [*arguments, *wrong])
         assert result.exit_code == 2 and message in result.output
     arguments[3] = str(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 
@@ -48,8 +49,13 @@ def test_a_run_that_trained_nothing_does_not_keep_the_folder(model_folder, rows_
     ("wrong", "message"),
     [
         ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"warmup": 300}, r"`warmup` must be below `steps` \(300\), or the learning rate is never reached, got 300"),
+        ({"warmup": 1.5}, "`warmup` must be an integer, got float 1.5"),
         ({"rank": 2.0}, "`rank` must be an integer, got float 2.0"),
         ({"variant": "papr"}, "`variant` must be 'paper' or 'released', got 'papr'"),
+        ({"seed": -1}, "`seed` must be at least 0, got -1"),
+        ({"dropout": 1.0}, "`dropout` must be at least 0 and below 1, got 1.0"),
+        ({"nce_alpha": float("inf")}, "`nce_alpha` must be finite, got inf"),
         ({"learning_rate": 0.0}, "`learning_rate` must be positive, got 0.0"),
         ({"nce_temperature": float("nan")}, "`nce_temperature` must be finite, got nan"),
     ],
@@ -62,3 +68,24 @@ def test_bad_settings_are_named(wrong, message) -> None:
 def test_without_progress_no_log_line_is_printed(model_folder, rows_file, tmp_path, capfd) -> None:
     nat.run(rows_file, model_folder, tmp_path / "out", SETTINGS)
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "rising"),
+    [({"steps": 9}, 0), ({"steps": 20}, 2), ({"steps": 20, "warmup": 7}, 7), ({"steps": 1}, 0)],
+)
+def test_the_learning_rate_rises_to_the_one_that_was_asked_for(given, rising, tiny, tmp_path) -> None:
+    """Read off the log of a stage: the rate of every step is that of a linear rise and a cosine to zero."""
+    make, tok, rows = tiny
+    settings = replace(SETTINGS, **{"warmup": None, "learning_rate": 3e-3} | given)
+    data = nat.RationaleDataset([nat.Example(row["question"], row["generated_answer"][0]) for row in rows], tok)
+    logged = [entry["learning_rate"] for entry in nat.train_negative(make(), data, 0, tmp_path / "out", settings)]
+    falling = settings.steps - rising
+    want = [3e-3 * i / rising for i in range(rising)]
+    want += [3e-3 * (1 + math.cos(math.pi * i / falling)) / 2 for i in range(falling)]
+    assert logged == pytest.approx(want, rel=1e-6) and max(logged) == 3e-3
+
+
+def test_a_long_stage_rises_over_twenty_steps_and_the_old_default_is_the_same_run() -> None:
+    assert nat.Settings().warmup_steps == nat.Settings(steps=10_000).warmup_steps == 20
+    assert nat.Settings(warmup=20).warmup_steps == 20

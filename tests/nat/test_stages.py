@@ -123,7 +123,7 @@ def test_the_constants_of_the_loss_are_those_of_the_settings(tiny, datasets, tmp
         return own(self, *args, **kwargs)
 
     monkeypatch.setattr(NCETrainer, "compute_loss", noted)
-    settings = dataclasses.replace(FAST, steps=1, nce_alpha=0.25, nce_temperature=3.0, nce_offset=0.75)
+    settings = dataclasses.replace(FAST, steps=1, warmup=0, nce_alpha=0.25, nce_temperature=3.0, nce_offset=0.75)
     stages.distil_nce(teacher, datasets[0], tok.pad_token_id, tmp_path, settings)
     assert seen == [({"alpha": 0.25, "temperature": 3.0, "offset": 0.75}, True)]
 

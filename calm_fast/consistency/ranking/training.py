@@ -266,8 +266,8 @@ def _resume(file: Path | None, identity: str, ranker: Ranker, optimizer: Any, sc
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as problem:
         raise ValueError(
-            f"{_CALLER}: `checkpoint` must be a file that {_CALLER} wrote, got {file}, which cannot be read ({problem}); "
-            "remove it to train from the beginning"
+            f"{_CALLER}: `checkpoint` must be a file that {_CALLER} wrote, got {file}, which cannot be read: {problem} "
+            "(remove it to train from the beginning)"
         ) from problem
     if state["identity"] != identity:
         raise ValueError(
