@@ -17,7 +17,7 @@ from calm_fast.hf.cache import ComposedCache
 from calm_fast.hf.cache_names import with_cache
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.generation import CompositionGeneration, own_cache
-from calm_fast.hf.hooks import ANCHOR, Frame, install
+from calm_fast.hf.hooks import ANCHOR, Checkpoint, Frame, install, switch
 from calm_fast.hf.inputs import (
     WHERE,
     AugmenterCall,
@@ -54,7 +54,7 @@ class ComposedForCausalLM(
     augmenters: causal LMs, kept as views without LM head and without the layers past the last connected one.
     connections: ``connections[i]`` is the CrossAttention of ``pairs[i]`` = (augmenter, augmenter layer, anchor layer).
 
-    Two forward calls of one instance must not run at the same time. Source: CALM (arXiv 2401.02412) section 3.
+    Several threads may run one instance, or instances that share parts. Source: CALM (arXiv 2401.02412) section 3.
     """
 
     anchor: PreTrainedModel
@@ -75,6 +75,7 @@ class ComposedForCausalLM(
     ) -> None:
         require("transformers", GenerationMixin, "_prepare_cache_for_generation", "_validate_model_kwargs")
         require("transformers", PreTrainedModel, "_set_gradient_checkpointing", "enable_input_require_grads")
+        require("torch", nn.Module, "_replicate_for_data_parallel")
         super().__init__(config)
         if anchor is None:
             anchor = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config.anchor_config))
@@ -106,8 +107,8 @@ class ComposedForCausalLM(
         self.connections = nn.ModuleList(self._connection(i, anchor_layers[max(b, 0)]) for i, _, b in self.pairs)
         self.first_of = [next(c for c, p in enumerate(self.pairs) if p[0] == i) for i in range(len(self.augmenters))]
         self.by_layer = {b: [c for c, pair in enumerate(self.pairs) if pair[2] == b] for _, _, b in self.pairs}
-        self.frame = Frame()
-        install(self, self.pairs, self.frame, anchor_layers, [layers for _, layers in found])
+        self.checkpoints: dict[nn.Module, Checkpoint] = {}
+        self.hooks = install(self.pairs, anchor_layers, [layers for _, layers in found])
 
         self._describe_parts(anchor, augmenters)
         self.generation_config = copy.deepcopy(getattr(anchor, "generation_config", self.generation_config))
@@ -138,6 +139,13 @@ class ComposedForCausalLM(
     def get_output_embeddings(self) -> nn.Module | None:
         return cast("nn.Module | None", self.anchor.get_output_embeddings())
 
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """Refuse: replicas would share the layers' hooks, the folded weights and the parts' devices."""
+        raise ValueError(
+            "DataParallel: a composition cannot be replicated over the GPUs of one process; start one process per GPU "
+            "(torchrun, accelerate launch), or make one GPU visible (CUDA_VISIBLE_DEVICES=0)"
+        )
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: the parts embed the tokens."""
         raise ValueError(
@@ -146,13 +154,18 @@ class ComposedForCausalLM(
         )
 
     def _add_residuals(
-        self, calls: list[AugmenterCall], cache: ComposedCache | None, layer: int, hidden: torch.Tensor
+        self,
+        states: dict[tuple[int, int], torch.Tensor],
+        calls: list[AugmenterCall],
+        cache: ComposedCache | None,
+        layer: int,
+        hidden: torch.Tensor,
     ) -> torch.Tensor:
         """Return `hidden` (B, M, DB), the state after anchor layer `layer`, plus the residual of each connection."""
         total: torch.Tensor | None = None
         for index in self.by_layer[layer]:
             augmenter, a, _ = self.pairs[index]
-            state = self.frame.states[augmenter, a].to(hidden.device)
+            state = states[augmenter, a].to(hidden.device)
             *bounds, causal = calls[augmenter].visibility
             lo, hi = (None if t is None else t.to(hidden.device) for t in bounds)  # layers may lie on several devices
             keys = None if cache is None else cache.cross[index]
@@ -231,15 +244,22 @@ class ComposedForCausalLM(
             kwargs["labels"] = labels
         if self.signatures[0].logits_to_keep:
             kwargs["logits_to_keep"] = logits_to_keep
+        checkpoints = self.checkpoints if self.training and torch.is_grad_enabled() else {}
+        if checkpoints and cache is not None:
+            raise bad_value(WHERE, "use_cache", "False while training with gradient checkpointing", "a cache")
+        frame = Frame(self.hooks.owner, checkpoints)
+        before = switch(frame)
         try:
-            self._read_augmenters(calls, cache)
-            self.frame.residual = partial(self._add_residuals, calls, cache)
-            self.frame.stage = ANCHOR
+            self._read_augmenters(frame, calls, cache)
+            self.hooks.check_read(frame, self.pairs)
+            frame.residual = partial(self._add_residuals, frame.states, calls, cache)
+            frame.stage = ANCHOR
             own = None if cache is None else cache.anchor
             prepared = part_inputs(self.anchor, self.signatures[0], inputs, own, past)
             outputs = self.anchor(**(prepared | kwargs), return_dict=True)
+            self.hooks.check_added(frame, self.pairs)
         finally:
-            self.frame.clear()
+            switch(before)
         outputs = with_cache(outputs, cache, self.signatures[0].generated)
         return outputs if return_dict is None or return_dict else outputs.to_tuple()
 
@@ -253,11 +273,11 @@ class ComposedForCausalLM(
                 check_vocabulary("augmenter_input_ids", call.inputs["input_ids"], [self._augmenter(index)])
         check_vocabulary("input_ids", inputs["input_ids"], shared)
 
-    def _read_augmenters(self, calls: list[AugmenterCall], cache: ComposedCache | None) -> None:
+    def _read_augmenters(self, frame: Frame, calls: list[AugmenterCall], cache: ComposedCache | None) -> None:
         """Run every augmenter up to its last connected layer; the hooks leave its states in the frame."""
         with torch.no_grad():
             for index, (model, call) in enumerate(zip(self.augmenters, calls, strict=True)):
-                self.frame.stage = index
+                frame.stage = index
                 own, past = None, 0
                 if cache is not None:
                     own, past = cache.augmenters[index], cache.cross[self.first_of[index]].get_seq_length()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,53 +12,68 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from calm_fast.core.checks import describe
+from calm_fast.core.checks import bad_value, describe
 from calm_fast.hf.connections import EMBEDDING
+from calm_fast.hf.inputs import WHERE
 
 ANCHOR = "anchor"  # Frame.stage while the anchor runs
 Residual = Callable[[int, torch.Tensor], torch.Tensor]
+Checkpoint = Callable[..., Any]
+Pairs = Sequence[tuple[int, int, int]]  # (augmenter, augmenter layer, anchor layer) of every connection
 
 
-def _no_residual(layer: int, hidden: torch.Tensor) -> torch.Tensor:
-    raise RuntimeError(f"Frame: no composed model is running, so anchor layer {layer} has no residual")
+class Owner:
+    """Identity of a composition. Its hooks act only in a forward whose frame carries the same one.
+
+    Hooks refer to the owner and not to the composition. An anchor therefore never keeps a composition alive, a deep
+    copy of a composition gets its own owner, and the hooks of a deep copy of an anchor alone do nothing.
+    """
 
 
 class Frame:
-    """State that one forward of a composed model shares with its hooks.
+    """State that one forward of a composed model shares with its hooks, in the thread that runs it.
 
-    ``stage`` is the index of the augmenter that runs, ANCHOR while the anchor runs, and None outside of a forward, when
-    every hook does nothing. ``states`` holds hidden states (B, N, DA) by (augmenter, augmenter layer).
-    ``residual(layer, hidden)`` returns `hidden` (B, M, DB) with the residuals of anchor layer `layer` added.
-
-    Hooks refer to the frame and not to the composition. An anchor therefore never keeps a composition alive, a deep
-    copy of a composition gets its own frame, and the hooks of a deep copy of an anchor alone do nothing.
+    ``stage`` is the index of the augmenter that runs, ANCHOR while the anchor runs, and None in between.
+    ``states`` holds hidden states (B, N, DA) by (augmenter, augmenter layer). ``residual(layer, hidden)`` returns
+    `hidden` (B, M, DB) with the residuals of anchor layer `layer` added. ``added`` holds the anchor layers that got
+    theirs. ``checkpoints`` holds the checkpoint function of every anchor layer that this forward checkpoints.
     """
 
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget the current forward."""
+    def __init__(self, owner: Owner, checkpoints: Mapping[nn.Module, Checkpoint]) -> None:
+        self.owner = owner
+        self.checkpoints = checkpoints
         self.stage: int | str | None = None
         self.states: dict[tuple[int, int], torch.Tensor] = {}
-        self.residual: Residual = _no_residual
+        self.added: set[int] = set()
+        self.residual: Residual | None = None
 
-    def snapshot(self) -> tuple[Any, ...]:
-        """Return the state for restore()."""
-        return self.stage, self.states, self.residual
 
-    def restore(self, snapshot: tuple[Any, ...]) -> None:
-        """Set the state that snapshot() returned."""
-        self.stage, self.states, self.residual = snapshot
+class _Thread(threading.local):
+    """The frame of the innermost composed forward that runs in this thread, or None."""
+
+    frame: Frame | None = None
+
+
+_thread = _Thread()
+
+
+def running() -> Frame | None:
+    """Return the frame of the composed forward that runs in this thread, or None."""
+    return _thread.frame
+
+
+def switch(frame: Frame | None) -> Frame | None:
+    """Make `frame` the one that runs in this thread; return the one before, to be put back."""
+    before = _thread.frame
+    _thread.frame = frame
+    return before
 
 
 def _checked(hidden: Any, layer: nn.Module) -> torch.Tensor:
     if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
         got = f"shape {tuple(hidden.shape)}" if isinstance(hidden, torch.Tensor) else describe(hidden)
-        raise ValueError(
-            f"ComposedForCausalLM: `connections` must name layers whose hidden states are (batch, tokens, width), "
-            f"{type(layer).__name__} cannot be connected: got {got}"
-        )
+        expected = "of layers whose hidden states are (batch, tokens, width)"
+        raise bad_value(WHERE, "connections", expected, f"{got} from {type(layer).__name__}. Connect another layer")
     return hidden
 
 
@@ -69,31 +85,58 @@ def _leaving(layer: nn.Module, output: Any) -> torch.Tensor:
     return _checked(output[0] if isinstance(output, tuple) else output, layer)
 
 
-def read_entering(frame: Frame, key: tuple[int, int], layer: nn.Module, args: Any, kwargs: Any) -> None:
+def _keep(frame: Frame, key: tuple[int, int], layer: nn.Module, state: torch.Tensor) -> None:
+    if key in frame.states:
+        raise _runs_twice(layer, f"augmenter {key[0]}")
+    frame.states[key] = state
+
+
+def _add(frame: Frame, index: int, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    if index in frame.added:
+        raise _runs_twice(layer, "the anchor")
+    frame.added.add(index)
+    assert frame.residual is not None  # set together with the stage
+    return frame.residual(index, hidden)
+
+
+def _runs_twice(layer: nn.Module, part: str) -> ValueError:
+    return bad_value(
+        WHERE,
+        "connections",
+        "of layers that run once per forward",
+        f"a {type(layer).__name__} of {part} that ran twice. Connect a layer that runs once",
+    )
+
+
+def read_entering(owner: Owner, key: tuple[int, int], layer: nn.Module, args: Any, kwargs: Any) -> None:
     """Pre-hook of an augmenter's layer 0: keep the embedding output, which includes positions and scaling."""
-    if frame.stage == key[0]:
-        frame.states[key] = _entering(layer, args, kwargs)
+    frame = _thread.frame
+    if frame is not None and frame.owner is owner and frame.stage == key[0]:
+        _keep(frame, key, layer, _entering(layer, args, kwargs))
 
 
-def read_leaving(frame: Frame, key: tuple[int, int], layer: nn.Module, args: Any, output: Any) -> None:
+def read_leaving(owner: Owner, key: tuple[int, int], layer: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of an augmenter's layer: keep its hidden state."""
-    if frame.stage == key[0]:
-        frame.states[key] = _leaving(layer, output)
+    frame = _thread.frame
+    if frame is not None and frame.owner is owner and frame.stage == key[0]:
+        _keep(frame, key, layer, _leaving(layer, output))
 
 
-def add_entering(frame: Frame, index: int, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+def add_entering(owner: Owner, index: int, layer: nn.Module, args: Any, kwargs: Any) -> Any:
     """Pre-hook of the anchor's layer 0: add the residuals of the embedding output."""
-    if frame.stage != ANCHOR:
+    frame = _thread.frame
+    if frame is None or frame.owner is not owner or frame.stage != ANCHOR:
         return None
-    hidden = frame.residual(index, _entering(layer, args, kwargs))
+    hidden = _add(frame, index, layer, _entering(layer, args, kwargs))
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
-def add_leaving(frame: Frame, index: int, layer: nn.Module, args: Any, output: Any) -> Any:
+def add_leaving(owner: Owner, index: int, layer: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of an anchor layer: add its residuals and keep the rest of a tuple output (BLOOM, Falcon, MPT)."""
-    if frame.stage != ANCHOR:
+    frame = _thread.frame
+    if frame is None or frame.owner is not owner or frame.stage != ANCHOR:
         return None
-    hidden = frame.residual(index, _leaving(layer, output))
+    hidden = _add(frame, index, layer, _leaving(layer, output))
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
@@ -102,55 +145,92 @@ def _remove(handles: list[RemovableHandle]) -> None:
         handle.remove()
 
 
+class Hooks:
+    """The hooks of one composition. They are removed when it and its shallow copies, which share them, are collected.
+
+    A deep copy and an unpickled composition own the hooks on their own copies of the layers. reads, adds: the class of
+    every connected layer, by (augmenter, layer) and by anchor layer.
+    """
+
+    def __init__(
+        self, owner: Owner, reads: dict[tuple[int, int], str], adds: dict[int, str], handles: list[RemovableHandle]
+    ) -> None:
+        self.owner, self.reads, self.adds, self.handles = owner, reads, adds, handles
+        weakref.finalize(self, _remove, handles)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # handles name their layer's table of hooks, so that copies name the copied layer's
+        return type(self), (self.owner, self.reads, self.adds, self.handles)
+
+    def check_read(self, frame: Frame, pairs: Pairs) -> None:
+        """Raise ValueError if a connected layer of an augmenter did not run."""
+        if len(frame.states) < len(self.reads):
+            i, a, b = next(pair for pair in pairs if pair[:2] not in frame.states)
+            raise _did_not_run((a, b), f"layer {a} of augmenter {i}", self.reads[i, a])
+
+    def check_added(self, frame: Frame, pairs: Pairs) -> None:
+        """Raise ValueError if a connected layer of the anchor did not run."""
+        if len(frame.added) < len(self.adds):
+            _, a, b = next(pair for pair in pairs if pair[2] not in frame.added)
+            raise _did_not_run((a, b), f"layer {b} of the anchor", self.adds[b])
+
+
+def _did_not_run(pair: tuple[int, int], layer: str, name: str) -> ValueError:
+    return bad_value(
+        WHERE,
+        "connections",
+        "of layers that run in every forward",
+        f"{pair}, but {layer}, a {name}, did not run for these inputs (some families skip layers without an image or "
+        "other extra input). Connect another layer, or pass the inputs that this one needs",
+    )
+
+
+def _check_single(layers: nn.ModuleList, index: int, argument: str) -> None:
+    """Raise ValueError if the layer also stands at another index: it would run, and be read, several times."""
+    layer = layers[max(index, 0)]
+    others = [i for i, other in enumerate(layers) if other is layer]
+    if len(others) > 1:
+        raise bad_value(
+            "compose",
+            "connections",
+            f"of layers that run once per forward, and one {type(layer).__name__} is layers {others} of the {argument}",
+            f"layer {index}. Connect a layer that stands in the list once",
+        )
+
+
 def install(
-    owner: nn.Module,
-    pairs: Sequence[tuple[int, int, int]],
-    frame: Frame,
+    pairs: Pairs,
     anchor_layers: nn.ModuleList,
     augmenter_layers: Sequence[nn.ModuleList],
-) -> None:
-    """Register the hooks of `pairs`, each (augmenter, augmenter layer, anchor layer).
+) -> Hooks:
+    """Register and return the hooks of `pairs`, each (augmenter, augmenter layer, anchor layer).
 
-    The hooks are removed when `owner` is garbage-collected. Anchor hooks are prepended, so that the hidden states
-    which transformers records include the residual.
+    Anchor hooks are prepended, so that the hidden states which transformers records include the residual. Raises
+    ValueError, before anything is registered, for a layer that stands in its list several times.
     """
+    reads, adds = sorted({pair[:2] for pair in pairs}), sorted({pair[2] for pair in pairs})
+    for augmenter, a in reads:
+        _check_single(augmenter_layers[augmenter], a, f"augmenter {augmenter}")
+    for b in adds:
+        _check_single(anchor_layers, b, "anchor")
+    owner = Owner()
     handles = []
-    for augmenter, a in sorted({pair[:2] for pair in pairs}):
-        layer = augmenter_layers[augmenter][max(a, 0)]
-        if a == EMBEDDING:
-            hook = partial(read_entering, frame, (augmenter, a))
+    read, added = {}, {}
+    for key in reads:
+        layer = augmenter_layers[key[0]][max(key[1], 0)]
+        read[key] = type(layer).__name__
+        if key[1] == EMBEDDING:
+            hook = partial(read_entering, owner, key)
             handles.append(layer.register_forward_pre_hook(hook, prepend=True, with_kwargs=True))
         else:
-            handles.append(layer.register_forward_hook(partial(read_leaving, frame, (augmenter, a)), prepend=True))
-    for b in sorted({pair[2] for pair in pairs}):
+            handles.append(layer.register_forward_hook(partial(read_leaving, owner, key), prepend=True))
+    for b in adds:
         layer = anchor_layers[max(b, 0)]
+        added[b] = type(layer).__name__
         if b == EMBEDDING:
             handles.append(
-                layer.register_forward_pre_hook(partial(add_entering, frame, b), prepend=True, with_kwargs=True)
+                layer.register_forward_pre_hook(partial(add_entering, owner, b), prepend=True, with_kwargs=True)
             )
         else:
-            handles.append(layer.register_forward_hook(partial(add_leaving, frame, b), prepend=True))
-    weakref.finalize(owner, _remove, handles)
-
-
-def checkpoint_in_eval(
-    layer: nn.Module, frame: Frame, checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any
-) -> Any:
-    """Checkpoint a frozen layer with its dropout off, in the forward and in the replay.
-
-    transformers checkpoints a layer only if ``layer.training`` is set. In some releases the hooks run inside the
-    checkpoint. Its replay comes after the forward has ended, so the frame is restored for it.
-    """
-    active = frame.snapshot()
-
-    def run_in_eval(*inputs: Any) -> Any:
-        training, layer.training = layer.training, False
-        current = frame.snapshot()
-        frame.restore(active)
-        try:
-            return run(*inputs)
-        finally:
-            layer.training = training
-            frame.restore(current)
-
-    return checkpoint(run_in_eval, *args)
+            handles.append(layer.register_forward_hook(partial(add_leaving, owner, b), prepend=True))
+    return Hooks(owner, read, added, handles)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,8 +11,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from typing_extensions import Self
 
+from calm_fast.hf.checkpointing import make_checkpointable
 from calm_fast.hf.config import ComposedConfig
-from calm_fast.hf.hooks import Frame, checkpoint_in_eval
+from calm_fast.hf.hooks import Checkpoint
 from calm_fast.hf.layers import find_layers
 
 
@@ -23,16 +23,21 @@ class CompositionTraining(PreTrainedModel):
     config: ComposedConfig
     anchor: PreTrainedModel
     augmenters: nn.ModuleList
-    frame: Frame
+    checkpoints: dict[nn.Module, Checkpoint]
     pairs: list[tuple[int, int, int]]
 
     def train(self, mode: bool = True) -> Self:
         """Put the connections into training mode; the parts stay in eval mode, so they never use dropout."""
-        super().train(mode)
+        changed, self.training = self.training != mode, mode
+        # never into training mode and back: another thread may be running a part
+        self.augmenters.training = mode
+        for child in self.children():
+            if child is not self.anchor and child is not self.augmenters:
+                child.train(mode)
         for part in (self.anchor, *self.augmenters):
             part.eval()
-        for layer in self._checkpointable():
-            layer.training = mode and bool(layer.gradient_checkpointing)
+        if changed and getattr(self, "use_kernels", False):
+            self.set_use_kernels(True)  # transformers' train does so too
         return self
 
     def _checkpointable(self) -> list[GradientCheckpointingLayer]:
@@ -56,11 +61,14 @@ class CompositionTraining(PreTrainedModel):
                 "gradient checkpointing: `anchor_layers` must name layers that transformers can checkpoint, got "
                 f"{path!r} of {type(self.anchor).__name__}; train without gradient checkpointing"
             )
+        self.checkpoints = {}
         for index, layer in enumerate(self._checkpointable()):
+            # transformers reads the flag to tell whether it is on; the layer's own training flag stays off
             layer.gradient_checkpointing = enable and index % every_n_layers == 0
-            run = partial(checkpoint_in_eval, layer, self.frame, gradient_checkpointing_func)
-            layer._gradient_checkpointing_func = run  # type: ignore[assignment]  # transformers declares no type
-        self.train(self.training)
+            layer._gradient_checkpointing_func = gradient_checkpointing_func  # type: ignore[assignment]  # undeclared
+            if layer.gradient_checkpointing:
+                make_checkpointable(layer)
+                self.checkpoints[layer] = gradient_checkpointing_func
 
     def enable_input_require_grads(self) -> None:
         """Do nothing: the connections make states require grad, and inputs that do would replay frozen layers."""

@@ -116,3 +116,8 @@ def composed_model(name: str, connections: Any = ((-1, -1), (0, 1), (2, 2)), **k
 def prompts(batch: int = 2, length: int = 9, seed: int = 3) -> torch.Tensor:
     """Return token ids (batch, length) without padding or end tokens."""
     return torch.randint(2, EOS, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def switch(model: ComposedForCausalLM, what: str) -> Any:
+    """Return the method that switches gradient checkpointing, under the name that this transformers version prefers."""
+    return getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 from calm_fast.hf import ComposedCache, ComposedForCausalLM, compose, find_layers
+from calm_fast.hf.hooks import running
 from calm_fast.hf.inputs import AugmenterCall
 from calm_fast.hf.masks import Visibility
 
@@ -237,9 +238,10 @@ def test_intervals_follow_the_layer_to_its_device(monkeypatch) -> None:
 
     monkeypatch.setattr(composed.connections[0], "forward", forward)
     hi = torch.arange(1, 10, dtype=torch.int32).expand(2, 9)
-    composed.frame.states[0, 1] = torch.randn(2, 9, 8)
+    states = {(0, 1): torch.randn(2, 9, 8)}
     hidden = torch.empty(2, 9, 8, device="meta")  # a layer that a device map put on another device than the inputs
-    composed._add_residuals([AugmenterCall({}, Visibility(torch.zeros_like(hi), hi, False))], None, 1, hidden)
+    calls = [AugmenterCall({}, Visibility(torch.zeros_like(hi), hi, False))]
+    composed._add_residuals(states, calls, None, 1, hidden)
     assert seen == ["meta"] * 3
 
 
@@ -311,4 +313,4 @@ def test_forward_compiles_as_one_graph(backend: str) -> None:
     expected.loss.backward()
     for gradient, parameter in zip(got, composed.connections.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-5)
-    assert isinstance(composed, ComposedForCausalLM) and composed.frame.stage is None
+    assert isinstance(composed, ComposedForCausalLM) and running() is None

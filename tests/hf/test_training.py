@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, composed_model, prompts, randomize
+from families import FAMILIES, composed_model, prompts, randomize, switch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from calm_fast.hf import ComposedForCausalLM, compose, find_layers
@@ -116,11 +116,6 @@ def gradients(model: ComposedForCausalLM, ids: torch.Tensor) -> list[torch.Tenso
     return [parameter.grad.clone() for parameter in model.connections.parameters()]
 
 
-def switch(model: ComposedForCausalLM, what: str) -> Any:
-    """Return the method that switches gradient checkpointing, under the name that this transformers version prefers."""
-    return getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradient_checkpointing_gives_the_same_gradients(name: str, reentrant: bool) -> None:
@@ -194,3 +189,13 @@ def test_trainer_evaluates_and_predicts(tmp_path: Path) -> None:
     assert abs(run.evaluate(dataset())["eval_loss"] - mean_loss(model)) < 1e-5
     unlabelled = [{"input_ids": row["input_ids"]} for row in dataset()]
     assert run.predict(unlabelled).predictions.shape == (ROWS, 10, 97)
+
+
+def test_a_cache_is_refused_with_gradient_checkpointing() -> None:
+    """A replay would append the layer's keys a second time."""
+    model, ids = fresh().train(), prompts()
+    switch(model, "enable")()
+    with pytest.raises(ValueError, match="`use_cache` must be False while training with gradient checkpointing"):
+        model(ids, labels=ids, use_cache=True)
+    with torch.no_grad():
+        assert model(ids, use_cache=True).cache.get_seq_length() == ids.shape[1]
