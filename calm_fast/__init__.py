@@ -21,12 +21,12 @@ if TYPE_CHECKING:  # the names of _LAZY, for type checkers
     from calm_fast.hf import compose as compose
     from calm_fast.hf.dual_lora import add_dual_lora as add_dual_lora
     from calm_fast.hf.dual_lora import get_gates as get_gates
-    from calm_fast.hf.dual_lora import load_dual_lora as load_dual_lora
     from calm_fast.hf.dual_lora import record_gates as record_gates
     from calm_fast.hf.dual_lora import remove_dual_lora as remove_dual_lora
-    from calm_fast.hf.dual_lora import save_dual_lora as save_dual_lora
-    from calm_fast.hf.dual_lora import save_lora_adapter as save_lora_adapter
     from calm_fast.hf.dual_lora import set_dual_lora_mode as set_dual_lora_mode
+    from calm_fast.hf.dual_lora_files import load_dual_lora as load_dual_lora
+    from calm_fast.hf.dual_lora_files import save_dual_lora as save_dual_lora
+    from calm_fast.hf.dual_lora_files import save_lora_adapter as save_lora_adapter
     from calm_fast.modules.cross_attention import CrossAttention as CrossAttention
     from calm_fast.modules.dual_lora import DualLoRALinear as DualLoRALinear
 
@@ -41,11 +41,11 @@ _LAZY = {
     "add_dual_lora": "calm_fast.hf.dual_lora",
     "explain": "calm_fast.core.dispatch",
     "get_gates": "calm_fast.hf.dual_lora",
-    "load_dual_lora": "calm_fast.hf.dual_lora",
+    "load_dual_lora": "calm_fast.hf.dual_lora_files",
     "record_gates": "calm_fast.hf.dual_lora",
     "remove_dual_lora": "calm_fast.hf.dual_lora",
-    "save_dual_lora": "calm_fast.hf.dual_lora",
-    "save_lora_adapter": "calm_fast.hf.dual_lora",
+    "save_dual_lora": "calm_fast.hf.dual_lora_files",
+    "save_lora_adapter": "calm_fast.hf.dual_lora_files",
     "score_sequences": "calm_fast.consistency.sampling.scoring",
     "set_dual_lora_mode": "calm_fast.hf.dual_lora",
     "validate_values": "calm_fast.core.checks",

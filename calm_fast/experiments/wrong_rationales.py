@@ -33,7 +33,8 @@ from calm_fast._version import versions
 from calm_fast.consistency.answers.equality import equivalent, extract_answer
 from calm_fast.core.files import write_json
 from calm_fast.core.progress import progress_bar
-from calm_fast.hf.dual_lora import get_gates, record_gates, save_lora_adapter
+from calm_fast.hf.dual_lora import get_gates, record_gates
+from calm_fast.hf.dual_lora_files import save_lora_adapter
 from calm_fast.nat.data import Example, RationaleDataset, RightPadding
 
 ARMS = ("base", "negative", "lora", "lora_long", "nat", "nce")

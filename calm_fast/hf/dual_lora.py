@@ -1,40 +1,39 @@
-"""Dual LoRA on transformers models: add the layers, switch their mode, save and load them, remove them."""
+"""Dual LoRA on transformers models: add the layers, switch their mode, read their gates, remove them.
+
+calm_fast.hf.dual_lora_files saves and loads them.
+"""
 
 from __future__ import annotations
 
+import functools
 import inspect
-import json
 import os
-import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from calm_fast.core.checks import bad_type, bad_value, check_finite_number, describe
-from calm_fast.hf.adapters import LoraFactors, read_adapter, write_adapter
-from calm_fast.modules.dual_lora import DualLoRALinear, GateStatistics, check_dropout, check_size
-
-FORMAT_VERSION = 1
-_CONFIG, _WEIGHTS = "dual_lora_config.json", "dual_lora.safetensors"
-_RESTORE = "_dual_lora_restore"
-_OPTIONS = frozenset(inspect.signature(DualLoRALinear).parameters) - {"base", "rank", "alpha"}
-# the other arguments of PEFT's LoraConfig (0.21): each changes which layers adapt or what they compute
-_PEFT_UNSUPPORTED = frozenset(
-    """
-    task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode exclude_modules
-    fan_in_fan_out bias use_rslora modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern
-    alpha_pattern megatron_config megatron_core trainable_token_indices loftq_config eva_config corda_config
-    lora_ga_config use_dora velora_config alora_invocation_tokens use_qalora qalora_group_size monteclora_config
-    layer_replication runtime_config lora_bias target_parameters use_bdlora arrow_config kasa_config
-    ensure_weight_tying
-    """.split()
+from calm_fast.hf.adapters import LoraFactors, read_adapter
+from calm_fast.hf.dual_lora_targets import conv1d_sizes, find_targets, layer_device
+from calm_fast.hf.peft_config import FIELDS
+from calm_fast.hf.wrappers import distribution, inner_model, own_modules, own_path, replace_module
+from calm_fast.modules.dual_lora import (
+    DualLoRALinear,
+    GateStatistics,
+    check_dropout,
+    check_mode,
+    check_settings,
+    check_size,
 )
+
+_RESTORE = "_dual_lora_restore"
+_SETTINGS = {name: p.default for name, p in inspect.signature(DualLoRALinear).parameters.items() if name != "base"}
+_OPTIONS = frozenset(_SETTINGS) - {"rank", "alpha"}
+# the other arguments of PEFT's LoraConfig: each changes which layers adapt or what they compute
+_PEFT_UNSUPPORTED = frozenset(FIELDS) - {"r", "lora_alpha", "lora_dropout", "target_modules"}
 _ADD = "add_dual_lora"
 Adapter = str | os.PathLike[str] | Mapping[str, torch.Tensor]
 
@@ -90,9 +89,10 @@ def add_dual_lora(
         check_dropout(_ADD, "lora_dropout", lora_dropout)
         options["dropout"] = _one_spelling("dropout", options.get("dropout"), "lora_dropout", lora_dropout)
     rank, alpha = 8 if rank is None else rank, 16.0 if alpha is None else alpha
-    if dual_lora_layers(model):
-        raise bad_value(_ADD, "model", "without dual LoRA", "one that has it; call remove_dual_lora(model) first")
-    targets = _targets(model, target_modules)
+    _check_settings(rank, alpha, options)
+    check_mode(_ADD, mode)
+    check_addable(_ADD, model)
+    targets = find_targets(model, target_modules)
     given: dict[str, dict[str, LoraFactors]] = {}
     for side, adapter in (("pos", positive), ("neg", negative)):
         if adapter is not None:
@@ -103,28 +103,69 @@ def add_dual_lora(
     layers = {}
     for path, base in targets.items():
         pos, neg = (given.get(side, {}).get(path) for side in ("pos", "neg"))
-        sizes = _conv1d_sizes(base) if isinstance(base, Conv1D) else {}
-        kwargs = {"rank": rank, "alpha": alpha} | sizes | options
+        kwargs = {"rank": rank, "alpha": alpha} | options
         if pos is not None:
             kwargs |= {"rank": pos.a.shape[0], "alpha": pos.scaling * pos.a.shape[0]}
             kwargs = {"rank_neg": rank, "alpha_neg": alpha} | kwargs
         if neg is not None:
             kwargs |= {"rank_neg": neg.a.shape[0], "alpha_neg": neg.scaling * neg.a.shape[0]}
-        flags = [p.requires_grad for p in base.parameters()]
-        layers[path] = layer = DualLoRALinear(base, **kwargs)
-        for p, flag in zip(base.parameters(), flags, strict=True):
-            p.requires_grad_(flag)  # the model freezes below, where nothing can fail any more
+        layers[path] = layer = make_layer(_ADD, path, base, kwargs)
         for side, factors in (("pos", pos), ("neg", neg)):
             if factors is not None:
                 _copy_factors(layer, path, side, factors)
-        layer.train(base.training)
         layer.set_mode(mode)
-
-    setattr(model, _RESTORE, {name: p.requires_grad for name, p in model.named_parameters()})
-    model.requires_grad_(False)
-    for path, layer in layers.items():
-        _replace(model, path, layer)
+    put_layers(model, layers)
     return model
+
+
+def check_addable(where: str, model: nn.Module) -> None:
+    """Check that dual LoRA layers can be added to `model`: it has none, and is not spread over processes yet."""
+    if dual_lora_layers(model):
+        raise bad_value(where, "model", "without dual LoRA", "one that has it; call remove_dual_lora(model) first")
+    if by := distribution(model):
+        raise bad_value(
+            where, "model", "one that is not distributed yet", f"one under {by}; add dual LoRA first, then distribute"
+        )
+
+
+def make_layer(where: str, path: str, base: nn.Module, settings: dict[str, Any]) -> DualLoRALinear:
+    """Return a dual LoRA layer over `base`, whose own parameters keep their `requires_grad`."""
+    flags = [p.requires_grad for p in base.parameters()]
+    layer = DualLoRALinear(base, **(conv1d_sizes(base) | layer_device(where, path, base) | settings))
+    for p, flag in zip(base.parameters(), flags, strict=True):
+        p.requires_grad_(flag)  # put_layers freezes the model, where nothing can fail any more
+    return layer.train(base.training)
+
+
+def put_layers(model: nn.Module, layers: dict[str, DualLoRALinear]) -> None:
+    """Put layers into the model by path, freeze the rest of it, and keep what remove_dual_lora restores."""
+    own = inner_model(model)
+    trains = {id(p) for layer in layers.values() for p in layer.parameters(recurse=False) if p.requires_grad}
+    setattr(own, _RESTORE, {own_path(name): p.requires_grad for name, p in own.named_parameters()})
+    own.requires_grad_(False)
+    for path, layer in layers.items():
+        replace_module(own, path, layer)
+        for p in layer.parameters(recurse=False):
+            p.requires_grad_(id(p) in trains)
+    for module in own.modules():
+        if isinstance(module, PreTrainedModel):
+            # what transformers writes reloads without the layers and with new random weights in their place
+            module.save_pretrained = functools.partial(_save_pretrained, module)  # type: ignore[method-assign]
+
+
+def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """Stand in for `save_pretrained` of a model with dual LoRA, which Trainer and push_to_hub call too."""
+    if not dual_lora_layers(model):  # the layers were removed by hand
+        return type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    raise bad_value(
+        "save_pretrained",
+        "model",
+        "one without dual LoRA, because from_pretrained would load it without the layers and with random weights in "
+        "their place",
+        f"one with it. Call save_dual_lora(model, {os.fspath(save_directory)!r}), which load_dual_lora(base, folder) "
+        "reads. With a Trainer use calm_fast.nat.trainer.DualLoRATrainer, whose checkpoints hold the layers, or "
+        'save_strategy="no"',
+    )
 
 
 def remove_dual_lora(model: nn.Module) -> nn.Module:
@@ -133,17 +174,31 @@ def remove_dual_lora(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no dual LoRA.
     """
-    for path, layer in _layers(model, "remove_dual_lora").items():
-        _replace(model, path, layer.base)
-    flags = model.__dict__.pop(_RESTORE, {})
-    for name, p in model.named_parameters():
-        p.requires_grad_(flags.get(name, p.requires_grad))
+    layers = layers_of(model, "remove_dual_lora")
+    _check_not_ddp("remove_dual_lora", model)
+    own = inner_model(model)
+    for path, layer in layers.items():
+        replace_module(own, path, layer.base)
+    for module in own.modules():
+        # add_dual_lora may have been called for a part of this model
+        flags = module.__dict__.pop(_RESTORE, {})
+        for name, p in module.named_parameters() if flags else ():
+            # PEFT puts a layer that it adapts one level deeper
+            name = own_path(name).replace(".base_layer.", ".")
+            p.requires_grad_(flags.get(name, p.requires_grad))
+        if isinstance(saving := module.__dict__.get("save_pretrained"), functools.partial):
+            if saving.func is _save_pretrained:
+                del module.__dict__["save_pretrained"]
     return model
 
 
 def dual_lora_layers(model: nn.Module) -> dict[str, DualLoRALinear]:
-    """Return the model's DualLoRALinear layers by path; empty for a model without dual LoRA."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, DualLoRALinear)}
+    """Return the model's DualLoRALinear layers by path; empty for a model without dual LoRA.
+
+    Paths are those of the model itself, also inside DDP, FSDP, torch.compile and PeftModel.
+    """
+    modules = ((path, inner_model(m)) for path, m in own_modules(model).items())
+    return {path: m for path, m in modules if isinstance(m, DualLoRALinear)}
 
 
 def set_dual_lora_mode(model: nn.Module, mode: str) -> nn.Module:
@@ -152,7 +207,10 @@ def set_dual_lora_mode(model: nn.Module, mode: str) -> nn.Module:
     Raises:
         ValueError: the model has no dual LoRA, or an unknown mode.
     """
-    for layer in _layers(model, "set_dual_lora_mode").values():
+    layers = layers_of(model, "set_dual_lora_mode")
+    check_mode("set_dual_lora_mode", mode)
+    _check_not_ddp("set_dual_lora_mode", model)
+    for layer in layers.values():
         layer.set_mode(mode)
     return model
 
@@ -163,7 +221,7 @@ def record_gates(model: nn.Module, on: bool = True) -> nn.Module:
     Raises:
         ValueError: the model has no dual LoRA.
     """
-    for layer in _layers(model, "record_gates").values():
+    for layer in layers_of(model, "record_gates").values():
         layer.record_gates = on
         if on:
             layer.clear_gates()
@@ -176,112 +234,37 @@ def get_gates(model: nn.Module) -> dict[str, GateStatistics]:
     Raises:
         ValueError: the model has no dual LoRA.
     """
-    return {path: layer.gate_statistics() for path, layer in _layers(model, "get_gates").items()}
+    return {path: layer.gate_statistics() for path, layer in layers_of(model, "get_gates").items()}
 
 
-def save_lora_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], which: str, *, base_model: str | None = None
-) -> None:
-    """Write the positive ("pos") or negative ("neg") LoRAs as a PEFT adapter that PEFT loads on the base model.
-
-    Args:
-        base_model: name or path of the base model, recorded in the adapter; by default the model's own.
-    Raises:
-        ValueError: `which` is neither "pos" nor "neg", or the model has no dual LoRA.
-    """
-    if which not in ("pos", "neg"):
-        raise bad_value("save_lora_adapter", "which", "'pos' or 'neg'", repr(which))
-    layers = _layers(model, "save_lora_adapter")
-    factors = {
-        path: LoraFactors(
-            getattr(layer, f"lora_a_{which}"), getattr(layer, f"lora_b_{which}"), layer.scaling[which == "neg"]
-        )
-        for path, layer in layers.items()
-    }
-    base_model = base_model or getattr(model, "name_or_path", None) or None
-    write_adapter(folder, factors, base_model, any(isinstance(layer.base, Conv1D) for layer in layers.values()))
-
-
-def save_dual_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write the dual LoRA layers: their parameters (safetensors) and their configuration (JSON).
-
-    Raises:
-        ValueError: the model has no dual LoRA.
-    """
-    layers = _layers(model, "save_dual_lora")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "format_version": FORMAT_VERSION,
-        "mode": next(iter(layers.values())).mode,
-        "layers": {path: _layer_config(layer) for path, layer in layers.items()},
-    }
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {
-        f"{path}.{name}": p.detach().contiguous().cpu().clone()
-        for path, layer in layers.items()
-        for name, p in layer.named_parameters(recurse=False)
-    }
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-
-
-def load_dual_lora(model: nn.Module, folder: str | os.PathLike[str], *, mode: str | None = None) -> nn.Module:
-    """Add the dual LoRA layers that `save_dual_lora` wrote to a base model. Return the model.
-
-    Args:
-        model: the base model, without dual LoRA.
-        mode: by default the saved one.
-    Raises:
-        ValueError: a file is missing, its format version is unknown, or the model lacks a layer.
-    """
-    folder = Path(folder)
-    for file in (_CONFIG, _WEIGHTS):
-        if not (folder / file).is_file():
-            raise bad_value(
-                "load_dual_lora", "folder", "one that save_dual_lora wrote", f"{folder}, and {file} is not in it"
-            )
-    config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    if config.get("format_version") != FORMAT_VERSION:
-        raise bad_value(
-            "load_dual_lora",
-            "folder",
-            f"of format version {FORMAT_VERSION}",
-            f"{config.get('format_version')!r}; a newer calm_fast may read it",
-        )
-    settings = config["layers"]
-    missing = sorted(set(settings) - {name for name, _ in model.named_modules()})
-    if missing:
-        raise bad_value(
-            "load_dual_lora",
-            "model",
-            "the base model of the saved layers",
-            f"one without {', '.join(missing[:3])} ({len(missing)} missing)",
-        )
-    common = next(iter(settings.values()))
-    add_dual_lora(model, "|".join(re.escape(path) for path in settings), mode=mode or config["mode"], **common)
-    tensors = load_file(folder / _WEIGHTS)
-    for path, layer in dual_lora_layers(model).items():
-        # layers may differ in rank and scaling
-        if settings[path] != common:
-            options = settings[path] | (_conv1d_sizes(layer.base) if isinstance(layer.base, Conv1D) else {})
-            layer = DualLoRALinear(layer.base, **options).set_mode(layer.mode).train(layer.training)
-            _replace(model, path, layer)
-        with torch.no_grad():
-            for name, p in layer.named_parameters(recurse=False):
-                p.copy_(tensors[f"{path}.{name}"])
-    return model
-
-
-def _layer_config(layer: DualLoRALinear) -> dict[str, Any]:
-    names = ("rank", "alpha", "rank_neg", "alpha_neg", "gate_dim", "value_dim", "variant", "dropout")
-    return {name: getattr(layer, name) for name in names}
-
-
-def _layers(model: nn.Module, function: str) -> dict[str, DualLoRALinear]:
+def layers_of(model: nn.Module, function: str) -> dict[str, DualLoRALinear]:
+    """Return the model's dual LoRA layers by path, or raise the ValueError of `function` where it has none."""
+    if not isinstance(model, nn.Module):
+        raise bad_type(function, "model", "a model with dual LoRA layers (an nn.Module)", model)
     layers = dual_lora_layers(model)
     if not layers:
         raise bad_value(function, "model", "one with dual LoRA layers", "one without; add_dual_lora(model) adds them")
     return layers
+
+
+def _check_not_ddp(where: str, model: nn.Module) -> None:
+    if distribution(model) == "DistributedDataParallel":
+        raise bad_value(
+            where,
+            "model",
+            "the model before it is wrapped",
+            "a DistributedDataParallel, which averages the gradients of only those parameters that trained when it was "
+            "built. Call this on its `module`, and wrap that anew to train",
+        )
+
+
+def _check_settings(rank: Any, alpha: Any, options: dict[str, Any]) -> None:
+    settings = _SETTINGS | {"rank": rank, "alpha": alpha} | options
+    settings["rank_neg"] = rank if settings["rank_neg"] is None else settings["rank_neg"]
+    settings["alpha_neg"] = alpha if settings["alpha_neg"] is None else settings["alpha_neg"]
+    for name in ("in_features", "out_features", "dtype", "device"):
+        del settings[name]
+    check_settings(_ADD, **settings)
 
 
 def _check_option_names(options: dict[str, Any]) -> None:
@@ -304,47 +287,6 @@ def _one_spelling(ours: str, value: Any, peft_name: str, peft_value: Any) -> Any
             "they are one argument; leave one out"
         )
     return peft_value
-
-
-def _targets(model: nn.Module, target_modules: Iterable[str] | str) -> dict[str, nn.Module]:
-    """Return the linear layers that `target_modules` names, by path."""
-    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-        wanted = [target_modules]
-        found = _all_linear(model)
-    elif isinstance(target_modules, str):
-        matches = re.compile(target_modules).fullmatch
-        wanted = [target_modules]
-        found = {name: m for name, m in model.named_modules() if name and matches(name)}
-    else:
-        wanted = list(target_modules) if isinstance(target_modules, Iterable) else [target_modules]
-        if not all(isinstance(name, str) for name in wanted):
-            raise bad_type(_ADD, "target_modules", "module names, or one regular expression", target_modules)
-        found = {
-            name: m for name, m in model.named_modules() if any(name == t or name.endswith(f".{t}") for t in wanted)
-        }
-    if not found:
-        kind = type(model).__name__
-        raise bad_value(_ADD, "target_modules", "names of linear layers", f"{wanted}, which match no module of {kind}")
-    for name, module in found.items():
-        if not isinstance(module, Conv1D) and not (hasattr(module, "in_features") and hasattr(module, "out_features")):
-            raise bad_value(
-                _ADD, "target_modules", "names of linear layers", f"{name}, which is a {type(module).__name__}"
-            )
-    return found
-
-
-def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every linear layer but the LM head, by path: PEFT's "all-linear" for a causal language model."""
-    modules = dict(model.named_modules())
-    if any(base.__name__ == "BaseTunerLayer" for m in modules.values() for base in type(m).__mro__):
-        raise bad_value(
-            _ADD,
-            "target_modules",
-            "layer names for a model with PEFT adapters",
-            "'all-linear', which would adapt the adapters; merge them first (merge_and_unload), or name the layers",
-        )
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    return {name: m for name, m in modules.items() if name and isinstance(m, (nn.Linear, Conv1D)) and m is not head}
 
 
 def _check_coverage(adapter: dict[str, LoraFactors], targets: dict[str, nn.Module], name: str) -> None:
@@ -371,13 +313,3 @@ def _copy_factors(layer: DualLoRALinear, path: str, side: str, factors: LoraFact
             )
         with torch.no_grad():
             p.copy_(tensor)
-
-
-def _conv1d_sizes(base: Conv1D) -> dict[str, Any]:
-    d_in, d_out = base.weight.shape
-    return {"in_features": d_in, "out_features": d_out}
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)

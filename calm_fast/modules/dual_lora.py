@@ -93,17 +93,7 @@ class DualLoRALinear(nn.Module):
         d_in, d_out = _width(base, "in_features", in_features), _width(base, "out_features", out_features)
         rank_neg = rank if rank_neg is None else rank_neg
         alpha_neg = alpha if alpha_neg is None else alpha_neg
-        for name, size in (("rank", rank), ("rank_neg", rank_neg), ("gate_dim", gate_dim)):
-            check_size(_NAME, name, size)
-        for name, number in (("alpha", alpha), ("alpha_neg", alpha_neg)):
-            check_finite_number(_NAME, name, number)
-        check_dropout(_NAME, "dropout", dropout)
-        if variant not in VARIANTS:
-            raise bad_value(_NAME, "variant", "'paper' or 'released'", repr(variant))
-        if value_dim is not None:
-            check_size(_NAME, "value_dim", value_dim)
-        elif variant == "released":
-            raise bad_value(_NAME, "value_dim", "a positive int where variant='released'", "None")
+        check_settings(_NAME, rank, alpha, rank_neg, alpha_neg, gate_dim, value_dim, variant, dropout)
 
         self.in_features, self.out_features, self.rank, self.rank_neg = d_in, d_out, rank, rank_neg
         self.alpha, self.alpha_neg, self.variant, self.dropout = alpha, alpha_neg, variant, float(dropout)
@@ -144,8 +134,7 @@ class DualLoRALinear(nn.Module):
 
     def set_mode(self, mode: str) -> DualLoRALinear:
         """Set what forward computes and which parameters train: "neg", "pos" or "mix". Return the layer."""
-        if mode not in MODES:
-            raise bad_value(_NAME, "mode", f"one of {', '.join(map(repr, MODES))}", repr(mode))
+        check_mode(_NAME, mode)
         self._mode = mode
         for name, p in self.named_parameters(recurse=False):
             negative = name.endswith("_neg")
@@ -288,6 +277,37 @@ def _width(base: nn.Module, name: str, given: int | None) -> int:
     if own is not None and own != given:
         raise bad_value(_NAME, name, f"base's {own}", str(given))
     return given
+
+
+def check_settings(
+    where: str,
+    rank: Any,
+    alpha: Any,
+    rank_neg: Any,
+    alpha_neg: Any,
+    gate_dim: Any,
+    value_dim: Any,
+    variant: Any,
+    dropout: Any,
+) -> None:
+    """Check the settings of a DualLoRALinear; errors name `where`, the function or class that was given them."""
+    for name, size in (("rank", rank), ("rank_neg", rank_neg), ("gate_dim", gate_dim)):
+        check_size(where, name, size)
+    for name, number in (("alpha", alpha), ("alpha_neg", alpha_neg)):
+        check_finite_number(where, name, number)
+    check_dropout(where, "dropout", dropout)
+    if variant not in VARIANTS:
+        raise bad_value(where, "variant", "'paper' or 'released'", repr(variant))
+    if value_dim is not None:
+        check_size(where, "value_dim", value_dim)
+    elif variant == "released":
+        raise bad_value(where, "value_dim", "a positive int where variant='released'", "None")
+
+
+def check_mode(where: str, mode: Any) -> None:
+    """Check that `mode` is one of MODES."""
+    if mode not in MODES:
+        raise bad_value(where, "mode", f"one of {', '.join(map(repr, MODES))}", repr(mode))
 
 
 def check_size(where: str, name: str, value: Any) -> None:

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.files import write_json
 from calm_fast.core.fingerprint import file_checksum, model_folder_fingerprint
-from calm_fast.hf.dual_lora import get_gates, load_dual_lora, record_gates, save_dual_lora, save_lora_adapter
+from calm_fast.hf.dual_lora import get_gates, record_gates
+from calm_fast.hf.dual_lora_files import load_dual_lora, save_dual_lora, save_lora_adapter
 from calm_fast.nat.data import Example, Graded, RationaleDataset, RightPadding, grade, read_rows
 from calm_fast.nat.stages import History, Settings, distil_nce, train_nat, train_negative
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from calm_fast.hf import dual_lora as dl
+from calm_fast.hf import dual_lora_files as files
 from calm_fast.modules.dual_lora import DualLoRALinear
 
 TARGETS = ("q_proj", "v_proj")
@@ -104,7 +105,7 @@ def test_an_adapter_written_here_computes_the_same_in_peft(tmp_path, make, targe
     model = dl.add_dual_lora(make(), targets, rank=3, alpha=7.0, mode=side)
     _scatter(model)
     want = _logits(model)
-    dl.save_lora_adapter(model, tmp_path / "a", side, base_model="tiny")
+    files.save_lora_adapter(model, tmp_path / "a", side, base_model="tiny")
     loaded = peft.PeftModel.from_pretrained(make(), str(tmp_path / "a")).eval()
     torch.testing.assert_close(_logits(loaded), want, rtol=1e-5, atol=1e-5)
     again = dl.add_dual_lora(make(), targets, mode="neg", negative=tmp_path / "a")
@@ -114,20 +115,20 @@ def test_an_adapter_written_here_computes_the_same_in_peft(tmp_path, make, targe
 def test_layers_of_different_rank_survive_peft(tmp_path) -> None:
     folder, want = _peft_adapter(tmp_path, _llama(), rank_pattern={"layers.1.self_attn.q_proj": 2})
     model = dl.add_dual_lora(_llama(), TARGETS, negative=folder, mode="neg")
-    dl.save_lora_adapter(model, tmp_path / "b", "neg")
+    files.save_lora_adapter(model, tmp_path / "b", "neg")
     loaded = peft.PeftModel.from_pretrained(_llama(), str(tmp_path / "b")).eval()
     torch.testing.assert_close(_logits(loaded), want, rtol=1e-5, atol=1e-5)
-    dl.save_dual_lora(model, tmp_path / "c")
-    torch.testing.assert_close(_logits(dl.load_dual_lora(_llama(), tmp_path / "c")), want, rtol=1e-5, atol=1e-5)
+    files.save_dual_lora(model, tmp_path / "c")
+    torch.testing.assert_close(_logits(files.load_dual_lora(_llama(), tmp_path / "c")), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("make", "targets"), [(_llama, TARGETS), (_gpt2, ("c_attn",))])
 def test_saved_layers_load_bit_equal(tmp_path, make, targets) -> None:
     model = dl.add_dual_lora(make(), targets, rank=3, rank_neg=2, variant="released", value_dim=8, gate_dim=4)
     _scatter(model)
-    dl.save_dual_lora(model, tmp_path)
+    files.save_dual_lora(model, tmp_path)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["dual_lora.safetensors", "dual_lora_config.json"]
-    loaded = dl.load_dual_lora(make(), tmp_path)
+    loaded = files.load_dual_lora(make(), tmp_path)
     assert torch.equal(_logits(loaded), _logits(model))
 
 
@@ -171,7 +172,7 @@ def test_an_all_linear_adapter_goes_from_peft_to_here_and_back(tmp_path) -> None
     folder, want = _peft_adapter(tmp_path, _llama(), target_modules="all-linear")
     model = dl.add_dual_lora(_llama(), "all-linear", negative=folder, mode="neg")
     torch.testing.assert_close(_logits(model), want, rtol=1e-5, atol=1e-5)
-    dl.save_lora_adapter(model, tmp_path / "back", "neg")
+    files.save_lora_adapter(model, tmp_path / "back", "neg")
     loaded = peft.PeftModel.from_pretrained(_llama(), str(tmp_path / "back")).eval()
     torch.testing.assert_close(_logits(loaded), want, rtol=1e-5, atol=1e-5)
 
@@ -314,7 +315,7 @@ def test_wrong_adapters_and_models_are_named(tmp_path) -> None:
     with pytest.raises(ValueError, match="`model` must be without dual LoRA, .*remove_dual_lora"):
         dl.add_dual_lora(model, TARGETS)
     with pytest.raises(ValueError, match="`which` must be 'pos' or 'neg'"):
-        dl.save_lora_adapter(model, tmp_path, "both")
+        files.save_lora_adapter(model, tmp_path, "both")
     for call in (dl.remove_dual_lora, dl.get_gates, dl.record_gates):
         with pytest.raises(ValueError, match="`model` must be one with dual LoRA layers"):
             call(_llama())
@@ -336,16 +337,16 @@ def test_a_failed_add_leaves_the_model_as_it_was(tmp_path) -> None:
 
 def test_saved_files_of_another_kind_are_named(tmp_path) -> None:
     model = dl.add_dual_lora(_llama(), TARGETS, rank=3)
-    dl.save_dual_lora(model, tmp_path)
+    files.save_dual_lora(model, tmp_path)
     with pytest.raises(ValueError, match="`model` must be .*, got one without model.layers.0.self_attn.q_proj"):
-        dl.load_dual_lora(_gpt2(), tmp_path)
+        files.load_dual_lora(_gpt2(), tmp_path)
     config = json.loads((tmp_path / "dual_lora_config.json").read_text())
-    (tmp_path / "dual_lora_config.json").write_text(json.dumps(config | {"format_version": 2}))
-    with pytest.raises(ValueError, match="`folder` must be of format version 1, got 2"):
-        dl.load_dual_lora(_llama(), tmp_path)
+    (tmp_path / "dual_lora_config.json").write_text(json.dumps(config | {"format_version": 3}))
+    with pytest.raises(ValueError, match="`folder` must be of format version 1 to 2, got 3"):
+        files.load_dual_lora(_llama(), tmp_path)
     (tmp_path / "dual_lora.safetensors").unlink()
     with pytest.raises(ValueError, match=r"dual_lora\.safetensors is not in it"):
-        dl.load_dual_lora(_llama(), tmp_path)
+        files.load_dual_lora(_llama(), tmp_path)
 
 
 def test_layers_quantised_by_torchao_can_be_the_base() -> None:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from calm_fast import nat
 from calm_fast._ops.linear_nce.reference import linear_nce_reference
 from calm_fast.consistency.sampling.head import LinearHead
-from calm_fast.hf.dual_lora import add_dual_lora, dual_lora_layers, save_lora_adapter
+from calm_fast.hf.dual_lora import add_dual_lora, dual_lora_layers
+from calm_fast.hf.dual_lora_files import save_lora_adapter
 from calm_fast.nat import stages
 from calm_fast.nat.data import IGNORE, RationaleDataset, RightPadding, split_rationales
 from calm_fast.nat.trainer import DualTeacher, NCETrainer, find_nce_head, hidden_states
