@@ -120,10 +120,14 @@ def read_tensors(where: str, name: str, expected: str, file: Path) -> dict[str, 
 
 @dataclass(frozen=True)
 class BaseReference:
-    """The base model of an adapter, as PEFT records it: a hub name or a path, and the revision on the hub."""
+    """The base model of an adapter, as PEFT records it.
+
+    name, revision: a hub name or a path, and the revision on the hub. task_type: of PEFT, None for a plain module.
+    """
 
     name: str | None
     revision: str | None
+    task_type: str | None
 
 
 def write_adapter(
@@ -133,7 +137,7 @@ def write_adapter(
     transposed: bool,
     target_modules: str | list[str],
 ) -> None:
-    """Write factors as a PEFT LoRA adapter for a causal language model.
+    """Write factors as a PEFT LoRA adapter.
 
     Args:
         folder: created if it does not exist.
@@ -146,7 +150,7 @@ def write_adapter(
     others = {m: f for m, f in factors.items() if (f.a.shape[0], f.scaling * f.a.shape[0]) != (r, alpha)}
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": base.task_type,
         "base_model_name_or_path": base.name,
         "revision": base.revision,
         "r": r,

@@ -65,7 +65,8 @@ def save_lora_adapter(
         for path, layer in layers.items()
     }
     own = inner_model(model)
-    base = BaseReference(base_model or _reference(own), revision)
+    generates = hasattr(own, "prepare_inputs_for_generation")  # PEFT wraps it for this task
+    base = BaseReference(base_model or _reference(own), revision, "CAUSAL_LM" if generates else None)
     # PEFT also adapts every layer whose path ends in one of these names
     taken = [m for path in factors for m in own_modules(own) if m.endswith(f".{path}")]
     names_of_layers = "|".join(sorted(map(re.escape, factors))) if taken else sorted(factors)
