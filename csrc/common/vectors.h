@@ -18,22 +18,19 @@
 
 namespace calm_fast {
 
-// 1.5 * 2^23: adding it to a small number leaves the nearest integer in the low bits.
-constexpr float kRoundingMagic = 12582912.0f;
-
 // exp2_of(x) = 2^x for x <= 127, to 1.4 units of 2^-24. Below x = -126 it returns 2^-126 or less, not 0; NaN stays NaN.
 #define CALM_FAST_EXP2                                                   \
   LANE V exp2_of(V x) {                                                  \
     x = maximum(set1(-126.0f), x);                                       \
-    const V rounded = add(x, set1(kRoundingMagic));                      \
-    const V f = sub(x, sub(rounded, set1(kRoundingMagic)));              \
+    const I n = nearest(x);                                              \
+    const V f = sub(x, whole(n));                                        \
     V p = fused(set1(0x1.41fbb8p-13f), f, set1(0x1.5f3e54p-10f));        \
     p = fused(p, f, set1(0x1.3b2d4cp-7f));                               \
     p = fused(p, f, set1(0x1.c6aee8p-5f));                               \
     p = fused(p, f, set1(0x1.ebfbdcp-3f));                               \
     p = fused(p, f, set1(0x1.62e430p-1f));                               \
     p = fused(p, f, set1(1.0f));                                         \
-    return scaled(p, rounded);                                           \
+    return scaled(p, n);                                                 \
   }
 
 namespace scalar {
@@ -45,6 +42,9 @@ struct V {
 };
 struct M {
   bool x[kWidth];
+};
+struct I {
+  int32_t x[kWidth];
 };
 #define CALM_FAST_EACH(expression)                                \
   V out;                                                          \
@@ -79,14 +79,20 @@ LANE bool any(M mask) {
   return found;
 }
 LANE V pick(M mask, V a, V b) { CALM_FAST_EACH(mask.x[i] ? a.x[i] : b.x[i]); }
-// Returns a 2^n, where n is the integer in the low bits of `rounded`.
-LANE V scaled(V a, V rounded) {
+// nearest(x): the nearest integers. 0 of a NaN, up to a multiple of 512, so that scaled() leaves its bits alone.
+LANE I nearest(V x) {
+  I out;
+  for (int i = 0; i < kWidth; ++i) out.x[i] = x.x[i] == x.x[i] ? static_cast<int32_t>(std::lrint(x.x[i])) : 0;
+  return out;
+}
+LANE V whole(I n) { CALM_FAST_EACH(static_cast<float>(n.x[i])); }
+// Returns a 2^n.
+LANE V scaled(V a, I n) {
   V out;
   for (int i = 0; i < kWidth; ++i) {
-    uint32_t bits, n;
+    uint32_t bits;
     std::memcpy(&bits, &a.x[i], 4);
-    std::memcpy(&n, &rounded.x[i], 4);
-    bits += n << 23;
+    bits += static_cast<uint32_t>(n.x[i]) << 23;
     std::memcpy(&out.x[i], &bits, 4);
   }
   return out;
@@ -109,6 +115,7 @@ constexpr int kWidth = 8;
 constexpr bool kPairs = false;
 using V = __m256;
 using M = __m256;
+using I = __m256i;
 LANE V set1(float value) { return _mm256_set1_ps(value); }
 LANE V load(const float* from) { return _mm256_loadu_ps(from); }
 LANE void store(float* to, V a) { _mm256_storeu_ps(to, a); }
@@ -124,9 +131,10 @@ LANE M greater(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
 LANE M same(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 LANE bool any(M mask) { return _mm256_movemask_ps(mask) != 0; }
 LANE V pick(M mask, V a, V b) { return _mm256_blendv_ps(b, a, mask); }
-LANE V scaled(V a, V rounded) {
-  const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(rounded), 23);
-  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), n));
+LANE I nearest(V x) { return _mm256_cvtps_epi32(x); }
+LANE V whole(I n) { return _mm256_cvtepi32_ps(n); }
+LANE V scaled(V a, I n) {
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(n, 23)));
 }
 LANE void store_half(uint16_t* to, V a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -144,6 +152,7 @@ CALM_FAST_EXP2
   constexpr int kWidth = 16;                                                                              \
   using V = __m512;                                                                                       \
   using M = __mmask16;                                                                                    \
+  using I = __m512i;                                                                                      \
   LANE V set1(float value) { return _mm512_set1_ps(value); }                                              \
   LANE V load(const float* from) { return _mm512_loadu_ps(from); }                                        \
   LANE void store(float* to, V a) { _mm512_storeu_ps(to, a); }                                            \
@@ -158,9 +167,10 @@ CALM_FAST_EXP2
   LANE M same(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }                                  \
   LANE bool any(M mask) { return mask != 0; }                                                             \
   LANE V pick(M mask, V a, V b) { return _mm512_mask_blend_ps(mask, b, a); }                              \
-  LANE V scaled(V a, V rounded) {                                                                         \
-    const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(rounded), 23);                                \
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), n));                              \
+  LANE I nearest(V x) { return _mm512_cvtps_epi32(x); }                                                   \
+  LANE V whole(I n) { return _mm512_cvtepi32_ps(n); }                                                     \
+  LANE V scaled(V a, I n) {                                                                               \
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(n, 23)));       \
   }                                                                                                       \
   LANE void store_half(uint16_t* to, V a) {                                                               \
     constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;                               \

@@ -26,12 +26,14 @@
 namespace calm_fast::cross_attention::tiles {
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr double kLog2e = 1.4426950408889634;
 constexpr int64_t kBlock = 64;      // keys per block
 constexpr int64_t kPanels = 4;      // panels of queries that share a staged block of keys
 constexpr int64_t kKeyBlocks = 4;   // blocks of keys per unit of work for dk and dv
 constexpr int64_t kMaxKeys = 1 << 23;  // index + 0.5 must be exact in float32
+
+inline bool is_finite(float x) { return std::isfinite(x); }
 
 // One KV head of one sequence and the group of query heads that read it.
 struct Head {

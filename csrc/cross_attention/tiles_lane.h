@@ -90,6 +90,46 @@ LANE void stage(float* to, const T* from, int64_t stride, int64_t start, int64_t
   if (there < high) std::memset(to + there * u.width, 0, static_cast<size_t>((high - there) * u.width) * sizeof(float));
 }
 
+// ---- numbers that are not finite -------------------------------------------------------------------------------------
+
+// Returns true if any of `count` numbers is NaN or infinite; count is a multiple of kRows vectors.
+LANE bool any_not_finite(const float* from, int64_t count) {
+  V sums[kRows];
+  for (int r = 0; r < kRows; ++r) sums[r] = set1(0.0f);
+  for (int64_t i = 0; i < count; i += kRows * kWidth) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const V x = load(from + i + r * kWidth);
+      sums[r] = add(sums[r], sub(x, x));  // 0, or NaN
+    }
+  }
+  V sum = sums[0];
+  for (int r = 1; r < kRows; ++r) sum = add(sum, sums[r]);
+  return any(greater(pick(same(sum, set1(0.0f)), set1(0.0f), set1(1.0f)), set1(0.0f)));
+}
+
+// Prepares a masked product of weights and rows of keys (or values), some of which are not finite. The weight of a
+// hidden key is 0, but 0 times NaN is NaN. So NaN and Inf become 0 in the rows, and the weights of the queries that see
+// such a row become NaN. `to` may be `rows`.
+LANE void hide_not_finite(
+    const Panel& p, float* to, const float* rows, float* weights, int64_t start, const Part& part, int64_t width) {
+  const V zero = set1(0.0f), nan = set1(kNan);
+  for (int64_t key = part.low; key < part.high; ++key) {
+    V sum = zero;
+    for (int64_t c = key * width; c < (key + 1) * width; c += kWidth) {
+      const V x = load(rows + c), excess = sub(x, x);
+      store(to + c, pick(same(excess, zero), x, zero));
+      sum = add(sum, excess);
+    }
+    if (!any(greater(pick(same(sum, zero), zero, set1(1.0f)), zero))) continue;
+    for (int j = 0; j < p.vectors; ++j) {
+      float* at = weights + key * kPanel + j * kWidth;
+      const V lo = load(p.lo + j * kWidth), hi = load(p.hi + j * kWidth);
+      store(at, within(nan, static_cast<float>(start + key), lo, hi, load(at)));
+    }
+  }
+}
+
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
 // Online softmax of a block: scores become weights relative to the running maximum; shrink[i] becomes the factor by
@@ -130,7 +170,7 @@ LANE void online_softmax(
 }
 
 LANE int64_t forward_floats(int64_t width) {
-  return kPanels * (2 * width * kPanel + 2 * kPanel) + 2 * kBlock * width + kBlock * kPanel + kPanel;
+  return kPanels * (2 * width * kPanel + 2 * kPanel) + 3 * kBlock * width + kBlock * kPanel + kPanel;
 }
 
 // Computes out and lse of panels [begin, end) of one KV head; at most kPanels of them.
@@ -140,7 +180,7 @@ LANE void forward(const Head& u, int64_t begin, int64_t end, float* memory) {
   const int64_t count = end - begin, columns = u.width * kPanel;
   float *queries = memory, *outs = queries + kPanels * columns, *max = outs + kPanels * columns;
   float *total = max + kPanels * kPanel, *keys = total + kPanels * kPanel, *values = keys + kBlock * u.width;
-  float *scores = values + kBlock * u.width, *shrink = scores + kBlock * kPanel;
+  float *finite = values + kBlock * u.width, *scores = finite + kBlock * u.width, *shrink = scores + kBlock * kPanel;
   // Load: the queries, transposed.
   int64_t first = u.n, last = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -160,9 +200,11 @@ LANE void forward(const Head& u, int64_t begin, int64_t end, float* memory) {
   for (int64_t start = first / kBlock * kBlock; start < last; start += kBlock) {
     Part parts[kPanels];
     int64_t low = kBlock, high = 0;
+    bool masked = false;
     for (int64_t i = 0; i < count; ++i) {
       parts[i] = part_of(panels[i], start);
       if (parts[i].low >= parts[i].high) continue;
+      masked = masked || parts[i].masked;
       low = parts[i].low < low ? parts[i].low : low;
       high = parts[i].high > high ? parts[i].high : high;
     }
@@ -170,6 +212,7 @@ LANE void forward(const Head& u, int64_t begin, int64_t end, float* memory) {
     // Load: a block of keys and values, for all panels.
     stage(keys, static_cast<const T*>(u.k), u.k_token, start, low, high, u);
     stage(values, static_cast<const T*>(u.v), u.v_token, start, low, high, u);
+    const bool hide = masked && any_not_finite(values + low * u.width, (high - low) * u.width);
     for (int64_t i = 0; i < count; ++i) {
       const Panel& p = panels[i];
       const Part& part = parts[i];
@@ -181,8 +224,10 @@ LANE void forward(const Head& u, int64_t begin, int64_t end, float* memory) {
           p.vectors, size, at, keys + part.low * u.width, u.width, queries + i * columns, u.d, nullptr);
       const auto softmax = part.masked ? online_softmax<true> : online_softmax<false>;
       softmax(p, scores, start, part, u.scale_log2, max + i * kPanel, total + i * kPanel, shrink);
-      product<true, true>(
-          p.vectors, u.width, outs + i * columns, values + part.low * u.width, u.width, at, size, shrink);
+      const bool hides = hide && part.masked;
+      if (hides) hide_not_finite(p, finite, values, scores, start, part, u.width);
+      const float* v = (hides ? finite : values) + part.low * u.width;
+      product<true, true>(p.vectors, u.width, outs + i * columns, v, u.width, at, size, shrink);
     }
   }
   // Store.
@@ -218,9 +263,8 @@ LANE void softmax_backward(
     const V end = load(lse + j * kWidth), less = load(delta + j * kWidth);
     for (int64_t key = part.low; key < part.high; ++key) {
       const int64_t at = key * kPanel + j * kWidth;
-      const V score = load(scores + at);
-      V weight = exp2_of(sub(mul(score, set1(scale)), end));
-      weight = pick(same(score, set1(-kInfinity)), zero, weight);
+      const V power = sub(mul(load(scores + at), set1(scale)), end);
+      V weight = pick(same(power, set1(-kInfinity)), zero, exp2_of(power));
       V t = mul(weight, sub(load(up + at), less));
       if (kMasked) {
         weight = within(weight, static_cast<float>(start + key), lo, hi, zero);
@@ -267,10 +311,22 @@ LANE void backward(
         store(each, sums);
         for (int i = 0; i < kWidth; ++i) sum += each[i];
         delta[r] = sum;
-        lse[r] = static_cast<float>(u.lse[at] * kLog2e);
+        // Infinite only if a score is: the weights of such a row are NaN.
+        lse[r] = std::isfinite(u.lse[at]) ? static_cast<float>(u.lse[at] * kLog2e) : kNan;
       }
       query_rows(
           rows, static_cast<const T*>(u.q) + p.query * u.q_token + p.head * u.q_head, u.q_token, p, u.d, u.width);
+      // A row of q or dout that is not finite makes its weights NaN, so that it reaches the keys that it sees, and
+      // becomes 0 itself, so that it reaches no other.
+      if (any_not_finite(rows, padded * u.width) || any_not_finite(given, padded * u.width)) {
+        for (int64_t r = 0; r < p.rows; ++r) {
+          float *q = rows + r * u.width, *g = given + r * u.width;
+          if (std::all_of(q, q + u.width, is_finite) && std::all_of(g, g + u.width, is_finite)) continue;
+          lse[r] = kNan;
+          std::memset(q, 0, static_cast<size_t>(u.width) * sizeof(float));
+          std::memset(g, 0, static_cast<size_t>(u.width) * sizeof(float));
+        }
+      }
       transpose(queries, kPanel, rows, u.width, padded, u.width);
       transpose(ups, kPanel, given, u.width, padded, u.width);
     }
@@ -289,6 +345,7 @@ LANE void backward(
       product<false, false>(p.vectors, size, t, v, u.width, ups, u.d, nullptr);
       const auto softmax = part.masked ? softmax_backward<true> : softmax_backward<false>;
       softmax(p, scores, up, start, part, u.scale_log2, lse, delta);
+      if (part.masked && any_not_finite(k, size * u.width)) hide_not_finite(p, keys, keys, up, start, part, u.width);
       // Accumulate: dq of the panel, dk and dv of the block.
       if (s.dq) product<true, true>(p.vectors, u.width, dq, k, u.width, t, size, nullptr);
       if (s.dk) {
@@ -301,7 +358,10 @@ LANE void backward(
     if (!s.dq) continue;
     transpose(rows, u.width, dq, kPanel, u.width, padded);
     T* to_dq = static_cast<T*>(s.dq) + p.query * u.out_token + p.head * u.d;
-    for (int64_t r = 0; r < p.rows; ++r) narrow(to_dq + r * u.out_token, rows + r * u.width, u.scale, u.d);
+    for (int64_t r = 0; r < p.rows; ++r) {
+      if (p.lo[r] >= p.hi[r]) std::memset(rows + r * u.width, 0, static_cast<size_t>(u.width) * sizeof(float));
+      narrow(to_dq + r * u.out_token, rows + r * u.width, u.scale, u.d);
+    }
   }
 }
 
