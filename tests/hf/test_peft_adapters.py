@@ -168,7 +168,7 @@ def test_a_state_dict_holds_one_adapter_of_scaling_one(tmp_path: Path) -> None:
         renamed = {key.replace(".weight", f"{name}.weight"): t for key, t in state.items()}
         got = logits(add_dual_lora(llama(), TARGETS, renamed, mode="neg"))
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    two = {key.replace(".weight", f".{name}.weight"): t for key, t in state.items() for name in ("one", "two")}
+    two = {key.replace(".weight", f".{name}.weight"): t.clone() for key, t in state.items() for name in ("one", "two")}
     with pytest.raises(ValueError, match="`negative` must be the tensors of one adapter, got those of 2: 'one', 'two'"):
         add_dual_lora(llama(), TARGETS, two)
     save_file(two, tmp_path / "adapter_model.safetensors")
