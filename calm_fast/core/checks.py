@@ -43,6 +43,15 @@ def values_checked(tensor: torch.Tensor) -> bool:
     return tensor.device.type != "meta" and _validate_gpu_values.get()
 
 
+def require_async(condition: torch.Tensor, message: str) -> None:
+    """Assert a bool scalar on its device, without waiting for it and inside traced graphs too.
+
+    On a CPU a false condition raises RuntimeError with `message`. On a GPU it stops the process's work on that device
+    (a device-side assert): use it only where reading the value would cost a synchronisation per step.
+    """
+    torch._assert_async(condition, message)  # type: ignore[no-untyped-call]  # torch has no public name for it
+
+
 def describe(value: Any) -> str:
     """Return a short description of an argument for an error message."""
     if isinstance(value, torch.Tensor):

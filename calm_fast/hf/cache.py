@@ -38,6 +38,9 @@ class ComposedCache(Cache):
         self.anchor = anchor
         self.augmenters = list(augmenters)
         self.cross = [DynamicLayer() for _ in range(connections)]
+        # what later calls must say again: that rows have padding, and which augmenters read tokens of their own
+        self.padded = False
+        self.own_tokens: set[int] = set()
         self.layer_class_to_replicate = None
         self.offloading = False
 
@@ -52,6 +55,14 @@ class ComposedCache(Cache):
     def __repr__(self) -> str:
         return f"ComposedCache(anchor={self.anchor!r}, augmenters={self.augmenters!r}, cross={len(self.cross)})"
 
+    def _anchor_length(self) -> Any:
+        own = next((layer for layer in self.anchor.layers if isinstance(layer, CacheLayerMixin)), None)
+        return None if own is None else own.get_seq_length()
+
+    def counts_tokens(self) -> bool:
+        """Return True if the anchor's cache itself knows the number of its tokens, as an int."""
+        return isinstance(self._anchor_length(), int)
+
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError("ComposedCache.update: each part updates its own cache; call the composed model")
 
@@ -59,8 +70,7 @@ class ComposedCache(Cache):
         """Return the number of anchor tokens seen so far: an int even if the anchor's cache is static or recurrent."""
         if layer_idx != 0:
             return self.anchor.get_seq_length(layer_idx)
-        own = next((layer for layer in self.anchor.layers if isinstance(layer, CacheLayerMixin)), None)
-        length = None if own is None else own.get_seq_length()
+        length = self._anchor_length()
         # A static layer counts in a tensor and a recurrent one does not count. Without augmenter tokens of its own
         # the first connection has cached one key per anchor token.
         return length if isinstance(length, int) else self.cross[0].get_seq_length()

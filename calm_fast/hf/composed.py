@@ -17,10 +17,11 @@ from calm_fast.hf.cache import ComposedCache
 from calm_fast.hf.cache_names import with_cache
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.generation import CompositionGeneration, own_cache
-from calm_fast.hf.hooks import ANCHOR, Checkpoint, Frame, install, switch
+from calm_fast.hf.hooks import ANCHOR, Checkpoint, Frame, install, sort_states, switch
 from calm_fast.hf.inputs import (
     WHERE,
     AugmenterCall,
+    Past,
     Signature,
     Tokens,
     augmenter_calls,
@@ -28,6 +29,7 @@ from calm_fast.hf.inputs import (
     check_tensors,
     check_vocabulary,
     part_inputs,
+    remember,
 )
 from calm_fast.hf.introspection import CompositionIntrospection
 from calm_fast.hf.layers import device_of, find_layers, headless_path, hidden_size, submodule, truncated_view
@@ -166,8 +168,8 @@ class ComposedForCausalLM(
         for index in self.by_layer[layer]:
             augmenter, a, _ = self.pairs[index]
             state = states[augmenter, a].to(hidden.device)
-            *bounds, causal = calls[augmenter].visibility
-            lo, hi = (None if t is None else t.to(hidden.device) for t in bounds)  # layers may lie on several devices
+            lo, hi, causal, _ = calls[augmenter].visibility
+            lo, hi = (None if t is None else t.to(hidden.device) for t in (lo, hi))  # layers may lie on several devices
             keys = None if cache is None else cache.cross[index]
             out: torch.Tensor = self.connections[index](hidden, state, lo, hi, keys, causal=causal)
             total = out if total is None else total + (out - hidden)
@@ -196,14 +198,16 @@ class ComposedForCausalLM(
 
         Args:
             input_ids: (B, M) int64 or int32.
-            attention_mask: (B, past + M), 1 = real, one block of ones per row.
+            attention_mask: (B, past + M), 1 = real; one block of ones per row if a cache is kept.
             position_ids: (1 or B, M); restarts separate documents if there is no mask and no cache, as in transformers.
             cache: a ComposedCache; also taken as past_key_values or cache_params, its names before transformers 5.24.
             labels: (B, M), shifted by the anchor's loss.
             use_cache: default, True in eval mode without labels if the anchor's config says so.
             kwargs: go to the anchor.
-            augmenter_input_ids: (B, N), read by the augmenter instead of input_ids; requires hi.
-            augmenter_attention_mask, augmenter_position_ids: the same for them.
+            augmenter_input_ids: (B, N), read by the augmenter instead of input_ids; requires hi. With a cache, the new
+                ones, (B, 0) if there are none.
+            augmenter_attention_mask: (B, past + N) for them; intervals leave out its padding. augmenter_position_ids:
+                (1 or B, N).
             lo, hi: (B, M) int32; anchor token i reads the augmenter tokens lo <= j < hi, instead of the aligned causal
                 rule.
         The last five are a tensor for all augmenters, or a list with a tensor or None for each.
@@ -223,22 +227,27 @@ class ComposedForCausalLM(
         cache = own_cache(cache=cache, past_key_values=past_key_values, cache_params=recurrent)
         past = 0 if cache is None else cache.get_seq_length()
         inputs = Tokens(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
-        external = {
+        external: dict[str, Any] | None = {
             "augmenter_input_ids": augmenter_input_ids,
             "augmenter_attention_mask": augmenter_attention_mask,
             "augmenter_position_ids": augmenter_position_ids,
             "lo": lo,
             "hi": hi,
         }
-        separable = cache is None and not use_cache
-        calls, packed = augmenter_calls(len(self.augmenters), inputs, external, past, separable)
+        cached = True if cache is not None else use_cache
+        if cached is None and (not self.config.use_cache or self.training or labels is not None):
+            cached = False
+        if all(value is None for value in external.values()):
+            external = None
+        calls, uncacheable = augmenter_calls(
+            len(self.augmenters), inputs, external, Past(past, cached, cache, self.first_of)
+        )
         if input_ids.shape[1] > 1 or past == 0:  # the token of a decode step comes from the model itself
             self._check_vocabularies(calls, inputs)
-        if use_cache is None:
-            by_default = self.config.use_cache and not self.training and labels is None and not packed
-            use_cache = cache is not None or by_default
-        if cache is None and use_cache:
+        if cache is None and (not uncacheable if cached is None else cached):
             cache = self.new_cache()
+        if cache is not None:
+            remember(cache, past, inputs, calls)
 
         if labels is not None:
             kwargs["labels"] = labels
@@ -282,5 +291,18 @@ class ComposedForCausalLM(
                 if cache is not None:
                     own, past = cache.augmenters[index], cache.cross[self.first_of[index]].get_seq_length()
                 signature = self.signatures[index + 1]
+                if call.inputs["input_ids"].shape[1] == 0:
+                    self._read_nothing(frame, index, call.inputs["input_ids"].shape[0])
+                    continue
                 inputs = part_inputs(model, signature, call.inputs, own, past)  # type: ignore[arg-type]  # from a ModuleList
                 submodule(model, self.headless[index])(**inputs)
+                if call.visibility.order is not None:
+                    sort_states(frame, index, call.visibility.order)
+
+    def _read_nothing(self, frame: Frame, index: int, batch: int) -> None:
+        """Leave states without tokens in the frame: augmenter `index` has no new token in this call."""
+        model = self._augmenter(index)
+        empty = torch.zeros(batch, 0, hidden_size(model), dtype=model.dtype, device=model.device)
+        for augmenter, a, _ in self.pairs:
+            if augmenter == index:
+                frame.states[index, a] = empty

@@ -13,6 +13,7 @@ from calm_fast.core.checks import bad_value
 from calm_fast.hf.cache import ComposedCache, cache_of_first_layers
 from calm_fast.hf.cache_names import NAMES, alias_cache, cache_of, generate_argument, given_cache
 from calm_fast.hf.inputs import WHERE, check_tensors
+from calm_fast.hf.masks import check_left_padded
 
 
 def own_cache(**given: Any) -> ComposedCache | None:
@@ -55,6 +56,7 @@ class CompositionGeneration(GenerationMixin):
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         # generate() reads the mask's shape before the first forward
         check_tensors(**{name: model_kwargs.get(name) for name in ("attention_mask", "position_ids")})
+        check_left_padded(model_kwargs.get("attention_mask"))
         super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]  # transformers' own self type
 
     def _prepare_cache_for_generation(  # type: ignore[override]  # passes on what a release adds

@@ -91,6 +91,13 @@ def _keep(frame: Frame, key: tuple[int, int], layer: nn.Module, state: torch.Ten
     frame.states[key] = state
 
 
+def sort_states(frame: Frame, augmenter: int, order: torch.Tensor) -> None:
+    """Bring the states of an augmenter into the order (B, N) in which this forward's intervals count its tokens."""
+    for key, state in frame.states.items():
+        if key[0] == augmenter:
+            frame.states[key] = state.take_along_dim(order.to(state.device)[:, :, None], dim=1)
+
+
 def _add(frame: Frame, index: int, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     if index in frame.added:
         raise _runs_twice(layer, "the anchor")

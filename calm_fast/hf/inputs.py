@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
@@ -14,10 +14,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from calm_fast.core.checks import bad_value, describe, values_checked
 from calm_fast.core.compatibility import tried
+from calm_fast.hf.cache import ComposedCache
 from calm_fast.hf.cache_names import NAMES, cache_argument, generate_argument, has_own_cache
-from calm_fast.hf.masks import Visibility, aligned_visibility
-
-WHERE = "ComposedForCausalLM"  # the object that the errors of forward and generate are about
+from calm_fast.hf.masks import CAUSAL, Visibility, aligned_visibility, given_visibility
+from calm_fast.hf.masks import WHERE as WHERE
 
 # Families without a transformers Cache that transformers' own flag does not exclude: model_type -> reason.
 WITHOUT_CACHE = {
@@ -162,23 +162,46 @@ def _per_augmenter(name: str, value: Any, count: int) -> list[torch.Tensor | Non
     return values
 
 
+class Past(NamedTuple):
+    """What came before a call.
+
+    tokens: the number of the anchor's tokens in `cache`. cached: True if this call has or starts a cache, False if not,
+    None if it would start one by default. first_of: the first connection of each augmenter.
+    """
+
+    tokens: int
+    cached: bool | None
+    cache: ComposedCache | None = None
+    first_of: Sequence[int] = ()
+
+    def seen(self, index: int) -> int:
+        """Return the number of tokens of augmenter `index` in the cache."""
+        return 0 if self.cache is None else self.cache.cross[self.first_of[index]].get_seq_length()
+
+    def reads_own(self, index: int) -> bool:
+        """Return True if the cache holds augmenter `index`'s own tokens."""
+        return self.tokens > 0 and self.cache is not None and index in self.cache.own_tokens
+
+
 def augmenter_calls(
-    count: int, inputs: Tokens, external: dict[str, Any], past: int, separable: bool
+    count: int, inputs: Tokens, external: dict[str, Any] | None, past: Past
 ) -> tuple[list[AugmenterCall], bool]:
-    """Return (the call of every augmenter, True if rows hold several documents).
+    """Return (the call of every augmenter, True if no cache can be kept: for several documents per row, or a hole).
 
     inputs: the anchor's token arguments. external: augmenter_input_ids, augmenter_attention_mask,
-    augmenter_position_ids, lo and hi, each None, a tensor, or a list with one entry per augmenter. past: number of
-    tokens in the cache. separable: True if the anchor separates documents by restarting positions, as transformers
-    does without a cache.
+    augmenter_position_ids, lo and hi, each None, a tensor, or a list with one entry per augmenter; None if all are.
+    Rows hold several documents if their positions restart without a mask and a cache, as in transformers.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    positions = inputs["position_ids"] if separable else None
-    aligned = aligned_visibility(mask, positions, ids.shape[0], past, ids.shape[1])
+    batch, new = ids.shape
+    positions = None if past.cached else inputs["position_ids"]
+    aligned = aligned_visibility(mask, positions, batch, past.tokens, new, past.cached)
     packed = mask is None and aligned.lo is not None
 
-    if all(value is None for value in external.values()):
-        return [AugmenterCall(inputs, aligned)] * count, packed
+    if external is None:
+        if past.tokens > 0 and past.cache is not None and past.cache.own_tokens:
+            raise _without_own_tokens(min(past.cache.own_tokens))
+        return [AugmenterCall(inputs, aligned)] * count, packed or aligned.order is not None
     own = {name: _per_augmenter(name, value, count) for name, value in external.items()}
     calls = []
     for index in range(count):
@@ -192,16 +215,65 @@ def augmenter_calls(
             if any(value is not None for value in given.values()):
                 expected = "given with an augmenter's own mask or positions"
                 raise bad_value(WHERE, "augmenter_input_ids", expected, "None")
-            tokens = inputs
+            if past.reads_own(index):
+                raise _without_own_tokens(index)
+            if hi is not None and lo is None and packed:
+                expected = "given with `hi` for rows of several documents, to say where each one begins"
+                raise bad_value(WHERE, "lo", expected, "None")
+            tokens, read, name, seen = inputs, mask, "attention_mask", past.tokens
         else:
-            check_ids("augmenter_input_ids", own_ids)
-            tokens = Tokens(
-                input_ids=own_ids,
-                attention_mask=given["augmenter_attention_mask"],
-                position_ids=given["augmenter_position_ids"],
-            )
-        calls.append(AugmenterCall(tokens, aligned if hi is None else Visibility(lo, hi, False)))
-    return calls, packed
+            read, name, seen = given["augmenter_attention_mask"], "augmenter_attention_mask", past.seen(index)
+            tokens = Tokens(input_ids=own_ids, attention_mask=read, position_ids=given["augmenter_position_ids"])
+            _check_own_tokens(tokens, batch)
+        visible = aligned
+        if hi is not None:
+            n = tokens["input_ids"].shape[1]
+            visible = given_visibility(lo, hi, name, read, batch, new, seen, n, past.cached)
+        calls.append(AugmenterCall(tokens, visible))
+    return calls, packed or any(call.visibility.order is not None for call in calls)
+
+
+def _without_own_tokens(index: int) -> ValueError:
+    expected = f"given in every call with this cache, because augmenter {index} has read tokens of its own"
+    got = "None. Pass (batch, 0) ids where it has no new token, with `hi`"
+    return bad_value(WHERE, "augmenter_input_ids", expected, got)
+
+
+def _check_own_tokens(tokens: Tokens, batch: int) -> None:
+    """Raise ValueError unless an augmenter's own tokens are (batch, N) ids with fitting positions."""
+    ids, positions = tokens["input_ids"], tokens["position_ids"]
+    check_ids("augmenter_input_ids", ids)
+    if ids.shape[0] != batch:
+        raise bad_value(WHERE, "augmenter_input_ids", f"of batch size {batch}", f"shape {tuple(ids.shape)}")
+    if positions is None:
+        return
+    n = ids.shape[1]
+    if positions.ndim < 2 or positions.shape[-1] != n or positions.shape[-2] not in (1, batch):
+        expected = f"of shape ({batch}, {n}), one position per new token"
+        raise bad_value(WHERE, "augmenter_position_ids", expected, f"shape {tuple(positions.shape)}")
+
+
+def remember(cache: ComposedCache, past: int, inputs: Tokens, calls: list[AugmenterCall]) -> None:
+    """Note in `cache` what later calls with it must say: the padding of its rows, and an augmenter's own tokens.
+
+    past: number of the anchor's tokens before this call. Raises ValueError if rows with padding go on without a mask,
+    and for own tokens over an anchor whose cache does not count.
+    """
+    if past == 0:
+        cache.padded = False
+        cache.own_tokens = set()
+    if inputs["attention_mask"] is None:
+        if cache.padded:
+            expected = "given in every call with this cache, because its rows have padding"
+            raise bad_value(WHERE, "attention_mask", expected, "None. Pass the mask of all tokens so far")
+    elif (past == 0 or inputs["input_ids"].shape[1] > 1) and calls[0].inputs is inputs:
+        cache.padded = cache.padded or calls[0].visibility is not CAUSAL
+    for index, call in enumerate(calls):
+        if call.inputs is not inputs:
+            cache.own_tokens.add(index)
+    if 0 in cache.own_tokens and not cache.counts_tokens():
+        expected = "None with a cache over an anchor that does not count its tokens (static caches, Mamba)"
+        raise bad_value(WHERE, "augmenter_input_ids", expected, "a value. Pass use_cache=False")
 
 
 def _knows_length(cache: Cache | None, past: int) -> bool:

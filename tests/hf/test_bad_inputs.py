@@ -179,7 +179,10 @@ def ones(*shape: int) -> torch.Tensor:
         ({"inputs_embeds": torch.zeros(2, 9, 32)}, "`inputs_embeds` must be None, got a value. Pass `input_ids`"),
         ({"attention_mask": ones(2, 8)}, r"`attention_mask` must be of shape \(2, 9\).*got shape \(2, 8\)"),
         ({"attention_mask": ones(2, 1, 9, 9)}, r"`attention_mask` must be .*got shape \(2, 1, 9, 9\)"),
-        ({"attention_mask": ones(2, 9) - torch.eye(9)[3:5].int()}, "`attention_mask` must be .*zeros between ones"),
+        (
+            {"attention_mask": ones(2, 9) - torch.eye(9)[3:5].int(), "use_cache": True},
+            "`attention_mask` must be .* where a cache is kept, got .*zeros between ones.*use_cache=False",
+        ),
         ({"attention_mask": [[1] * 9] * 2}, "`attention_mask` must be a tensor .* or None, got list"),
         ({"attention_mask": ones(2, 9).numpy()}, "`attention_mask` must be a tensor .* or None, got ndarray"),
         ({"attention_mask": "ones"}, "`attention_mask` must be a tensor .* or None, got str 'ones'"),
@@ -249,20 +252,20 @@ def test_visibility_of_padding_documents_and_steps() -> None:
     assert aligned_visibility(None, None, 2, 0, 3) is CAUSAL
     assert aligned_visibility(ones(2, 3), None, 2, 0, 3) is CAUSAL
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
-    lo, hi, causal = aligned_visibility(mask, None, 2, 0, 4)
+    lo, hi, causal, _ = aligned_visibility(mask, None, 2, 0, 4)
     assert not causal and lo.dtype == hi.dtype == torch.int32
     assert lo.tolist() == [[2] * 4, [0] * 4]
     assert hi.tolist() == [[2, 2, 3, 4], [1, 2, 3, 0]]
-    lo, hi, _ = aligned_visibility(mask[:1], None, 1, 3, 1)
+    lo, hi, *_ = aligned_visibility(mask[:1], None, 1, 3, 1)
     assert (lo.tolist(), lo.dtype, hi) == ([[2]], torch.int32, None)  # from the first real token up to the query itself
     assert aligned_visibility(ones(2, 4), None, 2, 3, 1) is CAUSAL
-    lo, hi, _ = aligned_visibility(mask, None, 2, 3, 1)
+    lo, hi, *_ = aligned_visibility(mask, None, 2, 3, 1)
     assert lo.tolist() == [[2], [0]] and hi.tolist() == [[4], [0]]  # the second row's token is padding
-    lo, hi, _ = aligned_visibility(torch.tensor([[0, 0, 0], [0, 1, 1]]), None, 2, 2, 1)
+    lo, hi, *_ = aligned_visibility(torch.tensor([[0, 0, 0], [0, 1, 1]]), None, 2, 2, 1)
     assert lo.tolist() == [[0], [1]] and hi.tolist() == [[0], [3]]
     with pytest.raises(ValueError, match="zeros between ones"):
         aligned_visibility(torch.tensor([[1, 0, 1]]), None, 1, 2, 1)
-    lo, hi, _ = aligned_visibility(None, torch.tensor([[0, 1, 0, 1, 2]]), 2, 0, 5)
+    lo, hi, *_ = aligned_visibility(None, torch.tensor([[0, 1, 0, 1, 2]]), 2, 0, 5)
     assert lo.tolist() == [[0, 0, 2, 2, 2]] * 2 and hi.tolist() == [[1, 2, 3, 4, 5]] * 2
 
 
