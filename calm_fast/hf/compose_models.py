@@ -16,7 +16,7 @@ from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.connections import resolve_connections
 from calm_fast.hf.inputs import Signature
 from calm_fast.hf.layers import find_layers
-from calm_fast.hf.saving import StrPath, load_errors_named, reference
+from calm_fast.hf.references import StrPath, commit, load_errors_named, reference
 
 Model = PreTrainedModel | StrPath
 
@@ -125,8 +125,9 @@ def compose(
     _check_options(vocab_size, model_kwargs)
     composition_dtype = None if dtype is None else _dtype_name(dtype)
     kwargs = dict(model_kwargs or {})
-    anchor = _load("anchor", anchor, kwargs)
     given = list(augmenters) if isinstance(augmenters, (list, tuple)) else [augmenters]
+    by_path = [isinstance(model, (str, os.PathLike)) for model in (anchor, *given)]
+    anchor = _load("anchor", anchor, kwargs)
     if not given:
         raise bad_value("compose", "augmenters", "at least one model", "none")
     models = [_load("augmenters", model, kwargs) for model in given]
@@ -149,10 +150,12 @@ def compose(
         anchor.config,
         [model.config for model in models],
         anchor_path=reference(anchor),
-        anchor_revision=kwargs.get("revision"),
+        anchor_revision=commit(anchor, kwargs if by_path[0] else {}),
         anchor_layers=anchor_layers,
         augmenter_paths=[reference(model) for model in models],
-        augmenter_revisions=[kwargs.get("revision")] * len(models),
+        augmenter_revisions=[
+            commit(model, kwargs if path else {}) for model, path in zip(models, by_path[1:], strict=True)
+        ],
         augmenter_layers=paths,
         connections=pairs,
         cross_attention={
@@ -167,4 +170,6 @@ def compose(
         composition_dtype=composition_dtype or str(anchor.dtype).removeprefix("torch."),
         use_cache=getattr(anchor.config.get_text_config(decoder=True), "use_cache", True),
     )
-    return ComposedForCausalLM(config, anchor, models).eval()
+    composed = ComposedForCausalLM(config, anchor, models)
+    composed.record_parts()
+    return composed.eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -10,6 +12,12 @@ from calm_fast.core.checks import bad_value
 from calm_fast.hf.cache_names import NAMES
 
 FORMAT_VERSION = 1
+# settings that from_pretrained may override; the other fields belong to the saved tensors
+OVERRIDES = {"use_cache", "anchor_path", "anchor_revision", "augmenter_paths", "augmenter_revisions"}
+# fields that have a meaning of their own in any config, so they are never read from the anchor's
+_NOT_SHARED = {"quantization_config", "auto_map", "architectures", "text_config", "encoder", "decoder", "generator"}
+# fields of every config that take effect in the anchor's forward
+_OUTPUTS = {"output_hidden_states", "output_attentions"}
 
 
 def _as_config(config: PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
@@ -29,7 +37,12 @@ class ComposedConfig(PreTrainedConfig):
     connections: per augmenter a list of (augmenter layer, anchor layer); -1 is the embedding output.
     cross_attention: the keyword arguments of every ``CrossAttention``.
     composition_dtype: name of the dtype of the composition tensors.
+    anchor_fingerprint, augmenter_fingerprints: a few weights of each part, compared when the composition is loaded.
+    tensors_checksum: of the tensors that were saved with this config; "" in memory.
     format_version: format of the saved files.
+
+    Fields that only a language model has (vocab_size, hidden_size, pad_token_id, tie_word_embeddings, ...) are read
+    from the anchor's text config, and setting one sets it there. They are saved once, with the anchor's config.
 
     Raises ValueError for a format version that this release cannot read.
     """
@@ -53,6 +66,9 @@ class ComposedConfig(PreTrainedConfig):
         connections: list[list[tuple[int, int]]] | None = None,
         cross_attention: dict[str, Any] | None = None,
         composition_dtype: str = "float32",
+        anchor_fingerprint: str = "",
+        augmenter_fingerprints: list[str] | None = None,
+        tensors_checksum: str = "",
         format_version: int = FORMAT_VERSION,
         use_cache: bool = True,
         **kwargs: Any,
@@ -62,9 +78,12 @@ class ComposedConfig(PreTrainedConfig):
             got = f"{format_version!r}. A newer release wrote this composition: upgrade calm_fast"
             raise bad_value("ComposedConfig", "format_version", expected, got)
         # comes first: it resets the attention implementation of sub-configs, which may belong to live models
+        anchor_config = None if anchor_config is None else _as_config(anchor_config)
+        text = None if anchor_config is None else anchor_config.get_text_config(decoder=True)
+        shared = {name: kwargs.pop(name) for name in list(kwargs) if text is not None and self._is_shared(name, text)}
         super().__init__(**kwargs)
         count = len(augmenter_configs or [])
-        self.anchor_config = None if anchor_config is None else _as_config(anchor_config)
+        self.anchor_config = anchor_config
         self.augmenter_configs = [_as_config(config) for config in augmenter_configs or []]
         self.anchor_path = anchor_path
         self.anchor_revision = anchor_revision
@@ -75,8 +94,62 @@ class ComposedConfig(PreTrainedConfig):
         self.connections = [[tuple(pair) for pair in pairs] for pairs in connections or []]
         self.cross_attention = dict(cross_attention or {})
         self.composition_dtype = composition_dtype
+        self.anchor_fingerprint = anchor_fingerprint
+        self.augmenter_fingerprints = list(augmenter_fingerprints or [""] * count)
+        self.tensors_checksum = tensors_checksum
         self.format_version = format_version
         self.use_cache = use_cache
+        for name, value in shared.items():
+            setattr(text, name, value)
+
+    @classmethod
+    def _is_shared(cls, name: str, text: PreTrainedConfig) -> bool:
+        """Return True if `name` is a field of a language model, which the anchor's text config holds."""
+        return not name.startswith("_") and name not in _NOT_SHARED and not hasattr(cls, name) and hasattr(text, name)
+
+    def _text(self) -> PreTrainedConfig | None:
+        # copying and unpickling ask for attributes before there is an anchor_config
+        anchor: PreTrainedConfig | None = self.__dict__.get("anchor_config")
+        return None if anchor is None else anchor.get_text_config(decoder=True)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a field that only the anchor's text config has. Called where normal look-up fails."""
+        text = None if name.startswith("_") else self._text()
+        if text is None or not self._is_shared(name, text):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(text, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        text = None if name in self.__dict__ else self._text()
+        if name in _OUTPUTS and (text := self._text()) is not None:
+            setattr(text, name, value)
+        elif text is not None and self._is_shared(name, text):
+            setattr(text, name, value)
+            return
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a config as transformers does; of `kwargs` only OVERRIDES are applied, the others are left over."""
+        unused = kwargs.pop("return_unused_kwargs", False)
+        config, rest = cls(**config_dict).overridden(kwargs)
+        return (config, rest) if unused else config
+
+    def overridden(self, settings: dict[str, Any]) -> tuple[ComposedConfig, dict[str, Any]]:
+        """Return (a copy with those of `settings` that may change, the settings that are not of this config).
+
+        Raises ValueError for a field that belongs to the saved tensors.
+        """
+        config = copy.deepcopy(self)
+        for name in settings:
+            if name in OVERRIDES:
+                setattr(config, name, settings[name])
+            elif name in vars(self) and name in _FIELDS:
+                expected = "as it was saved, because the composition's tensors belong to it"
+                raise bad_value(
+                    "from_pretrained", name, expected, f"{settings[name]!r}. Compose the models anew instead"
+                )
+        return config, {name: value for name, value in settings.items() if name not in OVERRIDES}
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the anchor's text config: GenerationMixin and Trainer read a composed model's settings from it."""
@@ -88,3 +161,6 @@ class ComposedConfig(PreTrainedConfig):
         output["augmenter_configs"] = [config.to_dict() for config in self.augmenter_configs]
         output["connections"] = [[list(pair) for pair in pairs] for pairs in self.connections]
         return output
+
+
+_FIELDS = set(inspect.signature(ComposedConfig.__init__).parameters) - {"self", "kwargs"}

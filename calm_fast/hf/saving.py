@@ -2,189 +2,298 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from calm_fast.core.checks import bad_value
-from calm_fast.hf.config import FORMAT_VERSION, ComposedConfig
-from calm_fast.hf.layers import hidden_size
-
-PREFIX = "connections."
-VERSION_KEY = "calm_fast_format"
-_LOAD = "from_pretrained"
-StrPath = str | os.PathLike[str]
-# arguments that locate the composition itself; they do not apply to the parts
-HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "proxies",
-    "local_files_only",
-    "token",
-    "revision",
-    "subfolder",
+from calm_fast.core.files import atomic_path
+from calm_fast.core.fingerprint import weight_fingerprint
+from calm_fast.core.wrapped_names import bare_name
+from calm_fast.hf.config import ComposedConfig
+from calm_fast.hf.loading import config_of_tensors, load_parts, read_config, saved_generation_config
+from calm_fast.hf.own_tensors import (
+    PREFIX,
+    check_tensors,
+    checksum,
+    expected_shapes,
+    load_tensors,
+    own_tensors,
+    read_metadata,
+    read_tensors,
+    write_tensors,
 )
+from calm_fast.hf.references import (
+    LOAD,
+    SAVE,
+    StrPath,
+    check_reference,
+    check_weights,
+    is_sharded,
+    load_errors_named,
+    portable,
+)
+from calm_fast.hf.save_arguments import check_save_arguments
+
+# arguments that locate the composition itself; the second group says how to reach the hub and goes to the parts as well
+LOCATION = ("force_download", "revision", "subfolder")
+ACCESS = ("cache_dir", "proxies", "local_files_only", "token")
 # arguments that transformers' Auto classes pass along and that mean nothing here
-IGNORED = ("adapter_kwargs", "_from_auto", "_commit_hash", "state_dict")
+IGNORED = ("adapter_kwargs", "_from_auto", "_commit_hash")
+# arguments that the Auto classes always pass; they need no part to apply to
+ALWAYS_PASSED = ("trust_remote_code", *ACCESS)
+Part = PreTrainedModel | StrPath
 
 
-def reference(model: PreTrainedModel) -> str:
-    """Return the path or hub name that `model` was loaded from: a folder as an absolute path, "" if there is none."""
-    path: str = getattr(model, "name_or_path", "") or ""
-    return os.path.abspath(path) if os.path.isdir(path) else path
-
-
-def _is_path(where: StrPath) -> bool:
-    """Return True if `where` can only be a folder: a name on the hub is NAME or OWNER/NAME."""
-    text = os.fspath(where)
-    path = not isinstance(where, str) or os.path.isabs(text) or text.count("/") > 1
-    return path or text[:1] in ("", ".", "~") or text.endswith("/")
-
-
-@contextlib.contextmanager
-def load_errors_named(function: str, name: str, path: StrPath, expected: str) -> Iterator[None]:
-    """Turn the failure to load argument `name` of `function` from `path` into a ValueError that names the argument."""
-    text = os.fspath(path)
-    missing = not os.path.exists(text)
-    absent = "a folder that does not exist" + ("" if os.path.isabs(text) else f" in {os.getcwd()}")
-    if missing and _is_path(path):
-        raise bad_value(function, name, expected, f"{text!r}, {absent}")
-    try:
-        yield
-    except OSError as problem:
-        why = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-        if missing:
-            why = f"{absent}; as the name of a model on the hub it could not be loaded either ({why})"
-        raise bad_value(function, name, expected, f"{text!r}, {why}") from problem
-
-
-def _read_config(folder: str, hub: dict[str, Any]) -> ComposedConfig:
-    file = os.path.join(folder, hub.get("subfolder") or "", CONFIG_NAME)
-    if os.path.isdir(folder) and not os.path.isfile(file):  # transformers would silently take a config's defaults
-        raise OSError(f"a folder without {CONFIG_NAME}")
-    return ComposedConfig.from_pretrained(folder, **hub)
-
-
-def _load_part(name: str, path: str, revision: str | None, folder: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    if not path:
-        expected = "passed as a loaded model, because this composition was made from one without a path"
-        raise bad_value(_LOAD, name, expected, "None")
-    beside = os.path.join(folder, path)  # a relative path is looked up beside the composition first
-    where = beside if os.path.isdir(beside) else path
-    expected = "the model that the composition refers to (or pass the loaded model)"
-    with load_errors_named(_LOAD, name, where, expected):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(where, revision=revision or "main", **kwargs)
-    return model
-
-
-def _check_part(name: str, model: Any, config: PreTrainedConfig) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise bad_value(_LOAD, name, "a loaded transformers model", type(model).__name__)
-    text = config.get_text_config(decoder=True)
-    own = model.config.get_text_config(decoder=True)
-    expected = (config.model_type, text.num_hidden_layers, text.hidden_size)
-    got = (model.config.model_type, own.num_hidden_layers, hidden_size(model))
-    if got != expected:
-        raise bad_value(_LOAD, name, f"a model with (family, layers, width) {expected} as saved", str(got))
+def _json_texts(model: CompositionFiles) -> tuple[dict[str, Any], str]:
+    """Return (config as a dict, generation config as text) as transformers writes and validates them."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        assert model.generation_config is not None  # a composition always has one
+        model.generation_config.save_pretrained(folder)
+        with open(os.path.join(folder, CONFIG_NAME), encoding="utf-8") as config:
+            with open(os.path.join(folder, GENERATION_CONFIG_NAME), encoding="utf-8") as generation:
+                return json.load(config), generation.read()
 
 
 class CompositionFiles(PreTrainedModel):
-    """The methods save_pretrained and from_pretrained of ComposedForCausalLM."""
+    """The methods of ComposedForCausalLM that write and read its files."""
 
     config_class = ComposedConfig
     config: ComposedConfig
+    anchor: PreTrainedModel
+    augmenters: nn.ModuleList
     connections: nn.ModuleList
+
+    def record_parts(self) -> None:
+        """Note the fingerprints of the parts, so that a change of their weights is seen when saving."""
+        self.config.anchor_fingerprint = weight_fingerprint(self.anchor)
+        self.config.augmenter_fingerprints = [weight_fingerprint(model) for model in self.augmenters]
+
+    def _check_parts(self) -> None:
+        """Raise ValueError if loading would give other parts than these."""
+        config = self.config
+        anchor = (config.anchor_path, config.anchor_revision, config.anchor_fingerprint)
+        check_reference("anchor", self.anchor, *anchor)
+        rows = zip(config.augmenter_paths, config.augmenter_revisions, config.augmenter_fingerprints, strict=True)
+        for model, row in zip(self.augmenters, rows, strict=True):
+            check_reference("augmenters", model, *row)  # type: ignore[arg-type]  # from a ModuleList
+
+    def _texts_for(self, folder: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """Return the texts of the config and the generation config that go into `folder` together with `tensors`."""
+        self.config.architectures = [type(self).__name__]
+        content, generation = _json_texts(self)
+        content["anchor_path"] = portable(self.config.anchor_path, folder)
+        content["augmenter_paths"] = [portable(path, folder) for path in self.config.augmenter_paths]
+        content["tensors_checksum"] = checksum(tensors)
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        content["composition_dtype"] = str(max(dtypes, key=lambda d: d.itemsize)).removeprefix("torch.")
+        parts = [
+            (content["anchor_config"], self.anchor),
+            *zip(content["augmenter_configs"], self.augmenters, strict=True),
+        ]
+        for part, model in parts:
+            if "quantization_config" not in part:
+                part["dtype"] = str(model.dtype).removeprefix("torch.")
+        if not is_sharded(self):
+            content["anchor_fingerprint"] = weight_fingerprint(self.anchor)
+            content["augmenter_fingerprints"] = [weight_fingerprint(model) for model in self.augmenters]
+        return {"config": json.dumps(content, indent=2, sort_keys=True) + "\n", "generation_config": generation}
 
     def save_pretrained(  # type: ignore[override]  # transformers' sharding options come in **kwargs
         self,
         save_directory: StrPath,
-        is_main_process: bool = True,
+        is_main_process: bool | None = None,
         state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
+        *,
+        check_parts: bool = True,
         **kwargs: Any,
     ) -> None:
         """Write config.json, generation_config.json and model.safetensors (the composition tensors only).
 
-        state_dict: the full or the composition's state dict, if the caller has gathered it. Further arguments of
-        transformers' save_pretrained have no meaning here and are ignored. Raises ValueError for push_to_hub.
+        The files are complete or not there: a process that is killed leaves the previous composition or this one.
+
+        Args:
+            save_directory: created if it does not exist; not the folder of a part.
+            is_main_process: False writes nothing. Default, True; for sharded tensors, True in the process of rank 0.
+                Sharded tensors (FSDP2) are gathered, so every process has to call this.
+            state_dict: the full or the composition's state dict, if the caller has gathered it. Wrappers in its names
+                (module, _orig_mod, base_model.model, ...) are dropped.
+            check_parts: refuse if the references would lead to other models than the parts are now.
+            kwargs: the other arguments of transformers' save_pretrained. The composition is one safetensors file.
+        Raises:
+            ValueError: the tensors are not exactly those of this composition (an adapter in a connection, a tensor
+                missing), a part differs from the model that its reference leads to (an adapter, a resized embedding,
+                trained or quantised weights), or an argument that would not be honoured.
+            TypeError: an unknown argument.
         """
         if push_to_hub:
-            raise bad_value("save_pretrained", "push_to_hub", "False", "True. Save to a folder and upload that")
+            raise bad_value(SAVE, "push_to_hub", "False", "True. Save, then call push_to_hub() of the composition")
+        given = self.state_dict() if state_dict is None else state_dict
+        tensors, gathered = own_tensors(given)
+        if is_main_process is None:
+            is_main_process = not gathered or torch.distributed.get_rank() == 0
         if not is_main_process:
             return
-        os.makedirs(save_directory, exist_ok=True)
-        state_dict = self.state_dict() if state_dict is None else state_dict
+        folder = os.fspath(save_directory)
+        for name, path in (
+            ("anchor", self.config.anchor_path),
+            *(("augmenters", p) for p in self.config.augmenter_paths),
+        ):
+            if os.path.isdir(path) and os.path.realpath(path) == os.path.realpath(folder):
+                got = f"{folder}, the folder of its {name}, whose files would be overwritten"
+                raise bad_value(SAVE, "save_directory", "a folder of the composition's own", got)
+        check_tensors(SAVE, "state_dict" if state_dict is not None else "connections", tensors, expected_shapes(self))
+        check_save_arguments(kwargs, sum(t.nbytes for t in tensors.values()))
+        if check_parts:
+            self._check_parts()
         # a clone each: safetensors refuses tensors that share memory
-        own = {name: t.detach().cpu().contiguous().clone() for name, t in state_dict.items() if name.startswith(PREFIX)}
-        metadata = {"format": "pt", VERSION_KEY: str(FORMAT_VERSION)}
-        save_file(own, os.path.join(save_directory, SAFE_WEIGHTS_NAME), metadata=metadata)
-        self.config.architectures = [type(self).__name__]
-        self.config.save_pretrained(save_directory)
-        self.generation_config.save_pretrained(save_directory)
+        tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+        os.makedirs(folder, exist_ok=True)
+        texts = self._texts_for(folder, tensors)
+        metadata = texts | {"checksum": json.loads(texts["config"])["tensors_checksum"]}
+        # All are written before the first is replaced. The tensors are replaced first; they carry both configs, which
+        # count until config.json with the same checksum is in place.
+        with (
+            atomic_path(os.path.join(folder, CONFIG_NAME)) as config_file,
+            atomic_path(os.path.join(folder, GENERATION_CONFIG_NAME)) as generation_file,
+            atomic_path(os.path.join(folder, SAFE_WEIGHTS_NAME)) as tensors_file,
+        ):
+            config_file.write_text(texts["config"], encoding="utf-8")
+            generation_file.write_text(texts["generation_config"], encoding="utf-8")
+            write_tensors(tensors_file, tensors, metadata)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # as transformers' own
+        """Upload the composition as transformers does.
+
+        Raises ValueError if a part is not on the hub itself, because nobody else could load the composition.
+        """
+        paths = {"anchor": self.config.anchor_path}
+        paths |= {f"augmenters[{i}]": path for i, path in enumerate(self.config.augmenter_paths)}
+        for name, path in paths.items():
+            if not path or os.path.isdir(path):
+                got = f"{path!r}. Upload that model first, and compose it by its hub name"
+                raise bad_value("push_to_hub", name, "a model on the hub", got)
+        return super().push_to_hub(*args, **kwargs)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the parts are arguments, and further positional ones are refused
         cls,
         pretrained_model_name_or_path: StrPath,
         *,
-        anchor: PreTrainedModel | None = None,
-        augmenters: PreTrainedModel | list[PreTrainedModel] | None = None,
-        config: ComposedConfig | None = None,
+        anchor: Part | None = None,
+        augmenters: Part | list[Part] | None = None,
+        config: ComposedConfig | StrPath | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        output_loading_info: bool = False,
+        generation_config: GenerationConfig | None = None,
+        check_parts: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Load a composition and, unless they are passed, the models that it refers to.
 
-        Remaining arguments (dtype, device_map, ...) go to from_pretrained of the parts. The composition tensors keep
-        the dtype in which they were saved. Returns the model in eval mode. Raises ValueError for a format version that
-        this release cannot read, a part that differs from the one composed, or a missing folder or reference.
+        Args:
+            pretrained_model_name_or_path: folder or hub name of the composition.
+            anchor, augmenters: the parts as loaded models or as paths, instead of those that the composition refers to.
+            config: read this one instead (a ComposedConfig, or the folder of one).
+            state_dict: composition tensors to take instead of those in the file; checked as strictly.
+            output_loading_info: also return a dict of missing and unexpected keys; they are empty, because a
+                composition loads as a whole or not at all.
+            generation_config: use this one instead of the saved one.
+            check_parts: compare a few weights of each part with those it had when the composition was saved. Pass False
+                to accept other weights.
+            kwargs: use_cache and other settings of the composition's config override it. All others (dtype, device_map,
+                attn_implementation, quantization_config, trust_remote_code, ...) go to from_pretrained of the parts
+                that are loaded here.
+        The composition tensors keep the dtype in which they were saved, and so do the parts unless `dtype` is given,
+        which casts the parts and leaves the composition tensors alone.
+        Returns:
+            the model in eval mode, or (model, info).
+        Raises:
+            ValueError: a format version that this release cannot read, a part that differs from the one composed, a
+                missing folder or reference, tensors that are not exactly those of the composition, or an argument for
+                the parts if all parts are passed as loaded models.
         """
         kwargs = {name: value for name, value in kwargs.items() if name not in IGNORED}
-        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        hub = {name: kwargs.pop(name) for name in (*LOCATION, *ACCESS) if name in kwargs}
         folder = os.fspath(pretrained_model_name_or_path)
         argument = "pretrained_model_name_or_path"
-        with load_errors_named(_LOAD, argument, pretrained_model_name_or_path, "a composition (folder, hub name)"):
-            if config is None:
-                config = _read_config(folder, hub)
+        with load_errors_named(LOAD, argument, pretrained_model_name_or_path, "a composition (folder, hub name)"):
+            if not isinstance(config, ComposedConfig):
+                config = read_config(os.fspath(config or folder), {} if config else hub)
             weights = cached_file(folder, SAFE_WEIGHTS_NAME, **hub)
         assert weights is not None  # cached_file raises OSError for a missing file
+        metadata = read_metadata(weights)
+        embedded = config_of_tensors(config, metadata, weights)
+        config, kwargs = (embedded or config).overridden(kwargs)
+        kwargs |= {name: hub[name] for name in ACCESS if name in hub}
         if config.anchor_config is None:
-            raise bad_value(_LOAD, "config", "the config of a composition, with an `anchor_config`", "none")
-        if anchor is None:
-            anchor = _load_part("anchor", config.anchor_path, config.anchor_revision, folder, kwargs)
-        if augmenters is None:
-            references = zip(config.augmenter_paths, config.augmenter_revisions, strict=True)
-            augmenters = [_load_part("augmenters", path, rev, folder, kwargs) for path, rev in references]
-        augmenters = list(augmenters) if isinstance(augmenters, (list, tuple)) else [augmenters]
-        _check_part("anchor", anchor, config.anchor_config)
-        if len(augmenters) != len(config.augmenter_configs):
-            raise bad_value(_LOAD, "augmenters", f"{len(config.augmenter_configs)} models", str(len(augmenters)))
-        for model, sub in zip(augmenters, config.augmenter_configs, strict=True):
-            _check_part("augmenters", model, sub)
+            raise bad_value(LOAD, "config", "the config of a composition, with an `anchor_config`", "none")
 
-        config.anchor_config, config.augmenter_configs = anchor.config, [model.config for model in augmenters]
-        composed = cls(config, anchor, augmenters)
-        composed.load_composition(weights)
+        base = os.path.dirname(weights)
+        models, from_path = load_parts(config, anchor, augmenters, base, kwargs)
+        if not any(from_path) and (left := sorted(set(kwargs) - set(ALWAYS_PASSED))):
+            got = "a value, but all parts are loaded models. Set it when loading them"
+            raise bad_value(LOAD, left[0], "left out, because it goes to from_pretrained of the parts", got)
+        if check_parts:
+            names = ["anchor", *["augmenters"] * (len(models) - 1)]
+            recorded = [config.anchor_fingerprint, *config.augmenter_fingerprints]
+            for name, model, fingerprint in zip(names, models, recorded, strict=True):
+                check_weights(name, model, fingerprint)
+        config.anchor_config, config.augmenter_configs = models[0].config, [model.config for model in models[1:]]
+        composed = cls(config, models[0], models[1:])
+        composed.record_parts()
+        composed._load_own(weights if state_dict is None else state_dict, keep_dtype=True)
+        config.tensors_checksum = ""  # the tensors may change from here on
+        default = composed.generation_config if generation_config is None else generation_config
+        if generation_config is None:
+            default = saved_generation_config(folder, hub, metadata if embedded else {}, default)
+        composed.generation_config = default  # type: ignore[assignment]  # None only before a composition has one
         composed.config.name_or_path = composed.name_or_path = folder
-        return composed.eval()
+        composed.eval()
+        info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+        return (composed, info | {"error_msgs": []}) if output_loading_info else composed
+
+    def _load_own(self, source: str | dict[str, torch.Tensor], keep_dtype: bool) -> None:
+        argument = "pretrained_model_name_or_path" if isinstance(source, str) else "state_dict"
+        tensors = read_tensors(source) if isinstance(source, str) else own_tensors(source)[0]
+        check_tensors(LOAD, argument, tensors, expected_shapes(self))
+        load_tensors(self, tensors, keep_dtype)
 
     def load_composition(self, file: str) -> None:
-        """Load the composition tensors of a safetensors file.
+        """Load the composition tensors of a safetensors file into the parameters, which keep their dtype.
 
-        Raises ValueError if the file has a format that this release cannot read.
+        Raises ValueError if the file has a format that this release cannot read, or not exactly the tensors of this
+        composition.
         """
-        with safe_open(file, framework="pt") as opened:
-            version = (opened.metadata() or {}).get(VERSION_KEY, "none")
-            if version not in {str(v) for v in range(1, FORMAT_VERSION + 1)}:
-                expected = f"composition tensors of format 1 to {FORMAT_VERSION}, which this release reads"
-                raise bad_value(_LOAD, "pretrained_model_name_or_path", expected, f"format {version} in {file}")
-            tensors = {name.removeprefix(PREFIX): opened.get_tensor(name) for name in opened.keys()}
-        self.connections.load_state_dict(tensors)
+        read_metadata(file)
+        self._load_own(file, keep_dtype=False)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict as torch does; wrappers in its names (module, _orig_mod, ...) are dropped.
+
+        The tensors of the connections are loaded as a whole: ValueError if some of them are missing or unknown, also
+        with strict=False, which only lets a state dict leave out the parts. Trainer resumes with strict=False.
+        """
+        own = {bare_name(name): name for name in self.state_dict()}
+        given = {own.get(bare_name(name), name): tensor for name, tensor in state_dict.items()}
+        if len(given) != len(state_dict):
+            raise bad_value(
+                "load_state_dict", "state_dict", "one tensor per name", "names that differ only in wrappers"
+            )
+        mine = {name for name in own.values() if name.startswith(PREFIX)}
+        theirs = {name for name in given if bare_name(name).startswith(PREFIX)}
+        if given and (theirs != mine if theirs else not given.keys() & set(own.values())):
+            missing, unknown = sorted(mine - theirs), sorted(set(given) - set(own.values()))
+            got = f"missing {missing[:4] or 'none'}, unknown {unknown[:4] or 'none'}. Is it of another composition?"
+            raise bad_value("load_state_dict", "state_dict", "the tensors of this composition's connections", got)
+        return super().load_state_dict(given, strict=strict, assign=assign)

@@ -46,7 +46,9 @@ def test_only_composition_tensors_are_saved(folder: Path) -> None:
     tensors = load_file(folder / "composed" / "model.safetensors")
     assert set(tensors) == {f"connections.{n}" for n in rebuilt(folder).connections.state_dict()}
     with safe_open(folder / "composed" / "model.safetensors", "pt") as opened:
-        assert opened.metadata() == {"format": "pt", "calm_fast_format": str(FORMAT_VERSION)}
+        metadata = opened.metadata()
+    assert (metadata["format"], metadata["calm_fast_format"]) == ("pt", str(FORMAT_VERSION))
+    assert metadata["config"] == (folder / "composed" / "config.json").read_text()
 
 
 def test_loading_from_references_gives_the_same_model(folder: Path) -> None:
@@ -92,7 +94,12 @@ def test_config_survives_and_speaks_for_the_anchor(folder: Path) -> None:
     assert config.connections == [[(-1, -1), (2, 1)]] and config.cross_attention["head_dim"] == 12
     assert config.get_text_config(decoder=True) is config.anchor_config
     assert config.anchor_config.model_type == "llama" and config.augmenter_configs[0].n_embd == 24
-    assert config.anchor_path == str(folder / "anchor") and config.augmenter_paths == [str(folder / "augmenter")]
+    assert config.anchor_path == "../anchor" and config.augmenter_paths == ["../augmenter"]
+    model = ComposedForCausalLM.from_pretrained(folder / "composed")
+    assert (model.config.anchor_path, model.config.augmenter_paths) == (
+        str(folder / "anchor"),
+        [str(folder / "augmenter")],
+    )
 
 
 def test_dtype_goes_to_the_parts_and_composition_keeps_its_own(folder: Path) -> None:
@@ -126,8 +133,10 @@ def test_missing_tensors_are_refused(folder: Path) -> None:
     file = folder / "composed" / "model.safetensors"
     tensors = load_file(file)
     tensors.pop("connections.1.q_proj.weight")
-    save_file(tensors, file, metadata={"calm_fast_format": "1"})
-    with pytest.raises(RuntimeError, match="1.q_proj.weight"):
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(tensors, file, metadata=metadata)
+    with pytest.raises(ValueError, match="missing connections.1.q_proj.weight"):
         ComposedForCausalLM.from_pretrained(folder / "composed")
 
 
@@ -142,8 +151,10 @@ def test_wrong_or_missing_parts_are_refused(folder: Path) -> None:
         load(where, augmenters=llama)
     with pytest.raises(ValueError, match="`augmenters` must be 1 models, got 2"):
         load(where, augmenters=[gpt2, gpt2])
-    with pytest.raises(ValueError, match="`anchor` must be a loaded transformers model, got str"):
+    with pytest.raises(ValueError, match="`anchor` must be the model that .*'llama', a folder that does not"):
         load(where, anchor="llama")
+    with pytest.raises(ValueError, match="`anchor` must be a loaded transformers model or its path, got Linear"):
+        load(where, anchor=torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("name", ["models/composed", "composed", "./composed", "a/b/c"])

@@ -1,0 +1,91 @@
+"""What from_pretrained of a composition reads besides its tensors: configs, and the parts."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
+
+from calm_fast.core.checks import bad_value
+from calm_fast.hf.config import ComposedConfig
+from calm_fast.hf.references import LOAD, check_part, commit, load_part, reference
+
+logger = logging.get_logger(__name__)
+
+
+def read_config(folder: str, hub: dict[str, Any]) -> ComposedConfig:
+    """Return the config of a composition. Raises OSError if there is none."""
+    file = os.path.join(folder, hub.get("subfolder") or "", CONFIG_NAME)
+    if os.path.isdir(folder) and not os.path.isfile(file):  # transformers would silently take a config's defaults
+        raise OSError(f"a folder without {CONFIG_NAME}")
+    return ComposedConfig.from_pretrained(folder, **hub)
+
+
+def config_of_tensors(config: ComposedConfig, metadata: dict[str, str], file: str) -> ComposedConfig | None:
+    """Return the config that a file of tensors carries if config.json belongs to an earlier or another save."""
+    written = metadata.get("checksum", "")
+    if not config.tensors_checksum or config.tensors_checksum == written:
+        return None
+    if "config" not in metadata:
+        expected = "a folder whose config.json was written together with its tensors"
+        got = f"{file}, whose tensors are of another save. Save the composition again"
+        raise bad_value(LOAD, "pretrained_model_name_or_path", expected, got)
+    logger.warning(f"{file}: config.json beside it is of another save; the config was read from the tensors' file.")
+    found: ComposedConfig = ComposedConfig.from_dict(json.loads(metadata["config"]))
+    return found
+
+
+def saved_generation_config(
+    folder: str, hub: dict[str, Any], metadata: dict[str, str], default: GenerationConfig | None
+) -> GenerationConfig | None:
+    """Return the generation config that was saved with the composition, else `default`."""
+    if "generation_config" in metadata:
+        own: GenerationConfig = GenerationConfig.from_dict(json.loads(metadata["generation_config"]))
+        return own
+    inside = os.path.join(folder, hub.get("subfolder") or "", GENERATION_CONFIG_NAME)
+    if os.path.isdir(folder) and not os.path.isfile(inside):
+        return default
+    try:
+        saved: GenerationConfig = GenerationConfig.from_pretrained(folder, **hub)
+    except OSError:  # a repository on the hub without this file, which is optional
+        return default
+    return saved
+
+
+def load_parts(
+    config: ComposedConfig, anchor: Any, augmenters: Any, folder: str, kwargs: dict[str, Any]
+) -> tuple[list[PreTrainedModel], list[bool]]:
+    """Return the anchor and the augmenters, and which of them were loaded; write their references into `config`."""
+    count = len(config.augmenter_configs)
+    if augmenters is None:
+        augmenters = [None] * count
+    augmenters = list(augmenters) if isinstance(augmenters, (list, tuple)) else [augmenters]
+    if len(augmenters) != count:
+        raise bad_value(LOAD, "augmenters", f"{count} models", str(len(augmenters)))
+    given = [anchor, *augmenters]
+    paths = [config.anchor_path, *config.augmenter_paths]
+    revisions = [config.anchor_revision, *config.augmenter_revisions]
+    subs = [config.anchor_config, *config.augmenter_configs]
+    models, from_path = [], []
+    for index, part in enumerate(given):
+        name = "anchor" if index == 0 else "augmenters"
+        sub = subs[index]
+        assert sub is not None  # the caller has checked it
+        from_path.append(part is None or isinstance(part, (str, os.PathLike)))
+        if part is None:
+            part = load_part(name, paths[index], revisions[index], folder, sub, kwargs)
+        elif from_path[-1]:
+            revisions[index] = None
+            part = load_part(name, os.path.abspath(part) if os.path.isdir(part) else part, None, folder, sub, kwargs)
+        check_part(name, part, sub)
+        if reference(part):
+            paths[index] = reference(part)
+            hub = {"cache_dir": kwargs.get("cache_dir"), "revision": revisions[index]}
+            revisions[index] = commit(part, hub if from_path[-1] else {})
+        models.append(part)
+    config.anchor_path, *config.augmenter_paths = paths
+    config.anchor_revision, *config.augmenter_revisions = revisions
+    return models, from_path

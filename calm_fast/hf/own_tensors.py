@@ -1,0 +1,147 @@
+"""The composition's own tensors: taken from a state dict, checked, written and read.
+
+A file is written only if loading would accept it: exactly the names and shapes that the config of the composition asks
+for, whatever wrappers the model or its state dict went through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from calm_fast.core.checks import bad_value
+from calm_fast.core.wrapped_names import bare_name
+from calm_fast.hf.config import FORMAT_VERSION
+from calm_fast.hf.layers import hidden_size
+from calm_fast.modules.cross_attention import CrossAttention
+
+if TYPE_CHECKING:
+    from calm_fast.hf.saving import CompositionFiles
+
+PREFIX = "connections."
+PARTS = ("anchor.", "augmenters.")
+VERSION_KEY = "calm_fast_format"
+_ADAPTER = re.compile(r"\.(base_layer|lora_\w+|modules_to_save|original_module|parametrizations)\.")
+_LOAD = "from_pretrained"
+
+
+def expected_shapes(model: CompositionFiles) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every composition tensor by name, as the config defines them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    width, settings = hidden_size(model.anchor), model.config.cross_attention
+    owners = [i for i, pairs in enumerate(model.config.connections) for _ in pairs]
+    with torch.device("meta"):
+        for index, augmenter in enumerate(owners):
+            layer = CrossAttention(width, hidden_size(model.augmenters[augmenter]), **settings)  # type: ignore[arg-type]  # from a ModuleList
+            shapes |= {f"{PREFIX}{index}.{name}": tuple(t.shape) for name, t in layer.state_dict().items()}
+    return shapes
+
+
+def _listed(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:4]) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")
+
+
+def own_tensors(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], bool]:
+    """Return (composition tensors by their bare names, True if one of them was gathered from several processes).
+
+    Every process of a sharded model must call this, because gathering is collective. Names of the parts are left out,
+    unknown ones are kept for `check_tensors` to name.
+    """
+    own: dict[str, torch.Tensor] = {}
+    gathered = False
+    for name, tensor in state_dict.items():
+        bare = bare_name(name)
+        if bare.startswith(PARTS):
+            continue
+        full = getattr(tensor, "full_tensor", None)  # of a DTensor
+        gathered = gathered or full is not None
+        tensor = tensor if full is None else full()
+        if bare in own and own[bare].data_ptr() != tensor.data_ptr():
+            raise bad_value("save_pretrained", "state_dict", "one tensor per name", f"{bare} twice, also as {name}")
+        own[bare] = tensor.detach()
+    return own, gathered
+
+
+def check_tensors(where: str, argument: str, tensors: Mapping[str, Any], expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless `tensors` has exactly the names and shapes of `expected`, all plain tensors."""
+    adapters = [name for name in tensors if _ADAPTER.search(name)]
+    if adapters:
+        what = "the composition's own tensors, without adapters or parametrizations"
+        do = (
+            "Merge them (merge_and_unload() of PEFT, remove_parametrizations() of torch), or save the adapter alone "
+            "with PeftModel.save_pretrained()"
+        )
+        raise bad_value(where, argument, what, f"{_listed(adapters)}. {do}")
+    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    what = f"the {len(expected)} tensors of this composition ({_listed(expected)})"
+    if missing or unknown:
+        found = [f"{kind} {_listed(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names]
+        raise bad_value(where, argument, what, "; ".join(found))
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise bad_value(where, argument, f"{name} of shape {shape}", str(tuple(tensors[name].shape)))
+        if type(tensors[name]) not in (torch.Tensor, torch.nn.Parameter) or tensors[name].is_meta:
+            got = f"a {type(tensors[name]).__name__} on {tensors[name].device}"
+            raise bad_value(where, argument, f"{name} as a plain tensor that holds data", got)
+
+
+def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return a checksum of names, dtypes, shapes and values of CPU tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def write_tensors(file: str | os.PathLike[str], tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write CPU tensors with the format version and `metadata` into a safetensors file."""
+    save_file(tensors, file, metadata={"format": "pt", VERSION_KEY: str(FORMAT_VERSION)} | metadata)
+
+
+def read_metadata(file: str) -> dict[str, str]:
+    """Return the metadata of a file of composition tensors.
+
+    Raises ValueError if the file has a format that this release cannot read.
+    """
+    with safe_open(file, framework="pt") as opened:
+        metadata: dict[str, str] = opened.metadata() or {}
+    version = metadata.get(VERSION_KEY, "none")
+    if version not in {str(v) for v in range(1, FORMAT_VERSION + 1)}:
+        expected = f"composition tensors of format 1 to {FORMAT_VERSION}, which this release reads"
+        got = f"format {version} in {file}. Write a composition with its own save_pretrained()"
+        raise bad_value(_LOAD, "pretrained_model_name_or_path", expected, got)
+    return metadata
+
+
+def read_tensors(file: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file by name, on the CPU."""
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}
+
+
+def load_tensors(model: CompositionFiles, tensors: dict[str, torch.Tensor], keep_dtype: bool) -> None:
+    """Put checked composition tensors into `model`, wrapped or not.
+
+    keep_dtype: the parameters take the dtype of the tensors; otherwise the tensors are cast to the parameters'.
+    """
+    own = {bare_name(name): (name, value) for name, value in model.connections.state_dict(keep_vars=True).items()}
+    state = {}
+    for name, tensor in tensors.items():
+        path, value = own[name.removeprefix(PREFIX)]
+        if keep_dtype and not value.is_meta:
+            tensor = tensor.to(value.device)
+        if hasattr(value, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            tensor = distribute_tensor(tensor.to(value.device), value.device_mesh, value.placements)
+        state[path] = tensor
+    model.connections.load_state_dict(state, assign=keep_dtype)
