@@ -38,20 +38,18 @@ def config_of_tensors(config: ComposedConfig, metadata: dict[str, str], file: st
     return found
 
 
-def saved_generation_config(
-    folder: str, hub: dict[str, Any], metadata: dict[str, str], default: GenerationConfig | None
-) -> GenerationConfig | None:
-    """Return the generation config that was saved with the composition, else `default`."""
+def saved_generation_config(folder: str, hub: dict[str, Any], metadata: dict[str, str]) -> GenerationConfig | None:
+    """Return the generation config that was saved with the composition, or None."""
     if "generation_config" in metadata:
         own: GenerationConfig = GenerationConfig.from_dict(json.loads(metadata["generation_config"]))
         return own
     inside = os.path.join(folder, hub.get("subfolder") or "", GENERATION_CONFIG_NAME)
     if os.path.isdir(folder) and not os.path.isfile(inside):
-        return default
+        return None
     try:
         saved: GenerationConfig = GenerationConfig.from_pretrained(folder, **hub)
     except OSError:  # a repository on the hub without this file, which is optional
-        return default
+        return None
     return saved
 
 

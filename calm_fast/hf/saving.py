@@ -254,10 +254,9 @@ class CompositionFiles(PreTrainedModel):
         composed.record_parts()
         composed._load_own(weights if state_dict is None else state_dict, keep_dtype=True)
         config.tensors_checksum = ""  # the tensors may change from here on
-        default = composed.generation_config if generation_config is None else generation_config
         if generation_config is None:
-            default = saved_generation_config(folder, hub, metadata if embedded else {}, default)
-        composed.generation_config = default  # type: ignore[assignment]  # None only before a composition has one
+            generation_config = saved_generation_config(folder, hub, metadata if embedded else {})
+        composed.generation_config = generation_config or composed.generation_config
         composed.config.name_or_path = composed.name_or_path = folder
         composed.eval()
         info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
