@@ -125,7 +125,10 @@ class ComposedForCausalLM(
         widths = hidden_size(self.anchor), hidden_size(self._augmenter(augmenter))
         module = CrossAttention(*widths, **self.config.cross_attention)
         dtype = getattr(torch, self.config.composition_dtype)
-        return module.to(device=device_of(anchor_layer), dtype=dtype)
+        places = ((anchor_layer, self.anchor), *((part, part) for part in self.augmenters))
+        devices = (device_of(module, model) for module, model in places)
+        device = next((device for device in devices if device.type != "meta"), torch.device("meta"))
+        return module.to(device=device, dtype=dtype)
 
     def init_weights(self) -> None:
         """Do nothing: the parts come initialised, and CrossAttention initialises itself."""

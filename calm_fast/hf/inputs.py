@@ -16,6 +16,7 @@ from calm_fast.core.checks import bad_value, describe, values_checked
 from calm_fast.core.compatibility import tried
 from calm_fast.hf.cache import ComposedCache
 from calm_fast.hf.cache_names import NAMES, cache_argument, generate_argument, has_own_cache
+from calm_fast.hf.layers import device_of
 from calm_fast.hf.masks import CAUSAL, Visibility, aligned_visibility, given_visibility
 from calm_fast.hf.masks import WHERE as WHERE
 
@@ -111,7 +112,10 @@ class Signature:
     def device(self, model: PreTrainedModel) -> torch.device:
         """Return model.device without its walk through the modules: every decode step asks."""
         parameter = None if self.home is None else self.home[0]._parameters.get(self.home[1])
-        return model.device if parameter is None else parameter.device
+        if parameter is None:
+            return model.device
+        # an offloaded parameter is on the meta device
+        return device_of(self.home[0], model) if parameter.is_meta and self.home else parameter.device
 
 
 def check_ids(name: str, ids: Any) -> None:

@@ -119,7 +119,29 @@ def submodule(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
     return model
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Return the device of a module's first parameter, or cpu if it has none."""
-    parameter = next(module.parameters(), None)
-    return parameter.device if parameter is not None else torch.device("cpu")
+def device_of(module: nn.Module, model: nn.Module) -> torch.device:
+    """Return the device on which `module`, a part of `model`, computes.
+
+    Offloaded parameters are on the meta device: accelerate's hooks load them for each call and know the device. The
+    answer is meta only if neither a hook nor a parameter of `model` names another device.
+    """
+    return (
+        _stored_on(module) or _executed_on(module) or _stored_on(model) or _executed_on(model) or torch.device("meta")
+    )
+
+
+def _stored_on(module: nn.Module) -> torch.device | None:
+    if next(module.parameters(), None) is None:
+        return torch.device("cpu")
+    return next((p.device for p in module.parameters() if not p.is_meta), None)
+
+
+def _executed_on(module: nn.Module) -> torch.device | None:
+    """Return the device of the first accelerate hook in `module` (AlignDevicesHook, alone or in a SequentialHook)."""
+    for child in module.modules():
+        hook = getattr(child, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            device = getattr(one, "execution_device", None)
+            if device is not None and torch.device(device).type != "meta":
+                return torch.device(device)
+    return None

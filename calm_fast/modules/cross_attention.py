@@ -181,7 +181,7 @@ class CrossAttention(nn.Module):
         """
         self._check(anchor_hidden, augmenter_hidden)
         device_type, dtype = anchor_hidden.device.type, anchor_hidden.dtype
-        if not torch.is_autocast_enabled(device_type):
+        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
             return self._attend(anchor_hidden, augmenter_hidden, dtype, lo, hi, cache, causal)
         if dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device_type)
