@@ -9,14 +9,15 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput  # type: ignore[attr-defined]  # re-exported without __all__
 
 from calm_fast.core.checks import bad_value
 from calm_fast.core.compatibility import require
-from calm_fast.hf.cache import ComposedCache
+from calm_fast.hf.cache import ComposedCache, Identity
 from calm_fast.hf.cache_names import with_cache
 from calm_fast.hf.config import ComposedConfig
-from calm_fast.hf.generation import CompositionGeneration, own_cache
+from calm_fast.hf.generation import CompositionGeneration
 from calm_fast.hf.hooks import ANCHOR, Checkpoint, Frame, install, sort_states, switch
 from calm_fast.hf.inputs import (
     WHERE,
@@ -109,6 +110,7 @@ class ComposedForCausalLM(
         self.connections = nn.ModuleList(self._connection(i, anchor_layers[max(b, 0)]) for i, _, b in self.pairs)
         self.first_of = [next(c for c, p in enumerate(self.pairs) if p[0] == i) for i in range(len(self.augmenters))]
         self.by_layer = {b: [c for c, pair in enumerate(self.pairs) if pair[2] == b] for _, _, b in self.pairs}
+        self.identity = Identity()
         self.checkpoints: dict[nn.Module, Checkpoint] = {}
         self.hooks = install(self.pairs, anchor_layers, [layers for _, layers in found])
 
@@ -184,7 +186,7 @@ class ComposedForCausalLM(
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        cache: ComposedCache | None = None,
+        cache: Cache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -194,7 +196,7 @@ class ComposedForCausalLM(
         lo: Any = None,
         hi: Any = None,
         return_dict: bool | None = None,
-        past_key_values: ComposedCache | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Return the logits of the composed model, with the anchor's own loss, hidden states and attentions.
@@ -203,7 +205,8 @@ class ComposedForCausalLM(
             input_ids: (B, M) int64 or int32.
             attention_mask: (B, past + M), 1 = real; one block of ones per row if a cache is kept.
             position_ids: (1 or B, M); restarts separate documents if there is no mask and no cache, as in transformers.
-            cache: a ComposedCache; also taken as past_key_values or cache_params, its names before transformers 5.24.
+            cache: a ComposedCache, or an empty cache of transformers, which becomes the anchor's and may be passed
+                again; also taken as past_key_values or cache_params, its names before transformers 5.24.
             labels: (B, M), shifted by the anchor's loss.
             use_cache: default, True in eval mode without labels if the anchor's config says so.
             kwargs: go to the anchor.
@@ -227,7 +230,7 @@ class ComposedForCausalLM(
         check_ids("input_ids", input_ids)
         check_tensors(attention_mask=attention_mask, position_ids=position_ids, labels=labels)
         recurrent = kwargs.pop("cache_params", None)
-        cache = own_cache(cache=cache, past_key_values=past_key_values, cache_params=recurrent)
+        cache = self.own_cache(cache=cache, past_key_values=past_key_values, cache_params=recurrent)
         past = 0 if cache is None else cache.get_seq_length()
         inputs = Tokens(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
         external: dict[str, Any] | None = {
@@ -249,9 +252,6 @@ class ComposedForCausalLM(
             self._check_vocabularies(calls, inputs)
         if cache is None and (not uncacheable if cached is None else cached):
             cache = self.new_cache()
-        if cache is not None:
-            remember(cache, past, inputs, calls)
-
         if labels is not None:
             kwargs["labels"] = labels
         if self.signatures[0].logits_to_keep:
@@ -260,8 +260,11 @@ class ComposedForCausalLM(
         if checkpoints and cache is not None:
             raise bad_value(WHERE, "use_cache", "False while training with gradient checkpointing", "a cache")
         frame = Frame(self.hooks.owner, checkpoints)
+        begun = cache is not None and cache.begin()
         before = switch(frame)
         try:
+            if cache is not None:
+                remember(cache, past, inputs, calls)
             self._read_augmenters(frame, calls, cache)
             self.hooks.check_read(frame, self.pairs)
             frame.residual = partial(self._add_residuals, frame.states, calls, cache)
@@ -272,6 +275,8 @@ class ComposedForCausalLM(
             self.hooks.check_added(frame, self.pairs)
         finally:
             switch(before)
+            if begun and cache is not None:
+                cache.end()
         outputs = with_cache(outputs, cache, self.signatures[0].generated)
         return outputs if return_dict is None or return_dict else outputs.to_tuple()
 

@@ -6,25 +6,14 @@ from typing import Any, NoReturn, cast
 
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils import ModelOutput  # type: ignore[attr-defined]  # re-exported without __all__
 
 from calm_fast.core.checks import bad_value
-from calm_fast.hf.cache import ComposedCache, cache_of_first_layers
+from calm_fast.hf.cache import AROUND, ComposedCache, Identity, cache_of_first_layers, is_empty
 from calm_fast.hf.cache_names import NAMES, alias_cache, cache_of, generate_argument, given_cache
 from calm_fast.hf.inputs import WHERE, check_tensors
 from calm_fast.hf.masks import check_left_padded
-
-
-def own_cache(**given: Any) -> ComposedCache | None:
-    """Return the cache that was passed under one of its names, or None.
-
-    Raises ValueError for a cache under two names, or of another kind.
-    """
-    name, cache = given_cache(**given)
-    if cache is not None and not isinstance(cache, ComposedCache):
-        raise bad_value(WHERE, name, "a ComposedCache", type(cache).__name__)
-    return cache
 
 
 class CompositionGeneration(GenerationMixin):
@@ -34,6 +23,7 @@ class CompositionGeneration(GenerationMixin):
     augmenters: nn.ModuleList
     depths: list[int]
     pairs: list[tuple[int, int, int]]
+    identity: Identity
 
     def _augmenter(self, index: int) -> PreTrainedModel:
         return cast(PreTrainedModel, self.augmenters[index])
@@ -51,7 +41,47 @@ class CompositionGeneration(GenerationMixin):
         texts = [part.config.get_text_config(decoder=True) for part in parts]
         anchor_cache = DynamicCache(config=texts[0]) if anchor_cache is None else anchor_cache
         caches = [cache_of_first_layers(text, depth) for text, depth in zip(texts[1:], self.depths, strict=True)]
-        return ComposedCache(anchor_cache, caches, len(self.pairs))
+        return ComposedCache(anchor_cache, caches, len(self.pairs), self.identity.name)
+
+    def own_cache(self, **given: Any) -> ComposedCache | None:
+        """Return the cache that was passed under one of its names as a ComposedCache of this composition, or None.
+
+        An empty cache of transformers is taken as the anchor's. The user's object remembers the ComposedCache around
+        it, so that it continues when it comes again, also as a deep copy.
+
+        Raises ValueError for a cache under two names, one that another model filled, or one of another kind.
+        """
+        name, cache = given_cache(**given)
+        if cache is None:
+            return None
+        if not isinstance(cache, ComposedCache):
+            return self._around(name, cache)
+        if cache.owner != self.identity.name:
+            expected = "a cache that this composition filled, or an empty DynamicCache"
+            got = "the ComposedCache of another composition, or of one that was loaded or copied before"
+            raise bad_value(WHERE, name, expected, got)
+        return cache
+
+    def _around(self, name: str, cache: Any) -> ComposedCache:
+        """Return the ComposedCache around a user's own cache."""
+        expected = "a ComposedCache, or an empty cache of transformers like DynamicCache or StaticCache"
+        if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+            raise bad_value(WHERE, name, expected, type(cache).__name__)
+        if is_empty(cache):
+            around = self.new_cache(cache)
+            setattr(cache, AROUND, around)
+            return around
+        known = getattr(cache, AROUND, None)
+        if isinstance(known, ComposedCache) and known.anchor is cache and known.owner == self.identity.name:
+            if known.in_step():
+                return known
+            got = f"a {type(cache).__name__} that was changed since; crop or reset outputs.{name} instead"
+            raise bad_value(WHERE, name, "as this composition left it", got)
+        got = (
+            f"a {type(cache).__name__} that another model filled. The augmenters have not read its tokens: pass an "
+            "empty cache and all tokens"
+        )
+        raise bad_value(WHERE, name, expected, got)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         # generate() reads the mask's shape before the first forward
@@ -70,18 +100,27 @@ class CompositionGeneration(GenerationMixin):
             generation_config, model_kwargs, *args, **kwargs
         )
         name = generate_argument()
-        cache = model_kwargs.get(name)
-        # transformers made it: a user's cache of another kind is refused in generate()
+        cache: Cache | None = model_kwargs.get(name)
+        # transformers made it: generate() has wrapped or refused a user's own
         if cache is not None and not isinstance(cache, ComposedCache):
-            model_kwargs[name] = self.new_cache(cache)
+            cache = model_kwargs[name] = self.new_cache(cache)
+            if getattr(generation_config, "is_assistant", False) and hasattr(cache, "activate_past_recording"):
+                cache.activate_past_recording()  # transformers has asked only the anchor's
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Run transformers' generate; a ComposedCache is taken and returned as ``cache`` and as ``past_key_values``.
+        """Run transformers' generate; the cache is returned as ``cache`` and as ``past_key_values``.
 
-        Raises ValueError for a cache passed under two names, or one that is not a ComposedCache.
+        It is taken under these names too: a ComposedCache, or an empty cache of transformers, which may be passed again
+        turn after turn. Raises ValueError as own_cache does.
         """
-        cache = own_cache(**{name: kwargs.pop(name, None) for name in NAMES})
-        if cache is not None:
-            kwargs[generate_argument()] = cache
-        outputs = super().generate(*args, **kwargs)
+        cache = self.own_cache(**{name: kwargs.pop(name, None) for name in NAMES})
+        if cache is None:
+            outputs = super().generate(*args, **kwargs)
+        else:
+            begun = cache.begin()
+            try:
+                outputs = super().generate(*args, **kwargs, **{generate_argument(): cache})
+            finally:
+                if begun:
+                    cache.end()
         return alias_cache(outputs, cache_of(outputs)) if isinstance(outputs, ModelOutput) else outputs

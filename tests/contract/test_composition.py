@@ -112,8 +112,20 @@ def test_a_foreign_cache_is_refused(name: str) -> None:
     composed, ids = shared(name), prompts()
     for spelling in ("cache", "past_key_values"):
         foreign = DynamicCache(config=composed.anchor.config)
-        with pytest.raises(ValueError, match=f"`{spelling}` must be a ComposedCache, got DynamicCache"):
+        with torch.no_grad():
+            composed.anchor(ids[:, :-1], **{composed.signatures[0].cache: foreign}, use_cache=True)
+        with pytest.raises(ValueError, match=f"`{spelling}` must be .* a DynamicCache that another model filled"):
             composed.generate(ids, max_new_tokens=2, **{spelling: foreign})
+
+
+@each_family
+def test_an_empty_cache_is_taken_turn_after_turn(name: str) -> None:
+    composed, ids = shared(name), prompts()
+    own = DynamicCache(config=composed.anchor.config)
+    for _ in range(2):
+        expected = composed.generate(ids, max_new_tokens=2, do_sample=False)
+        assert torch.equal(composed.generate(ids, max_new_tokens=2, do_sample=False, cache=own), expected)
+        ids = torch.cat([expected, ids[:, :1]], dim=1)
 
 
 def trainer(model: ComposedForCausalLM, out: Path, steps: int, **more: Any) -> Trainer:

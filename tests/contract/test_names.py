@@ -64,6 +64,8 @@ OVERRIDDEN = {
     (PreTrainedConfig, "get_text_config"): ["decoder", "encoder"],
     (PreTrainedConfig, "to_dict"): [],
     (Cache, "update"): [],
+    (Cache, "crop"): [],
+    (Cache, "reset"): [],
     (Cache, "get_seq_length"): ["layer_idx"],
     (Cache, "get_mask_sizes"): ["query_length", "layer_idx"],
     (Cache, "get_max_length"): ["layer_idx"],

@@ -188,7 +188,7 @@ def ones(*shape: int) -> torch.Tensor:
         ({"attention_mask": "ones"}, "`attention_mask` must be a tensor .* or None, got str 'ones'"),
         ({"position_ids": [list(range(9))]}, "`position_ids` must be a tensor .* or None, got list"),
         ({"labels": prompts().tolist()}, "`labels` must be a tensor .* or None, got list"),
-        ({"cache": object()}, "`cache` must be a ComposedCache, got object"),
+        ({"cache": object()}, "`cache` must be a ComposedCache, or an empty cache .*, got object"),
         ({"augmenter_input_ids": prompts()}, "`hi` must be given with `lo` or .* got None"),
         ({"lo": ones(2, 9)}, "`hi` must be given with `lo` or .* got None"),
         (
