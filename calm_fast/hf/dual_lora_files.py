@@ -24,7 +24,7 @@ from calm_fast.hf.adapters import BaseReference, LoraFactors, read_json, read_te
 from calm_fast.hf.dual_lora import check_addable, layers_of, make_layer, put_layers
 from calm_fast.hf.dual_lora_targets import conv1d_sizes
 from calm_fast.hf.saving import reference
-from calm_fast.hf.wrappers import inner_model, is_sharded, own_modules, whole, writes_files
+from calm_fast.hf.wrappers import has_peft_layers, inner_model, is_sharded, own_modules, whole, writes_files
 from calm_fast.modules.dual_lora import DualLoRALinear, check_mode
 
 FORMAT_VERSION = 2  # 1: without checksum, sizes, and modes of single layers
@@ -56,6 +56,14 @@ def save_lora_adapter(
     if which not in ("pos", "neg"):
         raise bad_value(_SAVE_ADAPTER, "which", "'pos' or 'neg'", repr(which))
     layers = layers_of(model, _SAVE_ADAPTER)
+    if under := [path for path, layer in layers.items() if has_peft_layers(layer.base)]:
+        raise bad_value(
+            _SAVE_ADAPTER,
+            "model",
+            "one whose dual LoRA layers are over no PEFT adapters",
+            f"one that has in {under[0]}, so this adapter would not fit the plain base; merge them first "
+            "(merge_and_unload), and save that base",
+        )
     names = (f"lora_a_{which}", f"lora_b_{which}")
     tensors, writes = _gather(_SAVE_ADAPTER, layers, names)
     if not writes:
