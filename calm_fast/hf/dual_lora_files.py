@@ -23,7 +23,7 @@ from calm_fast.core.fingerprint import file_checksum
 from calm_fast.hf.adapters import BaseReference, LoraFactors, read_json, read_tensors, write_adapter, write_pair
 from calm_fast.hf.dual_lora import check_addable, layers_of, make_layer, put_layers
 from calm_fast.hf.dual_lora_targets import conv1d_sizes
-from calm_fast.hf.saving import reference
+from calm_fast.hf.references import reference
 from calm_fast.hf.wrappers import has_peft_layers, inner_model, is_sharded, own_modules, whole, writes_files
 from calm_fast.modules.dual_lora import DualLoRALinear, check_mode
 
