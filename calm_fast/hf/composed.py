@@ -165,16 +165,27 @@ class ComposedForCausalLM(
         states: dict[tuple[int, int], torch.Tensor],
         calls: list[AugmenterCall],
         cache: ComposedCache | None,
+        tokens: int,
+        kept: int | torch.Tensor,
         layer: int,
         hidden: torch.Tensor,
     ) -> torch.Tensor:
-        """Return `hidden` (B, M, DB), the state after anchor layer `layer`, plus the residual of each connection."""
+        """Return `hidden` (B, M, DB), the state after anchor layer `layer`, plus the residual of each connection.
+
+        tokens: the number of anchor tokens given; M is it, or `kept`, the number of last tokens whose logits are asked
+        for (Gemma 4 drops the others before its KV-sharing layers).
+        """
+        m = hidden.shape[1]
+        if m != tokens and (not isinstance(kept, int) or m != kept):
+            got = f"layer {layer}, a {self.hooks.adds[layer]}, which runs on {m}. Connect another layer"
+            raise bad_value(WHERE, "connections", f"of anchor layers that run on the {tokens} tokens given", got)
         total: torch.Tensor | None = None
         for index in self.by_layer[layer]:
             augmenter, a, _ = self.pairs[index]
             state = states[augmenter, a].to(hidden.device)
             lo, hi, causal, _ = calls[augmenter].visibility
-            lo, hi = (None if t is None else t.to(hidden.device) for t in (lo, hi))  # layers may lie on several devices
+            # layers may lie on several devices, and may run on the last tokens only
+            lo, hi = (None if t is None else t.to(hidden.device)[..., -m:] for t in (lo, hi))
             keys = None if cache is None else cache.cross[index]
             out: torch.Tensor = self.connections[index](hidden, state, lo, hi, keys, causal=causal)
             total = out if total is None else total + (out - hidden)
@@ -267,7 +278,9 @@ class ComposedForCausalLM(
                 remember(cache, past, inputs, calls)
             self._read_augmenters(frame, calls, cache)
             self.hooks.check_read(frame, self.pairs)
-            frame.residual = partial(self._add_residuals, frame.states, calls, cache)
+            frame.residual = partial(
+                self._add_residuals, frame.states, calls, cache, input_ids.shape[1], logits_to_keep
+            )
             frame.stage = ANCHOR
             own = None if cache is None else cache.anchor
             prepared = part_inputs(self.anchor, self.signatures[0], inputs, own, past)

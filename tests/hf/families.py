@@ -121,3 +121,10 @@ def prompts(batch: int = 2, length: int = 9, seed: int = 3) -> torch.Tensor:
 def switch(model: ComposedForCausalLM, what: str) -> Any:
     """Return the method that switches gradient checkpointing, under the name that this transformers version prefers."""
     return getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")
+
+
+def left_padded(rows: torch.Tensor, pads: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same prompts with padding at the start of the first row."""
+    mask = torch.ones_like(rows)
+    mask[0, :pads] = 0
+    return rows.masked_fill(mask == 0, PAD), mask

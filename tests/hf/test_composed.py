@@ -241,7 +241,7 @@ def test_intervals_follow_the_layer_to_its_device(monkeypatch) -> None:
     states = {(0, 1): torch.randn(2, 9, 8)}
     hidden = torch.empty(2, 9, 8, device="meta")  # a layer that a device map put on another device than the inputs
     calls = [AugmenterCall({}, Visibility(torch.zeros_like(hi), hi, False))]
-    composed._add_residuals(states, calls, None, 1, hidden)
+    composed._add_residuals(states, calls, None, 9, 0, 1, hidden)
     assert seen == ["meta"] * 3
 
 

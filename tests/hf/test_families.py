@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import EOS, FAMILIES, PAD, composed_model, prompts
+from families import EOS, FAMILIES, composed_model, left_padded, prompts
 
 from calm_fast.hf import ComposedCache, ComposedForCausalLM, compose
 from calm_fast.hf.cache_names import cache_argument, cache_of
@@ -22,13 +22,6 @@ STEPS = 7
 def shared(name: str) -> ComposedForCausalLM:
     """One composition per family, for tests that do not change it."""
     return composed_model(name)
-
-
-def left_padded(rows: torch.Tensor, pads: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the same prompts with padding at the start of the first row."""
-    mask = torch.ones_like(rows)
-    mask[0, :pads] = 0
-    return rows.masked_fill(mask == 0, PAD), mask
 
 
 def recompute(model: Any, ids: torch.Tensor, steps: int = STEPS) -> torch.Tensor:

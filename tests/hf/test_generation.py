@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import EOS, FAMILIES, PAD, VOCAB, composed_model, prompts
+import transformers
+from families import EOS, FAMILIES, PAD, VOCAB, composed_model, left_padded, prompts, randomize
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
 
@@ -87,3 +88,36 @@ def test_what_cannot_be_done_says_what_to_do() -> None:
         composed.generate_batch([[5, 6, 7], [8, 9]], max_new_tokens=2)
     with pytest.raises(ValueError, match="`inputs_embeds` must be None"):
         composed.generate(inputs_embeds=torch.randn(1, 3, 32), max_new_tokens=2)
+
+
+@torch.no_grad()
+@pytest.mark.seam(
+    attach="an anchor that runs its last layers on the last tokens only (Gemma 4's KV-sharing layers)",
+    to="composition",
+    result="works",
+    why="each token keeps its own interval",
+)
+@pytest.mark.parametrize("padding", ["no padding", "left padding"])
+def test_layers_that_run_on_the_last_tokens_keep_their_intervals(padding: str) -> None:
+    if not hasattr(transformers, "Gemma4ForCausalLM"):
+        pytest.skip("this release of transformers has no Gemma 4")
+    names = {"num_kv_shared_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8}
+    names |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 6, "num_hidden_layers": 4}
+    names |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "num_attention_heads": 4}
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": PAD}
+    torch.manual_seed(0)
+    config = transformers.Gemma4TextConfig(**names, **sizes, initializer_range=0.3)
+    composed = randomize(compose(transformers.Gemma4ForCausalLM(config).eval(), FAMILIES["llama"].model(1, depth=4)))
+    ids, mask = prompts(), None
+    if padding == "left padding":
+        ids, mask = left_padded(ids)
+    how = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(composed.generate(ids, **how), composed.generate(ids, use_cache=False, **how))
+
+
+def test_a_layer_that_drops_other_tokens_is_refused() -> None:
+    composed = composed_model("llama", [(1, 1)])
+    layer = composed.anchor.model.layers[1]
+    with layer.register_forward_hook(lambda module, args, output: output[:, 1:], prepend=True):
+        with pytest.raises(ValueError, match=r"`connections` must be of anchor layers that run on the 9 tokens given"):
+            composed(prompts(), use_cache=False)
