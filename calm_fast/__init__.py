@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the names of _LAZY, for type checkers
     from calm_fast.hf.dual_lora_files import save_lora_adapter as save_lora_adapter
     from calm_fast.modules.cross_attention import CrossAttention as CrossAttention
     from calm_fast.modules.dual_lora import DualLoRALinear as DualLoRALinear
+    from calm_fast.modules.fixed_weights import fixed_weights as fixed_weights
 
 # public name -> the module that defines it, which is imported when the name is first used
 _LAZY = {
@@ -39,6 +40,7 @@ _LAZY = {
     "SelfConsistency": "calm_fast.consistency.self_consistency",
     "DualLoRALinear": "calm_fast.modules.dual_lora",
     "add_dual_lora": "calm_fast.hf.dual_lora",
+    "fixed_weights": "calm_fast.modules.fixed_weights",
     "explain": "calm_fast.core.dispatch",
     "get_gates": "calm_fast.hf.dual_lora",
     "load_dual_lora": "calm_fast.hf.dual_lora_files",

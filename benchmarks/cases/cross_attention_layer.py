@@ -18,6 +18,7 @@ from calm_fast.benchmarks.baselines.cross_attention import (
     visible,
 )
 from calm_fast.benchmarks.graphs import graphed
+from calm_fast.benchmarks.kept_weights import as_steps
 from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Series, Target, Thunk, Values
 
 OP = "cross_attention"
@@ -161,6 +162,8 @@ def _ours(s: LayerShape, graph: bool = False) -> Callable[[Inputs], Thunk]:
         def forward(hb: torch.Tensor, ha: torch.Tensor) -> torch.Tensor:
             return layer(hb, ha, cache=cache, causal=s.causal)
 
+        if not s.train:
+            forward = as_steps(layer, forward)
         thunk = _thunk(forward, [(name, parts[name].weight) for name in WEIGHTS], inputs, s)
         return graphed(thunk) if graph else thunk
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from calm_fast.benchmarks.baselines.dual_lora import concatenated, formula, peft_layer, single_lora
 from calm_fast.benchmarks.graphs import graphed
+from calm_fast.benchmarks.kept_weights import as_steps
 from calm_fast.benchmarks.registry import Case, Contestant, Definition, Inputs, Target, Thunk, Values
 from calm_fast.core import native_library
 
@@ -167,7 +168,8 @@ def _ours(s: Shape, graph: bool = False) -> Callable[[Inputs], Thunk]:
         with torch.no_grad():
             for name, part in parts.items():
                 part.copy_(inputs[name])
-        thunk = _thunk(layer, {name: part for name, part in parts.items() if name not in FROZEN}, inputs)
+        forward = layer if "dout" in inputs else as_steps(layer, layer)
+        thunk = _thunk(forward, {name: part for name, part in parts.items() if name not in FROZEN}, inputs)
         return graphed(thunk) if graph else thunk
 
     return prepare

@@ -16,6 +16,7 @@ from calm_fast.benchmarks.baselines.composition import TRANSFORMERS, Engine, add
 from calm_fast.benchmarks.baselines.cross_attention import PlainHook, ReleasedHook, rms_norm, unfolded_layer, visible
 from calm_fast.benchmarks.cases.model_shape import OP, ModelShape
 from calm_fast.benchmarks.cases.model_training import composed
+from calm_fast.benchmarks.kept_weights import fixed_weights
 from calm_fast.benchmarks.registry import Case, Contestant, Inputs, Target, Thunk, Values
 from calm_fast.hf.cache_names import cache_argument
 
@@ -90,7 +91,13 @@ def _our_loop(s: ModelShape) -> Callable[[Inputs], Thunk]:
             kept["cache"] = out.cache
             return out.logits[:, 0]
 
-        return _loop(s, inputs, step)
+        loop = _loop(s, inputs, step)
+
+        def run() -> Values:
+            with fixed_weights(model):
+                return loop()
+
+        return run
 
     return prepare
 

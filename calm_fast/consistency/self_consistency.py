@@ -34,6 +34,7 @@ from calm_fast.core.checks import bad_type, check_finite_number
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.fingerprint import model_fingerprint
 from calm_fast.core.progress import progress_bar
+from calm_fast.modules.fixed_weights import fixed_weights
 
 _CALLER = "SelfConsistency"
 _VOTE_AT_ONCE = 256  # questions of existing samples between two writes
@@ -152,6 +153,7 @@ class SelfConsistency:
         with (
             progress_bar(total=len(items), desc="sampling", unit="question", shown=self.progress) as bar,
             eval_mode(self.model),
+            fixed_weights(self.model),
         ):
             return self._resume(items, out, "sampled", bar, self._sample_and_vote)
 

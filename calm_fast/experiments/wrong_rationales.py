@@ -35,6 +35,7 @@ from calm_fast.core.files import write_json
 from calm_fast.core.progress import progress_bar
 from calm_fast.hf.dual_lora import get_gates, record_gates
 from calm_fast.hf.dual_lora_files import save_lora_adapter
+from calm_fast.modules.fixed_weights import fixed_weights
 from calm_fast.nat.data import Example, RationaleDataset, RightPadding
 
 ARMS = ("base", "negative", "lora", "lora_long", "nat", "nce")
@@ -160,9 +161,10 @@ def answers(model: LlamaForCausalLM, pairs: Sequence[Pair], tokenizer: Any) -> l
     # all questions have the same number of digits, so that a batch needs no padding
     ids = torch.tensor([tokenizer(f"{question(pair)}\n")["input_ids"] for pair in pairs], device=model.device)
     longest = len(tokenizer(rationale((10 ** len(str(pairs[0][0])) - 1,) * 2))["input_ids"])
-    written = model.eval().generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest + 2, do_sample=False
-    )
+    with fixed_weights(model):
+        written = model.eval().generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest + 2, do_sample=False
+        )
     texts = [
         "".join(tokenizer.convert_ids_to_tokens(row, skip_special_tokens=True)) for row in written[:, ids.shape[1] :]
     ]

@@ -14,6 +14,7 @@ from calm_fast.hf.cache import AROUND, ComposedCache, Identity, cache_of_first_l
 from calm_fast.hf.cache_names import NAMES, alias_cache, cache_of, generate_argument, given_cache
 from calm_fast.hf.inputs import WHERE, check_tensors
 from calm_fast.hf.masks import check_left_padded
+from calm_fast.modules.fixed_weights import fixed_weights
 
 
 class CompositionGeneration(GenerationMixin):
@@ -111,16 +112,18 @@ class CompositionGeneration(GenerationMixin):
         """Run transformers' generate; the cache is returned as ``cache`` and as ``past_key_values``.
 
         It is taken under these names too: a ComposedCache, or an empty cache of transformers, which may be passed again
-        turn after turn. Raises ValueError as own_cache does.
+        turn after turn. No parameter may change meanwhile (`calm_fast.fixed_weights`). Raises ValueError as own_cache
+        does.
         """
         cache = self.own_cache(**{name: kwargs.pop(name, None) for name in NAMES})
-        if cache is None:
-            outputs = super().generate(*args, **kwargs)
-        else:
-            begun = cache.begin()
-            try:
-                outputs = super().generate(*args, **kwargs, **{generate_argument(): cache})
-            finally:
-                if begun:
-                    cache.end()
+        with fixed_weights(cast(nn.Module, self)):
+            if cache is None:
+                outputs = super().generate(*args, **kwargs)
+            else:
+                begun = cache.begin()
+                try:
+                    outputs = super().generate(*args, **kwargs, **{generate_argument(): cache})
+                finally:
+                    if begun:
+                        cache.end()
         return alias_cache(outputs, cache_of(outputs)) if isinstance(outputs, ModelOutput) else outputs

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from contextlib import nullcontext
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from calm_fast import ops
-from calm_fast._ops.packed_linear.api import Packed, can_pack, linear, linear_into, pack
+from calm_fast._ops.packed_linear.api import linear, linear_into
 from calm_fast.core.checks import bad_type, bad_value
-from calm_fast.modules.folding import FoldedWeights, KeyValueCost, key_value_cost, may_cache, slowness
+from calm_fast.modules.cross_attention_weights import choose_factors, fit, read_parameters
+from calm_fast.modules.fixed_weights import FoldedWeights, Parameters
 from calm_fast.modules.rms import in_dtype, rms_normalise
 
 _NAME = "CrossAttention"
-_Parameters = tuple[torch.Tensor | None, ...]
+_FLOAT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # a module takes states in its parameters' dtype
 
 
 class KeyValueCache(Protocol):
@@ -26,55 +28,6 @@ class KeyValueCache(Protocol):
         ...
 
 
-class _Factors(NamedTuple):
-    """Weights (out, in) and biases (out,) in call order, in the computation's dtype; v is None if k holds [W_k; W_v].
-    scale is the pre-norm's weight, in any dtype. Kept weights are packed if the compiled library multiplies them."""
-
-    scale: torch.Tensor | None
-    q: torch.Tensor | Packed
-    q_bias: torch.Tensor | None
-    proj: torch.Tensor | Packed | None
-    proj_bias: torch.Tensor | None
-    k: torch.Tensor | Packed
-    k_bias: torch.Tensor | None
-    v: torch.Tensor | Packed | None
-    v_bias: torch.Tensor | None
-    o: torch.Tensor | Packed
-    o_bias: torch.Tensor | None
-    post: torch.Tensor | None
-
-
-class _Weights(NamedTuple):
-    """The layer's parameters, or products of them: the fields of `_Factors`, in the parameters' dtype."""
-
-    scale: torch.Tensor | None
-    q: torch.Tensor
-    q_bias: torch.Tensor | None
-    proj: torch.Tensor | None
-    proj_bias: torch.Tensor | None
-    k: torch.Tensor
-    k_bias: torch.Tensor | None
-    v: torch.Tensor | None
-    v_bias: torch.Tensor | None
-    o: torch.Tensor
-    o_bias: torch.Tensor | None
-    post: torch.Tensor | None
-
-    def to(self, dtype: torch.dtype) -> _Factors:
-        """Return the factors in `dtype`, except scale, which is multiplied with H_B in H_B's dtype."""
-        rest = [t if t is None or t.dtype == dtype else t.to(dtype) for t in self[1:]]
-        return _Factors(self.scale, *rest)  # type: ignore[arg-type]  # None stays None and a tensor a tensor
-
-
-# child module and its parameter, in the order of _Weights
-_PLACES = (
-    ("norm", "weight"), ("q_proj", "weight"), ("q_proj", "bias"), ("proj", "weight"), ("proj", "bias"),
-    ("k_proj", "weight"), ("k_proj", "bias"), ("v_proj", "weight"), ("v_proj", "bias"),
-    ("o_proj", "weight"), ("o_proj", "bias"), ("post_norm", "weight"),
-)  # fmt: skip
-_MATRICES = ("q", "proj", "k", "v", "o")  # fields of _Factors that may be packed
-
-
 class CrossAttention(nn.Module):
     """The composition layer of CALM: the anchor's hidden states H_B read the augmenter's H_A.
 
@@ -82,8 +35,9 @@ class CrossAttention(nn.Module):
 
     n is an RMSNorm or the identity, P a linear map from the augmenter's width to the anchor's. W_o starts at zero: a
     new layer returns the anchor's hidden states unchanged, bit for bit. W_k P and W_v P are folded into one weight, and
-    n's weight into W_q, wherever that costs less (docs/folding.md). A cost model chooses, not a flag. Without gradients
-    the folded weights are kept until a parameter changes.
+    n's weight into W_q, wherever that costs less (docs/folding.md). A cost model chooses, not a flag. Inside
+    `calm_fast.fixed_weights` the folded weights are kept. A child that is more than a plain linear layer or norm (LoRA,
+    quantised, parametrized, with a hook) is called instead, and nothing is folded.
 
     Args:
         anchor_dim: DB, the width of the anchor's hidden states.
@@ -179,21 +133,30 @@ class CrossAttention(nn.Module):
         Raises:
             TypeError, ValueError: an argument has a wrong shape, dtype or device; the message names it.
         """
-        self._check(anchor_hidden, augmenter_hidden)
+        params = read_parameters(self)
+        self._check(anchor_hidden, augmenter_hidden, None if params is None else params[1])
         device_type, dtype = anchor_hidden.device.type, anchor_hidden.dtype
-        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-            return self._attend(anchor_hidden, augmenter_hidden, dtype, lo, hi, cache, causal)
-        if dtype != torch.float64:
+        autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+        if autocast and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device_type)
+        if params is None or not fit(params, self._sizes()):
+            return self._attend_calling(anchor_hidden, augmenter_hidden, dtype, lo, hi, cache, causal)
+        if not autocast:
+            return self._attend(params, anchor_hidden, augmenter_hidden, dtype, lo, hi, cache, causal)
         with torch.autocast(device_type, enabled=False):  # every cast below is explicit
-            return self._attend(anchor_hidden, augmenter_hidden, dtype, lo, hi, cache, causal)
+            return self._attend(params, anchor_hidden, augmenter_hidden, dtype, lo, hi, cache, causal)
 
     def clear_folded(self) -> None:
-        """Drop the folded weights; only needed after a write to a parameter through `.data` without gradients."""
+        """Drop the folded weights that `calm_fast.fixed_weights` kept."""
         self._folded.clear()
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        d = self.head_dim
+        return self.anchor_dim, self.augmenter_dim, self.num_heads * d, self.num_kv_heads * d
 
     def _attend(
         self,
+        params: Parameters,
         hidden: torch.Tensor,
         augmenter: torch.Tensor,
         dtype: torch.dtype,
@@ -207,7 +170,7 @@ class CrossAttention(nn.Module):
         new = augmenter.shape[1]
         heads, kv_heads, d = self.num_heads, self.num_kv_heads, self.head_dim
         inner = augmenter if augmenter.dtype == dtype else augmenter.to(dtype)
-        w = self._choose_weights(dtype, hidden, inner, cache is not None)
+        w = choose_factors(self._folded, params, dtype, hidden, inner, cache is not None)
         normed = hidden if self.norm is None else rms_normalise(hidden, self.eps)
         if w.scale is not None:
             normed = normed * in_dtype(w.scale, normed.dtype)
@@ -236,87 +199,53 @@ class CrossAttention(nn.Module):
             update = update.masked_fill(~seeing, 0.0)
         return hidden + update.to(hidden.dtype)
 
-    def _choose_weights(
-        self, dtype: torch.dtype, hidden: torch.Tensor, augmenter: torch.Tensor, cached: bool
-    ) -> _Factors:
-        """Return the factors of this call: kept ones if no gradient can flow to the parameters."""
-        params = self._params()
-        if may_cache(params):
-            # keys of a cache may carry a graph of their own
-            packed = dtype == torch.float32 and not (cached and torch.is_grad_enabled()) and can_pack(hidden, augmenter)
-            return self._folded.get(params, (dtype, packed), lambda: self._kept_factors(params, dtype, packed))
-        self._folded.clear()
-        return self._factors(params, dtype, hidden, augmenter)
-
-    def _params(self) -> _Parameters:
-        """Return the parameters in the order of `_Weights`, None for those that the layer does not have."""
-        child = self._modules.get
-        try:  # read torch's own dictionaries: 12 attribute lookups take four times as long
-            return tuple([None if (m := child(c)) is None else m._parameters[k] for c, k in _PLACES])
-        except KeyError:  # a child computes its weight, or wraps the module that holds it
-            found = ((getattr(self, name), key) for name, key in _PLACES)
-            return tuple([None if module is None else getattr(module, key) for module, key in found])
-
-    def _kept_factors(self, params: _Parameters, dtype: torch.dtype, packed: bool) -> _Factors:
-        """Return the factors of calls without gradients: everything folded that makes one call cheaper."""
-        w = _Weights(*params)  # type: ignore[arg-type]  # in its order; required parameters are never None
-        if w.scale is not None:
-            w = w._replace(scale=None, q=w.q * w.scale)
-        fold = w.proj is not None and self._cost(1, cached=True).fold
-        factors = self._stack_keys_values(w, fold).to(dtype)
-        if not packed:
-            return factors
-        packs = {name: pack(t) for name in _MATRICES if (t := getattr(factors, name)) is not None}
-        return factors._replace(**packs)  # type: ignore[arg-type]  # these fields may be packed
-
-    def _factors(
-        self, params: _Parameters, dtype: torch.dtype, hidden: torch.Tensor, augmenter: torch.Tensor
-    ) -> _Factors:
-        """Return the factors of one call with H_B and H_A; gradients flow through them to the parameters."""
-        w = _Weights(*params)  # type: ignore[arg-type]  # as above
-        if w.scale is not None and hidden.shape[0] * hidden.shape[1] > w.q.shape[0]:  # fewer rows to scale: fold
-            w = w._replace(scale=None, q=w.q * w.scale)
-        # without P there is nothing to fold: stacking W_k and W_v is a copy, and two products are not slower
-        if w.proj is not None and self._folding_pays(w, augmenter):
-            w = self._stack_keys_values(w, True)
-        return w.to(dtype)
-
-    def _folding_pays(self, w: _Weights, augmenter: torch.Tensor) -> bool:
-        """Return True if folding P into W_k and W_v costs less than applying it to this call's H_A."""
-        grad, device_type = torch.is_grad_enabled(), augmenter.device.type
-        training = False
-        for t in w if grad else ():
-            training = training or (t is not None and t.requires_grad)
-        assert w.proj is not None  # otherwise there is nothing to fold
-        rates = slowness(w.proj.dtype, device_type), slowness(augmenter.dtype, device_type)
-        tokens, augmenter_grad = augmenter.shape[0] * augmenter.shape[1], grad and augmenter.requires_grad
-        return self._cost(tokens, training, augmenter_grad, rates=rates).fold
-
-    def _cost(
+    def _attend_calling(
         self,
-        tokens: int,
-        training: bool = False,
-        augmenter_grad: bool = False,
-        cached: bool = False,
-        rates: tuple[float, float] = (1.0, 1.0),
-    ) -> KeyValueCost:
-        sizes = self.augmenter_dim, self.anchor_dim, self.num_kv_heads * self.head_dim
-        flags = {"training": training, "augmenter_grad": augmenter_grad, "cached": cached}
-        return key_value_cost(tokens, *sizes, **flags, param_slowness=rates[0], compute_slowness=rates[1])
+        hidden: torch.Tensor,
+        augmenter: torch.Tensor,
+        dtype: torch.dtype,
+        lo: torch.Tensor | None,
+        hi: torch.Tensor | None,
+        cache: KeyValueCache | None,
+        causal: bool,
+    ) -> torch.Tensor:
+        """Run `forward` through calls of the children, with their adapters and hooks: results come back in `dtype`."""
+        batch, m, _ = hidden.shape
+        new, d = augmenter.shape[1], self.head_dim
+        db, _, q_dim, kv_dim = self._sizes()
+        normed = hidden if self.norm is None else self._call("norm", hidden, db, dtype)
+        q = self._call("q_proj", normed, q_dim, dtype).view(batch, m, self.num_heads, d)
+        inner = augmenter if self.proj is None else self._call("proj", augmenter, db, dtype)
+        k = self._call("k_proj", inner, kv_dim, dtype).view(batch, new, self.num_kv_heads, d)
+        v = self._call("v_proj", inner, kv_dim, dtype).view(batch, new, self.num_kv_heads, d)
+        if cache is not None:
+            k, v = cache.update(k.transpose(1, 2), v.transpose(1, 2))
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        # meta has no autocast
+        with nullcontext() if hidden.is_meta else torch.autocast(hidden.device.type, enabled=False):
+            out = ops.cross_attention(q, k, v, lo=lo, hi=hi, causal=causal).flatten(2)
+        update = self._call("o_proj", out, db, dtype)
+        if self.post_norm is not None:
+            update = self._call("post_norm", update, db, dtype)
+        seeing = _rows_that_see(lo, hi, causal, out, k.shape[1])  # a child may add a constant
+        if seeing is not None:
+            update = update.masked_fill(~seeing, 0.0)
+        return hidden + update.to(hidden.dtype)
 
-    @staticmethod
-    def _stack_keys_values(w: _Weights, fold: bool) -> _Weights:
-        """Return `w` with k = [W_k; W_v], times P if `fold`; in the parameters' dtype, rounded once."""
-        assert w.v is not None  # nothing is stacked twice
-        weight = torch.cat((w.k, w.v))
-        bias = None if w.k_bias is None or w.v_bias is None else torch.cat((w.k_bias, w.v_bias))
-        if not fold or w.proj is None:
-            return w._replace(k=weight, k_bias=bias, v=None, v_bias=None)
-        if bias is not None and w.proj_bias is not None:
-            bias = torch.addmv(bias, weight, w.proj_bias)
-        return w._replace(k=weight @ w.proj, k_bias=bias, v=None, v_bias=None, proj=None, proj_bias=None)
+    def _call(self, name: str, x: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return child `name` of x (..., width_in) as (..., width) in `dtype`; x goes in the child's dtype."""
+        child = self._modules[name]
+        assert child is not None
+        own = next((p.dtype for p in child.parameters() if p.dtype in _FLOAT), dtype)
+        out = child(in_dtype(x, own))
+        if not isinstance(out, torch.Tensor) or out.shape != (*x.shape[:-1], width):
+            expected = f"a module that returns a tensor {(*x.shape[:-1], width)} here"
+            got = f"shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
+            raise bad_value(_NAME, name, expected, f"{got} from {type(child).__name__}")
+        return in_dtype(out, dtype)
 
-    def _check(self, anchor: torch.Tensor, augmenter: torch.Tensor) -> None:
+    def _check(self, anchor: torch.Tensor, augmenter: torch.Tensor, weight: torch.Tensor | None) -> None:
+        """Check both states; weight: a parameter on the layer's device, None where the children are called."""
         if type(anchor) is type(augmenter) is torch.Tensor:  # all at once, for every decode step
             of_anchor, of_augmenter = anchor.shape, augmenter.shape
             if (
@@ -326,7 +255,8 @@ class CrossAttention(nn.Module):
                 and of_anchor[0] == of_augmenter[0]
                 and anchor.is_floating_point()
                 and augmenter.is_floating_point()
-                and anchor.device == augmenter.device == self.q_proj.weight.device
+                and anchor.device == augmenter.device
+                and (weight is None or weight.device == anchor.device)
             ):
                 return
         for name, value, letters, width in (
@@ -340,7 +270,9 @@ class CrossAttention(nn.Module):
         if augmenter.shape[0] != anchor.shape[0]:
             shape = f"shape {tuple(augmenter.shape)}"
             raise bad_value(_NAME, "augmenter_hidden", f"of batch size {anchor.shape[0]}", shape)
-        devices = {"augmenter_hidden": augmenter.device, "the layer's parameters": self.q_proj.weight.device}
+        devices = {"augmenter_hidden": augmenter.device}
+        if weight is not None:
+            devices["the layer's parameters"] = weight.device
         for name, device in devices.items():
             if device != anchor.device:
                 raise bad_value(_NAME, name, f"on {anchor.device} like anchor_hidden", f"device {device}")

@@ -14,7 +14,7 @@ from calm_fast._ops.dual_lora.api import dual_lora_folded
 from calm_fast._ops.dual_lora.native import pack_folded, project_folded
 from calm_fast._ops.dual_lora.torch_impl import Folded, fold_dual_lora, negative_share
 from calm_fast.core.checks import bad_type, bad_value, check_finite_number
-from calm_fast.modules.folding import FoldedWeights, may_cache
+from calm_fast.modules.fixed_weights import FoldedWeights
 
 _NAME = "DualLoRALinear"
 MODES = ("neg", "pos", "mix")
@@ -189,7 +189,7 @@ class DualLoRALinear(nn.Module):
             return dual_lora_folded(zg, y, folded, self.rank)
 
     def clear_folded(self) -> None:
-        """Forget the folded factors. Only needed after a write through `parameter.data` while gradients are off."""
+        """Drop the folded factors that `calm_fast.fixed_weights` kept."""
         self._folded.clear()
 
     def gate_statistics(self) -> GateStatistics:
@@ -217,7 +217,7 @@ class DualLoRALinear(nn.Module):
         return torch.addmm(y.reshape(-1, y.shape[-1]), z, b.to(x.dtype).mT).view(y.shape)
 
     def _fold(self, dtype: torch.dtype) -> Folded:
-        """Return the factors folded in the parameters' dtype and rounded once. They are kept while nothing trains."""
+        """Return the factors folded in the parameters' dtype and rounded once; kept inside `fixed_weights`."""
         factors = (self.lora_a_pos, self.lora_b_pos, self.lora_a_neg, self.lora_b_neg, self.gate_q, self.gate_k)
         value, scaling = self.value, self.scaling
         activation = "none" if self.variant == "paper" else "gelu"
@@ -226,12 +226,13 @@ class DualLoRALinear(nn.Module):
             return fold_dual_lora(*factors, value, scaling, activation).to(dtype)
 
         def fold_to_keep() -> Folded:
-            with torch.inference_mode(False), torch.no_grad():  # usable in every later mode
-                return pack_folded(fold())
+            return pack_folded(fold())
 
-        if may_cache((*factors, *value)):
-            return self._folded.get((*factors, *value), (dtype, scaling), fold_to_keep)
-        self._folded.clear()
+        params = (*factors, *value)
+        if self._folded.keeps(params):
+            kept = self._folded.get(params, (dtype, scaling), fold_to_keep)
+            if kept is not None:
+                return kept
         return fold()
 
     @torch.no_grad()

@@ -1,14 +1,10 @@
-"""Folding: the cost of both orders of a chain of products, and folded weights kept until a factor changes."""
+"""Folding: the cost of both orders of a chain of products. modules/fixed_weights.py keeps folded weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
-
-_Folded = TypeVar("_Folded", bound=tuple[Any, ...])
 
 # Time per FLOP relative to a bfloat16 product on the same device. A GPU's float32 product without TF32 runs outside the
 # tensor cores (H100 and H200: about 60 against 800 TFLOP/s). CPUs without AMX do both at one rate.
@@ -81,78 +77,3 @@ def key_value_cost(
     into_inner = float(training or augmenter_grad)
     keys_values = 4.0 * tokens * inner_dim * kv_dim * (1 + train + into_inner)
     return KeyValueCost(per_call + fold, (project + keys_values) * compute_slowness)
-
-
-class FoldedWeights:
-    """Tensors computed from parameters, kept for inference and recomputed when any parameter has changed.
-
-    A change shows in the parameter's identity, its storage or its version counter, which every in-place operation and
-    every optimizer step advances. A write through `parameter.data` advances no counter: call `clear()` after it
-    (a forward pass with gradients enabled clears as well).
-    """
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Drop the kept value."""
-        # value, extra, seen; one tuple, because another thread may read it
-        self._kept: tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]] | None = None
-
-    @property
-    def value(self) -> tuple[Any, ...] | None:
-        """The kept value, or None."""
-        return self._kept and self._kept[0]
-
-    def get(
-        self,
-        params: tuple[torch.Tensor | None, ...],
-        extra: tuple[Any, ...],
-        compute: Callable[[], _Folded],
-    ) -> _Folded:
-        """Return `compute()`, or its earlier result if the values of `params` and the key `extra` are the same."""
-        kept = self._kept
-        if kept is None or extra != kept[1] or not self._unchanged(params, kept[2]):
-            with torch.inference_mode(False), torch.no_grad():  # usable outside of inference mode later
-                value = compute()
-            # the detached alias keeps the storage alive: its address cannot be reused for other values
-            seen = tuple(
-                None if p is None else (p, p._version, p.data_ptr(), p.dtype, p.device, p.detach()) for p in params
-            )
-            self._kept = kept = (value, extra, seen)
-        return kept[0]  # type: ignore[return-value]  # one owner, one `compute`: it is what that returned
-
-    @staticmethod
-    def _unchanged(params: tuple[torch.Tensor | None, ...], before: tuple[Any, ...]) -> bool:
-        if len(params) != len(before):
-            return False
-        for p, seen in zip(params, before, strict=True):
-            if p is None or seen is None:
-                if p is not seen:
-                    return False
-            elif (
-                p is not seen[0]
-                or p._version != seen[1]
-                or p.data_ptr() != seen[2]
-                or p.dtype != seen[3]
-                or p.device != seen[4]
-            ):
-                return False
-        return True
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FoldedWeights:
-        return FoldedWeights()
-
-    def __reduce__(self) -> tuple[type[FoldedWeights], tuple[()]]:
-        return (FoldedWeights, ())
-
-
-def may_cache(params: tuple[torch.Tensor | None, ...]) -> bool:
-    """Return True if folded weights may be kept: no gradient can flow to `params`, and their changes show."""
-    if torch.compiler.is_compiling():
-        return False
-    grad = torch.is_grad_enabled()
-    for p in params:  # inference tensors have no version counter
-        if p is not None and ((grad and p.requires_grad) or p.is_inference() or p.is_meta):
-            return False
-    return True

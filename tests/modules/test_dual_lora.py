@@ -49,7 +49,6 @@ def fill(module, *factors):
     with torch.no_grad():
         for p in factors:
             nn.init.normal_(p, std=0.3)
-    module.clear_folded()
 
 
 def expected(made, x, lora_x=None):
@@ -152,7 +151,7 @@ def test_folded_factors_are_kept_until_a_parameter_changes(form, monkeypatch):
 
     folds, plain = [], module.fold_dual_lora
     monkeypatch.setattr(module, "fold_dual_lora", lambda *a: folds.append(1) or plain(*a))
-    with torch.no_grad():
+    with torch.no_grad(), calm_fast.fixed_weights(made):
         made(x), made(x)
         assert len(folds) == 1
         for p in made.parameters():
@@ -166,15 +165,19 @@ def test_folded_factors_are_kept_until_a_parameter_changes(form, monkeypatch):
     count = len(folds)
     made(x), made(x)
     assert len(folds) == count + 2  # while training, once per call
+    with torch.no_grad():
+        made(x), made(x)
+    assert len(folds) == count + 4  # outside of a scope too
 
 
 def test_folding_in_inference_mode_serves_later_gradients(form):
     made, x = layer(form), torch.randn(9, D_IN)
-    with torch.inference_mode():
-        made(x)
     made.requires_grad_(False)
-    x.requires_grad_()
-    made(x).sum().backward()
+    with calm_fast.fixed_weights(made):
+        with torch.inference_mode():
+            made(x)
+        x.requires_grad_()
+        made(x).sum().backward()
     assert x.grad is not None
 
 

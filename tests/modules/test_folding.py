@@ -1,8 +1,6 @@
-"""The cost model against counted FLOPs, and changes that must drop kept folded weights."""
+"""The cost model of folding against counted FLOPs."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from calm_fast import CrossAttention
 from calm_fast.modules import folding
-from calm_fast.modules.folding import FoldedWeights, key_value_cost, may_cache
+from calm_fast.modules.folding import key_value_cost
 
 DA, DB, KV, B, N = 24, 40, 16, 2, 33
 
@@ -79,94 +77,3 @@ def test_slowness_of_a_gpu_works_while_tracing() -> None:
 
     x = torch.ones(2)
     assert torch.equal(torch.compile(scaled, fullgraph=True, backend="eager")(x), scaled(x))
-
-
-def _counting_cache() -> tuple[FoldedWeights, list[int], object]:
-    cache, calls = FoldedWeights(), []
-
-    def get(*params: torch.nn.Parameter, extra: tuple = ()):
-        def compute():
-            calls.append(1)
-            return (params[0] * 2,)
-
-        return cache.get(params, extra, compute)[0]
-
-    return cache, calls, get
-
-
-def test_folded_weights_are_computed_once() -> None:
-    _, calls, get = _counting_cache()
-    p = torch.nn.Parameter(torch.randn(3))
-    assert get(p) is get(p) and len(calls) == 1
-
-
-@pytest.mark.parametrize("change", ["in_place", "optimizer", "load", "data_swap", "replace", "extra", "dtype"])
-def test_folded_weights_follow_every_change(change: str) -> None:
-    _, calls, get = _counting_cache()
-    p = torch.nn.Parameter(torch.randn(3))
-    module = torch.nn.Module()
-    module.p = p
-    get(p)
-    extra: tuple = ()
-    if change == "in_place":
-        with torch.no_grad():
-            p.add_(1)
-    elif change == "optimizer":
-        p.grad = torch.ones(3)
-        torch.optim.AdamW([p]).step()
-    elif change == "load":
-        module.load_state_dict({"p": torch.zeros(3)})
-    elif change == "data_swap":
-        p.data = torch.randn(3)
-    elif change == "replace":
-        p = torch.nn.Parameter(torch.randn(3))
-    elif change == "extra":
-        extra = (torch.bfloat16,)
-    else:
-        module.double()
-        p = module.p
-    assert torch.equal(get(p, extra=extra), p.detach() * 2)
-    assert len(calls) == 2
-
-
-def test_folded_weights_can_be_cleared_after_a_write_through_data() -> None:
-    cache, _, get = _counting_cache()
-    p = torch.nn.Parameter(torch.randn(3))
-    get(p)
-    p.data.add_(1)  # moves no version counter: the documented case for clear()
-    cache.clear()
-    assert torch.equal(get(p), p.detach() * 2)
-
-
-def test_folded_weights_are_neither_copied_nor_pickled() -> None:
-    _, _, get = _counting_cache()
-    layer = CrossAttention(8, 8, 2)
-    h = torch.randn(1, 3, 8)
-    with torch.no_grad():
-        layer(h, h)
-    assert layer._folded.value is not None
-    assert copy.deepcopy(layer)._folded.value is None
-    assert not any("folded" in key for key in layer.state_dict())
-
-
-def test_may_cache_only_where_no_gradient_flows_and_changes_can_be_seen() -> None:
-    p = torch.nn.Parameter(torch.randn(3))
-    assert not may_cache((p,))
-    with torch.no_grad():
-        assert may_cache((p, None))
-    with torch.inference_mode():
-        assert may_cache((p,))
-        made_here = torch.nn.Parameter(torch.randn(3))
-        assert not may_cache((made_here,))
-    p.requires_grad_(False)
-    assert may_cache((p,))
-
-
-def test_weights_kept_under_inference_mode_serve_gradients_later() -> None:
-    layer = CrossAttention(8, 8, 2).requires_grad_(False)
-    h = torch.randn(1, 3, 8)
-    with torch.inference_mode():
-        layer(h, h)
-    leaf = h.clone().requires_grad_()
-    layer(leaf, h).sum().backward()
-    assert leaf.grad is not None

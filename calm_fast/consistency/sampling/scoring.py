@@ -14,6 +14,7 @@ from calm_fast.consistency.sampling.prefix import PrefixReader, branch, check_mo
 from calm_fast.core.checks import bad_type
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.progress import progress_bar
+from calm_fast.modules.fixed_weights import fixed_weights
 
 _CALLER = "score_sequences"
 _LOGITS_AT_ONCE = 2**26  # elements; for heads that are not linear
@@ -81,7 +82,7 @@ def score_sequences(
         raise ValueError(f"{_CALLER}: `max_tokens` must be a positive integer, got {max_tokens!r}")
     pairs = _token_ids(model, tokenizer, prompts, completions)
     results = []
-    with eval_mode(model):
+    with eval_mode(model), fixed_weights(model):
         scorer = _Scorer(model, max_tokens, share_prompt, return_entropy, impl)
         for prompt, rows in progress_bar(pairs, desc="scoring", unit="prompt", shown=progress):
             logprobs, entropies = scorer.score(prompt, rows)

@@ -161,7 +161,7 @@ def test_a_layer_with_packed_weights_is_as_exact_as_without(packing, options):
     made = layer(**options)
     anchor, augmenter = torch.randn(2, 9, 48), torch.randn(2, 13, 24)
     plain = made(anchor, augmenter, causal=True).detach()  # gradients are recorded: nothing is kept
-    with torch.no_grad():
+    with torch.no_grad(), calm_fast.fixed_weights(made):
         packed = made(anchor, augmenter, causal=True)
     kept = made._folded.value
     assert isinstance(kept.q, Packed) and isinstance(kept.k, Packed) and isinstance(kept.o, Packed)
@@ -174,17 +174,18 @@ def test_a_frozen_layer_still_passes_gradients_on(packing):
     """Packed products have no gradient: a call that autograd records gets plain weights, also between other calls."""
     made = layer().requires_grad_(False)
     anchor, augmenter = torch.randn(1, 5, 48), torch.randn(1, 6, 24)
-    with torch.no_grad():
-        quiet = made(anchor, augmenter)
     leaves = anchor.clone().requires_grad_(), augmenter.clone().requires_grad_()
-    made(*leaves).sum().backward()
+    with calm_fast.fixed_weights(made):
+        with torch.no_grad():
+            quiet = made(anchor, augmenter)
+        made(*leaves).sum().backward()
+        with torch.no_grad():
+            assert torch.equal(made(anchor, augmenter), quiet)
     double = layer().double().requires_grad_(False)
     wide = [t.detach().double().requires_grad_() for t in leaves]
     double(*wide).sum().backward()
     for leaf, expected in zip(leaves, wide, strict=True):
         torch.testing.assert_close(leaf.grad.double(), expected.grad, rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
-        assert torch.equal(made(anchor, augmenter), quiet)
 
 
 def test_gradients_flow_through_a_cache(packing):
@@ -199,7 +200,8 @@ def test_gradients_flow_through_a_cache(packing):
 
     def gradient(made, keys, values, anchor, augmenter):
         leaf = values.clone().requires_grad_()
-        made(anchor, augmenter, cache=Prefix(keys, leaf)).square().sum().backward()
+        with calm_fast.fixed_weights(made):
+            made(anchor, augmenter, cache=Prefix(keys, leaf)).square().sum().backward()
         return leaf.grad
 
     made = layer().requires_grad_(False)
@@ -233,7 +235,7 @@ def test_a_product_needs_little_of_a_thread_s_stack(packing):
 def test_packed_weights_follow_their_parameters(packing):
     made = layer()
     anchor, augmenter = torch.randn(1, 5, 48), torch.randn(1, 6, 24)
-    with torch.no_grad():
+    with torch.no_grad(), calm_fast.fixed_weights(made):
         before = made(anchor, augmenter)
         made.o_proj.weight.mul_(2)
         after = made(anchor, augmenter)
@@ -247,6 +249,6 @@ def test_a_token_has_the_same_bits_alone_and_among_others(packing):
     kept = pack(made.q_proj.weight.detach())
     whole = linear(anchor, kept)
     assert torch.equal(whole[1, 7], linear(anchor[1, 7], kept))
-    with torch.no_grad():
+    with torch.no_grad(), calm_fast.fixed_weights(made):
         many = made(anchor, augmenter)
         assert torch.equal(many[1:2], made(anchor[1:2], augmenter[1:2]))

@@ -1,0 +1,321 @@
+"""fixed_weights: what is kept in a scope, and the changes of parameters that no flag of a tensor shows."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import calm_fast
+from calm_fast import CrossAttention, DualLoRALinear, fixed_weights
+from calm_fast.modules.fixed_weights import FoldedWeights, _checksum
+
+OPTIMIZERS = {
+    "plain": {"foreach": False, "fused": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
+
+def cross() -> CrossAttention:
+    layer = CrossAttention(16, 24, 2, bias=True)
+    for p in layer.parameters():
+        nn.init.normal_(p, std=0.3)
+    return layer
+
+
+def dual() -> DualLoRALinear:
+    layer = DualLoRALinear(nn.Linear(16, 16), rank=4, alpha=8, gate_dim=8, value_dim=8)
+    for p in (layer.value_up, layer.lora_b_neg):
+        nn.init.normal_(p)
+    return layer
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(3)
+    return torch.randn(2, 5, 16, generator=g), torch.randn(2, 7, 24, generator=g)
+
+
+def call(layer: nn.Module) -> torch.Tensor:
+    like = next(layer.parameters())
+    given = [t.to(like) for t in inputs()]
+    return layer(*given) if isinstance(layer, CrossAttention) else layer(given[0])
+
+
+def truth(layer: nn.Module) -> torch.Tensor:
+    """Return the result of the layer's present parameters in a layer that has kept nothing."""
+    with torch.no_grad():
+        return call(copy.deepcopy(layer))
+
+
+def factors(layer: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that the layer folds."""
+    return [p for name, p in layer.named_parameters() if not name.startswith("base.")]
+
+
+@pytest.fixture(params=[cross, dual], ids=["cross", "dual"])
+def layer(request: pytest.FixtureRequest) -> nn.Module:
+    return request.param()
+
+
+@pytest.fixture
+def folds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the values that are computed to be kept."""
+    made: list[int] = []
+    plain = FoldedWeights.get
+
+    def get(self, params, extra, compute):
+        return plain(self, params, extra, lambda: (made.append(1), compute())[1])
+
+    monkeypatch.setattr(FoldedWeights, "get", get)
+    return made
+
+
+def _optimizer(kind: str) -> Callable[[nn.Module], None]:
+    def step(layer: nn.Module) -> None:
+        for p in factors(layer):
+            p.grad = torch.ones_like(p)
+        torch.optim.AdamW([p for p in factors(layer) if p.requires_grad], lr=0.1, **OPTIMIZERS[kind]).step()
+
+    return step
+
+
+def _averaged(layer: nn.Module) -> None:
+    """Swap in an exponential moving average, as evaluation with EMA weights does."""
+    for p in factors(layer):
+        p.data = p.data * 0.5
+
+
+def _permuted_rows(layer: nn.Module) -> None:
+    for p in factors(layer):
+        p.data.copy_(p.data.flip(0))
+
+
+def _flipped_bit(layer: nn.Module) -> None:
+    for p in factors(layer):
+        p.data.view(torch.int32).view(-1)[-1] ^= 1 << 23
+
+
+CHANGES = {
+    **{f"optimizer_{kind}": _optimizer(kind) for kind in OPTIMIZERS},
+    "foreach_op": lambda layer: torch._foreach_mul_([p.data for p in factors(layer)], 1.5),
+    "data_write": lambda layer: [p.data.add_(0.1) for p in factors(layer)],
+    "data_swap": _averaged,
+    "negated": lambda layer: factors(layer)[-1].data.neg_(),
+    "permuted": _permuted_rows,
+    "one_bit": _flipped_bit,
+    "load": lambda layer: layer.load_state_dict({k: v * 0.5 for k, v in layer.state_dict().items()}),
+    "load_assign": lambda layer: layer.load_state_dict(
+        {k: v * 0.5 for k, v in layer.state_dict().items()}, assign=True
+    ),
+}
+
+
+@pytest.mark.seam(
+    attach="fused and foreach optimizers, writes through .data, EMA swaps, load_state_dict(assign=True)",
+    to="CrossAttention",
+    result="works",
+    why="folded weights are kept inside fixed_weights only, and checked by content at its start",
+)
+@pytest.mark.parametrize("between", ["no scope", "scopes"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_parameters_give_their_own_result(layer: nn.Module, change: str, between: str) -> None:
+    def seen() -> torch.Tensor:
+        with torch.no_grad():
+            if between == "no scope":
+                return call(layer)
+            with fixed_weights(layer):
+                return call(layer)
+
+    before = seen()
+    CHANGES[change](layer)
+    after = seen()
+    torch.testing.assert_close(after, truth(layer), rtol=1e-5, atol=1e-5)
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_values_are_computed_once_in_a_scope_and_serve_the_next_one(layer: nn.Module, folds: list[int]) -> None:
+    with torch.no_grad():
+        call(layer)
+        assert not folds and layer._folded.value is None
+        for _ in range(2):
+            with fixed_weights(layer), fixed_weights(nn.Sequential(layer)):
+                call(layer), call(layer)
+        assert len(folds) == 1
+        with fixed_weights(layer):
+            with fixed_weights(layer):
+                call(layer)
+            call(layer)  # the inner block has ended, the outer one has not
+        assert len(folds) == 1
+        call(layer)
+    with fixed_weights(layer):
+        call(layer)  # gradients: neither kept nor computed to be kept
+        assert len(folds) == 1 and layer._folded.value is None
+
+
+def test_a_broken_promise_that_shows_is_noticed(layer: nn.Module) -> None:
+    with torch.no_grad(), fixed_weights(layer):
+        call(layer)
+        for p in factors(layer):
+            p.mul_(0.8)
+        torch.testing.assert_close(call(layer), truth(layer), rtol=1e-5, atol=1e-5)
+        for p in factors(layer):
+            p.data.mul_(0.8)
+        layer.clear_folded()
+        torch.testing.assert_close(call(layer), truth(layer), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.seam(
+    attach="torch.func.functional_call with other weights",
+    to="CrossAttention",
+    result="works",
+    why="kept weights belong to the parameters that they were folded from",
+)
+def test_functional_call_uses_the_weights_it_gets(layer: nn.Module) -> None:
+    other = {name: p.detach() * 0.5 for name, p in layer.named_parameters()}
+    twin = copy.deepcopy(layer)
+    twin.load_state_dict(other)
+    given = inputs() if isinstance(layer, CrossAttention) else inputs()[:1]
+    with torch.no_grad():
+        own, wanted = truth(layer), truth(twin)
+        for _ in range(2):
+            got = torch.func.functional_call(layer, other, given)
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+        with fixed_weights(layer):
+            for _ in range(2):
+                torch.testing.assert_close(call(layer), own, rtol=1e-5, atol=1e-5)
+                got = torch.func.functional_call(layer, other, given)
+                torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+            stacked = {name: torch.stack((p, p * 0.5)) for name, p in layer.named_parameters()}
+            both = torch.func.vmap(lambda w: torch.func.functional_call(layer, w, given))(stacked)
+            torch.testing.assert_close(both[0], own, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(both[1], wanted, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(call(layer), own, rtol=1e-5, atol=1e-5)
+
+
+def test_other_threads_and_other_models_keep_nothing(folds: list[int]) -> None:
+    layer, other = cross(), cross()
+    found: list[torch.Tensor] = []
+
+    def run() -> None:
+        with torch.no_grad():
+            found.append(call(layer))
+
+    with torch.no_grad(), fixed_weights(layer):
+        call(other)
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert not folds
+        torch.testing.assert_close(found[0], call(layer))
+        assert len(folds) == 1
+
+
+def test_two_threads_in_scopes_of_one_layer_share_its_weights(folds: list[int]) -> None:
+    layer, barrier = cross(), threading.Barrier(2)
+    wanted = truth(layer)
+    found: list[torch.Tensor] = []
+
+    def run(first: bool) -> None:
+        with torch.no_grad(), fixed_weights(layer):
+            if first:
+                found.append(call(layer))
+            barrier.wait()
+            found.extend(call(layer) for _ in range(20))
+
+    threads = [threading.Thread(target=run, args=(first,)) for first in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 41 and len(folds) == 1
+    for got in found:
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_copies_and_pickles_carry_parameters_only(layer: nn.Module) -> None:
+    with torch.no_grad(), fixed_weights(layer):
+        own = call(layer)
+        assert layer._folded.value is not None
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert twin._folded.value is None
+            torch.testing.assert_close(call(twin), own, rtol=1e-5, atol=1e-5)
+    assert not any("folded" in key for key in layer.state_dict())
+
+
+def test_parameters_of_another_dtype_are_folded_anew(layer: nn.Module) -> None:
+    with torch.no_grad(), fixed_weights(layer):
+        call(layer)
+        layer.double()
+        torch.testing.assert_close(call(layer), truth(layer), rtol=1e-5, atol=1e-5)
+
+
+def test_inference_tensors_are_not_kept() -> None:
+    with torch.inference_mode():
+        made_here = cross()
+        with fixed_weights(made_here):
+            call(made_here)
+            assert made_here._folded.value is None
+
+
+def test_weights_kept_under_inference_mode_serve_gradients_later() -> None:
+    layer = cross().requires_grad_(False)
+    h, a = torch.randn(1, 3, 16), torch.randn(1, 4, 24)
+    with fixed_weights(layer):
+        with torch.inference_mode():
+            layer(h, a)
+        leaf = h.clone().requires_grad_()
+        layer(leaf, a).sum().backward()
+    assert leaf.grad is not None
+
+
+def test_compiled_calls_keep_nothing_in_a_scope(layer: nn.Module) -> None:
+    torch._dynamo.reset()
+    given = inputs() if isinstance(layer, CrossAttention) else inputs()[:1]
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.no_grad(), fixed_weights(layer):
+        torch.testing.assert_close(compiled(*given), truth(layer), rtol=1e-5, atol=1e-5)
+    assert layer._folded.value is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(3,), (5000,), (70, 1000)], ids=str)
+def test_the_checksum_sees_structured_changes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    p = torch.randn(shape).to(dtype)
+    before = _checksum((p, None))
+    assert torch.equal(before, _checksum((p.clone(), None)))
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]
+    for position in (0, p.numel() // 2, p.numel() - 1):
+        for bit in range(8 * p.element_size() - 1):
+            changed = p.clone()
+            changed.view(-1).view(integers)[position] ^= 1 << bit
+            assert not torch.equal(before, _checksum((changed, None)))
+    two = p.clone()
+    two.view(-1)[:2].neg_()
+    for changed in (-p, p.flip(0), p.flip(-1), p.roll(1, 0), two):
+        assert not torch.equal(before, _checksum((changed, None)))
+
+
+def test_a_scope_needs_a_module() -> None:
+    with pytest.raises(TypeError, match="^fixed_weights: `model` must be an nn.Module, got str 'model'"):
+        with fixed_weights("model"):
+            pass
+
+
+def test_public_name() -> None:
+    assert calm_fast.fixed_weights is fixed_weights
+
+
+def test_fake_tensors_are_not_kept(layer: nn.Module) -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with torch.no_grad(), fixed_weights(layer):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert isinstance(call(layer), FakeTensor)
+        assert layer._folded.value is None
+        torch.testing.assert_close(call(layer), truth(layer), rtol=1e-5, atol=1e-5)
