@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from calm_fast.core.checks import bad_value, describe
+from calm_fast.hf.causality import check_parts_causal
 from calm_fast.hf.composed import ComposedForCausalLM
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.connections import resolve_connections
@@ -92,6 +93,7 @@ def compose(
     anchor_layers: str | None = None,
     augmenter_layers: str | list[str | None] | None = None,
     vocab_size: int | None = None,
+    check_causal: bool = True,
     model_kwargs: dict[str, Any] | None = None,
 ) -> ComposedForCausalLM:
     """Compose a frozen anchor with one or more frozen augmenters that share its tokenizer.
@@ -113,12 +115,14 @@ def compose(
         dtype: of the composition tensors; default, the anchor's. float32 is the usual choice for training.
         anchor_layers, augmenter_layers: dotted paths of the decoder layers, for models where `find_layers` needs them.
         vocab_size: number of token ids in use; default, the rows of the anchor's embedding.
+        check_causal: refuse parts that read future tokens. Each part runs once on eight tokens; a part that cannot run
+            on its device yet is tried at the first forward.
         model_kwargs: arguments of from_pretrained for models given as paths (revision, dtype, ...).
     Returns:
         the ComposedForCausalLM, in eval mode.
     Raises:
         ValueError naming the argument: a model that cannot be loaded or composed, connections that are out of range,
-        repeated or of the wrong type, an augmenter that embeds too few token ids.
+        repeated or of the wrong type, an augmenter that embeds too few token ids, a part that reads future tokens.
 
     Runs on the devices of the parts. Source: CALM (arXiv 2401.02412) section 3.
     """
@@ -172,4 +176,7 @@ def compose(
     )
     composed = ComposedForCausalLM(config, anchor, models)
     composed.record_parts()
-    return composed.eval()
+    composed.eval()
+    if check_causal:
+        check_parts_causal(composed, "compose", defer=True)
+    return composed

@@ -16,6 +16,7 @@ from calm_fast.core.checks import bad_value
 from calm_fast.core.compatibility import require
 from calm_fast.hf.cache import ComposedCache, Identity
 from calm_fast.hf.cache_names import with_cache
+from calm_fast.hf.causality import check_parts_causal
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.generation import CompositionGeneration
 from calm_fast.hf.hooks import ANCHOR, Checkpoint, Frame, install, sort_states, switch
@@ -84,6 +85,7 @@ class ComposedForCausalLM(
             anchor = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config.anchor_config))
         if augmenters is None:
             augmenters = [AutoModelForCausalLM.from_config(sub) for sub in config.augmenter_configs]
+        self.unproven = False  # True if a part could not show at compose time that it reads no future token
         self.pairs = [(i, a, b) for i, pairs in enumerate(config.connections) for a, b in pairs]
         self.depths = [max(1, 1 + max(a for a, _ in pairs)) for pairs in config.connections]
 
@@ -233,6 +235,8 @@ class ComposedForCausalLM(
         Raises:
             ValueError naming the argument.
         """
+        if self.unproven and not torch.compiler.is_compiling():
+            check_parts_causal(self, WHERE, defer=False)
         if kwargs.pop("inputs_embeds", None) is not None:
             got = "a value. Pass `input_ids`: every part embeds the tokens itself"
             raise bad_value(WHERE, "inputs_embeds", "None", got)

@@ -18,6 +18,7 @@ from calm_fast.core.checks import bad_value
 from calm_fast.core.files import atomic_path
 from calm_fast.core.fingerprint import weight_fingerprint
 from calm_fast.core.wrapped_names import bare_name
+from calm_fast.hf.causality import check_parts_causal
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.loading import config_of_tensors, load_parts, read_config, saved_generation_config
 from calm_fast.hf.own_tensors import (
@@ -197,6 +198,7 @@ class CompositionFiles(PreTrainedModel):
         output_loading_info: bool = False,
         generation_config: GenerationConfig | None = None,
         check_parts: bool = True,
+        check_causal: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Load a composition and, unless they are passed, the models that it refers to.
@@ -211,6 +213,7 @@ class CompositionFiles(PreTrainedModel):
             generation_config: use this one instead of the saved one.
             check_parts: compare a few weights of each part with those it had when the composition was saved. Pass False
                 to accept other weights.
+            check_causal: refuse parts that read future tokens, as compose() does.
             kwargs: use_cache and other settings of the composition's config override it. All others (dtype, device_map,
                 attn_implementation, quantization_config, trust_remote_code, ...) go to from_pretrained of the parts
                 that are loaded here.
@@ -259,6 +262,8 @@ class CompositionFiles(PreTrainedModel):
         composed.generation_config = generation_config or composed.generation_config
         composed.config.name_or_path = composed.name_or_path = folder
         composed.eval()
+        if check_causal:
+            check_parts_causal(composed, LOAD, defer=True)
         info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
         return (composed, info | {"error_msgs": []}) if output_loading_info else composed
 

@@ -1,0 +1,136 @@
+"""Parts that read future tokens are refused, and nothing else is: one run on two rows that differ in the last token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, OTHERS, prompts
+from transformers import BertConfig, BertLMHeadModel, BertModel, Gemma3ForCausalLM, Gemma3TextConfig, LlamaModel
+
+from calm_fast.hf import ComposedForCausalLM, compose
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+def llama(seed: int = 0) -> Any:
+    return FAMILIES["llama"].model(seed)
+
+
+def bert(cls: Any = BertLMHeadModel, **kwargs: Any) -> Any:
+    torch.manual_seed(2)
+    return cls(BertConfig(**SIZES, max_position_embeddings=64, **kwargs)).eval()
+
+
+def gemma(bidirectional: bool) -> Any:
+    torch.manual_seed(2)
+    sizes = {"num_key_value_heads": 2, "head_dim": 8, "use_bidirectional_attention": bidirectional}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **sizes)).eval()
+
+
+@pytest.mark.seam(
+    attach="a part that reads the future (an encoder, a BERT without is_decoder, a bidirectional Gemma 3)",
+    to="composition",
+    result="refused",
+    why="its states would tell earlier tokens about later ones; use a causal model",
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (lambda: (llama(), bert(BertModel)), "`augmenters` must be models that read no .*, got augmenter 0 .BertModel"),
+        (
+            lambda: (llama(), [llama(1), bert()]),
+            "`augmenters` .* got augmenter 1 .*is_decoder=False.. Load it",
+        ),
+        (lambda: (bert(), llama()), "`anchor` must be a causal model, got BertLMHeadModel, .*is_decoder=False"),
+        (lambda: (llama(), gemma(True)), "`augmenters` .*its config says use_bidirectional_attention=True"),
+        (lambda: (gemma(True), llama()), "`anchor` .*its config says use_bidirectional_attention=True"),
+    ],
+)
+def test_a_part_that_reads_the_future_is_refused(parts: Any, message: str, dtype: torch.dtype) -> None:
+    # the usual spread of 0.02: the last token changes earlier states by less than 1 %
+    anchor, augmenters = parts()
+    for model in (anchor, *(augmenters if isinstance(augmenters, list) else [augmenters])):
+        model.to(dtype)
+    with pytest.raises(ValueError, match=f"compose: {message}"):
+        compose(anchor, augmenters, "uniform:2")
+    assert isinstance(compose(anchor, augmenters, "uniform:2", check_causal=False), ComposedForCausalLM)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "gemma3_text", "mamba", "qwen3_next"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_causal_families_pass(name: str, dtype: torch.dtype) -> None:
+    family = {**FAMILIES, **OTHERS}[name]
+    composed = compose(family.model(0).to(dtype), family.model(1).to(dtype), "uniform:2", num_heads=4)
+    assert not composed.unproven
+
+
+def test_causal_variants_of_the_same_classes_pass() -> None:
+    assert not compose(llama(), [bert(is_decoder=True), gemma(False)], "uniform:2").unproven
+
+
+def last_token_noise(size: float) -> Any:
+    """Return a hook that changes every state by `size`, with a sign that depends on the last token."""
+
+    def hook(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        fixed = output.detach()
+        return output + size * fixed * fixed[:, -1:, :1].sign()
+
+    return hook
+
+
+@pytest.mark.parametrize(("size", "refused"), [(1e-7, False), (1e-2, True)])
+def test_the_rounding_of_a_router_is_told_from_a_leak(size: float, refused: bool) -> None:
+    augmenter = llama(1)
+    ids = torch.arange(97)
+    # the two last tokens that are tried must give both signs in the first layer's output
+    augmenter.get_input_embeddings().weight.data[:, 0] = torch.where(ids % 2 == 0, 50.0, -50.0)
+    augmenter.model.layers[1].register_forward_hook(last_token_noise(size))
+    if refused:
+        with pytest.raises(ValueError, match="`augmenters` must be models that read no future token"):
+            compose(llama(), augmenter, "uniform:3")
+    else:
+        assert not compose(llama(), augmenter, "uniform:3").unproven
+
+
+@pytest.mark.parametrize("make", [lambda: bert(), lambda: llama(1)])
+def test_a_part_that_cannot_run_yet_is_tried_at_the_first_forward(make: Any) -> None:
+    augmenter, broken = make(), [True]
+
+    def no_kernel(*_: Any) -> None:
+        if broken[0]:
+            raise RuntimeError("no kernel for this device")
+
+    augmenter.base_model.register_forward_pre_hook(no_kernel)
+    composed = compose(llama(), augmenter, "uniform:2")
+    assert composed.unproven
+    with pytest.raises(RuntimeError, match="no kernel for this device"):
+        composed(prompts())
+    broken[0] = False
+    if isinstance(augmenter.base_model, LlamaModel):
+        assert composed(prompts()).logits.shape == (2, 9, 97) and not composed.unproven
+    else:
+        with pytest.raises(ValueError, match="ComposedForCausalLM: `augmenters` must be models that read no future"):
+            composed(prompts())
+
+
+def test_the_probe_leaves_no_trace() -> None:
+    anchor, augmenter = FAMILIES["falcon"].model(0), llama(1)  # Falcon has dropout
+    embeddings = augmenter.get_input_embeddings()
+    torch.manual_seed(5)
+    composed = compose(anchor, augmenter, "uniform:2", check_causal=True)
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    compose(anchor, augmenter, "uniform:2", check_causal=False)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not embeddings._forward_hooks and all(p.grad is None for p in composed.parameters())
+
+
+def test_a_loaded_composition_is_checked_again(tmp_path: Any) -> None:
+    composed = compose(llama(), gemma(False), "uniform:2")
+    composed.save_pretrained(tmp_path)
+    other = gemma(True)
+    with pytest.raises(ValueError, match="from_pretrained: `augmenters` must be models that read no future token"):
+        ComposedForCausalLM.from_pretrained(tmp_path, anchor=llama(), augmenters=other)
