@@ -34,6 +34,7 @@ from calm_fast.hf.inputs import (
     remember,
 )
 from calm_fast.hf.introspection import CompositionIntrospection
+from calm_fast.hf.keywords import augmenter_keywords, shared_keywords
 from calm_fast.hf.layers import device_of, find_layers, headless_path, hidden_size, submodule, truncated_view
 from calm_fast.hf.saving import CompositionFiles
 from calm_fast.hf.training import CompositionTraining
@@ -222,7 +223,8 @@ class ComposedForCausalLM(
                 again; also taken as past_key_values or cache_params, its names before transformers 5.24.
             labels: (B, M), shifted by the anchor's loss.
             use_cache: default, True in eval mode without labels if the anchor's config says so.
-            kwargs: go to the anchor.
+            kwargs: what to return and num_items_in_batch go to the anchor; document limits (cu_seq_lens_q, seq_idx and
+                so on) go to every part. Others are refused, because they would not reach the augmenters.
             augmenter_input_ids: (B, N), read by the augmenter instead of input_ids; requires hi. With a cache, the new
                 ones, (B, 0) if there are none.
             augmenter_attention_mask: (B, past + N) for them; intervals leave out its padding. augmenter_position_ids:
@@ -267,6 +269,8 @@ class ComposedForCausalLM(
             self._check_vocabularies(calls, inputs)
         if cache is None and (not uncacheable if cached is None else cached):
             cache = self.new_cache()
+        separable = attention_mask is None and cache is None and external is None
+        shared = shared_keywords(kwargs, input_ids, position_ids, separable, past) if kwargs else {}
         if labels is not None:
             kwargs["labels"] = labels
         if self.signatures[0].logits_to_keep:
@@ -280,7 +284,7 @@ class ComposedForCausalLM(
         try:
             if cache is not None:
                 remember(cache, past, inputs, calls)
-            self._read_augmenters(frame, calls, cache)
+            self._read_augmenters(frame, calls, cache, shared)
             self.hooks.check_read(frame, self.pairs)
             frame.residual = partial(
                 self._add_residuals, frame.states, calls, cache, input_ids.shape[1], logits_to_keep
@@ -307,7 +311,9 @@ class ComposedForCausalLM(
                 check_vocabulary("augmenter_input_ids", call.inputs["input_ids"], [self._augmenter(index)])
         check_vocabulary("input_ids", inputs["input_ids"], shared)
 
-    def _read_augmenters(self, frame: Frame, calls: list[AugmenterCall], cache: ComposedCache | None) -> None:
+    def _read_augmenters(
+        self, frame: Frame, calls: list[AugmenterCall], cache: ComposedCache | None, shared: dict[str, Any]
+    ) -> None:
         """Run every augmenter up to its last connected layer; the hooks leave its states in the frame."""
         with torch.no_grad():
             for index, (model, call) in enumerate(zip(self.augmenters, calls, strict=True)):
@@ -320,7 +326,10 @@ class ComposedForCausalLM(
                     self._read_nothing(frame, index, call.inputs["input_ids"].shape[0])
                     continue
                 inputs = part_inputs(model, signature, call.inputs, own, past)  # type: ignore[arg-type]  # from a ModuleList
-                submodule(model, self.headless[index])(**inputs)
+                called = submodule(model, self.headless[index])
+                if shared:
+                    inputs |= augmenter_keywords(called, shared, signature.device(model))  # type: ignore[arg-type]
+                called(**inputs)
                 if call.visibility.order is not None:
                     sort_states(frame, index, call.visibility.order)
 

@@ -97,6 +97,7 @@ class CompositionGeneration(GenerationMixin):
             if model_kwargs.get(name) is not None:
                 got = "a value. Call forward step by step for an augmenter with tokens of its own"
                 raise bad_value("generate", name, "None, because every part reads the anchor's tokens", got)
+        self._check_drafts(generation_config)
         super()._prepare_cache_for_generation(  # type: ignore[misc]  # transformers' own self type
             generation_config, model_kwargs, *args, **kwargs
         )
@@ -107,6 +108,14 @@ class CompositionGeneration(GenerationMixin):
             cache = model_kwargs[name] = self.new_cache(cache)
             if getattr(generation_config, "is_assistant", False) and hasattr(cache, "activate_past_recording"):
                 cache.activate_past_recording()  # transformers has asked only the anchor's
+
+    def _check_drafts(self, generation_config: Any) -> None:
+        """Refuse the ways to draft that run a part of the model by itself."""
+        for name in ("assistant_early_exit", "use_mtp", "speculation_type"):
+            value = getattr(generation_config, name, None)
+            if value:
+                got = f"{value!r}. Draft with `assistant_model`, for instance the anchor, or `prompt_lookup_num_tokens`"
+                raise bad_value("generate", name, "None, because a composition has no layers of its own to run", got)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run transformers' generate; the cache is returned as ``cache`` and as ``past_key_values``.

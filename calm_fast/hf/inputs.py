@@ -133,6 +133,9 @@ def check_tensors(**given: Any) -> None:
     for name, value in given.items():
         if value is not None and not isinstance(value, torch.Tensor):
             raise bad_value(WHERE, name, "a tensor (batch, tokens) or None", describe(value))
+        if name == "position_ids" and value is not None and value.ndim != 2:
+            expected = "2-dimensional (batch, tokens), as every part reads it"
+            raise bad_value(WHERE, name, expected, f"shape {tuple(value.shape)}")
 
 
 def check_vocabulary(name: str, ids: torch.Tensor, models: Iterable[PreTrainedModel]) -> None:
