@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from calm_fast.core.checks import bad_value, describe
+from calm_fast.core.checks import bad_value, check_bool, describe
 from calm_fast.hf.causality import check_parts_causal
 from calm_fast.hf.composed import ComposedForCausalLM
 from calm_fast.hf.config import ComposedConfig
@@ -18,6 +18,7 @@ from calm_fast.hf.connections import resolve_connections
 from calm_fast.hf.inputs import Signature
 from calm_fast.hf.layers import find_layers
 from calm_fast.hf.references import StrPath, commit, load_errors_named, reference
+from calm_fast.hf.vocabularies import check_embedded, check_same_ids
 
 Model = PreTrainedModel | StrPath
 
@@ -29,26 +30,6 @@ def _load(name: str, model: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise bad_value("compose", name, "a transformers model or a path", type(model).__name__)
     return model
-
-
-def _embedding_rows(model: PreTrainedModel) -> int:
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.shape[0]
-
-
-def _check_vocabulary(anchor: PreTrainedModel, augmenters: list[PreTrainedModel], vocab_size: int | None) -> None:
-    needed = _embedding_rows(anchor) if vocab_size is None else vocab_size
-    for index, augmenter in enumerate(augmenters):
-        rows = _embedding_rows(augmenter)
-        if rows < needed:
-            raise bad_value(
-                "compose",
-                "augmenters",
-                f"models that embed the anchor's token ids, 0 to {needed - 1}",
-                f"augmenter {index} ({type(augmenter).__name__}), which embeds {rows} token ids. If the tokenizers are "
-                "the same, give the number of ids in use as `vocab_size`",
-            )
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -93,6 +74,8 @@ def compose(
     anchor_layers: str | None = None,
     augmenter_layers: str | list[str | None] | None = None,
     vocab_size: int | None = None,
+    tokenizers: Any = None,
+    same_ids: bool = False,
     check_causal: bool = True,
     model_kwargs: dict[str, Any] | None = None,
 ) -> ComposedForCausalLM:
@@ -115,6 +98,9 @@ def compose(
         dtype: of the composition tensors; default, the anchor's. float32 is the usual choice for training.
         anchor_layers, augmenter_layers: dotted paths of the decoder layers, for models where `find_layers` needs them.
         vocab_size: number of token ids in use; default, the rows of the anchor's embedding.
+        tokenizers: one for the anchor and one per augmenter (objects, folders, or None for not known), to compare what
+            the ids mean. Default, those beside the models in local folders and in the hub's local cache.
+        same_ids: True reads the ids as they are, without this comparison.
         check_causal: refuse parts that read future tokens. Each part runs once on eight tokens; a part that cannot run
             on its device yet is tried at the first forward.
         model_kwargs: arguments of from_pretrained for models given as paths (revision, dtype, ...).
@@ -122,11 +108,14 @@ def compose(
         the ComposedForCausalLM, in eval mode.
     Raises:
         ValueError naming the argument: a model that cannot be loaded or composed, connections that are out of range,
-        repeated or of the wrong type, an augmenter that embeds too few token ids, a part that reads future tokens.
+        repeated or of the wrong type, an augmenter that embeds too few token ids or for which they are other
+        tokens, a part that reads future tokens.
 
     Runs on the devices of the parts. Source: CALM (arXiv 2401.02412) section 3.
     """
     _check_options(vocab_size, model_kwargs)
+    check_bool("compose", "same_ids", same_ids)
+    check_bool("compose", "check_causal", check_causal)
     composition_dtype = None if dtype is None else _dtype_name(dtype)
     kwargs = dict(model_kwargs or {})
     given = list(augmenters) if isinstance(augmenters, (list, tuple)) else [augmenters]
@@ -140,7 +129,9 @@ def compose(
     Signature.of(anchor, where="compose", argument="anchor")
     for model in models:
         Signature.of(model, where="compose", argument="augmenters")
-    _check_vocabulary(anchor, models, vocab_size)
+    check_embedded(anchor, models, vocab_size)
+    if not same_ids:
+        check_same_ids(anchor, models, tokenizers, vocab_size)
 
     paths = list(augmenter_layers) if isinstance(augmenter_layers, (list, tuple)) else [augmenter_layers] * len(models)
     if len(paths) != len(models):

@@ -1,0 +1,120 @@
+"""compose() compares what token ids mean for the anchor and for each augmenter wherever it can see the tokenizers."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import FAMILIES, VOCAB
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from calm_fast.hf import ComposedForCausalLM, compose
+from calm_fast.hf.vocabularies import check_same_ids
+
+WORDS = [f"w{i}" for i in range(VOCAB)]
+SWAPPED = [*WORDS[:90], *reversed(WORDS[90:])]  # 6 of 97 ids differ: 93 is in the middle
+
+
+def tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token=words[0])
+
+
+def folder(path: Path, seed: int, words: list[str] | None) -> Path:
+    """Save a model, and a tokenizer beside it."""
+    FAMILIES["llama"].model(seed).save_pretrained(path)
+    if words is not None:
+        tokenizer(words).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def anchor(tmp_path: Path) -> Path:
+    return folder(tmp_path / "anchor", 0, WORDS)
+
+
+@pytest.mark.seam(
+    attach="an augmenter whose tokenizer differs from the anchor's",
+    to="composition",
+    result="refused",
+    why="take a model with the anchor's tokenizer, or pass same_ids=True to read the ids as they are",
+)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_augmenter_for_which_the_ids_are_other_tokens_is_refused(anchor: Path, loaded: bool) -> None:
+    other = folder(anchor.parent / "augmenter", 1, SWAPPED)
+    load = type(FAMILIES["llama"].model()).from_pretrained if loaded else str
+    message = (
+        r"compose: `augmenters` must be .* got augmenter 1 \(LlamaForCausalLM\), whose tokenizer differs in 6 of 97 "
+        r"ids \(id 90 is 'w90' for the anchor and 'w96' for the augmenter\).*vocab_size=90.*same_ids=True"
+    )
+    parts = load(anchor), [load(anchor), load(other)]
+    with pytest.raises(ValueError, match=message):
+        compose(*parts, "uniform:2")
+    for accepted in ({"vocab_size": 90}, {"same_ids": True}, {"tokenizers": [anchor, None, anchor]}):
+        assert isinstance(compose(*parts, "uniform:2", **accepted), ComposedForCausalLM)
+
+
+def test_tokens_that_only_the_anchor_has_are_refused(anchor: Path) -> None:
+    fewer = folder(anchor.parent / "augmenter", 1, WORDS[:-1])
+    with pytest.raises(ValueError, match=r"differs in 1 of 97 ids \(id 96 is 'w96' for the anchor and no token for"):
+        compose(anchor, fewer, "uniform:2")
+    assert isinstance(compose(fewer, anchor, "uniform:2"), ComposedForCausalLM)  # every id of the anchor's is the same
+
+
+@pytest.mark.parametrize("words", [None, WORDS, SWAPPED])
+def test_what_cannot_be_compared_or_agrees_is_composed_without_a_warning(anchor: Path, words: Any) -> None:
+    other: Any = folder(anchor.parent / "augmenter", 1, words)
+    if words is SWAPPED:
+        other = FAMILIES["llama"].model(1)  # made in memory: nothing is known about its tokens
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(compose(anchor, other, "uniform:2"), ComposedForCausalLM)
+
+
+def test_equal_files_are_not_loaded(anchor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = anchor.parent / "copy"
+    shutil.copytree(anchor, copy)
+    model = FAMILIES["llama"].model()
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("calm_fast.hf.vocabularies.AutoTokenizer.from_pretrained", load)
+    check_same_ids(model, [model, model], [anchor, copy, anchor], None)
+
+
+def test_a_tokenizer_that_does_not_load_warns_beside_a_model_and_is_an_error_as_an_argument(anchor: Path) -> None:
+    broken = folder(anchor.parent / "augmenter", 1, WORDS)
+    (broken / "tokenizer.json").write_text("{")
+    with pytest.warns(UserWarning, match="compose: the tokenizer of augmenter 0 in .* cannot be loaded .*not compared"):
+        compose(anchor, broken, "uniform:2")
+    with pytest.raises(ValueError, match="`tokenizers` must be a tokenizer that loads, for augmenter 0, got '.*augm"):
+        compose(anchor, broken, "uniform:2", tokenizers=[anchor, broken])
+
+
+def test_tokenizers_are_given_as_objects_for_models_without_a_folder() -> None:
+    parts = FAMILIES["llama"].model(0), FAMILIES["llama"].model(1)
+    same, other = tokenizer(WORDS), tokenizer(SWAPPED)
+    assert isinstance(compose(*parts, "uniform:2", tokenizers=[same, tokenizer(WORDS)]), ComposedForCausalLM)
+    assert isinstance(compose(*parts, "uniform:2", tokenizers=[same, None]), ComposedForCausalLM)
+    with pytest.raises(ValueError, match="whose tokenizer differs in 6 of 97 ids"):
+        compose(*parts, "uniform:2", tokenizers=(same, other))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"tokenizers": [None]}, r"`tokenizers` must be a list of 1 \+ 1 tokenizers or folders .*, got 1 entries"),
+        ({"tokenizers": "folder"}, "`tokenizers` must be a list .*, got str 'folder'"),
+        ({"tokenizers": [None, 3]}, "`tokenizers` must be a list .*, got int 3"),
+        ({"same_ids": 1}, "`same_ids` must be True or False, got int 1"),
+        ({"check_causal": "no"}, "`check_causal` must be True or False, got str 'no'"),
+    ],
+)
+def test_bad_arguments_are_refused(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"compose: {message}"):
+        compose(FAMILIES["llama"].model(0), FAMILIES["llama"].model(1), "uniform:2", **kwargs)
