@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# the names under which these wrappers keep the module that they wrap
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# what torch.compile, FSDP 1 and activation checkpointing add to a path
+SEGMENTS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 
 
 def bare_name(name: str) -> str:
@@ -12,7 +12,7 @@ def bare_name(name: str) -> str:
     They are DDP's ``module``, torch.compile's ``_orig_mod``, those of FSDP and of activation checkpointing, and PEFT's
     ``base_model.model``.
     """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    parts = [part for part in name.split(".") if part not in SEGMENTS and part != "module"]
     kept: list[str] = []
     for part in parts:
         if part == "model" and kept[-1:] == ["base_model"]:

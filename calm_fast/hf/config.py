@@ -105,7 +105,8 @@ class ComposedConfig(PreTrainedConfig):
     @classmethod
     def _is_shared(cls, name: str, text: PreTrainedConfig) -> bool:
         """Return True if `name` is a field of a language model, which the anchor's text config holds."""
-        return not name.startswith("_") and name not in _NOT_SHARED and not hasattr(cls, name) and hasattr(text, name)
+        own = name.startswith("_") or name in _NOT_SHARED or name in _FIELDS or hasattr(cls, name)
+        return not own and hasattr(text, name)
 
     def _text(self) -> PreTrainedConfig | None:
         # copying and unpickling ask for attributes before there is an anchor_config
@@ -120,13 +121,12 @@ class ComposedConfig(PreTrainedConfig):
         return getattr(text, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        text = None if name in self.__dict__ else self._text()
-        if name in _OUTPUTS and (text := self._text()) is not None:
+        text = self._text()
+        shared = text is not None and self._is_shared(name, text)
+        if shared or (text is not None and name in _OUTPUTS):
             setattr(text, name, value)
-        elif text is not None and self._is_shared(name, text):
-            setattr(text, name, value)
-            return
-        super().__setattr__(name, value)
+        if not shared:
+            super().__setattr__(name, value)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

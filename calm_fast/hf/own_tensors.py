@@ -20,6 +20,7 @@ from calm_fast.core.checks import bad_value
 from calm_fast.core.wrapped_names import bare_name
 from calm_fast.hf.config import FORMAT_VERSION
 from calm_fast.hf.layers import hidden_size
+from calm_fast.hf.wrappers import is_sharded
 from calm_fast.modules.cross_attention import CrossAttention
 
 if TYPE_CHECKING:
@@ -61,9 +62,8 @@ def own_tensors(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch
         bare = bare_name(name)
         if bare.startswith(PARTS):
             continue
-        full = getattr(tensor, "full_tensor", None)  # of a DTensor
-        gathered = gathered or full is not None
-        tensor = tensor if full is None else full()
+        if is_sharded(tensor):
+            gathered, tensor = True, tensor.full_tensor()  # type: ignore[operator]  # a method of DTensor
         if bare in own and own[bare].data_ptr() != tensor.data_ptr():
             raise bad_value("save_pretrained", "state_dict", "one tensor per name", f"{bare} twice, also as {name}")
         own[bare] = tensor.detach()
@@ -139,7 +139,7 @@ def load_tensors(model: CompositionFiles, tensors: dict[str, torch.Tensor], keep
         path, value = own[name.removeprefix(PREFIX)]
         if keep_dtype and not value.is_meta:
             tensor = tensor.to(value.device)
-        if hasattr(value, "full_tensor"):
+        if is_sharded(value):
             from torch.distributed.tensor import distribute_tensor
 
             tensor = distribute_tensor(tensor.to(value.device), value.device_mesh, value.placements)

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-# what wrappers inside a model add to a path: torch.compile, FSDP 1, activation checkpointing
-_SEGMENTS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+from calm_fast.core.wrapped_names import SEGMENTS
 
 
 def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
@@ -20,7 +19,7 @@ def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
         inside = dict(model.named_children())
         if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module
-        elif len(inside) == 1 and (segment := next(iter(inside))) in _SEGMENTS:
+        elif len(inside) == 1 and (segment := next(iter(inside))) in SEGMENTS:
             model = inside[segment]
         elif _is_peft_model(model):
             model = model.get_base_model()  # type: ignore[operator]  # a method of PeftModel
@@ -45,7 +44,7 @@ def inner_model(model: nn.Module) -> nn.Module:
 
 def own_path(path: str) -> str:
     """Return the path of a module or parameter as it is without the wrappers inside a model."""
-    return ".".join(segment for segment in path.split(".") if segment not in _SEGMENTS)
+    return ".".join(segment for segment in path.split(".") if segment not in SEGMENTS)
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:

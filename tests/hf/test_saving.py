@@ -9,35 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, prompts, randomize
+from families import FAMILIES, randomize
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from saved import edit_config, logits, rebuilt
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calm_fast.hf import ComposedConfig, ComposedForCausalLM, compose
 from calm_fast.hf.config import FORMAT_VERSION
-
-SETTINGS: dict[str, Any] = {"num_heads": 2, "head_dim": 12, "num_kv_heads": 1, "post_norm": True, "bias": True}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Two saved base models and a saved composition of them."""
-    FAMILIES["llama"].model(0).save_pretrained(tmp_path / "anchor")
-    FAMILIES["gpt2"].model(1, width=24, depth=4).save_pretrained(tmp_path / "augmenter")
-    composed = compose(tmp_path / "anchor", str(tmp_path / "augmenter"), [(-1, -1), (2, 1)], **SETTINGS)
-    randomize(composed).save_pretrained(tmp_path / "composed")
-    return tmp_path
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model(prompts()).logits
-
-
-def rebuilt(folder: Path) -> ComposedForCausalLM:
-    """Compose the models of the folder again, without loading the composition."""
-    return randomize(compose(folder / "anchor", folder / "augmenter", [(-1, -1), (2, 1)], **SETTINGS))
 
 
 def test_only_composition_tensors_are_saved(folder: Path) -> None:
@@ -107,12 +86,6 @@ def test_dtype_goes_to_the_parts_and_composition_keeps_its_own(folder: Path) -> 
     assert model.anchor.dtype == model.augmenters[0].dtype == torch.bfloat16
     assert {p.dtype for p in model.connections.parameters()} == {torch.float32}
     assert logits(model).dtype == torch.bfloat16
-
-
-def edit_config(folder: Path, **changes: Any) -> Path:
-    file = folder / "composed" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    return folder / "composed"
 
 
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, "1.5"])
