@@ -95,7 +95,8 @@ def compose(
         num_heads: default, the anchor's. head_dim: default, anchor width // num_heads.
         num_kv_heads: default, num_heads.
         pre_norm, post_norm, bias, proj: see `CrossAttention`.
-        dtype: of the composition tensors; default, the anchor's. float32 is the usual choice for training.
+        dtype: of the composition tensors; default float32 (float64 over a float64 anchor), because an optimizer's small
+            steps vanish in bfloat16. They compute in the dtype of the anchor's states, or in autocast's.
         anchor_layers, augmenter_layers: dotted paths of the decoder layers, for models where `find_layers` needs them.
         vocab_size: number of token ids in use; default, the rows of the anchor's embedding.
         tokenizers: one for the anchor and one per augmenter (objects, folders, or None for not known), to compare what
@@ -162,7 +163,7 @@ def compose(
             "bias": bias,
             "proj": proj,
         },
-        composition_dtype=composition_dtype or str(anchor.dtype).removeprefix("torch."),
+        composition_dtype=composition_dtype or ("float64" if anchor.dtype == torch.float64 else "float32"),
         use_cache=getattr(anchor.config.get_text_config(decoder=True), "use_cache", True),
     )
     composed = ComposedForCausalLM(config, anchor, models)

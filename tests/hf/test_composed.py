@@ -245,6 +245,38 @@ def test_intervals_follow_the_layer_to_its_device(monkeypatch) -> None:
     assert seen == ["meta"] * 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_connections_are_float32_by_default_over_smaller_dtypes(dtype: torch.dtype) -> None:
+    composed = compose(*(model.to(dtype) for model in llama_pair()), "uniform:2")
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {p.dtype for p in composed.connections.parameters()} == {expected}
+
+
+def test_small_steps_move_every_parameter_of_a_composition_over_bfloat16() -> None:
+    composed, ids = randomize(compose(*(model.to(torch.bfloat16) for model in llama_pair()), "uniform:2")), prompts()
+    parameters = list(composed.connections.parameters())
+    before = [p.detach().clone() for p in parameters]
+    composed(ids, labels=ids).loss.backward()
+    torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0).step()
+    moved = sum(int((p != q)[p.grad != 0].sum()) for p, q in zip(parameters, before, strict=True))
+    assert moved == sum(int((p.grad != 0).sum()) for p in parameters)
+
+
+@torch.no_grad()
+def test_float32_connections_over_bfloat16_models_are_as_exact_as_bfloat16_ones() -> None:
+    def composed(dtype: torch.dtype, parts: torch.dtype) -> ComposedForCausalLM:
+        models = (model.to(torch.bfloat16).to(parts) for model in llama_pair())
+        return compose(*models, "uniform:3", dtype=dtype)
+
+    exact = randomize(composed(torch.float64, torch.float64))
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        one = composed(dtype, torch.bfloat16)
+        one.connections.load_state_dict(exact.connections.state_dict())
+        errors.append((one(prompts()).logits.double() - exact(prompts()).logits).pow(2).mean().sqrt())
+    assert 0 < errors[0] <= 2 * errors[1]
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_float32_composition_over_bfloat16_models(autocast: bool) -> None:
     anchor, augmenter = (model.to(torch.bfloat16) for model in llama_pair())
