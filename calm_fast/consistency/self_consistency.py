@@ -34,6 +34,7 @@ from calm_fast.core.checks import bad_type, check_finite_number
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.fingerprint import model_fingerprint
 from calm_fast.core.progress import progress_bar
+from calm_fast.core.token_ids import check_token_ids
 from calm_fast.modules.fixed_weights import fixed_weights
 
 _CALLER = "SelfConsistency"
@@ -283,6 +284,7 @@ class SelfConsistency:
             ids = self.tokenizer(text)["input_ids"]
         if not ids:
             raise ValueError(f"{_CALLER}: `prompt` must have tokens for every question, got none for {question!r}")
+        check_token_ids(_CALLER, "tokenizer", ids, self.model)
         return list(ids)
 
     def _text(self, sample: Sample, ends: Sequence[int]) -> str:

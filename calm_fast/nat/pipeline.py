@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.files import write_json
 from calm_fast.core.fingerprint import file_checksum, model_folder_fingerprint
+from calm_fast.core.token_ids import padding_id
 from calm_fast.hf.dual_lora import get_gates, record_gates
 from calm_fast.hf.dual_lora_files import load_dual_lora, save_dual_lora, save_lora_adapter
 from calm_fast.nat.data import Example, Graded, RationaleDataset, RightPadding, grade, read_rows
@@ -68,13 +69,14 @@ def run(
             raise ValueError(
                 f"nat: `data` must hold right and wrong rationales, which all stages need, got no {name} one{reasons}"
             )
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     rights, wrongs = (RationaleDataset(e, tokenizer, max_length) for e in (right, wrong))
     results["examples"] = {"right": len(right), "wrong": len(wrong)}
     results["left_out"] = graded.left_out
 
     def load() -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(os.fspath(model)).eval()
+
+    pad_id = padding_id(tokenizer, load())
 
     def run_stage(name: str, work: Callable[[], History]) -> None:
         if name not in results["losses"]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 
 from calm_fast.core.checks import bad_type, bad_value, check_finite_number
 from calm_fast.core.progress import progress_bar
+from calm_fast.core.token_ids import check_token_ids
 from calm_fast.hf.dual_lora import add_dual_lora, dual_lora_layers
 from calm_fast.modules.dual_lora import VARIANTS
 from calm_fast.nat.checkpoints import newest_checkpoint
@@ -131,7 +132,7 @@ def train_negative(
     """
     _seed(settings)
     add_dual_lora(model, settings.target_modules, mode="neg", **settings.layer_options())
-    return _fit("train_negative", DualLoRATrainer, model, wrong, pad_id, out, settings)
+    return _fit("train_negative", "wrong", DualLoRATrainer, model, wrong, pad_id, out, settings)
 
 
 def train_nat(
@@ -154,7 +155,7 @@ def train_nat(
     """
     _seed(settings)
     add_dual_lora(model, settings.target_modules, negative, mode="mix", **settings.layer_options())
-    return _fit("train_nat", DualLoRATrainer, model, right, pad_id, out, settings)
+    return _fit("train_nat", "right", DualLoRATrainer, model, right, pad_id, out, settings)
 
 
 def distil_nce(
@@ -181,7 +182,7 @@ def distil_nce(
         "offset": settings.nce_offset,
         "teachers": DualTeacher(teacher),
     }
-    return student, _fit("distil_nce", NCETrainer, student, right, pad_id, out, settings, **options)
+    return student, _fit("distil_nce", "right", NCETrainer, student, right, pad_id, out, settings, **options)
 
 
 def plain_lora(
@@ -197,7 +198,7 @@ def plain_lora(
     """
     _seed(settings)
     add_dual_lora(model, settings.target_modules, mode="pos", **_single_lora(settings))
-    return _fit("plain_lora", DualLoRATrainer, model, right, pad_id, out, settings)
+    return _fit("plain_lora", "right", DualLoRATrainer, model, right, pad_id, out, settings)
 
 
 def _single_lora(settings: Settings) -> dict[str, Any]:
@@ -247,6 +248,7 @@ class _Progress(TrainerCallback):
 
 def _fit(
     where: str,
+    argument: str,
     trainer_class: type[DualLoRATrainer],
     model: nn.Module,
     dataset: RationaleDataset,
@@ -255,6 +257,10 @@ def _fit(
     settings: Settings,
     **options: Any,
 ) -> History:
+    check_token_ids(where, "pad_id", [pad_id], model)
+    # other datasets are not read in advance
+    for i, item in enumerate(dataset.items if isinstance(dataset, RationaleDataset) else ()):
+        check_token_ids(where, f"{argument}[{i}]", item["input_ids"], model)
     trainer = trainer_class(
         model=model,
         args=settings.arguments(out),

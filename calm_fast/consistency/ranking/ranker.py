@@ -16,6 +16,7 @@ from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.files import write_json
 from calm_fast.core.fingerprint import model_fingerprint
 from calm_fast.core.progress import progress_bar
+from calm_fast.core.token_ids import check_token_ids, padding_id
 
 FORMAT_VERSION = 1
 _CONFIG, _HEAD, _BACKBONE, _TOKENIZER = "ranker.json", "head.safetensors", "backbone", "tokenizer"
@@ -93,8 +94,7 @@ class Ranker(nn.Module):
         if max_length > limit:
             raise ValueError(f"Ranker: `max_length` must be at most the backbone's {limit} positions, got {max_length}")
         self.encoder = PairEncoder(tokenizer, max_length)
-        pad = getattr(tokenizer, "pad_token_id", None)
-        self.pad_id = 0 if pad is None else pad  # padding is masked, so any id serves
+        self.pad_id = padding_id(tokenizer, backbone)
 
     @classmethod
     def from_backbone(
@@ -155,9 +155,13 @@ class Ranker(nn.Module):
 
     def encode(self, questions: Sequence[str], rationales: Sequence[Sequence[str]]) -> list[list[Encoded]]:
         """Check and tokenise every rationale of every question."""
-        self.required_backbone()
+        backbone = self.required_backbone()
         check_groups(questions, rationales)
-        return self.encoder(questions, rationales)
+        groups = self.encoder(questions, rationales)
+        for i, group in enumerate(groups):
+            for item in group:
+                check_token_ids("Ranker", f"rationales[{i}]", item.ids, backbone)
+        return groups
 
     def logits(self, items: Sequence[Encoded]) -> torch.Tensor:
         """Return (n,) float32 logits of one batch; gradients flow to all trained weights."""

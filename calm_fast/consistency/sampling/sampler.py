@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 
 from calm_fast.consistency.sampling.prefix import PrefixReader, branch
 from calm_fast.core.checks import bad_type, bad_value, check_finite_number
+from calm_fast.core.token_ids import padding_id
 
 _CALLER = "SelfConsistency"
 _RANGES = {
@@ -146,8 +147,7 @@ class PromptBatch:
     def __init__(self, reader: PrefixReader, tokenizer: Any, prompts: Sequence[list[int]], settings: Sampling) -> None:
         self.reader, self.tokenizer, self.prompts, self.settings = reader, tokenizer, list(prompts), settings
         self.ends = end_tokens(reader.model, tokenizer)
-        pad = getattr(tokenizer, "pad_token_id", None)
-        self.pad = pad if pad is not None else self.ends[0] if self.ends else 0
+        self.pad = padding_id(tokenizer, reader.model, self.ends)
         longest = max(map(len, self.prompts))
         device = reader.model.device
         padded = [[self.pad] * (longest - len(p)) + p for p in self.prompts]

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from calm_fast.consistency.sampling.head import find_linear_head, head_input, probe_token, vocabulary_size
+from calm_fast.consistency.sampling.head import check_causal, find_linear_head, head_input, probe_token, vocabulary_size
 from calm_fast.consistency.sampling.prefix import PrefixReader, branch, check_model
 from calm_fast.core.checks import bad_type
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.progress import progress_bar
+from calm_fast.core.token_ids import check_token_ids
 from calm_fast.modules.fixed_weights import fixed_weights
 
 _CALLER = "score_sequences"
@@ -100,6 +101,7 @@ class _Scorer:
     def __init__(self, model: PreTrainedModel, max_tokens: int, share: bool, entropy: bool, impl: str) -> None:
         self.reader = PrefixReader(model, share)
         self.max_tokens, self.entropy, self.impl = max_tokens, entropy, impl
+        check_causal(_CALLER, "model", model, self.reader)
         token = probe_token(model)
         self.head = find_linear_head(model, lambda: self.reader(token))
         if self.head is None:
@@ -191,34 +193,45 @@ def _token_ids(
             f"{_CALLER}: `completions` must have a list of completions for each of the {len(prompts)} prompts, got "
             f"{len(completions)}"
         )
-    vocabulary = vocabulary_size(model)
     pairs = []
     for i, (prompt, rows) in enumerate(zip(prompts, completions, strict=True)):
         if isinstance(rows, str) or not hasattr(rows, "__len__"):
             raise bad_type(_CALLER, f"completions[{i}]", "a list of completions", rows)
-        ids = _encode(tokenizer, prompt, f"prompts[{i}]", vocabulary)
+        ids = _encode(model, tokenizer, prompt, f"prompts[{i}]")
         if not ids:
             raise ValueError(
                 f"{_CALLER}: `prompts[{i}]` must have at least one token to condition the first token on, got none; "
                 "begin it with the model's begin-of-sequence token"
             )
         named = [(row, f"completions[{i}][{k}]") for k, row in enumerate(rows)]
-        pairs.append((ids, [_encode(tokenizer, row, name, vocabulary, prompt, ids) for row, name in named]))
+        pairs.append((ids, [_encode(model, tokenizer, row, name, prompt, ids) for row, name in named]))
     return pairs
 
 
 def _encode(
-    tokenizer: Any, text: Text, name: str, vocabulary: int, prompt: Text = (), prompt_ids: Sequence[int] | None = None
+    model: PreTrainedModel,
+    tokenizer: Any,
+    text: Text,
+    name: str,
+    prompt: Text = (),
+    prompt_ids: Sequence[int] | None = None,
 ) -> list[int]:
     if not isinstance(text, str):
         if not hasattr(text, "__iter__") or (isinstance(text, torch.Tensor) and text.dim() != 1):
             raise bad_type(_CALLER, name, "a string or a sequence of token ids", text)
         ids = text.tolist() if hasattr(text, "tolist") else list(text)
-        if not all(type(token) is int and 0 <= token < vocabulary for token in ids):
-            raise ValueError(f"{_CALLER}: `{name}` must hold token ids in [0, {vocabulary}), got {ids[:8]}...")
-        return ids
-    if tokenizer is None:
+        if not all(type(token) is int for token in ids):
+            raise ValueError(f"{_CALLER}: `{name}` must hold token ids, which are integers, got {ids[:8]}...")
+    elif tokenizer is None:
         raise ValueError(f"{_CALLER}: `tokenizer` must be given for strings, got None, and `{name}` is a string")
+    else:
+        ids = _tokenize(tokenizer, text, prompt, prompt_ids)
+    check_token_ids(_CALLER, name, ids, model)
+    return ids
+
+
+def _tokenize(tokenizer: Any, text: str, prompt: Text, prompt_ids: Sequence[int] | None) -> list[int]:
+    """Return the ids of a prompt (without `prompt_ids`), or those that follow `prompt` in the ids of prompt + text."""
     if prompt_ids is None:
         return list(tokenizer(text)["input_ids"])
     if isinstance(prompt, str):

@@ -1,0 +1,40 @@
+"""Token ids that a model can embed: a tokenizer may know more tokens than its model does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+
+def embedded_tokens(model: nn.Module) -> int | None:
+    """Return the number of rows of the input embeddings of a transformers model, or None if they have no weight."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]  # a transformers model
+    return None if weight is None else int(weight.shape[0])
+
+
+def check_token_ids(where: str, name: str, ids: Sequence[int], model: nn.Module) -> None:
+    """Raise ValueError unless `model` embeds every id, which no forward says clearly, least of all on a GPU."""
+    count = embedded_tokens(model)
+    if ids and count is not None and not 0 <= min(ids) <= max(ids) < count:
+        outside = next(token for token in ids if not 0 <= token < count)
+        verb = "give" if name == "tokenizer" else "hold"
+        raise ValueError(
+            f"{where}: `{name}` must {verb} token ids in [0, {count}), got {outside}, which {type(model).__name__} "
+            "does not embed; use its own tokenizer, or model.resize_token_embeddings(len(tokenizer)) for added tokens"
+        )
+
+
+def padding_id(tokenizer: Any, model: nn.Module | None = None, ends: Sequence[int] = ()) -> int:
+    """Return an id to pad with: the tokenizer's, else the first of `ends`, its end token, or 0, that `model` embeds.
+
+    Padding is masked, so any token of the model serves. A padding token that was added to the tokenizer alone does not.
+    """
+    count = None if model is None else embedded_tokens(model)
+    named = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "eos"))
+    pad, eos = (token for token in named)
+    for token in (pad, *ends, eos):
+        if token is not None and (count is None or token < count):
+            return int(token)
+    return 0
