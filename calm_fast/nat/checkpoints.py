@@ -15,7 +15,8 @@ from zipfile import BadZipFile, ZipFile
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 
-WEIGHTS = "dual_lora.safetensors"
+from calm_fast.hf.dual_lora_files import WEIGHTS
+
 _STATE = "trainer_state.json"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel, Trainer
 from calm_fast.consistency.sampling.head import LinearHead, find_linear_head, head_input, probe_token
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.hf.dual_lora import dual_lora_layers
-from calm_fast.hf.dual_lora_files import save_dual_lora
-from calm_fast.nat.checkpoints import WEIGHTS
+from calm_fast.hf.dual_lora_files import WEIGHTS, save_dual_lora
 from calm_fast.nat.data import IGNORE
 
 
