@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import ModelOutput  # type: ignore[attr-defined]  # re-exported without __all__
 
 from calm_fast.core.compatibility import IncompatibleRelease, tried
@@ -78,16 +78,15 @@ def with_cache(outputs: ModelOutput, cache: Any, field: str) -> ModelOutput:
     """Return `outputs` with `cache` under `field`, readable as ``outputs.cache`` and as ``outputs.past_key_values``.
 
     Mamba's output class has no ``attentions``, and up to 5.23 no field of this name: such outputs are copied into a
-    CausalLMOutputWithPast.
+    CausalLMOutputWithPast, those without logits into a BaseModelOutputWithPast.
     """
     fields = type(outputs).__dataclass_fields__  # type: ignore[attr-defined]  # every subclass is a dataclass
     if not {field, "attentions"} <= fields.keys():
-        outputs = CausalLMOutputWithPast(
-            loss=outputs.get("loss"),
-            logits=outputs["logits"],
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-        )
+        extra = {name: outputs.get(name) for name in ("hidden_states", "attentions")}
+        if "last_hidden_state" in outputs:
+            outputs = BaseModelOutputWithPast(last_hidden_state=outputs["last_hidden_state"], **extra)
+        else:
+            outputs = CausalLMOutputWithPast(loss=outputs.get("loss"), logits=outputs["logits"], **extra)
     if cache is not None:
         outputs[field] = cache
     return alias_cache(outputs, cache)

@@ -211,6 +211,7 @@ class ComposedForCausalLM(
         hi: Any = None,
         return_dict: bool | None = None,
         past_key_values: Cache | None = None,
+        headless: bool = False,
         **kwargs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Return the logits of the composed model, with the anchor's own loss, hidden states and attentions.
@@ -232,6 +233,7 @@ class ComposedForCausalLM(
             lo, hi: (B, M) int32; anchor token i reads the augmenter tokens lo <= j < hi, instead of the aligned causal
                 rule.
         The last five are a tensor for all augmenters, or a list with a tensor or None for each.
+            headless: True returns the output of the anchor's base model, with last_hidden_state and no logits.
         Returns:
             the anchor's output; it holds the cache as ``cache`` and as ``past_key_values``.
         Raises:
@@ -271,9 +273,12 @@ class ComposedForCausalLM(
             cache = self.new_cache()
         separable = attention_mask is None and cache is None and external is None
         shared = shared_keywords(kwargs, input_ids, position_ids, separable, past) if kwargs else {}
+        called, signature = self._anchor_body(labels) if headless else (self.anchor, self.signatures[0])
         if labels is not None:
             kwargs["labels"] = labels
-        if self.signatures[0].logits_to_keep:
+        if headless:
+            logits_to_keep = 0
+        elif signature.logits_to_keep:
             kwargs["logits_to_keep"] = logits_to_keep
         checkpoints = self.checkpoints if self.training and torch.is_grad_enabled() else {}
         if checkpoints and cache is not None:
@@ -291,14 +296,14 @@ class ComposedForCausalLM(
             )
             frame.stage = ANCHOR
             own = None if cache is None else cache.anchor
-            prepared = part_inputs(self.anchor, self.signatures[0], inputs, own, past)
-            outputs = self.anchor(**(prepared | kwargs), return_dict=True)
+            prepared = part_inputs(self.anchor, signature, inputs, own, past)
+            outputs = called(**(prepared | kwargs), return_dict=True)
             self.hooks.check_added(frame, self.pairs)
         finally:
             switch(before)
             if begun and cache is not None:
                 cache.end()
-        outputs = with_cache(outputs, cache, self.signatures[0].generated)
+        outputs = with_cache(outputs, cache, signature.generated)
         return outputs if return_dict is None or return_dict else outputs.to_tuple()
 
     def _check_vocabularies(self, calls: list[AugmenterCall], inputs: Tokens) -> None:

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from typing import Any, cast
 
-from transformers import PreTrainedModel
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput  # type: ignore[attr-defined]  # re-exported without __all__
 from typing_extensions import Self
 
 from calm_fast.core.checks import bad_value
+from calm_fast.hf.config import ComposedConfig
+from calm_fast.hf.inputs import WHERE, Signature
+from calm_fast.hf.layers import headless_path, submodule
 
 
 def takes_loss_arguments(model: PreTrainedModel) -> bool:
@@ -24,10 +31,70 @@ def takes_loss_arguments(model: PreTrainedModel) -> bool:
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
+class HeadlessComposition(nn.Module):
+    """A composition without its LM head, as tools call ``model.base_model``: a view that holds nothing of its own.
+
+    Returns the output of the anchor's own base model: last_hidden_state, whose product with the anchor's LM head gives
+    the composed logits as far as the anchor's family does nothing else between them and after.
+    """
+
+    # transformers asks every base model for its plans to split it over devices
+    _tp_plan = None
+    _pp_plan = None
+
+    def __init__(self, model: CompositionIntrospection) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput | tuple[Any, ...]:
+        """Run ComposedForCausalLM.forward with headless=True."""
+        # the class's forward: tools replace the instance's by one that calls the base model
+        run = type(self.model).forward
+        return cast("ModelOutput | tuple[Any, ...]", run(self.model, *args, headless=True, **kwargs))
+
+
 class CompositionIntrospection(PreTrainedModel):
     """The names and flags of ComposedForCausalLM that tools read."""
 
     anchor: PreTrainedModel
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The composition without its LM head."""
+        return HeadlessComposition(self)
+
+    def get_decoder(self) -> nn.Module:
+        return self.base_model
+
+    def _anchor_body(self, labels: torch.Tensor | None) -> tuple[nn.Module, Signature]:
+        """Return (the anchor without its LM head, its signature), for a headless forward."""
+        if labels is not None:
+            raise bad_value(WHERE, "labels", "None with headless=True, which computes no loss", "a value")
+        body = self.anchor.base_model
+        if body is self.anchor:
+            body = submodule(
+                self.anchor, headless_path(self.anchor, cast(ComposedConfig, self.config).anchor_layers or "")
+            )
+        if body is self.anchor:
+            got = f"True, but {type(self.anchor).__name__} has no model inside that holds its layers"
+            raise bad_value(WHERE, "headless", "False for this anchor", got)
+        return body, Signature.of(self.anchor, body, where=WHERE, argument="anchor")
 
     def _describe_parts(self, anchor: PreTrainedModel, augmenters: Iterable[PreTrainedModel]) -> None:
         """Set the flags that follow from the parts."""
