@@ -49,7 +49,7 @@ def require_async(condition: torch.Tensor, message: str) -> None:
     On a CPU a false condition raises RuntimeError with `message`. On a GPU it stops the process's work on that device
     (a device-side assert): use it only where reading the value would cost a synchronisation per step.
     """
-    torch._assert_async(condition, message)  # type: ignore[no-untyped-call]  # torch has no public name for it
+    torch._assert_async(condition, message)  # torch has no public name for it
 
 
 def describe(value: Any) -> str:

@@ -252,7 +252,7 @@ class ComposedForCausalLM(
         cache = self.own_cache(cache=cache, past_key_values=past_key_values, cache_params=recurrent)
         past = 0 if cache is None else cache.get_seq_length()
         inputs = Tokens(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
-        external: dict[str, Any] | None = {
+        external = {
             "augmenter_input_ids": augmenter_input_ids,
             "augmenter_attention_mask": augmenter_attention_mask,
             "augmenter_position_ids": augmenter_position_ids,
@@ -262,8 +262,6 @@ class ComposedForCausalLM(
         cached = True if cache is not None else use_cache
         if cached is None and (not self.config.use_cache or self.training or labels is not None):
             cached = False
-        if all(value is None for value in external.values()):
-            external = None
         calls, uncacheable = augmenter_calls(
             len(self.augmenters), inputs, external, Past(past, cached, cache, self.first_of)
         )

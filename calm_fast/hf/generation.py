@@ -87,7 +87,6 @@ class CompositionGeneration(GenerationMixin):
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         # generate() reads the mask's shape before the first forward
         check_tensors(**{name: model_kwargs.get(name) for name in ("attention_mask", "position_ids")})
-        check_left_padded(model_kwargs.get("attention_mask"))
         super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]  # transformers' own self type
 
     def _prepare_cache_for_generation(  # type: ignore[override]  # passes on what a release adds
@@ -98,6 +97,7 @@ class CompositionGeneration(GenerationMixin):
                 got = "a value. Call forward step by step for an augmenter with tokens of its own"
                 raise bad_value("generate", name, "None, because every part reads the anchor's tokens", got)
         self._check_drafts(generation_config)
+        check_left_padded(model_kwargs.get("attention_mask"))  # the caller's, or made from pad tokens by transformers
         super()._prepare_cache_for_generation(  # type: ignore[misc]  # transformers' own self type
             generation_config, model_kwargs, *args, **kwargs
         )

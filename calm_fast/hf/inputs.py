@@ -191,12 +191,12 @@ class Past(NamedTuple):
 
 
 def augmenter_calls(
-    count: int, inputs: Tokens, external: dict[str, Any] | None, past: Past
+    count: int, inputs: Tokens, external: dict[str, Any], past: Past
 ) -> tuple[list[AugmenterCall], bool]:
     """Return (the call of every augmenter, True if no cache can be kept: for several documents per row, or a hole).
 
     inputs: the anchor's token arguments. external: augmenter_input_ids, augmenter_attention_mask,
-    augmenter_position_ids, lo and hi, each None, a tensor, or a list with one entry per augmenter; None if all are.
+    augmenter_position_ids, lo and hi, each None, a tensor, or a list with one entry per augmenter.
     Rows hold several documents if their positions restart without a mask and a cache, as in transformers.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -205,7 +205,7 @@ def augmenter_calls(
     aligned = aligned_visibility(mask, positions, batch, past.tokens, new, past.cached)
     packed = mask is None and aligned.lo is not None
 
-    if external is None:
+    if all(value is None for value in external.values()):
         if past.tokens > 0 and past.cache is not None and past.cache.own_tokens:
             raise _without_own_tokens(min(past.cache.own_tokens))
         return [AugmenterCall(inputs, aligned)] * count, packed or aligned.order is not None

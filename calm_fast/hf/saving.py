@@ -253,7 +253,7 @@ class CompositionFiles(PreTrainedModel):
             for name, model, fingerprint in zip(names, models, recorded, strict=True):
                 check_weights(name, model, fingerprint)
         config.anchor_config, config.augmenter_configs = models[0].config, [model.config for model in models[1:]]
-        composed = cls(config, models[0], models[1:])
+        composed: Any = cls(config, models[0], models[1:])
         composed.record_parts()
         composed._load_own(weights if state_dict is None else state_dict, keep_dtype=True)
         config.tensors_checksum = ""  # the tensors may change from here on

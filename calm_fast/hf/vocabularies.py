@@ -26,7 +26,7 @@ Tokens = Mapping[int, str]  # token by id
 def embedding_rows(model: PreTrainedModel) -> int:
     """Return the number of token ids that a model embeds."""
     weight = model.get_input_embeddings().weight
-    return int(weight.shape[0])  # type: ignore[union-attr,index]  # of an embedding
+    return int(weight.shape[0])  # type: ignore[index]  # of an embedding
 
 
 def check_embedded(anchor: PreTrainedModel, augmenters: Sequence[PreTrainedModel], vocab_size: int | None) -> None:

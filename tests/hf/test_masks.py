@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, OTHERS, composed_model, prompts, randomize
+from families import FAMILIES, OTHERS, PAD, composed_model, prompts, randomize
 
 from calm_fast.hf import ComposedForCausalLM, compose
 from calm_fast.hf.hooks import running
@@ -119,11 +119,13 @@ def test_a_mask_of_other_values_is_refused(values: list[float]) -> None:
         composed_model("llama")(prompts(1, 5), attention_mask=torch.tensor([values]))
 
 
+@pytest.mark.parametrize("masked", [True, False])
 @torch.no_grad()
-def test_generate_refuses_a_prompt_that_is_padded_on_the_right() -> None:
-    given = row(RIGHT, 0)
+def test_generate_refuses_a_prompt_that_is_padded_on_the_right(masked: bool) -> None:
+    given = row(RIGHT, PAD)  # without a mask, transformers makes one from the padding tokens
+    mask = given["attention_mask"] if masked else None
     with pytest.raises(ValueError, match="generate: `attention_mask` must be 1 for the last token .* Pad on the left"):
-        composed_model("llama").generate(given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=1)
+        composed_model("llama").generate(given["input_ids"], attention_mask=mask, max_new_tokens=1)
 
 
 @torch.no_grad()
