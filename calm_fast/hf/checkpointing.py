@@ -31,6 +31,8 @@ def _forward(layer: nn.Module, inner: Callable[..., Any] | None, *args: Any, **k
     checkpoint = None if frame is None or frame.stage != ANCHOR else frame.checkpoints.get(layer)
     if checkpoint is None or not torch.is_grad_enabled():
         return run(*args, **kwargs)
-
-    # as positional arguments, through which a reentrant checkpoint passes gradients
+    # a reentrant checkpoint records nothing without a positional argument that requires a gradient: adapters of the
+    # layer would lose theirs
+    if not any(isinstance(t, torch.Tensor) and t.requires_grad for t in args):
+        return run(*args, **kwargs)
     return checkpoint(partial(run, **kwargs), *args)

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput  # type: ignore[attr-defined]  # re-e
 
 from calm_fast.core.checks import bad_value
 from calm_fast.core.compatibility import require
+from calm_fast.hf.augmenter_training import check_trained_parts, trains
 from calm_fast.hf.cache import ComposedCache, Identity
 from calm_fast.hf.cache_names import with_cache
 from calm_fast.hf.causality import check_parts_causal
@@ -317,24 +318,32 @@ class ComposedForCausalLM(
     def _read_augmenters(
         self, frame: Frame, calls: list[AugmenterCall], cache: ComposedCache | None, shared: dict[str, Any]
     ) -> None:
-        """Run every augmenter up to its last connected layer; the hooks leave its states in the frame."""
-        with torch.no_grad():
-            for index, (model, call) in enumerate(zip(self.augmenters, calls, strict=True)):
-                frame.stage = index
-                own, past = None, 0
-                if cache is not None:
-                    own, past = cache.augmenters[index], cache.cross[self.first_of[index]].get_seq_length()
-                signature = self.signatures[index + 1]
-                if call.inputs["input_ids"].shape[1] == 0:
-                    self._read_nothing(frame, index, call.inputs["input_ids"].shape[0])
-                    continue
-                inputs = part_inputs(model, signature, call.inputs, own, past)  # type: ignore[arg-type]  # from a ModuleList
-                called = submodule(model, self.headless[index])
-                if shared:
-                    inputs |= augmenter_keywords(called, shared, signature.device(model))  # type: ignore[arg-type]
+        """Run every augmenter up to its last connected layer; the hooks leave its states in the frame.
+
+        Autograd records an augmenter only if one of its parameters trains.
+        """
+        for index, (model, call) in enumerate(zip(self.augmenters, calls, strict=True)):
+            frame.stage = index
+            own, past = None, 0
+            if cache is not None:
+                own, past = cache.augmenters[index], cache.cross[self.first_of[index]].get_seq_length()
+            signature = self.signatures[index + 1]
+            if call.inputs["input_ids"].shape[1] == 0:
+                self._read_nothing(frame, index, call.inputs["input_ids"].shape[0])
+                continue
+            inputs = part_inputs(model, signature, call.inputs, own, past)  # type: ignore[arg-type]  # from a ModuleList
+            called = submodule(model, self.headless[index])
+            if shared:
+                inputs |= augmenter_keywords(called, shared, signature.device(model))  # type: ignore[arg-type]
+            recorded = trains(model)
+            with torch.set_grad_enabled(recorded):
                 called(**inputs)
                 if call.visibility.order is not None:
                     sort_states(frame, index, call.visibility.order)
+            if recorded:
+                read = 1 + max(a for i, a, _ in self.pairs if i == index)
+                states = [state for (i, _), state in frame.states.items() if i == index]
+                check_trained_parts(index, model, str(self.config.augmenter_layers[index]), read, states)
 
     def _read_nothing(self, frame: Frame, index: int, batch: int) -> None:
         """Leave states without tokens in the frame: augmenter `index` has no new token in this call."""

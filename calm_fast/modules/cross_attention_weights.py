@@ -102,16 +102,19 @@ def read_parameters(layer: Any) -> Parameters | None:
 
 def fit(params: Parameters, sizes: tuple[int, int, int, int]) -> bool:
     """Return True if `params` have the shapes that `__init__` gave them; sizes: DB, DA, H * D, Hkv * D."""
-    w = Weights(*params)  # type: ignore[arg-type]  # in its order; required parameters are never None
+    _, _, _, proj, proj_bias, _, k_bias, _, v_bias, *_ = params
     db, da, q_dim, kv_dim = sizes
-    inner = da if w.proj is None else db
+    inner = da if proj is None else db
     expected: tuple[tuple[int, ...], ...] = (
         (db,), (q_dim, db), (q_dim,), (db, da), (db,), (kv_dim, inner), (kv_dim,), (kv_dim, inner), (kv_dim,),
         (db, q_dim), (db,), (db,),
     )  # fmt: skip
-    if (w.k_bias is None) != (w.v_bias is None) or (w.proj_bias is not None and w.k_bias is None):
+    if (k_bias is None) != (v_bias is None) or (proj_bias is not None and k_bias is None):
         return False  # biases are folded all together
-    return all(p is None or p.shape == shape for p, shape in zip(params, expected, strict=True))
+    for p, shape in zip(params, expected, strict=True):  # runs in every decode step
+        if p is not None and p.shape != shape:
+            return False
+    return True
 
 
 def choose_factors(
@@ -133,7 +136,7 @@ def choose_factors(
 
 def _kept_factors(params: Parameters, dtype: torch.dtype, packed: bool) -> Factors:
     """Return the factors of calls without gradients: everything folded that makes one call cheaper."""
-    w = Weights(*params)  # type: ignore[arg-type]  # as in `fit`
+    w = Weights(*params)  # type: ignore[arg-type]  # in its order; required parameters are never None
     if w.scale is not None:
         w = w._replace(scale=None, q=w.q * w.scale)
     fold = w.proj is not None and _cost(w, 1, cached=True).fold
@@ -146,7 +149,7 @@ def _kept_factors(params: Parameters, dtype: torch.dtype, packed: bool) -> Facto
 
 def _factors(params: Parameters, dtype: torch.dtype, hidden: torch.Tensor, augmenter: torch.Tensor) -> Factors:
     """Return the factors of one call with H_B and H_A; gradients flow through them to the parameters."""
-    w = Weights(*params)  # type: ignore[arg-type]  # as in `fit`
+    w = Weights(*params)  # type: ignore[arg-type]  # as above
     if w.scale is not None and hidden.shape[0] * hidden.shape[1] > w.q.shape[0]:  # fewer rows to scale: fold
         w = w._replace(scale=None, q=w.q * w.scale)
     # without P there is nothing to fold: stacking W_k and W_v is a copy, and two products are not slower
