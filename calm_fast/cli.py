@@ -165,7 +165,10 @@ def nat(
         int | None, typer.Option(min=0, help="Steps until --lr is reached. Default: a tenth of --steps, at most 20.")
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank of both LoRAs.")] = 8,
-    variant: Annotated[str, typer.Option(help="paper or released.")] = "paper",
+    variant: Annotated[str, typer.Option(help="Form of the layers: paper or released.")] = "paper",
+    nce_masking: Annotated[
+        str, typer.Option(help="Tokens that NCE counts: paper (rationales) or released (prompts too).")
+    ] = "paper",
     target: Annotated[list[str] | None, typer.Option(help="A layer name; repeat. Default: q_proj, v_proj.")] = None,
     max_length: Annotated[int, typer.Option(min=8, help="Most tokens of an example.")] = 512,
     limit: Annotated[int | None, typer.Option(min=1, help="Most rows to read.")] = None,
@@ -184,7 +187,7 @@ def nat(
         try:
             settings = Settings(
                 steps=steps, batch_size=batch_size, learning_rate=lr, warmup=warmup, rank=rank, variant=variant,
-                target_modules=tuple(target or ("q_proj", "v_proj")), seed=seed,
+                nce_masking=nce_masking, target_modules=tuple(target or ("q_proj", "v_proj")), seed=seed,
             )  # fmt: skip
             results = run(data, model, out, settings, limit=limit, max_length=max_length)
         except ValueError as problem:

@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import math
 import numbers
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -68,6 +69,17 @@ def bad_value(where: str, name: str, expected: str, got: str) -> ValueError:
 def bad_type(where: str, name: str, expected: str, value: Any) -> TypeError:
     """Return the TypeError for argument `name` of `where`; it describes `value`."""
     return TypeError(f"{where}: `{name}` must be {expected}, got {describe(value)}")
+
+
+@contextlib.contextmanager
+def errors_of(where: str) -> Iterator[None]:
+    """Re-raise argument errors of inner functions under the name of `where`, whose arguments have the same names."""
+    try:
+        yield
+    except (TypeError, ValueError) as problem:
+        if match := re.match(r"[\w.]+: (?=`)", str(problem)):
+            raise type(problem)(f"{where}: {str(problem)[match.end() :]}") from problem
+        raise
 
 
 def check_tensor(

@@ -11,14 +11,17 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from calm_fast.core.checks import bad_value, errors_of
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.files import write_json
 from calm_fast.core.fingerprint import file_checksum, model_folder_fingerprint
 from calm_fast.core.token_ids import padding_id
-from calm_fast.hf.dual_lora import get_gates, record_gates
+from calm_fast.hf.dual_lora import add_dual_lora, get_gates, record_gates
 from calm_fast.hf.dual_lora_files import load_dual_lora, save_dual_lora, save_lora_adapter
+from calm_fast.modules.dual_lora import DualLoRALinear
 from calm_fast.nat.data import Example, Graded, RationaleDataset, RightPadding, grade, read_rows
 from calm_fast.nat.stages import History, Settings, distil_nce, train_nat, train_negative
+from calm_fast.nat.trainer import find_nce_head
 
 _RESULTS = "results.json"
 
@@ -52,6 +55,8 @@ def run(
     # progress and checkpoints do not change the result
     decisive = {k: v for k, v in asdict(settings).items() if k not in ("progress", "save_every")}
     decisive["warmup"] = settings.warmup_steps
+    if settings.nce_masking == "paper":
+        del decisive["nce_masking"]  # earlier versions, whose runs go on, had no other
     identity: dict[str, Any] = {
         "settings": decisive,
         "limit": limit,
@@ -60,6 +65,11 @@ def run(
     }
     identity["model"] = model_folder_fingerprint(model)
     results = _resume(out / _RESULTS, json.loads(json.dumps(identity)))
+
+    def load() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(os.fspath(model)).eval()
+
+    pad_id = _check_stages(load(), tokenizer, settings)
 
     graded = _load_or_grade(out / "graded.json", data, limit, settings.progress)
     right, wrong = graded.right, graded.wrong
@@ -73,11 +83,6 @@ def run(
     results["examples"] = {"right": len(right), "wrong": len(wrong)}
     results["left_out"] = graded.left_out
 
-    def load() -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(os.fspath(model)).eval()
-
-    pad_id = padding_id(tokenizer, load())
-
     def run_stage(name: str, work: Callable[[], History]) -> None:
         if name not in results["losses"]:
             losses = work()
@@ -88,6 +93,21 @@ def run(
     run_stage("nat", lambda: _nat(load(), rights, pad_id, out, settings, results))
     run_stage("student", lambda: _student(load(), rights, pad_id, out, settings))
     return results
+
+
+def _check_stages(model: PreTrainedModel, tokenizer: Any, settings: Settings) -> int:
+    """Raise now what a stage would raise after hours of training those before it; return the id of the padding."""
+    with errors_of("nat"):
+        find_nce_head(model, "nat")
+        add_dual_lora(model, settings.target_modules, mode="mix", **settings.layer_options())
+        if isinstance(model.get_output_embeddings(), DualLoRALinear):
+            raise bad_value(
+                "nat",
+                "target_modules",
+                "layers below the LM head, which NCE's student and teachers share",
+                f"{settings.target_modules!r}, which match the head; leave it out",
+            )
+    return padding_id(tokenizer, model)
 
 
 def _negative(model: PreTrainedModel, data: RationaleDataset, pad_id: int, out: Path, settings: Settings) -> History:

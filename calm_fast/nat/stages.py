@@ -21,7 +21,7 @@ from calm_fast.hf.dual_lora import add_dual_lora, dual_lora_layers
 from calm_fast.modules.dual_lora import VARIANTS
 from calm_fast.nat.checkpoints import newest_checkpoint
 from calm_fast.nat.data import RationaleDataset, RightPadding
-from calm_fast.nat.trainer import DualLoRATrainer, DualTeacher, NCETrainer
+from calm_fast.nat.trainer import MASKINGS, DualLoRATrainer, DualTeacher, NCETrainer, find_nce_head
 
 History = list[dict[str, float]]
 
@@ -33,7 +33,8 @@ class Settings:
     steps, batch_size, learning_rate, warmup: of each stage. The rate rises to `learning_rate` over `warmup` steps, by
     default a tenth of the steps, at most 20, and falls to zero by a cosine. rank, alpha, target_modules, variant,
     gate_dim, value_dim, dropout: of the layers, see `DualLoRALinear`. nce_alpha, nce_temperature, nce_offset: constants
-    of `ops.linear_nce`. save_every: steps between checkpoints, 0 = none. progress: show a bar.
+    of `ops.linear_nce`. nce_masking: "paper" or "released", the tokens that NCE counts, see `NCETrainer`. save_every:
+    steps between checkpoints, 0 = none. progress: show a bar.
 
     Raises:
         TypeError, ValueError: a value is wrong; the message names it, what was expected and what came.
@@ -53,6 +54,7 @@ class Settings:
     nce_alpha: float = 0.5
     nce_temperature: float = 1.0
     nce_offset: float = 0.5
+    nce_masking: str = "paper"
     save_every: int = 100
     seed: int = 0
     progress: bool = True
@@ -72,6 +74,8 @@ class Settings:
             raise bad_value("nat.Settings", "warmup", expected, str(self.warmup))
         if self.variant not in VARIANTS:
             raise bad_value("nat.Settings", "variant", "'paper' or 'released'", repr(self.variant))
+        if self.nce_masking not in MASKINGS:
+            raise bad_value("nat.Settings", "nce_masking", "'paper' or 'released'", repr(self.nce_masking))
         for name in ("learning_rate", "nce_temperature"):
             check_finite_number("nat.Settings", name, getattr(self, name))
             if getattr(self, name) <= 0:
@@ -172,6 +176,7 @@ def distil_nce(
         ValueError: the LM head is not one linear layer with an optional factor and soft cap.
     Source: arXiv 2312.12832, section 3.3.
     """
+    find_nce_head(teacher, "distil_nce", "teacher")
     _seed(settings)
     # Trainer moves the student to this device, and with it the shared base
     cast(nn.Module, teacher).to(settings.arguments(out).device)
@@ -180,6 +185,7 @@ def distil_nce(
         "alpha": settings.nce_alpha,
         "temperature": settings.nce_temperature,
         "offset": settings.nce_offset,
+        "masking": settings.nce_masking,
         "teachers": DualTeacher(teacher),
     }
     return student, _fit("distil_nce", "right", NCETrainer, student, right, pad_id, out, settings, **options)

@@ -68,8 +68,8 @@ def linear_nce(
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came.
         RuntimeError: an explicit `impl` cannot run here.
     Hardware: "native" runs on a CPU, "triton" on a GPU (compute capability 8.0 or newer), the others anywhere.
-    Deterministic. Only "reference" has a double backward. Source: NAT/NCE (arXiv 2312.12832) section 3.3; the defaults
-    are those of its released code.
+    Deterministic. Only "reference" has a double backward. Source: NAT/NCE (arXiv 2312.12832) section 3.3; the
+    constants are those of its released code, which counts other tokens (docs/ops/linear_nce.md).
     """
     numbers = {"alpha": alpha, "temperature": temperature, "offset": offset}
     decision = decide(

@@ -19,6 +19,7 @@ from calm_fast.consistency.ranking.ranker import Ranker
 from calm_fast.consistency.ranking.training import RankerSettings, questions_to_rank, train_ranker
 from calm_fast.consistency.voting.journal import Journal
 from calm_fast.consistency.voting.samples import write_rows
+from calm_fast.core.checks import errors_of
 from calm_fast.core.files import atomic_path, write_json
 from calm_fast.core.fingerprint import json_checksum, model_fingerprint
 from calm_fast.core.progress import progress_bar
@@ -120,9 +121,10 @@ def run_training(
         raise ValueError(f"run_training: `holdout` must be a share of at least 0 and below 1, got {holdout}")
     out = Path(out)
     decisive = {k: v for k, v in asdict(settings).items() if k not in ("progress", "save_every")}
-    ranker = Ranker.from_backbone(
-        model, train_backbone=train_backbone, max_length=max_length, hidden=hidden, dtype=dtype, seed=settings.seed
-    )
+    with errors_of("rank"):
+        ranker = Ranker.from_backbone(
+            model, train_backbone=train_backbone, max_length=max_length, hidden=hidden, dtype=dtype, seed=settings.seed
+        )
     identity = {
         "settings": decisive, "train_backbone": train_backbone, "max_length": ranker.max_length, "hidden": hidden,
         "dtype": str(dtype), "holdout": holdout, "backbone": model_fingerprint(ranker.required_backbone()),

@@ -1,4 +1,4 @@
-"""linear_nce: every implementation against the float64 definition and the released loss; torch's own checks."""
+"""linear_nce: every implementation against the float64 definition and the paper's loss; torch's own checks."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_loss_and_gradients_within_the_error_rule(case: Case, impl, device):
     assert not wrong
 
 
-def released_loss(student_logits, nat_logits, neg_logits, labels):
-    """Return the released NCE loss of a padded batch (B, L, V) with labels (B, L); -100 marks prompt and padding."""
+def loss_token_by_token(student_logits, nat_logits, neg_logits, labels):
+    """Return the NCE loss of a padded batch (B, L, V) with labels (B, L); -100 marks prompt and padding."""
     losses = []
     total = int((labels[:, 1:] != -100).sum())
     for b in range(labels.shape[0]):
@@ -75,7 +75,7 @@ def released_loss(student_logits, nat_logits, neg_logits, labels):
 
 
 @pytest.mark.parametrize("impl_name", ["reference", "torch"])
-def test_defaults_are_the_released_loss(impl_name):
+def test_defaults_are_the_loss_token_by_token(impl_name):
     gen = torch.Generator().manual_seed(11)
     batch, length, d, v = 3, 7, 12, 19
     student, nat, neg = (torch.randn(batch, length, d, generator=gen, dtype=torch.float64) for _ in range(3))
@@ -83,7 +83,7 @@ def test_defaults_are_the_released_loss(impl_name):
     labels = torch.randint(0, v, (batch, length), generator=gen)
     labels[0, :3], labels[1, 5:], labels[2, :1] = -100, -100, -100
     student, weight = student.requires_grad_(), weight.requires_grad_()
-    expected = released_loss(student @ weight.T, (nat @ weight.T).detach(), (neg @ weight.T).detach(), labels)
+    expected = loss_token_by_token(student @ weight.T, (nat @ weight.T).detach(), (neg @ weight.T).detach(), labels)
 
     flat = [t[:, :-1].reshape(-1, d) for t in (student, nat, neg)]
     seq_ids = torch.arange(batch).repeat_interleave(length - 1)
