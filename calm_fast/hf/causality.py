@@ -25,27 +25,33 @@ _SETTINGS = {"is_decoder": (False,), "use_bidirectional_attention": (True, "all"
 
 
 class Part(NamedTuple):
-    """A part of a composition as it is called. argument, label: its names in errors."""
+    """A part of a composition. argument, label: its names in errors.
+
+    called: the module that a composed forward calls: the anchor itself, which may build masks of its own, or an
+    augmenter's body. body: the headless module inside it, whose states are compared.
+    """
 
     argument: str
     label: str
     model: PreTrainedModel
+    called: nn.Module
     body: nn.Module
     signature: Signature
     depth: int
 
 
 def parts(composed: ComposedForCausalLM) -> list[Part]:
-    """Return the anchor's body and every augmenter's truncated one."""
+    """Return the anchor and every augmenter's truncated view."""
     anchor, path = composed.anchor, composed.config.anchor_layers
     assert path is not None  # found at construction
     body = submodule(anchor, headless_path(anchor, path))
     depth = len(anchor.get_submodule(path))  # type: ignore[arg-type]  # a ModuleList
-    found = [Part("anchor", type(anchor).__name__, anchor, body, composed.signatures[0], depth)]
+    found = [Part("anchor", type(anchor).__name__, anchor, anchor, body, composed.signatures[0], depth)]
     for index, depth in enumerate(composed.depths):
         model, signature = composed._augmenter(index), composed.signatures[index + 1]
         label = f"augmenter {index} ({type(model).__name__})"
-        found.append(Part("augmenters", label, model, submodule(model, composed.headless[index]), signature, depth))
+        body = submodule(model, composed.headless[index])
+        found.append(Part("augmenters", label, model, body, body, signature, depth))
     return found
 
 
@@ -94,7 +100,7 @@ def _last_token_moves_earlier_states(part: Part) -> bool:
         for ids in _probes(part.model):
             tokens = Tokens(input_ids=ids, attention_mask=None, position_ids=None)
             inputs = part_inputs(part.model, part.signature, tokens, None, 0)
-            states = _states(part.body(**inputs))
+            states = _states(part, inputs)
             if states is None:
                 return False  # not (batch, tokens, width): the first forward refuses to connect such a layer
             same, last = states[:, :-1], states[:, -1]
@@ -125,8 +131,16 @@ def _special_ids(config: PreTrainedConfig) -> set[int]:
     return ids
 
 
-def _states(outputs: Any) -> torch.Tensor | None:
-    states = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+def _states(part: Part, inputs: dict[str, Any]) -> torch.Tensor | None:
+    """Run a part and return the states (batch, tokens, width) of its body, or None if they have another shape."""
+    seen: list[Any] = []
+    handle = part.body.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    head = {"logits_to_keep": 1} if part.called is not part.body and part.signature.logits_to_keep else {}
+    try:
+        part.called(**inputs, **head)
+    finally:
+        handle.remove()
+    states = seen[0] if isinstance(seen[0], torch.Tensor) else seen[0][0]
     return states if isinstance(states, torch.Tensor) and states.ndim == 3 else None
 
 
@@ -157,7 +171,7 @@ def _gradient_from_the_last_token(part: Part, inputs: dict[str, Any]) -> bool | 
     handle = part.model.get_input_embeddings().register_forward_hook(leaf)
     try:
         with torch.enable_grad():
-            states = _states(part.body(**inputs))
+            states = _states(part, inputs)
             assert states is not None  # it had some before
             early = states[:, :-1].float()
             # any weights but equal ones: a LayerNorm's outputs sum to a constant

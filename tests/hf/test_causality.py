@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, OTHERS, prompts
-from transformers import BertConfig, BertLMHeadModel, BertModel, Gemma3ForCausalLM, Gemma3TextConfig, LlamaModel
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 
 from calm_fast.hf import ComposedForCausalLM, compose
 
@@ -69,6 +78,22 @@ def test_causal_families_pass(name: str, dtype: torch.dtype) -> None:
 
 def test_causal_variants_of_the_same_classes_pass() -> None:
     assert not compose(llama(), [bert(is_decoder=True), gemma(False)], "uniform:2").unproven
+
+
+class ReadsItsPrompt(LlamaForCausalLM):
+    """A prefix language model: the headless body is causal, but the model gives it a mask that is not."""
+
+    @functools.wraps(LlamaForCausalLM.forward)
+    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        batch, tokens = input_ids.shape
+        mask = torch.zeros(batch, 1, tokens, tokens)
+        return super().forward(input_ids, attention_mask=mask, **kwargs)
+
+
+def test_an_anchor_that_builds_its_own_masks_is_tried_as_a_whole() -> None:
+    with pytest.raises(ValueError, match="`anchor` must be a causal model, got ReadsItsPrompt, .*check_causal=False"):
+        compose(ReadsItsPrompt(llama().config).eval(), llama(), "uniform:2")
+    assert not compose(llama(), ReadsItsPrompt(llama().config).eval(), "uniform:2").unproven  # only its body is called
 
 
 def last_token_noise(size: float) -> Any:
