@@ -165,13 +165,13 @@ class CompositionFiles(PreTrainedModel):
         # All are written before the first is replaced. The tensors are replaced first; they carry both configs, which
         # count until config.json with the same checksum is in place.
         with (
-            atomic_path(os.path.join(folder, CONFIG_NAME)) as config_file,
-            atomic_path(os.path.join(folder, GENERATION_CONFIG_NAME)) as generation_file,
-            atomic_path(os.path.join(folder, SAFE_WEIGHTS_NAME)) as tensors_file,
+            atomic_path(os.path.join(folder, CONFIG_NAME)) as partial_config,
+            atomic_path(os.path.join(folder, GENERATION_CONFIG_NAME)) as partial_generation,
+            atomic_path(os.path.join(folder, SAFE_WEIGHTS_NAME)) as partial_tensors,
         ):
-            config_file.write_text(texts["config"], encoding="utf-8")
-            generation_file.write_text(texts["generation_config"], encoding="utf-8")
-            write_tensors(tensors_file, tensors, metadata)
+            partial_config.write_text(texts["config"], encoding="utf-8")
+            partial_generation.write_text(texts["generation_config"], encoding="utf-8")
+            write_tensors(partial_tensors, tensors, metadata)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # as transformers' own
         """Upload the composition as transformers does.

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from calm_fast.core.dispatch import triton_obstacle
+from calm_fast.core.files import write_json
 from calm_fast.core.numerics import Case, OpCases, Row, judge, truth_of
 from calm_fast.ops import INTERNAL_OPS, OPS
 from calm_fast.verify import emulation
@@ -225,7 +226,7 @@ def write_rows(file: Path, rows: Sequence[Row]) -> None:
     """Write all rows as a JSON list. An infinite error is null, because JSON has no infinity."""
     plain = [{k: None if v == math.inf else v for k, v in asdict(row).items()} for row in rows]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(plain, indent=1) + "\n")
+    write_json(file, plain)
 
 
 if __name__ == "__main__":

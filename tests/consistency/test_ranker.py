@@ -197,6 +197,16 @@ def test_head_alone_is_saved_and_loaded(tmp_path):
     assert torch.equal(Ranker.from_pretrained(tmp_path).score_features(x)[0], model.score_features(x)[0])
 
 
+def test_files_of_two_saves_are_refused(tmp_path):
+    """A process that was killed between the two files leaves such a folder."""
+    for seed in (1, 2):
+        Ranker.for_features(5, hidden=4, seed=seed).save_pretrained(tmp_path / str(seed))
+    head = next(f.name for f in (tmp_path / "1").iterdir() if f.suffix == ".safetensors")
+    (tmp_path / "1" / head).write_bytes((tmp_path / "2" / head).read_bytes())
+    with pytest.raises(ValueError, match="`folder` must hold the files of one save"):
+        Ranker.from_pretrained(tmp_path / "1")
+
+
 def test_other_formats_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no ranker\.json"):
         Ranker.from_pretrained(tmp_path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import threading
 from pathlib import Path
 
 import pytest
 
+import calm_fast
 from calm_fast.core.files import atomic_path, write_json, write_text
 
 
@@ -51,3 +53,15 @@ def test_a_pipe_is_written_not_replaced(tmp_path: Path) -> None:
     write_text(pipe, "through")
     reader.join(timeout=20)
     assert read == ["through"] and stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_nothing_in_the_package_writes_a_file_in_place() -> None:
+    """A module that writes a file by itself writes it into what `atomic_path` gave."""
+    package = Path(calm_fast.__file__).parent
+    writes = re.compile(r"\.write_(?:text|bytes)\(|\btorch\.save\(|\bsave_file\(|\.savefig\(file")
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))}
+    atomic = {path for path, text in texts.items() if "atomic_path(" in text}
+    atomic.add(package / "hf" / "own_tensors.py")  # saving.py gives it the partial file
+    in_place = [str(path.relative_to(package)) for path, text in texts.items() if writes.search(text)]
+    assert in_place, "the pattern finds the writers"
+    assert not [name for name in in_place if package / name not in atomic]

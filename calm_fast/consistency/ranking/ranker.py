@@ -13,8 +13,8 @@ from torch import nn
 
 from calm_fast.consistency.ranking.inputs import Encoded, PairEncoder, batches_by_length, mean_states
 from calm_fast.core.eval_mode import eval_mode
-from calm_fast.core.files import write_json
-from calm_fast.core.fingerprint import model_fingerprint
+from calm_fast.core.files import atomic_path, write_json
+from calm_fast.core.fingerprint import file_checksum, model_fingerprint
 from calm_fast.core.progress import progress_bar
 from calm_fast.core.token_ids import check_token_ids, padding_id
 
@@ -248,8 +248,10 @@ class Ranker(nn.Module):
                 config["backbone"]["fingerprint"] = model_fingerprint(self.backbone)
             self.tokenizer.save_pretrained(folder / _TOKENIZER)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous().cpu() for k, v in self.head.state_dict().items()}, folder / _HEAD)
-        write_json(folder / _CONFIG, config)
+        with atomic_path(folder / _HEAD) as partial:
+            save_file({k: v.contiguous().cpu() for k, v in self.head.state_dict().items()}, partial)
+        # a process that is killed here leaves a head and a config that from_pretrained refuses together
+        write_json(folder / _CONFIG, config | {"head_checksum": file_checksum(folder / _HEAD)})
 
     @classmethod
     def from_pretrained(
@@ -277,6 +279,12 @@ class Ranker(nn.Module):
             raise ValueError(
                 f"Ranker.from_pretrained: `folder` must hold a ranker of format version {FORMAT_VERSION}, got {folder} "
                 f"of format version {found}"
+            )
+        recorded = config.get("head_checksum")  # rankers of earlier releases have none
+        if recorded is not None and recorded != file_checksum(folder / _HEAD):
+            raise ValueError(
+                f"Ranker.from_pretrained: `folder` must hold the files of one save, got {folder}, whose {_HEAD} is not "
+                f"the one that {_CONFIG} was written with; save the ranker again"
             )
         head = RankerHead(**config["head"])
         head.load_state_dict(load_file(folder / _HEAD))

@@ -23,7 +23,7 @@ from calm_fast.consistency.answers.grouping import Groups, group_answers
 from calm_fast.consistency.voting.consensus import score_matrix
 from calm_fast.consistency.voting.curves import any_at_k
 from calm_fast.consistency.voting.samples import read_rows, write_rows
-from calm_fast.core.files import write_json
+from calm_fast.core.files import atomic_path, write_json
 from calm_fast.core.progress import progress_bar
 
 
@@ -246,4 +246,5 @@ def draw(report: VoteReport, file: Path) -> None:
     axes.set_title(f"{report.results['questions']} questions")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=150)
+    with atomic_path(file) as partial:
+        figure.savefig(partial, dpi=150, format="png")

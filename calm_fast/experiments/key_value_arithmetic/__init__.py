@@ -5,7 +5,6 @@ Read `data` (tasks), `training` (models, recipe) and `evaluation`, then `run` he
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -21,6 +20,7 @@ from rich.console import Console
 import calm_fast
 from calm_fast._version import versions
 from calm_fast.core.checks import bad_value
+from calm_fast.core.files import write_json, write_text
 from calm_fast.core.progress import progress_bar
 from calm_fast.experiments.key_value_arithmetic import report, speed
 from calm_fast.experiments.key_value_arithmetic.data import ROW, World, mixture_a, mixture_b, mixture_composition
@@ -148,8 +148,8 @@ def _train_composition(
 
 def _write(out: Path, story: report.Story, console: Console) -> None:
     results = story.results
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (out / "report.html").write_text(report.html(story), encoding="utf-8")
+    write_json(out / "results.json", results, indent=2)
+    write_text(out / "report.html", report.html(story))
     report.print_table(results["accuracy"], console)
     for m in story.speed:
         console.print(
