@@ -69,7 +69,9 @@ def save_lora_adapter(
     if not writes:
         return
     factors = {
-        path: LoraFactors(*(tensors[f"{path}.{name}"] for name in names), layer.scaling[which == "neg"])
+        path: LoraFactors(
+            tensors[f"{path}.lora_a_{which}"], tensors[f"{path}.lora_b_{which}"], layer.scaling[which == "neg"]
+        )
         for path, layer in layers.items()
     }
     own = inner_model(model)

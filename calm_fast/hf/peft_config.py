@@ -28,7 +28,7 @@ class Field:
 
 
 _READ, _NO_EFFECT = Field("read"), Field("no effect")
-_EMPTY = (None, False, "", [], {})
+_EMPTY: tuple[Any, ...] = (None, False, "", [], {})
 
 
 def _refused(why: str, *plain: Any) -> Field:

@@ -86,7 +86,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return a copy of `tensor` on the CPU. For a DTensor every process has to call this."""
     tensor = tensor.detach()
     if is_sharded(tensor):
-        tensor = tensor.full_tensor()  # type: ignore[operator]  # a method of DTensor
+        tensor = tensor.full_tensor()  # type: ignore[attr-defined]  # a method of DTensor
     return tensor.cpu().contiguous().clone()
 
 

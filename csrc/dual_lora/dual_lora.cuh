@@ -60,7 +60,7 @@ __device__ __forceinline__ void read_each(Global<const T> row, int at, int width
 // The exact gelu. erfc keeps the relative precision of small results, which 1 + erf loses.
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * erfcf(-0.70710678f * x); }
 
-// Computes the gate, one warp per token: p_neg = sigmoid(z . g), then give(t, i, z_i, p_neg) for each rank i. z is 0
+// Computes the gate, one warp per token: a_neg = tanh(z . g / 2) / 2, then give(t, i, z_i, a_neg) for each rank i. z is 0
 // for tokens beyond the last.
 template <class T, class Give>
 __device__ __forceinline__ void gate(const Args<T>& a, int first, Give give) {
@@ -77,10 +77,10 @@ __device__ __forceinline__ void gate(const Args<T>& a, int first, Give give) {
     SIMT_UNROLL
     for (int step = kWarpSize / 2; step > 0; step /= 2) logit += __shfl_xor_sync(kAllLanes, logit, step);
     // Softmax over the two, then store through `give`.
-    const float p_neg = gate_probability(logit);
+    const float a_neg = negative_weight(logit);
     for (int i = lane; i < a.r; i += kWarpSize) {
       const T own = z[i];
-      give(t, i, exists ? simt::to_float(own) : 0.0f, p_neg);
+      give(t, i, exists ? simt::to_float(own) : 0.0f, a_neg);
     }
   }
 }
@@ -88,7 +88,7 @@ __device__ __forceinline__ void gate(const Args<T>& a, int first, Give give) {
 // Computes the mix of hidden unit h for all tokens of the tile.
 template <class T, bool kWide>
 __device__ __forceinline__ void mix_unit(
-    const Args<T>& a, int first, int h, Shared<const float> z, Shared<const float> p_negs, float (&mix)[kTile]) {
+    const Args<T>& a, int first, int h, Shared<const float> z, Shared<const float> a_negs, float (&mix)[kTile]) {
   // Load: u, where both sums start.
   float pos[kTile], neg[kTile];
   SIMT_UNROLL
@@ -120,8 +120,8 @@ __device__ __forceinline__ void mix_unit(
   // Epilogue: the gate's weighted sum of the two gelus.
   SIMT_UNROLL
   for (int t = 0; t < kTile; ++t) {
-    const float p_neg = p_negs[t];
-    const GateWeights weights = gate_weights(p_neg);
+    const float a_neg = a_negs[t];
+    const GateWeights weights = gate_weights(a_neg);
     mix[t] = weights.pos * gelu(pos[t]) + weights.neg * gelu(neg[t]);
   }
 }
@@ -137,21 +137,21 @@ __global__ void __launch_bounds__(kThreads, 4) update_kernel(Args<T> a) {
   // Scores and softmax: the gate, and from it the mix.
   if constexpr (kGelu) {
     Shared<float> z = pool.take<float>(a.r * kTile, "z");  // (R, tokens)
-    Shared<float> p_negs = pool.take<float>(kTile, "p_negs");
-    gate(a, first, [&](int t, int i, float own, float p_neg) {
+    Shared<float> a_negs = pool.take<float>(kTile, "a_negs");
+    gate(a, first, [&](int t, int i, float own, float a_neg) {
       z[i * kTile + t] = own;
-      if (i == 0) p_negs[t] = p_neg;
+      if (i == 0) a_negs[t] = a_neg;
     });
     __syncthreads();
     for (int h = threadIdx.x; h < width; h += kThreads) {
       float values[kTile] = {};
-      if (h < a.inner) mix_unit<T, kWide>(a, first, h, z, p_negs, values);
+      if (h < a.inner) mix_unit<T, kWide>(a, first, h, z, a_negs, values);
       SIMT_UNROLL
       for (int t = 0; t < kTile; ++t) mix[t * width + h] = values[t];
     }
   } else {
-    gate(a, first, [&](int t, int i, float own, float p_neg) {
-      mix[t * width + i] = rank_weight(p_neg, i, a.r_pos) * own;
+    gate(a, first, [&](int t, int i, float own, float a_neg) {
+      mix[t * width + i] = rank_weight(a_neg, i, a.r_pos) * own;
     });
     const int padding = width - a.inner;
     for (int index = threadIdx.x; index < kTile * padding; index += kThreads) {
@@ -203,17 +203,17 @@ __global__ void __launch_bounds__(kThreads, 4) mix_kernel(Args<T> a) {
   const int first = blockIdx.y * kTile, h = blockIdx.x * kThreads + threadIdx.x;
   simt::SharedPool pool;
   Shared<float> z = pool.take<float>(a.r * kTile, "z");
-  Shared<float> p_negs = pool.take<float>(kTile, "p_negs");
+  Shared<float> a_negs = pool.take<float>(kTile, "a_negs");
   // Scores and softmax: the gate.
-  gate(a, first, [&](int t, int i, float own, float p_neg) {
+  gate(a, first, [&](int t, int i, float own, float a_neg) {
     z[i * kTile + t] = own;
-    if (i == 0) p_negs[t] = p_neg;
+    if (i == 0) a_negs[t] = a_neg;
   });
   __syncthreads();
   // Accumulate and store: a thread per hidden unit.
   if (h >= a.hidden) return;
   float values[kTile];
-  mix_unit<T, kWide>(a, first, h, z, p_negs, values);
+  mix_unit<T, kWide>(a, first, h, z, a_negs, values);
   SIMT_UNROLL
   for (int t = 0; t < kTile; ++t) {
     if (first + t < a.tokens) a.out[static_cast<int64_t>(first + t) * a.hidden + h] = simt::from_float<T>(values[t]);

@@ -1,6 +1,6 @@
 // dual_lora on the CPU: the gate, both rank updates, both gelus and the mix in one pass over u.
 //
-//   released form: zg = x down^T, u = y C1^T, mix = a_pos gelu(u + up_pos z_pos) + a_neg gelu(u + up_neg z_neg),
+//   released form: zg = x down^T, u = y C1^T, mix = a_pos gelu(u + up_pos z_pos) + a_neg gelu(u + ua_neg z_neg),
 //                  out = y + mix C2^T
 //   paper's form:  zg = x down^T, mix = [a_pos z_pos, a_neg z_neg], out = y + mix up^T
 //
@@ -29,11 +29,11 @@ constexpr int64_t kBlock = 64;  // columns of u at a time, in registers and L1
 
 int64_t rounded_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Returns p_neg = sigmoid(z . g) of one token; zg holds z and then g, r numbers each.
+// Returns a_neg = tanh(z . g / 2) / 2 of one token; zg holds z and then g, r numbers each.
 [[gnu::always_inline]] inline float gate_of(const float* zg, int64_t r) {
   float logit = 0.0f;
   for (int64_t i = 0; i < r; ++i) logit += zg[i] * zg[r + i];
-  return gate_probability(logit);
+  return negative_weight(logit);
 }
 
 struct Mix {
@@ -149,9 +149,9 @@ Tensor dual_lora_weigh_cpu(const Tensor& zg, int64_t r_pos) {
     T* to = static_cast<T*>(mix.data_ptr());
     for (int64_t token = 0; token < tokens; ++token) {
       const float* z = wide.data() + token * 2 * r;
-      const float p_neg = gate_of(z, r);
+      const float a_neg = gate_of(z, r);
       for (int64_t i = 0; i < r; ++i) {
-        to[token * r + i] = from_float<T>(rank_weight(p_neg, i, r_pos) * z[i]);
+        to[token * r + i] = from_float<T>(rank_weight(a_neg, i, r_pos) * z[i]);
       }
     }
   });

@@ -1,7 +1,9 @@
 // The gate of dual_lora in one place, for the CPU, the GPU and the emulation.
 //
 //   (p_pos, p_neg) = softmax over the two logits,  p_neg = sigmoid(logit),  logit = g_n . z_n - g_p . z_p
-//   a_pos = p_pos + 1/2 = 3/2 - p_neg,   a_neg = p_neg - 1/2
+//   a_neg = p_neg - 1/2 = tanh(logit / 2) / 2,   a_pos = p_pos + 1/2 = 1 - a_neg
+//
+// The tanh keeps the bits of a small logit, which the subtraction would lose.
 #pragma once
 
 #include <cmath>
@@ -19,13 +21,13 @@ struct GateWeights {
   float pos, neg;
 };
 
-CALM_FAST_GATE float gate_probability(float logit) { return 1.0f / (1.0f + expf(-logit)); }
+CALM_FAST_GATE float negative_weight(float logit) { return 0.5f * tanhf(0.5f * logit); }
 
-CALM_FAST_GATE GateWeights gate_weights(float p_neg) { return {1.5f - p_neg, p_neg - 0.5f}; }
+CALM_FAST_GATE GateWeights gate_weights(float a_neg) { return {1.0f - a_neg, a_neg}; }
 
 // The weight of rank i, the first r_pos of which belong to the positive LoRA.
-CALM_FAST_GATE float rank_weight(float p_neg, int64_t i, int64_t r_pos) {
-  const GateWeights a = gate_weights(p_neg);
+CALM_FAST_GATE float rank_weight(float a_neg, int64_t i, int64_t r_pos) {
+  const GateWeights a = gate_weights(a_neg);
   return i < r_pos ? a.pos : a.neg;
 }
 

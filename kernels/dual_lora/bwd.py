@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from calm_fast.kernels.dual_lora.fwd import lora_hidden, normal_cdf
-from calm_fast.kernels.dual_lora.gate import column_weights, gate_probability, gate_weights, load_tile, sigmoid
+from calm_fast.kernels.dual_lora.gate import column_weights, gate_logit, load_tile, negative_weight, sigmoid
 
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
@@ -57,6 +57,7 @@ def _dual_lora_gate_bwd_kernel(
             dmix = load_tile(dmix_base, rows, stride_dmix, inside, cols, R).to(tl.float32)
             logit += tl.sum(z * g, 1)
             dp += tl.sum(tl.where((cols < R_POS)[None, :], -dmix * z, dmix * z), 1)
+        a_neg = negative_weight(logit)
         p_neg = sigmoid(logit)
         dlogit = p_neg * (1.0 - p_neg) * dp
 
@@ -69,7 +70,7 @@ def _dual_lora_gate_bwd_kernel(
         dz = load_tile(dmix_base, rows, stride_dmix, inside, cols, R).to(tl.float32)
         # store
         if not HAS_DLOGIT:
-            weight = column_weights(p_neg, cols, R_POS)
+            weight = column_weights(a_neg, cols, R_POS)
             dz *= weight
             mix_ptrs = mix_ptr + first_row * R + rows[:, None] * R + cols[None, :]
             tl.store(mix_ptrs, (weight * z).to(mix_ptr.dtype.element_ty), mask=stored)
@@ -109,8 +110,7 @@ def _dual_lora_gelu_bwd_kernel(
     inside = first_row + rows < T
     zg_base = zg_ptr + first_row * stride_zg
     # gate
-    p_neg = gate_probability(zg_base, rows, stride_zg, inside, R, BLOCK_R)
-    a_pos, a_neg = gate_weights(p_neg)
+    a_neg = negative_weight(gate_logit(zg_base, rows, stride_zg, inside, R, BLOCK_R))
     dp = tl.zeros((BLOCK_M,), tl.float32)
     for start in tl.range(0, H, BLOCK_N):
         # load
@@ -126,7 +126,7 @@ def _dual_lora_gelu_bwd_kernel(
         )
         cdf = normal_cdf(pos)
         dp -= tl.sum(dmix * pos * cdf, 1)
-        dpos = a_pos[:, None] * dmix * gelu_slope(pos, cdf)
+        dpos = (1.0 - a_neg)[:, None] * dmix * gelu_slope(pos, cdf)
         tl.store(dpos_ptr + offsets, dpos.to(dpos_ptr.dtype.element_ty), mask=stored)
 
         # accumulate and store the negative part
@@ -137,4 +137,6 @@ def _dual_lora_gelu_bwd_kernel(
         dp += tl.sum(dmix * neg * cdf, 1)
         dneg = a_neg[:, None] * dmix * gelu_slope(neg, cdf)
         tl.store(dneg_ptr + offsets, dneg.to(dneg_ptr.dtype.element_ty), mask=stored)
+    # store: the logit once more, because keeping it through the loop would cost registers
+    p_neg = sigmoid(gate_logit(zg_base, rows, stride_zg, inside, R, BLOCK_R))
     tl.store(dlogit_ptr + first_row + rows, p_neg * (1.0 - p_neg) * dp, mask=inside)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from calm_fast.kernels.common.arithmetic import matmul_add
-from calm_fast.kernels.dual_lora.gate import column_weights, gate_probability, gate_weights, load_tile
+from calm_fast.kernels.dual_lora.gate import column_weights, gate_logit, load_tile, negative_weight
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 
@@ -75,7 +75,7 @@ def _dual_lora_mix_kernel(
     zg_base = zg_ptr + first_row * stride_zg
 
     # gate
-    p_neg = gate_probability(zg_base, rows, stride_zg, inside, R, BLOCK_R)[:, None]
+    a_neg = negative_weight(gate_logit(zg_base, rows, stride_zg, inside, R, BLOCK_R))[:, None]
     # accumulate: the inputs of the two gelus
     u = load_tile(u_ptr + first_row * stride_u, rows, stride_u, inside, hidden, H).to(tl.float32)
     pos = lora_hidden(
@@ -85,8 +85,7 @@ def _dual_lora_mix_kernel(
         zg_base, up_ptr, rows, stride_zg, inside, hidden, stride_up, H, u, R_POS, R, BLOCK_R, PRECISION, INTERPRET
     )
     # store
-    a_pos, a_neg = gate_weights(p_neg)
-    mix = a_pos * pos * normal_cdf(pos) + a_neg * neg * normal_cdf(neg)
+    mix = (1.0 - a_neg) * pos * normal_cdf(pos) + a_neg * neg * normal_cdf(neg)
     ptrs = mix_ptr + first_row * stride_mix + rows[:, None] * stride_mix + hidden[None, :]
     tl.store(ptrs, mix.to(mix_ptr.dtype.element_ty), mask=inside[:, None] & (hidden < H)[None, :])
 
@@ -98,7 +97,7 @@ def load_mix(
     stride,
     inside,
     first,
-    p_neg,
+    a_neg,
     K: tl.constexpr,
     R_POS: tl.constexpr,
     GATED: tl.constexpr,
@@ -108,7 +107,7 @@ def load_mix(
     cols = first + tl.arange(0, BLOCK_K)
     a = load_tile(a_base, rows, stride, inside, cols, K)
     if GATED:
-        weight = column_weights(p_neg, cols, R_POS)
+        weight = column_weights(a_neg, cols, R_POS)
         a = (a.to(tl.float32) * weight).to(a_base.dtype.element_ty)
     return a
 
@@ -147,12 +146,12 @@ def _dual_lora_update_kernel(
     out_base = out_ptr + first_row * stride_out
 
     # gate
-    p_neg = tl.zeros((BLOCK_M,), tl.float32)
+    a_neg = tl.zeros((BLOCK_M,), tl.float32)
     if GATED:
-        p_neg = gate_probability(a_base, rows, stride_a, inside, K, BLOCK_R)
+        a_neg = negative_weight(gate_logit(a_base, rows, stride_a, inside, K, BLOCK_R))
     # load: a mix of one chunk stays in place for all columns of out
     if K <= BLOCK_K:
-        a = load_mix(a_base, rows, stride_a, inside, 0, p_neg, K, R_POS, GATED, BLOCK_K)
+        a = load_mix(a_base, rows, stride_a, inside, 0, a_neg, K, R_POS, GATED, BLOCK_K)
     for first in tl.range(start, tl.minimum(start + N_STEP, N), BLOCK_N):
         # accumulate onto y
         cols = first + tl.arange(0, BLOCK_N)
@@ -164,7 +163,7 @@ def _dual_lora_update_kernel(
             acc = matmul_add(a, tl.trans(w), acc, PRECISION, INTERPRET)
         else:
             for k in tl.range(0, K, BLOCK_K):
-                a = load_mix(a_base, rows, stride_a, inside, k, p_neg, K, R_POS, GATED, BLOCK_K)
+                a = load_mix(a_base, rows, stride_a, inside, k, a_neg, K, R_POS, GATED, BLOCK_K)
                 w = load_tile(w_base, w_rows, stride_w, cols < N, k + tl.arange(0, BLOCK_K), K)
                 acc = matmul_add(a, tl.trans(w), acc, PRECISION, INTERPRET)
         # store

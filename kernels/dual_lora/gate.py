@@ -25,26 +25,33 @@ def sigmoid(x):
 
 
 @triton.jit
-def gate_probability(zg_base, rows, stride, inside, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Return p_neg = sigmoid(z . g), (rows,) float32."""
+def gate_logit(zg_base, rows, stride, inside, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Return z . g, (rows,) float32; p_neg is its sigmoid."""
     logit = tl.zeros_like(rows).to(tl.float32)
     for first in tl.range(0, R, BLOCK_R):
         cols = first + tl.arange(0, BLOCK_R)
         z = load_tile(zg_base, rows, stride, inside, cols, R).to(tl.float32)
         g = load_tile(zg_base + R, rows, stride, inside, cols, R).to(tl.float32)
         logit += tl.sum(z * g, 1)
-    return sigmoid(logit)
+    return logit
 
 
 @triton.jit
-def gate_weights(p_neg):
-    """Return the weights of the positive and the negative part, a_pos = p_pos + 1/2 and a_neg = p_neg - 1/2."""
-    return 1.5 - p_neg, p_neg - 0.5
+def negative_weight(logit):
+    """Return the weight of the negative part, a_neg = p_neg - 1/2 = tanh(logit / 2) / 2; a_pos is 1 - a_neg.
+
+    The subtraction would lose the bits of a small logit, so there it is the Taylor series. For |logit| < 1/2 the next
+    term, 691 / 319334400 logit^11, is below the rounding of the sum.
+    """
+    square = logit * logit
+    series = 0.25 + square * (-1.0 / 48 + square * (1.0 / 480 + square * (-17.0 / 80640 + square * (31.0 / 1451520))))
+    small = tl.exp(-tl.abs(logit))
+    weight = 0.5 * (1.0 - small) / (1.0 + small)
+    return tl.where(tl.abs(logit) < 0.5, logit * series, tl.where(logit < 0.0, -weight, weight))
 
 
 @triton.jit
-def column_weights(p_neg, cols, R_POS: tl.constexpr):
+def column_weights(a_neg, cols, R_POS: tl.constexpr):
     """Return the gate's weight of each column of z, (rows, cols): a_pos for cols < R_POS, else a_neg."""
     positive = (cols < R_POS)[None, :]
-    a_pos, a_neg = gate_weights(p_neg[:, None])
-    return tl.where(positive, a_pos, a_neg)
+    return tl.where(positive, 1.0 - a_neg[:, None], a_neg[:, None])

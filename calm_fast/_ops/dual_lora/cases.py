@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from calm_fast._ops.dual_lora.native import CUDA_MAX_TOKENS, pack_folded, project_folded
-from calm_fast._ops.dual_lora.torch_impl import fold_dual_lora, gate_weights
+from calm_fast._ops.dual_lora.torch_impl import fold_dual_lora
 from calm_fast.core.numerics import Case, Inputs, Rounding, Values
 
 _TENSORS = ("x", "y", "a_pos", "b_pos", "a_neg", "b_neg", "w_q", "w_k", "value0", "value1")
@@ -276,13 +276,17 @@ class _Round(torch.autograd.Function):
         return ctx.probe.move(grad, grad) if ctx.moves else grad, None, None, None
 
 
-class _Sigmoid(torch.autograd.Function):
-    """p = sigmoid(logit). Its gradient p (1 - p) comes from the rounded p, so near p = 1 its error is absolute."""
+class _NegativeWeight(torch.autograd.Function):
+    """a_neg = p - 1/2 = tanh(logit / 2) / 2, p = sigmoid(logit).
+
+    Its gradient p (1 - p) comes from the rounded p, so near p = 1 its error is absolute.
+    """
 
     @staticmethod
     def forward(ctx: Any, logit: torch.Tensor, probe: _Probe) -> torch.Tensor:
         ctx.probe, ctx.p = probe, logit.sigmoid()
-        return ctx.p if probe.kind == "inputs" else probe.move(ctx.p, _ULPS * ctx.p)
+        weight = (logit / 2).tanh() / 2
+        return weight if probe.kind == "inputs" else probe.move(weight, _ULPS * weight)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -338,8 +342,8 @@ def _run_probe(inputs: Inputs, probe: _Probe) -> Values:
         if probe.kind == "accumulate":
             squares = terms.square().sum(-1, keepdim=True)
             logit = probe.move(logit, _order_variance(r_pos + r_neg, logit, squares).sqrt().detach())
-        p_neg = _Sigmoid.apply(logit, probe)
-        weight_pos, weight_neg = (wide(weight) for weight in gate_weights(p_neg))
+        weight_neg = _NegativeWeight.apply(logit, probe)
+        weight_pos, weight_neg = wide(1 - weight_neg), wide(weight_neg)
         z_pos, z_neg = z.split((r_pos, r_neg), 1)
         if not gelu:
             for factor in value:

@@ -76,19 +76,27 @@ def project(x: torch.Tensor, folded: Folded, lora_x: torch.Tensor | None = None)
 
 
 def negative_share(zg: torch.Tensor) -> torch.Tensor:
-    """Return p_neg (..., 1), the gate's share of the negative LoRA, from zg (..., 2R) of `project`.
-
-        p_neg = sigmoid(g . z)
+    """Return p_neg = sigmoid(logit) (..., 1), the gate's share of the negative LoRA, from zg (..., 2R) of `project`.
 
     In float32, float64 for float64.
     """
+    return gate_logit(zg).sigmoid()
+
+
+def gate_logit(zg: torch.Tensor) -> torch.Tensor:
+    """Return the gate's logit g . z (..., 1) from zg (..., 2R) of `project`, in float32, float64 for float64."""
     z, g = zg.to(torch.promote_types(zg.dtype, torch.float32)).chunk(2, dim=-1)
-    return (z * g).sum(-1, keepdim=True).sigmoid()
+    return (z * g).sum(-1, keepdim=True)
 
 
-def gate_weights(p_neg: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (weight_pos, weight_neg) = (p_pos + 1/2, p_neg - 1/2), where p_pos = 1 - p_neg."""
-    return 1.5 - p_neg, p_neg - 0.5
+def gate_weights(logit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (weight_pos, weight_neg) = (p_pos + 1/2, p_neg - 1/2), where p_neg = sigmoid(logit) = 1 - p_pos.
+
+    weight_neg is tanh(logit / 2) / 2, which keeps the bits of a small logit that the subtraction would lose. For a
+    large one the subtraction is as good, and its derivative p_neg (1 - p_neg) is better.
+    """
+    weight_neg = torch.where(logit.abs() < 1, (logit / 2).tanh() / 2, logit.sigmoid() - 0.5)
+    return 1 - weight_neg, weight_neg
 
 
 def dual_lora_torch(zg: torch.Tensor, y: torch.Tensor, folded: Folded, r_pos: int) -> torch.Tensor:
@@ -102,7 +110,7 @@ def dual_lora_torch(zg: torch.Tensor, y: torch.Tensor, folded: Folded, r_pos: in
     shape, dtype = y.shape, y.dtype
     zg, y = zg.reshape(-1, zg.shape[-1]), y.reshape(-1, shape[-1])
     r = zg.shape[1] // 2
-    weight_pos, weight_neg = gate_weights(negative_share(zg))
+    weight_pos, weight_neg = gate_weights(gate_logit(zg))
     z_pos, z_neg = zg[:, :r_pos], zg[:, r_pos:r]
     if folded.c1 is None or folded.c2 is None:
         mixed = torch.cat((weight_pos * z_pos, weight_neg * z_neg), dim=1).to(dtype)
@@ -130,8 +138,8 @@ def dual_lora_backward_torch(
     r, dtype = zg.shape[1] // 2, y.dtype
     wide = zg.to(torch.promote_types(dtype, torch.float32))
     z, g = wide.chunk(2, dim=-1)
-    p_neg = negative_share(zg)
-    weights = gate_weights(p_neg)
+    logit = gate_logit(zg)
+    p_neg, weights = logit.sigmoid(), gate_weights(logit)
     if folded.c1 is None or folded.c2 is None:
         weighted = [w * part for w, part in zip(weights, z.split((r_pos, r - r_pos), dim=1), strict=True)]
         dmix = (dout @ folded.up).to(wide.dtype)

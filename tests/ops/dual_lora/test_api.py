@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from calm_fast._ops.dual_lora.api import decide, dual_lora
 from calm_fast._ops.dual_lora.cases import CASES, Spec
 from calm_fast._ops.dual_lora.reference import dual_lora_reference
-from calm_fast._ops.dual_lora.torch_impl import dual_lora_torch, fold_dual_lora, negative_share, project
+from calm_fast._ops.dual_lora.torch_impl import dual_lora_torch, fold_dual_lora, gate_weights, negative_share, project
 from calm_fast.core import native_library
 from calm_fast.core.dispatch import triton_obstacle
 from calm_fast.core.numerics import Case, judge, truth_of
@@ -75,6 +75,44 @@ def test_output_and_gradients_within_the_error_rule(case: Case, impl, kernel_dev
     inputs = CASES.build(case, device)
     rows = judge(case, impl, device, CASES.run(inputs, impl), truth(case, device))
     assert not [row for row in rows if not row.ok]
+
+
+LOGITS = (1e-4, 1e-3, 1e-2, 0.1, 0.4, 0.6, 1.0, 3.0, 10.0, 30.0)
+
+
+def test_weights_are_right_to_a_few_units_in_the_last_place():
+    logit = torch.cat([size * torch.linspace(-1.3, 1.3, 201) for size in LOGITS]).requires_grad_()
+    wide = logit.detach().double()
+    weight_pos, weight_neg = gate_weights(logit)
+    truth = torch.expm1(wide) / (torch.exp(wide) + 1) / 2
+    eps = torch.finfo(torch.float32).eps
+    # above 1 the subtraction turns sigmoid's error, up to an ulp, into one of up to 1 / tanh(1/2) ulps of the weight
+    assert ((weight_neg - truth).abs() <= 3 * eps * truth.abs()).all()
+    assert ((weight_pos - (1 - truth)).abs() <= 2 * eps).all()
+    (slope,) = torch.autograd.grad(weight_neg.sum(), logit)
+    want = wide.sigmoid() * (-wide).sigmoid()
+    assert ((slope - want).abs() <= 4 * eps * wide.sigmoid()).all()
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_the_negative_part_keeps_the_bits_of_a_small_logit(activation, impl, kernel_device):
+    """With y = 0 and B_pos = 0 the output is the negative part alone, so its relative error is that of its factors."""
+    device = kernel_device if impl == "triton" else torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    # all positive, so that nothing cancels; every size is 1, so that each factor is rounded once
+    a_pos, a_neg, b_neg, w_q, w_k, c1, c2 = torch.rand(7, 1, 1, generator=generator) + 0.5
+    x = torch.rand(64, 1, generator=generator) + 0.5
+    for size in LOGITS:
+        inputs = (x, torch.zeros(64, 1), a_pos, torch.zeros(1, 1), a_neg, b_neg, size * w_q, w_k, c1, c2)
+        truth = dual_lora_reference(
+            *(t.double() for t in inputs[:8]), [c1.double(), c2.double()], (1.0, 1.0), activation
+        )
+        own = [t.to(device) for t in inputs]
+        with torch.no_grad():
+            got = dual_lora(*own[:8], (own[8], own[9]), scaling=1.0, activation=activation, impl=impl).cpu()
+        # a_neg z up: at most 16 roundings of the factors, 4 units of the tanh, and 12 more of the gelu
+        bound = (20 if activation == "none" else 32) * 2.0**-24
+        assert ((got - truth).abs() <= bound * truth.abs()).all(), size
 
 
 def test_gelu_form_is_the_released_layer():
