@@ -37,6 +37,7 @@ from calm_fast.hf.inputs import (
 from calm_fast.hf.introspection import CompositionIntrospection
 from calm_fast.hf.keywords import augmenter_keywords, shared_keywords
 from calm_fast.hf.layers import device_of, find_layers, headless_path, hidden_size, submodule, truncated_view
+from calm_fast.hf.modes import check_modes
 from calm_fast.hf.saving import CompositionFiles
 from calm_fast.hf.training import CompositionTraining
 from calm_fast.modules.cross_attention import CrossAttention
@@ -266,7 +267,9 @@ class ComposedForCausalLM(
         calls, uncacheable = augmenter_calls(
             len(self.augmenters), inputs, external, Past(past, cached, cache, self.first_of)
         )
-        if input_ids.shape[1] > 1 or past == 0:  # the token of a decode step comes from the model itself
+        first = input_ids.shape[1] > 1 or past == 0  # the token of a decode step comes from the model itself
+        check_modes((self.anchor, *self.augmenters), self.training, every_module=first)
+        if first:
             self._check_vocabularies(calls, inputs)
         if cache is None and (not uncacheable if cached is None else cached):
             cache = self.new_cache()

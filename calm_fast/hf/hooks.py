@@ -51,7 +51,8 @@ class Frame:
 class _Thread(threading.local):
     """The frame of the innermost composed forward that runs in this thread, or None."""
 
-    frame: Frame | None = None
+    def __init__(self) -> None:  # runs in every thread at its first access
+        self.frame: Frame | None = None
 
 
 _thread = _Thread()
@@ -187,8 +188,9 @@ def _did_not_run(pair: tuple[int, int], layer: str, name: str) -> ValueError:
         WHERE,
         "connections",
         "of layers that run in every forward",
-        f"{pair}, but {layer}, a {name}, did not run for these inputs (some families skip layers without an image or "
-        "other extra input). Connect another layer, or pass the inputs that this one needs",
+        f"{pair}, but {layer}, a {name}, did not run for these inputs. Connect another layer, or pass the inputs that "
+        "this one needs (some families skip layers without an image). If layers of several compositions are compiled "
+        "one by one, compile the whole model: torch.compile reuses a layer's code without looking at its hooks",
     )
 
 

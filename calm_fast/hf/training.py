@@ -15,6 +15,7 @@ from calm_fast.hf.checkpointing import make_checkpointable
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.hooks import Checkpoint
 from calm_fast.hf.layers import find_layers
+from calm_fast.hf.modes import put_in_mode
 
 
 class CompositionTraining(PreTrainedModel):
@@ -27,7 +28,10 @@ class CompositionTraining(PreTrainedModel):
     pairs: list[tuple[int, int, int]]
 
     def train(self, mode: bool = True) -> Self:
-        """Put the connections into training mode; the parts stay in eval mode, so they never use dropout."""
+        """Put the connections into training mode, and adapters that train inside the parts.
+
+        The parts themselves stay in eval mode, so they never use dropout.
+        """
         changed, self.training = self.training != mode, mode
         # never into training mode and back: another thread may be running a part
         self.augmenters.training = mode
@@ -35,7 +39,7 @@ class CompositionTraining(PreTrainedModel):
             if child is not self.anchor and child is not self.augmenters:
                 child.train(mode)
         for part in (self.anchor, *self.augmenters):
-            part.eval()
+            put_in_mode(part, mode)
         if changed and getattr(self, "use_kernels", False):
             self.set_use_kernels(True)  # transformers' train does so too
         return self
