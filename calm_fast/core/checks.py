@@ -47,10 +47,14 @@ def values_checked(tensor: torch.Tensor) -> bool:
 def require_async(condition: torch.Tensor, message: str) -> None:
     """Assert a bool scalar on its device, without waiting for it and inside traced graphs too.
 
-    On a CPU a false condition raises RuntimeError with `message`. On a GPU it stops the process's work on that device
-    (a device-side assert): use it only where reading the value would cost a synchronisation per step.
+    On a CPU a false condition raises RuntimeError with `message`. On a CUDA device it stops the process's work there (a
+    device-side assert): use it only where reading the value would cost a synchronisation per step. Other devices may
+    have no such assertion and are read, except in a traced graph.
     """
-    torch._assert_async(condition, message)  # torch has no public name for it
+    if condition.device.type in ("cpu", "cuda", "meta") or torch.compiler.is_compiling():
+        torch._assert_async(condition, message)  # torch has no public name for it
+    elif not bool(condition):
+        raise RuntimeError(message)
 
 
 def describe(value: Any) -> str:

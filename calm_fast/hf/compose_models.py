@@ -132,7 +132,7 @@ def compose(
         Signature.of(model, where="compose", argument="augmenters")
     check_embedded(anchor, models, vocab_size)
     if not same_ids:
-        check_same_ids(anchor, models, tokenizers, vocab_size)
+        check_same_ids(anchor, models, tokenizers, vocab_size, kwargs)
 
     paths = list(augmenter_layers) if isinstance(augmenter_layers, (list, tuple)) else [augmenter_layers] * len(models)
     if len(paths) != len(models):

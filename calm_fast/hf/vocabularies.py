@@ -45,16 +45,25 @@ def check_embedded(anchor: PreTrainedModel, augmenters: Sequence[PreTrainedModel
 
 
 def check_same_ids(
-    anchor: PreTrainedModel, augmenters: Sequence[PreTrainedModel], tokenizers: Any, vocab_size: int | None
+    anchor: PreTrainedModel,
+    augmenters: Sequence[PreTrainedModel],
+    tokenizers: Any,
+    vocab_size: int | None,
+    model_kwargs: Mapping[str, Any],
 ) -> None:
     """Raise ValueError unless every id of the anchor's tokenizer is the same token for every augmenter.
 
     tokenizers: one for the anchor and one per augmenter, each an object with get_vocab(), a folder, or None for not
     known. None: those that lie in the models' folders or in the hub's local cache; nothing is downloaded. A pair of
     which one is not known is not compared, nor are ids from `vocab_size` on or beyond the anchor's embedding.
+    model_kwargs: cache_dir and trust_remote_code among them hold for the tokenizers too.
     """
     sources = _given(tokenizers, len(augmenters)) if tokenizers is not None else None
-    found = [_folder(model) for model in (anchor, *augmenters)] if sources is None else sources
+    found = (
+        [_folder(model, model_kwargs.get("cache_dir")) for model in (anchor, *augmenters)]
+        if sources is None
+        else sources
+    )
     if found[0] is None:
         return
     bound = embedding_rows(anchor) if vocab_size is None else min(vocab_size, embedding_rows(anchor))
@@ -62,9 +71,9 @@ def check_same_ids(
     for index, (model, other) in enumerate(zip(augmenters, found[1:], strict=True)):
         if other is None or _same_files(found[0], other):
             continue
-        if own is None and (own := _tokens(found[0], "the anchor", sources is not None)) is None:
+        if own is None and (own := _tokens(found[0], "the anchor", explicit, remote_code)) is None:
             return
-        theirs = _tokens(other, f"augmenter {index}", sources is not None)
+        theirs = _tokens(other, f"augmenter {index}", explicit, remote_code)
         if theirs is not None:
             _compare(own, theirs, bound, f"augmenter {index} ({type(model).__name__})")
 
@@ -82,7 +91,7 @@ def _given(tokenizers: Any, count: int) -> list[Any]:
     return list(tokenizers)
 
 
-def _folder(model: PreTrainedModel) -> str | None:
+def _folder(model: PreTrainedModel, cache_dir: Any) -> str | None:
     """Return the local folder of the files that `model` was loaded from if a tokenizer lies there, else None."""
     path = getattr(model, "name_or_path", "") or ""
     if os.path.isdir(path):
@@ -92,7 +101,7 @@ def _folder(model: PreTrainedModel) -> str | None:
     revision = getattr(model.config, "_commit_hash", None)
     for name in _MAIN:
         try:
-            cached = try_to_load_from_cache(path, name, revision=revision)
+            cached = try_to_load_from_cache(path, name, cache_dir=cache_dir, revision=revision)
         except ValueError:  # not a name on the hub
             return None
         if isinstance(cached, str):
@@ -117,11 +126,13 @@ def _content(file: Path) -> bytes | None:
     return file.read_bytes() if file.is_file() else None
 
 
-def _tokens(source: Any, owner: str, explicit: bool) -> Tokens | None:
+def _tokens(source: Any, owner: str, explicit: bool, remote_code: bool) -> Tokens | None:
     """Return the token of every id, or None, with a warning, for a tokenizer beside a model that cannot be loaded."""
     if isinstance(source, (str, os.PathLike)):
         try:
-            source = AutoTokenizer.from_pretrained(os.fspath(source), local_files_only=True)
+            # False instead of None: transformers would ask the person at the terminal
+            how = {"local_files_only": True, "trust_remote_code": remote_code}
+            source = AutoTokenizer.from_pretrained(os.fspath(source), **how)
         except Exception as problem:
             why = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
             if explicit:

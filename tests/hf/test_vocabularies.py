@@ -84,7 +84,7 @@ def test_equal_files_are_not_loaded(anchor: Path, monkeypatch: pytest.MonkeyPatc
         raise AssertionError("loaded")
 
     monkeypatch.setattr("calm_fast.hf.vocabularies.AutoTokenizer.from_pretrained", load)
-    check_same_ids(model, [model, model], [anchor, copy, anchor], None)
+    check_same_ids(model, [model, model], [anchor, copy, anchor], None, {})
 
 
 def test_a_tokenizer_that_does_not_load_warns_beside_a_model_and_is_an_error_as_an_argument(anchor: Path) -> None:
@@ -94,6 +94,22 @@ def test_a_tokenizer_that_does_not_load_warns_beside_a_model_and_is_an_error_as_
         compose(anchor, broken, "uniform:2")
     with pytest.raises(ValueError, match="`tokenizers` must be a tokenizer that loads, for augmenter 0, got '.*augm"):
         compose(anchor, broken, "uniform:2", tokenizers=[anchor, broken])
+
+
+def test_tokenizers_of_names_on_the_hub_come_from_its_local_cache(anchor: Path) -> None:
+    loaded, other = FAMILIES["llama"].model(0), FAMILIES["llama"].model(1)
+    for name, words in (("one", WORDS), ("two", SWAPPED)):
+        commit = anchor.parent / "cache" / f"models--owner--{name}" / "snapshots" / ("c" * 40)
+        tokenizer(words).save_pretrained(commit)
+        refs = commit.parents[1] / "refs"
+        refs.mkdir()
+        (refs / "main").write_text("c" * 40)
+    loaded.name_or_path, other.name_or_path = "owner/one", "owner/two"
+    kwargs = {"model_kwargs": {"cache_dir": str(anchor.parent / "cache")}}
+    with pytest.raises(ValueError, match="whose tokenizer differs in 6 of 97 ids"):
+        compose(loaded, other, "uniform:2", **kwargs)
+    other.name_or_path = "owner/three"
+    assert isinstance(compose(loaded, other, "uniform:2", **kwargs), ComposedForCausalLM)
 
 
 def test_tokenizers_are_given_as_objects_for_models_without_a_folder() -> None:
