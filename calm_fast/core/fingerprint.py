@@ -137,6 +137,8 @@ def weights_differ(recorded: str, model: nn.Module, partial: bool = False) -> st
         return ""
     half, _, text = recorded.partition(":")
     try:
+        if half not in ("half", "full") or not text:
+            raise binascii.Error("no values")
         content = list(_ENTRY.iter_unpack(base64.b64decode(text, validate=True)))
     except (struct.error, binascii.Error) as problem:
         raise ValueError(f"weights_differ: `recorded` must be a fingerprint, got {recorded[:60]!r}") from problem
