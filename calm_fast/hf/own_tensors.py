@@ -63,7 +63,7 @@ def own_tensors(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch
         if bare.startswith(PARTS):
             continue
         if is_sharded(tensor):
-            gathered, tensor = True, tensor.full_tensor()  # type: ignore[operator]  # a method of DTensor
+            gathered, tensor = True, tensor.full_tensor()  # type: ignore[attr-defined]  # of a DTensor
         if bare in own and own[bare].data_ptr() != tensor.data_ptr():
             raise bad_value("save_pretrained", "state_dict", "one tensor per name", f"{bare} twice, also as {name}")
         own[bare] = tensor.detach()
