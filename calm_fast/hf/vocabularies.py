@@ -58,12 +58,11 @@ def check_same_ids(
     which one is not known is not compared, nor are ids from `vocab_size` on or beyond the anchor's embedding.
     model_kwargs: cache_dir and trust_remote_code among them hold for the tokenizers too.
     """
-    sources = _given(tokenizers, len(augmenters)) if tokenizers is not None else None
-    found = (
-        [_folder(model, model_kwargs.get("cache_dir")) for model in (anchor, *augmenters)]
-        if sources is None
-        else sources
-    )
+    explicit, remote_code = tokenizers is not None, bool(model_kwargs.get("trust_remote_code"))
+    if explicit:
+        found = _given(tokenizers, len(augmenters))
+    else:
+        found = [_folder(model, model_kwargs.get("cache_dir")) for model in (anchor, *augmenters)]
     if found[0] is None:
         return
     bound = embedding_rows(anchor) if vocab_size is None else min(vocab_size, embedding_rows(anchor))
