@@ -66,6 +66,7 @@ class DualLoRALinear(nn.Module):
         device: of the parameters, by default the base's.
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it.
+    Each call in mode "mix" folds the factors; inside `calm_fast.fixed_weights` calls without gradients fold them once.
     Runs wherever `base` and `calm_fast.ops.dual_lora` run, and is deterministic without dropout.
     Source: NAT (arXiv 2312.12832) section 3.2 and its released code.
     """

@@ -223,7 +223,9 @@ def _hash(bits: torch.Tensor) -> torch.Tensor:
     rows = bits[: whole * _COLUMNS].view(whole, _COLUMNS)
     rest = bits[whole * _COLUMNS :]
     at_once = _AT_ONCE.get(bits.device.type, _AT_ONCE_ELSEWHERE) // _COLUMNS
-    sums = [(part.long() * column).sum(1) for part in rows.split(at_once)]
+    # torch multiplies int64 matrices on a CPU only; there it is a third faster
+    times = torch.mv if bits.is_cpu else lambda part, column: (part * column).sum(1)
+    sums = [times(part.long(), column) for part in rows.split(at_once)]
     sums.append((rest.long() * column[: rest.numel()]).sum(0, keepdim=True))
     total = torch.cat(sums)
     return (total * _odd(total.numel(), bits.device)).sum()

@@ -6,10 +6,14 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import calm_fast
 from calm_fast import CrossAttention, DualLoRALinear, fixed_weights
@@ -42,8 +46,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def call(layer: nn.Module) -> torch.Tensor:
-    like = next(layer.parameters())
-    given = [t.to(like) for t in inputs()]
+    given = [t.to(next(layer.parameters()).dtype) for t in inputs()]
     return layer(*given) if isinstance(layer, CrossAttention) else layer(given[0])
 
 
@@ -319,3 +322,55 @@ def test_fake_tensors_are_not_kept(layer: nn.Module) -> None:
             assert isinstance(call(layer), FakeTensor)
         assert layer._folded.value is None
         torch.testing.assert_close(call(layer), truth(layer), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.seam(
+    attach="FSDP2 (fully_shard) on the layer or on its children",
+    to="CrossAttention",
+    result="works",
+    why="each call uses the gathered weights; sharded children are called",
+)
+@pytest.mark.parametrize("children", [False, True], ids=["layer", "children"])
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")  # a linear layer's output is a view
+def test_a_sharded_layer_sees_every_step(children: bool, tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        layer, twin = cross(), cross()
+        mesh = init_device_mesh("cpu", (1,))
+        for child in (layer.k_proj, layer.q_proj) if children else ():
+            fully_shard(child, mesh=mesh)
+        fully_shard(layer, mesh=mesh)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+        for _ in range(2):
+            twin.load_state_dict({name: t.full_tensor() for name, t in layer.state_dict().items()})
+            with torch.no_grad(), fixed_weights(layer):
+                for _ in range(2):
+                    torch.testing.assert_close(call(layer), call(twin), rtol=1e-5, atol=1e-5)
+            call(layer).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        dist.destroy_process_group()
+
+
+class Doubled(nn.Module):
+    def forward(self, factor: torch.Tensor) -> torch.Tensor:
+        return 2 * factor
+
+
+@pytest.mark.seam(
+    attach="a parametrization of a factor",
+    to="DualLoRALinear",
+    result="works",
+    why="the computed factor is folded in every call, also inside fixed_weights",
+)
+def test_a_parametrized_factor_is_folded_as_it_is_now() -> None:
+    layer = dual()
+    wanted = copy.deepcopy(layer)
+    wanted.lora_b_neg.data.mul_(2)
+    nn.utils.parametrize.register_parametrization(layer, "lora_b_neg", Doubled())
+    with torch.no_grad(), fixed_weights(layer):
+        for factor in (1.0, 0.5):
+            torch.testing.assert_close(call(layer), call(wanted) if factor == 1 else truth(wanted))
+            layer.parametrizations.lora_b_neg.original.data.mul_(0.5)
+            wanted.lora_b_neg.data.mul_(0.5)
