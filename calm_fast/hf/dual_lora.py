@@ -19,6 +19,7 @@ from calm_fast.core.checks import bad_type, bad_value, check_finite_number, desc
 from calm_fast.hf.adapters import LoraFactors, read_adapter
 from calm_fast.hf.dual_lora_targets import conv1d_sizes, find_targets, layer_device
 from calm_fast.hf.peft_config import FIELDS
+from calm_fast.hf.saving import CompositionFiles
 from calm_fast.hf.wrappers import distribution, inner_model, own_modules, own_path, replace_module
 from calm_fast.modules.dual_lora import (
     DualLoRALinear,
@@ -148,7 +149,8 @@ def put_layers(model: nn.Module, layers: dict[str, DualLoRALinear]) -> None:
         for p in layer.parameters(recurse=False):
             p.requires_grad_(id(p) in trains)
     for module in own.modules():
-        if isinstance(module, PreTrainedModel):
+        # a composition holds references to its parts, and itself refuses one that is not what its reference leads to
+        if isinstance(module, PreTrainedModel) and not isinstance(module, CompositionFiles):
             # what transformers writes reloads without the layers and with new random weights in their place
             module.save_pretrained = functools.partial(_save_pretrained, module)  # type: ignore[method-assign]
 

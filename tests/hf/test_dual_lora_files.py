@@ -14,7 +14,15 @@ from dual_models import IDS, TARGETS, gpt2, llama, logits, scatter
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
-from calm_fast import add_dual_lora, load_dual_lora, remove_dual_lora, save_dual_lora, save_lora_adapter
+from calm_fast import (
+    ComposedForCausalLM,
+    add_dual_lora,
+    compose,
+    load_dual_lora,
+    remove_dual_lora,
+    save_dual_lora,
+    save_lora_adapter,
+)
 from calm_fast.hf.dual_lora import dual_lora_layers
 
 REFUSED = r"save_pretrained: `model` must be one without dual LoRA, .*Call save_dual_lora\(model, "
@@ -207,3 +215,24 @@ def test_folders_that_are_no_paths_are_named() -> None:
     ):
         with pytest.raises(TypeError, match=f"^{where}: `folder` must be a path, got"):
             call()
+
+
+@pytest.mark.seam(
+    attach="dual LoRA in the anchor of a composition", to="composition", result="works",
+    why="save_pretrained(check_parts=False) and save_dual_lora; to load, pass the anchor with its layers",
+)  # fmt: skip
+def test_dual_lora_in_a_composition_is_saved_beside_it(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "anchor")
+    llama(seed=1).save_pretrained(tmp_path / "augmenter")
+    model = compose(str(tmp_path / "anchor"), str(tmp_path / "augmenter"), "uniform:1")
+    scatter(add_dual_lora(model, r"anchor\..*q_proj", rank=3))
+    with pytest.raises(ValueError, match="^save_pretrained: `anchor` must be as it can be loaded"):
+        model.save_pretrained(tmp_path / "composed")
+    with pytest.raises(ValueError, match=REFUSED):
+        model.anchor.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "composed", check_parts=False)
+    save_dual_lora(model.anchor, tmp_path / "dual")
+    with pytest.raises(ValueError, match="^from_pretrained: `anchor` must be"):
+        ComposedForCausalLM.from_pretrained(tmp_path / "composed")
+    anchor = load_dual_lora(llama(), tmp_path / "dual")
+    assert torch.equal(logits(ComposedForCausalLM.from_pretrained(tmp_path / "composed", anchor=anchor)), logits(model))
