@@ -252,6 +252,12 @@ def test_connections_are_float32_by_default_over_smaller_dtypes(dtype: torch.dty
     assert {p.dtype for p in composed.connections.parameters()} == {expected}
 
 
+@pytest.mark.seam(
+    attach="bfloat16 or float16 parts, trained with the default dtype",
+    to="composition",
+    result="works",
+    why="the connections are float32 and compute in the dtype of the parts",
+)
 def test_small_steps_move_every_parameter_of_a_composition_over_bfloat16() -> None:
     composed, ids = randomize(compose(*(model.to(torch.bfloat16) for model in llama_pair()), "uniform:2")), prompts()
     parameters = list(composed.connections.parameters())

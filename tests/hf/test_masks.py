@@ -112,6 +112,12 @@ def test_masks_of_every_dtype_say_the_same(dtype: torch.dtype) -> None:
     assert torch.equal(composed(**given).logits, want)
 
 
+@pytest.mark.seam(
+    attach="an attention mask with other values than 0 and 1 (document numbers, additive masks)",
+    to="composition",
+    result="refused",
+    why="give documents as position_ids that restart",
+)
 @pytest.mark.parametrize("values", [[1, 1, 2, 2, 3], [0.0, 0.0, -1e9, 0.0, 0.0], [1, 1, -1, 1, 1]])
 @torch.no_grad()
 def test_a_mask_of_other_values_is_refused(values: list[float]) -> None:
@@ -119,6 +125,12 @@ def test_a_mask_of_other_values_is_refused(values: list[float]) -> None:
         composed_model("llama")(prompts(1, 5), attention_mask=torch.tensor([values]))
 
 
+@pytest.mark.seam(
+    attach="a prompt that is padded on the right, in generate",
+    to="composition",
+    result="refused",
+    why="pad on the left (tokenizer.padding_side of left)",
+)
 @pytest.mark.parametrize("masked", [True, False])
 @torch.no_grad()
 def test_generate_refuses_a_prompt_that_is_padded_on_the_right(masked: bool) -> None:
@@ -146,6 +158,12 @@ def with_own_tokens() -> tuple[ComposedForCausalLM, torch.Tensor, torch.Tensor, 
     return composed, prompts(1, 6, 11), prompts(1, 4, 12), int32([0, 0, 0, 1, 1, 2], [0, 1, 2, 3, 4, 4])
 
 
+@pytest.mark.seam(
+    attach="augmenter_attention_mask with padding",
+    to="composition",
+    result="works",
+    why="its padding is left out of every interval",
+)
 @pytest.mark.parametrize("mask", [[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1]])
 @torch.no_grad()
 def test_an_augmenters_own_padding_is_not_read(mask: list[int]) -> None:
@@ -203,6 +221,12 @@ def test_an_augmenters_own_padding_is_not_read_from_a_cache() -> None:
         )
 
 
+@pytest.mark.seam(
+    attach="augmenter_input_ids of shape (batch, 0) in a step",
+    to="composition",
+    result="works",
+    why="the augmenter has no new token there",
+)
 @torch.no_grad()
 def test_an_augmenter_may_start_without_a_token() -> None:
     composed, ids, own, _ = with_own_tokens()
