@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput  # type: ignore[attr-defined]  # re-e
 
 from calm_fast.core.checks import bad_value
 from calm_fast.core.compatibility import require
+from calm_fast.core.dispatch import active_transform
 from calm_fast.hf.augmenter_training import check_trained_parts, trains
 from calm_fast.hf.cache import ComposedCache, Identity
 from calm_fast.hf.cache_names import with_cache
@@ -243,6 +244,11 @@ class ComposedForCausalLM(
         """
         if self.unproven and not torch.compiler.is_compiling():
             check_parts_causal(self, WHERE, defer=False)
+        if torch.jit.is_tracing():
+            raise ValueError(
+                f"torch.jit.trace: a {WHERE} cannot be traced, because the trace would keep which tokens the example's "
+                "masks hide; use torch.export or torch.compile"
+            )
         if kwargs.pop("inputs_embeds", None) is not None:
             got = "a value. Pass `input_ids`: every part embeds the tokens itself"
             raise bad_value(WHERE, "inputs_embeds", "None", got)
@@ -269,7 +275,7 @@ class ComposedForCausalLM(
         )
         first = input_ids.shape[1] > 1 or past == 0  # the token of a decode step comes from the model itself
         check_modes((self.anchor, *self.augmenters), self.training, every_module=first)
-        if first:
+        if first and active_transform() is None:  # inside vmap, ids cannot be read
             self._check_vocabularies(calls, inputs)
         if cache is None and (not uncacheable if cached is None else cached):
             cache = self.new_cache()

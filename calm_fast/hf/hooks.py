@@ -37,11 +37,13 @@ class Frame:
     ``states`` holds hidden states (B, N, DA) by (augmenter, augmenter layer). ``residual(layer, hidden)`` returns
     `hidden` (B, M, DB) with the residuals of anchor layer `layer` added. ``added`` holds the anchor layers that got
     theirs. ``checkpoints`` holds the checkpoint function of every anchor layer that this forward checkpoints.
+    ``records`` is True if the forward began with gradients enabled.
     """
 
     def __init__(self, owner: Owner, checkpoints: Mapping[nn.Module, Checkpoint]) -> None:
         self.owner = owner
         self.checkpoints = checkpoints
+        self.records = torch.is_grad_enabled()
         self.stage: int | str | None = None
         self.states: dict[tuple[int, int], torch.Tensor] = {}
         self.added: set[int] = set()
@@ -102,6 +104,14 @@ def sort_states(frame: Frame, augmenter: int, order: torch.Tensor) -> None:
 def _add(frame: Frame, index: int, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     if index in frame.added:
         raise _runs_twice(layer, "the anchor")
+    if frame.records and not torch.is_grad_enabled():
+        raise bad_value(
+            WHERE,
+            "connections",
+            "of anchor layers that record gradients when the forward does",
+            f"a {type(layer).__name__} under no_grad, as a reentrant checkpoint around it does: its connections "
+            "would get no gradient. Use gradient_checkpointing_enable() of the composition",
+        )
     frame.added.add(index)
     assert frame.residual is not None  # set together with the stage
     return frame.residual(index, hidden)
