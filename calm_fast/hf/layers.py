@@ -97,7 +97,9 @@ def truncated_view(model: PreTrainedModel, layers_path: str, depth: int) -> PreT
         parent._modules[name] = child
         parent = child
     layers = cast(nn.ModuleList, parent.get_submodule(last))
-    parent._modules[last] = nn.ModuleList(list(layers)[:depth])
+    shortened = nn.ModuleList(list(layers)[:depth])
+    shortened.training = layers.training  # a new list is in training mode
+    parent._modules[last] = shortened
     return view
 
 
