@@ -170,6 +170,10 @@ def nat(
         str, typer.Option(help="Tokens that NCE counts: paper (rationales) or released (prompts too).")
     ] = "paper",
     target: Annotated[list[str] | None, typer.Option(help="A layer name; repeat. Default: q_proj, v_proj.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="chat, plain, or a text with {question}. Default: chat if the tokenizer has a template."),
+    ] = None,
     max_length: Annotated[int, typer.Option(min=8, help="Most tokens of an example.")] = 512,
     limit: Annotated[int | None, typer.Option(min=1, help="Most rows to read.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -189,7 +193,7 @@ def nat(
                 steps=steps, batch_size=batch_size, learning_rate=lr, warmup=warmup, rank=rank, variant=variant,
                 nce_masking=nce_masking, target_modules=tuple(target or ("q_proj", "v_proj")), seed=seed,
             )  # fmt: skip
-            results = run(data, model, out, settings, limit=limit, max_length=max_length)
+            results = run(data, model, out, settings, limit=limit, max_length=max_length, prompt=prompt)
         except ValueError as problem:
             raise typer.BadParameter(str(problem)) from problem
         for reason, count in results["left_out"].items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, cast
@@ -16,6 +17,7 @@ from calm_fast.consistency.answers.equality import extract_answer
 from calm_fast.consistency.answers.gold import gold_answer
 from calm_fast.consistency.answers.grouping import Groups, group_answers
 from calm_fast.consistency.sampling.prefix import PrefixReader, check_model
+from calm_fast.consistency.sampling.prompt import Prompt, PromptForm, prompt_form, recorded_form
 from calm_fast.consistency.sampling.sampler import PromptBatch, Sample, Sampling
 from calm_fast.consistency.sampling.scoring import score_sequences
 from calm_fast.consistency.sampling.stopping import leader_probability
@@ -34,6 +36,7 @@ from calm_fast.core.checks import bad_type, check_finite_number
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.fingerprint import model_fingerprint
 from calm_fast.core.progress import progress_bar
+from calm_fast.core.prompt_record import get_prompt_record
 from calm_fast.core.token_ids import check_token_ids
 from calm_fast.modules.fixed_weights import fixed_weights
 
@@ -57,8 +60,10 @@ class SelfConsistency:
             the score of a sample is exp of its mean log-probability under the model, the normalised weighting of
             2203.11171.
         n: samples per question. rule, lam: see `ops.vote`.
-        prompt: makes the prompt of a question: a string with {question} in it, or a callable. None = the tokenizer's
-            chat template with the question as the user's turn, or the question itself without a template.
+        prompt: makes the prompt of a question: "chat" (the tokenizer's chat template with the question as the user's
+            turn), "plain" (the question and a newline), a string with {question} in it, a function that returns text or
+            token ids, or the pathlib.Path of an adapter that `nat` trained, for the form it was trained with. None =
+            the form that `model` was trained with, if it is known; else "chat", or "plain" without a template.
         pattern: last resort of `extract_answer`. equality: see `group_answers`. grouping: its other arguments.
         confidence: stop sampling a question once `leader_probability` of its two most frequent answers reaches this;
             None = draw all n. round_size: samples between two checks (default 4; n without confidence).
@@ -77,7 +82,7 @@ class SelfConsistency:
         rule: str = "adaptive",
         lam: float = 1.0,
         *,
-        prompt: str | Callable[[str], str] | None = None,
+        prompt: Prompt = None,
         pattern: str | None = None,
         equality: str | Callable[[str, str], bool] = "math",
         grouping: Mapping[str, Any] | None = None,
@@ -97,10 +102,7 @@ class SelfConsistency:
         if rule not in RULES:
             raise ValueError(f"{_CALLER}: `rule` must be 'count', 'weighted' or 'adaptive', got {rule!r}")
         check_finite_number(_CALLER, "lam", lam)
-        if isinstance(prompt, str) and "{question}" not in prompt:
-            raise ValueError(f"{_CALLER}: `prompt` must have {{question}} in it, got {prompt!r}")
-        if not (prompt is None or isinstance(prompt, str) or callable(prompt)):
-            raise bad_type(_CALLER, "prompt", "a string, a callable or None", prompt)
+        self.form = _choose_form(prompt, model, tokenizer)
         if confidence is not None:
             check_finite_number(_CALLER, "confidence", confidence)
             if not 0.5 < confidence <= 1:
@@ -122,7 +124,7 @@ class SelfConsistency:
             )
         self.model, self.tokenizer, self.ranker = model, tokenizer, ranker
         self.n, self.rule, self.lam, self.seed = n, rule, lam, seed
-        self.prompt, self.pattern, self.equality, self.grouping = prompt, pattern, equality, dict(grouping or {})
+        self.pattern, self.equality, self.grouping = pattern, equality, dict(grouping or {})
         self.confidence, self.round_size, self.batch_size = confidence, min(rounds, n), batch_size
         self.progress, self.sampling = progress, Sampling(**sampling)
 
@@ -211,13 +213,12 @@ class SelfConsistency:
         common = {
             "kind": kind, "rule": self.rule, "lam": self.lam, "pattern": self.pattern,
             "equality": _name(self.equality), "ranker": _identity(self.ranker), "model": _identity(self.model),
-            "prompt": _name(self.prompt), "timeout": self.grouping.get("timeout"),
+            "prompt": self.form.text or _name(self.form.function), "timeout": self.grouping.get("timeout"),
         }  # fmt: skip
         if kind == "ready":
             return common
         drawn = {"n": self.n, "confidence": self.confidence, "round_size": self.round_size, "seed": self.seed}
-        template = getattr(self.tokenizer, "chat_template", None) if self.prompt is None else None
-        return {**common, **drawn, "chat_template": template, **vars(self.sampling)}
+        return {**common, **drawn, "chat_template": self.form.chat, **vars(self.sampling)}
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
 
@@ -271,21 +272,11 @@ class SelfConsistency:
         ]
 
     def _prompt_ids(self, question: str) -> list[int]:
-        template = getattr(self.tokenizer, "chat_template", None)
-        if self.prompt is None and template is not None:
-            turns = [{"role": "user", "content": question}]
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            if callable(self.prompt):
-                text = self.prompt(question)
-            else:
-                text = (self.prompt or "{question}").replace("{question}", question)
-            ids = self.tokenizer(text)["input_ids"]
+        ids = self.form.ids(self.tokenizer, question)
         if not ids:
             raise ValueError(f"{_CALLER}: `prompt` must have tokens for every question, got none for {question!r}")
         check_token_ids(_CALLER, "tokenizer", ids, self.model)
-        return list(ids)
+        return ids
 
     def _text(self, sample: Sample, ends: Sequence[int]) -> str:
         tokens = sample.tokens[:-1] if sample.tokens[-1] in ends else sample.tokens
@@ -322,6 +313,21 @@ class SelfConsistency:
         gold = [gold_answer(item.reference, self.pattern) for item in items]
         groups = self._groups(items, gold if any(text is not None for text in gold) else None)
         return vote_results(items, groups, gold, self.rule, self.lam)
+
+
+def _choose_form(prompt: Prompt, model: Any, tokenizer: Any) -> PromptForm:
+    """Return the form of the prompts: the one asked for, or the one that the model was trained with."""
+    trained = get_prompt_record(model)
+    if prompt is None and trained is not None:
+        return recorded_form(trained, tokenizer, _CALLER)
+    form = prompt_form(prompt, tokenizer, _CALLER)
+    if trained is not None and form.record() != trained:
+        warnings.warn(
+            f"{_CALLER}: `prompt` differs from the form that `model` was trained with; leave it out to ask as it was "
+            "taught",
+            stacklevel=3,
+        )
+    return form
 
 
 # the name under which earlier versions recorded our own function: their runs go on

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from calm_fast.core.checks import bad_type, bad_value, check_finite_number, describe
+from calm_fast.core.prompt_record import set_prompt_record
 from calm_fast.hf.adapters import LoraFactors, read_adapter
 from calm_fast.hf.dual_lora_targets import conv1d_sizes, find_targets, layer_device
 from calm_fast.hf.peft_config import FIELDS
@@ -191,6 +192,7 @@ def remove_dual_lora(model: nn.Module) -> nn.Module:
         if isinstance(saving := module.__dict__.get("save_pretrained"), functools.partial):
             if saving.func is _save_pretrained:
                 del module.__dict__["save_pretrained"]
+    set_prompt_record(own, None)
     return model
 
 

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from calm_fast.core.checks import bad_type, bad_value
 from calm_fast.core.fingerprint import file_checksum
+from calm_fast.core.prompt_record import read_prompt_record, set_prompt_record, write_prompt_record
 from calm_fast.hf.adapters import BaseReference, LoraFactors, read_json, read_tensors, write_adapter, write_pair
 from calm_fast.hf.dual_lora import check_addable, layers_of, make_layer, put_layers
 from calm_fast.hf.dual_lora_targets import conv1d_sizes
@@ -81,6 +82,7 @@ def save_lora_adapter(
     taken = [m for path in factors for m in own_modules(own) if m.endswith(f".{path}")]
     names_of_layers = "|".join(sorted(map(re.escape, factors))) if taken else sorted(factors)
     write_adapter(folder, factors, base, any(isinstance(m.base, Conv1D) for m in layers.values()), names_of_layers)
+    write_prompt_record(own, folder)
 
 
 def save_dual_lora(model: nn.Module, folder: StrPath) -> None:
@@ -104,6 +106,7 @@ def save_dual_lora(model: nn.Module, folder: StrPath) -> None:
         "layers": {path: _layer_config(layer) for path, layer in layers.items()},
     }
     write_pair(Path(folder), CONFIG, config, WEIGHTS, tensors, _CHECKSUM)
+    write_prompt_record(inner_model(model), folder)
 
 
 def load_dual_lora(model: nn.Module, folder: StrPath, *, mode: str | None = None) -> nn.Module:
@@ -128,6 +131,7 @@ def load_dual_lora(model: nn.Module, folder: StrPath, *, mode: str | None = None
         check_mode(_LOAD, mode)
     check_addable(_LOAD, model)
     config, tensors = read_dual_lora(_LOAD, "folder", folder)
+    prompt = read_prompt_record(folder, _LOAD, "folder")
     modules = own_modules(model)
     layers = {}
     for path, saved in config["layers"].items():
@@ -143,6 +147,7 @@ def load_dual_lora(model: nn.Module, folder: StrPath, *, mode: str | None = None
                 p.requires_grad_(name in trains)
     _warn_of_another_base(config, layers)
     put_layers(model, layers)
+    set_prompt_record(model, prompt)
     return model
 
 

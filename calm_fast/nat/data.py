@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from calm_fast.consistency.answers.equality import extract_answer
 from calm_fast.consistency.answers.gold import gold_answer
 from calm_fast.consistency.answers.grouping import group_answers
+from calm_fast.consistency.sampling.prompt import Prompt, prompt_form
 from calm_fast.consistency.voting.samples import read_rows
 
 __all__ = ["Example", "Graded", "IGNORE", "RationaleDataset", "RightPadding", "grade", "read_rows", "split_rationales"]
@@ -78,26 +79,50 @@ class RationaleDataset(Dataset[dict[str, list[int]]]):
     """Examples as token ids. The loss covers the rationale and the end token, not the question.
 
     A long question loses its beginning, so that at least half of `max_length` is left for the rationale.
+
+    Args:
+        prompt: form of the prompts, as in `SelfConsistency`: by default the tokenizer's chat template, or the question
+            and a newline without one. `form` keeps it, and the stages record it on the model that they train.
     """
 
-    def __init__(self, examples: Sequence[Example], tokenizer: Any, max_length: int = 512) -> None:
+    def __init__(
+        self, examples: Sequence[Example], tokenizer: Any, max_length: int = 512, *, prompt: Prompt = None
+    ) -> None:
         if not examples:
             raise ValueError("RationaleDataset: `examples` must hold at least one rationale, got none")
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 "RationaleDataset: `tokenizer` must have an end-of-sequence token, got none; set eos_token"
             )
+        self.form = prompt_form(prompt, tokenizer, "RationaleDataset")
         self.items = [self._encode(e, tokenizer, max_length) for e in examples]
 
-    @staticmethod
-    def _encode(example: Example, tokenizer: Any, max_length: int) -> dict[str, list[int]]:
-        prompt = tokenizer(f"{example.question}\n", add_special_tokens=True)["input_ids"]
-        if prompt and prompt[-1] == tokenizer.eos_token_id:
-            prompt = prompt[:-1]
+    def _encode(self, example: Example, tokenizer: Any, max_length: int) -> dict[str, list[int]]:
         answer = tokenizer(example.rationale, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        prompt = prompt[-max(max_length - len(answer), max_length // 2) :]
+        room = max(max_length - len(answer), max_length // 2)
+        prompt = self.form.ids(tokenizer, example.question)
+        if self.form.chat is not None and len(prompt) > room:
+            prompt = self._shortened(example.question, tokenizer, room)
+        prompt = prompt[-room:]
         ids = (prompt + answer)[:max_length]
         return {"input_ids": ids, "labels": ([IGNORE] * len(prompt) + answer)[:max_length]}
+
+    def _shortened(self, question: str, tokenizer: Any, room: int) -> list[int]:
+        """Return the prompt of the longest end of a question that fits; the words of the template stay whole."""
+        low, high = 0, len(question)  # the end from `high` on fits, or nothing does
+        while low < high:
+            middle = (low + high) // 2
+            if len(self.form.ids(tokenizer, question[middle:])) <= room:
+                high = middle
+            else:
+                low = middle + 1
+        prompt = self.form.ids(tokenizer, question[high:])
+        if len(prompt) > room:
+            raise ValueError(
+                f"RationaleDataset: `max_length` must leave room for the chat template, {len(prompt)} tokens without a "
+                f"question, beside a rationale, got room for {room}; raise it, or use prompt='plain'"
+            )
+        return prompt
 
     def __len__(self) -> int:
         return len(self.items)

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from calm_fast.consistency.sampling.prompt import PLAIN, Prompt, prompt_form
 from calm_fast.core.checks import bad_value, errors_of
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.files import write_json
@@ -34,6 +35,7 @@ def run(
     *,
     limit: int | None = None,
     max_length: int = 512,
+    prompt: Prompt = None,
 ) -> dict[str, Any]:
     """Train negative LoRA, NAT and NCE on the rows of `data`, as `calm-fast nat` does; a second call resumes the first.
 
@@ -42,6 +44,7 @@ def run(
             with its tokenizer. out: gets negative/ (PEFT adapter), nat/ (dual LoRA), student/ (PEFT adapter) and
             results.json with losses, gate statistics and the number of rows that were left out.
         settings: see `Settings`. limit: most rows to read. max_length: most tokens of an example.
+        prompt: form of the prompts, see `RationaleDataset`; prompt.json beside each adapter records it.
     Returns:
         the content of results.json.
     Raises:
@@ -64,6 +67,9 @@ def run(
         "data": file_checksum(data),
     }
     identity["model"] = model_folder_fingerprint(model)
+    form = prompt_form(prompt, tokenizer, "nat")
+    if form.text != PLAIN:
+        identity["prompt"] = form.record()  # earlier versions, whose runs go on, had no other form
     results = _resume(out / _RESULTS, json.loads(json.dumps(identity)))
 
     def load() -> PreTrainedModel:
@@ -79,7 +85,7 @@ def run(
             raise ValueError(
                 f"nat: `data` must hold right and wrong rationales, which all stages need, got no {name} one{reasons}"
             )
-    rights, wrongs = (RationaleDataset(e, tokenizer, max_length) for e in (right, wrong))
+    rights, wrongs = (RationaleDataset(e, tokenizer, max_length, prompt=prompt) for e in (right, wrong))
     results["examples"] = {"right": len(right), "wrong": len(wrong)}
     results["left_out"] = graded.left_out
 
@@ -176,7 +182,8 @@ def _resume(file: Path, identity: dict[str, Any]) -> dict[str, Any]:
         return fresh
     results = json.loads(file.read_text(encoding="utf-8"))
     if results.get("identity") != identity:
-        changed = [k for k in identity if results.get("identity", {}).get(k) != identity[k]]
+        kept = results.get("identity", {})
+        changed = [k for k in {**identity, **kept} if kept.get(k) != identity.get(k)]
         if not results.get("losses") and not (file.parent / "checkpoints").exists():
             # nothing is trained yet, so a run that failed on bad input does not block the folder
             if {"data", "limit"} & set(changed):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 
 from calm_fast.core.checks import bad_type, bad_value, check_finite_number
 from calm_fast.core.progress import progress_bar
+from calm_fast.core.prompt_record import set_prompt_record
 from calm_fast.core.token_ids import check_token_ids
 from calm_fast.hf.dual_lora import add_dual_lora, dual_lora_layers
 from calm_fast.modules.dual_lora import VARIANTS
@@ -267,6 +268,7 @@ def _fit(
     # other datasets are not read in advance
     for i, item in enumerate(dataset.items if isinstance(dataset, RationaleDataset) else ()):
         check_token_ids(where, f"{argument}[{i}]", item["input_ids"], model)
+    set_prompt_record(model, dataset.form.record() if isinstance(dataset, RationaleDataset) else None)
     trainer = trainer_class(
         model=model,
         args=settings.arguments(out),

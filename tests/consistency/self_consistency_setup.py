@@ -16,6 +16,7 @@ def consistency(model: Any = None, **changes: Any) -> SelfConsistency:
     """Two questions at a time, six samples each; the last digit of a sample is its answer."""
     settings = {
         "n": 6, "batch_size": 12, "max_new_tokens": 24, "temperature": 1.2, "pattern": r"\d", "progress": False,
+        "prompt": "{question}",
     }  # fmt: skip
     model = FAMILIES["llama"].model(0) if model is None else model
     return SelfConsistency(model, character_tokenizer(), **(settings | changes))

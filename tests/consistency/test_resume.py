@@ -144,7 +144,7 @@ def test_a_gzipped_journal_of_large_and_many_writes(tmp_path) -> None:
         ({"temperature": 0.5}, "temperature: 1.2 there, 0.5 now"),
         ({"rule": "count"}, "rule: 'adaptive' there, 'count' now"),
         ({"model": FAMILIES["llama"].model(1)}, "model: 'LlamaForCausalLM"),
-        ({"prompt": "Q {question}"}, "prompt: None there"),
+        ({"prompt": "Q {question}"}, "prompt: '{question}' there, 'Q {question}' now"),
         ({"batch_size": 3}, None),  # changes nothing
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -16,6 +16,7 @@ from tiny_models import EOS, FAMILIES, OTHERS, PAD, VOCAB, character_tokenizer, 
 from calm_fast import SelfConsistency, score_sequences
 from calm_fast.consistency import Ranker, extract_answer, leader_probability
 from calm_fast.consistency.sampling.prefix import PrefixReader
+from calm_fast.consistency.sampling.prompt import prompt_form
 from calm_fast.consistency.sampling.sampler import PromptBatch, Sampling, _Draw
 from calm_fast.core.eval_mode import eval_mode
 
@@ -155,7 +156,7 @@ def test_likelihood_scores_are_those_of_score_sequences() -> None:
     complete = [[k for k, text in enumerate(r.rationales) if len(text) == 9] for r in results]
     assert sum(map(len, complete)) > 16
     texts = [[r.rationales[k] for k in kept] for r, kept in zip(results, complete, strict=True)]
-    scored = score_sequences(model, QUESTIONS, texts, tokenizer=tokenizer)
+    scored = score_sequences(model, [f"{question}\n" for question in QUESTIONS], texts, tokenizer=tokenizer)
     for r, kept, scores in zip(results, complete, scored, strict=True):
         assert [r.scores[k] for k in kept] == pytest.approx(scores.mean.exp().tolist(), rel=1e-4)
 
@@ -199,6 +200,7 @@ def test_prompts_come_from_a_template_a_function_or_the_chat_template() -> None:
         assert [r.rationales for r in consistency(n=2, prompt=prompt)(asked)] == [r.rationales for r in plain]
     run = consistency(n=2)
     run.tokenizer.chat_template = "{% for m in messages %}{{ 'Q: ' + m['content'] }}{% endfor %}\n{{ '\nA:' }}"
+    run.form = prompt_form(None, run.tokenizer, "SelfConsistency")
     assert [r.rationales for r in run(asked)] == [r.rationales for r in plain]
 
 
@@ -270,7 +272,7 @@ def test_a_ranker_weights_the_vote_and_belongs_to_the_settings(tmp_path) -> None
         ({"batch_size": 2.0}, ValueError, "`batch_size` must be a positive integer"),
         ({"confidence": 0.5}, ValueError, "`confidence` must be above 1/2"),
         ({"prompt": "Q:"}, ValueError, "`prompt` must have {question} in it"),
-        ({"prompt": 3}, TypeError, "`prompt` must be a string, a callable or None, got int 3"),
+        ({"prompt": 3}, TypeError, "`prompt` must be a string, a callable, .*, got int 3"),
         ({"confidence": "high"}, TypeError, "`confidence` must be a finite number, got str"),
         ({"lam": float("nan")}, ValueError, "`lam` must be finite, got nan"),
         ({"seed": 1.5}, TypeError, "`seed` must be an integer, got float 1.5"),

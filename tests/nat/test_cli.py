@@ -17,8 +17,18 @@ def test_nat_runs_and_says_what_it_did(model_folder, rows_file, tmp_path) -> Non
     for word in ("negative", "nat", "student", "negative share"):
         assert word in result.output
     assert (tmp_path / "out" / "student" / "adapter_model.safetensors").is_file()
+    for folder in ("negative", "nat", "student"):  # the form of the prompts lies beside every adapter
+        assert json.loads((tmp_path / "out" / folder / "prompt.json").read_text())["text"] == "{question}\n"
     changed = CliRunner().invoke(app, [*arguments, "--seed", "1"])
     assert changed.exit_code == 2 and "other settings" in changed.output
+    assert CliRunner().invoke(app, [*arguments, "--prompt", "plain"]).exit_code == 0  # the same prompts, the same run
+    for prompt, message in (
+        ("Q {question}", "other prompt"),
+        ("chat", "no chat template"),
+        ("Q", "`prompt` must have"),
+    ):
+        refused = CliRunner().invoke(app, [*arguments, "--prompt", prompt])
+        assert refused.exit_code == 2 and message in refused.output
 
 
 def test_rows_that_are_left_out_are_counted(model_folder, rows_file, tmp_path) -> None:
