@@ -279,8 +279,11 @@ class ComposedForCausalLM(
             self._check_vocabularies(calls, inputs)
         if cache is None and (not uncacheable if cached is None else cached):
             cache = self.new_cache()
-        separable = attention_mask is None and cache is None and external is None
-        shared = shared_keywords(kwargs, input_ids, position_ids, separable, past) if kwargs else {}
+        shared = {}
+        if kwargs:
+            aligned = all(value is None for value in external.values())
+            separable = attention_mask is None and cache is None and aligned
+            shared = shared_keywords(kwargs, input_ids, position_ids, separable, past)
         called, signature = self._anchor_body(labels) if headless else (self.anchor, self.signatures[0])
         if labels is not None:
             kwargs["labels"] = labels
