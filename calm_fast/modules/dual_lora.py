@@ -138,6 +138,8 @@ class DualLoRALinear(nn.Module):
         check_mode(_NAME, mode)
         self._mode = mode
         for name, p in self.named_parameters(recurse=False):
+            if not name.startswith(("lora_", "gate_", "value_")):
+                continue  # transformers' tie_weights gives an LM head the embeddings' weight, under the name `weight`
             negative = name.endswith("_neg")
             p.requires_grad_(negative if mode == "neg" else not negative and (mode == "mix" or name.endswith("_pos")))
         return self

@@ -176,14 +176,15 @@ def test_a_shared_layer_is_refused() -> None:
 
 def test_a_head_that_is_tied_to_the_embeddings_can_be_adapted(tmp_path: Path) -> None:
     def tied() -> nn.Module:
-        model = llama()
-        model.lm_head.weight = model.model.embed_tokens.weight
-        return model
+        return llama(tie_word_embeddings=True)
 
     model = scatter(add_dual_lora(tied(), ("lm_head",), rank=3, gate_dim=4, value_dim=4))
     assert model.lm_head.base.weight is model.model.embed_tokens.weight
     save_dual_lora(model, tmp_path)
     close(logits(load_dual_lora(tied(), tmp_path)), logits(model))
+    model.tie_weights()
+    set_dual_lora_mode(model, "mix")
+    assert not model.model.embed_tokens.weight.requires_grad and model.lm_head.gate_q.requires_grad
     assert remove_dual_lora(model).lm_head.weight is model.model.embed_tokens.weight
 
 
