@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, composed_model, prompts, randomize
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 from transformers.cache_utils import Cache
 
 from calm_fast.hf import ComposedCache, ComposedForCausalLM, compose
@@ -98,6 +98,25 @@ def test_a_prefix_is_read_once_for_several_questions() -> None:
     assert own.get_seq_length() == 12
     again = pickle.loads(pickle.dumps(outputs.cache))
     assert torch.equal(model.generate(ids, **GREEDY, **{NAME: again}), expected)
+
+
+@pytest.mark.seam(
+    attach='`QuantizedCache`, `cache_implementation="quantized"`',
+    to="composition",
+    result="works",
+    why="the anchor's part is quantised as the anchor's own would be; the others are not",
+)
+def test_a_quantised_cache_holds_the_anchors_part() -> None:
+    how = GREEDY | {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    anchor, ids = FAMILIES["llama"].model(0), prompts()
+    try:
+        expected = anchor.generate(ids, **how)
+    except ValueError as problem:
+        pytest.skip(str(problem))
+    untrained = compose(anchor, FAMILIES["llama"].model(1), [(0, 1)])
+    assert torch.equal(untrained.generate(ids, **how), expected)
+    own = QuantizedCache(backend="fp8", config=untrained.config)
+    assert torch.equal(untrained.generate(ids, **GREEDY, **{NAME: own}), expected)
 
 
 def foreign(model: ComposedForCausalLM, ids: torch.Tensor) -> Any:
