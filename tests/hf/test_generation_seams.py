@@ -109,6 +109,10 @@ def test_outputs_and_streams_are_those_of_the_composition() -> None:
 def test_a_composition_drafts_past_its_sliding_window(drafts: str) -> None:
     target, assistant, ids = FAMILIES["llama"].model(7), composed_model(drafts), prompts(1, 12)
     expected = target.generate(ids, **GREEDY)
+    try:
+        target.generate(ids, **GREEDY, assistant_model=FAMILIES[drafts].model(3))
+    except RuntimeError:
+        pytest.skip("this release of transformers rolls no sliding window back: a plain draft model fails too")
     assert torch.equal(target.generate(ids, **GREEDY, assistant_model=assistant), expected)
 
 
