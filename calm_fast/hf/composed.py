@@ -244,7 +244,7 @@ class ComposedForCausalLM(
         """
         if self.unproven and not torch.compiler.is_compiling():
             check_parts_causal(self, WHERE, defer=False)
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]  # public, but not re-exported
             raise ValueError(
                 f"torch.jit.trace: a {WHERE} cannot be traced, because the trace would keep which tokens the example's "
                 "masks hide; use torch.export or torch.compile"
