@@ -16,7 +16,7 @@ from calm_fast.hf.composed import ComposedForCausalLM
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.connections import resolve_connections
 from calm_fast.hf.inputs import Signature
-from calm_fast.hf.layers import find_layers
+from calm_fast.hf.layers import find_layers, hidden_size
 from calm_fast.hf.references import StrPath, commit, load_errors_named, reference
 from calm_fast.hf.vocabularies import check_embedded, check_same_ids
 
@@ -50,12 +50,22 @@ def _check_options(vocab_size: Any, model_kwargs: Any) -> None:
         raise bad_value("compose", "model_kwargs", expected, describe(model_kwargs))
 
 
-def _anchor_heads(anchor: PreTrainedModel) -> int:
+def _anchor_heads(anchor: PreTrainedModel, head_dim: Any) -> int:
+    """Return the anchor's number of attention heads; for one without attention (Mamba), its width // `head_dim`.
+
+    head_dim: by default 64, the usual width of a head.
+    """
     heads = getattr(anchor.config.get_text_config(decoder=True), "num_attention_heads", None)
-    if not isinstance(heads, int):
-        expected = f"given for an anchor without one number of attention heads ({type(anchor).__name__})"
-        raise bad_value("compose", "num_heads", expected, "None")
-    return heads
+    if isinstance(heads, int):
+        return heads
+    width, wanted = hidden_size(anchor), 64 if head_dim is None else head_dim
+    if heads is None and isinstance(wanted, int) and wanted > 0 and width % wanted == 0:
+        return width // wanted
+    expected = (
+        f"given for an anchor without one number of attention heads whose width {width} is no multiple of {wanted} "
+        f"({type(anchor).__name__})"
+    )
+    raise bad_value("compose", "num_heads", expected, "None")
 
 
 def compose(
@@ -92,7 +102,7 @@ def compose(
             get requires_grad False.
         connections: "uniform:n" or [(a, b), ...] for every augmenter, or a list with one of these per augmenter. -1 is
             the embedding output (the hidden state that enters layer 0) on either side.
-        num_heads: default, the anchor's. head_dim: default, anchor width // num_heads.
+        num_heads: default, the anchor's; for one without attention heads, its width // head_dim (64 if None). head_dim: default, anchor width // num_heads.
         num_kv_heads: default, num_heads.
         pre_norm, post_norm, bias, proj: see `CrossAttention`.
         dtype: of the composition tensors; default float32 (float64 over a float64 anchor), because an optimizer's small
@@ -141,7 +151,7 @@ def compose(
     depths = [len(find_layers(model, path)[1]) for model, path in zip(models, paths, strict=True)]
     pairs = resolve_connections(connections, depths, len(find_layers(anchor, anchor_layers)[1]))
 
-    num_heads = _anchor_heads(anchor) if num_heads is None else num_heads
+    num_heads = _anchor_heads(anchor, head_dim) if num_heads is None else num_heads
     config = ComposedConfig(
         anchor.config,
         [model.config for model in models],

@@ -352,3 +352,12 @@ def test_forward_compiles_as_one_graph(backend: str) -> None:
     for gradient, parameter in zip(got, composed.connections.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-5)
     assert isinstance(composed, ComposedForCausalLM) and running() is None
+
+
+@pytest.mark.parametrize(("width", "head_dim", "heads"), [(128, None, 2), (32, 8, 4)])
+def test_an_anchor_without_attention_heads_gets_them_from_its_width(
+    width: int, head_dim: int | None, heads: int
+) -> None:
+    mamba = OTHERS["mamba"].model(width=width)
+    composed = compose(mamba, FAMILIES["llama"].model(1), [(0, 1)], head_dim=head_dim)
+    assert composed.connections[0].num_heads == heads
