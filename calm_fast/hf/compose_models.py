@@ -102,7 +102,8 @@ def compose(
             get requires_grad False.
         connections: "uniform:n" or [(a, b), ...] for every augmenter, or a list with one of these per augmenter. -1 is
             the embedding output (the hidden state that enters layer 0) on either side.
-        num_heads: default, the anchor's; for one without attention heads, its width // head_dim (64 if None). head_dim: default, anchor width // num_heads.
+        num_heads: default, the anchor's; for one without attention heads, its width // head_dim (64 if None).
+        head_dim: default, anchor width // num_heads.
         num_kv_heads: default, num_heads.
         pre_norm, post_norm, bias, proj: see `CrossAttention`.
         dtype: of the composition tensors; default float32 (float64 over a float64 anchor), because an optimizer's small
