@@ -76,7 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
     numbers = [[rng.randint(0, 5) for _ in range(3)] for _ in range(options.questions)]
     questions = [f"{a}+{b}+{c}?" for a, b, c in numbers]
     answers = [str(sum(row)) for row in numbers]
-    settings = {"max_new_tokens": 32, "temperature": 1.0, "progress": False}
+    # the model continues a question itself; the default would put a newline behind it
+    settings = {"max_new_tokens": 32, "temperature": 1.0, "prompt": "{question}", "progress": False}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "samples.jsonl"
         run = SelfConsistency(model, tokenizer, n=16, **settings)

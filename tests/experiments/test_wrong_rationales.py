@@ -99,7 +99,7 @@ def test_the_tokenizer_gives_every_text_back():
 def test_accuracy_counts_exact_final_answers():
     tokenizer, pairs = experiment.make_tokenizer(), [(123, 456), (357, 285), (999, 999), (100, 100)]
 
-    class Author:
+    class Author(torch.nn.Module):
         """Writes right rationales, but drops the carries of the second question."""
 
         device = torch.device("cpu")
