@@ -79,11 +79,11 @@ def importing(package: str) -> Iterator[None]:
 
 
 def require(package: str, owner: type, *names: str) -> None:
-    """Check that a class of `package` has the methods that calm_fast overrides.
+    """Check that a class of `package` has the names that calm_fast overrides or reads.
 
     Raises IncompatibleRelease naming the missing ones. Without this check transformers would silently never call our
-    override, and the failure would surface elsewhere.
+    override, and a missing attribute would silently count as its default.
     """
     missing = " and ".join(name for name in names if not hasattr(owner, name))
     if missing:
-        raise IncompatibleRelease(f"{owner.__name__}: expected a method {missing}, got none. {tried(package)}")
+        raise IncompatibleRelease(f"{owner.__name__}: expected the name {missing}, got none. {tried(package)}")

@@ -9,7 +9,13 @@ from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 # attribute of a user's cache object: the ComposedCache around it
 AROUND = "_calm_fast_composed_cache"
@@ -30,9 +36,10 @@ def is_empty(cache: Cache) -> bool:
     for layer in cache.layers:
         if isinstance(layer, CacheLayerMixin) and int(layer.get_seq_length()) > 0:
             return False
-        recurrent = getattr(layer, "has_previous_state", False)
-        if any(recurrent.values()) if isinstance(recurrent, dict) else recurrent:
-            return False
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            recurrent = layer.has_previous_state
+            if any(recurrent.values()) if isinstance(recurrent, dict) else recurrent:
+                return False
     return True
 
 

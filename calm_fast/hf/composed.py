@@ -83,6 +83,7 @@ class ComposedForCausalLM(
     ) -> None:
         require("transformers", GenerationMixin, "_prepare_cache_for_generation", "_validate_model_kwargs")
         require("transformers", PreTrainedModel, "_set_gradient_checkpointing", "enable_input_require_grads")
+        require("transformers", PreTrainedModel, "_is_stateful")
         require("torch", nn.Module, "_replicate_for_data_parallel")
         super().__init__(config)
         if anchor is None:

@@ -31,7 +31,7 @@ from calm_fast.modules.dual_lora import (
     check_size,
 )
 
-_RESTORE = "_dual_lora_restore"
+RESTORE = "_dual_lora_restore"  # attribute of a model: what trained before add_dual_lora
 _SETTINGS = {name: p.default for name, p in inspect.signature(DualLoRALinear).parameters.items() if name != "base"}
 _OPTIONS = frozenset(_SETTINGS) - {"rank", "alpha"}
 # the other arguments of PEFT's LoraConfig: each changes which layers adapt or what they compute
@@ -143,7 +143,7 @@ def put_layers(model: nn.Module, layers: dict[str, DualLoRALinear]) -> None:
     """Put layers into the model by path, freeze the rest of it, and keep what remove_dual_lora restores."""
     own = inner_model(model)
     trains = {id(p) for layer in layers.values() for p in layer.parameters(recurse=False) if p.requires_grad}
-    setattr(own, _RESTORE, {own_path(name): p.requires_grad for name, p in own.named_parameters()})
+    setattr(own, RESTORE, {own_path(name): p.requires_grad for name, p in own.named_parameters()})
     own.requires_grad_(False)
     for path, layer in layers.items():
         replace_module(own, path, layer)
@@ -184,7 +184,7 @@ def remove_dual_lora(model: nn.Module) -> nn.Module:
         replace_module(own, path, layer.base)
     for module in own.modules():
         # add_dual_lora may have been called for a part of this model
-        flags = module.__dict__.pop(_RESTORE, {})
+        flags = module.__dict__.pop(RESTORE, {})
         for name, p in module.named_parameters() if flags else ():
             # PEFT puts a layer that it adapts one level deeper
             name = own_path(name).replace(".base_layer.", ".")

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from calm_fast.core.checks import bad_type, bad_value
+from calm_fast.hf.layers import executed_on, is_hooked
 from calm_fast.hf.wrappers import has_peft_layers, inner_model, own_modules
 
 _ADD = "add_dual_lora"
@@ -92,10 +92,8 @@ def layer_device(where: str, path: str, base: nn.Module) -> dict[str, Any]:
         ValueError: the weight is offloaded and nothing tells to where it is loaded.
     """
     weight = next(base.parameters(), None)
-    hook = getattr(base, "_hf_hook", None)  # set by accelerate; its execution_device is public
-    if weight is None or not weight.is_meta or hook is None:
+    if weight is None or not weight.is_meta or not is_hooked(base):
         return {}  # a model that is built on "meta" as a whole has no hooks
-    for one in getattr(hook, "hooks", (hook,)):
-        if (device := getattr(one, "execution_device", None)) is not None:
-            return {"device": torch.device(device)}
+    if (device := executed_on(base)) is not None:
+        return {"device": device}
     raise bad_value(where, "model", "a model whose weights are loaded, or offloaded by accelerate", f"{path} on meta")

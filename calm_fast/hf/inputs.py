@@ -13,7 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from calm_fast.core.checks import bad_value, describe, values_checked
-from calm_fast.core.compatibility import tried
+from calm_fast.core.compatibility import require, tried
 from calm_fast.hf.cache import ComposedCache
 from calm_fast.hf.cache_names import NAMES, cache_argument, generate_argument, has_own_cache
 from calm_fast.hf.layers import device_of
@@ -39,7 +39,8 @@ def lacks_cache(model: PreTrainedModel) -> str:
     """Return the reason why this family has no transformers Cache, or "" if it should have one."""
     if known := WITHOUT_CACHE.get(model.config.model_type):
         return known
-    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+    require("transformers", GenerationMixin, "_supports_default_dynamic_cache")
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():  # remote code may do without the mixin
         return "keeps its state elsewhere"
     return "has a cache of its own, a dict" if has_own_cache(model.forward) else ""
 

@@ -103,7 +103,7 @@ class CompositionIntrospection(PreTrainedModel):
         # Trainer counts the labels of a loss that shifts from the second on; a subclass may have any name
         self.loss_type = "ForCausalLM"
         # transformers refuses assisted generation where a state cannot be rolled back, be it an augmenter's
-        self._is_stateful = any(getattr(part, "_is_stateful", False) for part in (anchor, *augmenters))
+        self._is_stateful = any(part._is_stateful for part in (anchor, *augmenters))
 
     def _get_name(self) -> str:
         """Return the name of the registered class, also for a subclass and under FSDP2, which renames the class.

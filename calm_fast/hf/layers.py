@@ -127,9 +127,7 @@ def device_of(module: nn.Module, model: nn.Module) -> torch.device:
     Offloaded parameters are on the meta device: accelerate's hooks load them for each call and know the device. The
     answer is meta only if neither a hook nor a parameter of `model` names another device.
     """
-    return (
-        _stored_on(module) or _executed_on(module) or _stored_on(model) or _executed_on(model) or torch.device("meta")
-    )
+    return _stored_on(module) or executed_on(module) or _stored_on(model) or executed_on(model) or torch.device("meta")
 
 
 def _stored_on(module: nn.Module) -> torch.device | None:
@@ -138,7 +136,12 @@ def _stored_on(module: nn.Module) -> torch.device | None:
     return next((p.device for p in module.parameters() if not p.is_meta), None)
 
 
-def _executed_on(module: nn.Module) -> torch.device | None:
+def is_hooked(module: nn.Module) -> bool:
+    """Return True if accelerate has put a hook on `module` itself."""
+    return getattr(module, "_hf_hook", None) is not None
+
+
+def executed_on(module: nn.Module) -> torch.device | None:
     """Return the device of the first accelerate hook in `module` (AlignDevicesHook, alone or in a SequentialHook)."""
     for child in module.modules():
         hook = getattr(child, "_hf_hook", None)

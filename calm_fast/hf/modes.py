@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
 from torch import nn
 
 from calm_fast.core.checks import bad_value
 from calm_fast.hf.masks import WHERE
+from calm_fast.hf.wrappers import peft_layer_types
 from calm_fast.modules.dual_lora import DualLoRALinear
 
 _BASES = ("base_layer", "base")  # the frozen module inside an adapter, in PEFT and in DualLoRALinear
 
 
 def _adapter_types() -> tuple[type[nn.Module], ...]:
-    peft = sys.modules.get("peft.tuners.tuners_utils")  # no layer of PEFT's exists before PEFT is imported
-    return (DualLoRALinear,) if peft is None else (DualLoRALinear, peft.BaseTunerLayer)
+    return (DualLoRALinear, *peft_layer_types())
 
 
 def put_in_mode(part: nn.Module, training: bool) -> None:
@@ -39,7 +38,7 @@ def _trains(module: nn.Module) -> bool:
 def _drops(module: nn.Module) -> bool:
     """Return True if dropout is on somewhere in an adapter."""
     for child in module.modules():
-        rate = getattr(child, "p", 0.0) if isinstance(child, nn.modules.dropout._DropoutNd) else 0.0
+        rate = child.p if isinstance(child, nn.modules.dropout._DropoutNd) else 0.0
         rate = child.dropout if isinstance(child, DualLoRALinear) else rate
         if child.training and rate > 0:
             return True

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from calm_fast.core.checks import bad_value
 from calm_fast.core.fingerprint import is_comparable, same_values, sample_weights, sampled_positions, weights_differ
 from calm_fast.core.wrapped_names import bare_name
 from calm_fast.hf.layers import hidden_size
+from calm_fast.hf.wrappers import peft_layer_types
 from calm_fast.modules.dual_lora import DualLoRALinear
 
 StrPath = str | os.PathLike[str]
@@ -133,7 +133,7 @@ def is_quantised(model: nn.Module) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
-def is_sharded(model: nn.Module) -> bool:
+def holds_shards(model: nn.Module) -> bool:
     """Return True if this process holds only a part of the weights (FSDP, tensor parallelism, DeepSpeed ZeRO-3)."""
     marks = ("full_tensor", "_fsdp_flattened", "ds_id")
     return any(hasattr(p, mark) for p in model.parameters() for mark in marks)
@@ -150,12 +150,11 @@ def check_weights(name: str, model: PreTrainedModel, recorded: str) -> None:
 
 def adapter_in(model: nn.Module) -> str:
     """Return the name and kind of the first adapter or parametrization inside `model`, or ""."""
-    peft: tuple[type, ...] = ()
-    if "peft" in sys.modules:
-        from peft.tuners.tuners_utils import BaseTunerLayer
+    peft = peft_layer_types()
+    if peft:
         from peft.utils.other import AuxiliaryTrainingWrapper
 
-        peft = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        peft = (*peft, AuxiliaryTrainingWrapper)
     for name, module in model.named_modules():
         if isinstance(module, (DualLoRALinear, *peft)):
             return f"{name}, a {type(module).__name__}"
@@ -240,7 +239,7 @@ def check_reference(name: str, model: PreTrainedModel, path: str, revision: str 
         "there; or write the composition all the same with check_parts=False and pass this very model when loading"
     )
     expected = f"as it can be loaded from {path!r}" if path else "as it was when it was composed"
-    whole = not is_sharded(model)
+    whole = not holds_shards(model)
     problem = weights_differ(recorded, model) if whole else ""
     if path and (adapter := adapter_in(model)):
         problem = f"one with an adapter ({adapter})"

@@ -38,7 +38,7 @@ from calm_fast.hf.references import (
     StrPath,
     check_reference,
     check_weights,
-    is_sharded,
+    holds_shards,
     load_errors_named,
     portable,
 )
@@ -104,7 +104,7 @@ class CompositionFiles(PreTrainedModel):
         for part, model in parts:
             if "quantization_config" not in part:
                 part["dtype"] = str(model.dtype).removeprefix("torch.")
-        if not is_sharded(self):
+        if not holds_shards(self):
             content["anchor_fingerprint"] = weight_fingerprint(self.anchor)
             content["augmenter_fingerprints"] = [weight_fingerprint(model) for model in self.augmenters]
         return {"config": json.dumps(content, indent=2, sort_keys=True) + "\n", "generation_config": generation}

@@ -12,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer, PreTrainedModel
 
 from calm_fast.core.checks import bad_value, describe
+from calm_fast.hf.references import commit
 
 # files that decide which token an id is
 FILES = (
@@ -56,13 +57,13 @@ def check_same_ids(
     tokenizers: one for the anchor and one per augmenter, each an object with get_vocab(), a folder, or None for not
     known. None: those that lie in the models' folders or in the hub's local cache; nothing is downloaded. A pair of
     which one is not known is not compared, nor are ids from `vocab_size` on or beyond the anchor's embedding.
-    model_kwargs: cache_dir and trust_remote_code among them hold for the tokenizers too.
+    model_kwargs: cache_dir, revision and trust_remote_code among them hold for the tokenizers too.
     """
     explicit, remote_code = tokenizers is not None, bool(model_kwargs.get("trust_remote_code"))
     if explicit:
         found = _given(tokenizers, len(augmenters))
     else:
-        found = [_folder(model, model_kwargs.get("cache_dir")) for model in (anchor, *augmenters)]
+        found = [_folder(model, dict(model_kwargs)) for model in (anchor, *augmenters)]
     if found[0] is None:
         return
     bound = embedding_rows(anchor) if vocab_size is None else min(vocab_size, embedding_rows(anchor))
@@ -90,17 +91,20 @@ def _given(tokenizers: Any, count: int) -> list[Any]:
     return list(tokenizers)
 
 
-def _folder(model: PreTrainedModel, cache_dir: Any) -> str | None:
-    """Return the local folder of the files that `model` was loaded from if a tokenizer lies there, else None."""
+def _folder(model: PreTrainedModel, hub: dict[str, Any]) -> str | None:
+    """Return the local folder of the files that `model` was loaded from if a tokenizer lies there, else None.
+
+    hub: the arguments of from_pretrained that located the model.
+    """
     path = getattr(model, "name_or_path", "") or ""
     if os.path.isdir(path):
         return path if any(os.path.isfile(os.path.join(path, name)) for name in _MAIN) else None
     if not path or path.count("/") > 1 or os.path.isabs(path):
         return None
-    revision = getattr(model.config, "_commit_hash", None)
+    revision = commit(model, hub)
     for name in _MAIN:
         try:
-            cached = try_to_load_from_cache(path, name, cache_dir=cache_dir, revision=revision)
+            cached = try_to_load_from_cache(path, name, cache_dir=hub.get("cache_dir"), revision=revision)
         except ValueError:  # not a name on the hub
             return None
         if isinstance(cached, str):

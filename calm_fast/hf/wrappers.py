@@ -32,9 +32,16 @@ def _is_peft_model(model: nn.Module) -> bool:
     return peft is not None and isinstance(model, peft.PeftModel)
 
 
+def peft_layer_types() -> tuple[type[nn.Module], ...]:
+    """Return the base class of the layers that PEFT puts into a model; nothing while PEFT is not imported."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # no layer of PEFT's exists before
+    return () if tuners is None else (tuners.BaseTunerLayer,)
+
+
 def has_peft_layers(model: nn.Module) -> bool:
     """Return True if PEFT has put adapters into the model."""
-    return any(base.__name__ == "BaseTunerLayer" for m in model.modules() for base in type(m).__mro__)
+    kinds = peft_layer_types()
+    return bool(kinds) and any(isinstance(module, kinds) for module in model.modules())
 
 
 def inner_model(model: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ from calm_fast.core.checks import bad_type, bad_value, check_finite_number
 from calm_fast.core.progress import progress_bar
 from calm_fast.core.prompt_record import set_prompt_record
 from calm_fast.core.token_ids import check_token_ids
-from calm_fast.hf.dual_lora import add_dual_lora, dual_lora_layers
+from calm_fast.hf.dual_lora import RESTORE, add_dual_lora, dual_lora_layers
 from calm_fast.modules.dual_lora import VARIANTS
 from calm_fast.nat.checkpoints import newest_checkpoint
 from calm_fast.nat.data import RationaleDataset, RightPadding
@@ -223,7 +223,7 @@ def _student(teacher: PreTrainedModel, settings: Settings) -> PreTrainedModel:
     for path, layer in dual_lora_layers(student).items():
         parent, _, name = path.rpartition(".")
         setattr(student.get_submodule(parent), name, layer.base)
-    student.__dict__.pop("_dual_lora_restore", None)
+    student.__dict__.pop(RESTORE, None)
     add_dual_lora(student, settings.target_modules, mode="pos", **_single_lora(settings))
     return student
 

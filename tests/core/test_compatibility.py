@@ -233,7 +233,7 @@ def test_a_missing_name_says_what_is_installed_and_what_was_tried(newer: None) -
     with pytest.raises(IncompatibleRelease, match=f"NoSuchName.*{told}") as caught, importing("transformers"):
         exec("from transformers.cache_utils import NoSuchName")
     assert isinstance(caught.value, ImportError)
-    with pytest.raises(IncompatibleRelease, match=f"dict: expected a method no_such_method, got none. {told}"):
+    with pytest.raises(IncompatibleRelease, match=f"dict: expected the name no_such_method, got none. {told}"):
         require("transformers", dict, "keys", "no_such_method")
     with pytest.raises(ModuleNotFoundError, match="no_such_module") as other, importing("transformers"):
         importlib.import_module("no_such_module")

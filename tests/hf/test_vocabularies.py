@@ -112,6 +112,22 @@ def test_tokenizers_of_names_on_the_hub_come_from_its_local_cache(anchor: Path) 
     assert isinstance(compose(loaded, other, "uniform:2", **kwargs), ComposedForCausalLM)
 
 
+def test_tokenizers_are_those_of_the_revision_that_was_loaded(anchor: Path) -> None:
+    loaded, other = FAMILIES["llama"].model(0), FAMILIES["llama"].model(1)
+    for name, words in (("one", WORDS), ("two", SWAPPED)):
+        repository = anchor.parent / "cache" / f"models--owner--{name}"
+        (repository / "refs").mkdir(parents=True)
+        for ref, commit, own in (("main", "c" * 40, WORDS), ("v2", "d" * 40, words)):
+            tokenizer(own).save_pretrained(repository / "snapshots" / commit)
+            loaded.config.save_pretrained(repository / "snapshots" / commit)
+            (repository / "refs" / ref).write_text(commit)
+    loaded.name_or_path, other.name_or_path = "owner/one", "owner/two"
+    where = {"cache_dir": str(anchor.parent / "cache")}
+    assert isinstance(compose(loaded, other, "uniform:2", model_kwargs=where), ComposedForCausalLM)
+    with pytest.raises(ValueError, match="whose tokenizer differs in 6 of 97 ids"):
+        compose(loaded, other, "uniform:2", model_kwargs=where | {"revision": "v2"})
+
+
 def test_tokenizers_are_given_as_objects_for_models_without_a_folder() -> None:
     parts = FAMILIES["llama"].model(0), FAMILIES["llama"].model(1)
     same, other = tokenizer(WORDS), tokenizer(SWAPPED)
