@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from calm_fast.core.checks import bad_value
 from calm_fast.core.fingerprint import is_comparable, same_values, sample_weights, sampled_positions, weights_differ
 from calm_fast.core.wrapped_names import bare_name
 from calm_fast.hf.layers import hidden_size
+from calm_fast.hf.part_configs import configs_differ
 from calm_fast.hf.wrappers import peft_layer_types
 from calm_fast.modules.dual_lora import DualLoRALinear
 
@@ -105,7 +106,10 @@ def load_part(
     if not os.fspath(path):
         expected = "passed as a loaded model, because this composition was made from one without a path"
         raise bad_value(LOAD, name, expected, "None")
-    beside = os.path.normpath(os.path.join(folder, path))  # a relative path is looked up beside the composition first
+    # a relative path is looked up beside the composition first, and where it really lies if its folder is a link
+    beside = os.path.normpath(os.path.join(folder, path))
+    if not os.path.isdir(beside):
+        beside = os.path.normpath(os.path.join(os.path.realpath(folder), path))
     where = beside if os.path.isdir(beside) or os.fspath(path).startswith(("./", "../")) else path
     if config is not None and not {"dtype", "torch_dtype", "quantization_config"} & kwargs.keys():
         if config.dtype is not None and getattr(config, "quantization_config", None) is None:
@@ -139,9 +143,15 @@ def holds_shards(model: nn.Module) -> bool:
     return any(hasattr(p, mark) for p in model.parameters() for mark in marks)
 
 
-def check_weights(name: str, model: PreTrainedModel, recorded: str) -> None:
-    """Raise ValueError unless a loaded part has the weights with which the composition was saved."""
+def check_same_part(
+    name: str, model: PreTrainedModel, recorded: str, config: PreTrainedConfig, given: Iterable[str]
+) -> None:
+    """Raise ValueError unless a part has the weights and the config with which the composition was saved.
+
+    recorded: the fingerprint of the weights. given: fields of the config that the caller of from_pretrained changes.
+    """
     problem = weights_differ(recorded, model, partial=is_quantised(model))
+    problem = problem or configs_differ(model.config, config, given)
     if problem:
         do = "Pass the right model, or accept this one with check_parts=False"
         got = f"{getattr(model, 'name_or_path', '') or type(model).__name__!r}: {problem}. {do}"
@@ -249,5 +259,7 @@ def check_reference(name: str, model: PreTrainedModel, path: str, revision: str 
     folder = _snapshot(path, revision)
     if not problem and folder is not None and quantizer is None and whole:
         problem = differs_from_files(model, folder)
+    if not problem and folder is not None and os.path.isfile(os.path.join(folder, CONFIG_NAME)):
+        problem = configs_differ(model.config, type(model.config).from_pretrained(folder))
     if problem:
         raise bad_value(SAVE, name, expected, f"{problem}. {do}")

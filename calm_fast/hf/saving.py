@@ -37,7 +37,7 @@ from calm_fast.hf.references import (
     SAVE,
     StrPath,
     check_reference,
-    check_weights,
+    check_same_part,
     holds_shards,
     load_errors_named,
     portable,
@@ -211,8 +211,8 @@ class CompositionFiles(PreTrainedModel):
             output_loading_info: also return a dict of missing and unexpected keys; they are empty, because a
                 composition loads as a whole or not at all.
             generation_config: use this one instead of the saved one.
-            check_parts: compare a few weights of each part with those it had when the composition was saved. Pass False
-                to accept other weights.
+            check_parts: compare the config and a few weights of each part with those it had when the composition was
+                saved. Pass False to accept others.
             check_causal: refuse parts that read future tokens, as compose() does.
             kwargs: use_cache and other settings of the composition's config override it. All others (dtype, device_map,
                 attn_implementation, quantization_config, trust_remote_code, ...) go to from_pretrained of the parts
@@ -250,8 +250,9 @@ class CompositionFiles(PreTrainedModel):
         if check_parts:
             names = ["anchor", *["augmenters"] * (len(models) - 1)]
             recorded = [config.anchor_fingerprint, *config.augmenter_fingerprints]
-            for name, model, fingerprint in zip(names, models, recorded, strict=True):
-                check_weights(name, model, fingerprint)
+            configs = [config.anchor_config, *config.augmenter_configs]
+            for name, model, *saved in zip(names, models, recorded, configs, strict=True):
+                check_same_part(name, model, *saved, given=kwargs)
         config.anchor_config, config.augmenter_configs = models[0].config, [model.config for model in models[1:]]
         composed: Any = cls(config, models[0], models[1:])
         composed.record_parts()
