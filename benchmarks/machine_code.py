@@ -74,7 +74,7 @@ def compile_cubin(spec: Any, arch: int) -> tuple[bytes, int, int]:
     source = ASTSource(fn=spec.fn, signature=spec.signature, constexprs=spec.constexprs, attrs=spec.attrs)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return kernel.asm["cubin"], kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", None) or 0
+    return kernel.asm["cubin"], kernel.metadata.shared, kernel.metadata.tmem_size or 0
 
 
 def read_facts(cubin: bytes, arch: int, shared: int, tensor_memory: int) -> Facts:

@@ -94,9 +94,7 @@ def compiled_facts(problem: Problem, config: LaunchConfig, arch: int) -> list[tu
         problem.prepare(torch.device("meta"))(config)
     return [
         (
-            read_facts(
-                kernel.asm["cubin"], arch, kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", 0) or 0
-            ),
+            read_facts(kernel.asm["cubin"], arch, kernel.metadata.shared, kernel.metadata.tmem_size or 0),
             own,
         )
         for kernel, own in found
