@@ -126,6 +126,14 @@ def hard_limit(name: str, suffix: str) -> int | None:
     return next(limit for folder, limit in HARD_LINES if name.startswith(folder))
 
 
+def test_every_file_of_the_hf_folder_is_in_the_architecture():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text.split("### The files of calm_fast/hf")[1].split("\n## ")[0]
+    listed = re.findall(r"^\|[^|]*\| `(\w+\.py)` \|", table, re.MULTILINE)
+    there = {path.name for path in (ROOT / "calm_fast" / "hf").glob("*.py")} - {"__init__.py"}
+    assert sorted(listed) == sorted(there)
+
+
 def test_no_file_is_longer_than_its_hard_limit():
     lengths = {path: len(read(path).splitlines()) for path in FILES}
     limits = {path: hard_limit(relative(path), path.suffix) for path in FILES}

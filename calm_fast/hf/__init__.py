@@ -1,4 +1,4 @@
-"""Composition of transformers models.
+"""Whole transformers models: compositions of frozen ones, and dual LoRA. docs/architecture.md lists the files.
 
 Importing this package registers ComposedConfig and ComposedForCausalLM with transformers' Auto classes, and with its
 names of causal language models.

@@ -1,4 +1,4 @@
-"""Proof by trying that a part of a composition reads no future token: the last token must not move earlier states."""
+"""A trial run that shows whether a part of a composition reads future tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token ids mean the same tokens for all parts: a comparison of tokenizers that are given or lie beside the models."""
+"""Checks that token ids mean the same tokens for all parts, by the tokenizers given or beside the models."""
 
 from __future__ import annotations
 
