@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -116,11 +117,15 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def _sorting(row: Row) -> str:
+    return re.sub("^(a|an|the|one) ", "", row.attach.lower().replace("`", ""))
+
+
 def page(found: list[Row]) -> str:
     """Return the text of docs/seams.md."""
     parts = [INTRODUCTION]
     for to, heading in HEADINGS.items():
-        own = sorted((row for row in found if row.to == to), key=lambda row: row.attach.lower().lstrip("`"))
+        own = sorted((row for row in found if row.to == to), key=_sorting)
         if not own:
             continue
         lines = [f"## {heading}", "", "| attach | result | why, or what to do instead | test |", "|---|---|---|---|"]

@@ -114,7 +114,7 @@ def trained(tok: Any, out: Path, prompt: Any = None) -> Any:
 
 
 @pytest.mark.seam(
-    attach="SelfConsistency on adapters that `nat` trained",
+    attach="`SelfConsistency` on adapters that `nat` trained",
     to="NAT",
     result="works",
     why="the adapter's prompt.json keeps the form of its prompts; load_dual_lora and prompt=Path(adapter) read it",
@@ -138,7 +138,7 @@ def test_a_trained_model_is_asked_as_it_was_taught(tmp_path) -> None:
 
 
 @pytest.mark.seam(
-    attach="SelfConsistency with another chat template than that of the training",
+    attach="`SelfConsistency` with another chat template than in training",
     to="NAT",
     result="refused",
     why="load the tokenizer of the training, or name `prompt`",

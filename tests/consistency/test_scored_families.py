@@ -54,7 +54,7 @@ def test_causal_families_are_scored_as_they_generate(name: str, flags: dict[str,
 
 
 @pytest.mark.seam(
-    attach="a model that is not causal, scored by score_sequences",
+    attach="a model that is not causal, in `score_sequences`",
     to="SelfConsistency",
     result="refused",
     why="it would read the token it is asked to predict; use a decoder, for BERT one with is_decoder=True",

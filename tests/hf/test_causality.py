@@ -39,10 +39,10 @@ def gemma(bidirectional: bool) -> Any:
 
 
 @pytest.mark.seam(
-    attach="a part that reads the future (an encoder, a BERT without is_decoder, a bidirectional Gemma 3)",
+    attach="a part that reads future tokens (an encoder, a BERT without `is_decoder`, a bidirectional Gemma 3)",
     to="composition",
     result="refused",
-    why="its states would tell earlier tokens about later ones; use a causal model",
+    why="earlier tokens would learn about later ones; use a causal model",
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ NAMES = (
 ).split()
 
 
-@pytest.mark.seam(attach="tools that read model.config (vocab_size, pad_token_id, ...)", to="composition",
+@pytest.mark.seam(attach="tools that read `model.config` (`vocab_size`, `pad_token_id`, ...)", to="composition",
                   result="works", why="these fields are read from the anchor's config and set there")  # fmt: skip
 def test_fields_of_a_language_model_are_the_anchors(folder: Path) -> None:
     model = rebuilt(folder)

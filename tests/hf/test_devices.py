@@ -59,10 +59,10 @@ def test_offloaded_parts_give_the_results_of_parts_in_memory(how: str, offloaded
 
 
 @pytest.mark.seam(
-    attach="moving a composition with offloaded parts (model.to)",
+    attach="`model.to` with offloaded parts",
     to="composition",
     result="refused",
-    why="torch cannot copy what is offloaded: move the parts before they are dispatched",
+    why="torch cannot copy what is offloaded; move the parts before they are dispatched",
 )
 def test_a_composition_with_offloaded_parts_cannot_be_moved(tmp_path: Path) -> None:
     model = compose(offload(FAMILIES["llama"].model(0), "disk", tmp_path), FAMILIES["llama"].model(1), PAIRS)

@@ -40,8 +40,8 @@ def pickled(model):
 
 
 @pytest.mark.seam(
-    attach="save_pretrained, push_to_hub", to="dual LoRA model", result="refused",
-    why="from_pretrained would load random weights; call save_dual_lora, and load_dual_lora on the base",
+    attach="`save_pretrained`, `push_to_hub`", to="dual LoRA model", result="refused",
+    why="`from_pretrained` would load random weights; call `save_dual_lora`, and `load_dual_lora` on the base",
 )  # fmt: skip
 @pytest.mark.parametrize("through", [lambda m: m, copy.deepcopy, pickled], ids=["itself", "a copy", "torch.save"])
 def test_save_pretrained_names_save_dual_lora(tmp_path: Path, through) -> None:
@@ -58,7 +58,7 @@ def test_save_pretrained_names_save_dual_lora(tmp_path: Path, through) -> None:
 
 
 @pytest.mark.seam(
-    attach="the stock Trainer's checkpoints and save_model", to="dual LoRA model", result="refused",
+    attach="the stock Trainer's checkpoints and `save_model`", to="dual LoRA model", result="refused",
     why='use save_strategy="no" and save_dual_lora, or DualLoRATrainer, whose checkpoints hold the layers',
 )  # fmt: skip
 def test_the_stock_trainer_does_not_write_a_folder_that_reloads_as_another_model(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_folders_that_are_no_paths_are_named() -> None:
 
 @pytest.mark.seam(
     attach="dual LoRA in the anchor of a composition", to="composition", result="works",
-    why="save_pretrained(check_parts=False) and save_dual_lora; to load, pass the anchor with its layers",
+    why="save with `save_pretrained(check_parts=False)` and `save_dual_lora`; to load, pass the anchor with its layers",
 )  # fmt: skip
 def test_dual_lora_in_a_composition_is_saved_beside_it(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "anchor")

@@ -38,7 +38,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 
 
 @pytest.mark.seam(
-    attach="fully_shard, DDP", to="dual LoRA model", result="works",
+    attach="`fully_shard`, DDP", to="dual LoRA model", result="works",
     why="add the layers first; under fully_shard every process calls a save, and rank 0 writes",
 )  # fmt: skip
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def target_compiled(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.seam(
-    attach="torch.compile, of the model or of parts of it", to="dual LoRA model", result="works",
+    attach="`torch.compile` of the model or of its parts", to="dual LoRA model", result="works",
     why="layers are added, saved and removed under the model's own names",
 )  # fmt: skip
 @pytest.mark.parametrize("wrap", [compiled, layer_compiled, target_compiled])
@@ -93,7 +93,7 @@ def test_compiled_models_keep_their_names(tmp_path: Path, wrap, first) -> None:
 
 @pytest.mark.seam(
     attach="PEFT adapters on other layers (PeftModel)", to="dual LoRA model", result="works",
-    why="each is saved by its own function: save_dual_lora, and PEFT's save_pretrained",
+    why="each has its own way to save: `save_dual_lora`, and PEFT's `save_pretrained`",
 )  # fmt: skip
 def test_peft_on_other_layers_keeps_the_names(tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["k_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -114,7 +114,7 @@ def test_peft_on_other_layers_keeps_the_names(tmp_path: Path) -> None:
 
 @pytest.mark.seam(
     attach="a layer that PEFT adapts already", to="dual LoRA model", result="works",
-    why="the adapted layer is the frozen base; only save_lora_adapter asks to merge it first",
+    why="the adapted layer is the frozen base; merge it before `save_lora_adapter`",
 )  # fmt: skip
 def test_a_layer_that_peft_adapts_is_the_base(tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")

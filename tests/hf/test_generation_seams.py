@@ -80,10 +80,10 @@ def test_a_way_to_choose_tokens_does_not_mind_the_cache(both: dict[str, Any]) ->
 
 
 @pytest.mark.seam(
-    attach="a streamer; `output_hidden_states`, `output_attentions`, `output_scores`, `output_logits`",
+    attach="streamers, `output_hidden_states`, `output_attentions`, `output_scores`, `output_logits`",
     to="composition",
     result="works",
-    why="they hold the anchor's composed states",
+    why="they are the composition's: the anchor's states with every connection in them",
 )
 def test_outputs_and_streams_are_those_of_the_composition() -> None:
     model, ids = composed_model("llama"), prompts(1)

@@ -21,7 +21,7 @@ def hooks(model: nn.Module) -> int:
     return sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in model.model.layers)
 
 
-@pytest.mark.seam(attach="copy.copy", to="composition", result="works", why="copies share the hooks")
+@pytest.mark.seam(attach="`copy.copy`", to="composition", result="works", why="copies share the hooks")
 def test_a_shallow_copy_outlives_the_original() -> None:
     model, ids = composed_model("llama"), prompts()
     expected, anchor = model(ids).logits, model.anchor
@@ -35,7 +35,7 @@ def test_a_shallow_copy_outlives_the_original() -> None:
 
 
 @pytest.mark.seam(
-    attach="copy.deepcopy", to="composition", result="works", why="the copy has parts and hooks of its own"
+    attach="`copy.deepcopy`", to="composition", result="works", why="the copy has parts and hooks of its own"
 )
 def test_the_hooks_of_a_deep_copy_go_with_it() -> None:
     model, ids = composed_model("llama"), prompts()
@@ -50,7 +50,7 @@ def test_the_hooks_of_a_deep_copy_go_with_it() -> None:
 
 
 @pytest.mark.seam(
-    attach="torch.save of the whole model", to="composition", result="works", why="save_pretrained is smaller"
+    attach="`torch.save` of the whole model", to="composition", result="works", why="`save_pretrained` writes less"
 )
 def test_a_pickled_composition_is_one_of_its_own() -> None:
     model, ids = composed_model("llama"), prompts()

@@ -54,7 +54,7 @@ TOKENS = torch.zeros(2, 9, dtype=torch.long)
             "any_other_name",
             1,
             marks=pytest.mark.seam(
-                attach="a keyword argument that forward does not know, like `is_causal`",
+                attach="a keyword argument that `forward` does not know, such as `is_causal`",
                 to="composition",
                 result="refused",
                 why="it would reach the anchor only; leave it out",
@@ -71,7 +71,7 @@ def test_what_the_augmenters_would_not_read_is_refused(name: str, value: Any) ->
     attach="three-dimensional `position_ids`",
     to="composition",
     result="refused",
-    why="the parts read (batch, tokens); compose models that read tokens only",
+    why="every part reads positions (batch, tokens); compose models that read tokens only",
 )
 def test_positions_of_images_are_refused() -> None:
     model, positions = composed_model("llama"), torch.arange(9).expand(3, 2, 9)

@@ -79,7 +79,7 @@ def test_training_skips_a_hole_in_the_mask() -> None:
     attach="an attention mask with a hole, with a cache",
     to="composition",
     result="refused",
-    why="move the padding to one end of the row, or pass use_cache=False",
+    why="move the padding to one end of the row, or pass `use_cache=False`",
 )
 @pytest.mark.parametrize("mask", [HOLE, [*RIGHT, 1]], ids=["prompt", "step after right padding"])
 @torch.no_grad()
@@ -116,7 +116,7 @@ def test_masks_of_every_dtype_say_the_same(dtype: torch.dtype) -> None:
     attach="an attention mask with other values than 0 and 1 (document numbers, additive masks)",
     to="composition",
     result="refused",
-    why="give documents as position_ids that restart",
+    why="mark documents by `position_ids` that restart",
 )
 @pytest.mark.parametrize("values", [[1, 1, 2, 2, 3], [0.0, 0.0, -1e9, 0.0, 0.0], [1, 1, -1, 1, 1]])
 @torch.no_grad()
@@ -126,10 +126,10 @@ def test_a_mask_of_other_values_is_refused(values: list[float]) -> None:
 
 
 @pytest.mark.seam(
-    attach="a prompt that is padded on the right, in generate",
+    attach="padding on the right of a prompt, in `generate`",
     to="composition",
     result="refused",
-    why="pad on the left (tokenizer.padding_side of left)",
+    why='pad on the left (`tokenizer.padding_side = "left"`)',
 )
 @pytest.mark.parametrize("masked", [True, False])
 @torch.no_grad()
@@ -159,7 +159,7 @@ def with_own_tokens() -> tuple[ComposedForCausalLM, torch.Tensor, torch.Tensor, 
 
 
 @pytest.mark.seam(
-    attach="augmenter_attention_mask with padding",
+    attach="`augmenter_attention_mask` with padding",
     to="composition",
     result="works",
     why="its padding is left out of every interval",
@@ -222,7 +222,7 @@ def test_an_augmenters_own_padding_is_not_read_from_a_cache() -> None:
 
 
 @pytest.mark.seam(
-    attach="augmenter_input_ids of shape (batch, 0) in a step",
+    attach="`augmenter_input_ids` of shape (batch, 0) in a step",
     to="composition",
     result="works",
     why="the augmenter has no new token there",
@@ -237,7 +237,7 @@ def test_an_augmenter_may_start_without_a_token() -> None:
 
 
 @pytest.mark.seam(
-    attach="a step without augmenter_input_ids after steps with them",
+    attach="a step without `augmenter_input_ids` after steps with them",
     to="composition",
     result="refused",
     why="pass (batch, 0) ids where the augmenter has no new token",

@@ -13,10 +13,10 @@ from calm_fast import add_dual_lora
 from calm_fast.hf import ComposedForCausalLM
 
 REFUSED = pytest.mark.seam(
-    attach="train() called on a part or a module inside it",
+    attach="`train()` of a part or a module inside it",
     to="composition",
     result="refused",
-    why="its dropout would act; train() and eval() of the composition put the parts right",
+    why="its dropout would act; call `train()` or `eval()` of the composition",
 )
 
 
@@ -61,7 +61,7 @@ def wrapped(model: ComposedForCausalLM, how: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("how", ["torch.compile", "PeftModel", "Sequential"])
 @pytest.mark.seam(
-    attach="train() and eval() of a wrapper (PeftModel, torch.compile, DDP)",
+    attach="`train()` and `eval()` of a wrapper (PeftModel, `torch.compile`, DDP)",
     to="composition",
     result="works",
     why="the parts stay in eval mode",
@@ -89,7 +89,7 @@ def with_adapters(model: ComposedForCausalLM, how: str, dropout: float) -> torch
 
 @pytest.mark.parametrize("how", ["LoRA", "DoRA", "DualLoRALinear"])
 @pytest.mark.seam(
-    attach="lora_dropout of adapters that train inside a part",
+    attach="`lora_dropout` of adapters that train inside a part",
     to="composition",
     result="works",
     why="it acts in training mode, and the part's own dropout does not",

@@ -28,9 +28,12 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.seam(attach="a part loaded with another config (rope scaling, an activation, an epsilon)",
-                  to="composition", result="refused",
-                  why="save the part itself first, or pass check_parts=False and this part when loading")  # fmt: skip
+@pytest.mark.seam(
+    attach="a part loaded with another config (rope scaling, an activation, an epsilon)",
+    to="composition",
+    result="refused",
+    why="save the part itself first; or save with `check_parts=False` and pass this part when loading",
+)
 @pytest.mark.parametrize(("name", "change"), CHANGES)
 def test_a_part_with_another_config_than_its_files_is_refused(name: str, change: dict[str, Any], folder: Path) -> None:
     parts = {key: AutoModelForCausalLM.from_pretrained(folder / path) for key, path in FOLDERS.items()}

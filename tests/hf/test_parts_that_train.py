@@ -50,7 +50,7 @@ def slope(model: Any, along: dict[str, torch.nn.Parameter], directions: list[tor
 
 
 @pytest.mark.seam(
-    attach="PEFT LoRA with the usual target_modules",
+    attach="PEFT LoRA with the usual `target_modules`",
     to="composition",
     result="works",
     why="adapters act on the anchor, the connections and the augmenters, and all of them get gradients",
@@ -109,7 +109,7 @@ def test_gradients_with_checkpointing_are_those_without(targets: Any, reentrant:
     attach="an adapter on an augmenter's layer that no connection reads",
     to="composition",
     result="refused",
-    why="it could never act; leave it out with PEFT's exclude_modules, or connect a later layer",
+    why="it could never act; leave it out (PEFT's `exclude_modules`) or connect a later layer",
 )
 def test_an_adapter_that_can_never_act_is_refused() -> None:
     model = adapted(composed_model("llama", [(-1, 0), (-1, 1)]))
@@ -122,10 +122,10 @@ def test_an_adapter_that_can_never_act_is_refused() -> None:
 
 
 @pytest.mark.seam(
-    attach="requires_grad_(True) on weights of a part",
+    attach="`requires_grad_(True)` on weights of a part",
     to="composition",
     result="works",
-    why="they get gradients; save the part yourself, save_pretrained writes the connections only",
+    why="they train; save the part yourself, because `save_pretrained` writes the connections only",
 )
 @pytest.mark.parametrize("where", ["anchor.transformer.h.0.mlp", "augmenters.0.transformer.h.1.mlp"])
 def test_weights_of_a_part_train_if_asked(where: str) -> None:
@@ -153,7 +153,7 @@ def test_trained_weights_outside_of_the_layers_must_be_read() -> None:
     attach="a PEFT adapter, saved and loaded on the reloaded composition",
     to="composition",
     result="works",
-    why="save_pretrained of the PeftModel and of the composition are two folders; load the composition first",
+    why="the composition and its adapter are saved to two folders; load the composition first",
 )
 def test_a_saved_adapter_gives_the_same_logits_on_the_reloaded_composition(tmp_path: Path) -> None:
     model = adapted(composed_model("llama", READ))

@@ -48,9 +48,12 @@ def trained(part: Any) -> None:
 CHANGES = [lora, dual_lora, weight_norm, resized, trained]
 
 
-@pytest.mark.seam(attach="an adapter, parametrization, resized embedding or trained weight in a part, then "
-                  "save_pretrained()", to="composition", result="refused",
-                  why="save the part itself first, or pass check_parts=False and this part when loading")  # fmt: skip
+@pytest.mark.seam(
+    attach="an adapter, parametrization, resized embedding or trained weight in a part, then `save_pretrained`",
+    to="composition",
+    result="refused",
+    why="save the part itself first; or save with `check_parts=False` and pass this part when loading",
+)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", ["anchor", "augmenters"])
 def test_a_part_changed_before_composing_is_refused(name: str, change: Any, folder: Path) -> None:

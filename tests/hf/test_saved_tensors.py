@@ -64,8 +64,12 @@ def connection(model: Any) -> Any:
     return model
 
 
-@pytest.mark.seam(attach="torch.compile on the whole model or a connection", to="composition", result="works",
-                  why="saving and loading drop the wrappers from the names")  # fmt: skip
+@pytest.mark.seam(
+    attach="`torch.compile` of the whole model or a connection, then `save_pretrained`",
+    to="composition",
+    result="works",
+    why="saving and loading drop the wrappers from the names",
+)
 @pytest.mark.parametrize("compiled", [whole, in_place, connection])
 def test_a_compiled_composition_is_saved(compiled: Any, folder: Path) -> None:
     model = rebuilt(folder)
@@ -135,9 +139,9 @@ def weight_norm(model: Any) -> None:
     parametrizations.weight_norm(model.connections[0].q_proj)
 
 
-@pytest.mark.seam(attach="PEFT adapters or parametrizations on connections.*, then save_pretrained()",
+@pytest.mark.seam(attach="PEFT adapters or parametrizations on the connections, then `save_pretrained`",
                   to="composition", result="refused",
-                  why="merge them, or save the adapter alone with PeftModel.save_pretrained()")  # fmt: skip
+                  why="merge them, or save the adapter alone with `PeftModel.save_pretrained`")  # fmt: skip
 @pytest.mark.parametrize("attach", [lora, trained_module, weight_norm])
 def test_adapters_in_connections_are_refused(attach: Any, folder: Path) -> None:
     model = rebuilt(folder)
@@ -146,8 +150,8 @@ def test_adapters_in_connections_are_refused(attach: Any, folder: Path) -> None:
         model.save_pretrained(folder / "again")
 
 
-@pytest.mark.seam(attach="PeftModel around it, then PeftModel.save_pretrained()", to="composition", result="works",
-                  why="PEFT saves its adapter; merge_and_unload() gives a composition that saves itself")  # fmt: skip
+@pytest.mark.seam(attach="PeftModel around a composition, then its `save_pretrained`", to="composition", result="works",
+                  why="PEFT saves the adapter; after `merge_and_unload()` the composition saves itself")  # fmt: skip
 def test_peft_saves_its_own_adapter(folder: Path) -> None:
     config = peft.LoraConfig(target_modules=r"connections\..*\.[qkvo]_proj", init_lora_weights=False)
     model = peft.get_peft_model(rebuilt(folder), config)

@@ -23,7 +23,7 @@ LOAD = ComposedForCausalLM.from_pretrained
 
 
 @pytest.mark.seam(
-    attach="FSDP2 (fully_shard) or DDP, then save_pretrained() in every process",
+    attach="FSDP2 (`fully_shard`) or DDP, then `save_pretrained` in every process",
     to="composition",
     result="works",
     why="sharded tensors are gathered, and the process of rank 0 writes them",
@@ -35,10 +35,12 @@ def test_two_processes_save_the_composition_whole(folder: Path, tmp_path: Path) 
     processes = [
         subprocess.Popen(
             [*worker, str(folder / "composed"), str(out), str(rank)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     saved = sorted(path.name for path in out.iterdir())
@@ -112,8 +114,12 @@ def test_state_dicts_lose_wrappers_and_are_loaded_whole(folder: Path) -> None:
         model.load_state_dict(own | both, strict=False)
 
 
-@pytest.mark.seam(attach="Trainer around a PeftModel of it (LoRA on connections.*)", to="composition", result="works",
-                  why="checkpoints hold PEFT's adapter, which loads onto the saved composition")  # fmt: skip
+@pytest.mark.seam(
+    attach="Trainer around a PeftModel of a composition (LoRA on the connections)",
+    to="composition",
+    result="works",
+    why="checkpoints hold PEFT's adapter, which loads onto the saved composition",
+)
 def test_trainer_under_peft_saves_the_adapter(folder: Path) -> None:
     config = peft.LoraConfig(target_modules=r"connections\..*\.[qkvo]_proj")
     model = peft.get_peft_model(rebuilt(folder), config)
@@ -126,8 +132,12 @@ def test_trainer_under_peft_saves_the_adapter(folder: Path) -> None:
     assert not torch.equal(logits(model), logits(rebuilt(folder)))
 
 
-@pytest.mark.seam(attach="accelerate: prepare, unwrap_model, get_state_dict, save_state", to="composition",
-                  result="works", why="as accelerate's examples save any transformers model")  # fmt: skip
+@pytest.mark.seam(
+    attach="accelerate: `unwrap_model(model).save_pretrained(state_dict=accelerator.get_state_dict(model))`",
+    to="composition",
+    result="works",
+    why="as for any transformers model in accelerate's examples",
+)
 def test_the_recipe_of_accelerate(folder: Path) -> None:
     accelerator = accelerate.Accelerator(cpu=True)
     model = accelerator.prepare(rebuilt(folder))
@@ -148,10 +158,10 @@ def test_the_recipe_of_accelerate(folder: Path) -> None:
 
 
 @pytest.mark.seam(
-    attach="accelerator.save_model()",
+    attach="accelerate: `save_model`",
     to="composition",
     result="refused",
-    why="it writes the parts too and no config; use accelerator.unwrap_model(model).save_pretrained()",
+    why="it would write the parts and no config; use `unwrap_model(model).save_pretrained`",
 )
 def test_what_save_model_of_accelerate_writes_is_refused(folder: Path) -> None:
     accelerator = accelerate.Accelerator(cpu=True)

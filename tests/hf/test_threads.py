@@ -55,7 +55,7 @@ def beside(layer: nn.Module, run: Callable[[], Any], other: Callable[[], Any]) -
 
 @pytest.mark.parametrize("name", [ALONE, SHARED, SAME, AUGMENTER])
 @pytest.mark.seam(
-    attach="several threads, with shared parts",
+    attach="threads that run it at the same time, with shared parts",
     to="composition",
     result="works",
     why="every thread has its own state of a forward",
@@ -131,10 +131,10 @@ def test_a_composed_call_inside_of_a_composed_forward() -> None:
 
 
 @pytest.mark.seam(
-    attach="torch.nn.DataParallel over several GPUs",
+    attach="`torch.nn.DataParallel` over several GPUs",
     to="composition",
     result="refused",
-    why="start one process per GPU: torchrun or accelerate launch",
+    why="start one process per GPU (`torchrun`, `accelerate launch`)",
 )
 def test_data_parallel_is_refused() -> None:
     with pytest.raises(ValueError, match="DataParallel: .* one process per GPU"):

@@ -162,7 +162,7 @@ def test_label_smoothing_accumulates_to_the_large_batch(tmp_path: Path) -> None:
     attach="Trainer: `neftune_noise_alpha`",
     to="composition",
     result="refused",
-    why="the noise acts only in training mode and the parts stay in eval mode; train without it",
+    why="its noise acts in training mode and the parts stay in eval mode; train without it",
 )
 def test_neftune_is_refused(model: Any, tmp_path: Path) -> None:
     composed = model("llama") if model is composed_model else model()

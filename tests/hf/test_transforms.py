@@ -23,14 +23,21 @@ class Logits(nn.Module):
         return self.model(ids, use_cache=False).logits
 
 
-@pytest.mark.seam(attach="torch.vmap over token ids", to="composition", result="works", why="ids are not looked at")
+@pytest.mark.seam(
+    attach="`torch.vmap` over token ids",
+    to="composition",
+    result="works",
+    why="the values of the ids are not checked inside it",
+)
 def test_vmap_over_rows() -> None:
     model, ids = composed_model("llama"), prompts()
     got = torch.vmap(lambda row: model(row[None], use_cache=False).logits[0])(ids)
     torch.testing.assert_close(got, model(ids).logits, rtol=0, atol=5e-5)
 
 
-@pytest.mark.seam(attach="torch.func.grad", to="composition", result="works", why="ops follow torch's own inside it")
+@pytest.mark.seam(
+    attach="`torch.func.grad`", to="composition", result="works", why="inside it every op runs in torch's own ops"
+)
 def test_gradients_of_a_functional_call() -> None:
     model, ids = composed_model("llama"), prompts()
     own = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -46,10 +53,10 @@ def test_gradients_of_a_functional_call() -> None:
 
 
 @pytest.mark.seam(
-    attach="torch.export with dynamic batch and length",
+    attach="`torch.export` with dynamic batch and length",
     to="composition",
     result="works",
-    why="with strict=False; strict=True raises where the batch leaves the example's range",
+    why="with `strict=False`; with `strict=True` torch raises where the batch leaves the example's range",
 )
 @torch.no_grad()
 def test_an_exported_composition_takes_other_shapes() -> None:
@@ -60,7 +67,9 @@ def test_an_exported_composition_takes_other_shapes() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace")
-@pytest.mark.seam(attach="torch.jit.trace", to="composition", result="refused", why="use torch.export or torch.compile")
+@pytest.mark.seam(
+    attach="`torch.jit.trace`", to="composition", result="refused", why="use `torch.export` or `torch.compile`"
+)
 def test_a_composition_cannot_be_traced() -> None:
     with pytest.raises(ValueError, match=r"torch.jit.trace: a ComposedForCausalLM cannot be traced"):
         torch.jit.trace(Logits().eval(), (prompts(),), check_trace=False)
@@ -119,10 +128,10 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.seam(
-    attach="a checkpoint around a connected layer (checkpoint_wrapper, FSDP's activation_checkpointing)",
+    attach="a checkpoint around a connected layer (`checkpoint_wrapper`, FSDP's `activation_checkpointing`)",
     to="composition",
     result="refused",
-    why="use gradient_checkpointing_enable() of the composition",
+    why="use the composition's own `gradient_checkpointing_enable()`",
 )
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint_around_a_connected_layer_is_refused(reentrant: bool) -> None:

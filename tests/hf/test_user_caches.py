@@ -80,7 +80,7 @@ def test_a_hand_written_loop_may_pass_its_own_object() -> None:
 
 
 @pytest.mark.seam(
-    attach="`copy.deepcopy` of a filled cache, the user's or ours",
+    attach="`copy.deepcopy` of a filled cache, yours or ours",
     to="composition",
     result="works",
     why="both continue by themselves, so a prefix is read once",
@@ -154,7 +154,7 @@ def pair(model: ComposedForCausalLM, ids: torch.Tensor) -> Any:
             foreign,
             "a DynamicCache that another model filled.*pass an empty cache and all tokens",
             marks=pytest.mark.seam(
-                attach="a cache that another model filled, the anchor alone too",
+                attach="a cache that another model filled, or the anchor alone",
                 to="composition",
                 result="refused",
                 why="the augmenters have not read its tokens; pass an empty cache and all tokens",
@@ -175,7 +175,7 @@ def pair(model: ComposedForCausalLM, ids: torch.Tensor) -> Any:
             changed,
             "a DynamicCache that was changed since; crop or reset outputs",
             marks=pytest.mark.seam(
-                attach="a user's cache that was cropped or continued without the composition",
+                attach="a cache of your own that was cropped or continued without the composition",
                 to="composition",
                 result="refused",
                 why="only the anchor's part changed; crop or reset `outputs.cache`",

@@ -41,7 +41,7 @@ def anchor(tmp_path: Path) -> Path:
     attach="an augmenter whose tokenizer differs from the anchor's",
     to="composition",
     result="refused",
-    why="take a model with the anchor's tokenizer, or pass same_ids=True to read the ids as they are",
+    why="take a model with the anchor's tokenizer, or pass `same_ids=True` to read the ids as they are",
 )
 @pytest.mark.parametrize("loaded", [False, True])
 def test_an_augmenter_for_which_the_ids_are_other_tokens_is_refused(anchor: Path, loaded: bool) -> None:

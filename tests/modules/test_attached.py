@@ -98,10 +98,10 @@ DOUBLING = {
 
 
 @pytest.mark.seam(
-    attach="hooks, parametrizations, subclasses of Linear, weights of another class, a forward of its own, on a child",
+    attach="a hook, parametrization, other class, other kind of weight or own `forward` on a child",
     to="CrossAttention",
     result="works",
-    why="the layer calls its children where one is more than a plain layer, and then folds nothing",
+    why="the layer then calls its children and folds nothing",
 )
 @pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("kind", DOUBLING)
@@ -148,7 +148,7 @@ def test_a_child_without_its_bias_adds_none(gone: str) -> None:
 
 
 @pytest.mark.seam(
-    attach="torch.nn.utils.prune, spectral_norm, weight_norm on a child",
+    attach="`torch.nn.utils.prune`, `spectral_norm`, `weight_norm` on a child",
     to="CrossAttention",
     result="works",
     why="the child that computes its weight is called, and its parameters train",

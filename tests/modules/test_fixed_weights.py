@@ -120,10 +120,10 @@ CHANGES = {
 
 
 @pytest.mark.seam(
-    attach="fused and foreach optimizers, writes through .data, EMA swaps, load_state_dict(assign=True)",
+    attach="fused and foreach optimizers, writes through `.data`, EMA swaps, `load_state_dict(assign=True)`",
     to="CrossAttention",
     result="works",
-    why="folded weights are kept inside fixed_weights only, and checked by content at its start",
+    why="folded weights are kept only inside `fixed_weights`, which first checks their content",
 )
 @pytest.mark.parametrize("between", ["no scope", "scopes"])
 @pytest.mark.parametrize("change", CHANGES)
@@ -174,7 +174,7 @@ def test_a_broken_promise_that_shows_is_noticed(layer: nn.Module) -> None:
 
 
 @pytest.mark.seam(
-    attach="torch.func.functional_call with other weights",
+    attach="`torch.func.functional_call` with other weights",
     to="CrossAttention",
     result="works",
     why="kept weights belong to the parameters that they were folded from",
@@ -325,7 +325,7 @@ def test_fake_tensors_are_not_kept(layer: nn.Module) -> None:
 
 
 @pytest.mark.seam(
-    attach="FSDP2 (fully_shard) on the layer or on its children",
+    attach="FSDP2 (`fully_shard`) on the layer or its children",
     to="CrossAttention",
     result="works",
     why="each call uses the gathered weights; sharded children are called",
@@ -362,7 +362,7 @@ class Doubled(nn.Module):
     attach="a parametrization of a factor",
     to="DualLoRALinear",
     result="works",
-    why="the computed factor is folded in every call, also inside fixed_weights",
+    why="the computed factor is folded in every call, inside `fixed_weights` too",
 )
 def test_a_parametrized_factor_is_folded_as_it_is_now() -> None:
     layer = dual()

@@ -162,10 +162,10 @@ def test_arguments_that_the_loss_would_ignore_are_refused(pair, tmp_path) -> Non
 
 
 @pytest.mark.seam(
-    attach="packed rows (position_ids), with NCE",
+    attach="packed rows (`position_ids`), with NCE",
     to="NAT",
     result="refused",
-    why="KL is averaged over a sequence, and a row is one; do not pack",
+    why="the KL divergence is averaged over each row, which must be one sequence; do not pack",
 )
 def test_other_inputs_of_the_model_are_refused(pair, tmp_path) -> None:
     _, student, data, collate = pair
@@ -217,7 +217,7 @@ def bert(tokens: int, folder: Any, **flags: Any) -> Any:
     attach="a model whose LM head is more than a linear layer, a factor and a cap",
     to="NAT",
     result="refused",
-    why="before the first stage; nat.plain_lora trains it",
+    why="before the first stage; `nat.plain_lora` can train it",
 )
 def test_heads_that_nce_cannot_use_are_refused_before_the_first_stage(tiny, rows_file, tmp_path, untrained) -> None:
     _, tok, _ = tiny
