@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
@@ -16,7 +15,7 @@ from calm_fast.consistency.sampling.head import LinearHead, check_causal, find_l
 from calm_fast.core.checks import bad_value
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.hf.dual_lora import dual_lora_layers
-from calm_fast.hf.dual_lora_files import WEIGHTS, save_dual_lora
+from calm_fast.hf.dual_lora_files import WEIGHTS, read_dual_lora, save_dual_lora
 from calm_fast.modules.dual_lora import DualLoRALinear
 from calm_fast.nat.data import IGNORE
 
@@ -37,7 +36,8 @@ class DualLoRATrainer(Trainer):
         """Copy the weights of a checkpoint into the dual LoRA layers of the model, without training.
 
         Raises:
-            ValueError: the folder holds no such weights, or those of other layers.
+            ValueError: the folder holds no such weights, damaged ones, those of another save than its configuration, or
+                those of other layers.
         """
         file, where = Path(folder) / WEIGHTS, type(self).__name__
         if not file.is_file():
@@ -45,7 +45,7 @@ class DualLoRATrainer(Trainer):
                 f"{where}: `resume_from_checkpoint` must be a folder with {file.name}, got {folder}, which has none. "
                 "Remove that folder to train the stage from its beginning."
             )
-        tensors = load_file(file)
+        config, tensors = read_dual_lora(where, "resume_from_checkpoint", folder)
         layers = dual_lora_layers(cast(nn.Module, self.model if model is None else model))
         own = {
             f"{path}.{name}": p for path, layer in layers.items() for name, p in layer.named_parameters(recurse=False)
@@ -57,6 +57,26 @@ class DualLoRATrainer(Trainer):
                 f"{where}: `resume_from_checkpoint` must be a checkpoint of the same layers, got {folder}, which "
                 f"differs in {', '.join(other[:3])} ({len(other)} in all). Choose another folder for other layers."
             )
+        for path, layer in layers.items():
+            saved = {
+                "mode": config.get("mode"),
+                **config["layers"][path],
+            }  # one mode for all layers in earlier versions
+            for name in ("alpha", "alpha_neg", "variant", "dropout", "mode"):
+                if saved[name] != getattr(layer, name):
+                    raise ValueError(
+                        f"{where}: `resume_from_checkpoint` must be a checkpoint of layers with the same settings, got "
+                        f"{folder}, whose {path} has {name}={saved[name]!r} instead of {getattr(layer, name)!r}. "
+                        "Choose another folder for other settings."
+                    )
+        for name, p in own.items():
+            # in "mix" what does not train is the negative LoRA, which comes from an adapter
+            frozen = not p.requires_grad and name.endswith("_neg") and layers[name.rpartition(".")[0]].mode == "mix"
+            if frozen and not torch.equal(p.detach().cpu(), tensors[name].to(p.dtype)):
+                raise ValueError(
+                    f"{where}: `resume_from_checkpoint` must be a checkpoint over the same negative LoRA, got "
+                    f"{folder}, which has other values in {name}. Choose another folder for another negative LoRA."
+                )
         with torch.no_grad():
             for name, p in own.items():
                 p.copy_(tensors[name])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm_fast import nat
+from calm_fast.hf.adapters import WEIGHTS
 from calm_fast.hf.dual_lora import dual_lora_layers
 from calm_fast.nat import stages
 
@@ -168,12 +169,42 @@ def test_other_numbers_of_steps_are_refused_or_named(stopped, tmp_path) -> None:
 
 def test_a_checkpoint_of_other_layers_is_refused(stopped, tmp_path) -> None:
     shutil.copytree(stopped, tmp_path / "out")
-    file = tmp_path / "out" / "checkpoint-4" / FILES[0]
-    tensors = load_file(file)
-    name = next(iter(tensors))
-    save_file({**{k: t for k, t in tensors.items() if k != name}, "other": tensors[name]}, file)
-    with pytest.raises(ValueError, match=rf"must be a checkpoint of the same layers, .* differs in {name}, other \(2"):
+    with pytest.raises(
+        ValueError, match=r"must be a checkpoint of the same layers, .* differs in .*v_proj.gate_k, .*\(8 in"
+    ):
+        train(tmp_path / "out", dataclasses.replace(SETTINGS, target_modules=("q_proj",)))
+
+
+@pytest.mark.parametrize("changed", [{"alpha": 4.0}, {"variant": "released"}, {"dropout": 0.0}])
+def test_a_checkpoint_of_other_settings_is_refused(changed, stopped, tmp_path) -> None:
+    shutil.copytree(stopped, tmp_path / "out")
+    (name,) = changed
+    with pytest.raises(ValueError, match=f"`resume_from_checkpoint` must be .* has {name}=.* Choose another folder"):
+        train(tmp_path / "out", dataclasses.replace(SETTINGS, **changed))
+
+
+def test_a_checkpoint_of_tensors_from_another_save_is_refused(stopped, tmp_path) -> None:
+    shutil.copytree(stopped, tmp_path / "out")
+    shutil.copy(tmp_path / "out" / "checkpoint-2" / FILES[0], tmp_path / "out" / "checkpoint-4" / FILES[0])
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` must be .* are of different saves"):
         train(tmp_path / "out")
+
+
+def test_a_stage_over_another_negative_adapter_or_of_another_kind_is_refused(model_folder, rows_file, tmp_path) -> None:
+    settings = dataclasses.replace(SETTINGS, steps=2)
+    nat.run(rows_file, model_folder, tmp_path / "run", settings)
+    adapter, checkpoints = tmp_path / "run" / "negative", tmp_path / "run" / "checkpoints"
+
+    def resume(folder: Path) -> None:
+        model = LlamaForCausalLM.from_pretrained(model_folder)
+        nat.train_nat(model, Rows(), adapter, 0, folder, settings)
+
+    resume(checkpoints / "nat")
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` must be .* has mode='neg' instead of 'mix'"):
+        resume(checkpoints / "negative")
+    save_file({k: t + 1 for k, t in load_file(adapter / WEIGHTS).items()}, adapter / WEIGHTS)
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` must be .* over the same negative LoRA, .*_neg"):
+        resume(checkpoints / "nat")
 
 
 def test_a_run_stopped_between_its_stages_ends_the_same(model_folder, rows_file, tmp_path, monkeypatch) -> None:
