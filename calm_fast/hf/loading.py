@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
 from calm_fast.core.checks import bad_value
@@ -14,6 +15,8 @@ from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.references import LOAD, check_part, commit, load_part, reference
 
 logger = logging.get_logger(__name__)
+# the tensors mean something else under other values of these fields
+_OF_TENSORS = ("connections", "cross_attention", "anchor_layers", "augmenter_layers")
 
 
 def read_config(folder: str, hub: dict[str, Any]) -> ComposedConfig:
@@ -24,17 +27,28 @@ def read_config(folder: str, hub: dict[str, Any]) -> ComposedConfig:
     return ComposedConfig.from_pretrained(folder, **hub)
 
 
-def config_of_tensors(config: ComposedConfig, metadata: dict[str, str], file: str) -> ComposedConfig | None:
-    """Return the config that a file of tensors carries if config.json belongs to an earlier or another save."""
-    written = metadata.get("checksum", "")
-    if not config.tensors_checksum or config.tensors_checksum == written:
-        return None
+def config_of_tensors(
+    config: ComposedConfig, metadata: dict[str, str], file: str, given: bool
+) -> ComposedConfig | None:
+    """Return the config that a file of tensors carries if `config` belongs to an earlier or another save, else None.
+
+    given: the caller passed `config`, so one with other connections than the tensors is refused.
+    """
+    one_save = not config.tensors_checksum or config.tensors_checksum == metadata.get("checksum", "")
     if "config" not in metadata:
+        if one_save:
+            return None
         expected = "a folder whose config.json was written together with its tensors"
         got = f"{file}, whose tensors are of another save. Save the composition again"
         raise bad_value(LOAD, "pretrained_model_name_or_path", expected, got)
-    logger.warning(f"{file}: config.json beside it is of another save; the config was read from the tensors' file.")
     found: ComposedConfig = ComposedConfig.from_dict(json.loads(metadata["config"]))
+    other = [name for name in _OF_TENSORS if getattr(config, name) != getattr(found, name)]
+    if one_save and not other:
+        return None
+    if given and one_save:
+        got = f"one with other {', '.join(other)}. Compose the models anew instead"
+        raise bad_value(LOAD, "config", f"the config that was saved with the tensors in {file}", got)
+    logger.warning(f"{file}: config.json beside it is of another save; the config was read from the tensors' file.")
     return found
 
 
@@ -87,3 +101,14 @@ def load_parts(
     config.anchor_path, *config.augmenter_paths = paths
     config.anchor_revision, *config.augmenter_revisions = revisions
     return models, from_path
+
+
+def keep_token_ids(own: PreTrainedConfig, saved: PreTrainedConfig, given: Iterable[str]) -> None:
+    """Set the special token ids of a loaded anchor to those of its config in the composition.
+
+    `model.config.pad_token_id = ...` of a composition sets the anchor's. given: fields that the caller asked for.
+    """
+    text, kept = own.get_text_config(decoder=True), saved.get_text_config(decoder=True)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if name not in given and hasattr(kept, name):
+            setattr(text, name, getattr(kept, name))

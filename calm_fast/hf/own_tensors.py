@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from calm_fast.core.checks import bad_value
@@ -110,10 +110,13 @@ def write_tensors(file: str | os.PathLike[str], tensors: dict[str, torch.Tensor]
 def read_metadata(file: str) -> dict[str, str]:
     """Return the metadata of a file of composition tensors.
 
-    Raises ValueError if the file has a format that this release cannot read.
+    Raises ValueError if the file is damaged, or has a format that this release cannot read.
     """
-    with safe_open(file, framework="pt") as opened:
-        metadata: dict[str, str] = opened.metadata() or {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata: dict[str, str] = opened.metadata() or {}
+    except SafetensorError as problem:
+        raise _damaged(file, str(problem)) from problem
     version = metadata.get(VERSION_KEY, "none")
     if version not in {str(v) for v in range(1, FORMAT_VERSION + 1)}:
         expected = f"composition tensors of format 1 to {FORMAT_VERSION}, which this release reads"
@@ -126,6 +129,18 @@ def read_tensors(file: str) -> dict[str, torch.Tensor]:
     """Return the tensors of a safetensors file by name, on the CPU."""
     with safe_open(file, framework="pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}
+
+
+def check_undamaged(file: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError unless `tensors` have the checksum in `file`. Files of earlier releases have none."""
+    written = read_metadata(file).get("checksum")
+    if written and checksum(tensors) != written:
+        raise _damaged(file, "its tensors are not those that were saved")
+
+
+def _damaged(file: str, problem: str) -> ValueError:
+    got = f"{file}, which is damaged ({problem}). Copy or save the composition again"
+    return bad_value(_LOAD, "pretrained_model_name_or_path", "a folder of a composition whose files are whole", got)
 
 
 def load_tensors(model: CompositionFiles, tensors: dict[str, torch.Tensor], keep_dtype: bool) -> None:

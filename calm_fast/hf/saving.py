@@ -20,10 +20,11 @@ from calm_fast.core.fingerprint import weight_fingerprint
 from calm_fast.core.wrapped_names import bare_name
 from calm_fast.hf.causality import check_parts_causal
 from calm_fast.hf.config import ComposedConfig
-from calm_fast.hf.loading import config_of_tensors, load_parts, read_config, saved_generation_config
+from calm_fast.hf.loading import config_of_tensors, keep_token_ids, load_parts, read_config, saved_generation_config
 from calm_fast.hf.own_tensors import (
     PREFIX,
     check_tensors,
+    check_undamaged,
     checksum,
     expected_shapes,
     load_tensors,
@@ -231,12 +232,13 @@ class CompositionFiles(PreTrainedModel):
         folder = os.fspath(pretrained_model_name_or_path)
         argument = "pretrained_model_name_or_path"
         with load_errors_named(LOAD, argument, pretrained_model_name_or_path, "a composition (folder, hub name)"):
+            given = config is not None
             if not isinstance(config, ComposedConfig):
                 config = read_config(os.fspath(config or folder), {} if config else hub)
             weights = cached_file(folder, SAFE_WEIGHTS_NAME, **hub)
         assert weights is not None  # cached_file raises OSError for a missing file
         metadata = read_metadata(weights)
-        embedded = config_of_tensors(config, metadata, weights)
+        embedded = config_of_tensors(config, metadata, weights, given)
         config, kwargs = (embedded or config).overridden(kwargs)
         kwargs |= {name: hub[name] for name in ACCESS if name in hub}
         if config.anchor_config is None:
@@ -253,6 +255,8 @@ class CompositionFiles(PreTrainedModel):
             configs = [config.anchor_config, *config.augmenter_configs]
             for name, model, *saved in zip(names, models, recorded, configs, strict=True):
                 check_same_part(name, model, *saved, given=kwargs)
+        if from_path[0]:
+            keep_token_ids(models[0].config, config.anchor_config, kwargs)
         config.anchor_config, config.augmenter_configs = models[0].config, [model.config for model in models[1:]]
         composed: Any = cls(config, models[0], models[1:])
         composed.record_parts()
@@ -272,6 +276,8 @@ class CompositionFiles(PreTrainedModel):
         argument = "pretrained_model_name_or_path" if isinstance(source, str) else "state_dict"
         tensors = read_tensors(source) if isinstance(source, str) else own_tensors(source)[0]
         check_tensors(LOAD, argument, tensors, expected_shapes(self))
+        if isinstance(source, str):
+            check_undamaged(source, tensors)
         load_tensors(self, tensors, keep_dtype)
 
     def load_composition(self, file: str) -> None:

@@ -89,3 +89,12 @@ def test_a_composition_behind_a_link_finds_the_parts_beside_it(folder: Path, tmp
     (tmp_path / "other").mkdir()
     os.symlink(folder / "composed", tmp_path / "other" / "link")
     assert torch.equal(logits(LOAD(tmp_path / "other" / "link")), logits(rebuilt(folder)))
+
+
+def test_token_ids_set_on_a_composition_come_back(folder: Path) -> None:
+    model = rebuilt(folder)
+    model.config.pad_token_id = 5
+    model.save_pretrained(folder / "again")
+    again = LOAD(folder / "again")
+    assert again.config.pad_token_id == again.anchor.config.pad_token_id == 5
+    assert LOAD(folder / "again", pad_token_id=7).config.pad_token_id == 7
