@@ -16,7 +16,7 @@ from calm_fast.hf.references import LOAD, check_part, commit, load_part, referen
 
 logger = logging.get_logger(__name__)
 # the tensors mean something else under other values of these fields
-_OF_TENSORS = ("connections", "cross_attention", "anchor_layers", "augmenter_layers")
+_OF_TENSORS = "connections cross_attention anchor_layers augmenter_layers".split()
 
 
 def read_config(folder: str, hub: dict[str, Any]) -> ComposedConfig:
