@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn, cast
 
+import torch
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
@@ -15,6 +16,19 @@ from calm_fast.hf.cache_names import NAMES, alias_cache, cache_of, generate_argu
 from calm_fast.hf.inputs import WHERE, check_tensors
 from calm_fast.hf.masks import check_left_padded
 from calm_fast.modules.fixed_weights import fixed_weights
+
+
+def _check_goes_on(cache: ComposedCache, text: Any) -> None:
+    """Raise ValueError unless `text` (B, T), the mask or the ids given to generate, goes on after the cached tokens.
+
+    transformers slices the ids by the difference, and reads tokens twice where it is not positive.
+    """
+    past = int(cache.get_seq_length())
+    if past > 0 and isinstance(text, torch.Tensor) and text.ndim == 2 and text.shape[1] <= past:
+        got = (
+            f"{text.shape[1]} tokens. Pass a new cache for another text; crop one that holds the whole text by a token"
+        )
+        raise bad_value("generate", "input_ids", f"a whole text that goes on after the {past} tokens cached", got)
 
 
 class CompositionGeneration(GenerationMixin):
@@ -129,6 +143,8 @@ class CompositionGeneration(GenerationMixin):
             if cache is None:
                 outputs = super().generate(*args, **kwargs)
             else:
+                ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+                _check_goes_on(cache, ids if kwargs.get("attention_mask") is None else kwargs["attention_mask"])
                 begun = cache.begin()
                 try:
                     outputs = super().generate(*args, **kwargs, **{generate_argument(): cache})

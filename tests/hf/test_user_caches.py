@@ -290,3 +290,30 @@ def test_a_cache_with_an_augmenters_own_tokens_is_not_cropped() -> None:
         cache = model(ids, augmenter_input_ids=ids[:, :4], hi=hi, use_cache=True).cache
     with pytest.raises(ValueError, match=r"crop: every part must hold the same tokens, got 9 .* and 4, 4, 4"):
         cache.crop(-1)
+
+
+@pytest.mark.seam(
+    attach="a filled cache with a prompt that is not longer than it, in generate",
+    to="composition",
+    result="refused",
+    why="another text needs a new cache; crop a cache that holds the whole prompt by one token",
+)
+@pytest.mark.parametrize("build", [dynamic, static])
+@pytest.mark.parametrize("tokens", [3, 4])
+def test_generate_goes_on_after_the_cached_tokens(build: Callable[[Any], Cache], tokens: int) -> None:
+    model, ids = composed_model("llama"), prompts()[:, :4]
+    cache = build(model)
+    with torch.no_grad():
+        model(ids, **{NAME: cache})
+    with pytest.raises(ValueError, match=r"generate: `input_ids` must be a whole text .* the 4 tokens cached"):
+        model.generate(ids[:, :tokens], **GREEDY, **{NAME: cache})
+    longer = prompts()[:, :5]
+    assert torch.equal(model.generate(longer, **GREEDY, **{NAME: cache}), model.generate(longer, **GREEDY))
+
+
+def test_a_cache_of_the_whole_prompt_is_cropped_by_one() -> None:
+    model, ids = composed_model("llama"), prompts()
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).cache
+    cache.crop(-1)
+    assert torch.equal(model.generate(ids, **GREEDY, **{NAME: cache}), model.generate(ids, **GREEDY))
