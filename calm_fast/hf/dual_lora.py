@@ -9,7 +9,7 @@ import functools
 import inspect
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -147,6 +147,7 @@ def put_layers(model: nn.Module, layers: dict[str, DualLoRALinear]) -> None:
     own.requires_grad_(False)
     for path, layer in layers.items():
         replace_module(own, path, layer)
+        layer._tied_weights_keys = RefusesSaving()  # type: ignore[assignment]  # no module or tensor
         for p in layer.parameters(recurse=False):
             p.requires_grad_(id(p) in trains)
     for module in own.modules():
@@ -160,15 +161,36 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[s
     """Stand in for `save_pretrained` of a model with dual LoRA, which Trainer and push_to_hub call too."""
     if not dual_lora_layers(model):  # the layers were removed by hand
         return type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    raise bad_value(
+    raise _not_saved(repr(os.fspath(save_directory)))
+
+
+def _not_saved(folder: str) -> ValueError:
+    return bad_value(
         "save_pretrained",
         "model",
         "one without dual LoRA, because from_pretrained would load it without the layers and with random weights in "
         "their place",
-        f"one with it. Call save_dual_lora(model, {os.fspath(save_directory)!r}), which load_dual_lora(base, folder) "
+        f"one with it. Call save_dual_lora(model, {folder}), which load_dual_lora(base, folder) "
         "reads. With a Trainer use calm_fast.nat.trainer.DualLoRATrainer, whose checkpoints hold the layers, or "
         'save_strategy="no"',
     )
+
+
+class RefusesSaving(dict[str, str]):
+    """Raises ValueError where transformers' save_pretrained asks a layer for the names of its tied weights.
+
+    The layer may be inside a model that add_dual_lora has not seen, whose own save_pretrained it cannot replace. PEFT
+    asks for the items, of which there are none.
+    """
+
+    def __bool__(self) -> bool:
+        return True  # an empty mapping would be passed over
+
+    def keys(self) -> NoReturn:
+        raise _not_saved("folder")
+
+    def __iter__(self) -> NoReturn:
+        raise _not_saved("folder")
 
 
 def remove_dual_lora(model: nn.Module) -> nn.Module:

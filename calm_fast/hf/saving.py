@@ -253,8 +253,8 @@ class CompositionFiles(PreTrainedModel):
             names = ["anchor", *["augmenters"] * (len(models) - 1)]
             recorded = [config.anchor_fingerprint, *config.augmenter_fingerprints]
             configs = [config.anchor_config, *config.augmenter_configs]
-            for name, model, *saved in zip(names, models, recorded, configs, strict=True):
-                check_same_part(name, model, *saved, given=kwargs)
+            for name, model, fingerprint, saved in zip(names, models, recorded, configs, strict=True):
+                check_same_part(name, model, fingerprint, saved, given=kwargs)
         if from_path[0]:
             keep_token_ids(models[0].config, config.anchor_config, kwargs)
         config.anchor_config, config.augmenter_configs = models[0].config, [model.config for model in models[1:]]

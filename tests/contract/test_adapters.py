@@ -54,6 +54,17 @@ def test_dual_lora_is_added_trained_saved_and_removed(name: str, tmp_path: Path)
 
 
 @each_family
+def test_saving_asks_every_layer_for_tied_weights_and_peft_for_none(name: str, tmp_path: Path) -> None:
+    """A layer refuses the first, also inside a model that add_dual_lora has not seen."""
+    model = MODELS[name].model()
+    add_dual_lora(model.base_model, TARGETS[name], rank=3)
+    with pytest.raises(ValueError, match="save_pretrained: `model` must be one without dual LoRA"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"])).save_pretrained(tmp_path)
+
+
+@each_family
 def test_adapters_go_to_peft_and_back(name: str, tmp_path: Path) -> None:
     model = add_dual_lora(MODELS[name].model(), TARGETS[name], rank=3, alpha=7.0, mode="neg")
     scatter(model)

@@ -58,6 +58,25 @@ def test_save_pretrained_names_save_dual_lora(tmp_path: Path, through) -> None:
 
 
 @pytest.mark.seam(
+    attach="`save_pretrained` of a model around the one that `add_dual_lora` was given", to="dual LoRA model",
+    result="refused", why="call `save_dual_lora` for the whole model",
+)  # fmt: skip
+@pytest.mark.parametrize("through", [lambda m: m, copy.deepcopy, pickled], ids=["itself", "a copy", "torch.save"])
+def test_a_model_around_one_with_dual_lora_is_not_saved_either(tmp_path: Path, through) -> None:
+    outer = llama()
+    scatter(add_dual_lora(outer.model, TARGETS))
+    outer = through(outer)
+    with pytest.raises(ValueError, match=REFUSED):
+        outer.save_pretrained(tmp_path / "whole")
+    assert not list((tmp_path / "whole").glob("*.safetensors"))
+    save_dual_lora(outer, tmp_path / "dual")
+    assert torch.equal(logits(load_dual_lora(llama(), tmp_path / "dual")), logits(outer))
+    remove_dual_lora(outer.model)
+    outer.save_pretrained(tmp_path / "base")
+    assert torch.equal(logits(type(outer).from_pretrained(tmp_path / "base")), logits(llama()))
+
+
+@pytest.mark.seam(
     attach="the stock Trainer's checkpoints and `save_model`", to="dual LoRA model", result="refused",
     why='use save_strategy="no" and save_dual_lora, or DualLoRATrainer, whose checkpoints hold the layers',
 )  # fmt: skip
