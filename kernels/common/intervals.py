@@ -1,4 +1,5 @@
-"""Device helpers of attention over intervals: rows of a tile, the keys that a tile sees, masking."""
+"""Device helpers of attention over intervals: rows of a tile, the keys that a tile sees, masking, and
+what keeps NaN and Inf of hidden keys out of masked products."""
 
 from __future__ import annotations
 
@@ -83,9 +84,21 @@ def key_block_ranges(lo, hi, seen, N, BLOCK_N: tl.constexpr, HAS_LO: tl.constexp
 
 
 @triton.jit
-def mask_scores(scores, lo, hi, keys, FILL: tl.constexpr, HAS_LO: tl.constexpr):
-    """Return scores where lo <= key < hi, else FILL. lo, hi and keys are shaped to broadcast."""
+def sees(lo, hi, keys, HAS_LO: tl.constexpr):
+    """Return whether lo <= key < hi. lo, hi and keys are shaped to broadcast."""
     visible = keys < hi
     if HAS_LO:
         visible = visible & (keys >= lo)
-    return tl.where(visible, scores, FILL)
+    return visible
+
+
+@triton.jit
+def is_finite(x):
+    """Return whether the elements of x are neither NaN nor infinite."""
+    return tl.abs(x.to(tl.float32)) < float("inf")
+
+
+@triton.jit
+def finite_or_zero(x):
+    """Return x with 0 in place of NaN and Inf: an operand of a masked product, where 0 * NaN would be NaN."""
+    return tl.where(is_finite(x), x, 0.0).to(x.dtype)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from calm_fast.kernels.common.arithmetic import matmul, matmul_add
-from calm_fast.kernels.common.intervals import load_interval, load_rows, mask_scores
+from calm_fast.kernels.common.intervals import finite_or_zero, load_interval, load_rows, sees
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -32,7 +32,8 @@ def _cross_attention_query_ranges_kernel(
     """The query tiles that a key block visits: tiles outside [first, last) see none of it.
 
     [full_first, full_last) is the first run of tiles whose rows all see the whole block (for monotone intervals there
-    is only one). These tiles need no mask. All other visited tiles are masked, so any intervals are handled correctly.
+    is only one). These tiles need no mask. A row that sees nothing ends the run, because it may hold NaN. All other
+    visited tiles are masked, so any intervals are handled correctly.
     """
     key_block = tl.program_id(0) % tl.cdiv(N, BLOCK_N)
     b = (tl.program_id(0) // tl.cdiv(N, BLOCK_N)).to(tl.int64)
@@ -60,9 +61,10 @@ def _cross_attention_query_ranges_kernel(
             HAS_HI,
             False,
         )
-        # touched: some row sees a key of the block; broken: some row that sees anything misses a key of it
+        # touched: some row sees a key of the block; broken: some row misses a key of it
         touched = tl.max((seen & (lo < key_last) & (hi > key_first)).to(tl.int32), 1) > 0
-        broken = tl.max((seen & ((lo > key_first) | (hi < key_last))).to(tl.int32), 1) > 0
+        missing = (seen == 0) | (lo > key_first) | (hi < key_last)
+        broken = tl.max(((rows < M) & missing).to(tl.int32), 1) > 0
         first = tl.minimum(first, tl.min(tl.where(touched, tile, tiles), 0))
         last = tl.maximum(last, tl.max(tl.where(touched, tile + 1, 0), 0))
         run_first = tl.minimum(run_first, tl.min(tl.where(touched & (broken == 0), tile, tiles), 0))
@@ -135,12 +137,15 @@ def _collect_key_grads(
         delta = tl.load(delta_base + head * M + rows, mask=inside, other=0.0)
         q = load_rows(q_base + head * stride_qh, start, stride_qm, M, D, BLOCK_M, BLOCK_D, True)
         dout = load_rows(dout_base + head * stride_gh, start, stride_gm, M, D, BLOCK_M, BLOCK_D, True)
+        if MASKED:  # a row that is not finite has p NaN; here it would also reach the keys that it does not see
+            q = finite_or_zero(q)
+            dout = finite_or_zero(dout)
         # scores, softmax: transposed, (keys, queries), so that p and ds feed their products straight from registers
         p = tl.exp2(matmul(k, tl.trans(q), PRECISION, INTERPRET) * scale_log2 - lse2[None, :])
         if MASKED:
-            lo, hi, _ = load_interval(lo_ptr, hi_ptr, stride_lom, stride_him, rows, M, N, HAS_LO, HAS_HI, CAUSAL)
+            lo, hi, seen = load_interval(lo_ptr, hi_ptr, stride_lom, stride_him, rows, M, N, HAS_LO, HAS_HI, CAUSAL)
             keys = key_first + tl.arange(0, BLOCK_N)
-            p = mask_scores(p, lo[None, :], hi[None, :], keys[:, None], 0.0, HAS_LO)
+            p = tl.where(sees(lo[None, :], hi[None, :], keys[:, None], HAS_LO) & seen[None, :], p, 0.0)
         # accumulate
         dv = matmul_add(p.to(dout.dtype), dout, dv, PRECISION, INTERPRET)
         dp = matmul(v, tl.trans(dout), PRECISION, INTERPRET)
@@ -227,7 +232,8 @@ def _cross_attention_bwd_dkdv_kernel(
     k_base = k_ptr + b * stride_kb + kv_head64 * stride_kh
     v_base = v_ptr + b * stride_vb + kv_head64 * stride_vh
     k = load_rows(k_base, key_first, stride_kn, N, D, BLOCK_N, BLOCK_D, True)
-    v = load_rows(v_base, key_first, stride_vn, N, D, BLOCK_N, BLOCK_D, True)
+    # who sees a value that is not finite has p NaN; for the others p is 0, and 0 * NaN would be NaN
+    v = finite_or_zero(load_rows(v_base, key_first, stride_vn, N, D, BLOCK_N, BLOCK_D, True))
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     lo_base = lo_ptr + b * stride_lob if HAS_LO else lo_ptr

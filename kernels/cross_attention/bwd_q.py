@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from calm_fast.kernels.common.arithmetic import LOG2_E, matmul, matmul_add
-from calm_fast.kernels.common.intervals import key_block_ranges, load_interval, load_rows, mask_scores
+from calm_fast.kernels.common.intervals import key_block_ranges, load_interval, load_rows, sees
 
 
 @triton.jit(do_not_specialize=["M", "H"])
@@ -18,7 +18,7 @@ def _cross_attention_bwd_rows_kernel(
     dout_ptr,  # (B, M, H, D)
     lse_ptr,  # (B, H, M) float32
     dlse_ptr,  # (B, H, M) float32 or None
-    lse2_ptr,  # (B, H, M) float32, written: lse in log2 units, +inf for a row that sees nothing
+    lse2_ptr,  # (B, H, M) float32, written: lse in log2 units; +inf for a row that sees nothing; NaN: not finite
     delta_ptr,  # (B, H, M) float32, written: sum_d out * dout - dlse
     stride_ob,
     stride_om,
@@ -51,11 +51,13 @@ def _cross_attention_bwd_rows_kernel(
     delta = tl.sum(out * dout, 1)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + at, mask=inside, other=0.0)
-    # store: exp2(score - inf) = 0, so rows that see nothing drop out of every product without a mask
+    # store: exp2(score - inf) = 0, so rows that see nothing drop out of every product without a mask. A row with a
+    # score, output or upstream gradient that is not finite gets NaN and 0: its weights are NaN. x - x is 0 or NaN.
     lse = tl.load(lse_ptr + at, mask=inside, other=0.0)
-    empty = lse == float("-inf")
-    tl.store(lse2_ptr + at, tl.where(empty, float("inf"), lse * LOG2_E), mask=inside)
-    tl.store(delta_ptr + at, tl.where(empty, 0.0, delta), mask=inside)
+    empty = (lse == float("-inf")) & (tl.sum(tl.abs(out), 1) == 0.0)
+    lse2 = lse * LOG2_E + (lse - lse) + (delta - delta) + tl.sum(dout - dout, 1)
+    tl.store(lse2_ptr + at, tl.where(empty, float("inf"), lse2), mask=inside)
+    tl.store(delta_ptr + at, tl.where(empty | (lse2 != lse2), 0.0, delta), mask=inside)
 
 
 @triton.jit
@@ -90,12 +92,12 @@ def _collect_query_grads(
         v = load_rows(v_base, start, stride_vn, N, D, BLOCK_N, BLOCK_D, MASKED)
         # scores, softmax
         p = tl.exp2(matmul(q, tl.trans(k), PRECISION, INTERPRET) * scale_log2 - lse2[:, None])
-        if MASKED:
-            keys = start + tl.arange(0, BLOCK_N)
-            p = mask_scores(p, lo[:, None], hi[:, None], keys[None, :], 0.0, HAS_LO)
         # accumulate
         dp = matmul(dout, tl.trans(v), PRECISION, INTERPRET)
         ds = p * (dp - delta[:, None])
+        if MASKED:  # after the products: p and dp of a hidden key may be anything, NaN too
+            keys = start + tl.arange(0, BLOCK_N)
+            ds = tl.where(sees(lo[:, None], hi[:, None], keys[None, :], HAS_LO), ds, 0.0)
         dq = matmul_add(ds.to(k.dtype), k, dq, PRECISION, INTERPRET)
     return dq
 
@@ -103,7 +105,7 @@ def _collect_query_grads(
 @triton.jit(do_not_specialize=["M", "N", "H", "GROUP"])
 def _cross_attention_bwd_dq_kernel(
     q_ptr,  # (B, M, H, D)
-    k_ptr,  # (B, N, H // GROUP, D)
+    k_ptr,  # (B, N, H // GROUP, D), finite: a row that sees a NaN has lse2 NaN
     v_ptr,  # (B, N, H // GROUP, D)
     dout_ptr,  # (B, M, H, D)
     lse2_ptr,  # (B, H, M) float32

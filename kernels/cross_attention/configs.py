@@ -84,13 +84,13 @@ FWD = ConfigTable(
     {
         "sm_80": {
             64: attention_tile(128, 64, 8, 3),
-            128: attention_tile(128, 32, 8, 3),
-            256: attention_tile(64, 32, 8, 2),
+            128: attention_tile(64, 32, 8, 3),
+            256: attention_tile(64, 16, 8, 2),
         },
         "sm_90": {
             64: attention_tile(128, 128, 8, 3),
             128: attention_tile(128, 64, 8, 3),
-            256: attention_tile(128, 32, 8, 2),
+            256: attention_tile(128, 16, 8, 2),
         },
         "sm_100": {
             64: attention_tile(128, 64, 8, 3),
@@ -100,7 +100,7 @@ FWD = ConfigTable(
         "float32": {
             64: attention_tile(32, 32, 8, 1),
             128: attention_tile(16, 16, 8, 1),
-            256: attention_tile(16, 16, 8, 1),
+            256: attention_tile(16, 32, 8, 1),
         },
     },
     interpreter=attention_tile(16, 32, 4, 1),
@@ -122,7 +122,7 @@ DKDV = ConfigTable(
         "sm_100": {
             64: attention_tile(64, 128, 8, 2),
             128: attention_tile(64, 64, 8, 1),
-            256: attention_tile(32, 32, 8, 1),
+            256: attention_tile(32, 32, 8, 2),
         },
         "float32": {
             64: attention_tile(16, 16, 4, 1),

@@ -9,7 +9,13 @@ import triton
 import triton.language as tl
 
 from calm_fast.kernels.common.arithmetic import LN_2, NEG_HUGE, matmul, matmul_add
-from calm_fast.kernels.common.intervals import key_block_ranges, load_interval, load_rows, mask_scores
+from calm_fast.kernels.common.intervals import (
+    finite_or_zero,
+    key_block_ranges,
+    load_interval,
+    load_rows,
+    sees,
+)
 
 
 @triton.jit
@@ -41,12 +47,18 @@ def attend(
     acc (rows, BLOCK_D) and row_sum (rows,) are relative to exp2(row_max); row_max is in log2 units.
     """
     for start in tl.range(first, last, BLOCK_N):
+        # a hidden value times its weight of 0 may be NaN: NaN and Inf become 0, and the scores that see one NaN
+        if MASKED:  # before the scores, which need registers too
+            v = load_rows(v_base, start, stride_vn, N, D, BLOCK_N, BLOCK_D, MASKED)
+            excess = tl.sum((v - v).to(tl.float32), 1)  # 0, or NaN
+            v = finite_or_zero(v)
         # scores
         k = load_rows(k_base, start, stride_kn, N, D, BLOCK_N, BLOCK_D, MASKED)
         scores = matmul(q, tl.trans(k), PRECISION, INTERPRET)
         if MASKED:
             keys = start + tl.arange(0, BLOCK_N)
-            scores = mask_scores(scores, lo[:, None], hi[:, None], keys[None, :], float("-inf"), HAS_LO)
+            visible = sees(lo[:, None], hi[:, None], keys[None, :], HAS_LO)
+            scores = tl.where(visible, scores + excess[None, :], float("-inf"))
         # softmax: the scale is positive (the launcher checks), so it commutes with max and joins the exponent's FMA
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
         p = tl.exp2(scores * scale_log2 - new_max[:, None])
@@ -54,7 +66,8 @@ def attend(
         row_sum = row_sum * shrink + tl.sum(p, 1)
         # accumulate
         acc = acc * shrink[:, None]
-        v = load_rows(v_base, start, stride_vn, N, D, BLOCK_N, BLOCK_D, MASKED)
+        if not MASKED:
+            v = load_rows(v_base, start, stride_vn, N, D, BLOCK_N, BLOCK_D, MASKED)
         acc = matmul_add(p.to(v.dtype), v, acc, PRECISION, INTERPRET)
         row_max = new_max
     return acc, row_sum, row_max

@@ -6,7 +6,7 @@ kernels can address, choose configs, and start kernels on the tensors' device an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -341,6 +341,10 @@ def _launch_dq(
 ) -> None:
     """Fill dq."""
     batch, m, _, heads, _, _ = p.sizes
+    if p.causal or p.lo is not None or p.hi is not None:
+        # a hidden key's weight of 0 times NaN would be NaN. Who sees a NaN has weights NaN; Inf stays huge, so that a
+        # score of -inf keeps its weight of 0. In the kernel this would take registers that it does not have.
+        p = replace(p, k=addressable(torch.nan_to_num(p.k), rows=1))
     launch(
         _cross_attention_bwd_dq_kernel,
         triton.cdiv(m, config.block_m) * heads * batch,

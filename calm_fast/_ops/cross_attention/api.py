@@ -95,7 +95,8 @@ def cross_attention(
 
     The interval expresses full, causal, padded, packed, sliding-window and cross-tokenizer attention alike. A query
     with an empty interval gives exactly 0 and lse -inf. Intervals need not be monotone. If they are, whole blocks of
-    keys are skipped.
+    keys are skipped. NaN and Inf outside a query's interval reach neither its output nor its gradients (except that
+    SDPA, on a GPU and for plainly causal attention, may make rows NaN); a row that sees one is not finite.
 
     Args:
         q: (B, M, H, D) float32, bfloat16 or float16 (float64 with impl "reference" or "torch").

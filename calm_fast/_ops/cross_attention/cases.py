@@ -31,6 +31,7 @@ class Spec:
     strided: bool = False
     lse: bool = True
     magnitude: float = 1.0
+    hidden: float | None = None  # value of the keys that nobody sees and of the rows that see nothing
 
 
 def full(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
@@ -84,6 +85,12 @@ def window(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
     return {"lo": (hi - 6).clamp(min=0).int(), "hi": hi.int()}
 
 
+def unwritten_end(b: int, m: int, n: int, g: torch.Generator) -> Bounds:
+    """A buffer of which the first part is written, ever more of it seen; every fourth row is padding."""
+    hi = 1 + torch.arange(m) * (2 * n // 3) // m
+    return {"hi": torch.where(torch.arange(m) % 4 == 3, 0, hi).int()}
+
+
 _SPECS: dict[str, Spec] = {
     "full": Spec(2, 5, 7, 2, 16, full),
     "single": Spec(1, 1, 1, 1, 16, full),
@@ -111,6 +118,9 @@ _SPECS: dict[str, Spec] = {
     "dim64": Spec(1, 17, 23, 1, 64, scattered),
     "dim80": Spec(1, 17, 23, 1, 80, scattered),
     "dim128": Spec(1, 17, 23, 1, 128, scattered),
+    "hidden-nan": Spec(1, 41, 83, 2, 16, unwritten_end, hkv=1, hidden=float("nan")),
+    "hidden-inf": Spec(1, 41, 83, 1, 16, unwritten_end, hidden=float("inf")),
+    "decode-hidden-nan": Spec(2, 6, 83, 2, 16, unwritten_end, hkv=1, hidden=float("nan")),
 }
 # half precision proves the casts; float32, where bounds are tightest, proves the logic
 _HALF = ("full", "causal", "scattered", "monotone-blocks", "decode", "gqa", "negative-scale", "dim64", "dim80")
@@ -162,7 +172,8 @@ class CrossAttentionCases:
         dlse = normal(s.b, s.h, s.m).float() if s.lse else None
         bounds = {"causal": False, "lo": None, "hi": None, **s.mask(s.b, s.m, s.n, g)}
         bounds = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in bounds.items()}
-        return {"q": q, "k": k, "v": v, **bounds, "scale": s.scale, "dout": dout, "dlse": dlse}
+        inputs = {"q": q, "k": k, "v": v, **bounds, "scale": s.scale, "dout": dout, "dlse": dlse}
+        return inputs if s.hidden is None else _with_hidden(inputs, s.hidden)
 
     def run(self, inputs: Inputs, impl: str) -> Values:
         """Return out, lse (if wanted) and the gradients of the public op."""
@@ -177,6 +188,8 @@ class CrossAttentionCases:
 
     def eager(self, inputs: Inputs) -> Values:
         """Return softmax attention as a user writes it: every product and the softmax in q's dtype."""
+
+        inputs = _with_hidden(inputs, 0.0)  # it is no judge of hidden numbers
 
         def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
             group = q.shape[2] // k.shape[2]
@@ -207,7 +220,7 @@ class CrossAttentionCases:
 
     def rounding(self, inputs: Inputs) -> dict[str, Rounding]:
         """Return the first-order analysis; see `_rounding`."""
-        return _rounding(inputs)
+        return _rounding(_with_hidden(inputs, 0.0))
 
 
 def _with_gradients(call: Callable[..., tuple[torch.Tensor, ...]], inputs: Inputs) -> Values:
@@ -217,6 +230,19 @@ def _with_gradients(call: Callable[..., tuple[torch.Tensor, ...]], inputs: Input
     grads = torch.autograd.grad(results, leaves, [u.to(r.dtype) for u, r in zip(upstream, results, strict=True)])
     names = ["out", "lse"][: len(results)] + ["dq", "dk", "dv"]
     return dict(zip(names, (*(r.detach() for r in results), *grads), strict=True))
+
+
+def _with_hidden(inputs: Inputs, value: float) -> dict[str, Any]:
+    """Return the inputs with `value` in the keys that no query sees and in the rows that see none."""
+    visible, empty = (t.squeeze(1) for t in _visible(inputs))  # (1 or B, M, N or 1)
+    rows = empty.unsqueeze(-1)
+    keys = ~visible.any(dim=1)[..., None, None]
+    found = dict(inputs)
+    for name, mask in (("q", rows), ("dout", rows), ("k", keys), ("v", keys)):
+        found[name] = inputs[name].masked_fill(mask, value)
+    if inputs["dlse"] is not None:
+        found["dlse"] = inputs["dlse"].masked_fill(empty.mT, value)
+    return found
 
 
 def _visible(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from calm_fast._ops.cross_attention.masked import masked_scores, masked_sum
+
 
 def interval_mask(
     lo: torch.Tensor | None, hi: torch.Tensor | None, causal: bool, m: int, n: int, device: torch.device
@@ -38,7 +40,8 @@ def cross_attention_reference(
 
         s_ij = scale * q_i . k_j  for lo_i <= j < hi_i;  out_i = sum_j softmax_j(s_ij) v_j;  lse_i = log sum_j exp(s_ij)
 
-    A query with an empty interval gives out 0 and lse -inf.
+    A query with an empty interval gives out 0 and lse -inf. The sums run over lo_i <= j < hi_i only: a key or value
+    outside a query's interval reaches neither its output nor its gradients, even if it is NaN or Inf.
 
     Args:
         q: (B, M, H, D), any float dtype.
@@ -54,16 +57,14 @@ def cross_attention_reference(
     scale = d**-0.5 if scale is None else scale
     compute = torch.promote_types(q.dtype, torch.float32)
     group = heads // kv_heads
-    qf = q.to(compute)
-    kf = k.to(compute).repeat_interleave(group, dim=2)
-    vf = v.to(compute).repeat_interleave(group, dim=2)
+    qf = q.to(compute).transpose(1, 2)  # (B, H, M, D)
+    kf, vf = (t.to(compute).repeat_interleave(group, dim=2).transpose(1, 2) for t in (k, v))  # (B, H, N, D)
 
-    scores = torch.einsum("bmhd,bnhd->bhmn", qf, kf) * scale
     visible = interval_mask(lo, hi, causal, m, n, q.device).unsqueeze(1)  # (1 or B, 1, M, N)
     empty = ~visible.any(dim=-1, keepdim=True)  # (1 or B, 1, M, 1)
-    # an empty row keeps its scores until after the softmax, so that no NaN enters the graph
+    scores = masked_scores(qf, kf, visible) * scale
+    # an empty row keeps scores of 0 until after the softmax, so that no NaN enters the graph
     scores = scores.masked_fill(~visible & ~empty, float("-inf"))
-    probs = scores.softmax(dim=-1).masked_fill(empty, 0.0)
     lse = scores.logsumexp(dim=-1).masked_fill(empty.squeeze(-1), float("-inf"))
-    out = torch.einsum("bhmn,bnhd->bmhd", probs, vf)
-    return out.to(q.dtype), lse
+    out = masked_sum(scores.softmax(dim=-1), vf, visible)
+    return out.transpose(1, 2).to(q.dtype), lse

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from calm_fast._ops.cross_attention.masked import masked_scores, masked_sum
+from calm_fast._ops.cross_attention.sealed import all_finite, seal
 from calm_fast.core.checks import readable
+from calm_fast.core.dispatch import FORWARD, active_transform
 
 # query rows at a time of the explicit path: bounds its (rows, N) scores to a few MiB per head
 _LSE_ROWS = 256
@@ -82,13 +85,13 @@ class _Block:
 
 
 def _interval(
-    lo: torch.Tensor | None, hi: torch.Tensor | None, causal: bool, m: int, n: int
+    lo: torch.Tensor | None, hi: torch.Tensor | None, causal: bool, m: int, n: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return lo and hi as (1 or B, M) tensors; rows shared by the whole batch become one row."""
     if causal:
-        hi = torch.arange(1 + n - m, 1 + n, dtype=torch.int32).clamp(min=0)
-    low = torch.zeros(m, dtype=torch.int32) if lo is None else lo
-    high = torch.full((m,), n, dtype=torch.int32) if hi is None else hi
+        hi = torch.arange(1 + n - m, 1 + n, dtype=torch.int32, device=device).clamp(min=0)
+    low = torch.zeros(m, dtype=torch.int32, device=device) if lo is None else lo
+    high = torch.full((m,), n, dtype=torch.int32, device=device) if hi is None else hi
     low, high = (t[0] if t.dim() == 2 and t.stride(0) == 0 and t.shape[0] > 0 else t for t in (low, high))
     low, high = torch.broadcast_tensors(low.reshape(-1, m), high.reshape(-1, m))
     return low, high
@@ -211,20 +214,22 @@ def _with_lse(
     """
     compute = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
-    kt = k.to(compute).repeat_interleave(group, dim=1).mT
+    kf = k.to(compute).repeat_interleave(group, dim=1)
     vf = v.to(compute).repeat_interleave(group, dim=1)
     outs, lses = [], []
     # torch.compile would unroll a loop over chunks, one graph per length: there all rows are one chunk
     one_chunk = torch.compiler.is_compiling() or q.shape[2] <= _LSE_ROWS
     for start in (0,) if one_chunk else range(0, q.shape[2], _LSE_ROWS):
         rows = slice(None) if one_chunk else slice(start, start + _LSE_ROWS)
-        scores = (q[:, :, rows].to(compute) * scale) @ kt
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, :, rows], float("-inf"))
-        lse = scores.logsumexp(dim=-1)
-        # exp(-inf - 0) = 0: a row without keys has weights 0, and inf - inf never occurs
-        weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)).exp()
-        outs.append(weights @ vf)
+        visible = None if mask is None else mask[:, :, rows]
+        scores = masked_scores(q[:, :, rows].to(compute) * scale, kf, visible)
+        if visible is None:
+            lse = scores.logsumexp(dim=-1)
+        else:  # as in the reference: an empty row keeps scores of 0 until after the softmax
+            empty = ~visible.any(dim=-1, keepdim=True)
+            scores = scores.masked_fill(~visible & ~empty, float("-inf"))
+            lse = scores.logsumexp(dim=-1).masked_fill(empty.squeeze(-1), float("-inf"))
+        outs.append(masked_sum(scores.softmax(dim=-1), vf, visible))
         lses.append(lse)
     return torch.cat(outs, dim=2).to(q.dtype), torch.cat(lses, dim=2)
 
@@ -251,31 +256,58 @@ def cross_attention_torch(
         lse = out[..., 0].to(torch.promote_types(q.dtype, torch.float32)).masked_fill(everything, float("-inf"))
         return out.transpose(1, 2), lse if return_lse else None
     form = plain_form(lo, hi, causal, m, n)
-    if form is None and not return_lse and _may_read(q, lo, hi):
-        low, high = _interval(lo, hi, causal, m, n)
-        blocks = _plan_blocks(low, high, q.shape[0], q.shape[2], n, q.shape[3])
-        if blocks is not None:
-            grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-            rows: torch.Tensor = _InBlocks.apply(query, key, value, blocks, low, high, scale, grad)
-            return rows.transpose(1, 2), None
-    mask = None if form == "full" else _mask(lo, hi, causal, m, n, q.device)
     if return_lse:
+        mask = None if form == "full" else _mask(lo, hi, causal, m, n, q.device)
         out, lse = _with_lse(query, key, value, mask, scale)
         return out.transpose(1, 2), lse
 
-    gqa = True if key.shape[1] != query.shape[1] else False  # SDPA needs a bool, not a symbol of torch.compile
-    if form is not None or mask is None:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=form == "causal", scale=scale, enable_gqa=gqa)
-        return out.transpose(1, 2), None
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return _sdpa(query, key, value, lo, hi, causal, scale, form)
+
+    # nothing is hidden, or a GPU's plain causal kernel, which a look at every key would slow down by a third
+    open_to_all = form == "full" or (form == "causal" and q.device.type != "cpu")
+    transform = active_transform()
+    if open_to_all or transform == FORWARD or m == 0:  # SDPA has no forward mode, and says so itself
+        return attend(query, key, value).transpose(1, 2), None
+    finite = transform is None and all(readable(t) for t in (q, k, v)) and all_finite(q, k, v)
+    if finite and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
+        return attend(query, key, value).transpose(1, 2), None
+    low, high = _interval(lo, hi, causal, m, n, q.device)
+    return seal(attend, query, key, value, low, high, finite).transpose(1, 2), None
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lo: torch.Tensor | None,
+    hi: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    form: str | None,
+) -> torch.Tensor:
+    """Attend with SDPA: plain, block by block or with an (M, N) mask. query (B, H, M, D), key, value (B, Hkv, N, D)."""
+    (batch, heads, m, d), n = query.shape, key.shape[2]
+    if form is None and _may_read(query, lo, hi):
+        low, high = _interval(lo, hi, causal, m, n, query.device)
+        blocks = _plan_blocks(low, high, batch, heads, n, d)
+        if blocks is not None:
+            grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+            rows: torch.Tensor = _InBlocks.apply(query, key, value, blocks, low, high, scale, grad)
+            return rows
+    gqa = True if key.shape[1] != heads else False  # SDPA needs a bool, not a symbol of torch.compile
+    if form is not None:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=form == "causal", scale=scale, enable_gqa=gqa
+        )
+    mask = _mask(lo, hi, causal, m, n, query.device)
     # SDPA backends disagree on rows that see no key: let them see every key, then erase the result
     empty = ~mask.any(dim=-1, keepdim=True)  # (1 or B, 1, M, 1)
     some_empty = not readable(empty) or bool(empty.any())
     if some_empty:
         mask = mask | empty
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
-    if some_empty:
-        out = out.masked_fill(empty, 0.0)
-    return out.transpose(1, 2), None
+    return out.masked_fill(empty, 0.0) if some_empty else out
 
 
 def cross_attention_torch_bwd(
@@ -305,19 +337,20 @@ def cross_attention_torch_bwd(
         dq, dk, dv in the shapes and dtypes of q, k and v; computed in float32.
     """
     compute, group = torch.promote_types(q.dtype, torch.float32), q.shape[2] // k.shape[2]
-    query, given, result = (t.to(compute) for t in (q, dout, out))
-    key, value = (t.to(compute).repeat_interleave(group, dim=2) for t in (k, v))
+    query, given, result = (t.to(compute).transpose(1, 2) for t in (q, dout, out))
+    key, value = (t.to(compute).repeat_interleave(group, dim=2).transpose(1, 2) for t in (k, v))
     mask = None if not causal and lo is None and hi is None else _mask(lo, hi, causal, q.shape[1], k.shape[1], q.device)
-    p = (torch.einsum("bmhd,bnhd->bhmn", query, key) * scale - lse.unsqueeze(-1)).exp()
-    if mask is not None:  # rows without keys hold exp(s + inf), which this erases too
-        p = p.masked_fill(~mask, 0.0)
-    shift = (given * result).sum(dim=-1).transpose(1, 2)
+    # an lse is infinite only if a score is, or if its row sees nothing, which the mask erases
+    lse = lse.masked_fill(~lse.isfinite(), float("nan")).unsqueeze(-1)
+    p = (masked_scores(query, key, mask) * scale - lse).exp()
+    shift = (given * result).sum(dim=-1)
     shift = shift if dlse is None else shift - dlse
-    ds = p * (torch.einsum("bmhd,bnhd->bhmn", given, value) - shift.unsqueeze(-1)) * scale
-    dq = torch.einsum("bhmn,bnhd->bmhd", ds, key)
+    ds = p * (masked_scores(given, value, mask) - shift.unsqueeze(-1)) * scale
+    dq = masked_sum(ds, key, mask).transpose(1, 2)
+    over = None if mask is None else mask.mT
     # the heads of a group add up
     dk, dv = (
-        torch.einsum("bhmn,bmhd->bnhd", weights, rows).unflatten(2, (-1, group)).sum(dim=3)
+        masked_sum(weights.mT, rows, over).unflatten(1, (-1, group)).sum(dim=2).transpose(1, 2)
         for weights, rows in ((ds, query), (p, given))
     )
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

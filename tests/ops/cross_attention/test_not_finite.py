@@ -14,7 +14,7 @@ from calm_fast.ops import cross_attention
 
 CPU = torch.device("cpu")
 MISSING = {"native": native_library.obstacle("cross_attention"), "triton": triton_obstacle(CPU)}
-M, N, D = 53, 110, 16
+M, N, D = 53, 75, 16
 
 
 def engine(impl, m=M):
@@ -23,7 +23,9 @@ def engine(impl, m=M):
     return pytest.param(impl, m, id=name, marks=[pytest.mark.skipif(why is not None, reason=str(why))])
 
 
-ENGINES = [engine(impl, m) for impl in ("native",) for m in (9, M)]
+# few queries, whose kernels are others, and many; the interpreter is slow
+ENGINES = [engine(impl, m) for impl in ("reference", "torch", "native") for m in (9, M)]
+ENGINES += [engine("triton", 9), engine("triton", 34)]
 
 
 def causal(m):
@@ -124,14 +126,14 @@ def problem(m, mask, place, bad, lse):
     n = options.pop("n", m if options.get("causal") else N)
     low, high = intervals(options, m, n)
     g = torch.Generator().manual_seed(0)
-    shapes = ((1, m, 4, D), (1, n, 2, D), (1, n, 2, D), (1, m, 4, D))
+    shapes = ((1, m, 2, D), (1, n, 1, D), (1, n, 1, D), (1, m, 2, D))
     q, k, v, dout = (torch.randn(shape, generator=g) for shape in shapes)
-    dlse = torch.randn(1, 4, m, generator=g)
+    dlse = torch.randn(1, 2, m, generator=g)
     seen = torch.tensor([[a <= j < b for j in range(n)] for a, b in zip(low, high, strict=True)])
     if place in ("q", "dout"):
         for t in (q, dout, dlse.transpose(1, 2)):
             t[:, ~seen.any(1)] = bad
-        {"q": q, "dout": dout}[place][:, m // 2, :, 3] = bad
+        {"q": q, "dout": dout}[place][:, m // 3 * 2, :, 3] = bad
     else:
         for t in (k, v):
             t[:, ~seen.any(0)] = bad
@@ -157,6 +159,8 @@ def check(run, *args, lse=True):
             one[~dirty], two[~dirty], rtol=2e-4, atol=2e-5, msg=lambda s, n=name: f"{args} {n}: {s}"
         )
         lost = one[dirty].isfinite() & ~two[dirty].isfinite()
+        if name == "dq":  # a key of score -inf has weight 0: whether 0 * Inf reaches dq depends on the tile
+            lost &= ~(want["out"][0] * upstream[0]).movedim(1, 0)[dirty].isfinite().all(-1, keepdim=True)
         assert not bool(lost.any()), f"{args} {name}: {int(lost.sum())} numbers are finite and should not be"
 
 
@@ -170,7 +174,8 @@ NATIVE = pytest.mark.skipif(MISSING["native"] is not None, reason=str(MISSING["n
 @pytest.mark.parametrize(("impl", "m"), ENGINES)
 @PLACES
 def test_only_rows_and_keys_that_see_it(impl, m, mask, place):
-    for bad in BAD:
+    few = {"v": math.nan, "q": math.nan, "k": math.inf, "dout": -math.inf}[place]  # the interpreter is slow
+    for bad in (few,) if impl == "triton" else BAD:
         check(public(impl), m, mask, place, bad)
         if impl == "torch":  # another path
             check(public(impl, lse=False), m, mask, place, bad, lse=False)
