@@ -325,4 +325,19 @@ def part_inputs(
     for name in NAMES:  # code for another release may prepare under another name than forward takes
         if name != signature.cache and name in prepared:
             prepared[signature.cache] = prepared.pop(name)
+    _check_prepared(model, prepared, signature.cache, cache, tokens["input_ids"].shape)
     return prepared
+
+
+def _check_prepared(
+    model: PreTrainedModel, prepared: dict[str, Any], name: str, cache: Cache, shape: torch.Size
+) -> None:
+    """Raise ValueError if the family's own preparation lost the cache or tokens: the text would go on without them."""
+    ids = prepared.get("input_ids")
+    if prepared.get(name) is cache and (ids is None or ids.shape == shape):
+        return
+    lost = f"{', '.join(prepared)}" if prepared.get(name) is not cache else f"input_ids {tuple(ids.shape)}"
+    raise ValueError(
+        f"{type(model).__name__}.prepare_inputs_for_generation: it must return the cache that it gets as `{name}` and "
+        f"all tokens {tuple(shape)}, got {lost}. Return both, or pass use_cache=False. {tried('transformers')}"
+    )

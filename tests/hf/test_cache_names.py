@@ -88,6 +88,20 @@ class OldNameOnly(LlamaForCausalLM):
         return super().forward(input_ids, use_cache=use_cache, **told)
 
 
+class PreparesAnotherName(LlamaForCausalLM):
+    """A Llama of remote code whose preparation gives the cache a name that nobody reads."""
+
+    def prepare_inputs_for_generation(self, input_ids: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask"), "past": past_key_values}
+
+
+class PreparesTheLastToken(LlamaForCausalLM):
+    """A Llama of older remote code, which takes everything but the last token for cached."""
+
+    def prepare_inputs_for_generation(self, input_ids: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        return {"input_ids": input_ids[:, -1:], OWN: past_key_values, "use_cache": True}
+
+
 class UnknownName(LlamaForCausalLM):
     """A Llama of a release that has renamed the cache again."""
 
@@ -340,3 +354,16 @@ def test_given_cache_names_what_came() -> None:
 
 def test_a_composition_reads_its_signature_under_the_newest_name() -> None:
     assert cache_argument(ComposedForCausalLM.forward) == "cache"
+
+
+@pytest.mark.parametrize("kind", [PreparesAnotherName, PreparesTheLastToken])
+@pytest.mark.parametrize("place", ["anchor", "augmenter"])
+def test_a_preparation_that_loses_the_cache_or_tokens_is_refused(kind: type[LlamaForCausalLM], place: str) -> None:
+    plain = FAMILIES["llama"].model(0)
+    part = kind(plain.config).eval()
+    part.load_state_dict(plain.state_dict())
+    others = FAMILIES["llama"].model(1)
+    model = compose(*((part, others) if place == "anchor" else (others, part)), "uniform:2").eval()
+    ids = prompts()
+    with torch.no_grad(), pytest.raises(ValueError, match=rf"{kind.__name__}.prepare_inputs_for_generation: it must"):
+        model(ids, cache=model(ids, use_cache=True).cache)
