@@ -158,4 +158,4 @@ def test_a_loaded_composition_is_checked_again(tmp_path: Any) -> None:
     composed.save_pretrained(tmp_path)
     other = gemma(True)
     with pytest.raises(ValueError, match="from_pretrained: `augmenters` must be models that read no future token"):
-        ComposedForCausalLM.from_pretrained(tmp_path, anchor=llama(), augmenters=other)
+        ComposedForCausalLM.from_pretrained(tmp_path, anchor=llama(), augmenters=other, check_parts=False)
