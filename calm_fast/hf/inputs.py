@@ -334,9 +334,10 @@ def _check_prepared(
 ) -> None:
     """Raise ValueError if the family's own preparation lost the cache or tokens: the text would go on without them."""
     ids = prepared.get("input_ids")
-    if prepared.get(name) is cache and (ids is None or ids.shape == shape):
+    read = shape if ids is None else ids.shape  # none: the family embeds them itself
+    if prepared.get(name) is cache and read == shape:
         return
-    lost = f"{', '.join(prepared)}" if prepared.get(name) is not cache else f"input_ids {tuple(ids.shape)}"
+    lost = f"input_ids {tuple(read)}" if prepared.get(name) is cache else ", ".join(prepared)
     raise ValueError(
         f"{type(model).__name__}.prepare_inputs_for_generation: it must return the cache that it gets as `{name}` and "
         f"all tokens {tuple(shape)}, got {lost}. Return both, or pass use_cache=False. {tried('transformers')}"
