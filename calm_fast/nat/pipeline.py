@@ -15,7 +15,7 @@ from calm_fast.consistency.sampling.prompt import PLAIN, Prompt, prompt_form
 from calm_fast.core.checks import bad_value, errors_of
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.files import write_json
-from calm_fast.core.fingerprint import file_checksum, model_folder_fingerprint
+from calm_fast.core.fingerprint import file_checksum, json_checksum, model_folder_fingerprint
 from calm_fast.core.token_ids import padding_id
 from calm_fast.hf.dual_lora import add_dual_lora, get_gates, record_gates
 from calm_fast.hf.dual_lora_files import load_dual_lora, save_dual_lora, save_lora_adapter
@@ -70,6 +70,7 @@ def run(
     form = prompt_form(prompt, tokenizer, "nat")
     if form.text != PLAIN:
         identity["prompt"] = form.record()  # earlier versions, whose runs go on, had no other form
+    identity["tokenizer"] = json_checksum(sorted(tokenizer.get_vocab().items()))
     results = _resume(out / _RESULTS, json.loads(json.dumps(identity)))
 
     def load() -> PreTrainedModel:
@@ -157,9 +158,18 @@ def _load_or_grade(file: Path, data: Any, limit: int | None, progress: bool) -> 
     """Return right and wrong rationales, saved in `file`, because grading takes minutes on a large data file."""
     if not file.is_file():
         write_json(file, asdict(grade(read_rows(data, limit), progress=progress)))
-    kept = json.loads(file.read_text(encoding="utf-8"))
+    kept = _read_json(file)
     right, wrong = ([Example(**e) for e in kept[side]] for side in ("right", "wrong"))
     return Graded(right, wrong, kept.get("left_out", {}))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as problem:
+        raise bad_value(
+            "nat", "out", "a new folder or that of a run", f"{file.parent}, whose {file.name} cannot be read: {problem}"
+        ) from problem
 
 
 def _load_tokenizer(model: str | os.PathLike[str]) -> Any:
@@ -180,9 +190,11 @@ def _resume(file: Path, identity: dict[str, Any]) -> dict[str, Any]:
     if not file.is_file():
         write_json(file, fresh)
         return fresh
-    results = json.loads(file.read_text(encoding="utf-8"))
-    if results.get("identity") != identity:
-        kept = results.get("identity", {})
+    results = _read_json(file)
+    kept = results.get("identity", {})
+    # earlier versions, whose runs go on, recorded no tokenizer
+    identity = {k: v for k, v in identity.items() if k != "tokenizer" or k in kept}
+    if kept != identity:
         changed = [k for k in {**identity, **kept} if kept.get(k) != identity.get(k)]
         if not results.get("losses") and not (file.parent / "checkpoints").exists():
             # nothing is trained yet, so a run that failed on bad input does not block the folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -27,6 +28,26 @@ def test_a_finished_stage_of_another_model_is_not_taken_over(model_folder, rows_
         nat.run(rows_file, other, out, SETTINGS)
     shutil.copytree(model_folder, moved)
     assert nat.run(rows_file, moved, out, SETTINGS) == first  # a copy is the same model, wherever it lies
+
+
+def test_another_tokenizer_and_damaged_files_are_refused(model_folder, rows_file, tmp_path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    first = nat.run(rows_file, model_folder, out, SETTINGS)
+    shutil.copytree(model_folder, other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    one, two = list(vocabulary)[100:102]  # the same tokens with each other's ids
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="`out` must be .* holds a run with other tokenizer; choose another folder"):
+        nat.run(rows_file, other, out, SETTINGS)
+    earlier = {k: v for k, v in first["identity"].items() if k != "tokenizer"}
+    (out / "results.json").write_text(json.dumps(first | {"identity": earlier}))
+    assert nat.run(rows_file, model_folder, out, SETTINGS)["losses"] == first["losses"]
+    for name in ("graded.json", "results.json"):
+        (out / name).write_text('{"cut')
+        with pytest.raises(ValueError, match=f"nat: `out` must be .* whose {name} cannot be read"):
+            nat.run(rows_file, model_folder, out, SETTINGS)
 
 
 def test_a_run_that_trained_nothing_does_not_keep_the_folder(model_folder, rows_file, tmp_path) -> None:
