@@ -29,8 +29,13 @@ def validate_values() -> Iterator[None]:
 
 
 def readable(tensor: torch.Tensor) -> bool:
-    """Return True if reading the values of `tensor` is cheap: it is a real CPU tensor, and nothing is being traced."""
+    """Return True if reading the values of `tensor` is cheap: it is a real CPU tensor, and nothing is being traced.
+
+    A tensor that torch.func batches or differentiates stands for others, whose values cannot be read.
+    """
     if torch.compiler.is_compiling() or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     return tensor.device.type == "cpu"
 
@@ -40,6 +45,8 @@ def values_checked(tensor: torch.Tensor) -> bool:
     if readable(tensor):
         return True
     if torch.compiler.is_compiling() or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     return tensor.device.type != "meta" and _validate_gpu_values.get()
 

@@ -84,3 +84,41 @@ def test_vocabulary_ops(function, impl):
         torch.func.grad(lambda x: function(x, impl).sum())(x)
     batched = torch.func.vmap(lambda x: function(x, impl))(torch.stack((x, t)))
     torch.testing.assert_close(batched, torch.stack((function(x, impl), function(t, impl))))
+
+
+BATCHED = [(0, 0, 0, 0, 0), (None, None, None, 0, 0), (0, None, None, 0, None), (None, 0, 0, None, 0)]
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "torch"])
+@pytest.mark.parametrize("dims", BATCHED, ids=str)
+def test_vmap_over_intervals(impl, dims):
+    """Also over some arguments and not others, and with derivatives inside."""
+    q, k, v = (torch.randn(3, 2, length, 2, 8) for length in (6, 9, 9))
+    lo, hi = (torch.randint(a, b, (3, 2, 6), dtype=torch.int32) for a, b in ((0, 4), (2, 10)))
+    args = [t if dim == 0 else t[0] for t, dim in zip((q, k, v, lo, hi), dims, strict=True)]
+
+    def attend(q, k, v, lo, hi):
+        return ops.cross_attention(q, k, v, lo=lo, hi=hi, return_lse=True, impl=impl)
+
+    def loss(q, k, v, lo, hi):
+        return ops.cross_attention(q, k, v, lo=lo, hi=hi, impl=impl).square().sum()
+
+    for function in (attend, torch.func.grad(loss, argnums=(0, 1, 2))):
+        found = torch.func.vmap(function, in_dims=dims)(*args)
+        alone = [function(*(a[i] if dim == 0 else a for a, dim in zip(args, dims, strict=True))) for i in range(3)]
+        for one, *several in zip(found, *alone, strict=True):
+            torch.testing.assert_close(one, torch.stack(several), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_not_finite_inside_vmap(impl):
+    """No value can be read there: hidden NaN still reaches nothing."""
+    q, k, v = torch.randn(3, 3, 2, 9, 2, 8)
+    k[:, :, 5:] = v[:, :, 5:] = float("nan")
+    hi = torch.full((3, 2, 9), 5, dtype=torch.int32)
+
+    def loss(q, k, v, hi):
+        return ops.cross_attention(q, k, v, hi=hi, impl=impl).square().sum()
+
+    for grad in torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(q, k, v, hi):
+        assert bool(grad.isfinite().all())

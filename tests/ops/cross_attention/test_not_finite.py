@@ -217,3 +217,21 @@ def test_a_nan_of_any_bits_stays_one(bits):
             assert place == 2 or bool(dv.isnan().all())
             found = torch.ops.calm_fast._cross_attention_native_decode(q[:, 20:21], k, v, None, None, False, 1.0, lane)
             assert bool(found[0].isnan().all())
+
+
+@pytest.mark.parametrize("op", ["native_decode", "native_fwd", "triton_fwd"])
+@pytest.mark.parametrize("m", [9, 34])
+def test_bounds_that_nobody_checked_are_clamped(op, m):
+    """In a graph and on a GPU no value is checked: a kernel must not read outside k and v."""
+    if why := MISSING[op.split("_")[0]]:
+        pytest.skip(str(why))
+    if op == "native_decode" and m > 16:
+        pytest.skip("at most 16 queries")
+    q, k, v = torch.randn(1, m, 2, D), torch.randn(1, N, 1, D), torch.randn(1, N, 1, D)
+    g = torch.Generator().manual_seed(m)
+    lo, hi = (torch.randint(-2 * N, 3 * N, (1, m), generator=g, dtype=torch.int32) for _ in range(2))
+    lo[0, 0], hi[0, 0], lo[0, 1], hi[0, 1] = -(2**31), 2**31 - 1, 2**31 - 1, -(2**31)
+    call = getattr(torch.ops.calm_fast, f"cross_attention_{op}")
+    found, expected = (call(q, k, v, *bounds, False, 0.3) for bounds in ((lo, hi), (lo.clamp(0, N), hi.clamp(0, N))))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert bool(found[0].isfinite().all())
