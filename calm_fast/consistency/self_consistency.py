@@ -34,10 +34,11 @@ from calm_fast.consistency.voting.journal import Journal
 from calm_fast.consistency.voting.samples import read_rows
 from calm_fast.core.checks import bad_type, check_finite_number
 from calm_fast.core.eval_mode import eval_mode
-from calm_fast.core.fingerprint import model_fingerprint
+from calm_fast.core.fingerprint import json_checksum, model_fingerprint
 from calm_fast.core.progress import progress_bar
 from calm_fast.core.prompt_record import get_prompt_record
 from calm_fast.core.token_ids import check_token_ids
+from calm_fast.modules.dual_lora import DualLoRALinear
 from calm_fast.modules.fixed_weights import fixed_weights
 
 _CALLER = "SelfConsistency"
@@ -218,7 +219,12 @@ class SelfConsistency:
         if kind == "ready":
             return common
         drawn = {"n": self.n, "confidence": self.confidence, "round_size": self.round_size, "seed": self.seed}
-        return {**common, **drawn, "chat_template": self.form.chat, **vars(self.sampling)}
+        read = {
+            "chat_template": self.form.chat,
+            "tokenizer": _vocabulary(self.tokenizer),
+            "dual_lora_modes": _modes(self.model),
+        }
+        return {**common, **drawn, **read, **vars(self.sampling)}
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
 
@@ -340,6 +346,16 @@ def _name(value: Any) -> Any:
         return value
     name = f"{value.__module__}.{value.__qualname__}"
     return _RECORDED.get(name, name)
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    """Return a checksum of the tokens and their ids."""
+    return json_checksum(sorted(tokenizer.get_vocab().items()))[:16]
+
+
+def _modes(model: Any) -> dict[str, str]:
+    """Return the mode of every dual LoRA layer, which is no parameter of the model."""
+    return {name: module.mode for name, module in model.named_modules() if isinstance(module, DualLoRALinear)}
 
 
 def _identity(model: Any) -> str | None:

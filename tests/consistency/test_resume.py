@@ -16,7 +16,7 @@ import pytest
 from self_consistency_setup import QUESTIONS, REFERENCES, consistency
 from tiny_models import FAMILIES
 
-from calm_fast import SelfConsistency
+from calm_fast import SelfConsistency, add_dual_lora, set_dual_lora_mode
 from calm_fast.consistency import equivalent, read_rows
 from calm_fast.consistency.voting.journal import Journal
 
@@ -204,3 +204,17 @@ def test_ready_samples_resume_too(tmp_path, monkeypatch) -> None:
     assert run.from_samples(rows, out=out) == expected and sorted(indices(out)) == list(range(8))
     with pytest.raises(ValueError, match="got votes.jsonl, whose row 0 answers another question"):
         run.from_samples([{**rows[0], "generated_answer": ["\\boxed{5}"]}, *rows[1:]], out=out)
+
+
+def test_another_tokenizer_or_mode_is_another_run(tmp_path: Path) -> None:
+    model = add_dual_lora(FAMILIES["llama"].model(0), mode="pos")
+    consistency(model)(QUESTIONS[:2], out=tmp_path / "run.jsonl")
+    consistency(model)(QUESTIONS[:2], out=tmp_path / "run.jsonl")
+    set_dual_lora_mode(model, "neg")
+    with pytest.raises(ValueError, match="was made with other settings .*dual_lora_modes: .*'pos'"):
+        consistency(model)(QUESTIONS[:2], out=tmp_path / "run.jsonl")
+    set_dual_lora_mode(model, "pos")
+    other = consistency(model)
+    other.tokenizer.add_tokens(["zz"])
+    with pytest.raises(ValueError, match="was made with other settings .*tokenizer: "):
+        other(QUESTIONS[:2], out=tmp_path / "run.jsonl")
