@@ -44,8 +44,9 @@ FLOORS: dict[str, tuple[str, ...]] = {
 LAZY_DOORS = {"__init__": ("", *DOORS), "core": ("ops", "_ops"), "_ops": ("ops",)}
 # inside a room: what these files may import of calm_fast; api.py may import all of its room
 ROOM_FILES = {
-    "reference": re.compile(r"calm_fast\._ops\.\w+\.reference"),
-    "torch_impl": re.compile(r"calm_fast\.(core\.\w+|_ops\.\w+\.(torch_impl|schedule))"),
+    "reference": re.compile(r"calm_fast\._ops\.\w+\.(reference|masked)"),
+    "masked": re.compile(r"calm_fast\.core\.dispatch"),  # products over visible pairs, part of a definition
+    "torch_impl": re.compile(r"calm_fast\.(core\.\w+|_ops\.\w+\.(torch_impl|schedule|masked|sealed))"),
     "schedule": re.compile(r"calm_fast\.(core\.\w+|_ops\.\w+\.schedule)"),
 }
 

@@ -91,7 +91,8 @@ class _Enter(torch.autograd.Function):
         if reached is None:
             return dq, dk, dv, None, None, None
         batch, kv_heads, n, _ = ctx.sizes
-        low, high = _bounds(*ctx.saved_tensors, batch, kv_heads, n)
+        lo, hi = ctx.saved_tensors
+        low, high = _bounds(lo, hi, batch, kv_heads, n)
         rows = (reached > 0) & (low < high).repeat_interleave(ctx.group, dim=1)
         # a row enters the count at its first key and leaves it behind its last
         count = rows.unflatten(1, (-1, ctx.group)).long().sum(2)
