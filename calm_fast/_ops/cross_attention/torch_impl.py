@@ -269,8 +269,11 @@ def cross_attention_torch(
     transform = active_transform()
     if open_to_all or transform == FORWARD or m == 0:  # SDPA has no forward mode, and says so itself
         return attend(query, key, value).transpose(1, 2), None
-    finite = transform is None and all(readable(t) for t in (q, k, v)) and all_finite(q, k, v)
-    if finite and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    # forward, a NaN in q stays in its row by itself
+    watched = (q, k, v) if grad else (k, v)
+    finite = transform is None and all(readable(t) for t in (q, k, v)) and all_finite(*watched)
+    if finite and not grad:
         return attend(query, key, value).transpose(1, 2), None
     low, high = _interval(lo, hi, causal, m, n, q.device)
     return seal(attend, query, key, value, low, high, finite).transpose(1, 2), None
