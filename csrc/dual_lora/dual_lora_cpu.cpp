@@ -1,6 +1,6 @@
 // dual_lora on the CPU: the gate, both rank updates, both gelus and the mix in one pass over u.
 //
-//   released form: zg = x down^T, u = y C1^T, mix = a_pos gelu(u + up_pos z_pos) + a_neg gelu(u + ua_neg z_neg),
+//   released form: zg = x down^T, u = y C1^T, mix = a_pos gelu(u + up_pos z_pos) + a_neg gelu(u + up_neg z_neg),
 //                  out = y + mix C2^T
 //   paper's form:  zg = x down^T, mix = [a_pos z_pos, a_neg z_neg], out = y + mix up^T
 //

@@ -125,7 +125,11 @@ NAMES: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("owner", "names"), NAMES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("owner", "names"),
+    NAMES,
+    ids=lambda value: value[:40] if isinstance(value, str) else getattr(value, "__name__", type(value).__name__),
+)
 def test_names_exist(owner: Any, names: str) -> None:
     assert [name for name in names.split() if not hasattr(owner, name)] == []
 

@@ -148,7 +148,7 @@ WRONG: dict[str, tuple[tuple[str, str], ...]] = {
         ("if (at + e < width) {", "if (at + e <= width) {"),
         ("if (i + e >= a.r) break;", ""),
         ("if (i + e < a.r_pos) pos[t]", "if (i + e <= a.r_pos) pos[t]"),
-        ("rank_weight(p_neg, i, a.r_pos) * own", "rank_weight(p_neg, i, a.r_pos + 1) * own"),
+        ("rank_weight(a_neg, i, a.r_pos) * own", "rank_weight(a_neg, i, a.r_pos + 1) * own"),
         ("mix[index / padding * width + a.inner + index % padding]", "mix[index / padding * width + index % padding]"),
         ("if (h < a.inner) mix_unit", "mix_unit"),
         ("const bool exists = column < end;", "const bool exists = column <= end;"),
