@@ -57,7 +57,7 @@ def test_samples_are_those_of_reading_every_prompt_anew(name: str) -> None:
     model, tokenizer = model_of(name), character_tokenizer()
     settings = {"n": 2, "temperature": 0, "max_new_tokens": 8, "rule": "count", "progress": False}
     questions = ["3+4?", "a longer question?"]
-    found = SelfConsistency(model, tokenizer, **settings)(questions)
+    found = SelfConsistency(model, tokenizer, prompt=str, **settings)(questions)  # the question alone
     for question, result in zip(questions, found, strict=True):
         ids = tokenizer(question, return_tensors="pt")["input_ids"]
         how = GenerationConfig(max_new_tokens=8, do_sample=False, use_cache=False, eos_token_id=96, pad_token_id=0)
