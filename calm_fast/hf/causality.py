@@ -1,4 +1,4 @@
-"""A trial run that shows whether a part of a composition reads future tokens."""
+"""Trial runs that show whether a part of a composition reads future tokens, or other documents of a packed row."""
 
 from __future__ import annotations
 
@@ -84,6 +84,40 @@ def check_parts_causal(composed: ComposedForCausalLM, where: str, *, defer: bool
     composed.unproven = unproven
 
 
+def check_parts_separate(composed: ComposedForCausalLM, where: str) -> None:
+    """Raise ValueError for a part that does not separate the documents of a packed row, whose positions restart.
+
+    Each part runs once on two rows of two documents. The first documents differ, and the states of the second ones must
+    be equal up to rounding. where: the function that errors name.
+    """
+    for part in parts(composed):
+        if not _separates_documents(part):
+            expected = f"positions that do not restart, because {part.label} does not separate documents by them"
+            got = "rows of several documents. Give each document a row of its own, with padding"
+            raise bad_value(where, "position_ids", expected, got)
+    composed.separates = True
+
+
+@torch.no_grad()
+def _separates_documents(part: Part) -> bool:
+    if not part.signature.position_ids:
+        return False
+    usable = _usable_ids(part.model)
+    first, other = (torch.tensor([usable[(i + start) % len(usable)] for i in range(TOKENS)]) for start in (0, TOKENS))
+    ids = torch.stack([torch.cat([first, first]), torch.cat([other, first])])
+    positions = torch.arange(TOKENS).repeat(2).expand(2, -1)
+    device = part.signature.device(part.model)
+    forked = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=forked), torch.compiler.set_stance("force_eager"):
+        tokens = Tokens(input_ids=ids, attention_mask=None, position_ids=positions)
+        states = _states(part, part_inputs(part.model, part.signature, tokens, None, 0))
+    if states is None:
+        return True  # not (batch, tokens, width): the forward refuses to connect such a layer
+    one, two = states[:, TOKENS:].float()
+    steps = 4 * math.sqrt(part.depth + 1) if states.dtype.itemsize < 4 else 1000.0
+    return bool((one - two).abs().max() <= steps * torch.finfo(states.dtype).eps * one.abs().max())
+
+
 def _reason(config: PreTrainedConfig) -> str:
     text = config.get_text_config(decoder=True)
     for name, values in _SETTINGS.items():
@@ -115,14 +149,19 @@ def _last_token_moves_earlier_states(part: Part) -> bool:
 
 def _probes(model: PreTrainedModel) -> Iterator[torch.Tensor]:
     """Yield ids (2, TOKENS): rows that differ in the last token, without special tokens if there are others."""
+    usable = _usable_ids(model)
+    first = [usable[i % len(usable)] for i in range(1, TOKENS)]
+    for i in range(min(PAIRS, len(usable) // 2)):
+        yield torch.tensor([[*first, usable[2 * i]], [*first, usable[2 * i + 1]]])
+
+
+def _usable_ids(model: PreTrainedModel) -> list[int]:
+    """Return up to 64 ids that are no special tokens, or every id of a model that has no others."""
     count = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if not isinstance(count, int):
         count = int(model.config.get_text_config(decoder=True).vocab_size)
     special = _special_ids(model.config)
-    usable = [i for i in range(min(count, 64 + len(special))) if i not in special] or list(range(count))
-    first = [usable[i % len(usable)] for i in range(1, TOKENS)]
-    for i in range(min(PAIRS, len(usable) // 2)):
-        yield torch.tensor([[*first, usable[2 * i]], [*first, usable[2 * i + 1]]])
+    return [i for i in range(min(count, 64 + len(special))) if i not in special] or list(range(count))
 
 
 def _special_ids(config: PreTrainedConfig) -> set[int]:

@@ -18,7 +18,7 @@ from calm_fast.core.dispatch import active_transform
 from calm_fast.hf.augmenter_training import check_trained_parts, trains
 from calm_fast.hf.cache import ComposedCache, Identity
 from calm_fast.hf.cache_names import with_cache
-from calm_fast.hf.causality import check_parts_causal
+from calm_fast.hf.causality import check_parts_causal, check_parts_separate
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.generation import CompositionGeneration
 from calm_fast.hf.hooks import ANCHOR, Checkpoint, Frame, install, sort_states, switch
@@ -91,6 +91,7 @@ class ComposedForCausalLM(
         if augmenters is None:
             augmenters = [AutoModelForCausalLM.from_config(sub) for sub in config.augmenter_configs]
         self.unproven = False  # True if a part could not show at compose time that it reads no future token
+        self.separates = False  # True once all parts have shown that they separate the documents of a packed row
         self.pairs = [(i, a, b) for i, pairs in enumerate(config.connections) for a, b in pairs]
         self.depths = [max(1, 1 + max(a for a, _ in pairs)) for pairs in config.connections]
 
@@ -274,6 +275,9 @@ class ComposedForCausalLM(
         calls, uncacheable = augmenter_calls(
             len(self.augmenters), inputs, external, Past(past, cached, cache, self.first_of)
         )
+        tracing = torch.compiler.is_compiling() or active_transform() is not None
+        if uncacheable and attention_mask is None and not self.separates and not tracing:
+            check_parts_separate(self, WHERE)
         first = input_ids.shape[1] > 1 or past == 0  # the token of a decode step comes from the model itself
         check_modes((self.anchor, *self.augmenters), self.training, every_module=first)
         if first and active_transform() is None:  # inside vmap, ids cannot be read

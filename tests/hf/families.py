@@ -62,7 +62,6 @@ FAMILIES = {
             "falcon",
             extra={"ffn_hidden_size": 48, "hidden_dropout": 0.1, "attention_dropout": 0.1},
             static_chunks=False,
-            positions=False,
         ),
         Family("bloom", "hidden_size", "n_layer", "n_head", positions=False),
         Family("mixtral", extra=_ROPE | {"num_local_experts": 3, "num_experts_per_tok": 2}),

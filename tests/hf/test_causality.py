@@ -159,3 +159,21 @@ def test_a_loaded_composition_is_checked_again(tmp_path: Any) -> None:
     other = gemma(True)
     with pytest.raises(ValueError, match="from_pretrained: `augmenters` must be models that read no future token"):
         ComposedForCausalLM.from_pretrained(tmp_path, anchor=llama(), augmenters=other, check_parts=False)
+
+
+@pytest.mark.seam(
+    attach="packed rows (`position_ids` that restart) and a part that mixes documents (OPT, BLOOM, MPT, Mamba)",
+    to="composition",
+    result="refused",
+    why="its later documents would read the earlier ones; give each document a row of its own, with padding",
+)
+@pytest.mark.parametrize("role", ["anchor", "augmenter"])
+@pytest.mark.parametrize("name", ["opt", "bloom", "mpt", "mamba"])
+def test_packed_rows_are_refused_over_a_part_that_mixes_documents(name: str, role: str) -> None:
+    parts = [(FAMILIES | OTHERS)[name].model(0), FAMILIES["llama"].model(1)]
+    composed = compose(*(parts if role == "anchor" else parts[::-1]), [(0, 1)], num_heads=4)
+    ids, positions = prompts(), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    kind = type(parts[0]).__name__
+    with pytest.raises(ValueError, match=f"`position_ids` must be positions that do not restart, because .*{kind}"):
+        composed(ids, position_ids=positions)
+    composed(ids)

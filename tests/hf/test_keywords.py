@@ -144,6 +144,7 @@ def test_an_augmenter_that_takes_no_document_limits_is_named() -> None:
     called = model.augmenters[0].transformer
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(called.forward).parameters.values()):
         called.forward = lambda input_ids, attention_mask=None, use_cache=None, past_key_values=None: None
+    model.separates = True  # MPT does not, and would be refused for that
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     batch = collator([{"input_ids": row.tolist()} for row in prompts(2, 5)])
     with pytest.raises(ValueError, match="`cu_seq_lens_q` must be None, got a value, which MptModel of `augmenters`"):
