@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from transformers import (
     LlamaModel,
 )
 
-from calm_fast.hf import ComposedForCausalLM, compose
+from calm_fast.hf import ComposedForCausalLM, causality, compose
+from calm_fast.hf.inputs import Tokens, part_inputs
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -177,3 +179,32 @@ def test_packed_rows_are_refused_over_a_part_that_mixes_documents(name: str, rol
     with pytest.raises(ValueError, match=f"`position_ids` must be positions that do not restart, because .*{kind}"):
         composed(ids, position_ids=positions)
     composed(ids)
+
+
+@pytest.mark.parametrize("threaded", ["body", "embedding"])
+def test_a_trial_run_does_not_mind_other_threads(threaded: str) -> None:
+    composed = compose(FAMILIES["llama"].model(0), FAMILIES["llama"].model(1), [(0, 1)])
+    body, ids = composed.anchor.model, prompts()
+    seen: list[Any] = []
+
+    def run_beside() -> None:
+        states = body(ids, use_cache=False)[0]
+        seen.append(states)
+
+    def beside(_module: Any, _args: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            other = threading.Thread(target=run_beside)
+            other.start()
+            other.join()
+
+    # the other thread's call ends inside the trial run, before its own states are there
+    with body.layers[0].register_forward_pre_hook(beside):
+        if threaded == "body":
+            composed(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
+            assert composed.separates
+        else:
+            part = causality.parts(composed)[0]
+            tokens = Tokens(input_ids=ids, attention_mask=None, position_ids=None)
+            inputs = part_inputs(part.model, part.signature, tokens, None, 0)
+            assert causality._gradient_from_the_last_token(part, inputs) is False
+    assert seen and not any(states.requires_grad for states in seen)
