@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from calm_fast.core.checks import bad_value
+from calm_fast.core.threads import in_this_thread
 from calm_fast.hf.inputs import Signature, Tokens, part_inputs
 from calm_fast.hf.layers import headless_path, submodule
 
@@ -177,13 +177,7 @@ def _special_ids(config: PreTrainedConfig) -> set[int]:
 def _states(part: Part, inputs: dict[str, Any]) -> torch.Tensor | None:
     """Run a part and return the states (batch, tokens, width) of its body, or None if they have another shape."""
     seen: list[Any] = []
-    own = threading.get_ident()  # the part may be running in other threads
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        if threading.get_ident() == own:
-            seen.append(output)
-
-    handle = part.body.register_forward_hook(keep)
+    handle = part.body.register_forward_hook(in_this_thread(lambda _module, _args, output: seen.append(output)))
     head = {"logits_to_keep": 1} if part.called is not part.body and part.signature.logits_to_keep else {}
     try:
         part.called(**inputs, **head)
@@ -212,15 +206,12 @@ def _beyond_rounding(part: Part, inputs: dict[str, Any], same: torch.Tensor) -> 
 def _gradient_from_the_last_token(part: Part, inputs: dict[str, Any]) -> bool | None:
     """Return True if the last token's embedding has a gradient from earlier states, None if gradients cannot be had."""
     embedded: list[torch.Tensor] = []
-    own = threading.get_ident()
 
-    def leaf(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor | None:
-        if threading.get_ident() != own:
-            return None
+    def leaf(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
         embedded.append(output.detach().requires_grad_())
         return embedded[-1].clone()  # families may scale it in place
 
-    handle = part.model.get_input_embeddings().register_forward_hook(leaf)
+    handle = part.model.get_input_embeddings().register_forward_hook(in_this_thread(leaf))
     try:
         with torch.enable_grad():
             states = _states(part, inputs)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from calm_fast import ops
 from calm_fast.core.eval_mode import eval_mode
+from calm_fast.core.threads import in_this_thread
 
 # names under which configs keep a factor of the logits (some multiply, some divide) and their soft cap
 _SCALES = ("logit_scale", "logits_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
@@ -65,14 +66,17 @@ class LinearHead:
 
 @contextmanager
 def _record_input(head: nn.Module, probe: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Collect the inputs of `head`, and replace each by `probe` of it: no (T, V) logits within the block."""
+    """Collect the inputs of `head`, and replace each by `probe` of it: no (T, V) logits within the block.
+
+    Other threads may run the model meanwhile; their calls are left alone.
+    """
     seen: list[torch.Tensor] = []
 
     def replace(module: nn.Module, args: tuple[Any, ...]) -> Any:
         seen.append(args[0])
         return (probe(args[0]), *args[1:])
 
-    handle = head.register_forward_pre_hook(replace)
+    handle = head.register_forward_pre_hook(in_this_thread(replace))
     try:
         yield seen
     finally:
@@ -133,7 +137,7 @@ def find_linear_head(model: PreTrainedModel, run: Callable[[], Any]) -> LinearHe
     if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or not head.weight.is_floating_point():
         return None
     products: list[torch.Tensor] = []
-    listener = head.register_forward_hook(lambda module, args, output: products.append(output))
+    listener = head.register_forward_hook(in_this_thread(lambda module, args, output: products.append(output)))
 
     def probe(states: torch.Tensor) -> torch.Tensor:
         # not the state itself: a padding token's may be zero, and zero logits show nothing
