@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from calm_fast.benchmarks import machine, older_layout
+from calm_fast.benchmarks import lanes, machine, older_layout
 from calm_fast.benchmarks.measure import Ready, Setting, ready, row
 from calm_fast.benchmarks.memory import settle
 from calm_fast.benchmarks.registry import Case, cases
@@ -31,13 +31,15 @@ class Worker:
     """Answers commands and holds one case at a time."""
 
     def __init__(
-        self, device: str, threads: int, cold: bool, seed: int, commit: str, memory: str | None = None
-    ) -> None:
+        self, device: str, threads: int, cold: bool, seed: int, commit: str, memory: str | None = None,
+        lane: str = lanes.AUTO,
+    ) -> None:  # fmt: skip
         torch.set_num_threads(threads)
         self.device = torch.device(device)
+        own_lane = lanes.settle(lane) if device == "cpu" else None
         source = settle(self.device, memory)
         name = machine.device_name(self.device, source, "cold cache" if cold and device == "cpu" else "")
-        self.setting = Setting(self.device, name, machine.versions(), commit, Budget(), seed, cold or None)
+        self.setting = Setting(self.device, name, machine.versions(), commit, Budget(), seed, cold or None, own_lane)
         self.timer = Timer(self.device, cold or None)
         self.case: Case | None = None
         self.ready: Ready | None = None
@@ -77,7 +79,7 @@ class Worker:
         """Return the rows of results.jsonl for this side's measured milliseconds."""
         case, prepared = self.opened()
         times = {impl: summarise(values) for impl, values in samples.items() if values}
-        c = Ceilings(*ceilings)
+        c = Ceilings(ceilings[0], ceilings[1])
         return [row(case, self.setting, one, prepared, times.get(one.name), c) for one in case.contestants]
 
 

@@ -4,8 +4,9 @@
 #   benchmarks/gpu.sh [--part NAME]... [--seconds N] [--commit SHA] [--dry-run]
 #   benchmarks/gpu.sh --prepare        first, on a machine with a package index: wheels for one without
 #
-# Parts, by value: tests core layer nce logprob lora lora_step model sanitizer tune vote generate core_heads lora_ranks
-#                  scaling generate_long
+# Parts, by value: tests core profile decode model nce memcheck lora tune core_heads layer logprob sanitizer lora_step
+#                  vote generate lora_ranks scaling generate_long
+# All parts before tune fit into three calls.
 # A call ends within nine minutes (--seconds): each part has a time limit, and a part that no longer fits is not started.
 # The last line of a call names the next call: start without --part, continue with that line. --dry-run shows the parts
 # of every call if each took all of its limit.
@@ -32,12 +33,13 @@ cd "${root}"
 total=540                # seconds of one call
 readonly NATIVE_LIMIT=100 # seconds of those for compiling
 readonly PARTS=( # by value: the most important first
-  tests core layer nce logprob lora lora_step model sanitizer tune vote generate core_heads lora_ranks scaling
-  generate_long
+  tests core profile decode model nce memcheck lora tune core_heads layer logprob sanitizer lora_step vote generate
+  lora_ranks scaling generate_long
 )
 readonly -A LIMIT=(
-  [tests]=180 [sanitizer]=260 [core]=110 [core_heads]=110 [layer]=160 [lora]=150 [lora_ranks]=240 [lora_step]=140
-  [nce]=110 [logprob]=110 [vote]=200 [model]=160 [generate]=300 [generate_long]=390 [scaling]=230 [tune]=300
+  [tests]=180 [core]=90 [profile]=60 [decode]=100 [model]=150 [nce]=100 [memcheck]=190 [lora]=150 [tune]=280
+  [core_heads]=110 [layer]=160 [logprob]=110 [sanitizer]=210 [lora_step]=140 [vote]=200 [generate]=300
+  [lora_ranks]=240 [scaling]=230 [generate_long]=390
 )
 # fetched by --prepare; a machine uses only those it lacks. The first line: baselines that are rarely installed.
 readonly WHEELS=(
@@ -49,10 +51,13 @@ readonly WHEELS=(
 readonly WHEEL_FOLDER=build/gpu-wheels WORK=build/gpu-work
 readonly -A WHAT=(
   [tests]="pytest -m gpu"
-  [sanitizer]="memcheck, racecheck, initcheck and synccheck on small calls of every kernel"
-  [core]="benchmark cases X1 to X3: the attention core"
+  [memcheck]="compute-sanitizer's memcheck on small calls of every kernel"
+  [sanitizer]="racecheck, initcheck and synccheck on small calls of every kernel"
+  [core]="benchmark cases X1 and X2: the attention core at head dim 128, beside FlexAttention and SDPA"
+  [profile]="ncu on the forward kernel of X1: how long the tensor cores work"
   [core_heads]="benchmark cases X1 and X2 at head dims 64 and 256"
-  [layer]="benchmark cases X4 and X5: the composition layer, a decoding step"
+  [decode]="benchmark case X5: a decoding step, and its attention core"
+  [layer]="benchmark cases X3 and X4: interval masks, the composition layer"
   [lora]="benchmark case D1 at rank 16: a layer with dual LoRA, forward, and with backward"
   [lora_ranks]="benchmark case D1 at ranks 8 and 64"
   [lora_step]="benchmark case D2: a decoding step of a layer with dual LoRA, as CUDA graphs"
@@ -307,31 +312,60 @@ part_tests() {
     "${files[@]}"
 }
 
-part_sanitizer() {
-  local sanitizer tool each=$(($1 / 5))
-  sanitizer="$(command -v compute-sanitizer || true)"
-  if [[ -z "${sanitizer}" ]]; then
-    for tool in /usr/local/cuda*/bin/compute-sanitizer; do
-      [[ -x "${tool}" ]] && sanitizer="${tool}"
-    done
-  fi
-  if [[ -z "${sanitizer}" ]]; then
-    if ((dry)); then
-      sanitizer=compute-sanitizer
-    else
-      echo "gpu.sh: compute-sanitizer is neither on the PATH nor in /usr/local/cuda*/bin" >&2
-      summary+=("sanitizer: NOT RUN, compute-sanitizer is missing")
-      failed+=("sanitizer")
+# Print the path of a tool of CUDA, or its bare name in a dry run; nothing if it is missing.
+cuda_tool() {
+  local name="$1" path
+  for path in "$(command -v "${name}" || true)" /usr/local/cuda*/bin/"${name}"; do
+    if [[ -x "${path}" ]]; then
+      echo "${path}"
       return
     fi
+  done
+  if ((dry)); then echo "${name}"; fi
+}
+
+# sanitize PART SECONDS TOOL...: a tool of compute-sanitizer has SECONDS.
+sanitize() {
+  local part="$1" each="$2" sanitizer tool
+  shift 2
+  sanitizer="$(cuda_tool compute-sanitizer)"
+  if [[ -z "${sanitizer}" ]]; then
+    echo "gpu.sh: compute-sanitizer is neither on the PATH nor in /usr/local/cuda*/bin" >&2
+    summary+=("${part}: NOT RUN, compute-sanitizer is missing")
+    failed+=("${part}")
+    return
   fi
-  # first without a tool: check the results, and compile every kernel before the tools slow everything down
-  step sanitizer-alone "${each}" "${python}" -m calm_fast.benchmarks.sanitize
-  for tool in memcheck racecheck initcheck synccheck; do
+  for tool in "$@"; do
     # torch's caching allocator would hide an access beyond a tensor within its own pool
     step "sanitizer-${tool}" "${each}" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
       "${sanitizer}" --tool "${tool}" --error-exitcode 9 "${python}" -m calm_fast.benchmarks.sanitize
   done
+}
+
+part_memcheck() {
+  local alone=40
+  # first without a tool: check the results, and compile every kernel before the tool slows everything down
+  step sanitizer-alone "${alone}" "${python}" -m calm_fast.benchmarks.sanitize
+  sanitize memcheck "$(($1 - alone))" memcheck
+}
+
+part_sanitizer() { sanitize sanitizer "$(($1 / 3))" racecheck initcheck synccheck; }
+
+part_profile() {
+  local ncu
+  ncu="$(cuda_tool ncu)"
+  if [[ -z "${ncu}" ]]; then
+    summary+=("profile: not run, ncu is missing")
+    return
+  fi
+  # the third launch: the first two compile the kernel and warm the caches
+  step profile "$1" "${ncu}" --clock-control none --kernel-name regex:cross_attention_fwd --launch-skip 2 \
+    --launch-count 1 --section SpeedOfLight --section ComputeWorkloadAnalysis --section WarpStateStats \
+    --print-details all "${python}" -m calm_fast.benchmarks.profiled
+  if ((!dry)) && grep -q ERR_NVGPUCTRPERM "${work}/profile.log"; then # a setting of the machine, no fault of ours
+    summary[-1]="profile: not run, this machine keeps its counters to administrators"
+    unset 'failed[-1]'
+  fi
 }
 
 # bench PART LIMIT OP ARGUMENT...: benchmark cases of an op; rows and report grow with every case.
@@ -343,11 +377,13 @@ bench() {
     --seconds 3 --threads 8 "$@" --out "${work}/${name}"
 }
 
-part_core() { bench core "$1" cross_attention --case x1_ --case x2_ --case x3_; }
+part_core() { bench core "$1" cross_attention --case x1_ --case x2_; }
 
 part_core_heads() { bench core_heads "$1" cross_attention --suite full --case _d64 --case _d256; }
 
-part_layer() { bench layer "$1" cross_attention --case x4_ --case x5_; }
+part_decode() { bench decode "$1" cross_attention --case x5_; }
+
+part_layer() { bench layer "$1" cross_attention --case x3_ --case x4_; }
 
 part_lora() { bench lora "$1" dual_lora --case d1_; }
 

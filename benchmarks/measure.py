@@ -6,7 +6,7 @@ import datetime
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,14 +14,14 @@ import torch
 
 from calm_fast.benchmarks import memory
 from calm_fast.benchmarks.registry import CannotRunError, Case, Contestant, Inputs, Thunk, Values
-from calm_fast.benchmarks.timing import Budget, Ceilings, Times, ceiling_work, interleave, peak_bytes
+from calm_fast.benchmarks.timing import Budget, Ceilings, Timer, Times, ceiling_work, interleave, peak_bytes
 
 Say = Callable[[str], None]
 T = TypeVar("T")
 
 ROW_FIELDS = (
     "op", "case", "impl", "device", "dtype", "shape", "ms", "p20", "p80", "peak_bytes", "flops", "bytes", "floor_ms",
-    "error", "versions", "commit", "date", "ours", "bound", "failure", "rounds",
+    "error", "versions", "commit", "date", "ours", "bound", "failure", "rounds", "lane", "ceiling",
 )  # fmt: skip
 
 
@@ -36,6 +36,7 @@ class Setting:
     budget: Budget
     seed: int = 0
     cold: bool | None = None  # overwrite the caches before each call; None: only on a GPU
+    lane: str | None = None  # the widest SIMD instructions of the run; None on a GPU
 
     def budget_of(self, case: Case) -> Budget:
         """Return the case's share of the time budget."""
@@ -55,9 +56,9 @@ def relative_error(actual: Values, truth: Values) -> float:
     return worst
 
 
-def error_bound(eager_error: float, dtype: torch.dtype) -> float:
-    """Return twice the plain computation's error in the same dtype on the same inputs, plus one rounding."""
-    return 2 * eager_error + torch.finfo(dtype).eps / 2
+def error_bound(eager_error: float, dtype: torch.dtype, roundings: int = 1) -> float:
+    """Return twice the plain computation's error in the same dtype on the same inputs, plus `roundings`."""
+    return 2 * eager_error + roundings * torch.finfo(dtype).eps / 2
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _judge(case: Case, contestant: Contestant, inputs: Inputs, known: dict[Any, 
     if definition not in known:
         wide = _on_cpu(definition(inputs, torch.float64))
         plain = _on_cpu(definition(inputs, case.dtype))
-        known[definition] = wide, error_bound(relative_error(plain, wide), case.dtype)
+        known[definition] = wide, error_bound(relative_error(plain, wide), case.dtype, case.roundings)
     truth, bound = known[definition]
     return Verdict(relative_error(_on_cpu(contestant.prepare(inputs)()), truth), bound)
 
@@ -91,13 +92,50 @@ class Ready:
     failures: dict[str, str]
     thunks: dict[str, Thunk]
     peaks: dict[str, int]
+    slow: dict[str, float]  # contestants that get one more call at most, and the milliseconds of the one they had
 
 
 def ready(case: Case, setting: Setting, say: Say = lambda _: None) -> Ready:
     """Check every contestant against float64, then prepare the correct ones and measure their peak memory."""
+    budget, python = setting.budget_of(case), {c.name for c in case.contestants if c.python}
+    timer = Timer(setting.device, setting.cold)
+    ms: dict[str, float] = {}
+    peaks: dict[str, int] = {}
+
+    def call(name: str, thunk: Thunk) -> bool:
+        def traced() -> None:
+            peaks[name] = peak_bytes(thunk, setting.device, name in python)
+
+        # tracemalloc slows Python down, so a contestant in Python is timed without it
+        compiled = _compilations()
+        ms[name] = timer(thunk if name in python else traced)
+        # a second call, for the first one also fills caches and compiles; but not of a hopelessly slow contestant
+        compiled = _compilations() - compiled
+        if name in python or compiled or not budget.is_slow(ms[name], min(ms.values())):
+            took = timer(traced)
+            ms[name] = ms[name] if name in python else took
+        return True
+
+    verdicts, failures, thunks = correct_thunks(case, setting, say, call)
+    memory.reserve(2 * max(peaks.values(), default=0))
+    fastest = min((ms[name] for name in thunks), default=0.0)
+    slow = {name: ms[name] for name in thunks if name != case.headline and budget.is_slow(ms[name], fastest)}
+    return Ready(verdicts, failures, thunks, {name: peaks[name] for name in thunks}, slow)
+
+
+def correct_thunks(
+    case: Case,
+    setting: Setting,
+    say: Say = lambda _: None,
+    call: Callable[[str, Thunk], object] = lambda _, thunk: thunk(),
+) -> tuple[dict[str, Verdict], dict[str, str], dict[str, Thunk]]:
+    """Check every contestant against float64, prepare the correct ones and run them once by `call`.
+
+    Returns:
+        the verdicts on the contestants that ran, the reasons why others have no thunk, and the thunks.
+    """
     verdicts, failures = _check_all(case, setting, say)
     thunks: dict[str, Thunk] = {}
-    peaks: dict[str, int] = {}
     _forget_compiled()
     inputs = case.make(setting.seed)
     for contestant in case.contestants:
@@ -110,10 +148,9 @@ def ready(case: Case, setting: Setting, say: Say = lambda _: None) -> Ready:
             continue
         say(f"{case.name}: preparing {name}")
         thunk = _attempt(partial(contestant.prepare, inputs), name, failures)
-        if thunk is not None and _attempt(thunk, name, failures) is not None:
-            thunks[name], peaks[name] = thunk, peak_bytes(thunk, setting.device, contestant.python)
-    memory.reserve(2 * max(peaks.values(), default=0))
-    return Ready(verdicts, failures, thunks, peaks)
+        if thunk is not None and _attempt(partial(call, name, thunk), name, failures) is not None:
+            thunks[name] = thunk
+    return verdicts, failures, thunks
 
 
 def measure(case: Case, setting: Setting, say: Say = lambda _: None) -> tuple[list[dict[str, Any]], Ceilings]:
@@ -126,7 +163,7 @@ def measure(case: Case, setting: Setting, say: Say = lambda _: None) -> tuple[li
     say(f"{case.name}: timing {len(prepared.thunks)} contestants in turns")
     plain = ceiling_work(setting.device, case.dtype)
     thunks = {**prepared.thunks, **plain.thunks}
-    times = interleave(thunks, setting.device, setting.budget_of(case), setting.cold, case.headline)
+    times = interleave(thunks, setting.device, setting.budget_of(case), setting.cold, case.headline, prepared.slow)
     ceilings = plain.ceilings(times)
     rows = [row(case, setting, c, prepared, times.get(c.name), ceilings) for c in case.contestants]
     return rows, ceilings
@@ -147,9 +184,16 @@ def row(
         "commit": setting.commit, "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
         "ours": contestant.ours, "bound": v.bound if math.isfinite(v.bound) else None,
         "failure": prepared.failures.get(name), "rounds": t.rounds if t else 0,
+        "lane": setting.lane, "ceiling": asdict(ceilings),
     }  # fmt: skip
     assert tuple(values) == ROW_FIELDS
     return values
+
+
+def _compilations() -> int:
+    """Return the number of frames that torch.compile has compiled in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return sum(dynamo.counters["frames"].values()) if dynamo else 0
 
 
 def _forget_compiled() -> None:

@@ -18,13 +18,14 @@ _PARTS = {"api": "ops", "native": "ops", "reference": "reference", "torch_impl":
 MODULES = {"calm_fast.core.native_library": "calm_fast._native"} | {
     f"calm_fast._ops.{op}.{part}": f"calm_fast.{folder}.{op}" for op in _OPS for part, folder in _PARTS.items()
 }
+MODULES["calm_fast._ops.packed_linear.api"] = "calm_fast._packed"
 
 
 def bridge() -> None:
     """Alias the modules of an older library under today's names; do nothing in a library of today's layout."""
     if importlib.util.find_spec("calm_fast._ops") is not None:
         return
-    for package in ("calm_fast.core", "calm_fast._ops", *(f"calm_fast._ops.{op}" for op in _OPS)):
+    for package in ("calm_fast.core", "calm_fast._ops", *(f"calm_fast._ops.{op}" for op in (*_OPS, "packed_linear"))):
         module = types.ModuleType(package)
         module.__path__ = []  # a package without files: everything in it is in sys.modules
         sys.modules[package] = module

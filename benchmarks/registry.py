@@ -91,6 +91,8 @@ class Case:
     headline: the implementation of ours that the table compares with every other contestant.
     series: the scaling curve that this case belongs to; series.size is a key of shape.
     share: fraction of the timing budget of one case; below 1 for a point of a series.
+    roundings: of the error bound, beside twice the plain error. Folding rounds each of its products once more, which
+        only shows if so few numbers are compared that the plain computation may be lucky.
     """
 
     op: str
@@ -107,6 +109,7 @@ class Case:
     targets: Sequence[Target] = ()
     series: Series | None = None
     share: float = 1.0
+    roundings: int = 1
 
 
 def cases(op: str, device: torch.device, suite: str) -> Sequence[Case]:

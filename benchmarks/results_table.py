@@ -63,7 +63,8 @@ def kind(row: Row) -> str:
 def newest(groups: Iterable[Sequence[Row]], device: str) -> dict[str, Sequence[Row]]:
     """Return the latest group of each case on that kind of device, without runs with cold caches.
 
-    Runs with memory from the system count only if a case has no others.
+    Runs with a narrower lane than the machine's own, and with memory from the system, count only if a case has no
+    others.
     """
     found: dict[str, Sequence[Row]] = {}
     for group in groups:
@@ -76,8 +77,8 @@ def newest(groups: Iterable[Sequence[Row]], device: str) -> dict[str, Sequence[R
     return found
 
 
-def _rank(row: Row) -> tuple[bool, str]:
-    return LABEL not in row["device"], row["date"]
+def _rank(row: Row) -> tuple[bool, bool, str]:
+    return "lane " not in row["device"], LABEL not in row["device"], row["date"]
 
 
 def listed(device: str, measured: Iterable[str]) -> list[Case]:

@@ -12,17 +12,18 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from calm_fast.benchmarks import machine, memory
+from calm_fast.benchmarks import lanes, machine, memory, never_slower
 from calm_fast.benchmarks.measure import Setting, is_red, measure
 from calm_fast.benchmarks.registry import REGISTRY, SUITES, Case, cases
 from calm_fast.benchmarks.timing import Budget, Ceilings
 
-_SECONDS = {"quick": 6.0, "full": 40.0}
+_SECONDS = {"quick": 4.0, "full": 40.0}
 _SUMMARY = "Measure ops against strong baselines on this machine."
 
 
@@ -30,11 +31,20 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; `calm-fast bench` passes its options on to it."""
     p = argparse.ArgumentParser(prog="python -m calm_fast.benchmarks.run", description=_SUMMARY)
     p.add_argument("--op", action="append", choices=list(REGISTRY), help="an op; repeat for several (default: all)")
-    p.add_argument("--suite", choices=SUITES, default="quick", help="quick: minutes; full: more cases and baselines")
+    p.add_argument(
+        "--suite", choices=(*SUITES, never_slower.SUITE), default="quick",
+        help="quick: minutes; full: more cases and baselines; never-slower: a few hundred shapes on a CPU, to find one "
+        "where `auto` is slower than the best baseline (about twelve minutes, rows in never_slower.jsonl)",
+    )  # fmt: skip
     p.add_argument("--case", action="append", help="only cases whose name contains this; repeat for several")
     p.add_argument("--out", type=Path, default=Path("bench_out"), help="folder for results (default: bench_out)")
     p.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument(
+        "--lane", choices=lanes.CHOICES, default=lanes.AUTO,
+        help="measure as on a CPU whose widest SIMD instructions these are: calm_fast, torch and numpy (default: this "
+        "CPU's own)",
+    )  # fmt: skip
     usual = ", ".join(f"{seconds:g} {suite}" for suite, seconds in _SECONDS.items())
     p.add_argument(
         "--seconds", type=float, help=f"timing budget per case; close results may take twice as long (default: {usual})"
@@ -58,7 +68,8 @@ def parser() -> argparse.ArgumentParser:
 
 def select(ops: Sequence[str] | None, device: torch.device, suite: str, words: Sequence[str] | None) -> list[Case]:
     """Return the cases of `ops` (None: all) whose name contains one of `words` (None: all)."""
-    found = [case for op in ops or REGISTRY for case in cases(op, device, suite)]
+    of = never_slower.cases if suite == never_slower.SUITE else partial(cases, device=device, suite=suite)
+    found = [case for op in ops or REGISTRY for case in of(op)]
     return [case for case in found if not words or any(word in case.name for word in words)]
 
 
@@ -109,6 +120,7 @@ def _compare(args: argparse.Namespace, chosen: Sequence[Case], device: torch.dev
         "cold": args.cold,
         "seed": args.seed,
         "memory": args.memory,
+        "lane": args.lane,
     }
     try:
         pairs, rows = compare.compare(
@@ -132,11 +144,17 @@ def _compare(args: argparse.Namespace, chosen: Sequence[Case], device: torch.dev
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (None: sys.argv) and return the exit code."""
     args = parser().parse_args(argv)
+    if lanes.must_start_again(args.lane):
+        return lanes.start_again(args.lane, sys.argv[1:] if argv is None else argv)
     has_gpu = torch.cuda.is_available()
     if args.device == "cuda" and not has_gpu:
         print(f"bench: --device cuda: torch {torch.__version__} sees no GPU", file=sys.stderr)
         return 2
-    device = torch.device("cuda" if has_gpu and args.device != "cpu" else "cpu")
+    sweep = args.suite == never_slower.SUITE
+    if sweep and (args.device == "cuda" or args.compare):
+        print(f"bench: --suite {args.suite} sweeps a CPU: leave out --device cuda and --compare", file=sys.stderr)
+        return 2
+    device = torch.device("cuda" if has_gpu and args.device != "cpu" and not sweep else "cpu")
     torch.set_num_threads(args.threads)
     chosen = select(args.op, device, args.suite, args.case)
     if args.list or not chosen:
@@ -148,17 +166,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.memory == memory.KEPT and device.type == "cpu" and (reason := memory.obstacle()):
         print(f"bench: --memory kept: {reason}", file=sys.stderr)
         return 2
+    lane = None
+    if device.type == "cpu":
+        try:
+            lane = lanes.settle(args.lane)
+        except lanes.LaneError as problem:
+            print(f"bench: --lane {args.lane}: {problem}", file=sys.stderr)
+            return 2
     if args.compare:
         return _compare(args, chosen, device)
     source = memory.settle(device, args.memory)
     if source and args.memory is None:
         print(f"bench: {source}: {memory.obstacle()}", file=sys.stderr)
-    seconds = args.seconds if args.seconds is not None else _SECONDS[args.suite]
+    seconds = args.seconds if args.seconds is not None else _SECONDS.get(args.suite, 0.0)
     budget = Budget(seconds, warmup=3 if device.type == "cuda" else 0)  # all ran once already, for their peak memory
-    name = machine.device_name(device, source, "cold cache" if args.cold and device.type == "cpu" else "")
-    setting = Setting(
-        device, name, machine.versions(), args.commit or machine.commit(), budget, args.seed, args.cold or None
-    )
+    forced = f"lane {lane}" if args.lane != lanes.AUTO else ""
+    name = machine.device_name(device, source, "cold cache" if args.cold and device.type == "cpu" else "", forced)
+    commit = args.commit or machine.commit()
+    setting = Setting(device, name, machine.versions(), commit, budget, args.seed, args.cold or None, lane)
+    if sweep:
+        return never_slower.run(chosen, setting, args.out)
     rows, ceilings = run(chosen, setting, args.out)
 
     from calm_fast.benchmarks import report

@@ -14,14 +14,16 @@ import time
 import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
 _FLUSH_BYTES = 256 << 20  # larger than a GPU's L2 and than one core's part of a CPU's L3
-_CEILING_SIZES = {"cuda": (8192, 1 << 30), "cpu": (1536, 1 << 24)}  # width of the product, elements of the copy
+_CEILING_SIZES = {"cuda": (8192, 1 << 30), "cpu": (1024, 1 << 24)}  # width of the product, elements of the copy
 _UNDISTURBED_S = 2e-4  # reading the queue takes 10 to 30 us; a reading that loses its core takes 1 ms or more
 _READINGS = 20
-_PRODUCT, _COPY = "ceiling: product", "ceiling: copy"
+_CEILING, _COPY = "ceiling: ", "ceiling: copy"
+_HOPELESS = 2.0  # a product that takes so many times the fastest one's time in its first call sets no ceiling
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,17 @@ class Budget:
     warmup: int = 1
     enough: int = 15
     close: float = 1.5
+    slow: float = 8.0
+    clear: float = 3.0
+
+    def is_slow(self, ms: float, fastest: float) -> bool:
+        """Return True for a contestant that is `slow` times slower than the fastest and alone would spend the budget.
+
+        Its ratio is clear after one call or two. If its rounds alone would spend five budgets, `clear` times suffice:
+        a CPU without 16-bit products needs 15 s for a call of N1's baselines.
+        """
+        spent = self.min_rounds * ms / 1e3
+        return spent > self.seconds and ms > (self.clear if spent > 5 * self.seconds else self.slow) * fastest
 
 
 @dataclass(frozen=True)
@@ -52,10 +65,14 @@ class Times:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The rates this machine reaches on plain work in the same run: FLOP/s of a product, bytes/s of a copy."""
+    """The rates this machine reaches on plain work in the same run: FLOP/s of a product, bytes/s of a copy.
+
+    product: the fastest product measured, e.g. "torch float32".
+    """
 
     flops_per_s: float
     bytes_per_s: float
+    product: str = ""
 
     def floor_ms(self, flops: int, moved: int) -> float:
         """Return the time that no version of the work can beat by much: the larger of arithmetic and data movement."""
@@ -144,7 +161,7 @@ def _undecided(samples: Mapping[str, list[float]], headline: str | None, close: 
         return []
     medians = {name: statistics.median(values) for name, values in samples.items()}
     low, high = medians[headline] / close, medians[headline] * close
-    return [name for name, ms in medians.items() if low <= ms <= high or name in (_PRODUCT, _COPY)]
+    return [name for name, ms in medians.items() if low <= ms <= high or name.startswith(_CEILING)]
 
 
 def interleave(
@@ -153,6 +170,7 @@ def interleave(
     budget: Budget,
     cold: bool | None = None,
     headline: str | None = None,
+    slow: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, Times]:
     """Time every thunk, in turns.
 
@@ -163,10 +181,12 @@ def interleave(
         thunks: name -> callable without arguments; compiled and checked already.
         device: where they run. budget: for how long. cold: see `Timer`.
         headline: the thunk that the others are compared with. If None or not among `thunks`, there is only one phase.
+        slow: names of thunks that need most of the budget for a few calls, and the milliseconds of a call each has had.
+            That call counts, and one more is made if the budget allows it.
     """
     timer = Timer(device, cold)
-    names = list(thunks)
-    samples: dict[str, list[float]] = {name: [] for name in thunks}
+    names = [name for name in thunks if name not in slow]
+    samples = {name: [slow[name]] if name in slow else [] for name in thunks}
     order = random.Random(0)  # in a fixed order each would always follow the same predecessor
 
     def take_turns(names: list[str]) -> None:
@@ -174,9 +194,9 @@ def interleave(
         for name in names:
             samples[name].append(timer(thunks[name]))
 
-    for thunk in thunks.values():
+    for name in names:
         for _ in range(budget.warmup):
-            thunk()
+            thunks[name]()
     begin, done = time.perf_counter(), 0
     while names and done < budget.max_rounds:
         if done >= budget.min_rounds and time.perf_counter() - begin > budget.seconds:
@@ -189,6 +209,9 @@ def interleave(
         while done < most and time.perf_counter() - begin < budget.seconds:
             take_turns(names)
             done += 1
+    for name, ms in slow.items():
+        if ms <= 1e3 * budget.seconds:
+            samples[name].append(timer(thunks[name]))
     return {name: summarise(values) for name, values in samples.items()}
 
 
@@ -235,7 +258,7 @@ def peak_bytes(thunk: Callable[[], object], device: torch.device, python: bool =
 
 @dataclass(frozen=True)
 class CeilingWork:
-    """A large square product and a large copy, on random data: the plain work that sets the ceilings.
+    """Large square products and a large copy, on random data: the plain work that sets the ceilings.
 
     They take turns with a case's contestants, so that floor and contestants are measured under the same conditions.
     """
@@ -246,16 +269,46 @@ class CeilingWork:
 
     def ceilings(self, times: Mapping[str, Times]) -> Ceilings:
         """Return the ceilings from the times that `interleave` measured for `thunks`."""
-        product, copy = (times[name].ms / 1e3 for name in (_PRODUCT, _COPY))
-        return Ceilings(self.flops / product, self.bytes / copy)
+        products = {name: times[name].ms / 1e3 for name in self.thunks if name != _COPY}
+        best = min(products, key=products.__getitem__)
+        return Ceilings(self.flops / products[best], self.bytes / (times[_COPY].ms / 1e3), best.removeprefix(_CEILING))
 
 
 def ceiling_work(device: torch.device, dtype: torch.dtype) -> CeilingWork:
-    """Return the ceiling work for `device` and `dtype`; its sizes exceed any cache."""
+    """Return the ceiling work for `device` and `dtype`; its sizes exceed a core's caches.
+
+    The ceiling is the machine's, not that of one library in one dtype: torch multiplies bfloat16 at a few GFLOP/s on a
+    CPU without instructions for it. So torch's product in the dtype, in float32 where that holds the dtype's numbers,
+    and our own packed product compete; those that are out of the race after one call are left out.
+    """
     size, elements = _CEILING_SIZES[device.type]
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
     source = torch.randn(elements, device=device)
     target = torch.empty_like(source)
-    thunks = {_PRODUCT: lambda: torch.mm(a, b, out=out), _COPY: lambda: target.copy_(source)}
-    return CeilingWork(thunks, 2 * size**3, 2 * source.nbytes)
+    products = [_torch_product(a, b, dtype)]
+    if device.type == "cpu" and dtype.itemsize <= 4:
+        products += [_torch_product(a, b, torch.float32)] * (dtype != torch.float32) + _packed_product(a, b)
+    timer = Timer(device, cold=False)
+    first: dict[str, float] = {}
+    for name, product in reversed(products):  # float32 first: a hopeless product runs once
+        first[name] = timer(product)
+        if first[name] <= 2 * _HOPELESS * min(first.values()):
+            first[name] = min(first[name], timer(product))  # the first call also sets up the library's threads
+    kept = {f"{_CEILING}{n}": p for n, p in products if first[n] <= _HOPELESS * min(first.values())}
+    return CeilingWork({**kept, _COPY: lambda: target.copy_(source)}, 2 * size**3, 2 * source.nbytes)
+
+
+def _torch_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> tuple[str, Callable[[], object]]:
+    left, right = a.to(dtype), b.to(dtype)
+    out = torch.empty_like(left)
+    return f"torch {str(dtype).removeprefix('torch.')}", lambda: torch.mm(left, right, out=out)
+
+
+def _packed_product(a: torch.Tensor, b: torch.Tensor) -> list[tuple[str, Callable[[], object]]]:
+    """Return our product of float32 with a packed weight, or nothing where nothing is packed."""
+    try:
+        from calm_fast._ops.packed_linear.api import Packed, linear, pack
+    except ImportError:  # an older revision of `--compare`
+        return []
+    weight = pack(b)
+    return [("packed float32", lambda: linear(a, weight))] if isinstance(weight, Packed) else []

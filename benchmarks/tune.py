@@ -150,17 +150,17 @@ def tune(
     from calm_fast.kernels.common import hardware
     from calm_fast.kernels.common.config_table import measured_config
 
-    arch = hardware.gpu(device).arch
-    screen = Screen(arch, processes)
+    gpu = hardware.gpu(device)
+    screen = Screen(gpu.arch, processes)
     _submit(screen, todo)
     groups: dict[tuple[str, str], list[Entry]] = {}
     for op, index, problem in todo:
         if time.monotonic() > deadline:
             print(f"out of time before {problem.name}", file=sys.stderr)
             break
-        place = (op, problem.part, device, torch.bfloat16, problem.depth, problem.shape)
+        place = (op, problem.part, gpu, torch.bfloat16, problem.depth, problem.shape)
         found = measured_config(problem.kind, *place)
-        present = found or problem.default(arch)
+        present = found or problem.default(gpu.arch)
         run = problem.prepare(device)
         configs = _survivors(screen, op, index, candidates_beside(problem, present), deadline)
         config, ms, before = best_config(run, present, configs, device, deadline)

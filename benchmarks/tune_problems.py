@@ -79,7 +79,7 @@ def attention_candidates(part: str, head_dim: int) -> tuple[AttentionConfig, ...
 
     small = head_dim > 128
     if part == "fwd":
-        columns = (16, 32) if small else (32, 64, 128)
+        columns = (16, 32, 64) if small else (32, 64, 128)
         return grid(attention_tile, (64, 128), columns, (4, 8), (2, 3), 128, 2048)
     sides = (16, 32, 64) if small else (32, 64, 128)
     return grid(attention_tile, sides, sides, (4, 8), (1, 2), 128, 1024)
@@ -105,8 +105,10 @@ def _cross_attention() -> Iterator[Problem]:
             return TABLES[part].default(arch, HALF, table_size(d))
 
         def prepare(device: torch.device, part: str = part, sizes: tuple[int, ...] = (b, m, n, h, d)) -> Run:
+            from calm_fast.kernels.common import hardware
             from calm_fast.kernels.cross_attention import launch as kernels
-            from calm_fast.kernels.cross_attention.configs import DKDV, DQ, BackwardConfig, table_size
+            from calm_fast.kernels.cross_attention import launch_bwd
+            from calm_fast.kernels.cross_attention.configs import DKDV, DQ, BackwardConfig, dv_config, table_size
 
             b, m, n, h, d = sizes
             q, dout = (torch.randn(b, m, h, d, device=device, dtype=HALF) for _ in range(2))
@@ -126,9 +128,10 @@ def _cross_attention() -> Iterator[Problem]:
             out, lse = forward(None, masks[0])
 
             def backward(config: AttentionConfig) -> dict[str, torch.Tensor]:
-                both = BackwardConfig(dkdv=config, dq=dq) if part == "dkdv" else BackwardConfig(dkdv=dkdv, dq=config)
+                chosen = {"dkdv": dkdv, "dq": dq} | {part: config}
+                both = BackwardConfig(**chosen, dv=dv_config(hardware.gpu(device).arch, HALF, table_size(d)))
                 found = [
-                    kernels.launch_cross_attention_bwd(dout, None, q, k, v, out, lse, *mask, d**-0.5, config=both)
+                    launch_bwd.launch_cross_attention_bwd(dout, None, q, k, v, out, lse, *mask, d**-0.5, config=both)
                     for mask in masks
                 ]
                 return dict(zip(("dq", "dk", "dv"), found[0], strict=True))

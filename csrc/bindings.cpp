@@ -28,17 +28,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(calm_fast, m) {
         " int resamples, bool adaptive, float lam, int seed, int lane=-1) -> Tensor credit");
   m.def("_linear_logprob_native_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float temperature,"
         " float? softcap, bool want_entropy, bool want_rank, int lane=-1)"
-        " -> (Tensor logprob, Tensor entropy, Tensor rank, Tensor lse)");
+        " -> (Tensor logprob, Tensor entropy, Tensor rank, Tensor norms)");
   m.def("_linear_logprob_native_dlogits(Tensor up, Tensor? down, Tensor hidden, Tensor weight, Tensor? bias,"
-        " Tensor targets, Tensor lse, Tensor? entropy, float temperature, float? softcap, int first, Tensor(a!) out,"
+        " Tensor targets, Tensor norms, Tensor? entropy, float temperature, float? softcap, int first, Tensor(a!) out,"
         " int lane=-1) -> ()");
+  m.def("_linear_logprob_native_rows(Tensor logits, Tensor? bias, Tensor targets, float temperature, float? softcap,"
+        " int ignore_index, bool want_entropy, bool want_rank, bool strict, int lane=-1)"
+        " -> (Tensor logprob, Tensor entropy, Tensor rank, Tensor norms)");
+  m.def("_linear_logprob_native_row_gradients(Tensor up, Tensor? down, Tensor logits, Tensor? bias, Tensor targets,"
+        " Tensor norms, Tensor? entropy, float temperature, float? softcap, int lane=-1) -> Tensor");
   m.def("_linear_nce_native_fwd(Tensor? student, Tensor nat, Tensor? neg, Tensor weight, Tensor? bias, Tensor targets,"
         " float temperature, float? softcap, Tensor(a!)? kept=None, int lane=-1)"
-        " -> (Tensor lse, Tensor losses, Tensor references)");
+        " -> (Tensor norms, Tensor losses, Tensor references)");
   m.def("_linear_nce_native_dlogits(Tensor coefficients, Tensor student, Tensor nat, Tensor weight, Tensor? bias,"
-        " Tensor targets, Tensor lse, float temperature, float? softcap, int first, Tensor(a!) out, int lane=-1) -> ()");
+        " Tensor targets, Tensor norms, float temperature, float? softcap, int first, Tensor(a!) out, int lane=-1) -> ()");
   m.def("_linear_nce_native_gradient(Tensor coefficients, Tensor kept, Tensor references, Tensor weight, Tensor targets,"
-        " Tensor lse, float temperature, float? softcap, int lane=-1) -> Tensor");
+        " Tensor norms, float temperature, float? softcap, int lane=-1) -> Tensor");
 }
 CALM_FAST_MODULE(_cpu)
 #else

@@ -136,8 +136,13 @@ _triton_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def triton_obstacle(device: torch.device) -> str | None:
-    """Return the reason why Triton kernels cannot run on `device`, or None if they can."""
-    index = device.index if device.index is not None else 0
+    """Return the reason why Triton kernels cannot run on `device`, or None if they can.
+
+    A CUDA device without an index is the current one, as everywhere in torch.
+    """
+    index = device.index
+    if index is None:
+        index = torch.cuda.current_device() if device.type == "cuda" and not triton_interpreted() else 0
     return _triton_obstacle(device.type, index)
 
 
@@ -170,3 +175,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Decision:
 def warn_once(message: str) -> None:
     """Issue the warning `message`, once per process."""
     warnings.warn(message, stacklevel=3)
+
+
+def autograd_records(*tensors: torch.Tensor | None) -> bool:
+    """Return True where autograd records what is computed from `tensors`."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

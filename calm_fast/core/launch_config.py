@@ -7,7 +7,8 @@ A measured file is ``kernels/<op>/tuned/<gpu>.json``; "config" holds the fields 
         {"part": "fwd", "dtype": "bfloat16", "head_dim": 128, "shape": {"M": 4096, "N": 4096},
          "config": {"block_m": 128, "block_n": 128, "num_warps": 8, "num_stages": 2}}, ...]}
 
-`part`, `dtype` and `head_dim` must match exactly. Among the matches the entry with the nearest shape wins.
+`part`, `dtype` and `head_dim` must match exactly. Among the matches the entry with the nearest shape wins. A process
+reads a file once.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +66,10 @@ class LaunchConfig:
 
 
 Config = TypeVar("Config", bound=LaunchConfig)
+Measured: TypeAlias = tuple[tuple[dict[str, float], Config], ...]
 
 
+@cache
 def gpu_slug(name: str) -> str:
     """Return the file stem of a GPU name: "NVIDIA H200" -> "nvidia_h200"."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
@@ -76,18 +80,10 @@ def _entries(path: Path) -> tuple[dict[str, Any], ...]:
     return tuple(json.loads(path.read_text())["entries"]) if path.is_file() else ()
 
 
-def _distance(entry: dict[str, Any], shape: dict[str, int]) -> float:
-    """Return the sum of |log2 ratio| over the sizes the entry was measured at; a size missing from `shape` is far."""
-    measured = entry.get("shape", {})
-    return sum(
-        abs(math.log2(max(shape[key], 1) / max(size, 1))) if key in shape else 64.0 for key, size in measured.items()
-    )
-
-
-def tuned_config(
-    kind: type[Config], folder: Path, gpu: str, part: str, dtype: str, head_dim: int, shape: dict[str, int]
-) -> Config | None:
-    """Return the measured config nearest to `shape`, or None if this GPU, part, dtype or head dim was never measured.
+def measured_configs(
+    kind: type[Config], folder: Path, gpu: str, part: str, dtype: str, head_dim: int
+) -> Measured[Config]:
+    """Return (log2 of the sizes it was measured at, config) of each entry of a GPU, part, dtype and head dim.
 
     Args:
         kind: the dataclass of the kernel's config.
@@ -96,23 +92,31 @@ def tuned_config(
         part: kernel of the op, e.g. "fwd".
         dtype: "bfloat16", "float16" or "float32".
         head_dim: padded depth of the tile, as the kernel sees it.
-        shape: named sizes, e.g. {"M": 4096, "N": 4096}.
     Raises:
-        ValueError: the nearest entry does not hold the fields of `kind`.
+        ValueError: a matching entry does not hold the fields of `kind`.
     """
     path = folder / f"{gpu_slug(gpu)}.json"
-    matches = [
-        entry
-        for entry in _entries(path)
-        if (entry["part"], entry["dtype"], entry["head_dim"]) == (part, dtype, head_dim)
-    ]
-    if not matches:
-        return None
-    numbers = min(matches, key=lambda entry: _distance(entry, shape))["config"]
     expected = {field.name for field in fields(kind)}
-    if set(numbers) != expected:
-        raise ValueError(
-            f"tuned_config: `config` of part {part} in {path} must have the fields {sorted(expected)},"
-            f" got {sorted(numbers)}; remove the file or write it again: python -m calm_fast.benchmarks.tune"
-        )
-    return kind(**numbers)
+    found = []
+    for entry in _entries(path):
+        if (entry["part"], entry["dtype"], entry["head_dim"]) != (part, dtype, head_dim):
+            continue
+        numbers = entry["config"]
+        if set(numbers) != expected:
+            raise ValueError(
+                f"measured_configs: `config` of part {part} in {path} must have the fields {sorted(expected)},"
+                f" got {sorted(numbers)}; remove the file or write it again: python -m calm_fast.benchmarks.tune"
+            )
+        sizes = {key: math.log2(max(size, 1)) for key, size in entry.get("shape", {}).items()}
+        found.append((sizes, kind(**numbers)))
+    return tuple(found)
+
+
+def _distance(measured: dict[str, float], shape: Mapping[str, int]) -> float:
+    """Return the sum of |log2 ratio| over the sizes the entry was measured at; a size missing from `shape` is far."""
+    return sum(abs(math.log2(max(shape[key], 1)) - log) if key in shape else 64.0 for key, log in measured.items())
+
+
+def nearest(measured: Measured[Config], shape: Mapping[str, int]) -> Config | None:
+    """Return the config of `measured_configs` nearest to a shape such as {"M": 4096}, or None if there is none."""
+    return min(measured, key=lambda entry: _distance(entry[0], shape))[1] if measured else None

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from calm_fast.core.checks import bad_value
+
 _KERNEL = re.compile(r"calm_fast::_(\w+?)_native_(\w+)")
 # _cpu holds the schemas, so it is loaded first for either device
 _MODULES = {"cpu": ("_cpu",), "cuda": ("_cpu", "_cuda")}
@@ -74,11 +76,43 @@ def obstacle(op: str, device_type: str = "cpu") -> str | None:
     return _obstacle(op, device_type)
 
 
+LANES = ("scalar", "avx2", "avx512", "avx512_bf16")  # csrc/common/lanes.h
+
+
+_limited = False  # a limit is set: no lane of LANES has matrix units
+
+
+def limit_lane(name: str | None) -> None:
+    """Let the compiled library use no SIMD lane beyond `name` in this process, as on a CPU without them.
+
+    `auto` then chooses as on such a CPU too, which has no matrix units either. Call it before the first op: weights
+    that are packed already and code from torch.compile stay as they are. torch has limits of its own; `calm-fast bench
+    --lane` sets both.
+
+    Args:
+        name: one of LANES; None lifts the limit.
+    Raises:
+        ValueError: there is no such lane. RuntimeError: the library does not load.
+    """
+    global _limited
+    if name is not None and name not in LANES:
+        raise bad_value("limit_lane", "name", f"one of {', '.join(map(repr, LANES))} or None", repr(name))
+    if isinstance(module := _load("_cpu"), str):
+        raise RuntimeError(f"limit_lane: the compiled library does not load: {module}")
+    module.limit_lane(LANES[-1] if name is None else name)
+    _limited = name is not None
+    _find_slowness.cache_clear()
+    _find_emulation.cache_clear()
+
+
 @functools.cache
 def _find_slowness(dtype: torch.dtype) -> str | None:
     info = build_info()["_cpu"]
-    if isinstance(info, dict) and info["best lane here"] == "scalar":
+    best = info["best lane here"] if isinstance(info, dict) else None
+    if best == "scalar":
         return "this CPU has neither AVX2 nor AVX-512"
+    if best == "avx2" or _limited:  # no CPU has matrix units but no AVX-512
+        return None
     units = ("_is_amx_tile_supported", "_is_amx_fp16_supported")
     if dtype != torch.float32 and any(getattr(torch.cpu, name, bool)() for name in units):
         return "this CPU has matrix units for 16-bit products, which torch uses"
@@ -91,6 +125,24 @@ def slowness(dtype: torch.dtype) -> str | None:
 
 
 slowness._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _find_emulation(dtype: torch.dtype) -> bool:
+    info = build_info()["_cpu"]
+    best = info["best lane here"] if isinstance(info, dict) else None
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and best != "avx512_bf16")
+
+
+def emulated(dtype: torch.dtype) -> bool:
+    """Return True if this CPU has no instructions for products of this 16-bit dtype.
+
+    torch then multiplies it 10 to 200 times more slowly than float32; the compiled library widens it in registers.
+    """
+    return _find_emulation(dtype)
+
+
+emulated._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def build_info() -> dict[str, dict[str, str] | str]:

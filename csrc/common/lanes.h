@@ -1,12 +1,15 @@
 // SIMD lanes: the instruction set of a function is chosen at run time, never by a compile flag.
 //
 //   CALM_FAST_AVX512 void rows_avx512(...)   compiles a function for AVX-512 (F, BW, DQ, VL) whatever the flags
-//   choose_lane(op, lane)                    returns the best lane of this CPU for -1, else that lane or an error
+//   choose_lane(op, lane)                    returns the best lane here for -1, else that lane or an error
+//   limit_lane(lane)                         makes this process use no lane beyond it, as on a CPU without them
 //
 // A lambda does NOT inherit its function's target attribute: use no intrinsics inside one.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <cstring>
 
 #include "common/checks.h"
 
@@ -43,7 +46,8 @@ inline const char* lane_name(Lane lane) {
   }
 }
 
-inline Lane best_lane() {
+// Returns the best lane of this CPU.
+inline Lane cpu_lane() {
 #if CALM_FAST_X86
   static const Lane best = [] {
     __builtin_cpu_init();
@@ -60,12 +64,33 @@ inline Lane best_lane() {
 #endif
 }
 
+inline std::atomic<int64_t>& lane_limit() {
+  static std::atomic<int64_t> limit{static_cast<int64_t>(Lane::avx512_bf16)};
+  return limit;
+}
+
+// Sets the limit to the lane of this name. Returns false if there is no such lane.
+inline bool limit_lane(const char* name) {
+  for (int64_t lane = 0; lane <= static_cast<int64_t>(Lane::avx512_bf16); ++lane) {
+    if (std::strcmp(name, lane_name(static_cast<Lane>(lane))) != 0) continue;
+    lane_limit().store(lane, std::memory_order_relaxed);
+    return true;
+  }
+  return false;
+}
+
+// Returns the best lane that this CPU and the process's limit allow.
+inline Lane best_lane() {
+  const int64_t limit = lane_limit().load(std::memory_order_relaxed), own = static_cast<int64_t>(cpu_lane());
+  return static_cast<Lane>(limit < own ? limit : own);
+}
+
 // Returns the lane to run. `wanted` is the kernel's argument `lane`, through which tests force each lane.
 inline Lane choose_lane(const char* op, int64_t wanted) {
   if (wanted < 0) return best_lane();
   STD_TORCH_CHECK(
       wanted <= static_cast<int64_t>(best_lane()),
-      op, ": `lane` must be -1 or at most ", static_cast<int64_t>(best_lane()), ", the best lane of this CPU (",
+      op, ": `lane` must be -1 or at most ", static_cast<int64_t>(best_lane()), ", the best lane here (",
       lane_name(best_lane()), "), got ", wanted);
   return static_cast<Lane>(wanted);
 }

@@ -1,4 +1,4 @@
-// The Python module around the library: PyInit_<name> with one function, build_info() -> dict. Limited C API only.
+// The Python module around the library: PyInit_<name> with build_info() -> dict and limit_lane(str). Limited C API only.
 #pragma once
 
 #include <Python.h>
@@ -34,12 +34,24 @@ inline PyObject* build_info(PyObject*, PyObject*) {
       "best lane here", lane_name(best_lane()));
 }
 
+inline PyObject* limit_lane_by_name(PyObject*, PyObject* name) {
+  const char* text = PyUnicode_AsUTF8AndSize(name, nullptr);
+  if (text == nullptr) return nullptr;
+  if (!limit_lane(text)) {
+    return PyErr_Format(
+        PyExc_ValueError,
+        "limit_lane: `lane` must be 'scalar', 'avx2', 'avx512' or 'avx512_bf16', got '%s'", text);
+  }
+  Py_RETURN_NONE;
+}
+
 }  // namespace calm_fast
 
 #define CALM_FAST_MODULE(name)                                                                      \
   PyMODINIT_FUNC PyInit_##name() {                                                                  \
     static PyMethodDef methods[] = {                                                                \
-        {"build_info", calm_fast::build_info, METH_NOARGS, "Return how this module was built, as a dict."},   \
+        {"build_info", calm_fast::build_info, METH_NOARGS, "Return how this module was built, as a dict."},\
+        {"limit_lane", calm_fast::limit_lane_by_name, METH_O, "Use no SIMD lane beyond the one named."},\
         {nullptr, nullptr, 0, nullptr}};                                                            \
     static PyModuleDef definition = {                                                               \
         PyModuleDef_HEAD_INIT, #name, "Compiled part of calm_fast.", 0, methods, nullptr, nullptr,  \

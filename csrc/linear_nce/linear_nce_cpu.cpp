@@ -31,11 +31,22 @@ NceKept kept_of(const Tensor& kept, const Tensor& references, const Head& head, 
       stride, wide ? Type::float32 : Type::float16};
 }
 
-// Returns lse, losses and references, all float32.
-//   lse (3, T): log-sum-exps of student, student / temperature and nat / temperature
+// Returns the inputs of the logit gradients: coefficients (2, T) and norms (5, T), as the sweep returns them.
+NceGradient gradient_of(const Tensor& coefficients, const Tensor& norms, int64_t tokens) {
+  check_tensor(kOp, "coefficients", coefficients, {2, tokens}, ScalarType::Float);
+  check_tensor(kOp, "norms", norms, {5, tokens}, ScalarType::Float);
+  const auto* hard = static_cast<const float*>(coefficients.const_data_ptr());
+  const auto* sums = static_cast<const float*>(norms.const_data_ptr());
+  return NceGradient{
+      sums, sums + tokens, sums + 2 * tokens, sums + 3 * tokens, sums + 4 * tokens, hard, hard + tokens};
+}
+
+// Returns norms, losses and references, all float32.
+//   norms (5, T): the largest logit of the student, its sums of exp(z - top) and exp((z - top) / temperature), the
+//       largest logit of nat and its sum of exp((z - top) / temperature)
 //   losses (3, T): the hard and the soft cross-entropy and KL(p_neg || p_nat) of each token; 0 if a stream is missing
 //   references (2, stride): the offsets of 16-bit kept logits, empty without `kept`
-// Fills `kept`, which requires the student; lse is then that of the logits as they are kept.
+// Fills `kept`, which requires the student; the sums are then those of the logits as they are kept.
 std::tuple<Tensor, Tensor, Tensor> linear_nce_fwd_cpu(
     std::optional<Tensor> student, Tensor nat, std::optional<Tensor> neg, Tensor weight, std::optional<Tensor> bias,
     Tensor targets, double temperature, std::optional<double> softcap, std::optional<Tensor> kept, int64_t lane) {
@@ -52,47 +63,41 @@ std::tuple<Tensor, Tensor, Tensor> linear_nce_fwd_cpu(
   STD_TORCH_CHECK(student || !kept, kOp, ": `student` must be given where logits are kept, got `kept` without it");
   Tensor references = torch::stable::new_zeros(nat, {2, kept ? (tokens + 15) / 16 * 16 : 0}, ScalarType::Float);
   const NceKept memory = kept ? kept_of(*kept, references, head, tokens) : NceKept{};
-  Tensor lse = torch::stable::new_zeros(nat, {3, tokens}, ScalarType::Float);
+  Tensor norms = torch::stable::new_zeros(nat, {5, tokens}, ScalarType::Float);
   Tensor losses = torch::stable::new_zeros(nat, {3, tokens}, ScalarType::Float);
-  float *sums = static_cast<float*>(lse.mutable_data_ptr()), *loss = static_cast<float*>(losses.mutable_data_ptr());
-  const Nce out{sums, sums + tokens, sums + 2 * tokens, loss, loss + tokens, loss + 2 * tokens};
+  float *sums = static_cast<float*>(norms.mutable_data_ptr()), *loss = static_cast<float*>(losses.mutable_data_ptr());
+  const Nce out{
+      sums, sums + tokens, sums + 2 * tokens, sums + 3 * tokens, sums + 4 * tokens, loss, loss + tokens,
+      loss + 2 * tokens};
   sweep_nce(chosen, rows ? &*rows : nullptr, nats, negs ? &*negs : nullptr, head, at, out, memory, host);
-  return {lse, losses, references};
+  return {norms, losses, references};
 }
 
 // Fills out (columns, T), in weight's dtype, with the logit gradients of columns first .. first + columns.
 // coefficients (2, T) float32 are the weights of the hard and the soft cross-entropy.
 void linear_nce_dlogits_cpu(
     Tensor coefficients, Tensor student, Tensor nat, Tensor weight, std::optional<Tensor> bias, Tensor targets,
-    Tensor lse, double temperature, std::optional<double> softcap, int64_t first, Tensor out, int64_t lane) {
+    Tensor norms, double temperature, std::optional<double> softcap, int64_t first, Tensor out, int64_t lane) {
   const Head head = head_of(kOp, weight, bias, temperature, softcap);
   const Matrix rows = rows_of(kOp, "student", student, head);
   const int64_t tokens = rows.rows;
   const Matrix nats = rows_of(kOp, "nat", nat, head, tokens);
   const int64_t* at = targets_of(kOp, targets, tokens, head.weight.rows);
-  check_tensor(kOp, "coefficients", coefficients, {2, tokens}, ScalarType::Float);
-  check_tensor(kOp, "lse", lse, {3, tokens}, ScalarType::Float);
-  const auto* hard = static_cast<const float*>(coefficients.const_data_ptr());
-  const auto* sums = static_cast<const float*>(lse.const_data_ptr());
-  const NceGradient in{sums, sums + tokens, sums + 2 * tokens, hard, hard + tokens};
+  const NceGradient in = gradient_of(coefficients, norms, tokens);
   TorchHost host(student);
   const Tile tile = tile_of(kOp, out, head, tokens, first);
   dlogits_nce(choose_lane(kOp, lane), rows, nats, head, at, in, tile, host);
 }
 
-// Returns the gradient (T, d) float32 of the hidden states whose logits are in `kept`; coefficients and lse as above.
+// Returns the gradient (T, d) float32 of the hidden states whose logits are in `kept`; coefficients and norms as above.
 Tensor linear_nce_gradient_cpu(
-    Tensor coefficients, Tensor kept, Tensor references, Tensor weight, Tensor targets, Tensor lse, double temperature,
+    Tensor coefficients, Tensor kept, Tensor references, Tensor weight, Tensor targets, Tensor norms, double temperature,
     std::optional<double> softcap, int64_t lane) {
   const Head head = head_of(kOp, weight, std::nullopt, temperature, softcap);
   const int64_t tokens = targets.numel();
   const int64_t* at = targets_of(kOp, targets, tokens, head.weight.rows);
   const NceKept memory = kept_of(kept, references, head, tokens);
-  check_tensor(kOp, "coefficients", coefficients, {2, tokens}, ScalarType::Float);
-  check_tensor(kOp, "lse", lse, {3, tokens}, ScalarType::Float);
-  const auto* hard = static_cast<const float*>(coefficients.const_data_ptr());
-  const auto* sums = static_cast<const float*>(lse.const_data_ptr());
-  const NceGradient in{sums, sums + tokens, sums + 2 * tokens, hard, hard + tokens};
+  const NceGradient in = gradient_of(coefficients, norms, tokens);
   const Lane chosen = choose_lane(kOp, lane);
   TorchHost host(weight);
   Tensor gradient = torch::stable::new_empty(weight, {tokens, head.weight.columns}, ScalarType::Float);

@@ -85,7 +85,7 @@ SIMT_HOST_DEVICE Sum added(Sum sum, double weight) {
 template <class Sum>
 SIMT_HOST_DEVICE bool is_tied(Sum top, Sum sum) {
   if constexpr (std::is_same_v<Sum, double>) {
-    return top - sum <= kTieTolerance;  // false for an absent class
+    return sum >= tie_limit(top);  // false for an absent class
   } else {
     return sum == top && sum > 0;
   }
@@ -171,8 +171,8 @@ __global__ void __launch_bounds__(kMostThreads, 1) resample_kernel(Args a) {
     // Load: the answers, -1 for samples that do not vote.
     const int64_t q = item / a.chunks, chunk = item % a.chunks;
     for (int i = t; i < k; i += threads) {
-      const bool votes = !a.valid || a.valid[q * k + i];
-      w.answers[i] = votes ? int64_t(a.answers[q * k + i]) : -1;
+      const int64_t answer = a.answers[q * k + i];
+      w.answers[i] = answer >= 0 && (!a.valid || a.valid[q * k + i]) ? answer : -1;
     }
     for (int i = t; i < warps * kSizes; i += threads) earned[i] = 0.0;
     if (t == 0) cells[2] = -1;

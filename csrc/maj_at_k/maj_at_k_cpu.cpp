@@ -122,12 +122,11 @@ Tensor maj_at_k_resample_cpu(
       const bool present = question.counts[0] > 0;
       double whole = present ? question.whole() : 0.0;
       if (present && weighted) {
-        const uint8_t* voting = in.voting == nullptr ? nullptr : in.voting + q * in.samples;
         const int64_t at = q * in.samples;
         if (doubles) {
-          vote_cpu::weigh(static_cast<const double*>(given) + at, voting, in.samples, adaptive, lam, scratch.weights);
+          vote_cpu::weigh(static_cast<const double*>(given) + at, question.voting, in.samples, adaptive, lam, scratch.weights);
         } else {
-          vote_cpu::weigh(static_cast<const float*>(given) + at, voting, in.samples, adaptive, lam, scratch.weights);
+          vote_cpu::weigh(static_cast<const float*>(given) + at, question.voting, in.samples, adaptive, lam, scratch.weights);
         }
         for (int64_t i = 0; i < question.n; ++i) scratch.own[i] = scratch.weights[question.place[i]];
         whole = whole_weighted(question, scratch);

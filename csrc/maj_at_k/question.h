@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/tie.h"
+#include "vote/vote_core.h"
 
 namespace calm_fast::maj_at_k_cpu {
 
@@ -55,9 +56,11 @@ struct Question {
     counts = arena.take<int32_t>(samples + 1);
     ids = arena.take<int64_t>(samples + 1);
     table = arena.take<int32_t>(table_size);
+    votes = arena.take<uint8_t>(samples);
   }
 
   void read(const int64_t* answers, const uint8_t* valid, int64_t samples, int64_t right) {
+    voting = valid = vote_cpu::voting_samples(answers, valid, samples, votes);
     std::memset(table, 0xff, table_size * sizeof(int32_t));
     n = classes = 0;
     class_number(right);
@@ -80,6 +83,7 @@ struct Question {
     return counts[0] ? 1.0 / ties : 0.0;
   }
 
+  const uint8_t* voting = nullptr;  // which samples vote, null: all
   int64_t n = 0;
   int32_t classes = 0;
   int32_t *classes_of, *place, *counts;  // class and place of each voting sample; number of samples of each class
@@ -100,6 +104,7 @@ struct Question {
   int64_t table_size;  // a power of two
   int64_t* ids;
   int32_t* table;
+  uint8_t* votes;
 };
 
 }  // namespace calm_fast::maj_at_k_cpu

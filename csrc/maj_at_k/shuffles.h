@@ -139,7 +139,7 @@ inline __attribute__((always_inline)) void weigh_row(
         absent[own] = 0.0;
       }
     }
-    double top[kRow], ties[kRow] = {};
+    double top[kRow], limit[kRow], ties[kRow] = {};
     for (double& own : top) own = kAbsent;
     for (int64_t c = 0; c < question.classes * kRow; c += kRow) {
       for (int64_t g = 0; g < kRow; ++g) {
@@ -147,10 +147,11 @@ inline __attribute__((always_inline)) void weigh_row(
         top[g] = sum > top[g] ? sum : top[g];
       }
     }
+    for (int64_t g = 0; g < kRow; ++g) limit[g] = tie_limit(top[g]);
     for (int64_t c = 0; c < question.classes * kRow; c += kRow) {
-      for (int64_t g = 0; g < kRow; ++g) ties[g] += top[g] - (sums[c + g] + absent[c + g]) <= kTieTolerance ? 1.0 : 0.0;
+      for (int64_t g = 0; g < kRow; ++g) ties[g] += sums[c + g] + absent[c + g] >= limit[g] ? 1.0 : 0.0;
     }
-    for (int64_t g = 0; g < kRow; ++g) ties[g] = top[g] - (sums[g] + absent[g]) <= kTieTolerance ? ties[g] : 0.0;
+    for (int64_t g = 0; g < kRow; ++g) ties[g] = sums[g] + absent[g] >= limit[g] ? ties[g] : 0.0;
     for (int64_t g = 0; g < resamples; ++g) scratch.credits[at] += inverse[static_cast<int64_t>(ties[g])];
   }
 }
@@ -214,9 +215,10 @@ inline void weighted_shuffle(
     }
     double top = kAbsent;
     for (int32_t c = 0; c < question.classes; ++c) top = s.sums[c] > top ? s.sums[c] : top;
-    if (!(top - s.sums[0] <= kTieTolerance)) continue;
+    const double limit = tie_limit(top);
+    if (!(s.sums[0] >= limit)) continue;
     int32_t ties = 0;
-    for (int32_t c = 0; c < question.classes; ++c) ties += top - s.sums[c] <= kTieTolerance;
+    for (int32_t c = 0; c < question.classes; ++c) ties += s.sums[c] >= limit;
     s.credits[at] += 1.0 / ties;
   }
 }
@@ -230,9 +232,10 @@ inline double whole_weighted(const Question& question, const ShuffleScratch& s) 
     sum = (sum == kAbsent ? 0.0 : sum) + s.own[i];
   }
   for (int32_t c = 0; c < question.classes; ++c) top = s.sums[c] > top ? s.sums[c] : top;
-  if (!(top - s.sums[0] <= kTieTolerance)) return 0.0;
+  const double limit = tie_limit(top);
+  if (!(s.sums[0] >= limit)) return 0.0;
   int32_t ties = 0;
-  for (int32_t c = 0; c < question.classes; ++c) ties += top - s.sums[c] <= kTieTolerance;
+  for (int32_t c = 0; c < question.classes; ++c) ties += s.sums[c] >= limit;
   return 1.0 / ties;
 }
 

@@ -135,5 +135,5 @@ LANE void hidden_gradient(void* context, int64_t task) {
 
 constexpr LaneFunctions kFunctions{
     kRows, kGroup, kWidth, kStrip, kPairs, pack_tokens, target_logits, sweep_split<LogprobSweep>, sweep_split<NceSweep>,
-    sweep_split<LogprobDlogits>, sweep_split<NceDlogits>, pack_dlogits, hidden_gradient,
+    sweep_split<LogprobDlogits>, sweep_split<NceDlogits>, row_sums, row_gradient, pack_dlogits, hidden_gradient,
 };

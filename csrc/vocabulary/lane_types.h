@@ -36,6 +36,26 @@ struct LogprobSweep {
   bool want_entropy, want_rank;
 };
 
+// Sums of a row of logits, relative to its maximum `max`: of powers, of powers times their exponents, and the number of
+// logits above the target's, `target`.
+struct RowSums {
+  double sum, weighted, larger;
+  float max, target;
+};
+
+// Rows of logits in memory; each array has one entry per row. The first part is for both passes, `sums` is the result of
+// the forward one, and the rest belongs to the gradients, as in LogprobDlogits.
+struct LogitRows {
+  Matrix logits;  // (T, V), its columns neighbours
+  Head head;      // of which bias and softcap count
+  const int64_t* target;  // -1: not in the vocabulary
+  float scale;
+  bool want_entropy, want_rank;
+  RowSums* sums;
+  const float *top, *constant, *linear, *up;
+  void* gradient;  // (T, V), the dtype of logits
+};
+
 struct NceSums {
   Running student, soft_student, nat, soft_nat, neg;
   float *student_drift, *soft_student_drift, *nat_drift;  // sums of the rounding errors of kept logits
@@ -61,25 +81,26 @@ struct NceSweep {
   const NceSums* sums;  // one per split
   float scale;
   bool plain;  // temperature 1
-  bool banned;  // a bias of -infinity may give logits of -infinity (there is no softcap)
   bool student, neg;  // whether these streams exist; nat always does
   KeptLogits kept[2];  // of the student and of nat
   bool rounds;         // kept logits are rounded to 16 bits
 };
 
-// Logit gradients of linear_logprob: dz = 2^x (constant + linear x), x = scale z + minus_lse, plus `up` at the target.
+// Logit gradients of linear_logprob: dz = 2^x (constant + linear x), x = scale (z - top), plus `up` at the target.
 // Each array has one entry per token of the block.
 struct LogprobDlogits {
-  const float *minus_lse, *constant, *linear, *up, *target;
+  const float *top, *constant, *linear, *up, *target;
   float scale, softcap;
   Type type;
   Tile out;
   int64_t first_token;
 };
 
-// Logit gradients of linear_nce; each array has one entry per token.
+// Logit gradients of linear_nce; each array has one entry per token. A probability is a power relative to the largest
+// logit times one over the sum of powers, which the factors contain: `soft` that of exp((z - top) / temperature),
+// `plain_hard` that of exp(z - top) where the temperature is not 1, `teacher` that of nat's power.
 struct NceDlogits {
-  const float *minus_lse, *minus_lse_soft, *minus_lse_nat, *hard, *soft, *target;
+  const float *top, *top_nat, *soft, *plain_hard, *teacher, *hard, *target;
   float scale, softcap;
   bool plain;
   Type type;
@@ -117,6 +138,8 @@ struct LaneFunctions {
   void (*sweep_nce)(void*, int64_t);
   void (*dlogits_logprob)(void*, int64_t);
   void (*dlogits_nce)(void*, int64_t);
+  void (*row_sums)(void*, int64_t);
+  void (*row_gradient)(void*, int64_t);
   void (*pack_dlogits)(void*, int64_t);
   void (*hidden_gradient)(void*, int64_t);
 };

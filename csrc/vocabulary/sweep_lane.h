@@ -3,18 +3,29 @@
 
 // ---- running sums ----------------------------------------------------------------------------------------------------
 
-// Weights of the second running sum: none, the exponent itself (for the entropy), or an array of values.
-enum class Weigh { nothing, exponent, values };
+// Weights of the second running sum: none, the exponent itself (for the entropy), an array of values, or z - max minus
+// the values.
+enum class Weigh { nothing, exponent, values, difference };
+
+// Stands for the difference of a logit of -infinity to the maximum: the product with its power, at most 2^-126, is nothing.
+constexpr float kNoLogit = -1e20f;
+
+// A weighted sum whose values are differences to the maximum of another stream: they change where that maximum moves.
+struct Follower {
+  const Running* sums;  // null: none
+  float sign;
+};
 
 // Adds a tile to the running sums of each token of a group: sum 2^(scale (z - max)), and the same sum weighted.
-// kDrift adds a third sum, `drifted`, whose weights are `drift`. kWhole: the tile has kRows rows, not n.
-template <Weigh kWeigh, bool kWhole, bool kDrift>
+// kDrift adds a third sum, `drifted`, whose weights are `drift`. kWhole: the tile has kRows rows, not n. kStore: the tile
+// becomes z - max.
+template <Weigh kWeigh, bool kStore, bool kWhole, bool kDrift>
 LANE void accumulate(
-    const Running& to, int64_t at, int vectors, int n, const float* z, const float* values, float scale,
-    const float* drift, float* drifted) {
+    const Running& to, const Follower& follower, int64_t at, int vectors, int n, float* z, const float* values,
+    float scale, const float* drift, float* drifted) {
   const int rows = kWhole ? kRows : n;
   for (int j = 0; j < vectors; ++j) {
-    const float* from = z + j * kWidth;
+    float* from = z + j * kWidth;
     const int64_t token = at + j * kWidth;
     // Load: the running sums, and the maximum of the tile.
     V top = load(from);
@@ -29,6 +40,12 @@ LANE void accumulate(
       const V shift = maximum(set1(-126.0f), mul(sub(max, top), set1(scale)));
       const V shrink = exp2_of(shift);
       if (kWeigh == Weigh::exponent) weighted = fused(shift, total, weighted);
+      if (kWeigh == Weigh::difference) weighted = fused(sub(max, top), total, weighted);
+      if (kStore && follower.sums) {
+        const V moved = mul(sub(max, top), set1(follower.sign));
+        float* mean = follower.sums->weighted + token;
+        store(mean, fused(moved, load(follower.sums->total + token), load(mean)));
+      }
       weighted = mul(weighted, shrink);
       if (kDrift) moved = mul(moved, shrink);
       total = mul(total, shrink);
@@ -39,7 +56,10 @@ LANE void accumulate(
     V even = set1(0.0f), odd = set1(0.0f);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const V x = mul(sub(load(from + r * kGroup), max), set1(scale));
+      V difference = sub(load(from + r * kGroup), max);
+      if (kStore || kWeigh == Weigh::difference) difference = maximum(set1(kNoLogit), difference);
+      if (kStore) store(from + r * kGroup, difference);
+      const V x = mul(difference, set1(scale));
       const V power = exp2_of(x);
       if (r % 2) {
         odd = add(odd, power);
@@ -48,6 +68,9 @@ LANE void accumulate(
       }
       if (kWeigh == Weigh::exponent) weighted = fused(power, maximum(set1(-126.0f), x), weighted);
       if (kWeigh == Weigh::values) weighted = fused(power, load(values + j * kWidth + r * kGroup), weighted);
+      if (kWeigh == Weigh::difference) {
+        weighted = fused(power, sub(difference, load(values + j * kWidth + r * kGroup)), weighted);
+      }
       if (kDrift) moved = fused(power, load(drift + j * kWidth + r * kGroup), moved);
     }
     // Store.
@@ -57,12 +80,15 @@ LANE void accumulate(
   }
 }
 
-template <Weigh kWeigh, bool kDrift = false>
+template <Weigh kWeigh, bool kStore = false, bool kDrift = false>
 LANE void accumulate(
-    const Running& to, int64_t at, int vectors, int n, const float* z, const float* values, float scale,
-    const float* drift = nullptr, float* drifted = nullptr) {
-  if (n == kRows) return accumulate<kWeigh, true, kDrift>(to, at, vectors, n, z, values, scale, drift, drifted);
-  accumulate<kWeigh, false, kDrift>(to, at, vectors, n, z, values, scale, drift, drifted);
+    const Running& to, const Follower& follower, int64_t at, int vectors, int n, float* z, const float* values,
+    float scale, const float* drift = nullptr, float* drifted = nullptr) {
+  if (n == kRows) {
+    return accumulate<kWeigh, kStore, true, kDrift>(
+        to, follower, at, vectors, n, z, values, scale, drift, drifted);
+  }
+  accumulate<kWeigh, kStore, false, kDrift>(to, follower, at, vectors, n, z, values, scale, drift, drifted);
 }
 
 // ---- visitors of a tile ----------------------------------------------------------------------------------------------
@@ -87,18 +113,8 @@ LANE void visit(const LogprobSweep& s, const Place& p, float* z) {
       store(to.larger + p.at + j * kWidth, count);
     }
   }
-  if (s.want_entropy) return accumulate<Weigh::exponent>(to.running, p.at, p.vectors, p.n, z, nullptr, s.scale);
-  accumulate<Weigh::nothing>(to.running, p.at, p.vectors, p.n, z, nullptr, s.scale);
-}
-
-// Replaces -infinity by 0, because a probability of 0 times -infinity would be NaN.
-LANE void zero_infinities(const Place& p, float* z) {
-  for (int r = 0; r < p.n; ++r) {
-    for (int j = 0; j < p.vectors; ++j) {
-      const V value = load(z + r * kGroup + j * kWidth);
-      store(z + r * kGroup + j * kWidth, pick(same(value, set1(-kInfinity)), set1(0.0f), value));
-    }
-  }
+  if (s.want_entropy) return accumulate<Weigh::exponent>(to.running, {}, p.at, p.vectors, p.n, z, nullptr, s.scale);
+  accumulate<Weigh::nothing>(to.running, {}, p.at, p.vectors, p.n, z, nullptr, s.scale);
 }
 
 // Writes a tile to memory that outlives the sweep. `drift` becomes the error of rounding to 16 bits; it is not written
@@ -126,12 +142,14 @@ LANE void keep(const KeptLogits& to, const Place& p, const float* z, float* drif
 // Adds a tile to the running sums. Where the kept logits are rounded, it also sums by how much rounding moves the
 // log-sum-exp, so that the probabilities of the rounded logits add up to 1. Otherwise p - 1 of a near-certain token, or
 // the difference of two near-certain probabilities, would be nothing but rounding error.
-template <Weigh kWeigh>
+template <Weigh kWeigh, bool kStore>
 LANE void accumulate(
-    const NceSweep& s, const Running& to, float* drifted, const Place& p, const float* z, const float* values,
-    float scale, const float* drift) {
-  if (s.rounds) return accumulate<kWeigh, true>(to, p.at, p.vectors, p.n, z, values, scale, drift, drifted);
-  accumulate<kWeigh>(to, p.at, p.vectors, p.n, z, values, scale);
+    const NceSweep& s, const Running& to, const Follower& follower, float* drifted, const Place& p, float* z,
+    const float* values, float scale, const float* drift) {
+  if (s.rounds) {
+    return accumulate<kWeigh, kStore, true>(to, follower, p.at, p.vectors, p.n, z, values, scale, drift, drifted);
+  }
+  accumulate<kWeigh, kStore>(to, follower, p.at, p.vectors, p.n, z, values, scale);
 }
 
 LANE void visit(const NceSweep& s, const Place& p, float* z) {
@@ -142,30 +160,24 @@ LANE void visit(const NceSweep& s, const Place& p, float* z) {
     keep(s.kept[0], p, z, drift[0]);
     keep(s.kept[1], p, nat, drift[1]);
   }
-  if (s.student) accumulate<Weigh::nothing>(s, to.student, to.student_drift, p, z, nullptr, kLog2e, drift[0]);
-  if (!s.plain) {
-    if (s.student) {
-      accumulate<Weigh::nothing>(s, to.soft_student, to.soft_student_drift, p, z, nullptr, s.scale, drift[0]);
-    }
-    accumulate<Weigh::nothing>(to.nat, p.at, p.vectors, p.n, nat, nullptr, kLog2e);
-  }
-  if (s.banned) zero_infinities(p, z);
+  // The last sum of each stream leaves differences to the maximum in its tile. Averages are those of differences: two
+  // large averages would cancel.
   if (s.student) {
-    accumulate<Weigh::values>(s, to.soft_nat, to.nat_drift, p, nat, z, s.scale, drift[1]);
-  } else {
-    accumulate<Weigh::nothing>(to.soft_nat, p.at, p.vectors, p.n, nat, nullptr, s.scale);
-  }
-  if (!s.neg) return;
-  // KL is the mean of neg - nat: averaging the difference avoids the cancellation of two large means.
-  for (int r = 0; r < p.n; ++r) {
-    for (int j = 0; j < p.vectors; ++j) {
-      const int i = r * kGroup + j * kWidth;
-      const V gap = sub(load(neg + i), load(nat + i));
-      // Both logits are -infinity where a bias of -infinity bans the column.
-      store(nat + i, s.banned ? pick(same(load(neg + i), set1(-kInfinity)), set1(0.0f), gap) : gap);
+    if (!s.plain) {
+      accumulate<Weigh::nothing, false>(s, to.soft_student, {}, to.soft_student_drift, p, z, nullptr, s.scale, drift[0]);
     }
+    accumulate<Weigh::nothing, true>(
+        s, to.student, {&to.soft_nat, 1.0f}, to.student_drift, p, z, nullptr, kLog2e, drift[0]);
   }
-  accumulate<Weigh::values>(to.neg, p.at, p.vectors, p.n, neg, nat, kLog2e);
+  if (!s.plain) accumulate<Weigh::nothing>(to.nat, {}, p.at, p.vectors, p.n, nat, nullptr, kLog2e);
+  const Follower gap{s.neg ? &to.neg : nullptr, -1.0f};
+  if (s.student) {
+    accumulate<Weigh::values, true>(s, to.soft_nat, gap, to.nat_drift, p, nat, z, s.scale, drift[1]);
+  } else {
+    accumulate<Weigh::nothing, true>(to.soft_nat, gap, p.at, p.vectors, p.n, nat, nullptr, s.scale);
+  }
+  // KL is the mean of neg - nat, each relative to its maximum.
+  if (s.neg) accumulate<Weigh::difference>(to.neg, {}, p.at, p.vectors, p.n, neg, nat, kLog2e);
 }
 
 // Writes row r of a tile of logit gradients to memory.
@@ -180,7 +192,7 @@ LANE void visit(const LogprobDlogits& s, const Place& p, float* z) {
     for (int j = 0; j < p.vectors; ++j) {
       const int64_t token = p.at + j * kWidth;
       const V value = load(row + j * kWidth);
-      const V x = fused(value, set1(s.scale), load(s.minus_lse + token));
+      const V x = mul(sub(value, load(s.top + token)), set1(s.scale));
       V factor = load(s.constant + token);
       // A bias of -infinity gives x = -infinity and a power of 0; their product must be 0, not NaN.
       if (s.linear) factor = fused(load(s.linear + token), maximum(set1(-126.0f), x), factor);
@@ -195,18 +207,12 @@ LANE void visit(const LogprobDlogits& s, const Place& p, float* z) {
 
 // Returns dz of one column for a vector of tokens.
 LANE V nce_dlogits(const NceDlogits& s, int64_t token, V column, V z, V nat) {
-  const V hard = load(s.hard + token), soft = load(s.soft + token);
-  const V power = exp2_of(fused(z, set1(s.scale), load(s.minus_lse_soft + token)));
-  V dz;
-  if (s.plain) {
-    dz = mul(power, add(hard, soft));
-  } else {
-    dz = fused(exp2_of(fused(z, set1(kLog2e), load(s.minus_lse + token))), hard, mul(power, soft));
-  }
-  const V teacher = fused(nat, set1(s.scale), load(s.minus_lse_nat + token));
-  dz = sub(dz, mul(exp2_of(teacher), soft));
+  const V difference = sub(z, load(s.top + token)), teacher = sub(nat, load(s.top_nat + token));
+  V dz = mul(exp2_of(mul(difference, set1(s.scale))), load(s.soft + token));
+  if (!s.plain) dz = fused(exp2_of(mul(difference, set1(kLog2e))), load(s.plain_hard + token), dz);
+  dz = sub(dz, mul(exp2_of(mul(teacher, set1(s.scale))), load(s.teacher + token)));
   const M here = same(load(s.target + token), column);
-  if (any(here)) dz = sub(dz, pick(here, hard, set1(0.0f)));
+  if (any(here)) dz = sub(dz, pick(here, load(s.hard + token), set1(0.0f)));
   return softcap_backward(dz, z, s.softcap);
 }
 

@@ -40,22 +40,29 @@ inline Matrix rows_of(const char* op, const char* name, const Tensor& tensor, co
   return rows;
 }
 
-// Returns the LM head. bias: (V,) float32 or none.
-inline Head head_of(
-    const char* op, const Tensor& weight, const std::optional<Tensor>& bias, double temperature,
+// Returns the LM head of this weight. bias: (V,) float32 or none.
+inline Head numbers_of(
+    const char* op, const Matrix& weight, const std::optional<Tensor>& bias, double temperature,
     std::optional<double> softcap) {
-  Head head{matrix_of(op, "weight", weight, -1), nullptr, 0.0f, static_cast<float>(temperature)};
-  STD_TORCH_CHECK(
-      head.weight.rows > 0 && head.weight.columns > 0, op, ": `weight` must not be empty, got shape ",
-      shape_text(weight));
+  Head head{weight, nullptr, 0.0f, static_cast<float>(temperature)};
   STD_TORCH_CHECK(temperature > 0, op, ": `temperature` must be positive, got ", temperature);
   STD_TORCH_CHECK(softcap.value_or(1.0) > 0, op, ": `softcap` must be positive, got ", softcap.value_or(1.0));
   if (softcap) head.softcap = static_cast<float>(*softcap);
   if (bias) {
-    check_tensor(op, "bias", *bias, {head.weight.rows}, ScalarType::Float);
+    check_tensor(op, "bias", *bias, {weight.rows}, ScalarType::Float);
     head.bias = static_cast<const float*>(bias->const_data_ptr());
   }
   return head;
+}
+
+// Returns the LM head. bias: (V,) float32 or none.
+inline Head head_of(
+    const char* op, const Tensor& weight, const std::optional<Tensor>& bias, double temperature,
+    std::optional<double> softcap) {
+  const Matrix rows = matrix_of(op, "weight", weight, -1);
+  STD_TORCH_CHECK(
+      rows.rows > 0 && rows.columns > 0, op, ": `weight` must not be empty, got shape ", shape_text(weight));
+  return numbers_of(op, rows, bias, temperature, softcap);
 }
 
 inline const int64_t* targets_of(const char* op, const Tensor& targets, int64_t tokens, int64_t vocabulary) {

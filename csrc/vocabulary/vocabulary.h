@@ -31,11 +31,12 @@ struct Logprob {
   float* logprob;
   float* entropy;
   int64_t* rank;
-  float* lse;  // of the logits over the temperature
+  float *top, *total;  // the largest logit, and the sum of exp((z - top) / temperature)
 };
 
 struct Nce {
-  float *lse, *lse_soft, *lse_nat;  // of student, student / temperature, nat / temperature
+  // The largest logit of the student and of nat, and sums of exp(z - top) and exp((z - top) / temperature).
+  float *top, *total, *total_soft, *top_nat, *total_nat;
   float *hard, *soft, *kl;          // both cross-entropies, and KL(p_neg || p_nat)
 };
 
@@ -58,9 +59,16 @@ class Host {
 void sweep_logprob(
     Lane lane, const Matrix& hidden, const Head& head, const int64_t* targets, const Logprob& out, Host& host);
 
+// Computes the outputs of linear_logprob from logits (T, V) before bias and softcap, whose columns are neighbours.
+// targets (T,): where outside the vocabulary, logprob is NaN and rank 0; where `ignored`, all results are 0. Of the head,
+// the weight is not read.
+void rows_logprob(
+    Lane lane, const Matrix& logits, const Head& head, const int64_t* targets, int64_t ignored, const Logprob& out,
+    Host& host);
+
 // Logits that a sweep keeps for gradient_nce: (V, stride) each for student and nat, where stride is T rounded up to 16.
 // In 16 bits they are relative to the logit of the token's target, which `references` (2, stride) holds, and the
-// log-sum-exps of the sweep are those of the rounded logits. A logit more than 65504 above the target's overflows to
+// totals of the sweep are those of the rounded logits. A logit more than 65504 above the target's overflows to
 // infinity, which gives NaN in that token's gradient.
 struct NceKept {
   void *student, *nat;  // null: nothing is kept
@@ -69,7 +77,7 @@ struct NceKept {
   Type type;  // float32 or float16
 };
 
-// Computes the outputs of linear_nce. student, nat, neg (T, d); without student only lse_nat and kl, without neg all
+// Computes the outputs of linear_nce. student, nat, neg (T, d); without student only top_nat, total_nat and kl, without neg all
 // but kl.
 void sweep_nce(
     Lane lane, const Matrix* student, const Matrix& nat, const Matrix* neg, const Head& head, const int64_t* targets,
@@ -86,16 +94,21 @@ struct Tile {
 //   dz = (up (1_target - p) - down p (log p + entropy)) / temperature, times the derivative of the softcap
 // down and entropy are null where the entropy has no gradient.
 struct LogprobGradient {
-  const float *lse, *up, *down, *entropy;
+  const float *top, *total, *up, *down, *entropy;
 };
 void dlogits_logprob(
     Lane lane, const Matrix& hidden, const Head& head, const int64_t* targets, const LogprobGradient& in,
     const Tile& out, Host& host);
 
+// Writes the logit gradients (T, V) of the same logits, in their dtype; they are NaN where the target is unknown.
+void gradient_rows_logprob(
+    Lane lane, const Matrix& logits, const Head& head, const int64_t* targets, const LogprobGradient& in,
+    void* gradient, Host& host);
+
 // Inputs of the logit gradients of linear_nce, each (T,):
 //   dz = hard (p - 1_target) + soft / temperature (p^tau - p_nat^tau), times the derivative of the softcap
 struct NceGradient {
-  const float *lse, *lse_soft, *lse_nat, *hard, *soft;
+  const float *top, *total, *total_soft, *top_nat, *total_nat, *hard, *soft;
 };
 void dlogits_nce(
     Lane lane, const Matrix& student, const Matrix& nat, const Head& head, const int64_t* targets,

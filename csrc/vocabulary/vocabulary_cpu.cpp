@@ -104,12 +104,14 @@ struct Total {
 
   explicit Total(float scale) : scale(scale) {}
 
-  void add(const Running& part, int64_t token, bool by_exponent) {
+  // reference: what the values of this split are relative to.
+  void add(const Running& part, int64_t token, bool by_exponent, double reference = 0) {
     const double other = part.max[token], top = other > max ? other : max;
     const double old = (max - top) * scale, add = (other - top) * scale;
     const double keep = std::exp2(old), take = std::exp2(add);
     if (by_exponent) weighted += sum == 0 ? 0 : old * sum;
-    weighted = weighted * keep + (part.weighted[token] + (by_exponent ? add * part.total[token] : 0)) * take;
+    const double moved = by_exponent ? add : reference;
+    weighted = weighted * keep + (part.weighted[token] + moved * part.total[token]) * take;
     sum = sum * keep + part.total[token] * take;
     max = top;
   }
@@ -156,7 +158,8 @@ void sweep_logprob(
         larger += s.larger[t];
       }
       out.logprob[first + t] = static_cast<float>(total.log_share(at_target[t]));
-      out.lse[first + t] = static_cast<float>(total.log_sum());
+      out.top[first + t] = static_cast<float>(total.max);
+      out.total[first + t] = static_cast<float>(total.sum);
       if (out.entropy) out.entropy[first + t] = static_cast<float>(total.entropy());
       if (out.rank) out.rank[first + t] = 1 + static_cast<int64_t>(larger);
     }
@@ -186,7 +189,7 @@ void sweep_nce(
   }
   const float scale = kLog2e / head.temperature;
   NceSweep sweep{
-      sums.data(), scale, plain, head.bias && head.softcap == 0, student != nullptr, neg != nullptr,
+      sums.data(), scale, plain, student != nullptr, neg != nullptr,
       {{kept.student, kept.references, kept.stride, head.weight.rows, 0, kept.type},
        {kept.nat, kept.references + kept.stride, kept.stride, head.weight.rows, 0, kept.type}},
       rounds};
@@ -219,14 +222,21 @@ void sweep_nce(
         one.add(s.student, t, false);
         soft.add(s.soft_student, t, false);
         teacher.add(s.nat, t, false);
-        soft_teacher.add(s.soft_nat, t, false);
-        negative.add(s.neg, t, false);
+        const double nat_max = s.soft_nat.max[t];
+        soft_teacher.add(s.soft_nat, t, false, s.student.max[t]);
+        negative.add(s.neg, t, false, s.neg.max[t] - nat_max);
       }
-      out.lse_nat[first + t] = static_cast<float>(soft_teacher.log_sum() + teacher_drift.mean() / head.temperature);
+      // Kept logits are rounded, which moves their sums by the mean rounding error.
+      const auto total = [](const Total& sum, const Total& drift, float temperature) {
+        return static_cast<float>(sum.sum * std::exp(drift.mean() / temperature));
+      };
+      out.top_nat[first + t] = static_cast<float>(soft_teacher.max);
+      out.total_nat[first + t] = total(soft_teacher, teacher_drift, head.temperature);
       if (neg) out.kl[first + t] = static_cast<float>(negative.mean() - negative.log_sum() + teacher.log_sum());
       if (!student) continue;
-      out.lse[first + t] = static_cast<float>(one.log_sum() + one_drift.mean());
-      out.lse_soft[first + t] = static_cast<float>(soft.log_sum() + soft_drift.mean() / head.temperature);
+      out.top[first + t] = static_cast<float>(one.max);
+      out.total[first + t] = total(one, one_drift, 1.0f);
+      out.total_soft[first + t] = total(soft, soft_drift, head.temperature);
       out.hard[first + t] = static_cast<float>(-one.log_share(at_target[t]));
       out.soft[first + t] = static_cast<float>(soft.log_sum() - soft_teacher.mean() / head.temperature);
     }
@@ -243,29 +253,94 @@ void local_targets(const int64_t* targets, int64_t tokens, const Tile& out, floa
   }
 }
 
+// Factors of a token's logit gradients: dz = 2^x (constant + linear x), plus up at the target.
+struct Factors {
+  float up, constant, linear;
+};
+
+// up: the gradient of the token's log-probability. From p = 2^x / total and log p = x ln 2 - log total.
+Factors factors_of(const LogprobGradient& in, int64_t token, float up, float temperature) {
+  const float given = up / temperature, down = in.down ? in.down[token] / temperature : 0.0f;
+  const double total = in.total[token];
+  const double constant = in.down ? -given - down * (in.entropy[token] - std::log(total)) : -given;
+  return {given, static_cast<float>(constant / total), static_cast<float>(-down * kLn2 / total)};
+}
+
+// Returns the targets with -1 for those outside the vocabulary.
+std::vector<int64_t> known_targets(const int64_t* targets, int64_t tokens, int64_t vocabulary) {
+  std::vector<int64_t> found(targets, targets + tokens);
+  for (int64_t& target : found) target = target >= 0 && target < vocabulary ? target : -1;
+  return found;
+}
+
 }  // namespace
+
+void rows_logprob(
+    Lane lane, const Matrix& logits, const Head& head, const int64_t* targets, int64_t ignored, const Logprob& out,
+    Host& host) {
+  const int64_t tokens = logits.rows;
+  const float nan = std::numeric_limits<float>::quiet_NaN(), scale = kLog2e / head.temperature;
+  const std::vector<int64_t> known = known_targets(targets, tokens, logits.columns);
+  std::vector<RowSums> sums(tokens);
+  LogitRows rows{
+      logits, head, known.data(), scale, out.entropy != nullptr, out.rank != nullptr, sums.data(), nullptr, nullptr,
+      nullptr, nullptr, nullptr};
+  host.run(functions_of(lane, logits.type).row_sums, &rows, tokens);
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (targets[t] == ignored) {
+      out.logprob[t] = out.top[t] = out.total[t] = 0.0f;
+      if (out.entropy) out.entropy[t] = 0.0f;
+      if (out.rank) out.rank[t] = 0;
+      continue;
+    }
+    Total total(scale);
+    total.max = sums[t].max, total.sum = sums[t].sum, total.weighted = sums[t].weighted;
+    const bool is_known = known[t] >= 0;
+    out.logprob[t] = is_known ? static_cast<float>(total.log_share(sums[t].target)) : nan;
+    out.top[t] = sums[t].max;
+    out.total[t] = static_cast<float>(sums[t].sum);
+    if (out.entropy) out.entropy[t] = static_cast<float>(total.entropy());
+    if (out.rank) out.rank[t] = is_known ? 1 + static_cast<int64_t>(sums[t].larger) : 0;
+  }
+}
+
+void gradient_rows_logprob(
+    Lane lane, const Matrix& logits, const Head& head, const int64_t* targets, const LogprobGradient& in,
+    void* gradient, Host& host) {
+  const int64_t tokens = logits.rows;
+  const std::vector<int64_t> known = known_targets(targets, tokens, logits.columns);
+  float *constant = host.zeroed(3 * tokens), *linear = constant + tokens, *up = linear + tokens;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float given = known[t] < 0 ? std::numeric_limits<float>::quiet_NaN() : in.up[t];
+    const Factors factors = factors_of(in, t, given, head.temperature);
+    up[t] = factors.up, constant[t] = factors.constant, linear[t] = factors.linear;
+  }
+  LogitRows rows{
+      logits, head, known.data(), kLog2e / head.temperature, false, false, nullptr, in.top, constant,
+      in.down ? linear : nullptr, up, gradient};
+  host.run(functions_of(lane, logits.type).row_gradient, &rows, tokens);
+}
 
 void dlogits_logprob(
     Lane lane, const Matrix& hidden, const Head& head, const int64_t* targets, const LogprobGradient& in,
     const Tile& out, Host& host) {
   Plan plan(host, lane, head, hidden.rows, 1, out.first, out.first + out.columns);
   const int64_t most = plan.most();
-  float *lse = host.zeroed(5 * most), *constant = lse + most, *linear = lse + 2 * most, *up = lse + 3 * most;
-  float* target = lse + 4 * most;
+  float *top = host.zeroed(5 * most), *constant = top + most, *linear = top + 2 * most, *up = top + 3 * most;
+  float* target = top + 4 * most;
   const float scale = kLog2e / head.temperature;
   LogprobDlogits dlogits{
-      lse, constant, in.down ? linear : nullptr, up, target, scale, head.softcap, head.weight.type, out, 0};
+      top, constant, in.down ? linear : nullptr, up, target, scale, head.softcap, head.weight.type, out, 0};
   const Matrix* streams[] = {&hidden};
   for (int64_t first = 0; first < hidden.rows; first += most) {
     const int64_t tokens = std::min(most, hidden.rows - first);
     plan.take(streams, first, tokens);
     for (int64_t t = 0; t < tokens; ++t) {
-      const float given = in.up[first + t] / head.temperature;
-      const float down = in.down ? in.down[first + t] / head.temperature : 0.0f;
-      lse[t] = static_cast<float>(-in.lse[first + t] / kLn2);
-      up[t] = given;
-      constant[t] = in.down ? -given - down * in.entropy[first + t] : -given;
-      linear[t] = static_cast<float>(-down * kLn2);
+      const Factors factors = factors_of(in, first + t, in.up[first + t], head.temperature);
+      top[t] = in.top[first + t];
+      up[t] = factors.up;
+      constant[t] = factors.constant;
+      linear[t] = factors.linear;
     }
     local_targets(targets + first, tokens, out, target);
     dlogits.first_token = first;
@@ -279,21 +354,24 @@ namespace {
 class NceTokens {
  public:
   NceTokens(Host& host, const Head& head, const Tile& out, int64_t most) : temperature_(head.temperature) {
-    float* at = host.zeroed(6 * most);
+    float* at = host.zeroed(7 * most);
     for (float*& array : arrays_) array = at, at += most;
-    const auto& [lse, lse_soft, lse_nat, hard, soft, target] = arrays_;
+    const auto& [top, top_nat, soft, plain_hard, teacher, hard, target] = arrays_;
     dlogits = NceDlogits{
-        lse, lse_soft, lse_nat, hard, soft, target, kLog2e / head.temperature, head.softcap, head.temperature == 1.0f,
-        head.weight.type, out, 0};
+        top, top_nat, soft, plain_hard, teacher, hard, target, kLog2e / head.temperature, head.softcap,
+        head.temperature == 1.0f, head.weight.type, out, 0};
   }
   void take(const NceGradient& in, const int64_t* targets, int64_t first, int64_t tokens) {
-    const auto& [lse, lse_soft, lse_nat, hard, soft, target] = arrays_;
+    const auto& [top, top_nat, soft, plain_hard, teacher, hard, target] = arrays_;
     for (int64_t t = 0; t < tokens; ++t) {
-      lse[t] = static_cast<float>(-in.lse[first + t] / kLn2);
-      lse_soft[t] = static_cast<float>(-in.lse_soft[first + t] / kLn2);
-      lse_nat[t] = static_cast<float>(-in.lse_nat[first + t] / kLn2);
-      hard[t] = in.hard[first + t];
-      soft[t] = in.soft[first + t] / temperature_;
+      const int64_t i = first + t;
+      const float weight = in.soft[i] / temperature_;
+      top[t] = in.top[i];
+      top_nat[t] = in.top_nat[i];
+      hard[t] = in.hard[i];
+      plain_hard[t] = in.hard[i] / in.total[i];
+      soft[t] = (temperature_ == 1.0f ? in.hard[i] + weight : weight) / in.total_soft[i];
+      teacher[t] = weight / in.total_nat[i];
     }
     local_targets(targets + first, tokens, dlogits.out, target);
     dlogits.first_token = first;
@@ -303,7 +381,7 @@ class NceTokens {
 
  private:
   float temperature_;
-  float* arrays_[6];
+  float* arrays_[7];
 };
 
 }  // namespace

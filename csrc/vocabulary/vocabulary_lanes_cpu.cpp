@@ -8,6 +8,8 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
+#include <cfloat>
+#include <cmath>
 #include <cstring>
 
 #include "common/dtypes.h"
@@ -24,6 +26,7 @@
 CALM_FAST_VOCABULARY_LANE(scalar, 4)
 #include "vocabulary/products_lane.h"
 #include "vocabulary/sweep_lane.h"
+#include "vocabulary/rows_lane.h"
 #include "vocabulary/hidden_gradient_lane.h"
 }}}  // NOLINT
 #undef LANE
@@ -32,6 +35,7 @@ CALM_FAST_VOCABULARY_LANE(scalar, 4)
 CALM_FAST_VOCABULARY_LANE(avx2, 4)
 #include "vocabulary/products_lane.h"
 #include "vocabulary/sweep_lane.h"
+#include "vocabulary/rows_lane.h"
 #include "vocabulary/hidden_gradient_lane.h"
 }}}  // NOLINT
 #undef LANE
@@ -39,6 +43,7 @@ CALM_FAST_VOCABULARY_LANE(avx2, 4)
 CALM_FAST_VOCABULARY_LANE(avx512, 8)
 #include "vocabulary/products_lane.h"
 #include "vocabulary/sweep_lane.h"
+#include "vocabulary/rows_lane.h"
 #include "vocabulary/hidden_gradient_lane.h"
 }}}  // NOLINT
 #undef LANE
@@ -46,6 +51,7 @@ CALM_FAST_VOCABULARY_LANE(avx512, 8)
 CALM_FAST_VOCABULARY_LANE(avx512_bf16, 8)
 #include "vocabulary/products_lane.h"
 #include "vocabulary/sweep_lane.h"
+#include "vocabulary/rows_lane.h"
 #include "vocabulary/hidden_gradient_lane.h"
 }}}  // NOLINT
 #undef LANE

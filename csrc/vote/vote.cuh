@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads == simt::kWarpSize ? kWarpsPerBlock *
 
   for (int64_t q = int64_t(blockIdx.x) * kGroups + group; q < a.questions; q += int64_t(gridDim.x) * kGroups) {
     Global<const int64_t> answers = a.answers + q * n;
-    const auto votes = [&](int64_t i) -> bool { return !a.valid || a.valid[q * n + i]; };
+    const auto votes = [&](int64_t i) -> bool { return answers[i] >= 0 && (!a.valid || a.valid[q * n + i]); };
     const auto answer = [&](int64_t i) -> int64_t {
       if constexpr (kStaged) return staged[i];
       return votes(i) ? int64_t(answers[i]) : -1;
@@ -188,9 +188,10 @@ __global__ void __launch_bounds__(kThreads == simt::kWarpSize ? kWarpsPerBlock *
     best = reduce<kThreads>(best, best_cells, MergeBest());
 
     // Tie-break: the number of classes at the top, and the first of them.
+    const double limit = tie_limit(best.top);
     Tied tied = {0, n};
     for (int64_t i = me; i < n; i += kThreads) {  // the thread's own sums: no barrier needed
-      if (best.top - sums[i] <= kTieTolerance) tied = {tied.count + 1, tied.first < i ? tied.first : i};
+      if (sums[i] > minus_infinity() && sums[i] >= limit) tied = {tied.count + 1, tied.first < i ? tied.first : i};
     }
     tied = reduce<kThreads>(tied, tied_cells, MergeTied());
     // Store.

@@ -31,19 +31,31 @@ struct Scratch {
     while (size < 2 * k) size *= 2;
     return size;
   }
-  static int64_t bytes(int64_t k) { return (k + kByteClasses) * 8 + k * 16 + table_size(k) * 4; }
+  static int64_t bytes(int64_t k) { return (k + kByteClasses) * 8 + k * 16 + table_size(k) * 4 + k; }
   Scratch(char* memory, int64_t k) : table(table_size(k)) {
     weights = reinterpret_cast<double*>(memory);
     sums = weights + k;
     ids = reinterpret_cast<int64_t*>(sums + k + kByteClasses);
     slots = reinterpret_cast<int32_t*>(ids + k);
+    votes = reinterpret_cast<uint8_t*>(slots + table);
   }
   int64_t table;  // a power of two
   double* weights;  // (k,) of the samples
   double* sums;     // (k + kByteClasses,) of the classes, in order of appearance; SIMD stores write whole registers
   int64_t* ids;     // (k,) of the classes
   int32_t* slots;   // (table,) the class in each slot; -1: none
+  uint8_t* votes;   // (k,) whether a sample votes, where that is not `valid`
 };
+
+// Returns which samples of a question vote, null if all do. A negative answer does not, though nobody has checked it; then
+// the mask is written to `own` (k,).
+inline const uint8_t* voting_samples(const int64_t* answers, const uint8_t* valid, int64_t k, uint8_t* own) {
+  int64_t signs = 0;
+  for (int64_t i = 0; i < k; ++i) signs |= answers[i];
+  if (signs >= 0) return valid;
+  for (int64_t i = 0; i < k; ++i) own[i] = answers[i] >= 0 && (valid == nullptr || valid[i]);
+  return own;
+}
 
 // Computes the weight of each sample: s, or 1 + lam s. A NaN score takes the mean of the other valid scores, or 1 if
 // there is none. A sample that does not vote weighs 0, which changes no bit of a sum.
@@ -263,9 +275,10 @@ inline void pick_winner(const Scratch& scratch, int64_t classes, Vote& vote) {
       next = sum;
     }
   }
+  const double limit = tie_limit(top);
   int64_t winner = -1;
   for (int64_t c = 0; c < classes; ++c) {
-    if (!(top - scratch.sums[c] <= kTieTolerance)) continue;
+    if (!(scratch.sums[c] >= limit)) continue;
     if (winner < 0) winner = c;
     ++vote.ties;
   }
@@ -281,6 +294,7 @@ Vote vote_question(
     const int64_t* answers, const Score* scores, const uint8_t* valid, int64_t k, bool adaptive, double lam,
     Lane lane, const Scratch& scratch) {
   Vote vote;
+  valid = voting_samples(answers, valid, k, scratch.votes);
   const double* weights = nullptr;
   if constexpr (!std::is_void_v<Score>) {
     weigh(scores, valid, k, adaptive, lam, scratch.weights);

@@ -60,7 +60,7 @@ def make_spec(
         config: launch config; only num_warps and num_stages are read.
         tensor_core: see CodegenSpec.
         archs: architectures to compile for.
-        pointers: types of the pointers that are not of `dtype`.
+        pointers: types of the pointers that are not of `dtype`, and of tensor descriptors.
         aligned: integers that are multiples of 16. Pointers (`*_ptr`) and strides (`stride*`) always are; Triton
             turns them into vector loads.
     """
@@ -72,7 +72,7 @@ def make_spec(
         if parameter in kept:
             signature[parameter] = "constexpr"
             continue
-        if parameter.endswith("_ptr"):
+        if parameter.endswith("_ptr") or parameter in (pointers or {}):
             signature[parameter] = (pointers or {}).get(parameter, _POINTER[dtype])
         else:
             signature[parameter] = "fp32" if parameter in _FLOATS or parameter.startswith("scale") else "i32"

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-from calm_fast.core.launch_config import Config, tuned_config
+from calm_fast.core.launch_config import Config, Measured, measured_configs, nearest
 from calm_fast.kernels.common import hardware
 
 KERNELS = Path(__file__).resolve().parents[1]  # holds <op>/tuned/<gpu>.json, written by calm_fast.benchmarks.tune
@@ -44,27 +45,32 @@ def measured_config(
     kind: type[Config],
     op: str,
     part: str,
-    device: torch.device,
+    gpu: hardware.Gpu,
     dtype: torch.dtype,
     depth: int,
     shape: Mapping[str, int],
 ) -> Config | None:
-    """Return the config measured on this GPU for the nearest shape, or None if there is none.
+    """Return the config measured on a GPU for the nearest shape, or None if there is none.
 
     Args:
         kind: the dataclass of the kernel's config.
         op: name of the op.
         part: kernel of the op.
-        device: the GPU.
+        gpu: from `hardware.gpu`.
         dtype: of the tensors.
         depth: padded size of the tile's columns, matched exactly ("head_dim" in the file).
         shape: named sizes; the entry nearest to them wins.
     """
-    folder, dtype_name = KERNELS / op / "tuned", str(dtype).removeprefix("torch.")
-    return tuned_config(kind, folder, hardware.gpu(device).name, part, dtype_name, depth, dict(shape))
+    found: Measured[Config] = _measured(cast(Any, kind), op, part, gpu.name, dtype, depth)
+    return nearest(found, shape)
 
 
-@dataclass(frozen=True)
+@cache
+def _measured(kind: type[Any], op: str, part: str, gpu: str, dtype: torch.dtype, depth: int) -> Measured[Any]:
+    return measured_configs(kind, KERNELS / op / "tuned", gpu, part, str(dtype).removeprefix("torch."), depth)
+
+
+@dataclass(frozen=True, eq=False)  # hashed by identity: _chosen keeps answers per table
 class ConfigTable(Generic[Size, Config]):
     """Launch configs of one kernel.
 
@@ -108,5 +114,23 @@ class ConfigTable(Generic[Size, Config]):
         """
         if interpreted:
             return self.interpreter
-        found = measured_config(self.kind, self.op, self.part, device, dtype, depth, shape) if measured else None
-        return found or self.default(hardware.gpu(device).arch, dtype, size)
+        gpu = hardware.gpu(device)
+        found: Config = _chosen(self, gpu, dtype, size, depth, tuple(shape.items()) if measured else None)
+        return found
+
+
+# A launch costs microseconds, so the choice must not cost tens of them. Bounded: decoding sees a new length every step.
+@lru_cache(maxsize=4096)
+def _chosen(
+    table: ConfigTable[Any, Any],
+    gpu: hardware.Gpu,
+    dtype: torch.dtype,
+    size: Any,
+    depth: int,
+    shape: tuple[tuple[str, int], ...] | None,
+) -> Any:
+    """Return the config of a launch on `gpu`; shape None: the default of its architecture."""
+    found = None
+    if shape is not None:
+        found = measured_config(table.kind, table.op, table.part, gpu, dtype, depth, dict(shape))
+    return found or table.default(gpu.arch, dtype, size)

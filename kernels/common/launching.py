@@ -1,7 +1,7 @@
 """Host code that every launcher of a Triton kernel shares.
 
 `launch` runs a kernel on its tensors' device and that device's current stream. `addressable` gives a tensor strides
-that a kernel can take. `float32_precision` follows the user's TF32 setting.
+that a kernel can take, `describe` a descriptor for the copy engine. `float32_precision` follows the user's setting.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from calm_fast.core.launch_config import LaunchConfig
 
@@ -34,6 +35,33 @@ def addressable(t: torch.Tensor, rows: int = 0) -> torch.Tensor:
     if (t.stride(-1) == 1 or t.shape[-1] == 1) and t.stride(rows) < _MAX_STRIDE:
         return t
     return t.contiguous()
+
+
+def describable(t: torch.Tensor) -> bool:
+    """Return True if a tensor descriptor can address t: the copy engine of sm_90 wants multiples of 16 bytes.
+
+    A stride of 0 (an expanded dim) is left to pointers: the driver's word on it is not documented.
+    """
+    unit = 16 // t.element_size()
+    strides = [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
+    return (
+        t.data_ptr() % 16 == 0
+        and (t.stride(-1) == 1 or t.shape[-1] == 1)
+        and all(stride > 0 and stride % unit == 0 for stride in strides[: -1 if t.shape[-1] > 1 else None])
+    )
+
+
+def describe(t: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    """Return a descriptor of a `describable` tensor, loaded in blocks of this shape.
+
+    It is made on the host. One made in the kernel needs memory from `triton.set_allocator`: a setting of the whole
+    process, which is not ours, and memory that must outlive a captured graph, per stream and device. This one travels
+    in the launch's arguments, as pointers do. It costs a few microseconds of Python.
+    """
+    unit = 16 // t.element_size()
+    # torch leaves strides of dims of size 1 undefined; they are never used, but checked
+    strides = [stride if size > 1 else unit for size, stride in zip(t.shape, t.stride(), strict=True)]
+    return TensorDescriptor(t, list(t.shape), [*strides[:-1], 1], block)
 
 
 def float32_precision(dtype: torch.dtype) -> str:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from calm_fast.kernels.common.arithmetic import matmul, matmul_add
-from calm_fast.kernels.common.intervals import finite_or_zero, load_interval, load_rows, sees
+from calm_fast.kernels.common.intervals import finite_or_zero, load_interval, load_rows
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -82,13 +82,50 @@ def _cross_attention_query_ranges_kernel(
 
 
 @triton.jit
+def _hide(
+    ds,
+    lo_ptr,
+    hi_ptr,
+    stride_lom,
+    stride_him,
+    start,
+    key_first,
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    HAS_HI: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """Return ds (BLOCK_M, BLOCK_N) with 0 where a row does not see the key: anything may stand there, NaN too.
+
+    Keys beyond N and rows beyond M need no mask: nobody stores the former, the latter have p 0.
+    """
+    # all run-time numbers on the side of the rows, of which a thread has two
+    rows = tl.arange(0, BLOCK_M)
+    keys = tl.arange(0, BLOCK_N)[None, :]
+    if CAUSAL:
+        ds = tl.where(keys <= (rows + (start + (N - M) - key_first))[:, None], ds, 0.0)
+    if HAS_LO:
+        lo = tl.load(lo_ptr + (start + rows).to(tl.int64) * stride_lom, mask=rows < M - start, other=0) - key_first
+        ds = tl.where(keys >= lo[:, None], ds, 0.0)
+    if HAS_HI:
+        hi = tl.load(hi_ptr + (start + rows).to(tl.int64) * stride_him, mask=rows < M - start, other=0) - key_first
+        ds = tl.where(keys < hi[:, None], ds, 0.0)
+    return ds
+
+
+@triton.jit
 def _collect_key_grads(
     dk,
     dv,
     k,
     v,
-    q_base,
-    dout_base,
+    q_ptr,
+    dout_ptr,
+    q_boxes,
+    dout_boxes,
     lse2_base,
     delta_base,
     lo_ptr,
@@ -99,6 +136,8 @@ def _collect_key_grads(
     stride_gh,
     stride_lom,
     stride_him,
+    b,
+    first_head,
     key_first,
     first,
     gap_first,
@@ -108,6 +147,7 @@ def _collect_key_grads(
     M,
     N,
     GROUP,
+    ROWS,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -116,6 +156,10 @@ def _collect_key_grads(
     HAS_LO: tl.constexpr,
     HAS_HI: tl.constexpr,
     CAUSAL: tl.constexpr,
+    HAS_DK: tl.constexpr,
+    HAS_DV: tl.constexpr,
+    BOXES: tl.constexpr,
+    REPAIR: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -124,33 +168,91 @@ def _collect_key_grads(
     The loop visits rows [first, gap_first) and [gap_last, last) of every head of the group. A loop per head or per
     side would fill the load pipeline again, and would cost registers that this kernel does not have.
     """
-    left = (gap_first - first) // BLOCK_M
-    tiles = left + (last - gap_last) // BLOCK_M
-    for step in tl.range(0, tiles * GROUP):
-        head = (step // tiles).to(tl.int64)
-        tile = step % tiles
-        start = tl.where(tile < left, first, gap_last - left * BLOCK_M) + tile * BLOCK_M
-        rows = start + tl.arange(0, BLOCK_M)
-        inside = rows < M
-        # load: rows beyond M get +inf and drop out like rows that see nothing
-        lse2 = tl.load(lse2_base + head * M + rows, mask=inside, other=float("inf"))
-        delta = tl.load(delta_base + head * M + rows, mask=inside, other=0.0)
-        q = load_rows(q_base + head * stride_qh, start, stride_qm, M, D, BLOCK_M, BLOCK_D, True)
-        dout = load_rows(dout_base + head * stride_gh, start, stride_gm, M, D, BLOCK_M, BLOCK_D, True)
-        if MASKED:  # a row that is not finite has p NaN; here it would also reach the keys that it does not see
-            q = finite_or_zero(q)
-            dout = finite_or_zero(dout)
-        # scores, softmax: transposed, (keys, queries), so that p and ds feed their products straight from registers
-        p = tl.exp2(matmul(k, tl.trans(q), PRECISION, INTERPRET) * scale_log2 - lse2[None, :])
-        if MASKED:
-            lo, hi, seen = load_interval(lo_ptr, hi_ptr, stride_lom, stride_him, rows, M, N, HAS_LO, HAS_HI, CAUSAL)
-            keys = key_first + tl.arange(0, BLOCK_N)
-            p = tl.where(sees(lo[None, :], hi[None, :], keys[:, None], HAS_LO) & seen[None, :], p, 0.0)
-        # accumulate
-        dv = matmul_add(p.to(dout.dtype), dout, dv, PRECISION, INTERPRET)
-        dp = matmul(v, tl.trans(dout), PRECISION, INTERPRET)
-        ds = p * (dp - delta[None, :])
-        dk = matmul_add(ds.to(q.dtype), q, dk, PRECISION, INTERPRET)
+    # Scores are (keys, queries), so that p and ds feed their products straight from registers. dk alone is for wide
+    # heads, whose accumulator takes half of the registers: there they are (queries, keys), because then a thread has
+    # two rows, and so two numbers of lse2 and of delta, not 16. ds is turned on its way to the product.
+    ROWS_FIRST: tl.constexpr = not HAS_DV
+    ROW_AXIS: tl.constexpr = 1 if ROWS_FIRST else 0  # the axis that a vector of rows lacks
+    # One loop over [first, last) with a branch around the mask: two loops take more registers than there are.
+    BRANCH: tl.constexpr = MASKED and ROWS_FIRST
+    GAP: tl.constexpr = MASKED and (HAS_LO or HAS_HI) and not BRANCH  # causal: all masked tiles come first
+    begin = first
+    tiles = ((last if BRANCH else gap_first) - first) // BLOCK_M
+    if GAP:
+        begin = tl.where(first < gap_first, first, gap_last)
+        tiles += (last - gap_last) // BLOCK_M
+    # A loop that may run zero times sets the accumulators by moves on that edge; ptxas then serialises all its wgmma.
+    if tiles > 0:
+        head = begin * 0
+        start = begin
+        for _ in tl.range(0, tiles * GROUP):
+            # load: rows beyond M have lse2 +inf and drop out like rows that see nothing
+            rows = start + tl.arange(0, BLOCK_M)
+            terms = head * ROWS  # 32-bit: 2**31 rows of a group would be 8 GiB of lse2 alone
+            lse2 = tl.load(lse2_base + terms + rows)
+            if BOXES:
+                q = q_boxes.load([b, first_head + head, start, 0]).reshape(BLOCK_M, BLOCK_D)
+                dout = dout_boxes.load([b, first_head + head, start, 0]).reshape(BLOCK_M, BLOCK_D)
+            else:
+                q_base = q_ptr + head.to(tl.int64) * stride_qh
+                dout_base = dout_ptr + head.to(tl.int64) * stride_gh
+                q = load_rows(q_base, start, stride_qm, M, D, BLOCK_M, BLOCK_D, True)
+                dout = load_rows(dout_base, start, stride_gm, M, D, BLOCK_M, BLOCK_D, True)
+            if REPAIR:  # a row that is not finite has p NaN; here it would also reach the keys that it does not see
+                q = finite_or_zero(q)
+                dout = finite_or_zero(dout)
+            # scores, softmax
+            if ROWS_FIRST:
+                scores = matmul(q, tl.trans(k), PRECISION, INTERPRET)
+            else:
+                scores = matmul(k, tl.trans(q), PRECISION, INTERPRET)
+            p = tl.exp2(scores * scale_log2 - tl.expand_dims(lse2, ROW_AXIS))
+            # keys beyond N and rows beyond M need no mask: nobody stores the former, the latter have p 0
+            if MASKED and not BRANCH:
+                keys = key_first + tl.arange(0, BLOCK_N)
+                if CAUSAL:  # all run-time numbers on the side of the keys, which have two registers, not 16
+                    p = tl.where((keys - (start + (N - M)))[:, None] <= tl.arange(0, BLOCK_M)[None, :], p, 0.0)
+                if HAS_LO:
+                    at = lo_ptr + start.to(tl.int64) * stride_lom + tl.arange(0, BLOCK_M) * stride_lom
+                    lo = tl.load(at, mask=tl.arange(0, BLOCK_M) < M - start, other=0)
+                    p = tl.where(keys[:, None] >= lo[None, :], p, 0.0)
+                if HAS_HI:
+                    at = hi_ptr + start.to(tl.int64) * stride_him + tl.arange(0, BLOCK_M) * stride_him
+                    hi = tl.load(at, mask=tl.arange(0, BLOCK_M) < M - start, other=0)
+                    p = tl.where(keys[:, None] < hi[None, :], p, 0.0)
+            # accumulate
+            if HAS_DV:
+                dv = matmul_add(p.to(dout.dtype), dout, dv, PRECISION, INTERPRET)
+            if HAS_DK:
+                if ROWS_FIRST:
+                    dp = matmul(dout, tl.trans(v), PRECISION, INTERPRET)
+                else:
+                    dp = matmul(v, tl.trans(dout), PRECISION, INTERPRET)
+                # loaded here, not above: registers that would be held through the products above
+                delta = tl.load(delta_base + terms + rows)
+                ds = p * (dp - tl.expand_dims(delta, ROW_AXIS))
+                if BRANCH:
+                    if (start < gap_first) | (start >= gap_last):
+                        ds = _hide(
+                            ds, lo_ptr, hi_ptr, stride_lom, stride_him, start, key_first, M, N,
+                            BLOCK_M, BLOCK_N, HAS_LO, HAS_HI, CAUSAL,
+                        )  # fmt: skip
+                elif MASKED:  # a hidden value may be NaN. To make v itself finite would take v through registers
+                    ds = tl.where(p == 0.0, 0.0, ds)
+                ds = ds.to(q.dtype)
+                if ROWS_FIRST:
+                    ds = tl.trans(ds)
+                dk = matmul_add(ds, q, dk, PRECISION, INTERPRET)
+            # the next tile, the next head behind the last tile: divisions of the step would cost 60 instructions
+            start += BLOCK_M
+            if GAP:
+                start = tl.where(start == gap_first, gap_last, start)
+                end = start == last
+            else:
+                end = start == (last if BRANCH else gap_first)
+            if end:  # a branch: as a selection it cost registers that spilled in Triton 3.6
+                head += 1
+                start = begin
     return dk, dv
 
 
@@ -160,13 +262,16 @@ def _cross_attention_bwd_dkdv_kernel(
     k_ptr,  # (B, N, H // GROUP, D)
     v_ptr,  # (B, N, H // GROUP, D)
     dout_ptr,  # (B, M, H, D)
-    lse2_ptr,  # (B, H, M) float32
-    delta_ptr,  # (B, H, M) float32
+    q_boxes,  # tensor descriptor of q as (B, H, M, D) in boxes (1, 1, BLOCK_M, BLOCK_D), or None
+    dout_boxes,  # the same of dout
+    lse2_ptr,  # (B, H, ROWS) float32
+    delta_ptr,  # (B, H, ROWS) float32
     lo_ptr,  # (B, M) int32 or None
     hi_ptr,  # (B, M) int32 or None
-    ranges_ptr,  # (B, cdiv(N, BLOCK_N), 4) int32, or None without intervals
-    dk_ptr,  # (B, N, H // GROUP, D) contiguous
-    dv_ptr,  # (B, N, H // GROUP, D) contiguous
+    ranges_ptr,  # (B, cdiv(N, BLOCK_N), 4) int32; None without intervals and in a repair
+    poison_ptr,  # (B, H, POISON_TILES) int32, not 0: some row of q or dout is not finite; None except in a repair
+    dk_ptr,  # (B, N, H // GROUP, D) contiguous, or None
+    dv_ptr,  # (B, N, H // GROUP, D) contiguous, or None
     stride_qb,
     stride_qm,
     stride_qh,
@@ -189,6 +294,8 @@ def _cross_attention_bwd_dkdv_kernel(
     N,
     H,
     GROUP,
+    ROWS,
+    POISON_TILES,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -196,68 +303,86 @@ def _cross_attention_bwd_dkdv_kernel(
     HAS_LO: tl.constexpr,
     HAS_HI: tl.constexpr,
     CAUSAL: tl.constexpr,
+    HAS_DK: tl.constexpr,
+    HAS_DV: tl.constexpr,
+    BOXES: tl.constexpr,
+    REPAIR: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """dk and dv of one block of keys of one KV head."""
+    """dk and dv, or one of them, of one block of keys of one KV head.
+
+    REPAIR: only of a KV head with a row of q or dout that is not finite: it must not reach keys that it does not see.
+    """
     key_blocks = tl.cdiv(N, BLOCK_N)
     kv_heads = H // GROUP
     key_block = tl.program_id(0) % key_blocks
     kv_head = tl.program_id(0) // key_blocks % kv_heads
-    b = (tl.program_id(0) // key_blocks // kv_heads).to(tl.int64)
+    b32 = tl.program_id(0) // key_blocks // kv_heads
+    b = b32.to(tl.int64)
     key_first = key_block * BLOCK_N
     kv_head64 = kv_head.to(tl.int64)
+    head64 = kv_head64 * GROUP  # the first query head of the group
 
     # the query tiles to visit
-    if HAS_LO or HAS_HI:
+    last = tl.cdiv(M, BLOCK_M) * BLOCK_M
+    first = last * 0
+    full_first = first
+    full_last = last
+    if REPAIR:
+        poison = tl.zeros((256,), tl.int32)
+        for start in tl.range(0, GROUP * POISON_TILES, 256):
+            flags = start + tl.arange(0, 256)
+            at = poison_ptr + (b * H + head64) * POISON_TILES + flags
+            poison = poison | tl.load(at, mask=flags < GROUP * POISON_TILES, other=0)
+        if tl.max(poison, 0) == 0:
+            return
+        full_first = last  # all are masked
+    elif HAS_LO or HAS_HI:  # known multiples, as below: loads at `start` are wide only if it is one
         at = ranges_ptr + (b * key_blocks + key_block) * 4
-        first = tl.load(at)
-        full_first = tl.load(at + 1)
-        full_last = tl.load(at + 2)
-        last = tl.load(at + 3)
+        first = tl.multiple_of(tl.load(at), BLOCK_M)
+        full_first = tl.multiple_of(tl.load(at + 1), BLOCK_M)
+        full_last = tl.multiple_of(tl.load(at + 2), BLOCK_M)
+        last = tl.multiple_of(tl.load(at + 3), BLOCK_M)
     elif CAUSAL:  # row i sees the keys j <= i + N - M
-        last = tl.cdiv(M, BLOCK_M) * BLOCK_M
         first = tl.minimum(tl.maximum(key_first - (N - M), 0) // BLOCK_M * BLOCK_M, last)
         # the first row that sees the whole block
         whole = tl.maximum(tl.minimum(key_first + BLOCK_N, N) - 1 - (N - M), 0)
         full_first = tl.minimum(tl.cdiv(whole, BLOCK_M) * BLOCK_M, last)
-        full_last = last
-    else:
-        last = tl.cdiv(M, BLOCK_M) * BLOCK_M
-        first = last * 0
-        full_first = first
-        full_last = last
 
-    # load
+    # load: k and v by pointers, once; as 4-dimensional boxes Triton would hold them in registers
     k_base = k_ptr + b * stride_kb + kv_head64 * stride_kh
     v_base = v_ptr + b * stride_vb + kv_head64 * stride_vh
     k = load_rows(k_base, key_first, stride_kn, N, D, BLOCK_N, BLOCK_D, True)
-    # who sees a value that is not finite has p NaN; for the others p is 0, and 0 * NaN would be NaN
-    v = finite_or_zero(load_rows(v_base, key_first, stride_vn, N, D, BLOCK_N, BLOCK_D, True))
+    v = k  # not read without dk
+    if HAS_DK:
+        v = load_rows(v_base, key_first, stride_vn, N, D, BLOCK_N, BLOCK_D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     lo_base = lo_ptr + b * stride_lob if HAS_LO else lo_ptr
     hi_base = hi_ptr + b * stride_hib if HAS_HI else hi_ptr
 
     # scores, softmax, accumulate: the tiles that need a mask, then those that do not
-    head64 = kv_head64 * GROUP  # the first query head of the group
     q_base = q_ptr + b * stride_qb + head64 * stride_qh
     dout_base = dout_ptr + b * stride_gb + head64 * stride_gh
-    lse2_base = lse2_ptr + (b * H + head64) * M
-    delta_base = delta_ptr + (b * H + head64) * M
+    lse2_base = lse2_ptr + (b * H + head64) * ROWS
+    delta_base = delta_ptr + (b * H + head64) * ROWS
     if HAS_LO or HAS_HI or CAUSAL:
         dk, dv = _collect_key_grads(
-            dk, dv, k, v, q_base, dout_base, lse2_base, delta_base, lo_base, hi_base, stride_qm, stride_qh,
-            stride_gm, stride_gh, stride_lom, stride_him, key_first, first, full_first, full_last, last,
-            scale_log2, M, N, GROUP,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_LO, HAS_HI, CAUSAL, PRECISION, INTERPRET,
+            dk, dv, k, v, q_base, dout_base, q_boxes, dout_boxes, lse2_base, delta_base, lo_base, hi_base,
+            stride_qm, stride_qh, stride_gm, stride_gh, stride_lom, stride_him, b32, kv_head * GROUP,
+            key_first, first, full_first, full_last, last, scale_log2, M, N, GROUP, ROWS,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_LO, HAS_HI, CAUSAL, HAS_DK, HAS_DV, BOXES, REPAIR,
+            PRECISION, INTERPRET,
         )  # fmt: skip
-    dk, dv = _collect_key_grads(
-        dk, dv, k, v, q_base, dout_base, lse2_base, delta_base, lo_base, hi_base, stride_qm, stride_qh,
-        stride_gm, stride_gh, stride_lom, stride_him, key_first, full_first, full_last, full_last, full_last,
-        scale_log2, M, N, GROUP,
-        D, BLOCK_D, BLOCK_M, BLOCK_N, False, HAS_LO, HAS_HI, CAUSAL, PRECISION, INTERPRET,
-    )  # fmt: skip
+    if not REPAIR and (HAS_DV or not (HAS_LO or HAS_HI or CAUSAL)):
+        dk, dv = _collect_key_grads(
+            dk, dv, k, v, q_base, dout_base, q_boxes, dout_boxes, lse2_base, delta_base, lo_base, hi_base,
+            stride_qm, stride_qh, stride_gm, stride_gh, stride_lom, stride_him, b32, kv_head * GROUP,
+            key_first, full_first, full_last, full_last, full_last, scale_log2, M, N, GROUP, ROWS,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, False, HAS_LO, HAS_HI, CAUSAL, HAS_DK, HAS_DV, BOXES, REPAIR,
+            PRECISION, INTERPRET,
+        )  # fmt: skip
 
     # store
     keys = key_first + tl.arange(0, BLOCK_N)
@@ -265,5 +390,7 @@ def _cross_attention_bwd_dkdv_kernel(
     inside = (keys < N)[:, None] & (cols < D)[None, :]
     tile = (b * N + key_first) * kv_heads * D + kv_head64 * D
     offsets = tl.arange(0, BLOCK_N)[:, None] * (kv_heads * D) + cols[None, :]
-    tl.store(dk_ptr + tile + offsets, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
-    tl.store(dv_ptr + tile + offsets, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    if HAS_DK:
+        tl.store(dk_ptr + tile + offsets, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
+    if HAS_DV:
+        tl.store(dv_ptr + tile + offsets, dv.to(dv_ptr.dtype.element_ty), mask=inside)

@@ -9,17 +9,29 @@ import triton
 import triton.language as tl
 
 from calm_fast.kernels.common.arithmetic import LOG2_E, matmul, matmul_add
-from calm_fast.kernels.common.intervals import key_block_ranges, load_interval, load_rows, sees
+from calm_fast.kernels.common.intervals import (
+    is_finite,
+    key_block_ranges,
+    load_interval,
+    load_rows,
+    sees,
+)
+from calm_fast.kernels.cross_attention.fwd import load_block
 
 
 @triton.jit(do_not_specialize=["M", "H"])
 def _cross_attention_bwd_rows_kernel(
+    q_ptr,  # (B, M, H, D), or None if poison_ptr is
     out_ptr,  # (B, M, H, D) contiguous
     dout_ptr,  # (B, M, H, D)
     lse_ptr,  # (B, H, M) float32
     dlse_ptr,  # (B, H, M) float32 or None
-    lse2_ptr,  # (B, H, M) float32, written: lse in log2 units; +inf for a row that sees nothing; NaN: not finite
-    delta_ptr,  # (B, H, M) float32, written: sum_d out * dout - dlse
+    lse2_ptr,  # (B, H, ROWS) float32, written: lse in log2 units; NaN: not finite; +inf: sees nothing or beyond M
+    delta_ptr,  # (B, H, ROWS) float32, written: sum_d out * dout - dlse
+    poison_ptr,  # (B, H, ROWS // BLOCK_M) int32, written: 1 where a row of q or dout is not finite; or None
+    stride_qb,
+    stride_qm,
+    stride_qh,
     stride_ob,
     stride_om,
     stride_oh,
@@ -28,19 +40,25 @@ def _cross_attention_bwd_rows_kernel(
     stride_gh,
     M,
     H,
+    ROWS,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     HAS_DLSE: tl.constexpr,
+    HAS_POISON: tl.constexpr,
 ):
-    """The two terms the backward pass needs of each query row: lse2 and delta."""
-    tiles = tl.cdiv(M, BLOCK_M)
+    """The two terms the backward pass needs of each query row, lse2 and delta, and which tiles are not finite.
+
+    Rows are padded to ROWS, a multiple of every tile's, so that the kernels that read them need no mask.
+    """
+    tiles = ROWS // BLOCK_M
     first_row = tl.program_id(0) % tiles * BLOCK_M
     head = tl.program_id(0) // tiles % H
     b = (tl.program_id(0) // tiles // H).to(tl.int64)
     rows = first_row + tl.arange(0, BLOCK_M)
     inside = rows < M
     at = (b * H + head) * M + rows
+    padded_at = (b * H + head) * ROWS + rows
 
     # load
     out_base = out_ptr + b * stride_ob + head.to(tl.int64) * stride_oh
@@ -56,8 +74,27 @@ def _cross_attention_bwd_rows_kernel(
     lse = tl.load(lse_ptr + at, mask=inside, other=0.0)
     empty = (lse == float("-inf")) & (tl.sum(tl.abs(out), 1) == 0.0)
     lse2 = lse * LOG2_E + (lse - lse) + (delta - delta) + tl.sum(dout - dout, 1)
-    tl.store(lse2_ptr + at, tl.where(empty, float("inf"), lse2), mask=inside)
-    tl.store(delta_ptr + at, tl.where(empty | (lse2 != lse2), 0.0, delta), mask=inside)
+    tl.store(lse2_ptr + padded_at, tl.where(empty | (rows >= M), float("inf"), lse2))
+    tl.store(delta_ptr + padded_at, tl.where(empty | (lse2 != lse2), 0.0, delta))
+    if HAS_POISON:
+        q_base = q_ptr + b * stride_qb + head.to(tl.int64) * stride_qh
+        q = load_rows(q_base, first_row, stride_qm, M, D, BLOCK_M, BLOCK_D, True)
+        poison = tl.max(tl.where(is_finite(q) & is_finite(dout), 0, 1))
+        tl.store(poison_ptr + (b * H + head) * tiles + tl.program_id(0) % tiles, poison)
+
+
+@triton.jit
+def _finite_or_huge(x):
+    """Return x with 0 in place of NaN and the largest number of its dtype in place of Inf.
+
+    Who sees a NaN has weights NaN anyway. Inf stays huge, so that a score of -inf keeps its weight of 0.
+    """
+    HUGE: tl.constexpr = (
+        65504.0 if x.dtype == tl.float16 else 3.3895313892515355e38 if x.dtype == tl.bfloat16 else 3.4028234663852886e38
+    )
+    wide = x.to(tl.float32)
+    wide = tl.where(wide == wide, wide, 0.0)
+    return tl.minimum(tl.maximum(wide, -HUGE), HUGE).to(x.dtype)
 
 
 @triton.jit
@@ -67,14 +104,18 @@ def _collect_query_grads(
     dout,
     lse2,
     delta,
-    k_base,
-    v_base,
+    k_source,
+    v_source,
+    b,
+    kv_head,
     stride_kn,
     stride_vn,
     lo,
     hi,
     first,
     last,
+    full_first,
+    full_last,
     scale_log2,
     N,
     D: tl.constexpr,
@@ -82,34 +123,52 @@ def _collect_query_grads(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_LO: tl.constexpr,
+    BOXES: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Add to dq (still without the scale) of one query tile the key blocks in [first, last)."""
-    for start in tl.range(first, last, BLOCK_N):
-        # load
-        k = load_rows(k_base, start, stride_kn, N, D, BLOCK_N, BLOCK_D, MASKED)
-        v = load_rows(v_base, start, stride_vn, N, D, BLOCK_N, BLOCK_D, MASKED)
-        # scores, softmax
-        p = tl.exp2(matmul(q, tl.trans(k), PRECISION, INTERPRET) * scale_log2 - lse2[:, None])
-        # accumulate
-        dp = matmul(dout, tl.trans(v), PRECISION, INTERPRET)
-        ds = p * (dp - delta[:, None])
-        if MASKED:  # after the products: p and dp of a hidden key may be anything, NaN too
-            keys = start + tl.arange(0, BLOCK_N)
-            ds = tl.where(sees(lo[:, None], hi[:, None], keys[None, :], HAS_LO), ds, 0.0)
-        dq = matmul_add(ds.to(k.dtype), k, dq, PRECISION, INTERPRET)
+    """Add to dq (still without the scale) of one query tile the key blocks in [first, last).
+
+    MASKED: there are blocks to mask among them, outside [full_first, full_last).
+    """
+    BRANCH: tl.constexpr = MASKED and BOXES and BLOCK_D > 128  # some need no mask; else all are masked
+    # A loop that may run zero times sets the accumulator by moves on that edge; ptxas then serialises all its wgmma.
+    if first < last:
+        for start in tl.range(first, last, BLOCK_N):
+            # load
+            k = load_block(k_source, b, start, kv_head, stride_kn, N, D, BLOCK_N, BLOCK_D, MASKED, BOXES)
+            v = load_block(v_source, b, start, kv_head, stride_vn, N, D, BLOCK_N, BLOCK_D, MASKED, BOXES)
+            if MASKED and BLOCK_D <= 128:
+                # a hidden key's 0 times NaN would be NaN. Before the scores, where registers are free; 256 columns do
+                # not fit even there, and the launcher passes a copy
+                k = _finite_or_huge(k)
+            # scores, softmax
+            p = tl.exp2(matmul(q, tl.trans(k), PRECISION, INTERPRET) * scale_log2 - lse2[:, None])
+            # accumulate
+            dp = matmul(dout, tl.trans(v), PRECISION, INTERPRET)
+            ds = p * (dp - delta[:, None])
+            # after the products: p and dp of a hidden key may be anything, NaN too
+            if BRANCH:
+                if (start < full_first) | (start >= full_last):
+                    keys = tl.arange(0, BLOCK_N)  # the number of the step on the side of the rows: a thread has two
+                    ds = tl.where(sees((lo - start)[:, None], (hi - start)[:, None], keys[None, :], HAS_LO), ds, 0.0)
+            elif MASKED:
+                keys = start + tl.arange(0, BLOCK_N)
+                ds = tl.where(sees(lo[:, None], hi[:, None], keys[None, :], HAS_LO), ds, 0.0)
+            dq = matmul_add(ds.to(k.dtype), k, dq, PRECISION, INTERPRET)
     return dq
 
 
 @triton.jit(do_not_specialize=["M", "N", "H", "GROUP"])
 def _cross_attention_bwd_dq_kernel(
     q_ptr,  # (B, M, H, D)
-    k_ptr,  # (B, N, H // GROUP, D), finite: a row that sees a NaN has lse2 NaN
+    k_ptr,  # (B, N, H // GROUP, D), finite if BLOCK_D is above 128
     v_ptr,  # (B, N, H // GROUP, D)
     dout_ptr,  # (B, M, H, D)
-    lse2_ptr,  # (B, H, M) float32
-    delta_ptr,  # (B, H, M) float32
+    k_boxes,  # tensor descriptor of k as (B, H // GROUP, N, D) in boxes (1, 1, BLOCK_N, BLOCK_D), or None
+    v_boxes,  # the same of v
+    lse2_ptr,  # (B, H, ROWS) float32
+    delta_ptr,  # (B, H, ROWS) float32
     lo_ptr,  # (B, M) int32 or None
     hi_ptr,  # (B, M) int32 or None
     dq_ptr,  # (B, M, H, D) contiguous
@@ -135,6 +194,7 @@ def _cross_attention_bwd_dq_kernel(
     N,
     H,
     GROUP,
+    ROWS,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -142,6 +202,7 @@ def _cross_attention_bwd_dq_kernel(
     HAS_LO: tl.constexpr,
     HAS_HI: tl.constexpr,
     CAUSAL: tl.constexpr,
+    BOXES: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -149,8 +210,10 @@ def _cross_attention_bwd_dq_kernel(
     tiles = tl.cdiv(M, BLOCK_M)
     first_row = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # as in the forward kernel
     head = tl.program_id(0) // tiles % H
-    b = (tl.program_id(0) // tiles // H).to(tl.int64)
-    kv_head = (head // GROUP).to(tl.int64)
+    kv_head = head // GROUP
+    b32 = tl.program_id(0) // tiles // H
+    b = b32.to(tl.int64)
+    kv_head64 = kv_head.to(tl.int64)
     head64 = head.to(tl.int64)
 
     # intervals of the tile's rows
@@ -173,29 +236,42 @@ def _cross_attention_bwd_dq_kernel(
     # load
     q_base = q_ptr + b * stride_qb + head64 * stride_qh
     dout_base = dout_ptr + b * stride_gb + head64 * stride_gh
-    k_base = k_ptr + b * stride_kb + kv_head * stride_kh
-    v_base = v_ptr + b * stride_vb + kv_head * stride_vh
+    k_base = k_ptr + b * stride_kb + kv_head64 * stride_kh
+    v_base = v_ptr + b * stride_vb + kv_head64 * stride_vh
     q = load_rows(q_base, first_row, stride_qm, M, D, BLOCK_M, BLOCK_D, True)
     dout = load_rows(dout_base, first_row, stride_gm, M, D, BLOCK_M, BLOCK_D, True)
-    row_terms = (b * H + head64) * M + rows
-    lse2 = tl.load(lse2_ptr + row_terms, mask=inside, other=float("inf"))
-    delta = tl.load(delta_ptr + row_terms, mask=inside, other=0.0)
+    row_terms = (b * H + head64) * ROWS + rows
+    lse2 = tl.load(lse2_ptr + row_terms)
+    delta = tl.load(delta_ptr + row_terms)
+
+    k_source = k_boxes if BOXES else k_base
+    v_source = v_boxes if BOXES else v_base
 
     # scores, softmax, accumulate: as in the forward kernel
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if HAS_LO:
+    if BOXES and BLOCK_D > 128:  # one loop, with a branch around the mask: two or three spill at this size
         dq = _collect_query_grads(
-            dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, lo, hi, first, full_first,
-            scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, PRECISION, INTERPRET,
+            dq, q, dout, lse2, delta, k_source, v_source, b32, kv_head, stride_kn, stride_vn, lo, hi,
+            first, last, full_first, full_last,
+            scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, BOXES, PRECISION, INTERPRET,
         )  # fmt: skip
-    dq = _collect_query_grads(
-        dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, lo, hi, full_first, full_last,
-        scale_log2, N, D, BLOCK_D, BLOCK_N, False, HAS_LO, PRECISION, INTERPRET,
-    )  # fmt: skip
-    dq = _collect_query_grads(
-        dq, q, dout, lse2, delta, k_base, v_base, stride_kn, stride_vn, lo, hi, full_last, last,
-        scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, PRECISION, INTERPRET,
-    )  # fmt: skip
+    else:
+        if HAS_LO:
+            dq = _collect_query_grads(
+                dq, q, dout, lse2, delta, k_source, v_source, b32, kv_head, stride_kn, stride_vn, lo, hi,
+                first, full_first, full_first, full_last,
+                scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, BOXES, PRECISION, INTERPRET,
+            )  # fmt: skip
+        dq = _collect_query_grads(
+            dq, q, dout, lse2, delta, k_source, v_source, b32, kv_head, stride_kn, stride_vn, lo, hi,
+            full_first, full_last, full_first, full_last,
+            scale_log2, N, D, BLOCK_D, BLOCK_N, False, HAS_LO, BOXES, PRECISION, INTERPRET,
+        )  # fmt: skip
+        dq = _collect_query_grads(
+            dq, q, dout, lse2, delta, k_source, v_source, b32, kv_head, stride_kn, stride_vn, lo, hi,
+            full_last, last, full_first, full_last,
+            scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, BOXES, PRECISION, INTERPRET,
+        )  # fmt: skip
 
     # store: a NaN query that sees nothing still has gradient 0
     cols = tl.arange(0, BLOCK_D)

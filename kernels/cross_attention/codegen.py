@@ -7,35 +7,50 @@ from typing import Any
 import torch
 
 from calm_fast.kernels.common.codegen import ARCHS, CodegenSpec, make_spec, short_name
-from calm_fast.kernels.common.config_table import padded
+from calm_fast.kernels.common.config_table import padded, target
 from calm_fast.kernels.cross_attention.bwd_kv import (
     _cross_attention_bwd_dkdv_kernel,
     _cross_attention_query_ranges_kernel,
 )
 from calm_fast.kernels.cross_attention.bwd_q import _cross_attention_bwd_dq_kernel, _cross_attention_bwd_rows_kernel
 from calm_fast.kernels.cross_attention.configs import (
+    BOX_TARGETS,
     COMBINE,
+    DKDV,
+    DQ_BOX_TARGETS,
+    DQ_POINTERS,
+    DV,
     RANGES,
+    REPAIR,
     TABLES,
     AttentionConfig,
     DecodeConfig,
+    dv_config,
     row_terms_config,
+    searches,
     table_size,
 )
 from calm_fast.kernels.cross_attention.decode import _cross_attention_combine_kernel, _cross_attention_decode_kernel
 from calm_fast.kernels.cross_attention.fwd import _cross_attention_fwd_kernel
 
 _POINTERS = dict.fromkeys(("lse_ptr", "dlse_ptr", "lse2_ptr", "delta_ptr", "part_ptr", "part_lse_ptr"), "*fp32")
-_POINTERS |= dict.fromkeys(("lo_ptr", "hi_ptr", "ranges_ptr"), "*i32")
+_POINTERS |= dict.fromkeys(("lo_ptr", "hi_ptr", "ranges_ptr", "poison_ptr"), "*i32")
 _UNIT = {"stride_lom": 1, "stride_him": 1}  # as at run time, where Triton makes constants of ones
 # HAS_LO, HAS_HI, CAUSAL of each kind of mask
 _MASKS = {"full": (False, False, False), "causal": (False, False, True), "hi": (False, True, False)}
 _MASKS["interval"] = (True, True, False)
 _KERNELS = {
     "fwd": _cross_attention_fwd_kernel,
+    "fwd_pointers": _cross_attention_fwd_kernel,
     "decode": _cross_attention_decode_kernel,
+    "packed64": _cross_attention_decode_kernel,
+    "packed128": _cross_attention_decode_kernel,
     "dkdv": _cross_attention_bwd_dkdv_kernel,
+    "dkdv_pointers": _cross_attention_bwd_dkdv_kernel,
+    "dv": _cross_attention_bwd_dkdv_kernel,
+    "repair": _cross_attention_bwd_dkdv_kernel,
     "dq": _cross_attention_bwd_dq_kernel,
+    "dq_pointers": _cross_attention_bwd_dq_kernel,
 }
 
 
@@ -48,19 +63,39 @@ def attention_spec(
     tensor_core: bool | str,
     arch: int,
 ) -> CodegenSpec:
-    """Return the spec of the forward, decode, dkdv or dq kernel at one head dim and kind of mask."""
+    """Return the spec of the forward, decode, dkdv or dq kernel at one head dim and kind of mask.
+
+    part "fwd_pointers", "dkdv_pointers", "dq_pointers": without tensor descriptors on an architecture that has them.
+    "dv": the dkdv kernel for dv alone; "dkdv" is then for dk alone. "repair": for KV heads with a query that is not
+    finite.
+    """
     has_lo, has_hi, causal = _MASKS[mask]
-    constants: dict[str, Any] = {"D": d, "BLOCK_D": padded(d)}
+    box_targets = {"fwd": BOX_TARGETS, "dkdv": BOX_TARGETS, "dv": BOX_TARGETS, "dq": DQ_BOX_TARGETS}.get(part, ())
+    boxes = dtype != torch.float32 and target(arch, dtype) in box_targets
+    constants: dict[str, Any] = {
+        "D": d,
+        "BLOCK_D": padded(d),
+        "BOXES": boxes,
+        "SEARCH": searches(target(arch, dtype), dtype),
+    }
     constants |= {"HAS_LO": has_lo, "HAS_HI": has_hi, "CAUSAL": causal, "PRECISION": "ieee", "INTERPRET": False}
+    pointers, present = dict(_POINTERS), {"lo_ptr": has_lo, "hi_ptr": has_hi}
     if isinstance(config, DecodeConfig):
         constants |= {"BLOCK_R": config.block_r, "BLOCK_N": config.block_n}
-        constants |= {"SPLIT_KEYS": config.split_keys, "DIRECT": False}
+        constants |= {"DIRECT": False, "EDGES": config.mask_edges_only}
     else:
         constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    present = {"lo_ptr": has_lo, "hi_ptr": has_hi, "ranges_ptr": part != "dkdv" or has_lo or has_hi}
+        size = table_size(padded(d))
+        constants |= {"REPAIR": part == "repair", "HAS_DK": part != "dv"}
+        constants["HAS_DV"] = part != "dkdv" or dv_config(arch, dtype, size) is None
+        present |= {"dk_ptr": constants["HAS_DK"], "dv_ptr": constants["HAS_DV"], "poison_ptr": part == "repair"}
+        for names, rows in ((("k_boxes", "v_boxes"), config.block_n), (("q_boxes", "dout_boxes"), config.block_m)):
+            pointers |= dict.fromkeys(names, f"tensordesc<{short_name(dtype)}[1, 1, {rows}, {padded(d)}]>")
+    present |= dict.fromkeys(("k_boxes", "v_boxes", "q_boxes", "dout_boxes"), boxes)
+    present |= {"ranges_ptr": part != "repair" and (has_lo or has_hi)}
     constants |= {pointer: None for pointer, there in present.items() if not there}
     name = f"{part}_{short_name(dtype)}_d{d}_{mask}_sm{arch}"
-    return make_spec(name, _KERNELS[part], dtype, constants | _UNIT, config, tensor_core, (arch,), _POINTERS)
+    return make_spec(name, _KERNELS[part], dtype, constants | _UNIT, config, tensor_core, (arch,), pointers, ("ROWS",))
 
 
 def codegen_specs() -> list[CodegenSpec]:
@@ -78,14 +113,40 @@ def codegen_specs() -> list[CodegenSpec]:
     cases += [(part, fp32, d, "interval") for part in ("fwd", "dkdv", "dq") for d in (128, 256)]
     cases += [(part, bf16, 256, "interval") for part in ("fwd", "dkdv", "dq")]
     cases += [("decode", bf16, 64, "full"), ("decode", bf16, 128, "interval"), ("decode", bf16, 128, "hi")]
+    cases += [(part, bf16, d, "interval") for part in ("packed64", "packed128") for d in (64, 128)]
+    cases += [("packed64", bf16, 128, "causal"), ("packed128", bf16, 128, "hi"), ("packed128", bf16, 128, "causal")]
+    cases += [("packed128", fp32, d, "interval") for d in (64, 128)]
+    pointers = [("fwd_pointers", bf16, d, mask) for d in (64, 128, 256) for mask in ("causal", "interval")]
     for arch in ARCHS:
-        for part, dtype, d, mask in cases:
+        for part, dtype, d, mask in cases + (pointers if target(arch, bf16) in BOX_TARGETS else []):
             config = TABLES[part].default(arch, dtype, table_size(padded(d)))
             # tiles of 16 or 32 rows are too small for warpgroup instructions; IEEE float32 uses no tensor core
-            small = part == "decode" or (part != "fwd" and d == 256)
+            small = part == "decode" or (part in ("dkdv", "dq") and d == 256 and arch == 100)
             expected: bool | str = False if dtype == fp32 else "warp" if small else True
             specs.append(attention_spec(part, dtype, d, mask, config, expected, arch))
+        specs += _other_key_grad_specs(arch)
     return specs + _specs_without_products()
+
+
+def _other_key_grad_specs(arch: int) -> list[CodegenSpec]:
+    """Return the other forms of the kernel of dk and dv, at the head dims that have them."""
+    bf16, name = torch.bfloat16, target(arch, torch.bfloat16)
+    specs = [
+        attention_spec("repair", dtype, d, "interval", REPAIR.default(arch, dtype, d), tensor_core, arch)
+        for dtype, d, tensor_core in ((bf16, 128, "warp"), (bf16, 256, "warp"), (torch.float32, 64, False))
+    ]
+    for d, config in DV.defaults.get(name, {}).items():
+        specs += [attention_spec("dv", bf16, d, mask, config, True, arch) for mask in ("causal", "interval")]
+    if name in DQ_BOX_TARGETS:
+        for d, config in DQ_POINTERS.defaults[name].items():
+            expected: bool | str = "warp" if d == 256 else True
+            specs.append(attention_spec("dq_pointers", bf16, d, "interval", config, expected, arch))
+    if name in BOX_TARGETS:  # with the tiles of sm_80
+        specs += [
+            attention_spec("dkdv_pointers", bf16, d, "interval", DKDV.default(80, bf16, d), "warp", arch)
+            for d in (64, 128, 256)
+        ]
+    return specs
 
 
 def _specs_without_products() -> list[CodegenSpec]:
@@ -93,8 +154,11 @@ def _specs_without_products() -> list[CodegenSpec]:
     for d in (128, 256):
         terms = row_terms_config(d)
         constants: dict[str, Any] = {"D": d, "BLOCK_D": d, "BLOCK_M": terms.block_m, "HAS_DLSE": True}
+        constants["HAS_POISON"] = True
         name, fn = f"rows_bf16_d{d}", _cross_attention_bwd_rows_kernel
-        specs.append(make_spec(name, fn, torch.bfloat16, constants, terms, False, pointers=_POINTERS))
+        specs.append(
+            make_spec(name, fn, torch.bfloat16, constants, terms, False, pointers=_POINTERS, aligned=("ROWS",))
+        )
     constants = {"D": 128, "BLOCK_D": 128, "BLOCK_S": COMBINE.block_s}
     name, fn = "combine_bf16_d128", _cross_attention_combine_kernel
     specs.append(make_spec(name, fn, torch.bfloat16, constants, COMBINE, False, pointers=_POINTERS))

@@ -1,6 +1,6 @@
-"""Decode kernels of cross_attention: few query rows against many keys, split over programs and then combined.
+"""Decode kernels of cross_attention: up to 128 queries against many keys, split over programs and then combined.
 
-All query heads of a KV head share one tile, so every key and value is read once per KV head.
+The query heads of a KV head share tiles, so a tile's keys and values are read once for all of them.
 Derivation: docs/ops/cross_attention.md.
 """
 
@@ -11,10 +11,10 @@ import triton.language as tl
 
 from calm_fast.kernels.common.arithmetic import LN_2, NEG_HUGE
 from calm_fast.kernels.common.intervals import key_block_ranges, load_interval
-from calm_fast.kernels.cross_attention.fwd import attend
+from calm_fast.kernels.cross_attention.fwd import attend_blocks
 
 
-@triton.jit(do_not_specialize=["M", "N", "H", "GROUP", "SPLITS"])
+@triton.jit(do_not_specialize=["M", "N", "H", "GROUP", "SPLITS", "SPLIT_KEYS"])
 def _cross_attention_decode_kernel(
     q_ptr,  # (B, M, H, D)
     k_ptr,  # (B, N, H // GROUP, D)
@@ -42,12 +42,13 @@ def _cross_attention_decode_kernel(
     H,
     GROUP,
     SPLITS,
+    SPLIT_KEYS,  # a multiple of BLOCK_N
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,  # rows of a tile: (query, head of the group) pairs
     BLOCK_N: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr,  # a multiple of BLOCK_N
     DIRECT: tl.constexpr,  # a single split: nothing to combine
+    EDGES: tl.constexpr,  # mask only the blocks at the edges of the intervals
     HAS_LO: tl.constexpr,
     HAS_HI: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -82,7 +83,7 @@ def _cross_attention_decode_kernel(
     lo = tl.maximum(lo, split * SPLIT_KEYS)
     hi = tl.minimum(hi, (split + 1) * SPLIT_KEYS)
     seen = seen & (lo < hi)
-    first, _, _, last = key_block_ranges(lo, hi, seen, N, BLOCK_N, True)
+    first, full_first, full_last, last = key_block_ranges(lo, hi, seen, N, BLOCK_N, True)
 
     # load
     cols = tl.arange(0, BLOCK_D)
@@ -97,11 +98,26 @@ def _cross_attention_decode_kernel(
     row_max = tl.zeros((BLOCK_R,), tl.float32) + NEG_HUGE
     k_base = k_ptr + b * stride_kb + kv_head.to(tl.int64) * stride_kh
     v_base = v_ptr + b * stride_vb + kv_head.to(tl.int64) * stride_vh
-    # scores, softmax, accumulate: always masked, because reading the keys takes far longer than masking so few rows
-    acc, row_sum, row_max = attend(
-        acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, lo, hi, first, last,
-        scale_log2, N, D, BLOCK_D, BLOCK_N, True, True, PRECISION, INTERPRET,
-    )  # fmt: skip
+    # scores, softmax, accumulate
+    if EDGES:  # from 64 rows on a mask would cost more time than reading the keys
+        if HAS_LO:  # without lower bounds a split begins with a whole block
+            acc, row_sum, row_max = attend_blocks(
+                acc, row_sum, row_max, q, k_base, v_base, b, kv_head, stride_kn, stride_vn, lo, hi, first, full_first,
+                scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, False, True, PRECISION, INTERPRET,
+            )  # fmt: skip
+        acc, row_sum, row_max = attend_blocks(
+            acc, row_sum, row_max, q, k_base, v_base, b, kv_head, stride_kn, stride_vn, lo, hi, full_first, full_last,
+            scale_log2, N, D, BLOCK_D, BLOCK_N, False, HAS_LO, False, True, PRECISION, INTERPRET,
+        )  # fmt: skip
+        acc, row_sum, row_max = attend_blocks(
+            acc, row_sum, row_max, q, k_base, v_base, b, kv_head, stride_kn, stride_vn, lo, hi, full_last, last,
+            scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, False, True, PRECISION, INTERPRET,
+        )  # fmt: skip
+    else:  # reading the keys takes far longer than masking so few rows
+        acc, row_sum, row_max = attend_blocks(
+            acc, row_sum, row_max, q, k_base, v_base, b, kv_head, stride_kn, stride_vn, lo, hi, first, last,
+            scale_log2, N, D, BLOCK_D, BLOCK_N, True, True, False, True, PRECISION, INTERPRET,
+        )  # fmt: skip
 
     # store
     row_sum = tl.where(seen, row_sum, 1.0)

@@ -19,13 +19,42 @@ from calm_fast.kernels.common.intervals import (
 
 
 @triton.jit
-def attend(
+def load_block(
+    source,
+    b,
+    first,
+    head,
+    stride,
+    size,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    BOXES: tl.constexpr,
+):
+    """Load rows first .. first + BLOCK of a head's keys or values, as (BLOCK, BLOCK_D); outside it is 0.
+
+    source: where BOXES, the descriptor of the whole tensor as (B, heads, N, D), else a pointer to the head's first row.
+    """
+    # The copy engine makes the addresses and the zeros; they take no register. The dims of size 1 lead: only then does
+    # Triton fold the reshape into the load. Else the first operand of a product goes through registers.
+    if BOXES:
+        rows = source.load([b, head, first, 0]).reshape(BLOCK, BLOCK_D)
+    else:
+        rows = load_rows(source, first, stride, size, D, BLOCK, BLOCK_D, MASKED)
+    return rows
+
+
+@triton.jit
+def attend_blocks(
     acc,
     row_sum,
     row_max,
     q,
-    k_base,
-    v_base,
+    k_source,
+    v_source,
+    b,
+    kv_head,
     stride_kn,
     stride_vn,
     lo,
@@ -39,38 +68,89 @@ def attend(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_LO: tl.constexpr,
+    BOXES: tl.constexpr,
+    SEARCH: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """Online softmax over the key blocks in [first, last). Returns the new (acc, row_sum, row_max).
 
-    acc (rows, BLOCK_D) and row_sum (rows,) are relative to exp2(row_max); row_max is in log2 units.
+    acc (rows, BLOCK_D) and row_sum (rows,) are relative to exp2(row_max); row_max is in log2 units. SEARCH: masked
+    blocks look for NaN and Inf in v. Without it a hidden one makes a column of acc NaN, which `repair` mends.
     """
-    for start in tl.range(first, last, BLOCK_N):
-        # a hidden value times its weight of 0 may be NaN: NaN and Inf become 0, and the scores that see one NaN
-        if MASKED:  # before the scores, which need registers too
-            v = load_rows(v_base, start, stride_vn, N, D, BLOCK_N, BLOCK_D, MASKED)
-            excess = tl.sum((v - v).to(tl.float32), 1)  # 0, or NaN
-            v = finite_or_zero(v)
-        # scores
-        k = load_rows(k_base, start, stride_kn, N, D, BLOCK_N, BLOCK_D, MASKED)
-        scores = matmul(q, tl.trans(k), PRECISION, INTERPRET)
-        if MASKED:
-            keys = start + tl.arange(0, BLOCK_N)
-            visible = sees(lo[:, None], hi[:, None], keys[None, :], HAS_LO)
-            scores = tl.where(visible, scores + excess[None, :], float("-inf"))
-        # softmax: the scale is positive (the launcher checks), so it commutes with max and joins the exponent's FMA
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-        p = tl.exp2(scores * scale_log2 - new_max[:, None])
-        shrink = tl.exp2(row_max - new_max)
-        row_sum = row_sum * shrink + tl.sum(p, 1)
-        # accumulate
-        acc = acc * shrink[:, None]
-        if not MASKED:
-            v = load_rows(v_base, start, stride_vn, N, D, BLOCK_N, BLOCK_D, MASKED)
-        acc = matmul_add(p.to(v.dtype), v, acc, PRECISION, INTERPRET)
-        row_max = new_max
+    # Without the guard the loop has an edge of zero turns, on which moves set the sums. Then ptxas serialises every
+    # wgmma of the kernel (C7515): each product waits for the one before.
+    if first < last:
+        for start in tl.range(first, last, BLOCK_N):
+            # a hidden value times its weight of 0 may be NaN: NaN and Inf become 0, and the scores that see one NaN
+            if MASKED and SEARCH:  # before the scores, which need registers too
+                v = load_block(v_source, b, start, kv_head, stride_vn, N, D, BLOCK_N, BLOCK_D, MASKED, BOXES)
+                excess = tl.sum((v - v).to(tl.float32), 1)  # 0, or NaN
+                v = finite_or_zero(v)
+            # scores
+            k = load_block(k_source, b, start, kv_head, stride_kn, N, D, BLOCK_N, BLOCK_D, MASKED, BOXES)
+            scores = matmul(q, tl.trans(k), PRECISION, INTERPRET)
+            if MASKED:
+                keys = start + tl.arange(0, BLOCK_N)
+                if SEARCH:
+                    scores = scores + excess[None, :]
+                scores = tl.where(sees(lo[:, None], hi[:, None], keys[None, :], HAS_LO), scores, float("-inf"))
+            # softmax: the scale is positive (the launcher checks), so it commutes with max and joins the exponent's FMA
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+            p = tl.exp2(scores * scale_log2 - new_max[:, None])
+            shrink = tl.exp2(row_max - new_max)
+            row_sum = row_sum * shrink + tl.sum(p, 1)
+            # accumulate
+            acc = acc * shrink[:, None]
+            if not (MASKED and SEARCH):
+                v = load_block(v_source, b, start, kv_head, stride_vn, N, D, BLOCK_N, BLOCK_D, MASKED, BOXES)
+            acc = matmul_add(p.to(v.dtype), v, acc, PRECISION, INTERPRET)
+            row_max = new_max
     return acc, row_sum, row_max
+
+
+@triton.jit
+def repair(
+    row_max,
+    q,
+    k_base,
+    v_base,
+    stride_kn,
+    stride_vn,
+    lo,
+    hi,
+    first,
+    last,
+    scale_log2,
+    N,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Return `acc` of the final row_max for keys [first, last), with NaN only in rows that see a NaN or Inf.
+
+    A hidden weight is 0, but 0 * NaN is NaN: NaN and Inf of values become 0, and weights that see one become NaN.
+    """
+    # few keys a step, no pipeline: this path is rare, and must not take more registers than the loops above
+    KEYS: tl.constexpr = 16
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in tl.range(first, last, KEYS, num_stages=1):
+        # scores
+        k = load_rows(k_base, start, stride_kn, N, D, KEYS, BLOCK_D, True)
+        scores = matmul(q, tl.trans(k), PRECISION, INTERPRET)
+        # weights: the maximum is final, so nothing is rescaled
+        v = load_rows(v_base, start, stride_vn, N, D, KEYS, BLOCK_D, True)
+        wide = v.to(tl.float32)
+        excess = tl.sum(wide - wide, 1)  # 0, or NaN
+        p = tl.exp2(scores * scale_log2 - row_max[:, None]) + excess[None, :]
+        keys = start + tl.arange(0, KEYS)
+        p = tl.where(sees(lo[:, None], hi[:, None], keys[None, :], HAS_LO), p, 0.0)
+        # accumulate
+        acc = matmul_add(p.to(v.dtype), finite_or_zero(v), acc, PRECISION, INTERPRET)
+    return acc
 
 
 @triton.jit(do_not_specialize=["M", "N", "H", "GROUP"])
@@ -78,6 +158,8 @@ def _cross_attention_fwd_kernel(
     q_ptr,  # (B, M, H, D)
     k_ptr,  # (B, N, H // GROUP, D)
     v_ptr,  # (B, N, H // GROUP, D)
+    k_boxes,  # descriptor of k as (B, H // GROUP, N, D) in boxes (1, 1, BLOCK_N, BLOCK_D), or None
+    v_boxes,  # the same of v; None if k's is
     lo_ptr,  # (B, M) int32 or None
     hi_ptr,  # (B, M) int32 or None
     out_ptr,  # (B, M, H, D) contiguous
@@ -107,6 +189,8 @@ def _cross_attention_fwd_kernel(
     HAS_LO: tl.constexpr,
     HAS_HI: tl.constexpr,
     CAUSAL: tl.constexpr,
+    BOXES: tl.constexpr,
+    SEARCH: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -116,15 +200,17 @@ def _cross_attention_fwd_kernel(
     tiles = tl.cdiv(M, BLOCK_M)
     first_row = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     head = tl.program_id(0) // tiles % H
-    b = (tl.program_id(0) // tiles // H).to(tl.int64)
-    kv_head = (head // GROUP).to(tl.int64)
+    kv_head = head // GROUP
+    b = tl.program_id(0) // tiles // H
+    b64 = b.to(tl.int64)
+    kv_head64 = kv_head.to(tl.int64)
     head64 = head.to(tl.int64)
 
     # intervals of the tile's rows
     rows = first_row + tl.arange(0, BLOCK_M)
     lo, hi, seen = load_interval(
-        lo_ptr + b * stride_lob if HAS_LO else lo_ptr,
-        hi_ptr + b * stride_hib if HAS_HI else hi_ptr,
+        lo_ptr + b64 * stride_lob if HAS_LO else lo_ptr,
+        hi_ptr + b64 * stride_hib if HAS_HI else hi_ptr,
         stride_lom,
         stride_him,
         rows,
@@ -136,28 +222,31 @@ def _cross_attention_fwd_kernel(
     )
     first, full_first, full_last, last = key_block_ranges(lo, hi, seen, N, BLOCK_N, HAS_LO)
 
-    # load
-    q_base = q_ptr + b * stride_qb + head64 * stride_qh
-    k_base = k_ptr + b * stride_kb + kv_head * stride_kh
-    v_base = v_ptr + b * stride_vb + kv_head * stride_vh
+    # load: q by pointers, into shared memory. By a descriptor Triton keeps it in 32 registers at D = 128, and ptxas
+    # (Triton 3.9) then serialises the products for want of registers (C7513).
+    q_base = q_ptr + b64 * stride_qb + head64 * stride_qh
+    k_base = k_ptr + b64 * stride_kb + kv_head64 * stride_kh
+    v_base = v_ptr + b64 * stride_vb + kv_head64 * stride_vh
     q = load_rows(q_base, first_row, stride_qm, M, D, BLOCK_M, BLOCK_D, True)
+    k_source = k_boxes if BOXES else k_base
+    v_source = v_boxes if BOXES else v_base
 
     # scores, softmax, accumulate: blocks that need a mask on the left, whole blocks, blocks that need one on the right
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.zeros((BLOCK_M,), tl.float32) + NEG_HUGE
     if HAS_LO:  # without lower bounds nothing on the left is ever masked
-        acc, row_sum, row_max = attend(
-            acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, lo, hi, first, full_first,
-            scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, PRECISION, INTERPRET,
+        acc, row_sum, row_max = attend_blocks(
+            acc, row_sum, row_max, q, k_source, v_source, b, kv_head, stride_kn, stride_vn, lo, hi, first, full_first,
+            scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, BOXES, SEARCH, PRECISION, INTERPRET,
         )  # fmt: skip
-    acc, row_sum, row_max = attend(
-        acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, lo, hi, full_first, full_last,
-        scale_log2, N, D, BLOCK_D, BLOCK_N, False, HAS_LO, PRECISION, INTERPRET,
+    acc, row_sum, row_max = attend_blocks(
+        acc, row_sum, row_max, q, k_source, v_source, b, kv_head, stride_kn, stride_vn, lo, hi, full_first, full_last,
+        scale_log2, N, D, BLOCK_D, BLOCK_N, False, HAS_LO, BOXES, SEARCH, PRECISION, INTERPRET,
     )  # fmt: skip
-    acc, row_sum, row_max = attend(
-        acc, row_sum, row_max, q, k_base, v_base, stride_kn, stride_vn, lo, hi, full_last, last,
-        scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, PRECISION, INTERPRET,
+    acc, row_sum, row_max = attend_blocks(
+        acc, row_sum, row_max, q, k_source, v_source, b, kv_head, stride_kn, stride_vn, lo, hi, full_last, last,
+        scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, BOXES, SEARCH, PRECISION, INTERPRET,
     )  # fmt: skip
 
     # store: a row that sees nothing may have met unmasked blocks of its neighbours, and becomes 0 and -inf here
@@ -165,8 +254,22 @@ def _cross_attention_fwd_kernel(
     out = tl.where(seen[:, None], acc / row_sum[:, None], 0.0)
     lse = tl.where(seen, (row_max + tl.log2(row_sum)) * LN_2, float("-inf"))
     cols = tl.arange(0, BLOCK_D)
-    out_tile = out_ptr + (b * M + first_row) * H * D + head64 * D
+    out_tile = out_ptr + (b64 * M + first_row) * H * D + head64 * D
     out_ptrs = out_tile + tl.arange(0, BLOCK_M)[:, None] * (H * D) + cols[None, :]
     inside = rows < M
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (cols < D)[None, :])
-    tl.store(lse_ptr + (b * H + head64) * M + rows, lse, mask=inside)
+    columns = (cols < D)[None, :]
+    tl.store(lse_ptr + (b64 * H + head64) * M + rows, lse, mask=inside)
+    if SEARCH or not (HAS_LO or HAS_HI or CAUSAL):  # without bounds only the end is hidden, and loads as 0
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & columns)
+    else:
+        # a row that is not finite though its weights are: it sees NaN or Inf, or a hidden value of its tile is one
+        total = tl.sum(out, 1)
+        again = (total - total != 0.0) & (row_sum == row_sum)
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(inside & ~again)[:, None] & columns)
+        if tl.max(again.to(tl.int32), 0) != 0:
+            acc = repair(
+                row_max, q, k_base, v_base, stride_kn, stride_vn, lo, hi, first, last,
+                scale_log2, N, D, BLOCK_M, BLOCK_D, HAS_LO, PRECISION, INTERPRET,
+            )  # fmt: skip
+            out = acc / row_sum[:, None]
+            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(inside & again)[:, None] & columns)

@@ -78,6 +78,7 @@ def _update_specs(dtype: torch.dtype) -> list[CodegenSpec]:
             "K": r,
             "R_POS": r // 2,
             "GATED": True,
+            "HAS_Y": True,
             "BLOCK_K": block_k(r, dtype, False),
             "BLOCK_R": block_r(r, dtype, False),
         }
@@ -86,8 +87,18 @@ def _update_specs(dtype: torch.dtype) -> list[CodegenSpec]:
         name = f"update_r{r}" + ("_decode" if tokens == _FEW else "")
         config = _config(UPDATE, dtype, tokens, r)
         specs.append(_spec(name, _dual_lora_update_kernel, dtype, options, config, core))
+        if (r, tokens) == (16, _MANY):
+            alone = options | {"HAS_Y": False, "y_ptr": None}
+            specs.append(_spec("residual_r16", _dual_lora_update_kernel, dtype, alone, config, core))
     for h in (128, 256):
-        options = {"K": h, "R_POS": 8, "GATED": False, "BLOCK_K": block_k(h, dtype, False), "BLOCK_R": 16}
+        options = {
+            "K": h,
+            "R_POS": 8,
+            "GATED": False,
+            "HAS_Y": True,
+            "BLOCK_K": block_k(h, dtype, False),
+            "BLOCK_R": 16,
+        }
         config = _config(UPDATE, dtype, _MANY, h)
         specs.append(_spec(f"update_h{h}", _dual_lora_update_kernel, dtype, options, config, True))
     return specs

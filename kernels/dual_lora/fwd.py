@@ -115,7 +115,7 @@ def load_mix(
 @triton.jit(do_not_specialize=["T"])
 def _dual_lora_update_kernel(
     a_ptr,  # (T, K) the mix, or (T, 2K) = [z, g] where GATED
-    y_ptr,  # (T, N)
+    y_ptr,  # (T, N), one row for all tokens where stride_y is 0; None: zeros
     w_ptr,  # (N, K)
     out_ptr,  # (T, N), written
     stride_a,
@@ -127,6 +127,7 @@ def _dual_lora_update_kernel(
     N_STEP,  # columns of out per program, a multiple of BLOCK_N
     K: tl.constexpr,
     R_POS: tl.constexpr,
+    HAS_Y: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -142,7 +143,7 @@ def _dual_lora_update_kernel(
     rows = tl.arange(0, BLOCK_M)
     inside = first_row + rows < T
     a_base = a_ptr + first_row * stride_a
-    y_base = y_ptr + first_row * stride_y
+    y_base = y_ptr + first_row * stride_y if HAS_Y else y_ptr
     out_base = out_ptr + first_row * stride_out
 
     # gate
@@ -157,7 +158,10 @@ def _dual_lora_update_kernel(
         cols = first + tl.arange(0, BLOCK_N)
         w_base = w_ptr + tl.cast(first, tl.int64) * stride_w
         w_rows = tl.arange(0, BLOCK_N)
-        acc = load_tile(y_base, rows, stride_y, inside, cols, N).to(tl.float32)
+        if HAS_Y:
+            acc = load_tile(y_base, rows, stride_y, inside, cols, N).to(tl.float32)
+        else:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if K <= BLOCK_K:
             w = load_tile(w_base, w_rows, stride_w, cols < N, tl.arange(0, BLOCK_K), K)
             acc = matmul_add(a, tl.trans(w), acc, PRECISION, INTERPRET)

@@ -33,6 +33,7 @@ __all__ = [
     "launch_dual_lora_fwd",
     "launch_dual_lora_gelu_bwd",
     "launch_dual_lora_gelu_fwd",
+    "launch_dual_lora_residual",
 ]
 
 _INTERPRETED = interpreted(_dual_lora_update_kernel)
@@ -46,40 +47,63 @@ def _config(table: ConfigTable[str, Config], like: torch.Tensor, k: int, n: int)
 
 
 def _update(
-    a: torch.Tensor, y: torch.Tensor, w: torch.Tensor, r_pos: int, gated: bool, config: TileConfig | None
+    a: torch.Tensor, y: torch.Tensor | None, w: torch.Tensor, r_pos: int, gated: bool, config: TileConfig | None
 ) -> torch.Tensor:
-    """Return y + a w^T. If gated, a = [z, g] and z is weighted by the gate first."""
-    tokens, n = y.shape
-    out = torch.empty((tokens, n), dtype=y.dtype, device=y.device)
+    """Return y + a w^T, without y where it is None. If gated, a = [z, g] and z is weighted by the gate first."""
+    tokens, n = a.shape[0], w.shape[0]
+    out = torch.empty((tokens, n), dtype=w.dtype, device=w.device)
     if out.numel() == 0:
         return out
-    a, y, w = addressable(a), addressable(y), addressable(w)
+    a, w = addressable(a), addressable(w)
+    y = None if y is None else addressable(y)
     k = w.shape[1]
-    config = config or _config(UPDATE, y, k, n)
+    config = config or _config(UPDATE, out, k, n)
     row_tiles, col_tiles = triton.cdiv(tokens, config.block_tokens), triton.cdiv(n, config.block_columns)
     # a program keeps its mix for several columns of tiles, as long as every multiprocessor still has work
-    parts = min(col_tiles, triton.cdiv(programs_wanted(y.device, _INTERPRETED), row_tiles))
+    parts = min(col_tiles, triton.cdiv(programs_wanted(out.device, _INTERPRETED), row_tiles))
     step = triton.cdiv(col_tiles, parts) * config.block_columns
     launch(
         _dual_lora_update_kernel,
         row_tiles * triton.cdiv(n, step),
-        y.device,
+        out.device,
         config,
-        *(a, y, w, out, a.stride(0), y.stride(0), w.stride(0), n),
+        *(a, y, w, out, a.stride(0), 0 if y is None else y.stride(0), w.stride(0), n),
         T=tokens,
         N=n,
         N_STEP=step,
         K=k,
         R_POS=r_pos,
+        HAS_Y=y is not None,
         GATED=gated,
         BLOCK_M=config.block_tokens,
         BLOCK_N=config.block_columns,
-        BLOCK_K=block_k(k, y.dtype, _INTERPRETED),
-        BLOCK_R=block_r(k, y.dtype, _INTERPRETED),
-        PRECISION=float32_precision(y.dtype),
+        BLOCK_K=block_k(k, out.dtype, _INTERPRETED),
+        BLOCK_R=block_r(k, out.dtype, _INTERPRETED),
+        PRECISION=float32_precision(out.dtype),
         INTERPRET=_INTERPRETED,
     )
     return out
+
+
+def launch_dual_lora_residual(
+    zg: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None, r_pos: int, config: TileConfig | None = None
+) -> torch.Tensor:
+    """What the paper's form adds to a product x W^T: the residual and the bias of the linear layer.
+
+        out = bias + [a_pos z_pos, a_neg z_neg] up^T
+
+    Args:
+        zg: (T, 2R) float32, bfloat16 or float16, any strides.
+        up: (N, R), zg's dtype.
+        bias: (N,), zg's dtype, or None.
+        r_pos: number of positive columns.
+        config: launch config. None chooses one.
+    Returns:
+        out (T, N), contiguous.
+
+    Deterministic.
+    """
+    return _update(zg, None if bias is None else bias.expand(zg.shape[0], -1), up, r_pos, True, config)
 
 
 def launch_dual_lora_fwd(

@@ -17,7 +17,7 @@ from calm_fast.kernels.vocabulary.configs import table_size
 
 _POINTERS = {"targets_ptr": "*i64", "rank_ptr": "*i64", "above_ptr": "*i32"} | {
     f"{name}_ptr": "*fp32"
-    for name in ("part", "at_target", "threshold", "lse", "entropy", "logprob", "dlogprob", "dentropy")
+    for name in ("part", "at_target", "threshold", "norms", "entropy", "logprob", "dlogprob", "dentropy")
 }
 
 

@@ -11,10 +11,12 @@ import triton.language as tl
 from calm_fast.kernels.common.arithmetic import LN_2, LOG2_E, NEG_HUGE, apply_softcap, softcap_slope
 from calm_fast.kernels.vocabulary.tiles import (
     bias_and_softcap,
+    finite_difference,
+    in_vocabulary,
     load_block,
     load_targets,
     logits_tile,
-    online_softmax,
+    raise_maximum,
     row_pointers,
     tile_position,
     zero_banned,
@@ -44,7 +46,7 @@ def _linear_logprob_target_kernel(
     first = tl.program_id(0) * BLOCK_T
     rows = first + tl.arange(0, BLOCK_T)
     targets, valid, _ = load_targets(targets_ptr, rows, T, ignore_index)
-    targets = tl.where(valid, targets, 0)
+    targets = tl.where(in_vocabulary(targets, valid, V), targets, 0)
     # scores
     hidden = row_pointers(hidden_ptr, first, T, stride_h, BLOCK_T)
     weight = weight_ptr + targets * stride_w  # int64, as the targets are
@@ -67,7 +69,7 @@ def _linear_logprob_sweep_kernel(
     bias_ptr,  # (V,) or None
     targets_ptr,  # (T,) int64
     threshold_ptr,  # (T,) float32, or None without ranks
-    part_ptr,  # (2 + HAS_ENTROPY, splits, T) float32: maxima in log2 units, sums, means
+    part_ptr,  # (2 + HAS_ENTROPY, splits, T) float32: maxima, sums, mean differences to the maximum
     above_ptr,  # (splits, T) int32, or None without ranks
     at_target_ptr,  # (T,) float32
     stride_h,
@@ -116,13 +118,14 @@ def _linear_logprob_sweep_kernel(
         # softmax, accumulate
         own = cols[None, :] == targets[:, None]
         at_target += tl.sum(tl.where(own, z, 0.0), 1)
-        row_max, row_sum, weights, shrink = online_softmax(row_max, row_sum, z, inside, tau * LOG2_E)
-        if HAS_ENTROPY:
-            mean = mean * shrink + tl.sum(weights * zero_banned(z, HAS_BIAS), 1)
         if HAS_RANK:  # the target's own logit, computed twice, may differ by a rounding: it never counts
-            above += tl.sum(
-                ((z > threshold[:, None]) & inside[None, :] & (cols[None, :] != targets[:, None])).to(tl.int32), 1
-            )
+            above += tl.sum(((z > threshold[:, None]) & inside[None, :] & (own == 0)).to(tl.int32), 1)
+        row_max, z, moved = raise_maximum(row_max, z, inside)
+        shrink = tl.exp2(moved * (tau * LOG2_E))
+        weights = tl.exp2(z * (tau * LOG2_E))
+        if HAS_ENTROPY:
+            mean = (mean + row_sum * moved) * shrink + tl.sum(weights * finite_difference(z), 1)
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
     # store
     part = part_ptr + tl.cast(split, tl.int64) * T + rows
     plane = tl.cast(splits, tl.int64) * T
@@ -146,8 +149,9 @@ def _linear_logprob_combine_kernel(
     logprob_ptr,  # (T,) float32
     entropy_ptr,  # (T,) float32 or None
     rank_ptr,  # (T,) int64 or None
-    lse_ptr,  # (T,) float32
+    norms_ptr,  # (2, T) float32: the largest logit, the sum of exp(tau (z - top))
     T,
+    V,
     splits,
     tau,
     ignore_index,
@@ -155,7 +159,10 @@ def _linear_logprob_combine_kernel(
     HAS_RANK: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Log-probability, entropy, rank and lse of each token from its splits; zeros for ignored tokens."""
+    """Log-probability, entropy, rank and norms of each token from its splits; zeros for ignored tokens.
+
+    A target that is not in the vocabulary gets NaN and rank 0.
+    """
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     targets, valid, _ = load_targets(targets_ptr, rows, T, ignore_index)
     # accumulate the splits, in their order
@@ -168,37 +175,42 @@ def _linear_logprob_combine_kernel(
         place = tl.cast(split, tl.int64) * T + rows
         part_max = tl.load(part_ptr + place, mask=valid, other=0.0)
         new_max = tl.maximum(row_max, part_max)
-        shrink = tl.exp2(row_max - new_max)
-        share = tl.exp2(part_max - new_max) * tl.load(part_ptr + plane + place, mask=valid, other=1.0)
+        moved = row_max - new_max
+        shrink = tl.exp2(moved * (tau * LOG2_E))
+        share = tl.exp2((part_max - new_max) * (tau * LOG2_E)) * tl.load(
+            part_ptr + plane + place, mask=valid, other=1.0
+        )
+        if HAS_ENTROPY:
+            part_mean = tl.load(part_ptr + 2 * plane + place, mask=valid, other=0.0)
+            mean = (mean + row_sum * moved) * shrink + share * (part_mean + (part_max - new_max))
         row_sum = row_sum * shrink + share
         row_max = new_max
-        if HAS_ENTROPY:
-            mean = mean * shrink + share * tl.load(part_ptr + 2 * plane + place, mask=valid, other=0.0)
         if HAS_RANK:
             rank += tl.load(above_ptr + place, mask=valid, other=0)
     # store: relative to the maximum, so that the size of a certain token's logit costs no digits; never above 0
-    lse = (row_max + tl.log2(row_sum)) * LN_2
-    at_target = tl.load(at_target_ptr + rows, mask=valid, other=0.0) * (tau * LOG2_E)
-    logprob = ((at_target - row_max) - tl.log2(row_sum)) * LN_2
+    known = in_vocabulary(targets, valid, V)
+    at_target = tl.load(at_target_ptr + rows, mask=known, other=float("nan"))
+    logprob = ((at_target - row_max) * (tau * LOG2_E) - tl.log2(row_sum)) * LN_2
     logprob = tl.where(logprob > 0.0, 0.0, logprob)
     inside = rows < T
     tl.store(logprob_ptr + rows, tl.where(valid, logprob, 0.0), mask=inside)
-    tl.store(lse_ptr + rows, tl.where(valid, lse, 0.0), mask=inside)
+    tl.store(norms_ptr + rows, tl.where(valid, row_max, 0.0), mask=inside)
+    tl.store(norms_ptr + T + rows, tl.where(valid, row_sum, 0.0), mask=inside)
     if HAS_ENTROPY:
-        entropy = (tl.log2(row_sum) + (row_max - mean / row_sum * (tau * LOG2_E))) * LN_2
+        entropy = (tl.log2(row_sum) - mean / row_sum * (tau * LOG2_E)) * LN_2
         entropy = tl.where(entropy < 0.0, 0.0, entropy)
         tl.store(entropy_ptr + rows, tl.where(valid, entropy, 0.0), mask=inside)
     if HAS_RANK:
-        tl.store(rank_ptr + rows, tl.where(valid, rank, 0), mask=inside)
+        tl.store(rank_ptr + rows, tl.where(known, rank, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_row", "end_row", "first_column", "end_column", "ignore_index", "blocks"])
+@triton.jit(do_not_specialize=["first_row", "end_row", "first_column", "end_column", "T", "ignore_index", "blocks"])
 def _linear_logprob_dlogits_kernel(
     hidden_ptr,  # (T, d)
     weight_ptr,  # (V, d)
     bias_ptr,  # (V,) or None
     targets_ptr,  # (T,) int64
-    lse_ptr,  # (T,) float32
+    norms_ptr,  # (2, T) float32
     entropy_ptr,  # (T,) float32, read only with dentropy
     dlogprob_ptr,  # (T,) float32
     dentropy_ptr,  # (T,) float32 or None
@@ -209,6 +221,7 @@ def _linear_logprob_dlogits_kernel(
     end_row,
     first_column,
     end_column,
+    T,
     V,
     blocks,  # of columns
     tau,
@@ -241,16 +254,20 @@ def _linear_logprob_dlogits_kernel(
         z = logits_tile(hidden, weight, D, BLOCK_T, BLOCK_V, BLOCK_D, PRECISION, INTERPRET)
         z = bias_and_softcap(z, bias_ptr, cols, V, softcap, HAS_BIAS, HAS_SOFTCAP)
         # softmax and its gradient
-        lse = tl.load(lse_ptr + rows, mask=valid, other=0.0)
+        top = tl.load(norms_ptr + rows, mask=valid, other=0.0)
+        total = tl.load(norms_ptr + T + rows, mask=valid, other=1.0)
         dlogprob = tl.load(dlogprob_ptr + rows, mask=valid, other=0.0) * tau
-        p = tl.exp2(z * (tau * LOG2_E) - (lse * LOG2_E)[:, None])
+        dlogprob = tl.where(in_vocabulary(targets, valid, V), dlogprob, float("nan"))
+        # a probability is a power over `total`, which joins the factors of a row
+        difference = z - top[:, None]
+        p = tl.exp2(difference * (tau * LOG2_E))
         if HAS_DENTROPY:
             dentropy = tl.load(dentropy_ptr + rows, mask=valid, other=0.0) * tau
             entropy = tl.load(entropy_ptr + rows, mask=valid, other=0.0)
-            constant = dentropy * (lse - entropy) - dlogprob
-            dz = p * (constant[:, None] - (dentropy * tau)[:, None] * zero_banned(z, HAS_BIAS))
+            constant = (dentropy * (tl.log2(total) * LN_2 - entropy) - dlogprob) / total
+            dz = p * (constant[:, None] - (dentropy * tau / total)[:, None] * zero_banned(difference, HAS_BIAS))
         else:
-            dz = p * (-dlogprob)[:, None]
+            dz = p * (-dlogprob / total)[:, None]
         dz = tl.where(cols[None, :] == targets[:, None], dz + dlogprob[:, None], dz)
         if HAS_SOFTCAP:
             dz *= softcap_slope(z, softcap)

@@ -48,16 +48,17 @@ def launch_linear_logprob_fwd(
         want_entropy, want_rank: results to compute; the others come back empty.
         config: launch config of the sweep. None chooses one.
     Returns:
-        logprob, entropy and lse (T,) float32 and rank (T,) int64, in the order logprob, entropy, rank, lse. Ignored
-        tokens have 0.
+        logprob, entropy (T,) float32, rank (T,) int64, and norms (2, T) float32: the largest logit and the sum of
+        exp((z - top) / temperature). Ignored tokens have 0; a target outside the vocabulary has NaN and rank 0.
 
     Deterministic: a token's results do not depend on the other tokens.
     """
     tokens, v, device = hidden.shape[0], weight.shape[0], hidden.device
-    logprob, lse = (torch.empty(tokens, dtype=torch.float32, device=device) for _ in range(2))
+    logprob = torch.empty(tokens, dtype=torch.float32, device=device)
+    norms = logprob.new_empty((2, tokens))
     entropy, rank = logprob.new_empty(tokens if want_entropy else 0), targets.new_empty(tokens if want_rank else 0)
     if tokens == 0:
-        return logprob, entropy, rank, lse
+        return logprob, entropy, rank, norms
     plain = bias is None and softcap is None and not want_entropy and not want_rank
     config = config or pick_config(SWEEP, weight, tokens, plain, _INTERPRETED)
     splits, tau = triton.cdiv(v, config.split_v), 1.0 / temperature
@@ -105,15 +106,16 @@ def launch_linear_logprob_fwd(
         triton.cdiv(tokens, COMBINE.block_t),
         device,
         COMBINE,
-        *(part, above, at_target, targets, logprob, entropy, rank, lse),
+        *(part, above, at_target, targets, logprob, entropy, rank, norms),
         T=tokens,
+        V=v,
         splits=splits,
         tau=tau,
         ignore_index=ignore_index,
         BLOCK_T=COMBINE.block_t,
         **wanted,
     )
-    return logprob, entropy, rank, lse
+    return logprob, entropy, rank, norms
 
 
 def launch_linear_logprob_dlogits(
@@ -123,7 +125,7 @@ def launch_linear_logprob_dlogits(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    lse: torch.Tensor,
+    norms: torch.Tensor,
     entropy: torch.Tensor,
     temperature: float,
     softcap: float | None,
@@ -139,7 +141,7 @@ def launch_linear_logprob_dlogits(
         dlogprob: (T,) float32.
         dentropy: (T,) float32 or None.
         hidden, weight, bias, targets, temperature, softcap, ignore_index: as in the forward pass.
-        lse, entropy: results of the forward pass.
+        norms, entropy: results of the forward pass.
         rows, columns: tokens and vocabulary entries of the chunk.
         out: (rows, columns) contiguous, in the inputs' dtype.
         config: launch config. None chooses one.
@@ -150,20 +152,28 @@ def launch_linear_logprob_dlogits(
         return
     plain = bias is None and softcap is None and dentropy is None
     config = config or pick_config(DLOGITS, weight, hidden.shape[0], plain, _INTERPRETED)
-    hidden, weight = addressable(hidden), addressable(weight)
+    hidden, weight, targets = addressable(hidden), addressable(weight), targets.contiguous()
     blocks = triton.cdiv(columns.stop - columns.start, config.block_v)
     launch(
         _linear_logprob_dlogits_kernel,
         triton.cdiv(rows.stop - rows.start, config.block_t) * blocks,
         hidden.device,
         config,
-        *(hidden, weight, None if bias is None else bias.contiguous(), targets.contiguous(), lse, entropy),
+        *(
+            hidden,
+            weight,
+            None if bias is None else bias.contiguous(),
+            targets.contiguous(),
+            norms.contiguous(),
+            entropy,
+        ),
         *(dlogprob.contiguous(), None if dentropy is None else dentropy.contiguous(), out),
         *(hidden.stride(0), weight.stride(0)),
         first_row=rows.start,
         end_row=rows.stop,
         first_column=columns.start,
         end_column=columns.stop,
+        T=hidden.shape[0],
         V=weight.shape[0],
         blocks=blocks,
         tau=1.0 / temperature,

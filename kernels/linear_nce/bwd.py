@@ -10,9 +10,12 @@ from calm_fast.kernels.vocabulary.tiles import bias_and_softcap, load_block, row
 
 
 @triton.jit
-def weighted_softmax(z, lse, coefficient, scale):
-    """Return coefficient * exp(scale * z - lse) for a tile z, with one lse and one coefficient a row."""
-    return coefficient[:, None] * tl.exp2(z * (scale * LOG2_E) - (lse * LOG2_E)[:, None])
+def weighted_softmax(difference, total, coefficient, scale):
+    """Return coefficient * exp(scale * difference) / total for a tile, with one total and one coefficient a row.
+
+    difference: logits minus the largest of their row, exact where it matters, whatever the size of the logits.
+    """
+    return (coefficient / total)[:, None] * tl.exp2(difference * (scale * LOG2_E))
 
 
 @triton.jit(do_not_specialize=["first_row", "end_row", "first_column", "end_column", "T", "blocks"])
@@ -22,7 +25,7 @@ def _linear_nce_dlogits_kernel(
     weight_ptr,  # (V, d)
     bias_ptr,  # (V,) or None
     targets_ptr,  # (T,) int64
-    lse_ptr,  # (3, T) float32
+    norms_ptr,  # (5, T) float32: top, sum and sum over tau of the student, top and sum over tau of nat
     coefficients_ptr,  # (2, T) float32
     dloss_ptr,  # () float32
     chunk_ptr,  # (end_row - first_row, end_column - first_column) contiguous
@@ -82,15 +85,20 @@ def _linear_nce_dlogits_kernel(
         # softmax and its gradient
         hard = hard * dloss
         soft = soft * dloss * tau
-        lse_soft = tl.load(lse_ptr + T + rows, mask=inside, other=0.0)
-        lse_nat = tl.load(lse_ptr + 2 * T + rows, mask=inside, other=0.0)
         targets = tl.load(targets_ptr + rows, mask=inside, other=0)
+        hard = tl.where((targets >= 0) & (targets < V), hard, float("nan"))  # nothing is known of other targets
+        norms = norms_ptr + rows
+        top = tl.load(norms, mask=inside, other=0.0)
+        top_nat = tl.load(norms + 3 * T, mask=inside, other=0.0)
+        total_soft = tl.load(norms + 2 * T, mask=inside, other=1.0)
+        total_nat = tl.load(norms + 4 * T, mask=inside, other=1.0)
+        difference = z - top[:, None]
         if TAU_IS_1:
-            dz = weighted_softmax(z, lse_soft, hard + soft, 1.0)
+            dz = weighted_softmax(difference, total_soft, hard + soft, 1.0)
         else:
-            lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
-            dz = weighted_softmax(z, lse_soft, soft, tau) + weighted_softmax(z, lse, hard, 1.0)
-        dz -= weighted_softmax(z_nat, lse_nat, soft, tau)
+            total = tl.load(norms + T, mask=inside, other=1.0)
+            dz = weighted_softmax(difference, total_soft, soft, tau) + weighted_softmax(difference, total, hard, 1.0)
+        dz -= weighted_softmax(z_nat - top_nat[:, None], total_nat, soft, tau)
         dz = tl.where(cols[None, :] == targets[:, None], dz - hard[:, None], dz)
         if HAS_SOFTCAP:
             dz *= softcap_slope(z, softcap)

@@ -17,7 +17,8 @@ from calm_fast.kernels.vocabulary.codegen import Constants, make_spec, tile_cons
 from calm_fast.kernels.vocabulary.configs import table_size
 
 _POINTERS = {"targets_ptr": "*i64", "seq_ids_ptr": "*i64"} | {
-    f"{name}_ptr": "*fp32" for name in ("part", "at_target", "lse", "terms", "coefficients", "dloss", "stats", "losses")
+    f"{name}_ptr": "*fp32"
+    for name in ("part", "at_target", "norms", "terms", "coefficients", "dloss", "stats", "losses")
 }
 
 

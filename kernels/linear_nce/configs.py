@@ -50,7 +50,7 @@ SWEEP = ConfigTable(
         "sm_80": {"plain": sweep_tile(64, 64, 8, 2), "full": sweep_tile(64, 64, 8, 2)},
         "sm_90": {"plain": sweep_tile(64, 128, 8, 3), "full": sweep_tile(64, 64, 8, 3)},
         "sm_100": {"plain": sweep_tile(64, 128, 8, 3), "full": sweep_tile(64, 128, 8, 3)},
-        "float32": {"plain": sweep_tile(16, 32, 4, 1), "full": sweep_tile(16, 32, 4, 1)},
+        "float32": {"plain": sweep_tile(16, 32, 4, 1), "full": sweep_tile(16, 32, 4, 2)},
     },
     interpreter=sweep_tile(16, 32, 4, 1, split_v=64),
 )

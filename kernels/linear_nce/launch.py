@@ -58,20 +58,21 @@ def launch_linear_nce_fwd(
         alpha, temperature, offset, softcap: as in the op.
         config: launch config of the sweep. None chooses one.
     Returns:
-        loss () float32; lse (3, T) float32: student, student over tau, nat over tau; coefficients (2, T) float32 of
-        the hard and the soft cross-entropy.
+        loss () float32; norms (5, T) float32: the largest logit of the student and its sums exp(z - top) and
+        exp((z - top) / temperature), the largest logit of nat and its sum exp((z - top) / temperature); coefficients
+        (2, T) float32 of the hard and the soft cross-entropy.
 
-    Deterministic: a token's log-sum-exps do not depend on the other tokens.
+    Deterministic: a token's norms do not depend on the other tokens.
     """
     tokens, v, device = student.shape[0], weight.shape[0], student.device
-    lse, terms, coefficients = (torch.empty((n, tokens), dtype=torch.float32, device=device) for n in (3, 3, 2))
+    norms, terms, coefficients = (torch.empty((n, tokens), dtype=torch.float32, device=device) for n in (5, 3, 2))
     if tokens == 0:
-        return lse.new_zeros(()), lse, coefficients
+        return norms.new_zeros(()), norms, coefficients
     config = config or pick_config(SWEEP, weight, tokens, _plain(temperature, bias, softcap), _INTERPRETED)
     tau_is_1, tau = temperature == 1.0, 1.0 / temperature
     splits = triton.cdiv(v, config.split_v)
-    part = lse.new_empty((PARTS_TAU_1 if tau_is_1 else PARTS_ANY_TAU, splits, tokens))
-    at_target = lse.new_empty(tokens)
+    part = norms.new_empty((PARTS_TAU_1 if tau_is_1 else PARTS_ANY_TAU, splits, tokens))
+    at_target = norms.new_empty(tokens)
     student, nat, neg, weight = (addressable(t) for t in (student, nat, neg, weight))
     targets, seq_ids = targets.contiguous(), seq_ids.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -97,8 +98,9 @@ def launch_linear_nce_fwd(
         triton.cdiv(tokens, COMBINE.block_t),
         device,
         COMBINE,
-        *(part, at_target, targets, lse, terms),
+        *(part, at_target, targets, norms, terms),
         T=tokens,
+        V=v,
         splits=splits,
         tau=tau,
         ignore_index=ignore_index,
@@ -119,7 +121,7 @@ def launch_linear_nce_fwd(
         BLOCK_T=CALIBRATE.block_t,
         BLOCK_J=CALIBRATE.block_j,
     )
-    return (coefficients * terms[:2]).sum(), lse, coefficients
+    return (coefficients * terms[:2]).sum(), norms, coefficients
 
 
 def launch_linear_nce_dlogits(
@@ -129,7 +131,7 @@ def launch_linear_nce_dlogits(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    lse: torch.Tensor,
+    norms: torch.Tensor,
     coefficients: torch.Tensor,
     temperature: float,
     softcap: float | None,
@@ -143,7 +145,7 @@ def launch_linear_nce_dlogits(
     Args:
         dloss: () float32.
         student, nat, weight, bias, targets, temperature, softcap: as in the forward pass.
-        lse, coefficients: results of the forward pass.
+        norms, coefficients: results of the forward pass.
         rows, columns: tokens and vocabulary entries of the chunk.
         out: (rows, columns) contiguous, in the inputs' dtype.
         config: launch config. None chooses one.
@@ -162,7 +164,7 @@ def launch_linear_nce_dlogits(
         student.device,
         config,
         *(student, nat, weight, None if bias is None else bias.contiguous(), targets.contiguous()),
-        *(lse, coefficients, dloss, out),
+        *(norms.contiguous(), coefficients, dloss, out),
         *(t.stride(0) for t in (student, nat, weight)),
         first_row=rows.start,
         end_row=rows.stop,

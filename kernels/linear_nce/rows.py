@@ -149,7 +149,8 @@ def _linear_nce_stats_kernel(
 
     # store
     known = (target >= 0) & (target < V)
-    z = tl.load(own + target, mask=known, other=0.0)
+    # NaN for a target that is not in the vocabulary: nothing is read for it
+    z = tl.load(own + target, mask=known, other=float("nan"))
     z = finite_logits(z, bias_ptr, target, known, softcap, HAS_BIAS, HAS_SOFTCAP)
     gap = tl.sum(mean_n * shrink_n, 0) / all_n
     tl.store(terms, norm_s * LN_2 + (most_s - z))
@@ -164,21 +165,25 @@ def _linear_nce_stats_kernel(
 
 
 @triton.jit
-def sequence_weight(terms_ptr, seq_ids_ptr, token, first, rows, total, offset, BLOCK_J: tl.constexpr):
-    """Return offset + tanh(mean KL of the token's sequence), all of which is in tokens first .. first + rows."""
+def sequence_weight(terms_ptr, seq_ids_ptr, token, first, rows, total, tokens, offset, BLOCK_J: tl.constexpr):
+    """Return offset + tanh(mean KL of the token's sequence), all of which is in tokens first .. first + rows.
+
+    NaN for an id that is not one, 0 <= id < tokens.
+    """
     own = tl.load(seq_ids_ptr + token)
     kl = tl.zeros((BLOCK_J,), tl.float32)
     members = tl.zeros((BLOCK_J,), tl.float32)
     for start in range(0, rows, BLOCK_J):
         others = start + tl.arange(0, BLOCK_J)
-        same = tl.load(seq_ids_ptr + first + others, mask=others < rows, other=-1) == own
-        kl += tl.load(terms_ptr + 2 * total + first + others, mask=same & (others < rows), other=0.0)
+        same = (tl.load(seq_ids_ptr + first + others, mask=others < rows, other=-1) == own) & (others < rows)
+        kl += tl.load(terms_ptr + 2 * total + first + others, mask=same, other=0.0)
         members += same.to(tl.float32)
     mean = tl.sum(kl, 0) / tl.sum(members, 0)
+    mean = tl.where((own >= 0) & (own < tokens), mean, float("nan"))
     return offset + 2.0 * tl.sigmoid(2.0 * mean) - 1.0
 
 
-@triton.jit(do_not_specialize=["first", "rows", "total", "ignore_index"])
+@triton.jit(do_not_specialize=["first", "rows", "total", "tokens", "ignore_index"])
 def _linear_nce_dz_kernel(
     logits_ptr,  # (3, rows, stride): the student's, and nat's with PARTS, are overwritten
     bias_ptr,  # (V,) or None
@@ -190,6 +195,7 @@ def _linear_nce_dz_kernel(
     first,
     rows,
     total,
+    tokens,  # of the call, above every sequence id; total may leave out ignored ones
     V,
     stride,
     alpha,
@@ -230,12 +236,14 @@ def _linear_nce_dz_kernel(
             return
     else:
         hard = 1.0 - alpha
-        soft = sequence_weight(terms_ptr, seq_ids_ptr, token, first, rows, total, offset, BLOCK_J) * (alpha / tau)
+        weight = sequence_weight(terms_ptr, seq_ids_ptr, token, first, rows, total, tokens, offset, BLOCK_J)
+        soft = weight * (alpha / tau)
         loss = hard * tl.load(terms_ptr + token) + soft / tau * tl.load(terms_ptr + total + token)
         tl.store(losses_ptr + token, loss)
         hard *= scale
         soft *= scale
 
+    hard = tl.where((target >= 0) & (target < V), hard, float("nan"))
     # load the statistics
     stats = stats_ptr + row
     top = tl.load(stats + _TOP * rows)

@@ -122,8 +122,9 @@ class _Chunks:
         config = dz_config(_INTERPRETED)
         self._launch(
             _linear_nce_dz_kernel, config, first, rows, self.problem.seq_ids, self.stats, self.terms, losses,
-            alpha=self.problem.alpha, offset=self.problem.offset, scale=scale, PARTS=self.parts == 2,
-            BLOCK_J=config.block_j, BLOCK=config.block_v,
+            alpha=self.problem.alpha, offset=self.problem.offset, scale=scale,
+            tokens=self.problem.streams[0].shape[0], PARTS=self.parts == 2, BLOCK_J=config.block_j,
+            BLOCK=config.block_v,
         )  # fmt: skip
         product = self.product[: self.parts * rows]
         _multiply(self._rows(self.parts * rows), self.problem.weight, product)

@@ -81,17 +81,24 @@ def zero_banned(z, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def online_softmax(row_max, row_sum, z, inside, scale_log2):
-    """Add a tile to row_sum = sum exp2(scale_log2 * z - row_max). Returns (row_max, row_sum, weights, shrink).
+def raise_maximum(row_max, z, inside):
+    """Raise row maxima to those of a tile of logits. Returns (row_max, z - row_max, old minus new maximum).
 
-    weights: the tile's exponentials, 0 for columns that are not `inside`. shrink: factor for sums weighted by earlier
-    exponentials. row_max starts at NEG_HUGE, which is finite, so that inf - inf never occurs.
+    The maximum is that of the logits themselves, before any scale, and the differences to it are exact where they
+    matter: a probability computed from maximum and sum loses nothing to the size of the logits, from their log-sum-exp,
+    which is one rounded number, it would. Columns that are not `inside` become -inf, whose power is 0. row_max starts
+    at NEG_HUGE, which is finite, so that inf - inf never occurs.
     """
-    z2 = tl.where(inside[None, :], z * scale_log2, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(z2, 1))
-    weights = tl.exp2(z2 - new_max[:, None])
-    shrink = tl.exp2(row_max - new_max)
-    return new_max, row_sum * shrink + tl.sum(weights, 1), weights, shrink
+    # masked before the maximum: masked behind it, ptxas spills the largest tiles
+    z = tl.where(inside[None, :], z, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(z, 1))
+    return new_max, z - new_max[:, None], row_max - new_max
+
+
+@triton.jit
+def finite_difference(z):
+    """Return differences to a maximum with 0 for -inf (a banned token, or none): 0 times -inf would be NaN."""
+    return tl.where(z == float("-inf"), 0.0, z)
 
 
 @triton.jit
@@ -100,3 +107,9 @@ def load_targets(targets_ptr, rows, T, ignore_index):
     targets = tl.load(targets_ptr + rows, mask=rows < T, other=0)
     valid = (rows < T) & (targets != ignore_index)
     return targets, valid, tl.max(valid.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def in_vocabulary(targets, valid, V):
+    """Return which targets are token ids. Nothing is read for others, which no one has checked on a GPU."""
+    return valid & (targets >= 0) & (targets < V)

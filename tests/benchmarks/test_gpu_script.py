@@ -20,8 +20,8 @@ from calm_fast.ops import OPS
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 PARTS = (
-    *("tests", "core", "layer", "nce", "logprob", "lora", "lora_step", "model", "sanitizer", "tune", "vote"),
-    *("generate", "core_heads", "lora_ranks", "scaling", "generate_long"),
+    *("tests", "core", "profile", "decode", "model", "nce", "memcheck", "lora", "tune", "core_heads", "layer"),
+    *("logprob", "sanitizer", "lora_step", "vote", "generate", "lora_ranks", "scaling", "generate_long"),
 )
 FILES = {"results.jsonl", "summary.txt", "logs.tar.gz"}  # and native.tar.gz if the library was compiled
 
@@ -70,6 +70,36 @@ def test_parts_are_in_order_of_value_and_each_fits_into_a_call():
         limits = [int(s) for s in re.findall(r"at most (\d+) s\)", call.split("=== native")[-1])]
         assert sum(limits) + native * ("setup.py" not in call) <= 540
         assert limits, call
+
+
+def test_all_before_tuning_fits_into_three_calls():
+    before = gpu_sh("--dry-run").stdout.split("=== tune")[0]
+    assert before.count("--- call") <= 2
+    assert "(at most 150 s): env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck" in before
+    assert "ncu --clock-control none" in before
+
+
+@pytest.mark.parametrize("ncu", ["", "echo ERR_NVGPUCTRPERM; exit 1", "echo a driver fault; exit 1"])
+def test_a_profile_that_the_machine_refuses_is_no_failure(tmp_path, ncu):
+    """Missing, or without permission, ncu is a line of the summary; another failure of it is one."""
+    script = SCRIPT.read_text()
+    functions = "\n".join(
+        re.search(rf"^{name}\(\) \{{\n.*?^\}}$", script, re.MULTILINE | re.DOTALL)[0]
+        for name in ("step", "cuda_tool", "part_profile")
+    )
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    if ncu:
+        (tools / "ncu").write_text(f"#!/bin/bash\n{ncu}\n")
+        (tools / "ncu").chmod(0o755)
+    program = f"dry=0 work={tmp_path} python=true failed=() summary=()\n{functions}\npart_profile 20\n"
+    program += 'printf \'SUMMARY %s\\n\' "${summary[@]}"; echo "FAILED ${failed[*]-}"'
+    path = f"{tools}:/usr/bin:/bin"
+    done = subprocess.run(["bash", "-euc", program], capture_output=True, text=True, env={"PATH": path}, timeout=60)
+    assert done.returncode == 0, done.stderr
+    refused = ncu != "echo a driver fault; exit 1"
+    assert ("SUMMARY profile: not run" in done.stdout) == refused
+    assert ("FAILED profile" in done.stdout) == (not refused)
 
 
 def test_benchmark_parts_measure_every_gpu_case_of_every_op():

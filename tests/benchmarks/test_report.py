@@ -34,7 +34,7 @@ def row(impl, ms, name="layer", peak=MIB, failure=None, shape=None):
         "ms": ms, "p20": ms and 0.9 * ms, "p80": ms and 1.1 * ms, "peak_bytes": ms and peak, "flops": 10**9,
         "bytes": 10**7, "floor_ms": 10.0, "error": 1e-7, "versions": {"torch": "2"}, "commit": "abc",
         "date": "2026-01-01T00:00:00+00:00", "ours": impl.startswith("ours"), "bound": 2e-7, "failure": failure,
-        "rounds": 5,
+        "rounds": 5, "lane": "avx2", "ceiling": {},
     }  # fmt: skip
     assert tuple(values) == ROW_FIELDS
     return values

@@ -101,6 +101,16 @@ def test_memory_from_the_system_counts_where_there_are_no_other_rows(tmp_path):
     assert f"{CPU}; torch" in text and f"{system}; torch" in text
 
 
+def test_a_narrower_lane_counts_where_there_are_no_other_rows(tmp_path):
+    narrow = f"{CPU}, lane avx2"
+    late = [row("calm_fast", 1.0, device=narrow, date="2026-05-01"), row("counter", 9.0, device=narrow)]
+    alone = [row("calm_fast", 1.0, "v1_vote_weighted", narrow), row("counter", 5.0, "v1_vote_weighted", narrow)]
+    own = [row("calm_fast", 1.0), row("counter", 30.0)]
+    text = render(written(tmp_path, late, [*alone, *own])).split("### GPU")[0]
+    assert "| **30.0x** counter |" in line_of(text, "v1_vote")
+    assert "**5.00x** counter" in line_of(text, "v1_vote_weighted")
+
+
 def test_wrong_rows_are_named(tmp_path):
     bad = row("calm_fast", None, failure="wrong: error 1 against float64 exceeds the bound 0")
     line = line_of(render(written(tmp_path, [bad, row("counter", 30.0)])).split("### GPU")[0], "v1_vote")

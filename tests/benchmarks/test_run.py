@@ -159,6 +159,36 @@ def test_slow_implementation_shows_in_the_ratio(bench, capsys):
     assert re.search(r">= 10x slow: \d+x, met", capsys.readouterr().out)
 
 
+def test_a_hopeless_baseline_runs_once_or_twice(bench):
+    """One that takes eight times as long and would alone spend the budget: its ratio is clear."""
+    calls = []
+
+    def hopeless(inputs):
+        def thunk():
+            calls.append(1)
+            time.sleep(1.0)
+            return product(inputs)
+
+        return thunk
+
+    contestants = Contestant("fast", plain, ours=True), Contestant("slow", slowed), Contestant("hopeless", hopeless)
+    code, rows, _ = bench(*contestants, options=["--seconds", "1.5"])
+    assert code == 0 and rows["fast"]["rounds"] > 5 and rows["slow"]["rounds"] >= 5
+    assert (
+        rows["hopeless"]["rounds"] == 2 and rows["hopeless"]["p20"] <= rows["hopeless"]["ms"] <= rows["hopeless"]["p80"]
+    )
+    assert len(calls) == 3, "the check, a call for time and memory, and one more"
+    assert rows["hopeless"]["peak_bytes"] >= 48 * 16 * 4
+
+
+def test_a_row_says_what_the_floor_is_derived_from(bench):
+    _, rows, _ = bench(Contestant("fast", plain, ours=True), Contestant("baseline", plain))
+    ceiling = rows["fast"]["ceiling"]
+    assert set(ceiling) == {"flops_per_s", "bytes_per_s", "product"} and ceiling["product"].endswith("float32")
+    floor = max(49152 / ceiling["flops_per_s"], 11264 / ceiling["bytes_per_s"])
+    assert rows["fast"]["floor_ms"] == pytest.approx(1e3 * floor)
+
+
 def test_missed_target_is_reported_but_no_failure(bench, capsys):
     target = Target("slow", "fast", 1.0)
     code, _, out = bench(Contestant("slow", slowed, ours=True), Contestant("fast", plain), targets=(target,))
@@ -293,13 +323,13 @@ def test_other_contestants_are_close_to_the_headline_of_the_case(bench, monkeypa
     given = []
     whole = measure_module.interleave
 
-    def seen(thunks, device, budget, cold, headline):
-        given.append((headline, set(thunks)))
-        return whole(thunks, device, budget, cold, headline)
+    def seen(thunks, device, budget, cold, headline, slow):
+        given.append((headline, {name for name in thunks if not name.startswith(timing._CEILING)}))
+        return whole(thunks, device, budget, cold, headline, slow)
 
     monkeypatch.setattr(measure_module, "interleave", seen)
     assert bench(Contestant("fast", plain, ours=True), Contestant("baseline", plain))[0] == 0
-    assert given == [("fast", {"fast", "baseline", timing._PRODUCT, timing._COPY})]
+    assert given == [("fast", {"fast", "baseline"})]
 
 
 def test_no_matching_case_is_a_usage_error(capsys):

@@ -15,6 +15,7 @@ from calm_fast.benchmarks import timing
 from calm_fast.benchmarks.timing import Budget, Ceilings, ceiling_work, interleave, peak_bytes, summarise
 
 CPU = torch.device("cpu")
+PRODUCT = f"{timing._CEILING}torch float32"
 
 
 def test_summarise_gives_median_and_quantiles():
@@ -57,7 +58,7 @@ def turns(monkeypatch):
     It returns the times, the names in the order of their calls and the seconds passed. ms: a number, or one per call.
     """
 
-    def run(ms, budget, headline):
+    def run(ms, budget, headline, slow=None):
         clock, calls = [0.0], []
 
         def timer(thunk):
@@ -69,7 +70,9 @@ def turns(monkeypatch):
 
         monkeypatch.setattr(timing, "Timer", lambda device, cold: timer)
         monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
-        times = interleave({name: (lambda name=name: name) for name in ms}, CPU, budget, headline=headline)
+        times = interleave(
+            {name: (lambda name=name: name) for name in ms}, CPU, budget, headline=headline, slow=slow or {}
+        )
         return times, calls, clock[0]
 
     return run
@@ -77,13 +80,13 @@ def turns(monkeypatch):
 
 SLOW = {
     **{"ours": 100.0, "a bit faster": 70.0, "a bit slower": 145.0, "faster": 60.0, "slower": 160.0, "slow": 4000.0},
-    **{timing._PRODUCT: 1.0, timing._COPY: 900.0},
+    **{PRODUCT: 1.0, timing._COPY: 900.0},
 }
 
 
 def test_close_contestants_and_ceilings_go_on_and_those_far_off_stop(turns):
     times, calls, _ = turns(SLOW, Budget(seconds=20.0, warmup=0), "ours")
-    on = {"ours", "a bit faster", "a bit slower", timing._PRODUCT, timing._COPY}
+    on = {"ours", "a bit faster", "a bit slower", PRODUCT, timing._COPY}
     assert {name: t.rounds for name, t in times.items()} == {name: 15 if name in on else 5 for name in SLOW}
     later = calls[5 * len(SLOW) :]
     rounds = [later[begin : begin + len(on)] for begin in range(0, len(later), len(on))]
@@ -191,6 +194,43 @@ def test_ceilings_are_measured():
     c = work.ceilings(interleave(work.thunks, CPU, Budget(seconds=0.0, min_rounds=2)))
     assert 1e8 < c.flops_per_s < 1e15
     assert 1e8 < c.bytes_per_s < 1e14
+
+
+def test_the_ceiling_is_the_best_product_that_holds_the_numbers(monkeypatch):
+    """A CPU without instructions for bfloat16 multiplies it at a few GFLOP/s: that is no floor."""
+    monkeypatch.setitem(timing._CEILING_SIZES, "cpu", (64, 1 << 12))
+    ms = {"torch bfloat16": 100.0, "torch float32": 2.0, "packed float32": 1.0}
+    times = {f"{timing._CEILING}{name}": summarise([value]) for name, value in ms.items()}
+    work = timing.CeilingWork(dict.fromkeys([*times, timing._COPY]), 10**9, 10**6)
+    c = work.ceilings({**times, timing._COPY: summarise([1.0])})
+    assert (c.flops_per_s, c.bytes_per_s, c.product) == (1e12, 1e9, "packed float32")
+    assert not any("bfloat16" in name for name in ceiling_work(CPU, torch.float32).thunks), "it cannot hold float32"
+    assert list(ceiling_work(CPU, torch.float64).thunks) == [f"{timing._CEILING}torch float64", timing._COPY]
+
+
+def test_a_hopeless_product_sets_no_ceiling_and_runs_once(monkeypatch):
+    monkeypatch.setitem(timing._CEILING_SIZES, "cpu", (64, 1 << 12))
+    calls, made = [], timing._torch_product
+
+    def slow_in_bfloat16(a, b, dtype):
+        name, product = made(a, b, dtype)
+        return name, lambda: (calls.append(name), time.sleep(0.2 if dtype == torch.bfloat16 else 0), product())
+
+    monkeypatch.setattr(timing, "_torch_product", slow_in_bfloat16)
+    work = ceiling_work(CPU, torch.bfloat16)
+    assert f"{timing._CEILING}torch bfloat16" not in work.thunks and calls.count("torch bfloat16") == 1
+
+
+def test_slow_thunks_take_no_turns(turns):
+    budget = Budget(seconds=3.0, warmup=0)
+    ms = {"ours": 100.0, "slow": 2000.0, "slower": 9000.0}
+    times, calls, passed = turns(ms, budget, "ours", {"slow": 2100.0, "slower": 9000.0})
+    assert times["ours"].rounds > 15 and passed < 3.2 + 2.0
+    assert (times["slow"].rounds, times["slow"].p20, times["slow"].p80) == (2, 2000.0, 2100.0)
+    assert times["slower"].rounds == 1 and calls.count("slower") == 0
+    assert budget.is_slow(2000.0, 100.0) and not budget.is_slow(700.0, 100.0) and not budget.is_slow(500.0, 1.0)
+    # five rounds of 3.1 s are more than five budgets: three times the fastest is clear enough
+    assert budget.is_slow(3100.0, 1000.0) and not budget.is_slow(2900.0, 900.0) and not budget.is_slow(3100.0, 1050.0)
 
 
 def spin(seconds):

@@ -28,6 +28,14 @@ def tile(block_m: int) -> TileConfig:
     return TileConfig(block_m=block_m, num_warps=4, num_stages=1)
 
 
+def forget() -> None:
+    """Drop the choices that kernels keep."""
+    from calm_fast.kernels.common import config_table
+
+    config_table._chosen.cache_clear()
+    config_table._measured.cache_clear()
+
+
 @pytest.fixture
 def faked_gpu(monkeypatch, tmp_path):
     """fake(arch): kernels take the device for an H200 of that architecture, with tuned files in tmp_path."""
@@ -36,9 +44,11 @@ def faked_gpu(monkeypatch, tmp_path):
     def fake(arch: int) -> Path:
         monkeypatch.setattr(hardware, "gpu", lambda device: hardware.Gpu(H200, arch, 132))
         monkeypatch.setattr(config_table, "KERNELS", tmp_path)
+        forget()
         return tmp_path
 
-    return fake
+    yield fake
+    forget()
 
 
 def looked_up(problem: Problem) -> LaunchConfig:
@@ -54,7 +64,7 @@ def looked_up(problem: Problem) -> LaunchConfig:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_every_problem_has_distinct_candidates_and_its_own_place_in_the_file(op):
+def test_every_problem_has_distinct_measured_and_its_own_place_in_the_file(op):
     found = problems((op,))
     places = [(p.part, p.depth, tuple(p.shape.items())) for p in found]
     assert len(places) == len(set(places)) > 1

@@ -55,7 +55,7 @@ def test_logprob_flops_are_those_of_the_products(name):
     results = linear_logprob_torch_fwd(*head, 1.0, None, -100, False, False)
     flops = products(lambda: linear_logprob_torch_fwd(*head, 1.0, None, -100, False, False))
     if "dlogprob" in x:
-        rest = (results[3], results[1], 1.0, None, -100, (True, False, False))
+        rest = (results[3], results[1], results[4], 1.0, None, -100, (True, False, False))
         flops += products(lambda: linear_logprob_torch_bwd(x["dlogprob"], None, *head, *rest))
     assert flops == TINY[name].flops
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import triton
@@ -54,7 +59,29 @@ def _spec(name: str, fn: object, dtype: str, shape: dict, tensor_core: bool | st
     )
 
 
-def codegen_specs() -> list[SimpleNamespace]:
+def _unguarded() -> object:
+    """Return the spec of the forward kernel of cross_attention with key loops that may run zero times.
+
+    On that edge moves set the accumulators while products are in flight, so ptxas serialises the products. Small
+    kernels of the same form escape it: the mutant is the real kernel, without its guard.
+    """
+    from calm_fast.kernels.cross_attention import codegen, fwd
+
+    source, guard = Path(fwd.__file__).read_text(), "if first < last:"
+    if guard not in source:
+        raise RuntimeError(f"the forward kernel has no {guard!r} left to take away: choose another mutant")
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:  # Triton reads a kernel's source from its file
+        file.write(source.replace(guard, "if True:"))
+        file.flush()
+        module_spec = importlib.util.spec_from_file_location("unguarded_fwd", file.name)
+        assert module_spec and module_spec.loader
+        module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+    real = next(spec for spec in codegen.codegen_specs() if spec.name == "fwd_pointers_bf16_d128_causal_sm90")
+    return replace(real, name="serialised", fn=module._cross_attention_fwd_kernel)
+
+
+def codegen_specs() -> list[object]:
     tile = {"ROWS": 128, "COLS": 64, "DEPTH": 64}
     ieee, tf32 = tile | {"PRECISION": "ieee"}, tile | {"PRECISION": "tf32"}
     wide = {"ROWS": 128, "COLS": 128, "DEPTH": 128}
@@ -65,5 +92,6 @@ def codegen_specs() -> list[SimpleNamespace]:
         _spec("no_tensor_core", _float64_kernel, "bf16", {"ROWS": 128}, True),
         _spec("float64", _float64_kernel, "fp32", {"ROWS": 128}, False),
         _spec("too_much_shared", _pipelined_kernel, "bf16", wide, True, num_warps=8, num_stages=5),
+        _unguarded(),
         _spec("uncompilable", _broken_kernel, "fp32", {"ROWS": 16}, False),
     ]

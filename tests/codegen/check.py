@@ -1,9 +1,10 @@
 """Compile every Triton kernel for several GPU architectures, without a GPU, and check the machine code.
 
-    python tests/codegen/check.py                 all kernels, sm_80 sm_90 sm_100
+    python tests/codegen/check.py                 all kernels, sm_80 sm_90 sm_100; large ones for sm_86 sm_89 sm_120
     python tests/codegen/check.py --arch 90       one architecture
     python tests/codegen/check.py --only decode   kernels whose name contains a word, or all kernels of an op
     python tests/codegen/check.py --update        record today's numbers for the installed Triton, and write the table
+    python tests/codegen/check.py --peers         compare with FlexAttention by a model, write docs/ops/peers.md
     python tests/codegen/check.py --table         only write docs/ops/machine_code.md from the record
 
 Each op's `calm_fast.kernels.<op>.codegen.codegen_specs()` names the kernels and representative arguments. Hard facts
@@ -29,10 +30,20 @@ from types import ModuleType
 from typing import Any
 
 import golden
+import peers
 
-from calm_fast.benchmarks.machine_code import SHARED_LIMIT, Facts, compile_cubin, hard_problems, read_facts
+from calm_fast.benchmarks.machine_code import (
+    SHARED_LIMIT,
+    SMALL_SHARED,
+    Facts,
+    compile_cubin,
+    hard_problems,
+    read_facts,
+    serialised,
+)
 
 PROCESSES = 2
+ARCHS = (80, 90, 100)
 
 
 def clean_environment(cache: str) -> None:
@@ -78,9 +89,17 @@ def named_specs(source: str) -> dict[str, Any]:
 
 
 def jobs_of(source: str) -> list[tuple[str, str, int]]:
-    """Return (module, kernel name, architecture) for each architecture in a spec's `archs`, by default all."""
-    specs = named_specs(source)
-    return [(source, n, arch) for n, spec in specs.items() for arch in getattr(spec, "archs", SHARED_LIMIT)]
+    """Return (module, kernel name, architecture) for each architecture in a spec's `archs`, by default ARCHS.
+
+    Consumer GPUs take the configs of sm_80, so only kernels that might not fit their shared memory are compiled for
+    them.
+    """
+    large = golden.large_kernels()
+    jobs = []
+    for name, spec in named_specs(source).items():
+        archs = getattr(spec, "archs", ARCHS)
+        jobs += [(source, name, arch) for arch in (*archs, *(SMALL_SHARED if name in large else ()))]
+    return jobs
 
 
 def examine(source: str, name: str, arch: int) -> tuple[Facts | None, dict[str, Any], list[str], float]:
@@ -88,12 +107,12 @@ def examine(source: str, name: str, arch: int) -> tuple[Facts | None, dict[str, 
     begin = time.perf_counter()
     spec = named_specs(source)[name]
     try:
-        cubin, shared, tensor_memory = compile_cubin(spec, arch)
+        compiled = compile_cubin(spec, arch)
     except Exception as error:  # a kernel that does not compile is a finding, not a crash of the tool
         text = str(error).strip() or repr(error)
         return None, {}, [f"does not compile: {type(error).__name__}: {text[-400:]}"], time.perf_counter() - begin
-    facts = read_facts(cubin, arch, shared, tensor_memory)
-    problems = hard_problems(facts, spec.expectations["tensor_core"])
+    facts = read_facts(compiled.cubin, arch, *compiled[1:])
+    problems = hard_problems(facts, spec.expectations["tensor_core"]) + serialised(facts)
     return facts, golden.numbers(facts, spec), problems, time.perf_counter() - begin
 
 
@@ -160,6 +179,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", metavar="WORD", help="kernels whose name contains WORD, or those of the op WORD")
     parser.add_argument("--update", action="store_true", help="record today's numbers instead of comparing")
     parser.add_argument("--table", action="store_true", help="write the table from the record and stop")
+    parser.add_argument("--peers", action="store_true", help="compare with FlexAttention and write docs/ops/peers.md")
     parser.add_argument("--list", action="store_true", help="print the kernels' names and stop")
     parser.add_argument("--specs", metavar="MODULE", help="take codegen_specs() from this module or .py file only")
     return parser.parse_args(argv)
@@ -172,6 +192,8 @@ def main(argv: list[str] | None = None) -> int:
         clean_environment(cache)
         import triton
 
+        if arguments.peers:
+            return 1 if peers.write_page(PROCESSES) else 0
         if arguments.table:
             record = golden.load(triton.__version__)
             if record is None:

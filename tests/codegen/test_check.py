@@ -11,13 +11,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # the tool is a script with helpers beside it, not a package
 
 import golden  # noqa: E402
 
-from calm_fast.benchmarks.machine_code import Facts, blocks_per_multiprocessor, hard_problems  # noqa: E402
+from calm_fast.benchmarks.machine_code import (  # noqa: E402
+    SHARED_LIMIT,
+    SMALL_SHARED,
+    VERDICT,
+    Facts,
+    blocks_per_multiprocessor,
+    hard_problems,
+    serialised,
+)
+from calm_fast.benchmarks.sass import Instruction, Loop  # noqa: E402
+from calm_fast.kernels.common.config_table import target  # noqa: E402
 
 SPEC = SimpleNamespace(num_warps=4, num_stages=3, constexprs={"BLOCK_M": 64, "BLOCK_N": 32, "CAUSAL": True})
 GOOD = Facts(90, 100, 240, 24576, 0, 0, 0, (), ("HGMMA.64x64x16.F32.BF16",))
@@ -42,7 +53,7 @@ def problems_of(output: str, name: str) -> list[str]:
 
 def test_tool_fails_on_bad_kernels(bad_run):
     assert bad_run.returncode == 1, bad_run.stdout + bad_run.stderr
-    assert "6 with problems" in bad_run.stdout
+    assert "7 with problems" in bad_run.stdout
 
 
 def test_tool_passes_a_good_kernel(bad_run):
@@ -57,6 +68,7 @@ def test_tool_passes_a_good_kernel(bad_run):
         ("float64", "float64 instructions: D"),
         ("too_much_shared", "shared memory 327680 bytes > 232448"),
         ("tf32_unasked", "unexpected tensor-core instructions: HGMMA"),
+        ("serialised", "serialised products: (C7515)"),
         ("uncompilable", "does not compile: CompileTimeAssertionFailure"),
     ],
 )
@@ -86,6 +98,7 @@ def test_hard_problems_of_good_facts_is_empty():
         ({"float64": ("DFMA",)}, True, "float64"),
         ({"shared": 227 * 1024 + 1}, True, "shared memory"),
         ({"arch": 80, "tensor_core": ("HMMA.16816.F32",), "shared": 163 * 1024 + 1}, True, "shared memory"),
+        ({"arch": 120, "tensor_core": ("HMMA.16816.F32",), "shared": 99 * 1024 + 1}, True, "shared memory"),
         ({"arch": 100, "tensor_core": ("UTCHMMA",), "tensor_memory": 513}, True, "tensor memory"),
         ({"tensor_core": ("HMMA.16816.F32",)}, True, "no HGMMA"),
         ({"tensor_core": ()}, "warp", "no tensor-core"),
@@ -96,6 +109,31 @@ def test_hard_problems_names_the_one_that_is_wrong(change, tensor_core, word):
     facts = Facts(**{**GOOD.__dict__, **change})
     (problem,) = hard_problems(facts, tensor_core)
     assert word in problem
+
+
+def test_serialised_by_the_words_of_ptxas():
+    log = """ptxas-blackwell info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized
+ptxas info    : Used 186 registers, used 1 barriers
+"""
+    (line,) = VERDICT.findall(log)
+    assert "C7515" in line
+    assert VERDICT.findall("ptxas info : wgmma is serialized") and VERDICT.findall("info : (C7510) something else")
+    assert "C7515" in serialised(replace(GOOD, verdicts=(line,)))[0]
+
+
+def test_serialised_by_the_number_of_waits():
+    chain = replace(GOOD, matrix_instructions=12, warpgroup_waits=24, chained=True)
+    assert "24 WARPGROUP instructions for 12 products" in serialised(chain)[0]
+    assert serialised(replace(chain, warpgroup_waits=23)) == []
+    assert serialised(replace(chain, chained=False)) == []  # lone products wait for themselves
+
+
+def test_consumer_gpus_take_the_configs_of_sm_80():
+    """So a kernel's sm_80 spec is what they launch, and `jobs_of` compiles it for them."""
+    for arch in SMALL_SHARED:
+        assert target(arch, torch.bfloat16) == "sm_80"
+        assert SHARED_LIMIT[arch] == 99 * 1024
+    assert golden.large_kernels(), "no kernel is compiled for them"
 
 
 def test_growth_is_reported_beyond_the_slack_only():
@@ -122,6 +160,7 @@ def test_blocks_of_a_multiprocessor_follow_the_scarcest_resource():
     assert blocks_per_multiprocessor(replace(GOOD, registers=24), 4) == 9  # 25 KiB of 228 each
     assert blocks_per_multiprocessor(replace(GOOD, registers=24, shared=0), 4) == 16  # warps
     assert blocks_per_multiprocessor(replace(GOOD, registers=24, shared=0), 1) == 32  # blocks
+    assert blocks_per_multiprocessor(replace(GOOD, arch=120, registers=24, shared=0), 8) == 6  # 48 warps
     assert blocks_per_multiprocessor(replace(GOOD, registers=255, shared=227 * 1024), 8) == 1
     assert blocks_per_multiprocessor(replace(GOOD, arch=100, tensor_memory=256), 4) == 2
 
@@ -131,7 +170,17 @@ def test_numbers_and_page_show_the_compiled_kernel():
     row = golden.numbers(facts, SPEC)
     assert (row["matrix"], row["async"], row["tile"], row["blocks"]) == ("12 HGMMA", 7, "M 64, N 32", 4)
     text = golden.page("0.0.0", {"fwd_sm90": {"90": row}, "other_sm80": {"80": row}})
-    assert text.splitlines()[-1] == "| `fwd` | M 64, N 32 | 3 | 100 | 0 | 24.0 | 12 HGMMA | 7 | 4 | 16 |"
+    assert "\n| `fwd` | M 64, N 32 | 3 | 100 | 0 | 24.0 | 12 HGMMA | 7 | 4 | 16 |\n" in text
+
+
+def test_page_shows_a_step_of_the_main_loop():
+    product = Instruction("HGMMA.64x64x16.F32.BF16", "R8, gdesc[UR8], R8, gsb0")
+    step = Loop((product, product, *[Instruction("MUFU.EX2")] * 4, *[Instruction("FADD")] * 60))
+    row = golden.numbers(replace(GOOD, loops=(step,)), SPEC)
+    assert row["step"] == {"all": 66, "HGMMA.64x64x16": 2, "EX2": 4, "ADD/MAX": 60}
+    text = golden.page("0.0.0", {"fwd_sm90": {"90": row}})
+    # 2 products of 32 cycles, 64 other instructions of 4 warps
+    assert text.splitlines()[-1] == "| `fwd` | 2 HGMMA.64x64x16 | 66 | 4 |  |  | 60 |  |  |  |  |  | 50% |"
 
 
 def test_the_page_matches_the_record():

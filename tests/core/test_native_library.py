@@ -43,10 +43,63 @@ def test_library_says_how_it_was_built():
     assert info["best lane here"] in ("scalar", "avx2", "avx512", "avx512_bf16")
 
 
+@pytest.fixture(autouse=True)
+def _own_lane(request):
+    if request.config.getoption("lane"):
+        pytest.skip("these tests set the lane themselves")
+
+
 @built
 def test_lane_agrees_with_what_torch_sees():
     lane, seen = native_library.build_info()["_cpu"]["best lane here"], torch.backends.cpu.get_cpu_capability()
     assert lane.startswith("avx512") == seen.startswith("AVX512")
+
+
+@pytest.fixture
+def lanes():
+    """Return the lanes of this CPU, the narrowest first; lift the limit after the test."""
+    best = native_library.build_info()["_cpu"]["best lane here"]
+    yield native_library.LANES[: native_library.LANES.index(best) + 1]
+    native_library.limit_lane(None)
+
+
+@built
+def test_a_limit_holds_for_every_kernel_and_can_be_lifted(lanes):
+    rows = torch.ones(1, 1, 1, 8)
+    for number, lane in enumerate(lanes):
+        native_library.limit_lane(lane)
+        assert native_library.build_info()["_cpu"]["best lane here"] == lane
+        if number + 1 < len(lanes):
+            wider = f"`lane` must be -1 or at most {number}, the best lane here .{lane}., got {number + 1}"
+            with pytest.raises(RuntimeError, match=wider):
+                torch.ops.calm_fast._cross_attention_native_decode(rows, rows, rows, None, None, False, 1.0, number + 1)
+    native_library.limit_lane(None)
+    assert native_library.build_info()["_cpu"]["best lane here"] == lanes[-1]
+
+
+@built
+def test_auto_chooses_as_on_a_cpu_of_the_lane(lanes, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    native_library.limit_lane(None)
+    if lanes[-1].startswith("avx512"):
+        assert (
+            native_library.slowness(torch.bfloat16) == "this CPU has matrix units for 16-bit products, which torch uses"
+        )
+        for lane in ("avx512", "avx512_bf16"):  # a CPU that ends there has no matrix units
+            native_library.limit_lane(lane)
+            assert native_library.slowness(torch.bfloat16) is None
+    native_library.limit_lane("scalar")
+    assert native_library.slowness(torch.float32) == "this CPU has neither AVX2 nor AVX-512"
+    if "avx2" in lanes:
+        native_library.limit_lane("avx2")
+        assert native_library.slowness(torch.bfloat16) is None and native_library.slowness(torch.float32) is None
+    monkeypatch.undo()
+
+
+@built
+def test_an_unknown_lane_is_refused_by_name():
+    with pytest.raises(ValueError, match="limit_lane: `name` must be one of 'scalar', 'avx2', .* or None, got 'sse'"):
+        native_library.limit_lane("sse")
 
 
 @built

@@ -13,13 +13,14 @@ import torch
 import calm_fast._ops.cross_attention.registered  # noqa: F401  defines torch.ops.calm_fast.cross_attention_*
 from calm_fast._ops.cross_attention import native
 from calm_fast._ops.cross_attention.reference import cross_attention_reference
-from calm_fast._ops.cross_attention.torch_impl import cross_attention_torch
+from calm_fast._ops.cross_attention.torch_impl import attend_plainly, cross_attention_torch
 from calm_fast.core import native_library
 from calm_fast.core.checks import bad_type, bad_value, check_bool, check_finite_number, check_tensor, values_checked
 from calm_fast.core.dispatch import (
     Decision,
     DecisionCache,
     active_transform,
+    autograd_records,
     check_impl,
     refuse,
     transform_decision,
@@ -129,6 +130,9 @@ def cross_attention(
     if signature is not None and decision.impl == "native":
         out, lse = native.run_plain(q, k, v, causal, q.shape[3] ** -0.5)
         return (out, lse) if return_lse else out
+    if signature is not None and not return_lse and not (decision.costly or torch.is_autocast_enabled("cpu")):
+        if decision.impl == "torch" and not (causal and autograd_records(q, k, v)):
+            return attend_plainly(q, k, v, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if decision.costly and not torch.compiler.is_compiling():
         warn_once(f"{decision}; it stores an (M, N) mask or the scores, which is slow")
@@ -192,7 +196,17 @@ def decide(
         return Decision(_OP, impl, "asked for")
     if q.device.type == "cpu":
         few = q.shape[1] <= native.NATIVE_MAX_QUERIES
-        if why := native.obstacle(q, k) or (None if few else native_library.slowness(q.dtype)):
+        # matrix units pay in SDPA's forward pass alone: with a mask, an lse or its backward pass it is slower
+        plain, records = lo is None and hi is None and not return_lse, autograd_records(q, k, v)
+        slow = None
+        if plain and records and native.is_small_step(q, k, causal):
+            slow = "a small training step"
+        elif plain and not records and not native.is_few(q, k):
+            empty = "the second tile of queries would be mostly empty" if native.fills_no_tile(q, causal) else None
+            slow = native_library.slowness(q.dtype) or empty
+        elif not few:
+            slow = native_library.slowness(torch.float32)
+        if why := native.obstacle(q, k) or slow:
             return Decision(_OP, "torch", f"CPU tensors: torch's SDPA is the fast path ({why})")
         if few:
             return Decision(_OP, "native", "few queries on a CPU: keys and values are read once for all of them")
@@ -214,7 +228,7 @@ def _signature(
     """Return all that `decide` reads for this call on a CPU without lo, hi and scale; None if the call needs more.
 
     Every connection of a composed model asks in every step, and the checks of `decide` one by one take longer than
-    attention over a short text. Of N only its relation to the limit counts, so that all decode steps share a decision.
+    attention over a short text. Of N only its relation to three limits counts, so that decode steps share one.
     """
     if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is torch.Tensor):
         return None
@@ -226,11 +240,11 @@ def _signature(
     if not len(q_shape) == len(k_shape) == 4 or active_transform() is not None:
         return None
     batch, n, kv_heads, d = k_shape
-    few = q_shape[1] <= native.NATIVE_MAX_QUERIES
     return (
-        q_shape, batch, kv_heads, d, k_shape == v.shape, n <= native.MAX_KEYS,
+        q_shape, batch, kv_heads, d, k_shape == v.shape,
+        n <= native.SMALL, n <= native.SHORT_TEXT, n <= native.MAX_KEYS,
         q.dtype, k.dtype, v.dtype, q.layout, k.layout, v.layout, causal, return_lse,
-        native_library.obstacle(_OP, "cpu"), None if few else native.obstacles_to_tiles(q.dtype),
+        native_library.obstacle(_OP, "cpu"), native.obstacles_to_tiles(q.dtype), autograd_records(q, k, v),
     )  # fmt: skip
 
 

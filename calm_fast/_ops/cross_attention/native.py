@@ -14,6 +14,8 @@ from calm_fast.core import native_library
 
 _OP = "cross_attention"
 NATIVE_MAX_QUERIES = 16  # of the decode kernel; on a GPU there is no other
+SHORT_TEXT = 512  # keys
+SMALL = 64  # queries and keys
 MAX_KEYS = 1 << 23  # index + 0.5 must be exact in float32
 MAX_HEAD_DIM = 256  # of the Triton kernels too
 
@@ -40,9 +42,44 @@ def obstacle(q: torch.Tensor, k: torch.Tensor) -> str | None:
     return None if q.shape[1] <= NATIVE_MAX_QUERIES else native_library.obstacle(f"{_OP}_bwd", q.device.type)
 
 
-def obstacles_to_tiles(dtype: torch.dtype) -> tuple[str | None, str | None]:
-    """Return why the tiles are not in the library and why they would be slow, each None where it does not apply."""
-    return native_library.obstacle(f"{_OP}_bwd", "cpu"), native_library.slowness(dtype)
+def obstacles_to_tiles(dtype: torch.dtype) -> tuple[str | None, ...]:
+    """Return why the tiles are not in the library and why they would be slow, each None where it does not apply.
+
+    They are slow in any dtype without vector instructions, and in `dtype` where torch's products use matrix units.
+    """
+    slowness = native_library.slowness
+    return native_library.obstacle(f"{_OP}_bwd", "cpu"), slowness(torch.float32), slowness(dtype)
+
+
+def is_few(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Return True if "auto" prefers the decode kernel for these queries on a CPU, where it may run.
+
+    With matrix units SDPA is ahead in 16 bits from 8 queries on, and for one query over a short text. Times of the
+    kernel over SDPA, one thread: 1 query, 64 and 512 keys 1.2 and 1.3, 4096 keys 0.8 to 1.1; 4 queries 0.9; 8 queries
+    1.15; 16 queries 1.5.
+    """
+    m = q.shape[1]
+    if m > NATIVE_MAX_QUERIES:
+        return False
+    if q.dtype not in (torch.bfloat16, torch.float16) or native_library.slowness(q.dtype) is None:
+        return True
+    return 1 < m < 8 or (m == 1 and k.shape[1] > SHORT_TEXT)
+
+
+def fills_no_tile(q: torch.Tensor, causal: bool) -> bool:
+    """Return True if the second tile of 16 queries is mostly empty: SDPA then takes 0.7 to 0.95 of the tiles' time.
+
+    Causal, it takes as long as the tiles: it needs a search for NaN among keys and values, 30 microseconds of calls.
+    """
+    return NATIVE_MAX_QUERIES < q.shape[1] < 24 and not causal
+
+
+def is_small_step(q: torch.Tensor, k: torch.Tensor, causal: bool) -> bool:
+    """Return True if the registered ops take longer than a training step's attention: 0.1 to 0.2 ms, twice.
+
+    SDPA then takes 0.55 (16 queries) to 0.9 (64) of native's time in float32. Causal, it needs a search for NaN.
+    """
+    return q.dtype == torch.float32 and not causal and q.shape[1] <= SMALL and k.shape[1] <= SMALL
 
 
 def takes_decode_kernel(q: torch.Tensor) -> bool:

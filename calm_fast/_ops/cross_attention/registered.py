@@ -63,9 +63,9 @@ def _triton_bwd(
     causal: bool,
     scale: float,
 ) -> Triple:
-    from calm_fast.kernels.cross_attention import launch
+    from calm_fast.kernels.cross_attention import launch_bwd
 
-    return launch.launch_cross_attention_bwd(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale)
+    return launch_bwd.launch_cross_attention_bwd(dout, dlse, q, k, v, out, lse, lo, hi, causal, scale)
 
 
 _LIBRARY.impl("cross_attention_triton_fwd", _triton_fwd, "CompositeExplicitAutograd")

@@ -7,11 +7,18 @@ from typing import Any
 
 import torch
 
-from calm_fast._ops.dual_lora.native import autograd_records, dual_lora_native, native_obstacle
+from calm_fast._ops.dual_lora.native import dual_lora_native, native_obstacle
 from calm_fast._ops.dual_lora.reference import dual_lora_reference
 from calm_fast._ops.dual_lora.torch_impl import Folded, dual_lora_torch, fold_dual_lora, project
 from calm_fast.core.checks import bad_type, bad_value, check_pair, check_tensor
-from calm_fast.core.dispatch import Decision, check_impl, refuse, transform_decision, triton_obstacle
+from calm_fast.core.dispatch import (
+    Decision,
+    autograd_records,
+    check_impl,
+    refuse,
+    transform_decision,
+    triton_obstacle,
+)
 
 _OP = "dual_lora"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

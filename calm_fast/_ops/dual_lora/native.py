@@ -9,7 +9,7 @@ import torch
 from calm_fast._ops.dual_lora.torch_impl import Folded, dual_lora_backward_torch, project
 from calm_fast._ops.packed_linear.api import Packed, can_pack, linear, pack
 from calm_fast.core import native_library
-from calm_fast.core.dispatch import refuse
+from calm_fast.core.dispatch import autograd_records, refuse
 
 _OP = "dual_lora"
 # csrc/dual_lora/dual_lora.cuh: tokens of a call, m for one fused launch, R = R_pos + R_neg
@@ -26,11 +26,6 @@ def native_obstacle(y: torch.Tensor, rank: int) -> str | None:
         if rank > CUDA_MAX_RANK:
             return f"the CUDA kernels take R_pos + R_neg up to {CUDA_MAX_RANK}, not {rank}"
     return native_library.obstacle(_OP, y.device.type)
-
-
-def autograd_records(*tensors: torch.Tensor | None) -> bool:
-    """Return True where autograd records what is computed from `tensors`."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def pack_folded(folded: Folded) -> Folded:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from calm_fast._ops.linear_logprob import native
 from calm_fast._ops.linear_logprob.reference import linear_logprob_reference
 from calm_fast._ops.linear_logprob.registered import forward_op
 from calm_fast._ops.vocabulary.decide import check_head, check_numbers, check_targets, choose
 from calm_fast.core.checks import check_bool
-from calm_fast.core.dispatch import Decision, check_impl
+from calm_fast.core.dispatch import Decision, autograd_records, check_impl
 
 _OP = "linear_logprob"
 
@@ -31,7 +32,9 @@ def linear_logprob(
         p_t = softmax(z_t / temperature),  z = softcap(hidden weight^T + bias);  logprob_t = log p_t[target_t]
         entropy_t = -sum_v p_t[v] log p_t[v];   rank_t = 1 + #{v : z_t[v] > z_t[target_t]}
 
-    The vocabulary is swept in blocks: forward and backward keep a few numbers per token and never (T, V) logits.
+    The vocabulary is swept in blocks: forward and backward keep a few numbers per token and never (T, V) logits. (On a
+    CPU up to 2^21 logits may be one block: the forward pass of few tokens then holds all of them, 8 MiB in float32, and
+    with impl="native" keeps them for a backward pass.)
 
     Args:
         hidden: (T, d) float32, bfloat16 or float16 (float64 with impl "reference" or "torch").
@@ -55,6 +58,10 @@ def linear_logprob(
     Hardware: "native" runs on a CPU, "triton" on a GPU (compute capability 8.0 or newer), the others anywhere.
     Deterministic. Only "reference" has a double backward. Source: NAT (arXiv 2312.12832) section 3.4.
     """
+    if impl == "auto" and bias is None and softcap is None and not (return_entropy or return_rank):
+        few = native.score_few(hidden, weight, targets, temperature, ignore_index)
+        if few is not None:
+            return few
     decision = decide(
         hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
         return_entropy=return_entropy, return_rank=return_rank, impl=impl,
@@ -65,8 +72,9 @@ def linear_logprob(
         results = linear_logprob_reference(hidden, weight, targets, bias, temperature, softcap, ignore_index)
     else:
         results = forward_op(decision.impl)(
-            hidden, weight, bias, targets, temperature, softcap, ignore_index, return_entropy, return_rank
-        )
+            hidden, weight, bias, targets, temperature, softcap, ignore_index, return_entropy, return_rank,
+            autograd_records(hidden, weight, bias),
+        )  # fmt: skip
     logprob, entropy, rank = results[:3]
     extras = (entropy,) * return_entropy + (rank,) * return_rank
     return (logprob, *extras) if extras else logprob
@@ -87,9 +95,10 @@ def decide(
 ) -> Decision:
     """Return the implementation that the same call of `linear_logprob` would run, and why. Raise the same errors.
 
-    "auto" picks native on a CPU and Triton on a GPU where they can run, else torch. On a CPU it also picks torch
-    without vector instructions, for 16-bit inputs where the CPU has matrix units, and for fewer than 16 tokens with a
-    large weight.
+    "auto" picks native on a CPU and Triton on a GPU where they can run, else torch. Native has two forms: few logits
+    are one product of torch's (`vocabulary.decide.at_once`), others are swept. Beyond those few, "auto" on a CPU picks
+    torch without vector instructions, for 16-bit inputs where the CPU has matrix units, and for few tokens with a large
+    weight (float32: under 4; 16 bits: under 16, or 32 from width 2048; never where a CPU lacks their products).
     """
     check_impl(_OP, impl)
     check_head(_OP, "hidden", hidden, weight, bias)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from calm_fast._ops.vocabulary.rounding import gradients, logits
+from calm_fast._ops.vocabulary.rounding import gradients, logits, pick
 from calm_fast.core.numerics import Case, Inputs, Rounding, Values
 
 
@@ -56,6 +56,11 @@ _SPECS: dict[str, Spec] = {
     "entropy-frozen": Spec(13, 16, 53, entropy=True, frozen=True),
     "everything": Spec(21, 24, 83, 1.7, softcap=4.0, bias=True, entropy=True, rank=True, magnitude=2.0),
     "sharp": Spec(11, 16, 67, magnitude=12.0, entropy=True),
+    # large logits: nearly every token is certain, its gradient is nothing but the error of its probability
+    "logits-100": Spec(11, 16, 67, magnitude=1e2, ignored=0.0),
+    "logits-1000": Spec(11, 16, 67, 1.7, magnitude=1e3, entropy=True, ignored=0.0),
+    "logits-10000": Spec(11, 16, 67, magnitude=1e4, ignored=0.0),
+    "logits-10000-frozen": Spec(11, 16, 67, magnitude=1e4, entropy=True, ignored=0.0, frozen=True),
     "strided": Spec(13, 16, 53, strided=True, bias=True, rank=True),
     "strided-frozen": Spec(13, 16, 53, strided=True, frozen=True, entropy=True),
 }
@@ -170,12 +175,10 @@ def _rounding(inputs: Inputs) -> dict[str, Rounding]:
         return {name: Rounding(0.0, 0.0) for name in names}
     tau = 1.0 / inputs["temperature"]
     head = logits(hidden, inputs["weight"], inputs["bias"], inputs["softcap"])
-    (lse, lse_error), (at_target, target_error) = head.log_sum(tau), head.at(targets)
-    logprob_error = (lse_error + target_error * tau).add_roundings(at_target * tau)
-    logprob_error = logprob_error.add_roundings(at_target * tau - lse, 1)
-    scaled = head.z * tau
-    mean, mean_error = head.mean(scaled, (head.error * tau).add_roundings(scaled), tau)
-    entropy, entropy_error = lse - mean, (lse_error + mean_error).add_roundings(lse - mean, 1)
+    log_p, log_error = head.log_softmax(tau)
+    logprob_error = log_error.map(lambda t: pick(t, targets))
+    negative, entropy_error = head.mean(log_p, log_error, tau)
+    entropy = -negative
 
     p, p_error = head.softmax(tau)
     one = torch.zeros_like(p).scatter_(1, targets.unsqueeze(-1), 1.0)
@@ -183,9 +186,8 @@ def _rounding(inputs: Inputs) -> dict[str, Rounding]:
     dz, dz_error = up * (one - p), (p_error * up).add_roundings(up * (one + p))
     if inputs["dentropy"] is not None:
         down = (inputs["dentropy"][valid] * tau).unsqueeze(-1)
-        bracket = scaled - lse.unsqueeze(-1) + entropy.unsqueeze(-1)
-        error = (head.error * tau).add_roundings(scaled) + lse_error.to_column() + entropy_error.to_column()
-        error = error.add_roundings(scaled.abs() + lse.abs().unsqueeze(-1) + entropy.abs().unsqueeze(-1))
+        bracket = log_p + entropy.unsqueeze(-1)
+        error = (log_error + entropy_error.to_column()).add_roundings(log_p.abs() + entropy.abs().unsqueeze(-1))
         dz = dz - down * p * bracket
         dz_error = dz_error + p_error * (down * bracket) + (error * p * down).add_roundings(down * p * bracket)
     raw, raw_error = head.backward(dz, dz_error)

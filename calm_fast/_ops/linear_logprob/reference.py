@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from calm_fast._ops.vocabulary.reference import expectation, logits_reference
+from calm_fast._ops.vocabulary.reference import expectation, known_targets, logits_at, logits_reference
 
 
 def linear_logprob_reference(
@@ -23,7 +23,8 @@ def linear_logprob_reference(
         rank_t = 1 + #{v : z_t[v] > z_t[target_t]}
 
     Args:
-        hidden: (T, d), any float dtype. weight: (V, d). targets: (T,) int64.
+        hidden: (T, d), any float dtype. weight: (V, d).
+        targets: (T,) int64; one outside the vocabulary has logprob NaN and rank 0.
         bias: (V,) or None; -inf rules a token out, which then adds 0 to the entropy.
         temperature: positive. softcap: positive or None. ignore_index: the target that marks an ignored token.
     Returns:
@@ -34,10 +35,11 @@ def linear_logprob_reference(
     valid = targets != ignore_index
     rows = valid.nonzero().squeeze(1)
     z = logits_reference(hidden[rows], weight, bias, softcap)
-    at = targets[rows].unsqueeze(1)
+    at = targets[rows]
     log_p = (z / temperature).log_softmax(-1)
-    logprob, entropy = log_p.gather(1, at).squeeze(1), -expectation(log_p.exp(), log_p)
-    rank = 1 + (z > z.gather(1, at)).sum(-1)
+    logprob, entropy = logits_at(log_p, at), -expectation(log_p.exp(), log_p)
+    at_target = logits_at(z, at)
+    rank = (1 + (z > at_target.unsqueeze(1)).sum(-1)) * known_targets(at, z.shape[1])
     nothing = z.new_zeros(targets.shape[0])
     return (
         nothing.index_copy(0, rows, logprob),

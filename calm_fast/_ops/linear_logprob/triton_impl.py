@@ -19,13 +19,15 @@ def linear_logprob_triton_fwd(
     ignore_index: int,
     want_entropy: bool,
     want_rank: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Score every token in one sweep; arguments and results as in `linear_logprob_torch_fwd`."""
+    keep_logits: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """Score every token in one sweep and keep no logits; arguments and results as in `linear_logprob_torch_fwd`."""
     from calm_fast.kernels.linear_logprob import launch
 
-    return launch.launch_linear_logprob_fwd(
+    results: tuple[torch.Tensor, ...] = launch.launch_linear_logprob_fwd(
         hidden, weight, bias, targets, temperature, softcap, ignore_index, want_entropy, want_rank
     )
+    return *results, hidden.new_empty(0)
 
 
 def linear_logprob_triton_bwd(
@@ -35,8 +37,9 @@ def linear_logprob_triton_bwd(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    lse: torch.Tensor,
+    norms: torch.Tensor,
     entropy: torch.Tensor,
+    logits: torch.Tensor,
     temperature: float,
     softcap: float | None,
     ignore_index: int,
@@ -48,7 +51,7 @@ def linear_logprob_triton_bwd(
     if needs[1]:
         # dweight multiplies by these rows: 0 times anything an ignored row holds must be 0
         hidden = hidden.masked_fill((targets == ignore_index).unsqueeze(1), 0.0)
-    tensors = (dlogprob, dentropy, hidden, weight, bias, targets, lse, entropy)
+    tensors = (dlogprob, dentropy, hidden, weight, bias, targets, norms, entropy)
 
     def fill(rows: slice, columns: slice, chunk: torch.Tensor) -> None:
         launch.launch_linear_logprob_dlogits(*tensors, temperature, softcap, ignore_index, rows, columns, chunk)

@@ -19,6 +19,9 @@ from calm_fast.core.checks import bad_value, check_finite_number, check_tensor, 
 from calm_fast.core.dispatch import Decision, check_impl
 
 _OP = "linear_nce"
+# With matrix units torch's products take less time, but its sums stay: native over torch is 0.4 to 0.6 for d 64 and 0.9
+# to 1.1 for d 576 (16 and 64 tokens, V 8192 and 32768, bfloat16).
+_NARROW = 256
 
 
 def linear_nce(
@@ -121,7 +124,7 @@ def decide(
         check_finite_number(_OP, name, value)
     check_targets(_OP, targets, student, weight.shape[0], ignore_index)
     _check_sequences(seq_ids, student)
-    return choose(_OP, impl, student, weight)
+    return choose(_OP, impl, student, weight, _NARROW)
 
 
 def _check_teachers(student: torch.Tensor, nat: torch.Tensor, neg: torch.Tensor) -> None:

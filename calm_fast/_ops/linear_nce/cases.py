@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from calm_fast._ops.vocabulary.rounding import ErrorBound, Logits, gradients, logits
+from calm_fast._ops.vocabulary.rounding import ErrorBound, Logits, gradients, logits, pick
 from calm_fast.core.numerics import Case, Inputs, Rounding, Values
 
 
@@ -64,6 +64,14 @@ _SPECS: dict[str, Spec] = {
         21, 24, 83, temperature=1.7, softcap=4.0, bias=True, alpha=0.8, offset=0.25, magnitude=2.0, frozen=True
     ),
     "bias-frozen": Spec(19, 17, 53, bias=True, frozen=True),
+    # large logits: nearly every token is certain, its gradient is nothing but the error of its probability
+    "logits-100": Spec(11, 16, 67, magnitude=1e2, ignored=0.0),
+    "logits-1000": Spec(11, 16, 67, magnitude=1e3, ignored=0.0),
+    "logits-1000-near": Spec(11, 16, 67, magnitude=1e3, teacher_gap=0.01, temperature=1.7, ignored=0.0),
+    "logits-10000": Spec(11, 16, 67, magnitude=1e4, ignored=0.0),
+    "logits-100-frozen": Spec(11, 16, 67, magnitude=1e2, ignored=0.0, frozen=True),
+    "logits-1000-frozen": Spec(11, 16, 67, magnitude=1e3, teacher_gap=0.01, ignored=0.0, frozen=True),
+    "logits-10000-frozen": Spec(11, 16, 67, magnitude=1e4, temperature=1.7, ignored=0.0, frozen=True),
     "sharp-frozen": Spec(11, 16, 67, magnitude=12.0, frozen=True),
     "far-teachers-frozen": Spec(11, 16, 67, teacher_gap=3.0, magnitude=2.0, frozen=True),
     # a chunk of the training step holds up to 128 tokens: several chunks, and a sequence longer than a chunk
@@ -208,13 +216,11 @@ def _rounding(inputs: Inputs) -> dict[str, Rounding]:
     c_hard, c_soft = (1 - inputs["alpha"]) / count, inputs["alpha"] / tau**2 / count
     weights, weights_error = _calibration(nat, neg, tokens["seq_ids"], inputs["offset"])
 
-    (lse, lse_error), (at_target, target_error) = student.log_sum(), student.at(targets)
-    lse_soft, lse_soft_error = student.log_sum(tau)
-    mean, mean_error = nat.mean(student.z * tau, (student.error * tau).add_roundings(student.z * tau), tau)
-    hard, soft = lse - at_target, lse_soft - mean
-    error = (lse_error + target_error).add_roundings(hard, 1) * c_hard
-    soft_error = (lse_soft_error + mean_error).add_roundings(soft, 1)
-    error = error + (soft_error * weights + weights_error * soft) * c_soft
+    log_p, log_p_error = student.log_softmax()
+    log_q, log_q_error = student.log_softmax(tau)
+    hard, hard_error = -pick(log_p, targets), log_p_error.map(lambda t: pick(t, targets))
+    soft, soft_error = nat.mean(-log_q, log_q_error, tau)
+    error = hard_error * c_hard + (soft_error * weights + weights_error * soft) * c_soft
     terms = c_hard * hard.abs() + (c_soft * weights * soft).abs()
     loss_error = error.add_roundings(terms).to_column().sum(-2, terms.unsqueeze(-1)).map(lambda t: t.squeeze(-1))
 
@@ -240,11 +246,10 @@ def _rounding(inputs: Inputs) -> dict[str, Rounding]:
 
 def _calibration(nat: Logits, neg: Logits, seq_ids: torch.Tensor, offset: float) -> tuple[torch.Tensor, ErrorBound]:
     """Return offset + tanh KL_s of each token's sequence, (T,), and its bound."""
-    gap, gap_error = neg.z - nat.z, (neg.error + nat.error).add_roundings(neg.z - nat.z, 1)
-    mean, mean_error = neg.mean(gap, gap_error)
-    (lse_neg, neg_error), (lse_nat, nat_error) = neg.log_sum(), nat.log_sum()
-    kl = mean - lse_neg + lse_nat
-    kl_error = (mean_error + neg_error + nat_error).add_roundings(kl.abs() + lse_neg.abs() + lse_nat.abs(), 2)
+    (log_neg, neg_error), (log_nat, nat_error) = neg.log_softmax(), nat.log_softmax()
+    kl, kl_error = neg.mean(log_neg - log_nat, (neg_error + nat_error).add_roundings(log_neg - log_nat, 1))
+    # the mean difference of the logits, minus the difference of their maxima
+    kl_error = kl_error.add_roundings(kl.abs() + (neg.z.amax(-1) - nat.z.amax(-1)).abs(), 2)
     same = (seq_ids[:, None] == seq_ids).double()
     same = same / same.sum(-1, keepdim=True)
     beta = torch.tanh(same @ kl)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from calm_fast._ops.linear_nce.schedule import Forward, combine, step
-from calm_fast._ops.vocabulary.schedule import HeadGradients, head_gradients, put, take, valid_rows
+from calm_fast._ops.vocabulary.schedule import HeadGradients, head_gradients, known_targets, put, take, valid_rows
 
 
 def linear_nce_native_fwd(
@@ -29,11 +29,13 @@ def linear_nce_native_fwd(
     streams = take(rows, student, nat, neg)
     targets, seq_ids = take(rows, targets.contiguous(), seq_ids)
     bias = None if bias is None else bias.float().contiguous()
-    lse, losses, _ = torch.ops.calm_fast._linear_nce_native_fwd(
-        *streams, weight, bias, targets, temperature, softcap, None
+    known = known_targets(targets, weight.shape[0])
+    norms, losses, _ = torch.ops.calm_fast._linear_nce_native_fwd(
+        *streams, weight, bias, targets * known, temperature, softcap, None
     )
     hard, soft, kl = losses
-    return combine(lse, hard, soft, kl, seq_ids, rows, tokens, alpha, temperature, offset)
+    hard = hard.masked_fill(~known, float("nan"))
+    return combine(norms, hard, soft, kl, seq_ids, rows, tokens, alpha, temperature, offset)
 
 
 def linear_nce_native_bwd(
@@ -43,7 +45,7 @@ def linear_nce_native_bwd(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    lse: torch.Tensor,
+    norms: torch.Tensor,
     coefficients: torch.Tensor,
     temperature: float,
     softcap: float | None,
@@ -53,17 +55,24 @@ def linear_nce_native_bwd(
     """Compute the gradients of student, weight and bias; arguments and results as in `linear_nce_torch_bwd`."""
     tokens, rows = targets.shape[0], valid_rows(targets, ignore_index)
     student, nat, targets = take(rows, student, nat, targets.contiguous())
-    lse, coefficients = (t if rows is None else t[:, rows] for t in (lse, coefficients * dloss))
+    norms, coefficients = (t if rows is None else t[:, rows] for t in (norms, coefficients * dloss))
     bias = None if bias is None else bias.float().contiguous()
+    known = known_targets(targets, weight.shape[0])
+    targets, coefficients = targets * known, _nan_unless(known, coefficients)
 
     def fill(r: slice, c: slice, chunk: torch.Tensor) -> None:
         torch.ops.calm_fast._linear_nce_native_dlogits(
-            coefficients[:, r].contiguous(), student[r], nat[r], weight, bias, targets[r], lse[:, r].contiguous(),
+            coefficients[:, r].contiguous(), student[r], nat[r], weight, bias, targets[r], norms[:, r].contiguous(),
             temperature, softcap, c.start, chunk.T,
         )  # fmt: skip
 
     dstudent, dweight, dbias = head_gradients(student, weight, needs, fill, by_token=False)
     return put(rows, dstudent, tokens) if needs[0] else dstudent, dweight, dbias
+
+
+def _nan_unless(known: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """Return coefficients (2, t) with NaN for the cross-entropy of a target that is not in the vocabulary."""
+    return torch.stack((coefficients[0].masked_fill(~known, float("nan")), coefficients[1]))
 
 
 class _NativeEngine:
@@ -82,7 +91,9 @@ class _NativeEngine:
         most: int,
     ) -> None:
         """Take the tokens (t, d) and (t,) in the order of the schedule; most: tokens of the largest chunk."""
-        self.student, self.nat, self.neg, self.targets = student, nat, neg, targets
+        self.student, self.nat, self.neg = student, nat, neg
+        self.known = known_targets(targets, weight.shape[0])
+        self.targets = targets * self.known
         self.weight, self.softcap, self.temperature = weight, softcap, temperature
         self.bias = None if bias is None else bias.float().contiguous()
         self.memory = weight.new_empty(2 * weight.shape[0] * _padded(most), dtype=_kept_dtype(weight))
@@ -97,12 +108,12 @@ class _NativeEngine:
     def _sweep(
         self, rows: slice, student: torch.Tensor | None, neg: torch.Tensor | None, kept: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return lse (3, t), losses (3, t) and references of a chunk."""
-        lse, losses, references = torch.ops.calm_fast._linear_nce_native_fwd(
+        """Return norms (5, t), losses (3, t) and references of a chunk."""
+        norms, losses, references = torch.ops.calm_fast._linear_nce_native_fwd(
             student, self.nat[rows], neg, self.weight, self.bias, self.targets[rows], self.temperature, self.softcap,
             kept,
         )  # fmt: skip
-        return lse, losses, references
+        return norms, losses, references
 
     def calibrate(self, rows: slice) -> torch.Tensor:
         """See `Engine.calibrate`."""
@@ -111,14 +122,15 @@ class _NativeEngine:
     def sweep(self, rows: slice, calibrated: bool = False) -> tuple[torch.Tensor, ...]:
         """See `Engine.sweep`."""
         neg = None if calibrated else self.neg[rows]
-        lse, losses, self.references = self._sweep(rows, self.student[rows], neg, self._kept(rows))
-        return lse, *losses[: 2 if calibrated else 3]
+        norms, losses, self.references = self._sweep(rows, self.student[rows], neg, self._kept(rows))
+        losses[0].masked_fill_(~self.known[rows], float("nan"))
+        return norms, *losses[: 2 if calibrated else 3]
 
-    def gradient(self, rows: slice, lse: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    def gradient(self, rows: slice, norms: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
         """See `Engine.gradient`."""
         gradient: torch.Tensor = torch.ops.calm_fast._linear_nce_native_gradient(
-            coefficients.contiguous(), self._kept(rows), self.references, self.weight, self.targets[rows], lse,
-            self.temperature, self.softcap,
+            _nan_unless(self.known[rows], coefficients), self._kept(rows), self.references, self.weight,
+            self.targets[rows], norms, self.temperature, self.softcap,
         )  # fmt: skip
         return gradient
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from calm_fast._ops.vocabulary.reference import expectation, logits_reference
+from calm_fast._ops.vocabulary.reference import expectation, logits_at, logits_reference
 
 
 def linear_nce_reference(
@@ -33,7 +33,8 @@ def linear_nce_reference(
     Args:
         student, nat, neg: (T, d) hidden states of the student and the two teachers, any float dtype.
         weight: (V, d), the LM head they share. bias: (V,) or None; -inf rules a token out, which then adds 0.
-        targets: (T,) int64. seq_ids: (T,) int64, the sequence of each token.
+        targets: (T,) int64; one outside the vocabulary makes the loss NaN. seq_ids: (T,) int64, the sequence of each
+            token; one outside 0 <= id < T makes the loss NaN.
         alpha, temperature (tau), offset: numbers. softcap: positive or None.
         ignore_index: the target that marks m_t = 0.
     Returns:
@@ -56,8 +57,9 @@ def linear_nce_reference(
         sequences, index = seq_ids.unique(return_inverse=True)
         per_sequence = kl.new_zeros(sequences.numel()).index_add(0, index, kl)
         beta = torch.tanh(per_sequence / index.bincount())[index]  # (valid tokens,)
+        beta = beta.masked_fill((seq_ids < 0) | (seq_ids >= valid.numel()), float("nan"))
         teacher = (z_nat / temperature).softmax(-1)
     cross_entropy = -expectation(teacher, (z / temperature).log_softmax(-1))
     distillation = temperature**2 * ((offset + beta) * cross_entropy).mean()
-    hard = -z.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).mean()
+    hard = -logits_at(z.log_softmax(-1), targets).mean()
     return (1 - alpha) * hard + alpha * distillation

@@ -21,10 +21,10 @@ _ARGUMENTS = (
     "(Tensor student, Tensor nat, Tensor neg, Tensor weight, Tensor? bias, Tensor targets, Tensor seq_ids,"
     " float alpha, float temperature, float offset, float? softcap, int ignore_index)"
 )
-_FWD = _ARGUMENTS + " -> (Tensor loss, Tensor lse, Tensor coefficients)"
+_FWD = _ARGUMENTS + " -> (Tensor loss, Tensor norms, Tensor coefficients)"
 _STEP = _ARGUMENTS + " -> (Tensor loss, Tensor gradient)"
 _BWD = (
-    "(Tensor dloss, Tensor student, Tensor nat, Tensor weight, Tensor? bias, Tensor targets, Tensor lse,"
+    "(Tensor dloss, Tensor student, Tensor nat, Tensor weight, Tensor? bias, Tensor targets, Tensor norms,"
     " Tensor coefficients, float temperature, float? softcap, int ignore_index, bool[] needs)"
     " -> (Tensor dstudent, Tensor dweight, Tensor dbias)"
 )
@@ -87,7 +87,7 @@ def step_op(impl: str) -> Callable[..., tuple[torch.Tensor, ...]]:
 @torch.library.register_fake("calm_fast::linear_nce_native_fwd", lib=_lib)
 def _fwd_fake(student: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
     compute, tokens = torch.promote_types(student.dtype, torch.float32), student.shape[0]
-    return tuple(student.new_empty(shape, dtype=compute) for shape in ((), (3, tokens), (2, tokens)))
+    return tuple(student.new_empty(shape, dtype=compute) for shape in ((), (5, tokens), (2, tokens)))
 
 
 @torch.library.register_fake("calm_fast::linear_nce_torch_bwd", lib=_lib)

@@ -30,14 +30,14 @@ _LOGIT_BYTES = 1 << 30
 _PADDING = 16
 _NO_SEQUENCE = torch.iinfo(torch.int64).max
 
-# loss (), lse (3, T) and coefficients (2, T) of a forward pass
+# loss (), norms (5, T) and coefficients (2, T) of a forward pass
 Forward = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # order, ids (T,) and the chunks of `sort_and_cut_valid`
 Plan = tuple[torch.Tensor, torch.Tensor, list[slice]]
 
 
 def combine(
-    lse: torch.Tensor,
+    norms: torch.Tensor,
     hard: torch.Tensor,
     soft: torch.Tensor,
     kl: torch.Tensor,
@@ -51,20 +51,20 @@ def combine(
     """Compute the loss from the statistics of the t valid tokens.
 
     Args:
-        lse (3, t), hard, soft, kl (t,): as `Engine.sweep` returns them.
+        norms (5, t), hard, soft, kl (t,): as `Engine.sweep` returns them.
         seq_ids: (t,).
         rows: indices of the valid tokens among `tokens`; None = all of them.
     Returns:
-        loss (), lse (3, T) and coefficients (2, T) as `linear_nce_torch_fwd`, 0 for ignored tokens.
+        loss (), norms (5, T) and coefficients (2, T) as `linear_nce_torch_fwd`, 0 for ignored tokens.
     """
     if kl.shape[0] == 0:
-        return lse.new_zeros(()), lse.new_zeros((3, tokens)), lse.new_zeros((2, tokens))
+        return norms.new_zeros(()), norms.new_zeros((5, tokens)), norms.new_zeros((2, tokens))
     coefficients = loss_coefficients(kl, seq_ids, kl.shape[0], tokens, alpha, temperature, offset)
     loss = (coefficients * torch.stack((hard, soft))).sum()
     if rows is None:
-        return loss, lse, coefficients
-    lse, coefficients = (t.new_zeros((t.shape[0], tokens)).index_copy_(1, rows, t) for t in (lse, coefficients))
-    return loss, lse, coefficients
+        return loss, norms, coefficients
+    norms, coefficients = (t.new_zeros((t.shape[0], tokens)).index_copy_(1, rows, t) for t in (norms, coefficients))
+    return loss, norms, coefficients
 
 
 def loss_coefficients(
@@ -79,11 +79,14 @@ def loss_coefficients(
     """Return the factors of the hard and the soft cross-entropy in the loss, (2, t), for tokens of whole sequences.
 
     Args:
-        kl, seq_ids: (t,). count: number of tokens in the loss. tokens: T, above every id.
+        kl, seq_ids: (t,). count: number of tokens in the loss. tokens: T, above every id; another id gives NaN.
     """
-    members = torch.bincount(seq_ids, minlength=tokens)
-    per_sequence = kl.new_zeros(tokens).index_add_(0, seq_ids, kl) / members.clamp(min=1)
-    calibration = offset + torch.tanh(per_sequence[seq_ids])
+    known = (seq_ids >= 0) & (seq_ids < tokens)
+    # other ids, which reach this in a graph and on a GPU, share a place of their own
+    place = torch.where(known, seq_ids, tokens)
+    members = torch.bincount(place, minlength=tokens + 1)
+    per_sequence = kl.new_zeros(tokens + 1).index_add_(0, place, kl) / members.clamp(min=1)
+    calibration = (offset + torch.tanh(per_sequence[place])).masked_fill(~known, float("nan"))
     return torch.stack((torch.full_like(kl, (1 - alpha) / count), alpha * temperature**2 / count * calibration))
 
 
@@ -140,7 +143,8 @@ def sort_and_cut_valid(
         order, ids (T,): the tokens sequence by sequence, ignored ones last, and their sequences; the chunks. None if a
         sequence exceeds `most`.
     """
-    ids, order = torch.sort(seq_ids.masked_fill(targets == ignore_index, _NO_SEQUENCE), stable=True)
+    known = seq_ids.clamp(max=_NO_SEQUENCE - 1)
+    ids, order = torch.sort(known.masked_fill(targets == ignore_index, _NO_SEQUENCE), stable=True)
     found, counts = torch.unique_consecutive(ids.cpu(), return_counts=True)
     sizes = counts[: found.numel() - int(found[-1] == _NO_SEQUENCE)].tolist()
     longest = max(sizes, default=0)
@@ -173,11 +177,11 @@ class Engine(Protocol):
         """Sweep the vocabulary and keep the logits that `gradient` needs.
 
         Returns:
-            lse (3, t): log-sum-exps of the student, of the student over tau, of nat over tau; the hard and the soft
-            cross-entropy, each (t,); KL(p_neg || p_nat), (t,), unless `calibrated`.
+            norms (5, t), as `linear_nce_torch_fwd`; the hard and the soft cross-entropy, each (t,);
+            KL(p_neg || p_nat), (t,), unless `calibrated`.
         """
 
-    def gradient(self, rows: slice, lse: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    def gradient(self, rows: slice, norms: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the hidden states of the tokens swept last, (t, d); coefficients (2, t)."""
 
 
@@ -222,26 +226,26 @@ def step(
     def coefficients_of(chunk: torch.Tensor | slice) -> torch.Tensor:
         return loss_coefficients(statistics[2, chunk], ids[chunk], count, tokens, alpha, temperature, offset)
 
-    def put_gradient(chunk: slice, lse: torch.Tensor, coefficients: torch.Tensor) -> None:
-        part = engine.gradient(chunk, lse, coefficients)
+    def put_gradient(chunk: slice, norms: torch.Tensor, coefficients: torch.Tensor) -> None:
+        part = engine.gradient(chunk, norms, coefficients)
         if place is None:
             gradient[chunk] = part
         else:
             gradient[place[chunk]] = part
 
     for chunk in chunks:
-        lse, *found = engine.sweep(chunk)
+        norms, *found = engine.sweep(chunk)
         statistics[:, chunk] = torch.stack(found)
-        put_gradient(chunk, lse, coefficients_of(chunk))
+        put_gradient(chunk, norms, coefficients_of(chunk))
     for part in parts:
         statistics[2, part] = engine.calibrate(part)
     if parts:
         long = torch.cat([torch.arange(p.start, p.stop, device=ids.device) for p in parts])
         known = gradient.new_zeros((2, count)).index_copy_(1, long, coefficients_of(long))
         for part in parts:
-            lse, *found = engine.sweep(part, calibrated=True)
+            norms, *found = engine.sweep(part, calibrated=True)
             statistics[:2, part] = torch.stack(found)
-            put_gradient(part, lse, known[:, part])
+            put_gradient(part, norms, known[:, part])
     if order is not None:
         # summed in the order of the tokens: the same bits as the loss without a gradient
         statistics = torch.empty_like(statistics).index_copy_(1, order, statistics)

@@ -7,17 +7,25 @@ from collections.abc import Sequence
 import torch
 
 from calm_fast._ops.linear_nce.schedule import Forward, combine, step
-from calm_fast._ops.vocabulary.schedule import HeadGradients, head_gradients, put, take, valid_rows, within
+from calm_fast._ops.vocabulary.schedule import (
+    HeadGradients,
+    head_gradients,
+    nan_where_unknown,
+    put,
+    take,
+    valid_rows,
+    within,
+)
 from calm_fast._ops.vocabulary.torch_impl import (
     LogitTiles,
     RunningSum,
     TargetLogits,
     exact_product,
-    probabilities,
+    powers,
     subtract_at_targets_,
 )
 
-# lse (3, t), hard and soft cross-entropy (t,), KL (t,)
+# norms (5, t), hard and soft cross-entropy (t,), KL (t,)
 _Statistics = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -37,37 +45,39 @@ def _sweep(
         targets: (t,).
         keep: two tensors (t, V) in the inputs' dtype that receive the products of student and nat.
     Returns:
-        lse (3, t): log-sum-exps of the student, of the student over tau, of nat over tau; the hard and the soft
-        cross-entropy and KL(p_neg || p_nat), each (t,).
+        norms (5, t), as `linear_nce_torch_fwd`; the hard and the soft cross-entropy and KL(p_neg || p_nat), each (t,).
     """
-    t, like, tau, plain = targets.shape[0], tiles.like, 1.0 / temperature, temperature == 1.0
-    student_sum, nat_sum, neg_sum = (RunningSum(t, like) for _ in range(3))
-    soft_student, soft_nat = student_sum, nat_sum
-    if not plain:
-        soft_student, soft_nat = RunningSum(t, like, tau), RunningSum(t, like, tau)
-    at_target = TargetLogits(targets, tiles.columns, like)
+    t, like, tau = targets.shape[0], tiles.like, 1.0 / temperature
+    # the last scale weights the soft cross-entropy, temperature 1 is the first; they may be one
+    scales = (1.0,) if temperature == 1.0 else (1.0, tau)
+    student_sum, nat_sum, neg_sum = RunningSum(t, like, *scales), RunningSum(t, like, *scales), RunningSum(t, like, 1.0)
+    at_target = TargetLogits(targets, tiles.columns, tiles.weight.shape[0], like)
     for columns in tiles.column_blocks():
         keep_student, keep_nat = (None, None) if keep is None else (keep[0][:, columns], keep[1][:, columns])
         z = None if student is None else tiles.logits(student, columns, 0, keep_student)
         z_nat = tiles.logits(nat, columns, 1, keep_nat)
         z_neg = None if neg is None else tiles.logits(neg, columns, 2)
         spare = tiles.spare(z_nat)
+        # from here on the tiles hold differences to the running maxima, and the averages are those of differences:
+        # two large averages would cancel
+        moved_nat = nat_sum.raise_(z_nat)
         if z is not None:
             at_target.add(z, columns)
+            nat_sum.follow(student_sum.raise_(z))
             student_sum.add(z, spare)
-        if not plain:
-            nat_sum.add(z_nat, spare)
-            if z is not None:
-                soft_student.add(z, spare)
-        powers = soft_nat.add(z_nat, spare)
+        weights = nat_sum.add(z_nat, spare)
         if z is not None:
-            soft_nat.add_weighted(powers, tiles.zero_banned_(z))
+            nat_sum.add_weighted(weights, tiles.zero_banned_(z))
         if z_neg is not None:
-            powers = neg_sum.add(z_neg, spare)
-            neg_sum.add_weighted(powers, tiles.zero_banned_(z_neg).sub_(tiles.zero_banned_(z_nat)))
-    lse, lse_soft, lse_nat = student_sum.log_sum(), soft_student.log_sum(), soft_nat.log_sum()
-    kl = neg_sum.mean() - neg_sum.log_sum() + nat_sum.log_sum()
-    return torch.stack((lse, lse_soft, lse_nat)), lse - at_target.values, lse_soft - tau * soft_nat.mean(), kl
+            neg_sum.follow(neg_sum.raise_(z_neg) - moved_nat)
+            weights = neg_sum.add(z_neg, spare)
+            neg_sum.add_weighted(weights, tiles.zero_banned_(z_neg).sub_(tiles.zero_banned_(z_nat)))
+    norms = torch.stack(
+        (student_sum.top, student_sum.totals[0], student_sum.totals[-1], nat_sum.top, nat_sum.totals[-1])
+    )
+    hard = student_sum.log_total() + (student_sum.top - at_target.values)
+    kl = neg_sum.mean() - neg_sum.log_total() + nat_sum.log_total()
+    return norms, hard, student_sum.log_total(-1) - tau * nat_sum.mean(), kl
 
 
 def linear_nce_torch_fwd(
@@ -87,9 +97,9 @@ def linear_nce_torch_fwd(
     """Compute `linear_nce_reference` block by block; the arguments have been checked.
 
     Returns:
-        the loss (); lse (3, T): log-sum-exps of the student, of the student over tau, of nat over tau; coefficients
-        (2, T): factors of the hard and the soft cross-entropy in the loss. lse and coefficients are 0 for ignored
-        tokens. All are in the compute dtype.
+        the loss (); norms (5, T): the largest logit of the student and its sums exp(z - top) and exp((z - top) / tau),
+        the largest logit of nat and its sum exp((z - top) / tau); coefficients (2, T): factors of the hard and the soft
+        cross-entropy in the loss. norms and coefficients are 0 for ignored tokens. All are in the compute dtype.
     """
     tokens, rows = targets.shape[0], valid_rows(targets, ignore_index)
     student, nat, neg, targets, seq_ids = take(rows, student, nat, neg, targets, seq_ids)
@@ -99,9 +109,9 @@ def linear_nce_torch_fwd(
         for block in tiles.row_blocks(slice(0, targets.shape[0]))
     ]
     nothing = tiles.like.new_zeros(0)
-    parts = parts or [(nothing.view(3, 0), nothing, nothing, nothing)]
-    lse, hard, soft, kl = (torch.cat(p, dim=-1) for p in zip(*parts, strict=True))
-    return combine(lse, hard, soft, kl, seq_ids, rows, tokens, alpha, temperature, offset)
+    parts = parts or [(nothing.view(5, 0), nothing, nothing, nothing)]
+    norms, hard, soft, kl = (torch.cat(p, dim=-1) for p in zip(*parts, strict=True))
+    return combine(norms, hard, soft, kl, seq_ids, rows, tokens, alpha, temperature, offset)
 
 
 def linear_nce_torch_bwd(
@@ -111,7 +121,7 @@ def linear_nce_torch_bwd(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    lse: torch.Tensor,
+    norms: torch.Tensor,
     coefficients: torch.Tensor,
     temperature: float,
     softcap: float | None,
@@ -123,23 +133,23 @@ def linear_nce_torch_bwd(
         dz = dloss (c_hard (softmax(z) - 1_target) + c_soft / tau (softmax(z / tau) - softmax(z_nat / tau)))
 
     Args:
-        dloss: (). lse (3, T), coefficients (2, T): as returned by the forward pass.
+        dloss: (). norms (5, T), coefficients (2, T): as returned by the forward pass.
         needs: which of the three gradients are wanted.
     Returns:
         (T, d), (V, d) and (V,) in the inputs' dtype; an empty tensor for a gradient that is not wanted.
     """
     rows, tokens = valid_rows(targets, ignore_index), student.shape[0]
     student, nat, targets = take(rows, student, nat, targets)
-    lse, coefficients = (t if rows is None else t[:, rows] for t in (lse, coefficients))
+    norms, coefficients = (t if rows is None else t[:, rows] for t in (norms, coefficients))
     hard, soft = coefficients * dloss
-    soft = soft / temperature
+    hard, soft = nan_where_unknown(hard, targets, weight.shape[0]), soft / temperature
     tiles = LogitTiles(weight, bias, softcap, targets.shape[0], streams=2)
 
     def fill(chunk_rows: slice, chunk_columns: slice, chunk: torch.Tensor) -> None:
         for r in tiles.row_blocks(chunk_rows):
             for c in tiles.column_blocks(chunk_columns):
                 z, z_nat = tiles.logits(student[r], c, 0), tiles.logits(nat[r], c, 1)
-                dz = _dlogits(tiles, z, z_nat, c, lse[:, r], hard[r], soft[r], temperature, targets[r])
+                dz = _dlogits(tiles, z, z_nat, c, norms[:, r], hard[r], soft[r], temperature, targets[r])
                 chunk[within(r, chunk_rows), within(c, chunk_columns)] = dz
 
     dstudent, dweight, dbias = head_gradients(student, weight, needs, fill)
@@ -151,7 +161,7 @@ def _dlogits(
     z: torch.Tensor,
     z_nat: torch.Tensor,
     columns: slice,
-    lse: torch.Tensor,
+    norms: torch.Tensor,
     hard: torch.Tensor,
     soft: torch.Tensor,
     temperature: float,
@@ -159,16 +169,18 @@ def _dlogits(
 ) -> torch.Tensor:
     """Return one tile of dz (t, columns) from two tiles of logits, in the compute dtype.
 
-    lse: (3, t). hard, soft, targets: (t,); `soft` is already divided by the temperature.
+    norms: (5, t). hard, soft, targets: (t,); `soft` is already divided by the temperature.
     """
     tau = 1.0 / temperature
-    dz = probabilities(z, lse[1], tau, tiles.spare(z))
+    top, total, total_soft, top_nat, total_nat = norms
+    # a probability is a power over the sum of powers; the division is one per token
+    dz = powers(z, top, tau, tiles.spare(z))
     if temperature == 1.0:
-        dz.mul_((hard + soft).unsqueeze(1))
+        dz.mul_(((hard + soft) / total).unsqueeze(1))
     else:
-        dz.mul_(soft.unsqueeze(1))
-        dz.addcmul_(probabilities(z, lse[0], 1.0, tiles.spare(z, 1)), hard.unsqueeze(1))
-    dz.addcmul_(probabilities(z_nat, lse[2], tau, z_nat), soft.unsqueeze(1), value=-1.0)
+        dz.mul_((soft / total_soft).unsqueeze(1))
+        dz.addcmul_(powers(z, top, 1.0, tiles.spare(z, 1)), (hard / total).unsqueeze(1))
+    dz.addcmul_(powers(z_nat, top_nat, tau, z_nat), (soft / total_nat).unsqueeze(1), value=-1.0)
     subtract_at_targets_(dz, targets, hard, columns)
     return tiles.softcap_backward_(dz, z)
 
@@ -216,10 +228,11 @@ class _TorchEngine:
             parts.append(_sweep(self.tiles, self.student[r], self.nat[r], neg, self.targets[r], self.temperature, keep))
         return tuple(torch.cat(p, dim=-1) for p in zip(*parts, strict=True))[: 3 if calibrated else 4]
 
-    def gradient(self, rows: slice, lse: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    def gradient(self, rows: slice, norms: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
         """See `Engine.gradient`."""
         tiles, kept = self.tiles, self._kept(rows)
-        hard, soft = coefficients[0], coefficients[1] / self.temperature
+        hard = nan_where_unknown(coefficients[0], self.targets[rows], self.weight.shape[0])
+        soft = coefficients[1] / self.temperature
         # Scale a token's logit gradients to -1 .. 1 before they are rounded, so that its weight in the loss costs no
         # precision. In float16, whose smallest number is 2^-24, to -1024 .. 1024.
         size = hard.abs() + soft.abs()
@@ -229,7 +242,7 @@ class _TorchEngine:
             targets = self.targets[rows][r]
             for c in tiles.column_blocks():
                 z, z_nat = (tiles.finish(kept[i, r, c], c, i) for i in (0, 1))
-                dz = _dlogits(tiles, z, z_nat, c, lse[:, r], hard[r], soft[r], self.temperature, targets)
+                dz = _dlogits(tiles, z, z_nat, c, norms[:, r], hard[r], soft[r], self.temperature, targets)
                 kept[0, r, c] = dz
         return exact_product(kept[0], self.weight).mul_(size.unsqueeze(1))
 

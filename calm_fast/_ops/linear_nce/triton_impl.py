@@ -39,7 +39,7 @@ def linear_nce_triton_bwd(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     targets: torch.Tensor,
-    lse: torch.Tensor,
+    norms: torch.Tensor,
     coefficients: torch.Tensor,
     temperature: float,
     softcap: float | None,
@@ -53,7 +53,7 @@ def linear_nce_triton_bwd(
     if needs[1]:
         # dweight multiplies by these rows: 0 times anything an ignored row holds must be 0
         hidden = student.masked_fill((targets == ignore_index).unsqueeze(1), 0.0)
-    tensors = (dloss, hidden, nat, weight, bias, targets, lse, coefficients)
+    tensors = (dloss, hidden, nat, weight, bias, targets, norms, coefficients)
 
     def fill(rows: slice, columns: slice, chunk: torch.Tensor) -> None:
         launch.launch_linear_nce_dlogits(*tensors, temperature, softcap, rows, columns, chunk)

@@ -73,7 +73,7 @@ def maj_at_k(
     the subsets the pass@k estimator (arXiv 2107.03374).
     """
     return curve(
-        _credit(
+        credit_at(
             answers, correct, scores, ks=ks, valid=valid, method=method, resamples=resamples, rule=rule, lam=lam,
             seed=seed, impl=impl,
         )
@@ -95,27 +95,27 @@ def vote_credit(
     accuracy that `maj_at_k` returns at any k that no question's valid samples exceed.
     """
     every = (max(1, answers.shape[1]),)  # a k that takes all samples draws nothing at random
-    credit = _credit(
+    credit = credit_at(
         answers, correct, scores, ks=every, valid=valid, method="resample", resamples=1, rule=rule, lam=lam
     )
     return credit[:, 0]
 
 
-def _credit(
+def credit_at(
     answers: torch.Tensor,
     correct: torch.Tensor,
-    scores: torch.Tensor | None,
+    scores: torch.Tensor | None = None,
     *,
     ks: Sequence[int],
-    valid: torch.Tensor | None,
-    method: str,
-    resamples: int,
-    rule: str,
-    lam: float,
+    valid: torch.Tensor | None = None,
+    method: str = "exact",
+    resamples: int = 1000,
+    rule: str = "count",
+    lam: float = 1.0,
     seed: int = 0,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Return the credit (Q, len(ks)) float64 of each question at each k."""
+    """Return the credit (Q, len(ks)) float64 of each question at each k, of which `maj_at_k` is the mean."""
     decision = decide(
         answers, correct, scores, ks=ks, valid=valid, method=method, resamples=resamples, rule=rule, lam=lam,
         seed=seed, impl=impl,

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import torch
 
-from calm_fast._ops.voting.reference import TIED, ordered_sum, sample_weights
+from calm_fast._ops.voting.reference import ordered_sum, sample_weights, tie_limit, voting_samples
 
 
 def maj_at_k_reference(
@@ -37,12 +37,12 @@ def maj_at_k_reference(
         (Q, len(ks)) float64; 0 for a question without a valid sample.
     Source: NAT (arXiv 2312.12832) section 3.4; for the subsets the pass@k estimator (arXiv 2107.03374).
     """
-    q, width = answers.shape
+    q = answers.shape[0]
     every_score = [None] * q if scores is None else scores.double().tolist()
-    every_valid = [[True] * width] * q if valid is None else valid.tolist()
+    every_valid = [None] * q if valid is None else valid.tolist()
     rows = []
     for question, (a, right) in enumerate(zip(answers.tolist(), correct.tolist(), strict=True)):
-        weights = sample_weights(every_score[question], every_valid[question], rule, lam)
+        weights = sample_weights(every_score[question], voting_samples(a, every_valid[question]), rule, lam)
         samples = [(c, w) for c, w in zip(a, weights, strict=True) if w is not None]
         if not samples:
             rows.append([0.0] * len(ks))
@@ -104,8 +104,8 @@ def _credit(subset: list[tuple[int, float]], right: int) -> float:
     sums: dict[int, float] = {}
     for answer, weight in subset:
         sums[answer] = sums.get(answer, 0.0) + weight
-    top = max(sums.values())
-    tied = [answer for answer, weight in sums.items() if top - weight <= TIED]
+    limit = tie_limit(max(sums.values()))
+    tied = [answer for answer, weight in sums.items() if weight >= limit]
     return 1 / len(tied) if right in tied else 0.0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from calm_fast._ops.vote.torch_impl import class_columns, column_sums
-from calm_fast._ops.voting.torch_impl import TIED, sample_weights
+from calm_fast._ops.voting.torch_impl import sample_weights, tie_limit, voting_samples
 
 # most samples for which one tilt serves every k: 2^-1000 is still a normal float64
 _ONE_TILT = 1000
@@ -33,6 +33,7 @@ def maj_at_k_torch(
     q = answers.shape[0]
     if not answers.numel():
         return torch.zeros(q, len(ks), dtype=torch.float64, device=answers.device)
+    valid = voting_samples(answers, valid)
     columns, width = class_columns(answers, valid)
     n = (columns < width).sum(1)
     hits = (answers == correct.unsqueeze(1)) & (columns < width)
@@ -66,7 +67,7 @@ def _credit_of_all(columns: torch.Tensor, weights: torch.Tensor, right: torch.Te
 def _tie_credit(sums: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return 1 / ties if the right column is tied at the top of sums (..., C), else 0; an empty class has sum -inf."""
     top = sums.amax(-1, keepdim=True)
-    tied = (top - sums <= TIED) & (sums > -torch.inf)
+    tied = (sums >= tie_limit(top)) & (sums > -torch.inf)
     width = sums.shape[-1]
     won = tied.gather(-1, right.clamp(max=width - 1).unsqueeze(-1)).squeeze(-1) & (right < width)
     return won.double() / tied.sum(-1).clamp(min=1)

@@ -1,8 +1,8 @@
 """packed_linear: x W^T with a weight that was packed once for the compiled library.
 
 An internal op: `CrossAttention` and `DualLoRALinear` multiply the weights they keep for inference with it, on a CPU.
-Packing needs float32 and AVX-512 (csrc/packed_linear/packed_product.h). Everywhere else a weight stays as it is and the
-product is torch's. A packed product has no gradient.
+Packing needs float32 and AVX2 or AVX-512 (csrc/packed_linear/packed_product.h). Everywhere else a weight stays as it is
+and the product is torch's. A packed product has no gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _OP = "packed_linear"
 
 
 class Packed(NamedTuple):
-    """A weight W (rows, K) as the compiled library reads it: panels (ceil(rows / 32), K, 32) float32."""
+    """A weight W (rows, K) as the compiled library reads it: panels (ceil(rows / w), K, w) float32, w 32 or 16."""
 
     panels: torch.Tensor
     rows: int
@@ -41,7 +41,7 @@ def can_pack(*tensors: torch.Tensor) -> bool:
 
 
 def pack(weight: torch.Tensor) -> Packed | torch.Tensor:
-    """Pack `weight` (rows, K) if it is a plain float32 tensor on a CPU with AVX-512; else return it unchanged.
+    """Pack `weight` (rows, K) if it is a plain float32 tensor on a CPU with AVX2; else return it unchanged.
 
     For weights that are kept: packing costs about what it saves on 200 tokens.
     """
@@ -50,7 +50,7 @@ def pack(weight: torch.Tensor) -> Packed | torch.Tensor:
     if not plain or weight.dtype != torch.float32 or not weight.is_cpu or native_library.obstacle(_OP):
         return weight
     panels = torch.ops.calm_fast._packed_linear_native_pack(weight.contiguous())
-    return Packed(panels, weight.shape[0]) if panels.dim() == 3 else weight  # no panels without AVX-512
+    return Packed(panels, weight.shape[0]) if panels.dim() == 3 else weight  # the scalar lane packs nothing
 
 
 def linear(x: torch.Tensor, weight: Packed | torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,14 +6,60 @@ import torch
 
 from calm_fast.core import native_library
 from calm_fast.core.checks import bad_type, bad_value, check_finite_number, check_tensor, values_checked
-from calm_fast.core.dispatch import VMAP, Decision, active_transform, refuse, triton_obstacle
+from calm_fast.core.dispatch import VMAP, Decision, active_transform, autograd_records, refuse, triton_obstacle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# With fewer tokens than this and a weight of at least this many elements, reading the weight once takes most of the
-# time, and torch's products read it without packing (d 576, V 49152, bfloat16: native 14.3 ms against torch 12.1 for
-# 1 token, 13.8 against 16.4 for 16).
-_FEW_TOKENS, _LARGE_WEIGHT = 16, 1 << 20
+# With few tokens and a weight of at least _LARGE_WEIGHT elements, reading the weight takes most of the time. torch's
+# products read it as it lies, the compiled library packs it. Times of native over torch, one thread: float32, 2 tokens
+# 1.4 to 2.0, 4 tokens 0.9 to 1.05, 8 tokens 0.7 to 1.0; bfloat16 8 tokens 0.9 to 1.2, 16 tokens 0.7 to 0.9, and with d
+# 4096 1.08 for 16, 1.09 for 24 and 0.93 for 32.
+_LARGE_WEIGHT = 1 << 20
+_WIDE = 2048  # d from which a 16-bit weight pays only with twice as many tokens
+
+
+def _few_tokens(hidden: torch.Tensor) -> int:
+    """Return the number of tokens from which the compiled library is faster with a large weight."""
+    if hidden.dtype == torch.float32:
+        return 4
+    if native_library.emulated(hidden.dtype):
+        return 0
+    return 16 if hidden.shape[1] < _WIDE else 32
+
+
+# Elements of logits that may be computed at once: 8 MiB in float32. torch multiplies, and the compiled library reads
+# each row of logits, once or twice, in vector registers. Its own sweep packs the weight first, which takes longer than
+# the product of few tokens; torch's sums take 10 calls and four copies of the logits.
+AT_ONCE = 1 << 21
+# In float32, without gradients, the sweep is ahead from here on, unless the width is large. Times of the sweep over
+# those at once, one thread, AVX-512: d 576 V 32768 16 tokens 0.87, 64 tokens 0.83; d 256 V 8192 16 tokens 0.97, 64
+# tokens 0.95; d 4096 V 2048 16 tokens 1.05, 128 tokens 1.43.
+_AT_ONCE_FLOAT32 = 1 << 19
+
+
+def at_once(op: str, hidden: torch.Tensor, weight: torch.Tensor, keep_logits: bool) -> bool:
+    """Return True if the compiled library scores the logits of one product: they are few, and torch multiplies well.
+
+    op: the op, for which the library must have the part "rows". keep_logits: a backward pass may follow, which then
+    needs no product of its own.
+    """
+    most = AT_ONCE
+    if hidden.dtype == torch.float32 and not keep_logits and hidden.shape[1] < _WIDE:
+        most = min(most, _AT_ONCE_FLOAT32)
+    if not 0 < hidden.shape[0] * weight.shape[0] <= most or hidden.device.type != "cpu":
+        return False
+    if (
+        hidden.dtype == torch.float64
+        or native_library.obstacle(f"{op}_rows", "cpu")
+        or native_library.slowness(torch.float32)
+    ):
+        return False
+    if hidden.dtype == torch.float32:
+        return True
+    # in 16 bits torch rounds the logits, and the sweep does not: only where torch's product is that much faster
+    if native_library.emulated(hidden.dtype):
+        return hidden.shape[0] == 1 and hidden.dtype == torch.bfloat16
+    return native_library.slowness(hidden.dtype) is not None or hidden.shape[0] < _few_tokens(hidden)
 
 
 def native_obstacle(op: str, hidden: torch.Tensor) -> str | None:
@@ -23,8 +69,10 @@ def native_obstacle(op: str, hidden: torch.Tensor) -> str | None:
     return native_library.obstacle(op, hidden.device.type)
 
 
-def choose(op: str, impl: str, hidden: torch.Tensor, weight: torch.Tensor) -> Decision:
+def choose(op: str, impl: str, hidden: torch.Tensor, weight: torch.Tensor, narrow: int = 0) -> Decision:
     """Return the requested implementation, or for "auto" native on a CPU, Triton on a GPU, torch where they cannot run.
+
+    narrow: the largest d for which native is faster on a CPU with matrix units for 16-bit products too.
 
     Raises:
         RuntimeError: an explicit `impl` cannot run here, or an active torch.func transform needs impl="reference".
@@ -44,11 +92,16 @@ def choose(op: str, impl: str, hidden: torch.Tensor, weight: torch.Tensor) -> De
         if obstacle:
             raise refuse(op, impl, obstacle)
         return Decision(op, impl, "asked for")
+    if at_once(op, hidden, weight, autograd_records(hidden, weight)):
+        return Decision(op, "native", "few logits on a CPU: torch's product, then each row of logits in one pass")
     if hidden.device.type == "cpu":
-        if obstacle := native_obstacle(op, hidden) or native_library.slowness(hidden.dtype):
+        # of float32 only a CPU without vectors is slow; matrix units are another matter
+        slow = native_library.slowness(torch.float32 if hidden.shape[1] <= narrow else hidden.dtype)
+        if obstacle := native_obstacle(op, hidden) or slow:
             return Decision(op, "torch", f"CPU tensors: blocked products; {obstacle}")
-        if hidden.shape[0] < _FEW_TOKENS and weight.numel() >= _LARGE_WEIGHT:
-            return Decision(op, "torch", f"CPU tensors: under {_FEW_TOKENS} tokens torch reads a large weight faster")
+        few = _few_tokens(hidden)  # more logits than are computed at once
+        if hidden.shape[0] < few and weight.numel() >= _LARGE_WEIGHT:
+            return Decision(op, "torch", f"CPU tensors: under {few} tokens torch reads a large weight faster")
         return Decision(op, "native", "CPU tensors: products and running sums in one pass, in vector registers")
     if obstacle:
         return Decision(op, "torch", f"Triton cannot run: {obstacle}")
@@ -107,6 +160,9 @@ def check_targets(op: str, targets: torch.Tensor, hidden: torch.Tensor, vocabula
     """Check that `targets` is an int64 tensor (T,) whose values are token ids or `ignore_index`."""
     check_indices(op, "targets", targets, hidden.shape[0], hidden.device)
     if not targets.numel() or not values_checked(targets):
+        return
+    least, most = (int(t) for t in torch.aminmax(targets))
+    if least >= 0 and most < vocabulary:  # the usual case, in one pass
         return
     used = targets[targets != ignore_index]
     if used.numel() and (int(used.min()) < 0 or int(used.max()) >= vocabulary):

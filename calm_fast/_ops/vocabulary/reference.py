@@ -29,3 +29,15 @@ def expectation(p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     This is the limit of p log p. A bias of -inf rules a token out: its probability is 0 and its logarithm -inf.
     """
     return (p * values.masked_fill(p == 0, 0.0)).sum(-1)
+
+
+def known_targets(targets: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Return where 0 <= target < V. In a graph and on a GPU nobody has refused the others."""
+    return (targets >= 0) & (targets < vocabulary)
+
+
+def logits_at(values: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return values (T, V) at targets (T,): (T,). A target outside the vocabulary gives NaN and NaN gradients."""
+    known = known_targets(targets, values.shape[-1])
+    picked = values.gather(-1, (targets * known).unsqueeze(-1)).squeeze(-1)
+    return picked * torch.where(known, 1.0, float("nan")).to(values.dtype)

@@ -98,22 +98,36 @@ class Logits:
     softcap: float | None
 
     def _exponent(self, scale: float) -> ErrorBound:
-        """Return the bound of scale * z - max, which is also the relative error of its exponential."""
+        """Return the roundings of exp(scale * (z - max)) relative to its value; the errors of z come on top."""
+        distance = (self.z.amax(-1, keepdim=True) - self.z) * scale
+        return ErrorBound.zero(self.z).add_roundings(distance + 1.0)
+
+    def _shift(self, scale: float) -> ErrorBound:
+        """Return how errors d of the scaled logits move log softmax(scale * z): d_v - sum_w p_w d_w, (T, V).
+
+        A token of probability 1 does not move at all, however large its logit and the logit's error are.
+        """
+        p, error = (self.z * scale).softmax(-1), self.error * scale
+        squares, shares = (error.independent * p).square(), error.correlated * p
+        others = (squares.sum(-1, keepdim=True) - squares).clamp(min=0).sqrt()
+        others = others + (shares.sum(-1, keepdim=True) - shares).clamp(min=0)
+        return ErrorBound(error.independent * (1 - p), error.correlated * (1 - p) + others)
+
+    def _total(self, scale: float) -> ErrorBound:
+        """Return the roundings of log sum exp(scale * (z - max)), (T,); the errors of z come on top."""
         z = self.z * scale
-        top = z.abs().amax(-1, keepdim=True)
-        return (self.error * scale).add_roundings(z.abs() + top + 1.0)
+        p = z.softmax(-1)
+        return (self._exponent(scale) * p).sum(-1, p).add_roundings(z.logsumexp(-1) - z.amax(-1) + 1.0)
 
     def softmax(self, scale: float = 1.0) -> tuple[torch.Tensor, ErrorBound]:
         """Return softmax(scale * z) and its bound, (T, V)."""
         p = (self.z * scale).softmax(-1)
-        return p, (self._exponent(scale) + self.log_sum(scale)[1].to_column()) * p
+        return p, (self._shift(scale) + self._exponent(scale) + self._total(scale).to_column()) * p
 
-    def log_sum(self, scale: float = 1.0) -> tuple[torch.Tensor, ErrorBound]:
-        """Return log sum exp(scale * z) and its bound, (T,)."""
-        z = self.z * scale
-        p, value = z.softmax(-1), z.logsumexp(-1)
-        error = (self._exponent(scale) * p).sum(-1, p)
-        return value, error.add_roundings(value.abs() + z.abs().amax(-1))
+    def log_softmax(self, scale: float = 1.0) -> tuple[torch.Tensor, ErrorBound]:
+        """Return log softmax(scale * z), as scale * (z - max) minus the log of the sum, and its bound, (T, V)."""
+        value = (self.z * scale).log_softmax(-1)
+        return value, (self._shift(scale) + self._total(scale).to_column()).add_roundings(value)
 
     def mean(self, values: torch.Tensor, error: ErrorBound, scale: float = 1.0) -> tuple[torch.Tensor, ErrorBound]:
         """Return sum_v softmax(scale * z)_v values_v and its bound, (T,); `error` is the bound of `values`."""
@@ -121,14 +135,11 @@ class Logits:
         mean = (p * values).sum(-1)
         # an error common to all weights cancels in the quotient, so only a value's distance from the mean counts
         spread = (values - mean.unsqueeze(-1)).abs()
-        total = (self._exponent(scale) * (p * spread) + error * p).add_roundings(p * values)
+        weights = self.error * scale + self._exponent(scale)
+        total = (weights * (p * spread) + error * p).add_roundings(p * values)
         size = (p * values.abs()).sum(-1)
         # the weighted sum, and the sum of the weights that divides it
         return mean, total.sum(-1, p * values).add_roundings(math.sqrt((values.shape[-1] + 2) / 3) * size)
-
-    def at(self, targets: torch.Tensor) -> tuple[torch.Tensor, ErrorBound]:
-        """Return z[t, targets_t] and its bound, (T,)."""
-        return pick(self.z, targets), self.error.map(lambda t: pick(t, targets))
 
     def backward(self, dz: torch.Tensor, error: ErrorBound) -> tuple[torch.Tensor, ErrorBound]:
         """Return the gradient before the softcap, stored in the inputs' dtype, and its bound."""

@@ -29,6 +29,16 @@ def valid_rows(targets: torch.Tensor, ignore_index: int) -> torch.Tensor | None:
     return None if bool(valid.all()) else valid.nonzero().squeeze(1)
 
 
+def known_targets(targets: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Return where 0 <= target < V: only there may an engine read the weight."""
+    return (targets >= 0) & (targets < vocabulary)
+
+
+def nan_where_unknown(values: torch.Tensor, targets: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Return `values` (t,) with NaN where the target is not in the vocabulary: it has no logit."""
+    return values.masked_fill(~known_targets(targets, vocabulary), float("nan"))
+
+
 def take(rows: torch.Tensor | None, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Select `rows` (None = all) of each tensor."""
     return tensors if rows is None else tuple(t[rows] for t in tensors)
@@ -54,6 +64,14 @@ def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b)
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a @ b^T in the inputs' dtype, whatever autocast says."""
+    if torch.is_autocast_enabled(a.device.type):
+        with torch.autocast(a.device.type, enabled=False):
+            return torch.mm(a, b.T)
+    return torch.mm(a, b.T)
 
 
 def head_gradients(

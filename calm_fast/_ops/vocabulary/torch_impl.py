@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from calm_fast._ops.vocabulary.schedule import blocks, wide_product
+from calm_fast._ops.vocabulary.schedule import blocks, nan_where_unknown, wide_product
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -14,7 +14,11 @@ LN_2 = 0.6931471805599453
 # Elements of a tile. Its float32 copy of 2 MiB stays in a core's caches from the product to the last sum. With half as
 # many the product was 4 % slower, with twice as many nothing was faster (512 tokens, d 576, V 49152, bfloat16).
 _TILE = 1 << 19
+# Columns of a tile at least. Few tokens get more, up to half a tile of elements: each tile costs about 15 calls of
+# torch's ops beside its arithmetic, three times the work of one token and 1024 columns.
 _COLUMNS = 1024
+# stands for the difference to a logit of -inf where a product with 0 must be 0
+_NO_LOGIT = -1.0e30
 
 
 def softcap_(z: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -42,7 +46,7 @@ class LogitTiles:
         self.weight, self.softcap = weight, softcap
         compute = torch.promote_types(weight.dtype, torch.float32)
         self.bias = None if bias is None else bias.to(compute)
-        self.columns = max(1, min(_COLUMNS, weight.shape[0]))
+        self.columns = max(1, min(max(_COLUMNS, _TILE // (2 * max(1, tokens))), weight.shape[0]))
         self.rows = max(1, min(tokens, _TILE // self.columns))
         size = self.rows * self.columns
         self._tiles = [weight.new_empty(size, dtype=compute) for _ in range(streams)]
@@ -105,75 +109,84 @@ class LogitTiles:
 
 
 class RunningSum:
-    """Per row, sum exp(scale * logits) over the tiles added so far, and one sum weighted by the same exponentials.
+    """Per row, sum exp(scale * (z - top)) over the logits z seen so far, and one sum weighted by the same powers.
 
-    Both are kept in base 2, relative to a running maximum (torch.exp2 is three times as fast as torch.exp on a CPU).
+    `top` is the running maximum of the logits themselves, so the differences are exact where they matter. A probability
+    computed from `top` and the sum loses nothing to the size of the logits. From one rounded log-sum-exp it would.
+    Powers are in base 2 (torch.exp2 is three times as fast as torch.exp on a CPU).
     """
 
-    def __init__(self, rows: int, like: torch.Tensor, scale: float = 1.0) -> None:
-        """Start with empty sums for `rows` rows, with the device and dtype of `like`."""
-        self.scale = scale * LOG2_E
-        self.max = like.new_full((rows, 1), float("-inf"))
-        self.total = like.new_zeros(rows)
+    def __init__(self, rows: int, like: torch.Tensor, *scales: float) -> None:
+        """Start with empty sums, one for each scale, for `rows` rows, with the device and dtype of `like`."""
+        self.scales = [scale * LOG2_E for scale in scales]
+        self.top = like.new_full((rows,), float("-inf"))
+        self.totals = [like.new_zeros(rows) for _ in scales]
+        # weighted by the powers of the last scale
         self.weighted = like.new_zeros(rows)
 
-    def add(self, logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Add a tile; return exp2(scale * logits - max) in `out`, which `add_weighted` takes."""
-        top = torch.maximum(self.max, logits.amax(dim=1, keepdim=True) * self.scale)
+    def raise_(self, logits: torch.Tensor) -> torch.Tensor:
+        """Raise `top` to the maximum of a tile (t, columns), which becomes logits - top; return old - new top, (t,)."""
+        top = torch.maximum(self.top, logits.amax(dim=1))
         # a row that holds only -inf needs a finite reference: inf - inf would be NaN
         reference = top.masked_fill(top == float("-inf"), 0.0)
-        shrink = torch.exp2(self.max - reference).squeeze(1)
-        torch.add(-reference, logits, alpha=self.scale, out=out).exp2_()
-        self.max = top
-        self.total.mul_(shrink).add_(out.sum(dim=1))
+        moved = (self.top - reference).clamp_(min=_NO_LOGIT)
+        for scale, total in zip(self.scales, self.totals, strict=True):
+            shrink = (moved * scale).exp2_()
+            total.mul_(shrink)
         self.weighted.mul_(shrink)
+        self.top = top
+        logits.sub_(reference.unsqueeze(1))
+        return moved
+
+    def follow(self, moved: torch.Tensor) -> None:
+        """Keep the weighted sum right where the values of earlier tiles change by `moved` (t,)."""
+        self.weighted.addcmul_(self.totals[-1], moved)
+
+    def add(self, differences: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Add a tile that `raise_` has taken; return the powers of the last scale in `out`."""
+        for scale, total in zip(self.scales, self.totals, strict=True):
+            torch.mul(differences, scale, out=out).exp2_()
+            total += out.sum(dim=1)
         return out
 
     def add_weighted(self, weights: torch.Tensor, values: torch.Tensor) -> None:
         """Add sum_j weights_j values_j. `weights` is what `add` returned for this tile; it is overwritten."""
         self.weighted += weights.mul_(values).sum(dim=1)
 
-    def log_sum(self) -> torch.Tensor:
-        """Return log sum exp(scale * logits), (t,), a natural logarithm."""
-        return (self.max.squeeze(1) + self.total.log2()) * LN_2
+    def log_total(self, index: int = 0) -> torch.Tensor:
+        """Return log sum exp(scale * (z - top)) for the scale of this index, (t,)."""
+        return self.totals[index].log2() * LN_2
 
     def log_share(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return log(exp(scale * logits) / sum) of one logit per row (t,); never above 0."""
-        # the same operation as in `add`, so that the rounding of the maximum cancels
-        share = torch.add(-self.max.squeeze(1), logits, alpha=self.scale)
-        return ((share - self.total.log2()) * LN_2).clamp_(max=0.0)
-
-    def entropy(self) -> torch.Tensor:
-        """Return the entropy of the softmax, (t,), where the weighted values were the logits; never below 0."""
-        spread = self.max.squeeze(1) - self.mean() * self.scale
-        return ((self.total.log2() + spread) * LN_2).clamp_(min=0.0)
+        """Return log(exp(scale * z) / sum) of one logit per row (t,), for the first scale; never above 0."""
+        return (((logits - self.top) * self.scales[0] - self.totals[0].log2()) * LN_2).clamp_(max=0.0)
 
     def mean(self) -> torch.Tensor:
         """Return the weighted sum divided by the sum of the weights, (t,)."""
-        return self.weighted / self.total
+        return self.weighted / self.totals[-1]
 
 
 class TargetLogits:
-    """z[t, targets_t], collected from the tiles in which the targets lie."""
+    """z[t, targets_t], collected from the tiles in which the targets lie; NaN if a target is not in the vocabulary."""
 
-    def __init__(self, targets: torch.Tensor, columns: int, like: torch.Tensor) -> None:
+    def __init__(self, targets: torch.Tensor, columns: int, vocabulary: int, like: torch.Tensor) -> None:
         """Take targets (t,) and the width of a tile; `like` carries the device and the compute dtype."""
         self.block, self.offset = targets // columns, (targets % columns).unsqueeze(1)
         self.columns = columns
-        self.values = like.new_zeros(targets.shape[0])
+        self.values = nan_where_unknown(like.new_zeros(targets.shape[0]), targets, vocabulary)
 
     def add(self, logits: torch.Tensor, columns: slice) -> torch.Tensor:
         """Read a tile; return a mask (t,) of the rows whose target lies in it."""
-        here = self.block == columns.start // self.columns
+        here = (self.block == columns.start // self.columns) & ~self.values.isnan()
         # the last tile may be narrower than an offset of some other block
         offset = self.offset if logits.shape[1] == self.columns else self.offset.clamp(max=logits.shape[1] - 1)
         self.values = torch.where(here, logits.gather(1, offset).squeeze(1), self.values)
         return here
 
 
-def probabilities(logits: torch.Tensor, log_sum: torch.Tensor, scale: float, out: torch.Tensor) -> torch.Tensor:
-    """Compute exp(scale * logits - log_sum) into `out`; log_sum (t,)."""
-    return torch.add(log_sum.unsqueeze(1) * -LOG2_E, logits, alpha=scale * LOG2_E, out=out).exp2_()
+def powers(logits: torch.Tensor, top: torch.Tensor, scale: float, out: torch.Tensor) -> torch.Tensor:
+    """Compute exp(scale * (logits - top)) into `out`; top (t,)."""
+    return torch.sub(logits, top.unsqueeze(1), out=out).mul_(scale * LOG2_E).exp2_()
 
 
 def subtract_at_targets_(gradient: torch.Tensor, targets: torch.Tensor, amount: torch.Tensor, columns: slice) -> None:

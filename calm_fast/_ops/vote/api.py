@@ -10,6 +10,7 @@ from calm_fast._ops.vote.native import vote_native
 from calm_fast._ops.vote.reference import VoteTensors, vote_reference
 from calm_fast._ops.vote.torch_impl import vote_torch
 from calm_fast._ops.voting.decide import check_votes, choose
+from calm_fast.core.checks import readable
 from calm_fast.core.dispatch import Decision, check_impl
 
 _OP = "vote"
@@ -42,16 +43,17 @@ def vote(
     """Return the answer that the samples of each question choose.
 
         W_c = sum of w_i over the valid samples i of class c;   w_i = 1 ("count"), s_i ("weighted"), 1 + lam s_i
-        ("adaptive");   top = max_c W_c;   tied: top - W_c <= 1e-9;   winner = the tied class that appears first
+        ("adaptive");   top = max_c W_c;   tied: W_c >= (1 - 1e-9) top;   winner = the tied class that is first
 
     The margin is the winner's lead: top minus the next class's weight, the top weight if there is no other class, and 0
     if the vote is tied. An accuracy gives a tied vote 1 / ties credit if the gold answer's class is among the tied.
 
     Args:
         answers: (Q, K) int64 >= 0, class ids within a question: equal ids are equal answers.
-        scores: (Q, K) float32, float64, bfloat16 or float16, finite. A sample with NaN has no score and takes the mean
-            of the question's other valid scores, 1 if there are none. Required unless rule is "count", which ignores
-            them.
+        scores: (Q, K) float32, float64, bfloat16 or float16, finite, and no weight w_i below 0. A log-probability is no
+            weight: give (scores - scores.amax(1, keepdim=True)).exp(). A sample with NaN has no score and takes the
+            mean of the question's other valid scores, 1 if there are none. Required unless rule is "count", which
+            ignores them.
         valid: (Q, K) bool; a sample with False does not vote, and its answer and score may be anything. None = all
             vote.
         rule: "count", "weighted" or "adaptive". lam: finite, the weight of a score in "adaptive".
@@ -60,13 +62,16 @@ def vote(
         Vote(winner, weight, total, margin, ties). Nothing is differentiable.
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was expected and what came. Negative
-            answers and infinite scores of valid samples are found on a CPU, on a GPU within `validate_values()`.
+            answers, infinite scores, negative weights and weights whose sum overflows float64, of valid samples, are
+            found on a CPU, on a GPU within `validate_values()`.
         RuntimeError: an explicit `impl` cannot run here.
     Deterministic: weights are summed in float64 in sample order, so every implementation returns the same bits on every
     device. Source: NAT (arXiv 2312.12832) section 3.4.
     """
     decision = decide(answers, scores, valid=valid, rule=rule, lam=lam, impl=impl)
     scores = None if scores is None or rule == "count" else scores.detach()
+    if decision.impl == "native" and readable(answers):  # the registered op costs as much as a small vote
+        return Vote(*vote_native(answers, scores, valid, rule, float(lam)))
     if decision.impl == "native":
         return Vote(*torch.ops.calm_fast.vote_native_fwd(answers, scores, valid, rule, float(lam)))
     if decision.impl == "torch":

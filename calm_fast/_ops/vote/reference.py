@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from calm_fast._ops.voting.reference import TIED, ordered_sum, sample_weights
+from calm_fast._ops.voting.reference import ordered_sum, sample_weights, tie_limit, voting_samples
 
 # winner, weight, total, margin, ties: each (Q,)
 VoteTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -20,22 +20,22 @@ def vote_reference(
     """Return the winning class of each question, its weight, the total weight, the margin and the tie count.
 
         W_c = sum of w_i over the valid samples i of class c, in sample order;   top = max_c W_c
-        tied = classes with top - W_c <= 1e-9;   winner = the tied class that appears first;   weight = W_winner
+        tied = classes with W_c >= (1 - 1e-9) top;   winner = the tied class that appears first;   weight = W_winner
         margin = 0 if several classes are tied, top if there is no other class, else top - (next largest W_c)
 
     Args:
-        answers: (Q, K) int64, equal ids are equal answers. scores: (Q, K) float or None. valid: (Q, K) bool or None
-            (all). rule, lam: how a sample is weighed, see `voting.reference.sample_weights`.
+        answers: (Q, K) int64, equal ids are equal answers; a negative one does not vote. scores: (Q, K) float or None.
+        valid: (Q, K) bool or None (all). rule, lam: how a sample is weighed, see `voting.reference.sample_weights`.
     Returns:
         winner, weight, total, margin, ties, each (Q,): int64, three times float64, int64. A question without a
         valid sample has winner -1 and zeros.
     Source: NAT (arXiv 2312.12832) section 3.4.
     """
-    q, k = answers.shape
+    q = answers.shape[0]
     every_score = [None] * q if scores is None else scores.double().tolist()
-    every_valid = [[True] * k] * q if valid is None else valid.tolist()
+    every_valid = [None] * q if valid is None else valid.tolist()
     rows = [
-        _vote(a, sample_weights(s, v, rule, lam))
+        _vote(a, sample_weights(s, voting_samples(a, v), rule, lam))
         for a, s, v in zip(answers.tolist(), every_score, every_valid, strict=True)
     ]
     winner, weight, total, margin, ties = zip(*rows, strict=True) if rows else ((), (), (), (), ())
@@ -62,10 +62,9 @@ def _vote(answers: list[int], weights: list[float | None]) -> tuple[int, float, 
         return -1, 0.0, 0.0, 0.0, 0
     sums = {answer: ordered_sum(group) for answer, group in classes.items()}
     descending = sorted(sums.values(), reverse=True)
-    tied = [answer for answer, weight in sums.items() if descending[0] - weight <= TIED]
+    limit = tie_limit(descending[0])
+    tied = [answer for answer, weight in sums.items() if weight >= limit]
     total = ordered_sum([weight for weight in weights if weight is not None])
-    if not tied:  # a sum overflows float64: no class is within 1e-9 of an infinite top
-        return -1, 0.0, total, 0.0, 0
     if len(tied) > 1:
         margin = 0.0
     else:

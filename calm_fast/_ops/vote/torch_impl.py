@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from calm_fast._ops.voting.torch_impl import TIED, ordered_sum, sample_weights
+from calm_fast._ops.voting.torch_impl import ordered_sum, sample_weights, tie_limit, voting_samples
 
 
 def vote_torch(
@@ -22,6 +22,7 @@ def vote_torch(
     if not answers.numel():
         weight, total, margin = (torch.zeros(q, dtype=torch.float64, device=answers.device) for _ in range(3))
         return answers.new_full((q,), -1), weight, total, margin, answers.new_zeros(q)
+    valid = voting_samples(answers, valid)
     columns, width = class_columns(answers, valid)
     weights = sample_weights(answers, scores, valid, rule, lam)
     sums = column_sums(columns, weights, width)
@@ -29,7 +30,7 @@ def vote_torch(
     opened[:, width] = False  # the column of the samples that do not vote
     sums.masked_fill_(~opened, -torch.inf)
     top, at = sums.max(1, keepdim=True)
-    tied = (top - sums <= TIED) & opened
+    tied = (sums >= tie_limit(top)) & opened
     ties = tied.sum(1)
     place = tied.gather(1, columns).to(torch.uint8).argmax(1, keepdim=True)  # index of the first sample of a tied class
     winner = answers.gather(1, place).squeeze(1).masked_fill_(ties == 0, -1)

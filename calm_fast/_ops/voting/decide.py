@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from calm_fast.core import native_library
@@ -25,7 +27,8 @@ def check_votes(
     A sample that is not valid may hold anything. Values are read as `calm_fast.validate_values` says.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, a voting sample's answer is negative, or its score infinite.
+        TypeError, ValueError: an argument is wrong, a voting sample's answer is negative, its score infinite or its
+            weight negative, or the weights of a question overflow float64.
     """
     if rule not in RULES:
         raise bad_value(op, "rule", f"one of {', '.join(map(repr, RULES))}", repr(rule))
@@ -49,11 +52,40 @@ def check_votes(
         raise bad_value(op, "answers", "class ids >= 0 (mark samples that do not vote in `valid`)", f"{lowest}")
     if scores is None or rule == "count" or not values_checked(scores):
         return
-    if not scores.nansum().isfinite():  # a sum is cheap, but it may overflow
-        infinite = scores.isinf() if valid is None else scores.isinf() & valid
-        if infinite.any():
-            at = tuple(infinite.nonzero()[0].tolist())
-            raise bad_value(op, "scores", "finite, or NaN for a sample without a score", f"{scores[at]} at {at}")
+    _check_weights(op, scores, valid, rule, float(lam))
+
+
+def _check_weights(op: str, scores: torch.Tensor, valid: torch.Tensor | None, rule: str, lam: float) -> None:
+    """Raise ValueError if a voting sample's score is infinite, its weight negative, or a sum of weights too large."""
+    low, high = (bound.item() for bound in scores.aminmax())
+    if _fits(low, high, scores.shape[1], rule, lam):  # one pass over the scores, NaN included
+        return
+    silent = scores.isnan() if valid is None else scores.isnan() | ~valid
+    scores = scores.masked_fill(silent, 0.0)
+    infinite = scores.isinf()
+    if infinite.any():
+        at = tuple(infinite.nonzero()[0].tolist())
+        raise bad_value(op, "scores", "finite, or NaN for a sample without a score", f"{scores[at]} at {at}")
+    weights = scores.double() if rule == "weighted" else 1.0 + lam * scores.double()
+    negative = weights < 0
+    if negative.any():
+        at = tuple(negative.nonzero()[0].tolist())
+        weight = "scores >= 0" if rule == "weighted" else f"such that 1 + lam * score >= 0 with lam {lam:g}"
+        what = (
+            f"{weight}, because a vote adds them up (log-probabilities: (scores - scores.amax(1, keepdim=True)).exp())"
+        )
+        raise bad_value(op, "scores", what, f"{scores[at].item():g} at {at}")
+    too_large = weights.masked_fill(silent, float(weights.max())).sum(1).isinf()
+    if too_large.any():
+        question = int(too_large.nonzero()[0])
+        raise bad_value(op, "scores", "small enough to be summed in float64 (divide them)", f"question {question}")
+
+
+def _fits(low: float, high: float, count: int, rule: str, lam: float) -> bool:
+    """Return True if scores between two bounds have weights >= 0 whose sum is finite; False for NaN."""
+    if rule == "adaptive":
+        low, high = sorted((1.0 + lam * low, 1.0 + lam * high))
+    return low >= 0 and math.isfinite(high * count)
 
 
 def check_same_shape(op: str, name: str, tensor: torch.Tensor, answers: torch.Tensor) -> None:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import math
 
-TIED = 1e-9  # classes this close to the heaviest are tied with it; voting.torch_impl and csrc have the same number
+# classes this close to the heaviest, relative to it, are tied with it; voting.torch_impl and csrc have the same number
+TIED = 1e-9
+
+
+def tie_limit(top: float) -> float:
+    """Return the least weight that is tied with `top`. One product, so that no compiler can fuse it."""
+    return top * (1 - TIED if top >= 0 else 1 + TIED)
+
+
+def voting_samples(answers: list[int], valid: list[bool] | None) -> list[bool]:
+    """Return which samples of one question vote: the valid ones, None = all; never a negative answer."""
+    return [answer >= 0 and (valid is None or valid[i]) for i, answer in enumerate(answers)]
 
 
 def sample_weights(

@@ -41,7 +41,8 @@ def draw_samples(
         values = values.repeat_interleave(2, 1).T.contiguous().T[:, ::2] if spec.strided else values
         return values.to(device)
 
-    scores = torch.randn(answers.shape, generator=generator, dtype=torch.float64)
+    # no weight is negative for a lam of at least -0.5
+    scores = torch.randn(answers.shape, generator=generator, dtype=torch.float64).abs().clamp(max=2.0)
     if spec.step:
         scores = (scores / spec.step).round() * spec.step
     scores = scores.to(dtype)

@@ -7,6 +7,19 @@ import torch
 TIED = 1e-9  # as voting.reference.TIED; engines import no reference
 
 
+def tie_limit(top: torch.Tensor) -> torch.Tensor:
+    """Return the least weight that is tied with `top`, as voting.reference.tie_limit."""
+    return torch.where(top >= 0, top * (1 - TIED), top * (1 + TIED))
+
+
+def voting_samples(answers: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
+    """Return which samples vote (Q, K), None if all do: those that are valid and, where nobody checks, not negative."""
+    known = answers >= 0
+    if answers.device.type == "cpu" and bool(known.all()):  # elsewhere reading it would wait for the device
+        return valid
+    return known if valid is None else known & valid
+
+
 def sample_weights(
     answers: torch.Tensor,
     scores: torch.Tensor | None,

@@ -182,7 +182,7 @@ def test_auto_takes_it_for_few_queries():
     assert "few queries" in calm_fast.explain("cross_attention", q, k, v).reason
 
 
-@pytest.mark.parametrize("m", [1, NATIVE_MAX_QUERIES, NATIVE_MAX_QUERIES + 1])
+@pytest.mark.parametrize("m", [1, NATIVE_MAX_QUERIES, 24])
 def test_auto_and_native_give_the_same_bits(m):
     """`auto` skips the registered op if autograd records nothing; `native` never does."""
     q, k, v = tensors(m=m)

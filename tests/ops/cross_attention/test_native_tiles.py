@@ -259,6 +259,40 @@ def test_auto_takes_it_unless_torch_is_faster(monkeypatch):
         cross_attention(*args, impl="native")
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "plain"), [(1, 48, "torch"), (1, 600, "native"), (4, 48, "native"), (40, 48, "torch")]
+)
+def test_matrix_units_are_for_plain_inference(m, n, plain, monkeypatch):
+    """SDPA's forward pass uses them; with a mask, an lse or a backward pass the tiles are faster."""
+    q, k, v = (t.bfloat16() for t in tensors(m=m, n=n))
+    hi = torch.full((m,), n, dtype=torch.int32)
+
+    def choice(*args, **options):
+        return calm_fast.explain("cross_attention", *args, **options).impl
+
+    units = lambda dtype: None if dtype == torch.float32 else "this CPU has matrix units"  # noqa: E731
+    monkeypatch.setattr(native_library, "slowness", units)
+    assert choice(q, k, v) == plain
+    assert choice(q.requires_grad_(), k, v) == choice(q, k, v, hi=hi) == "native"
+    with torch.no_grad():
+        assert choice(q, k, v) == plain
+        assert choice(q, k, v, return_lse=True) == choice(q, k, v, hi=hi) == "native"
+    monkeypatch.setattr(native_library, "slowness", lambda dtype: "this CPU has neither AVX2 nor AVX-512")
+    assert choice(q, k, v, hi=hi) == ("native" if m <= 16 else "torch")  # decoding has its own kernel
+
+
+@pytest.mark.parametrize("n", [0, 48])
+def test_full_attention_without_the_tiles_is_that_of_torch(n, monkeypatch):
+    monkeypatch.setattr(native_library, "slowness", lambda dtype: "torch is faster")
+    q, k, v = (t.requires_grad_() for t in tensors(m=40, n=n))
+    results = []
+    for impl in ("auto", "torch"):
+        out = cross_attention(q, k, v, impl=impl)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
 def test_double_backward_is_refused():
     q, k, v = (t.requires_grad_() for t in tensors())
     (dq,) = torch.autograd.grad(cross_attention(q, k, v).square().sum(), (q,), create_graph=True)

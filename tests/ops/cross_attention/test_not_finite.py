@@ -8,6 +8,9 @@ import math
 import pytest
 import torch
 
+from calm_fast._ops.cross_attention.reference import cross_attention_reference
+from calm_fast._ops.cross_attention.sealed import all_finite
+from calm_fast._ops.cross_attention.torch_impl import cross_attention_torch
 from calm_fast.core import native_library
 from calm_fast.core.dispatch import triton_obstacle
 from calm_fast.ops import cross_attention
@@ -219,19 +222,53 @@ def test_a_nan_of_any_bits_stays_one(bits):
             assert bool(found[0].isnan().all())
 
 
+def wild_bounds(m):
+    """Return lo and hi that no check would let through: negative, beyond N, and lo above hi."""
+    g = torch.Generator().manual_seed(m)
+    lo, hi = (torch.randint(-2 * N, 3 * N, (1, m), generator=g, dtype=torch.int32) for _ in range(2))
+    lo[0, 0], hi[0, 0], lo[0, 1], hi[0, 1] = -(2**31), 2**31 - 1, 2**31 - 1, -(2**31)
+    return lo, hi
+
+
 @pytest.mark.parametrize("op", ["native_decode", "native_fwd", "triton_fwd"])
 @pytest.mark.parametrize("m", [9, 34])
 def test_bounds_that_nobody_checked_are_clamped(op, m):
-    """In a graph and on a GPU no value is checked: a kernel must not read outside k and v."""
+    """In a graph and on a GPU no value is checked: a kernel must not read outside k and v, forward or backward."""
     if why := MISSING[op.split("_")[0]]:
         pytest.skip(str(why))
     if op == "native_decode" and m > 16:
         pytest.skip("at most 16 queries")
-    q, k, v = torch.randn(1, m, 2, D), torch.randn(1, N, 1, D), torch.randn(1, N, 1, D)
-    g = torch.Generator().manual_seed(m)
-    lo, hi = (torch.randint(-2 * N, 3 * N, (1, m), generator=g, dtype=torch.int32) for _ in range(2))
-    lo[0, 0], hi[0, 0], lo[0, 1], hi[0, 1] = -(2**31), 2**31 - 1, 2**31 - 1, -(2**31)
+    q, k, v, dout = (torch.randn(1, n, h, D) for n, h in ((m, 2), (N, 1), (N, 1), (m, 2)))
+    lo, hi = wild_bounds(m)
     call = getattr(torch.ops.calm_fast, f"cross_attention_{op}")
-    found, expected = (call(q, k, v, *bounds, False, 0.3) for bounds in ((lo, hi), (lo.clamp(0, N), hi.clamp(0, N))))
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert bool(found[0].isfinite().all())
+    back = getattr(torch.ops.calm_fast, f"cross_attention_{op.split('_')[0]}_bwd")
+    results = []
+    for bounds in ((lo, hi), (lo.clamp(0, N), hi.clamp(0, N))):
+        out, lse = call(q, k, v, *bounds, False, 0.3)
+        results.append((out, lse, *back(dout, torch.ones_like(lse), q, k, v, out, lse, *bounds, False, 0.3)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert all(bool(t.isfinite().all()) for t in (results[0][0], *results[0][2:]))
+
+
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("m", [9, 34])
+def test_torch_clamps_bounds_too(m, lse):
+    q, k, v = torch.randn(1, m, 2, D), torch.randn(1, N, 1, D), torch.randn(1, N, 1, D)
+    lo, hi = wild_bounds(m)
+    want = cross_attention_reference(q, k, v, lo.clamp(0, N), hi.clamp(0, N), False, 0.3)
+    torch.testing.assert_close(cross_attention_reference(q, k, v, lo, hi, False, 0.3), want, rtol=0, atol=0)
+    found = cross_attention_torch(q, k, v, lo, hi, False, 0.3, lse)
+    torch.testing.assert_close(found[: 1 + lse], want[: 1 + lse], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_all_finite_sees_every_number(dtype):
+    good = torch.full((3, 70_000), 5.0, dtype=dtype)  # their sum does not fit float16
+    assert all_finite(good, good) and all_finite(good[:0])
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        one = good.clone()
+        one[1, 7] = bad
+        assert not all_finite(good, one) and not all_finite(one, good)
+    both = good.clone()
+    both[0, 0], both[0, 1] = float("inf"), float("-inf")
+    assert not all_finite(both)

@@ -11,12 +11,14 @@ import torch
 
 from calm_fast._ops.cross_attention.cases import Spec, causal, full, scattered, window
 from calm_fast._ops.cross_attention.reference import cross_attention_reference
-from calm_fast.core.launch_config import tuned_config
+from calm_fast.core.launch_config import measured_configs, nearest
 from calm_fast.core.numerics import Case, check
 from calm_fast.verify.cases import op_cases
 
 pytest.importorskip("triton", reason="the kernels need Triton; it has wheels for Linux only")
+from calm_fast.kernels.common import hardware
 from calm_fast.kernels.cross_attention import launch as kernels
+from calm_fast.kernels.cross_attention import launch_bwd, problem
 from calm_fast.kernels.cross_attention.configs import (
     TABLES,
     AttentionConfig,
@@ -74,7 +76,7 @@ def forward(i, config=None, **changes):
 
 def backward(i, out, lse, config=None, **changes):
     i = {**i, **changes}
-    return kernels.launch_cross_attention_bwd(
+    return launch_bwd.launch_cross_attention_bwd(
         i["dout"], i["dlse"], i["q"], i["k"], i["v"], out, lse, i["lo"], i["hi"], i["causal"],
         i["q"].shape[-1] ** -0.5, config,
     )  # fmt: skip
@@ -110,6 +112,57 @@ def test_prime_and_single_sizes(m, n, mask, device):
 @pytest.mark.parametrize("mask", [full, causal, scattered], ids=lambda f: f.__name__)
 def test_decode_over_several_splits(mask, dtype, device):
     judged(case("decode", dtype, b=1, m=2, n=151, h=6, hkv=2, d=24, mask=mask), device)
+
+
+KERNELS = ("fwd", "packed128", "decode")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mask", [causal, scattered], ids=lambda f: f.__name__)
+def test_every_kernel_of_the_forward_pass_meets_the_definition(mask, kernel, device, monkeypatch):
+    """Few queries and packed rows have kernels of their own; small tests would never reach the one for many."""
+    monkeypatch.setattr(kernels, "_config", lambda p: p.config(TABLES[kernel], measured=False))
+    i = inputs(device, b=1, m=21, n=101, h=2, hkv=1, d=24, mask=mask)
+    i = {"lo": None, "hi": None, "causal": False} | i
+    truth = cross_attention_reference(*(i[x].double() for x in "qkv"), i["lo"], i["hi"], causal=i["causal"])
+    for found, expected in zip(forward(i), truth, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("mask", [causal, scattered], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("m, d", [(20, 64), (20, 128), (40, 64), (40, 128), (40, 80)])
+def test_packed_rows_over_several_splits(m, d, mask, dtype, kernel_device):
+    """40 rows of a KV head are one tile of 64, 80 are one of 128."""
+    judged(case("packed", dtype, b=1, m=m, n=2100, h=2, hkv=1, d=d, mask=mask), kernel_device)
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    """An H200 as far as the choice of a launch config can tell."""
+    monkeypatch.setattr(hardware, "gpu", lambda device: hardware.Gpu("NVIDIA H200", 90, 132))
+    monkeypatch.setattr(problem, "_INTERPRETED", False)
+
+
+def chosen(b=1, m=64, n=4096, h=32, hkv=32, d=128, dtype=torch.bfloat16):
+    q, k = (torch.empty(b, rows, heads, d, dtype=dtype, device="meta") for rows, heads in ((m, h), (n, hkv)))
+    return kernels._config(problem.make_problem(q, k, k, None, None, True, 1.0))
+
+
+@pytest.mark.parametrize("h, hkv", [(32, 32), (32, 8), (40, 40), (16, 16), (64, 8)])
+@pytest.mark.parametrize("m", [17, 32, 64, 100, 128])
+def test_some_queries_against_long_keys_fill_the_gpu(m, h, hkv, h200):
+    """One sequence, 4,096 keys: a program per head alone would be 12 to 48 % of the multiprocessors."""
+    config = chosen(m=m, h=h, hkv=hkv)
+    tiles = math.ceil(m * (h // hkv) / config.block_r) * hkv
+    assert tiles * math.ceil(4096 / config.split_keys) >= 0.84 * 132
+    assert config.split_keys == 256 or tiles * math.ceil(4096 / config.split_keys) <= 1.5 * 132
+
+
+def test_the_kernel_of_a_row_depends_on_neither_the_batch_nor_the_number_of_keys(h200):
+    for m, h, hkv in ((1, 32, 8), (16, 32, 8), (64, 32, 32), (128, 32, 8), (129, 32, 8)):
+        assert len({chosen(b, m, n, h, hkv) for b in (1, 64) for n in (100, 4096, 100000)}) == 1
 
 
 def only(side):
@@ -233,7 +286,7 @@ def test_the_same_bits_every_time(m, device):
         assert all(torch.equal(a, b) for a, b in zip(backward(i, *again), grads, strict=True))
 
 
-@pytest.mark.parametrize("m", [2, 20])
+@pytest.mark.parametrize("m", [2, 20, 40])
 def test_a_row_does_not_depend_on_batch_neighbours_or_unseen_keys(m, device):
     i = inputs(device, m=m)
     out, lse = forward(i)
@@ -286,13 +339,13 @@ def test_every_default_config_exists_and_the_nearest_measured_one_wins(tmp_path)
         for m, c in ((512, small), (8192, large))
     ]
     (tmp_path / "nvidia_h200.json").write_text(json.dumps({"entries": entries}))
+    found = measured_configs(AttentionConfig, tmp_path, "NVIDIA H200", "fwd", "bfloat16", 128)
     for m, expected in ((1, small), (1000, small), (5000, large), (10**6, large)):
-        shape = {"M": m, "N": 4096}
-        assert tuned_config(AttentionConfig, tmp_path, "NVIDIA H200", "fwd", "bfloat16", 128, shape) == expected
-    assert tuned_config(AttentionConfig, tmp_path, "NVIDIA H200", "fwd", "float16", 128, {"M": 1}) is None
-    assert tuned_config(AttentionConfig, tmp_path, "NVIDIA H100", "fwd", "bfloat16", 128, {"M": 1}) is None
+        assert nearest(found, {"M": m, "N": 4096}) == expected
+    assert nearest(measured_configs(AttentionConfig, tmp_path, "NVIDIA H200", "fwd", "float16", 128), {"M": 1}) is None
+    assert not measured_configs(AttentionConfig, tmp_path, "NVIDIA H100", "fwd", "bfloat16", 128)
     with pytest.raises(ValueError, match="`config` of part fwd .* must have the fields .*'block_r'.*, got .*'block_m'"):
-        tuned_config(DecodeConfig, tmp_path, "NVIDIA H200", "fwd", "bfloat16", 128, {"M": 1})
+        measured_configs(DecodeConfig, tmp_path, "NVIDIA H200", "fwd", "bfloat16", 128)
 
 
 def test_configs_that_no_kernel_can_be_launched_with_are_refused():

@@ -40,7 +40,7 @@ def lane(request):
     return lane_number(request.param)
 
 
-@pytest.fixture(params=["avx512", "avx512_bf16"])
+@pytest.fixture(params=["avx2", "avx512", "avx512_bf16"])
 def packs(request):
     """A lane that has packed products."""
     return lane_number(request.param)
@@ -101,24 +101,24 @@ def test_mix_equals_its_formula_in_every_lane(lane, dtype, tokens, m, r_pos, r_n
 def test_results_do_not_depend_on_threads_or_other_rows(packs):
     generator = torch.Generator().manual_seed(1)
     x, w, add = (torch.randn(*shape, generator=generator) for shape in ((300, 700), (65, 700), (300, 65)))
-    packed, threads = library()._packed_linear_native_pack(w), torch.get_num_threads()
+    packed, threads = library()._packed_linear_native_pack(w, packs), torch.get_num_threads()
     runs = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            u = library()._packed_linear_native_fwd(x, packed, 65, add)
+            u = library()._packed_linear_native_fwd(x, packed, 65, add, packs)
             runs.append((u, library()._dual_lora_native_mix(x[:, :8].contiguous(), u, w[:, :4].contiguous(), 1)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
-    part = library()._packed_linear_native_fwd(x[17:40].contiguous(), packed, 65, add[17:40].contiguous())
+    part = library()._packed_linear_native_fwd(x[17:40].contiguous(), packed, 65, add[17:40].contiguous(), packs)
     assert torch.equal(part, runs[0][0][17:40])
 
 
 def test_a_nan_stays_in_its_row(packs):
     x, w = torch.randn(40, 300), torch.randn(35, 300)
     x[13, 299] = float("nan")
-    out = library()._packed_linear_native_fwd(x, library()._packed_linear_native_pack(w), 35)
+    out = library()._packed_linear_native_fwd(x, library()._packed_linear_native_pack(w, packs), 35)
     assert out[13].isnan().all() and not out[torch.arange(40) != 13].isnan().any()
 
 

@@ -303,8 +303,9 @@ def test_opcheck(name, impl, device):
     wanted = [inputs["return_entropy"], inputs["return_rank"]]
     forward, backward = (getattr(torch.ops.calm_fast, f"linear_logprob_{impl}_{part}") for part in ("fwd", "bwd"))
     torch.library.opcheck(forward.default, (*tensors, *options, *wanted))
-    _, entropy, _, lse = forward(*tensors, *options, *wanted)
-    detached = [None if t is None else t.detach() for t in (*tensors, lse, entropy)]
+    torch.library.opcheck(forward.default, (*tensors, *options, *wanted, True))
+    _, entropy, _, norms, logits = forward(*tensors, *options, *wanted, True)
+    detached = [None if t is None else t.detach() for t in (*tensors, norms, entropy, logits)]
     upstream = (inputs["dlogprob"], inputs["dentropy"])
     needs = [True, not frozen, bias is not None]
     torch.library.opcheck(backward.default, (*upstream, *detached, *options, needs))
@@ -367,10 +368,11 @@ def test_auto_on_a_cpu(monkeypatch):
     wide = {k: v.double() if v.is_floating_point() else v for k, v in arguments.items()}
     monkeypatch.setattr(native_library, "slowness", lambda dtype: None)
     monkeypatch.setattr(native_library, "obstacle", lambda op, device: None)
+    monkeypatch.setattr("calm_fast._ops.vocabulary.decide.AT_ONCE", 0)
     assert decide(**arguments).impl == "native"
     assert decide(**wide).impl == "torch"
     large = torch.zeros(1 << 18, arguments["hidden"].shape[1])
-    few = {k: v if k == "weight" else v[:9] for k, v in arguments.items()}
+    few = {k: v if k == "weight" else v[:3] for k, v in arguments.items()}
     few |= {"seq_ids": few["seq_ids"] * 0} if "seq_ids" in few else {}
     more = {k: v if k == "weight" else torch.cat((v, v)) for k, v in arguments.items()}
     assert decide(**few).impl == decide(**{**more, "weight": large}).impl == "native"
@@ -385,3 +387,71 @@ def test_auto_on_a_cpu(monkeypatch):
     assert decide(**arguments).impl == "torch"
     with pytest.raises(RuntimeError, match="native.*compiled library"):
         linear_logprob(**arguments, impl="native")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "torch_below"),
+    [(torch.float32, 64, 4), (torch.float32, 4096, 4), (torch.bfloat16, 576, 16), (torch.bfloat16, 4096, 32)],
+)
+def test_few_tokens_with_a_large_weight(dtype, d, torch_below, monkeypatch):
+    monkeypatch.setattr(native_library, "slowness", lambda dtype: None)
+    monkeypatch.setattr(native_library, "emulated", lambda dtype: False)
+    monkeypatch.setattr(native_library, "obstacle", lambda op, device: None)
+    monkeypatch.setattr("calm_fast._ops.vocabulary.decide.AT_ONCE", 0)  # the choice without a product of few logits
+    weight = torch.zeros((1 << 20) // d + 1, d, dtype=dtype)
+
+    def choice(tokens):
+        return decide(torch.zeros(tokens, d, dtype=dtype), weight, torch.zeros(tokens, dtype=torch.int64)).impl
+
+    assert choice(torch_below - 1) == "torch" and choice(torch_below) == "native"
+    monkeypatch.setattr(native_library, "emulated", lambda dtype: True)  # a CPU without products of 16 bits
+    assert choice(1) == ("torch" if dtype == torch.float32 else "native")
+
+
+def test_emulated_products_are_those_without_instructions(monkeypatch):
+    def on(lane):
+        native_library._find_emulation.cache_clear()
+        monkeypatch.setattr(native_library, "build_info", lambda: {"_cpu": {"best lane here": lane}})
+        return [native_library.emulated(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+
+    try:
+        assert on("avx2") == on("avx512") == [False, True, True]
+        assert on("avx512_bf16") == [False, False, True]
+    finally:
+        native_library._find_emulation.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5, "softcap": 2.0}])
+def test_few_logits_at_once_equal_the_sweep(dtype, options, monkeypatch):
+    """Both forms of impl="torch" give the same results and, through maximum and sum, the same gradients."""
+    inputs = build()
+    hidden, weight = (inputs[name].to(dtype) * scale for name, scale in (("hidden", 30.0), ("weight", 1.0)))
+
+    def run():
+        leaf = hidden.clone().requires_grad_()
+        out = linear_logprob(leaf, weight, inputs["targets"], impl="torch", **options)
+        (grad,) = torch.autograd.grad(out.sum(), leaf)
+        return out.detach(), grad
+
+    together = run()
+    monkeypatch.setattr("calm_fast._ops.linear_logprob.torch_impl._AT_ONCE", 0)
+    for one, two in zip(together, run(), strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-5 if dtype == torch.float32 else 2e-2, atol=1e-5)
+
+
+def test_few_tokens_call_few_ops():
+    """A sweep of four tiles calls torch's ops more than a hundred times; few logits are one product and one softmax."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += not str(func).startswith("calm_fast")
+            return func(*args, **(kwargs or {}))
+
+    hidden, weight, targets = torch.randn(4, 8), torch.randn(4096, 8), torch.zeros(4, dtype=torch.int64)
+    with Count() as count:
+        linear_logprob(hidden, weight, targets, impl="torch")
+    assert count.calls <= 40

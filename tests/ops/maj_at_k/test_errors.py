@@ -39,6 +39,11 @@ BAD = {
         ValueError,
         "`scores`.*finite",
     ),
+    "scores are log-probabilities": (
+        {"method": "resample", "rule": "weighted", "scores": torch.full((3, 4), -0.5)},
+        ValueError,
+        r"`scores`.*scores >= 0.*exp\(\)\), got -0.5 at \(0, 0\)",
+    ),
     "resamples is 0": ({"method": "resample", "resamples": 0}, ValueError, "`resamples`.*got 0"),
     "resamples is a float": ({"resamples": 10.0}, TypeError, "`resamples`.*float"),
     "seed is None": ({"seed": None}, TypeError, "`seed`.*None"),

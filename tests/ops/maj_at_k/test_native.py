@@ -8,8 +8,10 @@ import torch
 from calm_fast._ops.maj_at_k.cases import CASES
 from calm_fast._ops.maj_at_k.native import maj_at_k_native
 from calm_fast._ops.maj_at_k.reference import maj_at_k_reference
+from calm_fast._ops.maj_at_k.torch_impl import maj_at_k_torch
 from calm_fast.core import native_library
 from calm_fast.core.numerics import Case
+from calm_fast.verify.emulated import maj_at_k as emulated
 
 OBSTACLE = native_library.obstacle("maj_at_k_exact")
 pytestmark = pytest.mark.skipif(bool(OBSTACLE), reason=str(OBSTACLE))
@@ -130,3 +132,29 @@ def test_direct_calls_with_wrong_tensors_are_refused():
         resample(answers, correct, torch.zeros(3, 3), None, [1], 5, False, 1.0, 0)
     with pytest.raises(RuntimeError, match="lane"):
         exact(answers, correct, None, [1], 99)
+
+
+@pytest.mark.parametrize(("method", "rule"), [("exact", "count"), ("resample", "count"), ("resample", "adaptive")])
+def test_an_unchecked_negative_answer_does_not_vote(method, rule, lane):
+    """Under torch.compile and on a GPU nobody reads the answers: every engine takes the others alone."""
+    g = torch.Generator().manual_seed(3)
+    answers, correct = torch.randint(0, 3, (6, 20), generator=g), torch.tensor([0, 1, 2, 0, -1, 1])
+    scores = torch.randn(6, 20, generator=g).masked_fill(torch.rand(6, 20, generator=g) < 0.2, float("nan"))
+    wrong, valid = (torch.rand(6, 20, generator=g) < share for share in (0.3, 0.8))
+    given = answers.masked_fill(wrong, -(2**63)).masked_fill(wrong & (scores > 0), -1)
+    scores = None if rule == "count" else scores
+    for mask in (None, valid):
+        rest = ([1, 3, 8, 20], method, 50, rule, 2.0, 7)
+        clean = ~wrong if mask is None else mask & ~wrong
+        expected = maj_at_k_reference(answers, correct, scores, clean, *rest)
+        found = [
+            maj_at_k_native(given, correct, scores, mask, *rest, lane),
+            maj_at_k_torch(given, correct, scores, mask, *rest),
+            maj_at_k_reference(given, correct, scores, mask, *rest),
+        ]
+        for credit in found:
+            torch.testing.assert_close(credit, expected, rtol=1e-12, atol=1e-12)
+        names = ("answers", "correct", "scores", "valid", "ks", "method", "resamples", "rule", "lam", "seed")
+        inputs = dict(zip(names, (given, correct, scores, mask, *rest), strict=True))
+        if (values := emulated.run(inputs)) is not None:
+            torch.testing.assert_close(values["accuracy"], expected.mean(0), rtol=1e-12, atol=1e-12)

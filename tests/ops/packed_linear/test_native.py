@@ -19,7 +19,7 @@ def library():
     return torch.ops.calm_fast
 
 
-@pytest.fixture(params=["avx512", "avx512_bf16"])
+@pytest.fixture(params=["avx2", "avx512", "avx512_bf16"])
 def packs(request):
     """Lanes that have packed products."""
     best = native_library.build_info()["_cpu"]["best lane here"]
@@ -32,14 +32,26 @@ def packs(request):
 def packing():
     """Tests that need the best lane here to pack."""
     if not isinstance(pack(torch.ones(2, 2)), Packed):
-        pytest.skip("this CPU has no AVX-512: nothing is packed")
+        pytest.skip("this CPU has neither AVX2 nor AVX-512: nothing is packed")
 
 
-def test_lanes_below_avx512_pack_nothing_and_refuse_packed_products():
+def test_the_scalar_lane_packs_nothing_and_refuses_packed_products():
     w, ops = torch.ones(5, 6), library()
     assert ops._packed_linear_native_pack(w, LANES["scalar"]).numel() == 0
-    with pytest.raises(RuntimeError, match="`lane` must be a lane with AVX-512 for packed products, got scalar"):
-        ops._packed_linear_native_fwd(w, torch.ones(1, 6, 32), 5, None, LANES["scalar"])
+    for panel, least in ((16, "avx2"), (32, "avx512")):
+        wanted = f"`lane` must be {least} or more for these packed products, got scalar"
+        with pytest.raises(RuntimeError, match=wanted):
+            ops._packed_linear_native_fwd(w, torch.ones(1, 6, panel), 5, None, LANES["scalar"])
+
+
+def test_panels_of_a_narrower_lane_run_after_the_limit_is_lifted(packing):
+    """A weight packed under `limit_lane` stays as it is; its panels say which tiles read them."""
+    x, w = torch.randn(7, 20), torch.randn(33, 20)
+    narrow, wide = (library()._packed_linear_native_pack(w, lane) for lane in (LANES["avx2"], -1))
+    assert narrow.shape == (3, 20, 16)
+    out = library()._packed_linear_native_fwd(x, narrow, 33)
+    assert torch.equal(out, library()._packed_linear_native_fwd(x, narrow, 33, None, LANES["avx2"]))
+    torch.testing.assert_close(out, library()._packed_linear_native_fwd(x, wide, 33), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("added", [False, True])
@@ -48,10 +60,13 @@ def test_lanes_below_avx512_pack_nothing_and_refuse_packed_products():
     [
         (1, 1, 1),
         (3, 33, 300),
+        (6, 16, 256),
+        (7, 17, 40),
         (14, 32, 256),
         (15, 31, 257),
         (127, 70, 513),
         (260, 40, 16),
+        (400, 48, 520),
         (2, 5, 0),
         (0, 4, 4),
         (9, 0, 3),

@@ -13,6 +13,8 @@ LANES = ("scalar", "avx2", "avx512", "avx512_bf16")
 KERNELS = (
     "_linear_logprob_native_fwd",
     "_linear_logprob_native_dlogits",
+    "_linear_logprob_native_rows",
+    "_linear_logprob_native_row_gradients",
     "_linear_nce_native_fwd",
     "_linear_nce_native_dlogits",
     "_linear_nce_native_gradient",
@@ -45,3 +47,9 @@ def lane(request, force_lane):
         pytest.skip(f"this CPU ends at {force_lane.available[-1]}")
     force_lane(request.param)
     return request.param
+
+
+@pytest.fixture
+def only_sweeps(monkeypatch):
+    """Let no logits be few enough for torch's product: the library's own sweep computes them."""
+    monkeypatch.setattr("calm_fast._ops.vocabulary.decide.AT_ONCE", 0)

@@ -14,6 +14,7 @@ from calm_fast.ops import linear_logprob, linear_nce
 if why := native_library.obstacle("linear_logprob"):
     pytest.skip(why, allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("only_sweeps")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [(cases, case) for cases in (LOGPROB, NCE) for case in cases.cases()]
 
@@ -23,6 +24,12 @@ def draw(t, d, v, dtype=torch.float32, seed=0):
     gen = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(t, d, generator=gen), torch.randn(v, d, generator=gen) * d**-0.5
     return hidden.to(dtype), weight.to(dtype), torch.randint(0, v, (t,), generator=gen)
+
+
+def norms_of(z):
+    """Return the largest logit of each row of z and the sum of exp(z - top), (2, T)."""
+    top = z.amax(1)
+    return torch.stack((top, (z - top.unsqueeze(1)).exp().sum(1)))
 
 
 def score(hidden, weight, targets, **options):
@@ -93,9 +100,9 @@ def test_one_and_two_threads_give_the_same_bits(dtype):
         dlogprob, dnce = (
             getattr(torch.ops.calm_fast, f"_{op}_native_dlogits") for op in ("linear_logprob", "linear_nce")
         )
-        ups = torch.linspace(-1, 1, 450).view(3, 150)
-        dlogprob(ups[0], ups[1], hidden, weight, None, targets, ups[2], ups[0], 2.0, 3.0, 0, out[0])
-        dnce(ups[:2], hidden, nat, weight, None, targets, ups, 2.0, 3.0, 0, out[1])
+        ups, norms = torch.linspace(-1, 1, 300).view(2, 150), torch.linspace(0.5, 1.5, 750).view(5, 150)
+        dlogprob(ups[0], ups[1], hidden, weight, None, targets, norms[:2], ups[0], 2.0, 3.0, 0, out[0])
+        dnce(ups, hidden, nat, weight, None, targets, norms, 2.0, 3.0, 0, out[1])
         return [loss, *score(hidden, weight, targets), *out]
 
     threads = torch.get_num_threads()
@@ -166,9 +173,9 @@ def test_gradients_of_16_bit_overflow_and_nan(lane):
     for scale, expected in ((1e9, torch.isinf), (float("nan"), torch.isnan)):
         out = torch.zeros(40, 17, dtype=torch.float16)
         up = torch.full((17,), scale)
-        lse = (hidden.float() @ weight.float().T).logsumexp(1)
+        norms = norms_of(hidden.float() @ weight.float().T)
         torch.ops.calm_fast._linear_logprob_native_dlogits(
-            up, None, hidden, weight, None, targets, lse, None, 1.0, None, 0, out
+            up, None, hidden, weight, None, targets, norms, None, 1.0, None, 0, out
         )
         assert expected(out).all()
 
@@ -177,18 +184,19 @@ def test_a_chunk_is_part_of_the_whole(lane):
     """Logit gradients of some columns equal those columns of all gradients, rounded to the inputs' dtype."""
     for dtype in DTYPES:
         hidden, weight, targets = draw(33, 20, 2600, dtype)
-        lse = (hidden.double() @ weight.double().T).logsumexp(1).float()
+        z = hidden.double() @ weight.double().T
+        norms = norms_of(z).float()
         up = torch.randn(33, generator=torch.Generator().manual_seed(3))
 
-        def fill(first, last, dtype=dtype, hidden=hidden, weight=weight, targets=targets, lse=lse, up=up):
+        def fill(first, last, dtype=dtype, hidden=hidden, weight=weight, targets=targets, norms=norms, up=up):
             out = torch.full((last - first, 33), float("nan"), dtype=dtype)
             torch.ops.calm_fast._linear_logprob_native_dlogits(
-                up, None, hidden, weight, None, targets, lse, None, 1.0, None, first, out
+                up, None, hidden, weight, None, targets, norms, None, 1.0, None, first, out
             )
             return out
 
         whole = fill(0, 2600)
-        p = (hidden.double() @ weight.double().T - lse.double().unsqueeze(1)).exp()
+        p = z.softmax(1)
         truth = up.double().unsqueeze(1) * (torch.nn.functional.one_hot(targets, 2600) - p)
         allowed = (unit_roundoff(dtype) + 2**-18) * truth.abs().T + unit_roundoff(dtype) * 2**-14
         assert ((whole.double() - truth.T).abs() <= allowed).all()
@@ -215,5 +223,5 @@ def test_wrong_direct_calls_are_refused():
     for out in (torch.zeros(30, 4), torch.zeros(31, 5), torch.zeros(30, 5).bfloat16(), torch.zeros(5, 30).T):
         with pytest.raises(RuntimeError, match="linear_logprob"):
             torch.ops.calm_fast._linear_logprob_native_dlogits(
-                targets.float(), None, hidden, weight, None, targets, targets.float(), None, 1.0, None, 0, out
+                targets.float(), None, hidden, weight, None, targets, torch.ones(2, 5), None, 1.0, None, 0, out
             )

@@ -33,8 +33,8 @@ def gradient(student, nat, weight, targets, coefficients, bias=None, temperature
     """Return the gradient (T, d) at given coefficients (2, T), from logits kept by a sweep."""
     kept, options = memory(weight, len(targets)), (temperature, softcap)
     fwd, bwd = (getattr(torch.ops.calm_fast, f"_linear_nce_native_{name}") for name in ("fwd", "gradient"))
-    lse, _, references = fwd(student, nat, None, weight, bias, targets, *options, kept)
-    return bwd(coefficients, kept, references, weight, targets, lse, *options)
+    norms, _, references = fwd(student, nat, None, weight, bias, targets, *options, kept)
+    return bwd(coefficients, kept, references, weight, targets, norms, *options)
 
 
 def truth(student, nat, weight, targets, coefficients, bias=None, temperature=1.0, softcap=None):
@@ -184,15 +184,15 @@ def test_wrong_direct_calls_are_refused():
         with pytest.raises(RuntimeError, match="linear_nce: `kept`"):
             ops._linear_nce_native_fwd(student, nat, neg, weight, None, targets, 1.0, None, kept)
     kept = memory(weight, 5)
-    lse, _, references = ops._linear_nce_native_fwd(student, nat, neg, weight, None, targets, 1.0, None, kept)
-    good = [weights(5), kept, references, weight, targets, lse, 1.0, None]
+    norms, _, references = ops._linear_nce_native_fwd(student, nat, neg, weight, None, targets, 1.0, None, kept)
+    good = [weights(5), kept, references, weight, targets, norms, 1.0, None]
     bad = {
         0: (weights(4), weights(5).double()),
         1: (memory(weight, 17), kept.half()),
         2: (references[:, :5].contiguous(),),
         3: (weight[:29], weight.bfloat16()),
         4: (targets + 30, targets[:4], targets.int()),
-        5: (lse[:2],),
+        5: (norms[:2],),
         6: (0.0,),
         7: (-1.0,),
     }

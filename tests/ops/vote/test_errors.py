@@ -70,6 +70,30 @@ def test_samples_that_do_not_vote_may_hold_anything():
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_negative_weights_are_refused_and_the_message_says_what_to_do():
+    answers, logp = torch.tensor([[0, 0, 0, 1]]), torch.tensor([[-0.5, -0.25, float("nan"), -0.75]])
+    with pytest.raises(ValueError, match=r"`scores` must be scores >= 0.*log-probabilities.*exp.*got -0.5 at \(0, 0\)"):
+        vote(answers, logp, rule="weighted")
+    with pytest.raises(ValueError, match=r"1 \+ lam \* score >= 0 with lam 2.*got -0.75 at \(0, 3\)"):
+        vote(answers, logp.double(), rule="adaptive", lam=2.0)
+    assert vote(answers, logp, rule="adaptive").winner.item() == 0  # 1 + s is positive
+    assert vote(answers, logp).winner.item() == 0  # a count reads no scores
+    weights = (logp - logp.nan_to_num(-torch.inf).amax(1, keepdim=True)).exp()
+    assert vote(answers, weights, rule="weighted").winner.item() == 0
+
+
+def test_samples_that_do_not_vote_may_have_negative_weights():
+    scores, valid = torch.tensor([[1.0, -5.0, 2.0]]), torch.tensor([[True, False, True]])
+    assert vote(torch.tensor([[0, 1, 1]]), scores, valid=valid, rule="weighted").winner.item() == 1
+
+
+def test_sums_beyond_float64_are_refused():
+    scores = torch.tensor([[1.0, 1.0], [1.5e308, 1.5e308]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="`scores` must be small enough to be summed in float64.*question 1"):
+        vote(torch.tensor([[0, 1], [0, 1]]), scores, rule="weighted")
+    assert vote(torch.tensor([[0, 1]]), scores[1:] / 2, rule="weighted").ties.item() == 2
+
+
 def test_large_finite_scores_are_not_taken_for_infinite_ones():
     scores = torch.full((Q, K), 60000.0, dtype=torch.float16)
     assert vote(ANSWERS, scores, rule="weighted").total.tolist() == [240000.0] * Q
