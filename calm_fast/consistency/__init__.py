@@ -18,7 +18,7 @@ _LAZY = {
     "any_at_k": "voting.curves",
     "end_workers": "answers.math_pool",
     "equivalent": "answers.equality",
-    "extract_answer": "answers.equality",
+    "extract_answer": "answers.extraction",
     "group_answers": "answers.grouping",
     "leader_probability": "sampling.stopping",
     "pair_accuracy": "ranking.losses",

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, cast
 
-import torch
-
 from calm_fast import ops
 from calm_fast._ops.voting.decide import RULES
-from calm_fast.consistency.answers.equality import extract_answer
+from calm_fast.consistency.answers.extraction import extract_answer
 from calm_fast.consistency.answers.gold import gold_answer
 from calm_fast.consistency.answers.grouping import Groups, group_answers
+from calm_fast.consistency.identity import dual_lora_modes, model_identity, setting_name, vocabulary_checksum
 from calm_fast.consistency.sampling.prefix import PrefixReader, check_model
-from calm_fast.consistency.sampling.prompt import Prompt, PromptForm, prompt_form, recorded_form
+from calm_fast.consistency.sampling.prompt import Prompt, chosen_form
 from calm_fast.consistency.sampling.sampler import PromptBatch, Sample, Sampling
 from calm_fast.consistency.sampling.scoring import score_sequences
 from calm_fast.consistency.sampling.stopping import leader_probability
@@ -32,13 +31,11 @@ from calm_fast.consistency.voting.consensus import (
 )
 from calm_fast.consistency.voting.journal import Journal
 from calm_fast.consistency.voting.samples import read_rows
+from calm_fast.consistency.voting.weights import check_scores_are
 from calm_fast.core.checks import bad_type, check_finite_number
 from calm_fast.core.eval_mode import eval_mode
-from calm_fast.core.fingerprint import json_checksum, model_fingerprint
 from calm_fast.core.progress import progress_bar
-from calm_fast.core.prompt_record import get_prompt_record
 from calm_fast.core.token_ids import check_token_ids
-from calm_fast.modules.dual_lora import DualLoRALinear
 from calm_fast.modules.fixed_weights import fixed_weights
 
 _CALLER = "SelfConsistency"
@@ -62,9 +59,12 @@ class SelfConsistency:
             2203.11171.
         n: samples per question. rule, lam: see `ops.vote`.
         prompt: makes the prompt of a question: "chat" (the tokenizer's chat template with the question as the user's
-            turn), "plain" (the question and a newline), a string with {question} in it, a function that returns text or
-            token ids, or the pathlib.Path of an adapter that `nat` trained, for the form it was trained with. None =
-            the form that `model` was trained with, if it is known; else "chat", or "plain" without a template.
+            turn), "plain" (the question and a newline), a string with {question} in it, a function that returns a text,
+            token ids or the turns of a chat, or the pathlib.Path of an adapter that `nat` trained, for the form it was
+            trained with. None = the form that `model` was trained with, if it is known; else "chat", or "plain" without
+            a template.
+        system: a system turn before the question. chat_template_kwargs: variables for the chat template, such as
+            {"enable_thinking": False}. Both are refused where no chat template makes the prompts.
         pattern: last resort of `extract_answer`. equality: see `group_answers`. grouping: its other arguments.
         confidence: stop sampling a question once `leader_probability` of its two most frequent answers reaches this;
             None = draw all n. round_size: samples between two checks (default 4; n without confidence).
@@ -84,6 +84,8 @@ class SelfConsistency:
         lam: float = 1.0,
         *,
         prompt: Prompt = None,
+        system: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         pattern: str | None = None,
         equality: str | Callable[[str, str], bool] = "math",
         grouping: Mapping[str, Any] | None = None,
@@ -103,7 +105,9 @@ class SelfConsistency:
         if rule not in RULES:
             raise ValueError(f"{_CALLER}: `rule` must be 'count', 'weighted' or 'adaptive', got {rule!r}")
         check_finite_number(_CALLER, "lam", lam)
-        self.form = _choose_form(prompt, model, tokenizer)
+        self.form = chosen_form(
+            prompt, model, tokenizer, _CALLER, system=system, chat_template_kwargs=chat_template_kwargs
+        )
         if confidence is not None:
             check_finite_number(_CALLER, "confidence", confidence)
             if not 0.5 < confidence <= 1:
@@ -162,7 +166,11 @@ class SelfConsistency:
             return self._resume(items, out, "sampled", bar, self._sample_and_vote)
 
     def from_samples(
-        self, rows: str | os.PathLike[str] | Iterable[Mapping[str, Any]], *, out: str | os.PathLike[str] | None = None
+        self,
+        rows: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+        *,
+        out: str | os.PathLike[str] | None = None,
+        scores_are: str = "weights",
     ) -> list[SelfConsistencyResult]:
         """Vote over existing samples, from any engine.
 
@@ -171,9 +179,16 @@ class SelfConsistency:
                 scores (for each sample a number or None). Scores come from the ranker if there is one, else from the
                 rows, else from the model; rule "count" needs none.
             out: as in a call.
+            scores_are: what the rows' scores are: "weights" of at least 0, or "log" for log-probabilities, whose
+                weights are exp(score - largest score of the question). Results keep the scores as they are given.
         Returns, raises:
             as a call.
         """
+        check_scores_are(_CALLER, scores_are)
+        if scores_are != "weights" and self.ranker is not None:
+            raise ValueError(
+                f"{_CALLER}: `scores_are` must be 'weights' with a ranker, whose scores are weights, got {scores_are!r}"
+            )
         rows = read_rows(rows, need_answer=False) if isinstance(rows, (str, os.PathLike)) else list(rows)
         items = questions_of_rows(rows)
         if self.rule != "count" and self.ranker is None and self.model is None:
@@ -184,18 +199,25 @@ class SelfConsistency:
                     "give `ranker`, `model` with `tokenizer`, or rows with scores"
                 )
         with progress_bar(total=len(items), desc="voting", unit="question", shown=self.progress) as bar:
-            return self._resume(items, out, "ready", bar, self._vote_over_existing)
+            work = functools.partial(self._vote_over_existing, scores_are=scores_are)
+            return self._resume(items, out, "ready", bar, work, scores_are)
 
     # ---- resuming ---------------------------------------------------------------------------------------------------
 
     def _resume(
-        self, items: list[Question], out: str | os.PathLike[str] | None, kind: str, bar: Any, work: _Work
+        self,
+        items: list[Question],
+        out: str | os.PathLike[str] | None,
+        kind: str,
+        bar: Any,
+        work: _Work,
+        scores_are: str = "weights",
     ) -> list[SelfConsistencyResult]:
         """Return the results of all items: read those in `out`, and append those that `work` yields for the rest."""
         if out is None:
             results = {result.index: result for done in work(items, bar) for result in done}
             return [results[item.index] for item in items]
-        with Journal(out, self._settings(kind), _CALLER) as journal:
+        with Journal(out, self._settings(kind, scores_are), _CALLER) as journal:
             for index, row in journal.rows.items():
                 if index >= len(items) or not same_question(items[index], row):
                     raise ValueError(
@@ -209,20 +231,23 @@ class SelfConsistency:
                 results |= {result.index: result for result in done}
         return [results[item.index] for item in items]
 
-    def _settings(self, kind: str) -> dict[str, Any]:
+    def _settings(self, kind: str, scores_are: str = "weights") -> dict[str, Any]:
         """Return everything that a row depends on, as JSON."""
         common = {
             "kind": kind, "rule": self.rule, "lam": self.lam, "pattern": self.pattern,
-            "equality": _name(self.equality), "ranker": _identity(self.ranker), "model": _identity(self.model),
-            "prompt": self.form.text or _name(self.form.function), "timeout": self.grouping.get("timeout"),
+            "equality": setting_name(self.equality), "ranker": model_identity(self.ranker),
+            "model": model_identity(self.model), "prompt": self.form.text or setting_name(self.form.function),
+            "timeout": self.grouping.get("timeout"),
         }  # fmt: skip
         if kind == "ready":
-            return common
+            # earlier versions, whose runs go on, knew weights alone
+            return common if scores_are == "weights" else {**common, "scores_are": scores_are}
         drawn = {"n": self.n, "confidence": self.confidence, "round_size": self.round_size, "seed": self.seed}
         read = {
             "chat_template": self.form.chat,
-            "tokenizer": _vocabulary(self.tokenizer),
-            "dual_lora_modes": _modes(self.model),
+            "tokenizer": vocabulary_checksum(self.tokenizer),
+            "dual_lora_modes": dual_lora_modes(self.model),
+            **self.form.extras(),  # absent by default, as in runs of earlier versions, which go on
         }
         return {**common, **drawn, **read, **vars(self.sampling)}
 
@@ -231,10 +256,7 @@ class SelfConsistency:
     def _sample_and_vote(self, items: list[Question], bar: Any) -> Iterator[list[SelfConsistencyResult]]:
         """Yield lists of results, as their questions finish."""
         reader = PrefixReader(self.model)
-        together = max(1, self.batch_size // self.round_size) if reader.pads else 1
-        for start in range(0, len(items), together):
-            batch = items[start : start + together]
-            prompts = [self._prompt_ids(item.text) for item in batch]
+        for batch, prompts in self._batches(items, reader.pads):
             for item in batch:
                 item.rationales, item.answers, item.scores = [], [], []
             source = PromptBatch(reader, self.tokenizer, prompts, self.sampling)
@@ -247,6 +269,23 @@ class SelfConsistency:
                     yield self._vote(finished)
                     bar.update(len(finished))
                 active = going
+
+    def _batches(self, items: list[Question], pads: bool) -> Iterator[tuple[list[Question], list[list[int]]]]:
+        """Yield questions that are sampled together, with their prompts; of one length unless the model can pad."""
+        together = max(1, self.batch_size // self.round_size)
+        if pads:
+            for start in range(0, len(items), together):
+                batch = items[start : start + together]
+                yield batch, [self._prompt_ids(item.text) for item in batch]
+            return
+        of_length: dict[int, list[tuple[Question, list[int]]]] = {}
+        for item in items:
+            prompt = self._prompt_ids(item.text)
+            of_length.setdefault(len(prompt), []).append((item, prompt))
+        for pairs in of_length.values():
+            for start in range(0, len(pairs), together):
+                equal = pairs[start : start + together]
+                yield [item for item, _ in equal], [prompt for _, prompt in equal]
 
     def _draw_round(self, source: PromptBatch, batch: list[Question], active: list[int]) -> None:
         """Draw the next samples of every active question, batch_size at once."""
@@ -293,7 +332,9 @@ class SelfConsistency:
 
     # ---- scores and votes -------------------------------------------------------------------------------------------
 
-    def _vote_over_existing(self, items: list[Question], bar: Any) -> Iterator[list[SelfConsistencyResult]]:
+    def _vote_over_existing(
+        self, items: list[Question], bar: Any, scores_are: str
+    ) -> Iterator[list[SelfConsistencyResult]]:
         """Yield lists of results for questions with samples, scored first where a score is needed."""
         for start in range(0, len(items), _VOTE_AT_ONCE):
             batch = items[start : start + _VOTE_AT_ONCE]
@@ -305,62 +346,18 @@ class SelfConsistency:
                 texts = [item.rationales for item in without]
                 found = score_sequences(self.model, prompts, texts, tokenizer=self.tokenizer)
                 for item, scores in zip(without, found, strict=True):
-                    item.scores = [None if math.isnan(x) else x for x in scores.mean.exp().tolist()]
-            yield self._vote(batch)
+                    values = scores.mean if scores_are == "log" else scores.mean.exp()
+                    item.scores = [None if math.isnan(x) else x for x in values.tolist()]
+            yield self._vote(batch, scores_are)
             bar.update(len(batch))
 
     def _groups(self, items: list[Question], gold: list[str | None] | None) -> Groups:
         answers = [item.answers for item in items]
         return group_answers(answers, gold=gold, equality=self.equality, **self.grouping)
 
-    def _vote(self, items: list[Question]) -> list[SelfConsistencyResult]:
+    def _vote(self, items: list[Question], scores_are: str = "weights") -> list[SelfConsistencyResult]:
         if self.ranker is not None:
             add_ranker_scores(items, self.ranker)
         gold = [gold_answer(item.reference, self.pattern) for item in items]
         groups = self._groups(items, gold if any(text is not None for text in gold) else None)
-        return vote_results(items, groups, gold, self.rule, self.lam)
-
-
-def _choose_form(prompt: Prompt, model: Any, tokenizer: Any) -> PromptForm:
-    """Return the form of the prompts: the one asked for, or the one that the model was trained with."""
-    trained = get_prompt_record(model)
-    if prompt is None and trained is not None:
-        return recorded_form(trained, tokenizer, _CALLER)
-    form = prompt_form(prompt, tokenizer, _CALLER)
-    if trained is not None and form.record() != trained:
-        warnings.warn(
-            f"{_CALLER}: `prompt` differs from the form that `model` was trained with; leave it out to ask as it was "
-            "taught",
-            stacklevel=3,
-        )
-    return form
-
-
-# the name under which earlier versions recorded our own function: their runs go on
-_RECORDED = {"calm_fast.consistency.answers.equality.equivalent": "calm_fast.consistency.answers.equivalent"}
-
-
-def _name(value: Any) -> Any:
-    """Return a setting as JSON, a function as its name."""
-    if not hasattr(value, "__qualname__"):
-        return value
-    name = f"{value.__module__}.{value.__qualname__}"
-    return _RECORDED.get(name, name)
-
-
-def _vocabulary(tokenizer: Any) -> str:
-    """Return a checksum of the tokens and their ids."""
-    return json_checksum(sorted(tokenizer.get_vocab().items()))[:16]
-
-
-def _modes(model: Any) -> dict[str, str]:
-    """Return the mode of every dual LoRA layer, which is no parameter of the model."""
-    return {name: module.mode for name, module in model.named_modules() if isinstance(module, DualLoRALinear)}
-
-
-def _identity(model: Any) -> str | None:
-    """Return the class of a model and a checksum of its weights."""
-    if model is None:
-        return None
-    weights = f" {model_fingerprint(model)[:16]}" if isinstance(model, torch.nn.Module) else ""
-    return type(model).__qualname__ + weights
+        return vote_results(items, groups, gold, self.rule, self.lam, scores_are)

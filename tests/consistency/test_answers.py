@@ -44,7 +44,8 @@ def test_a_pattern_of_the_user_comes_last() -> None:
     assert extract_answer("result=7;", r"result=(\d+)") == "7"
     assert extract_answer(r"result=7; \boxed{8}", r"result=(\d+)") == "8"
     assert extract_answer("none", r"result=(\d+)") is None
-    assert extract_answer("#### 1\n#### 2", r"#### .*") == "#### 2"
+    assert extract_answer("#### 1\n#### 2", r"#### .*") == "2"  # read without a pattern too
+    assert extract_answer("@@ 1\n@@ 2", r"@@ .*") == "@@ 2"
     assert extract_answer("a=", r"a=(\d)?") is None
 
 
@@ -80,6 +81,10 @@ def test_bad_arguments_are_named() -> None:
         (r"\$5.", "5", True),
         (".5", "1/2", True),
         ("12,34", "1234", False),
+        ("110111", "110111_2", True),  # the question names the base
+        ("0_2", "0", True),
+        ("52_8", "42", False),
+        ("52_8", "52_{10}", False),
         (r"50\%", "1/2", True),
         (r"50\%", "50", True),
         ("5 cm", "5", True),

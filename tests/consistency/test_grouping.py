@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from calm_fast.consistency import extract_answer, group_answers, read_rows
-from calm_fast.consistency.answers.equality import far_apart, first_match_classes, parse_math, rational, verify_both
+from calm_fast.consistency.answers.equality import (
+    first_match_classes,
+    normalise,
+    parse_math,
+    quick_verdict,
+    verify_both,
+)
+from calm_fast.consistency.answers.plain import exact_number
+from calm_fast.consistency.answers.verdicts import numbers_equal
 
 # one question: the gold answer, then samples; None where nothing was found
 GOLD = r"\frac{1}{2}"
@@ -53,8 +61,8 @@ def test_nothing_to_group(answers) -> None:
 
 @pytest.mark.slow
 def test_pairs_agree_with_plain_math_verify() -> None:
-    """Every pair of a list of awkward answers, except where the docs say otherwise."""
-    pairs = list(itertools.combinations(ANSWERS, 2))
+    """Every pair of a list of awkward answers that no rule decides."""
+    pairs = [pair for pair in itertools.combinations(ANSWERS, 2) if quick_verdict(*pair) is None]
     groups = group_answers([[right] for _, right in pairs], gold=[left for left, _ in pairs], workers=2)
     parsed = {text: parse_math(text, 5) for text in ANSWERS}
     wrong = [
@@ -68,16 +76,16 @@ def test_pairs_agree_with_plain_math_verify() -> None:
 
 @pytest.mark.slow
 def test_real_pairs_agree_with_plain_math_verify(shared_data) -> None:
-    """300 random pairs of different answers to the same question; half of them compared with the right answer."""
+    """100 random pairs of answers to the same question that no rule decides; half of them with the right answer."""
     rows = read_rows(shared_data / "math_gpt35_dev.jsonl.gz")
     draw = random.Random(0)
     pairs = []
-    while len(pairs) < 300:
+    while len(pairs) < 100:
         row = draw.choice(rows)
         texts = [extract_answer(text) for text in row["generated_answer"]]
         left = extract_answer(row["answer"]) if len(pairs) % 2 else draw.choice(texts)
         right = draw.choice(texts)
-        if left and right and left != right:
+        if left and right and normalise(left) != normalise(right) and quick_verdict(left, right) is None:
             pairs.append((left, right))
     groups = group_answers([[right] for _, right in pairs], gold=[left for left, _ in pairs])
     plain = [verify_both(parse_math(left, 5), parse_math(right, 5), 5) for left, right in pairs]
@@ -169,9 +177,12 @@ def test_the_first_matching_class_wins() -> None:
     assert first_match_classes(0, lambda i, j: True) == []
 
 
-def test_far_apart_forgives_what_rounding_could() -> None:
-    assert not far_apart(rational("1/3"), rational("0.333333"))
-    assert far_apart(rational("1/3"), rational("0.33333"))
-    assert not far_apart(rational("1" + "0" * 20), rational("1" + "0" * 19 + "1"))
-    huge = rational("1" + "0" * 400)  # no float
-    assert far_apart(huge, 2 * huge) and not far_apart(huge, huge)
+def test_a_decimal_may_round_a_fraction_that_has_no_end() -> None:
+    third, half = exact_number("1/3"), exact_number("1/2")
+    assert numbers_equal(third, exact_number("0.333333"), False, True)
+    assert not numbers_equal(third, exact_number("0.33333"), False, True)
+    assert not numbers_equal(half, exact_number("0.5000001"), False, True)  # 1/2 has an end
+    assert not numbers_equal(exact_number("0.333333"), exact_number("0.3333333"), True, True)
+    assert not numbers_equal(exact_number("1" + "0" * 20), exact_number("1" + "0" * 19 + "1"))
+    huge = exact_number("1" + "0" * 400)  # no float
+    assert not numbers_equal(huge, 2 * huge) and numbers_equal(huge, huge)

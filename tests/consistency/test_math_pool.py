@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -156,6 +157,68 @@ def test_forks_and_daemonic_processes_have_their_own_and_all_end(tmp_path, end, 
     assert answers == [[[0, 0, 1]]] * (2 + len(methods)) and len(pids) == 1 + len(methods)
     left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
     assert not psutil.wait_procs(left, timeout=10)[1]
+
+
+_BUSY = """
+import os, queue, signal, sys, threading, time
+from calm_fast.consistency.answers import math_pool
+from calm_fast.consistency.answers.math_pool import Comparison, compare
+
+# one process is idle, one in the middle of C code for minutes, and a fork stays that holds all that was open
+list(compare([Comparison(["x+1", "1+x"])], 1, 5.0))
+idle, math_pool.kept.idle = math_pool.kept.idle[0], []
+working, plain = queue.Queue(), math_pool._record
+
+def record(worker, event, comparisons):
+    if event[0] in ("value", "pair"):
+        working.put(worker.process.pid)
+    return plain(worker, event, comparisons)
+
+math_pool._record = record
+busy = compare([Comparison(sys.argv[1:])], 1, 600.0)
+threading.Thread(target=lambda: next(busy), daemon=True).start()
+pid = working.get()
+fork = os.fork()
+if not fork:
+    os.close(1)
+    time.sleep(60)
+    os._exit(0)
+print(idle.process.pid, pid, fork, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems may have no signal for the end of a pipe")
+def test_a_process_ends_at_once_when_its_parent_is_killed() -> None:
+    psutil = pytest.importorskip("psutil")
+    run = subprocess.run([sys.executable, "-c", _BUSY, *STUCK_PAIR], stdout=subprocess.PIPE, text=True, timeout=600)
+    assert run.returncode == -signal.SIGKILL
+    idle, working, fork = map(int, run.stdout.split())
+    left = [psutil.Process(pid) for pid in (idle, working) if psutil.pid_exists(pid)]
+    try:
+        # a signal of the kernel; the time is for a busy machine to run it, and the computation takes minutes
+        assert not psutil.wait_procs(left, timeout=5)[1]
+    finally:
+        for process in (idle, working, fork):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems may have no signal for the end of a pipe")
+def test_the_end_of_the_pipe_interrupts_a_computation_in_c() -> None:
+    """Python's own handlers would run after it, in minutes."""
+    begin = "import sys; from calm_fast.consistency.answers import lifeline; lifeline.end_with_parent(int(sys.argv[1]))"
+    reader, writer = os.pipe()
+    command = [sys.executable, "-c", f"{begin}; print(flush=True); 3**10**9", str(reader)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=[reader]) as child:
+        try:
+            os.close(reader)
+            assert child.stdout is not None and child.stdout.readline() == b"\n"
+            time.sleep(0.2)
+            os.close(writer)
+            assert child.wait(timeout=20) == -signal.SIGIO
+        finally:
+            child.kill()
 
 
 def test_every_task_is_finished_once_with_more_workers_than_tasks() -> None:

@@ -14,6 +14,7 @@ from tiny_models import FAMILIES, character_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from calm_fast import SelfConsistency, load_dual_lora, nat, remove_dual_lora, save_dual_lora, save_lora_adapter
+from calm_fast.consistency import score_sequences
 from calm_fast.consistency.sampling.prompt import PLAIN, prompt_form
 from calm_fast.nat.data import IGNORE
 
@@ -71,10 +72,22 @@ def test_a_tokenizer_that_ends_every_text_ends_no_prompt() -> None:
     assert asked(None, tok) == taught(None, tok) == "^1+1?\n"
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_scored_prompt_begins_once_and_is_not_ended(ends) -> None:
+    """A text that a chat template made, and a tokenizer that ends every text."""
+    tok, model = tokenizer(), FAMILIES["llama"].model(0)
+    want = score_sequences(model, [tok("[1+1?]A:")["input_ids"]], [[tok("2")["input_ids"][1:]]])[0].sum
+    if ends:
+        end = [("^", tok.bos_token_id), (tok.eos_token, tok.eos_token_id)]
+        tok.backend_tokenizer.post_processor = TemplateProcessing(single=f"^ $A {tok.eos_token}", special_tokens=end)
+    for prompt in ("^[1+1?]A:", "[1+1?]A:"):
+        assert score_sequences(model, [prompt], [["2"]], tokenizer=tok)[0].sum.tolist() == want.tolist()
+
+
 def test_a_long_question_loses_its_beginning_and_the_template_nothing() -> None:
     tok = tokenizer()
     assert taught(None, tok, "0123456789" * 5, max_length=24) == f"^[{('0123456789' * 5)[-17:]}]A:"
-    assert taught("plain", tok, "0123456789" * 5, max_length=24) == f"{('0123456789' * 5)[-21:]}\n"
+    assert taught("plain", tok, "0123456789" * 5, max_length=24) == f"^{('0123456789' * 5)[-20:]}\n"
     with pytest.raises(ValueError, match="RationaleDataset: `max_length` must leave room for the chat template, 5 tok"):
         taught(None, tok, "1+1?", max_length=6)
 
@@ -171,7 +184,7 @@ def test_damaged_records_are_named(tmp_path) -> None:
     for content, message in (
         ("{", "can be read"),
         ("[]", "can be read"),
-        ('{"format_version": 2}', "format version 1"),
+        ('{"format_version": 3}', "format version 1 or 2"),
     ):
         (tmp_path / "nat" / "prompt.json").write_text(content)
         with pytest.raises(ValueError, match=f"load_dual_lora: `folder` must be .* prompt.json .*{message}"):

@@ -44,9 +44,9 @@ def test_labels_are_right_where_the_answer_is():
     expected[3] = torch.cat([torch.tensor([False]), expected[3]])
     content.append({**content[0], "answer": " "})
     bare = content[0]["answer"].rpartition("{")[2].rstrip("}.")
-    marked = [text.replace("\\boxed {", "####").replace(" }", "") for text in content[0]["generated_answer"]]
-    content += [{**content[0], "answer": bare}, {**content[0], "answer": f"so #### {bare}", "generated_answer": marked}]
-    labels = label_rationales(content, pattern=r"#### (.*)", workers=1)
+    marked = [text.replace("\\boxed {", "@@").replace(" }", "") for text in content[0]["generated_answer"]]
+    content += [{**content[0], "answer": bare}, {**content[0], "answer": f"so @@ {bare}", "generated_answer": marked}]
+    labels = label_rationales(content, pattern=r"@@ (.*)", workers=1)
     assert len(labels) == 15 and len(labels[12]) == 0  # nobody knows
     assert expected[0].any() and not expected[0].all()
     expected += [labels[12], expected[0], expected[0]]  # the answer alone, and where only the pattern finds it

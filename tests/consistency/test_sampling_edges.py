@@ -6,11 +6,16 @@ import pytest
 import torch
 from self_consistency_setup import QUESTIONS, consistency
 from tiny_models import EOS, FAMILIES, VOCAB, character_tokenizer
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from calm_fast import SelfConsistency, score_sequences
 from calm_fast.consistency.sampling.prefix import PrefixReader
 from calm_fast.consistency.sampling.sampler import PromptBatch, Sample, Sampling
 from calm_fast.core.eval_mode import eval_mode
+
+LAYERS = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
 
 
 def model_that_ends(*tokens: int):
@@ -106,3 +111,29 @@ def test_credit_of_a_tie_by_scores_goes_with_the_samples_own_scores() -> None:
     for rule in ("weighted", "adaptive"):
         (result,) = SelfConsistency(rule=rule, progress=False).from_samples([row])
         assert (result.answer, result.ties, result.credit) == ("5", 2, 0.5)
+
+
+@pytest.mark.parametrize("family", ["bart", "mbart"])
+def test_models_that_would_count_padding_get_prompts_of_one_length(family: str, monkeypatch) -> None:
+    """Their forward takes no positions, so left padding would move those of a prompt beside a longer one."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](
+        vocab_size=VOCAB, d_model=16, max_position_embeddings=64, init_std=0.5, **LAYERS, **HEADS
+    )
+    config.is_decoder, config.is_encoder_decoder = True, False
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert not PrefixReader(model).pads
+    batches, plain = [], PromptBatch.__init__
+
+    def spy(self, reader, tokenizer, prompts, settings):
+        batches.append([len(prompt) for prompt in prompts])
+        plain(self, reader, tokenizer, prompts, settings)
+
+    monkeypatch.setattr(PromptBatch, "__init__", spy)
+    together = consistency(model, n=3, round_size=3, max_new_tokens=8)(QUESTIONS)
+    assert all(len(set(batch)) == 1 for batch in batches) and len(batches) < len(QUESTIONS)
+    assert [result.index for result in together] == list(range(len(QUESTIONS)))
+    for question, result in zip(QUESTIONS, together, strict=True):
+        (alone,) = consistency(model, n=3, round_size=3, max_new_tokens=8)([question])
+        assert alone.rationales == result.rationales
+    assert len({tuple(result.rationales) for result in together}) == len(QUESTIONS)  # samples that depend on the prompt

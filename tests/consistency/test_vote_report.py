@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import random
@@ -49,12 +50,18 @@ def test_counts_of_a_small_file(file, tmp_path) -> None:
     # a: of 6 pairs 1 is right, 4 tie with a wrong answer, 1 is a tie of wrong ones; b: both pairs tie; d: never
     majority = {"1": (0.5 + 0.5) / 3, "2": ((1 + 4 / 2) / 6 + 0.5) / 3, "4": (1 + 0.5) / 3}
     anyone = {"1": (0.5 + 0.5) / 3, "2": (5 / 6 + 1) / 3, "4": 2 / 3}
-    assert list(results) == ["questions", "single", "majority", "any", "ties"]
+    assert list(results) == ["questions", "single", "majority", "any", "ties", "pass@1", "pass", "ties_by_rule",
+                             "samples", "unanswered"]  # fmt: skip
+    # a sample without an answer is wrong: a 2 of 4, b 1 of 4, d 0 of 2
+    assert results["pass@1"] == results["pass"]["1"] == pytest.approx((1 / 2 + 1 / 4) / 3)
+    assert results["pass"]["2"] == pytest.approx((5 / 6 + 1 / 2) / 3) and results["pass"]["4"] == pytest.approx(2 / 3)
+    assert results["samples"] == 10 and results["unanswered"] == 4 and results["ties_by_rule"] == {"count": 1}
     assert results["questions"] == 3 and results["ties"] == 1
     assert results["single"] == pytest.approx(1 / 3)
     assert results["majority"] == pytest.approx(majority) and results["any"] == pytest.approx(anyone)
-    for text in ("single 0.3333", "majority@4 0.5000", "any@4 0.6667", "ties at 4 samples: 1 of 3 questions (33.3 %)",
-                 "without an answer: 4 of 10", "left out: 1"):  # fmt: skip
+    for text in ("single 0.3333 (pass@1 0.2500)", "majority@4 0.5000", "any@4 0.6667", "pass@4 0.6667",
+                 "ties at 4 samples: 1 of 3 questions (33.3 %)", "without an answer: 4 of 10",
+                 "left out: 1"):  # fmt: skip
         assert text in result.output
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
 
@@ -62,12 +69,13 @@ def test_counts_of_a_small_file(file, tmp_path) -> None:
 def test_votes_say_who_won(file, tmp_path) -> None:
     run(file, tmp_path, progress=False)
     votes = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
-    assert votes == [
-        {"row": 0, "winner": r"\frac{1}{2}", "weight": 2, "total": 4, "ties": 1, "gold": r"\frac{1}{2}", "right": True,
-         "credit": 1},
-        {"row": 1, "winner": "2", "weight": 1, "total": 2, "ties": 2, "gold": "1", "right": False, "credit": 0.5},
-        {"row": 3, "winner": None, "weight": 0, "total": 0, "ties": 0, "gold": "7", "right": False, "credit": 0},
-    ]  # fmt: skip
+    names = ("row", "winner", "weight", "total", "margin", "ties", "gold", "right", "credit")
+    assert [list(vote) for vote in votes] == [list(names)] * 3
+    assert [tuple(vote.values()) for vote in votes] == [
+        (0, r"\frac{1}{2}", 2, 4, 1, 1, r"\frac{1}{2}", True, 1),
+        (1, "2", 1, 2, 0, 2, "1", False, 0.5),
+        (3, None, 0, 0, 0, 0, "7", False, 0),
+    ]
 
 
 @pytest.mark.parametrize("rule", ["count", "weighted", "adaptive"])
@@ -102,6 +110,7 @@ def test_scores_break_ties(file, tmp_path) -> None:
     assert again.results == report.results
     votes = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
     assert [vote["right"] for vote in votes] == [True, True, False]
+    assert report.results["ties"] == 1 and report.results["ties_by_rule"] == {"count": 1, "adaptive": 0}
 
 
 def test_default_sizes_are_powers_of_two_and_all(tmp_path) -> None:
@@ -152,7 +161,6 @@ def test_bad_options_are_one_line(file, tmp_path, args, named) -> None:
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
-        ([{"question": "q", "answer": None, "generated_answer": ["a"]}], "a row must have a gold answer in `answer`"),
         ([{"question": "q", "answer": "1", "generated_answer": []}], "a row must have a sample"),
         ([], "the file must have at least one row"),
     ],
@@ -197,3 +205,67 @@ def test_one_question_has_no_standard_error(tmp_path) -> None:
     )
     result = invoke(tmp_path / "r.jsonl", "--out", tmp_path / "out", "--k", "1,2")
     assert result.exit_code == 0 and "50.0" in result.output and "nan" not in result.output.lower()
+
+
+def test_votes_without_gold_answers(tmp_path) -> None:
+    samples = [["The answer is 1"] * 3 + ["The answer is 2"], ["The answer is 1", "The answer is 2", "?"]]
+    write_rows(tmp_path / "r.jsonl", [{"question": "q", "generated_answer": texts} for texts in samples])
+    result = invoke(tmp_path / "r.jsonl", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results == {
+        "questions": 2, "agreement": pytest.approx((3 / 4 + 1 / 2) / 2), "margin": pytest.approx((2 / 4 + 0) / 2),
+        "ties": 1, "samples": 7, "unanswered": 1,
+    }  # fmt: skip
+    votes = [json.loads(line) for line in (tmp_path / "out" / "votes.jsonl").read_text().splitlines()]
+    assert [(v["winner"], v["margin"], v["ties"], v["gold"], v["right"]) for v in votes] == [
+        ("1", 2, 1, None, None), ("1", 0, 2, None, None)
+    ]  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.json", "votes.jsonl"]
+    assert "no gold answers" in result.output and "agreement with the winner 0.6250" in result.output
+
+
+LOGS = [-0.5, -0.6, -0.4, -0.5, -0.5, -0.9]
+
+
+@pytest.mark.parametrize(("rule", "factor"), [("weighted", 1), ("adaptive", 4), ("weighted", 1000)])
+def test_log_probabilities_are_refused_as_weights_and_counted_as_what_they_are(tmp_path, rule, factor) -> None:
+    samples = ["The answer is 0"] * 5 + ["The answer is 1"]
+    row = {"question": "q", "answer": "0", "generated_answer": samples, "scores": [factor * log for log in LOGS]}
+    write_rows(tmp_path / "r.jsonl", [row])
+    options = ("--rule", rule, "--k", "6", "--out", tmp_path / "out")
+    refused = invoke(tmp_path / "r.jsonl", *options)
+    assert refused.exit_code == 2 and "log-probabilities are counted with --scores-are log" in " ".join(
+        refused.output.replace("│", " ").split()
+    )
+    result = invoke(tmp_path / "r.jsonl", *options, "--scores-are", "log")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "results.json").read_text())[rule] == {"6": 1.0}
+    vote = json.loads((tmp_path / "out" / "votes.jsonl").read_text())
+    weights = [math.exp(factor * (log + 0.4)) for log in LOGS]
+    assert vote["weight"] == pytest.approx(sum(weights[:5]) if rule == "weighted" else sum(weights[:5]) + 5)
+
+
+@pytest.mark.parametrize("name", ["results.json", "votes.jsonl", "curve.png"])
+def test_a_folder_in_the_way_leaves_nothing_half_written(file, tmp_path, name) -> None:
+    (tmp_path / "out" / name).mkdir(parents=True)
+    result = invoke(file, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "it is a folder" in " ".join(result.output.split()), result.output
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(file, tmp_path, monkeypatch) -> None:
+    def full(report, target) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr("calm_fast.consistency.voting.report.draw", full)
+    result = invoke(file, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "No space left on device" in " ".join(result.output.split()), result.output
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_answers_are_shown_with_their_place(file) -> None:
+    result = CliRunner().invoke(app, ["answers", str(file), "--show", "2"])
+    assert result.exit_code == 0, result.output
+    plain = " ".join(result.output.split())
+    assert "14 samples; found by: box 8, none 4, sentence 2" in plain and "gold" in plain

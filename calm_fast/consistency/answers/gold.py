@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from decimal import Decimal
 
-from calm_fast.consistency.answers.equality import extract_answer
+from calm_fast.consistency.answers.extraction import extract_answer
 
 
 def answer_text(answer: str | int | float | None) -> str | None:

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from calm_fast.consistency.answers.equality import first_match_classes, normalise, rational
+from calm_fast.consistency.answers.equality import first_match_classes, normalise, quick_verdict, rational
 from calm_fast.consistency.answers.math_pool import Comparison, compare
-from calm_fast.consistency.answers.math_worker import quick_verdict
 from calm_fast.consistency.answers.verdict_cache import VerdictCache
 from calm_fast.core.progress import progress_bar
 
@@ -72,8 +71,9 @@ def group_answers(
     Args:
         answers: for each question the answers of its samples; questions may have different numbers of them.
         gold: for each question the gold answer, or None.
-        equality: "math": equal normalised strings, else equal rationals, else finite values far apart are different,
-            else math-verify in both directions. "exact": equal strings. "text": equal up to case, Unicode form, space,
+        equality: "math": equal normalised strings, else rules for numbers, units, dates, words and lists, else
+            finite values that differ, else math-verify in both directions. "exact": equal strings.
+            "text": equal up to case, Unicode form, space,
             punctuation at the edges and a leading article. Or a function of two answers that returns a bool.
         workers: processes for math-verify. None = one for each available CPU, fewer for little work.
         timeout: CPU seconds that math-verify may take to read an answer or to compare two. A process that takes longer
@@ -126,7 +126,6 @@ class _Question:
     def __init__(self, row: list[str | None], plain: dict[str, tuple[str, Fraction | None]]) -> None:
         texts: list[str] = []
         nodes: dict[str | Fraction, int] = {}
-        self.exact: list[Fraction | None] = []
         self.node: list[int | None] = []
         for text in row:
             if text is None:
@@ -134,18 +133,18 @@ class _Question:
                 continue
             if text not in plain:
                 string = normalise(text)
-                plain[text] = (string, rational(string))
+                plain[text] = (string, rational(text))
             string, value = plain[text]
             node = nodes.get(string) if value is None else nodes.get(value, nodes.get(string))
             if node is None:
                 node = len(texts)
                 texts.append(text)
-                self.exact.append(value)
             nodes.setdefault(string, node)
             if value is not None:
                 nodes.setdefault(value, node)
             self.node.append(node)
         self.comparison = Comparison(texts)
+        self._quick: dict[tuple[int, int], bool | None] = {}
         self.recalled: frozenset[tuple[int, int]] = frozenset()
 
     def open_pairs(self) -> list[tuple[int, int]]:
@@ -154,8 +153,9 @@ class _Question:
         return [(i, j) for j in range(count) for i in range(j) if self._quick_verdict(i, j) is None]
 
     def _quick_verdict(self, i: int, j: int) -> bool | None:
-        texts = self.comparison.texts
-        return quick_verdict(texts[i], texts[j], (self.exact[i], self.exact[j]))
+        if (i, j) not in self._quick:
+            self._quick[i, j] = quick_verdict(self.comparison.texts[i], self.comparison.texts[j])
+        return self._quick[i, j]
 
     def classes(self) -> tuple[list[int | None], list[tuple[str, str]]]:
         """Return the class of each answer, and the pairs used for it whose comparison timed out.

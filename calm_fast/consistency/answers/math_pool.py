@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,15 @@ from typing import IO, Any, cast
 
 # a busy machine spends CPU seconds slowly; on the clock a process gets this many times its limit, plus a constant
 _PATIENCE, _PATIENCE_MORE = 20, 60
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main()"
+_START = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+if len(sys.argv) > 2:
+    from calm_fast.consistency.answers.lifeline import end_with_parent
+    end_with_parent(int(sys.argv[2]))
+from {module} import main
+main()
+"""
 _MODULE = "calm_fast.consistency.answers.math_worker"
 # most idle processes that are kept (60 MB each at first), and most questions that one of them may have served: caches
 # of sympy and of the parser grow
@@ -70,14 +79,22 @@ class _Worker:
         self.served = 0
         self.heard = time.monotonic()
         self.events, self.command, self.owner = events, command, os.getpid()
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            # sympy's answers may depend on the order of a set, and that on the hash seed
-            env={**os.environ, "PYTHONHASHSEED": "0"},
-        )
+        # the child's end of this pipe becomes readable when this process ends: nothing is written to it
+        watched, held = os.pipe()
+        self.lifeline = os.fdopen(held, "wb", buffering=0)
+        inherited = (watched,) if os.name == "posix" else ()
+        try:
+            self.process = subprocess.Popen(
+                (*command, *map(str, inherited)),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                pass_fds=inherited,
+                # sympy's answers may depend on the order of a set, and that on the hash seed
+                env={**os.environ, "PYTHONHASHSEED": "0"},
+            )
+        finally:
+            os.close(watched)
         self.input = cast(IO[bytes], self.process.stdin)  # both are pipes
         self.output = cast(IO[bytes], self.process.stdout)
         self.listener = threading.Thread(target=self._listen, daemon=True)
@@ -114,6 +131,7 @@ class _Worker:
         self.process.kill()
         self.process.wait()
         self.listener.join(timeout=1)
+        self.lifeline.close()
         try:
             self.input.close()
         except OSError:
@@ -126,6 +144,7 @@ class _IdleWorkers:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.idle: list[_Worker] = []
+        self.started: weakref.WeakSet[_Worker] = weakref.WeakSet()
         self.hooked = False
 
     def take(self, events: Events) -> _Worker:
@@ -140,7 +159,9 @@ class _IdleWorkers:
             with self.lock:
                 worker = self.idle.pop() if self.idle else None
             if worker is None:
-                return _Worker(events, command)
+                worker = _Worker(events, command)
+                self.started.add(worker)
+                return worker
             # in this order: a process that dies after the check below reports that to these events
             worker.events, worker.heard = events, time.monotonic()
             if worker.process.poll() is None and worker.command == command:
@@ -168,6 +189,8 @@ class _IdleWorkers:
     def _forget(self) -> None:
         """Forget all processes after a fork: they are the parent's, and one of its threads may have held the lock."""
         self.lock, self.idle, self.not_ours = threading.Lock(), [], self.idle
+        for worker in list(self.started):
+            worker.lifeline.close()  # they end with the parent, and not with this process
 
 
 kept = _IdleWorkers()
@@ -176,7 +199,7 @@ kept = _IdleWorkers()
 def end_workers() -> None:
     """End the idle processes that `group_answers` keeps for its next call; that call starts new ones.
 
-    They also end with this process.
+    They also end with this process, however it ends.
     """
     kept.end_all()
 

@@ -17,16 +17,16 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, TextIO
 from zlib import crc32
 
 from calm_fast.consistency.answers.equality import (
-    MAX_MATH_LENGTH,
-    far_apart,
     first_match_classes,
-    normalise,
+    is_decimal,
     parse_math,
+    quick_verdict,
     rational,
     verify_both,
 )
@@ -35,17 +35,19 @@ MEMORY_LIMIT = 4 << 30
 VALUE_SECONDS = 1.0
 _REMEMBERED = 50_000
 
-Values = list[tuple[Any, Any]]
+_DIGITS, _EXACT = 40, 1e-30  # of exact expressions, and how far apart equal ones may be
 
 
-def quick_verdict(left: str, right: str, exact: tuple[Fraction | None, Fraction | None]) -> bool | None:
-    """Return False if two answers differ without asking math-verify, else None.
+@dataclass(frozen=True)
+class Values:
+    """An expression's (real, imaginary) parts as sympy numbers at two points.
 
-    exact: the rational values of the two answers, which are not equal, or None.
+    exact: it has no decimals. constant: it has no symbols.
     """
-    if exact[0] is not None and exact[1] is not None and far_apart(exact[0], exact[1]):
-        return False
-    return False if max(len(left), len(right)) > MAX_MATH_LENGTH else None
+
+    at: list[tuple[Any, Any]]
+    exact: bool
+    constant: bool
 
 
 class Judge:
@@ -64,7 +66,7 @@ class Judge:
         texts, limit = task["texts"], task["timeout"]
         known = {(i, j): verdict for i, j, verdict in task["known"]}
         unreadable, no_value = set(task["unreadable"]), set(task["no_value"])
-        exact = [rational(normalise(text)) for text in texts]
+        exact = [rational(text) for text in texts]
         if len(self._read) > _REMEMBERED:
             self._read.clear()
             self._values.clear()
@@ -81,22 +83,24 @@ class Judge:
             if texts[i] not in self._values:
                 parsed = [] if exact[i] is not None else read(i)
                 with self.step("value", i, limit=min(limit, VALUE_SECONDS)):
-                    self._values[texts[i]] = numeric_value(exact[i], parsed)
+                    self._values[texts[i]] = numeric_value(exact[i], parsed, is_decimal(texts[i]))
             return self._values[texts[i]]
 
         def compare(i: int, j: int) -> bool | None:
             if i in unreadable or j in unreadable:
                 return None
             left_values, right_values = value(i), value(j)
-            if left_values is not None and right_values is not None and values_differ(left_values, right_values):
-                return False
+            if left_values is not None and right_values is not None:
+                verdict = compare_values(left_values, right_values)
+                if verdict is not None:
+                    return verdict
             left, right = read(i), read(j)
             with self.step("pair", i, j, limit=limit):
                 return verify_both(left, right, None)
 
         def same(i: int, j: int) -> bool:
             if (i, j) not in known:
-                verdict = quick_verdict(texts[i], texts[j], (exact[i], exact[j]))
+                verdict = quick_verdict(texts[i], texts[j])
                 if verdict is None:
                     verdict = compare(i, j)
                     self.tell("verdict", i, j, verdict)
@@ -118,9 +122,11 @@ class Judge:
                 signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def numeric_value(exact: Fraction | None, parsed: list[Any]) -> Values | None:
-    """Return (real, imaginary) parts as sympy numbers of any size, at each of two points of the free symbols.
+def numeric_value(exact: Fraction | None, parsed: list[Any], decimal: bool = False) -> Values | None:
+    """Return the value of an expression at each of two points of its free symbols.
 
+    exact: the value of an answer that is a number. parsed: math-verify's reading of another. decimal: the number was
+    written with a decimal point.
     An expression that is not a finite number there has no value: None. Percentages have none (math-verify takes 50% for
     50 and for 1/2), nor have sums and integrals, whose numeric evaluation is neither quick nor reliable, nor single
     symbols, which math-verify compares by name.
@@ -128,28 +134,38 @@ def numeric_value(exact: Fraction | None, parsed: list[Any]) -> Values | None:
     import sympy
 
     if exact is not None:
-        return [(sympy.Rational(exact.numerator, exact.denominator).evalf(17), sympy.Integer(0))] * 2
+        value = sympy.Rational(exact.numerator, exact.denominator).evalf(_DIGITS)
+        return Values([(value, sympy.Integer(0))] * 2, exact=not decimal, constant=True)
     expression = parsed[0] if parsed else None
     unreliable = (sympy.UnevaluatedExpr, sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
     try:
         if not isinstance(expression, sympy.Expr) or expression.is_Symbol or expression.has(*unreliable):
             return None
         symbols = expression.free_symbols
+        is_exact = not expression.has(sympy.Float)
+        digits = _DIGITS if is_exact else 17
         points = [{s: sympy.Rational(1000 + crc32(s.name.encode()) % p, p) for s in symbols} for p in (7919, 10007)]
-        values = [expression.evalf(17, subs=at, strict=True).as_real_imag() for at in points[: 2 if symbols else 1]]
+        values = [expression.evalf(digits, subs=at, strict=True).as_real_imag() for at in points[: 2 if symbols else 1]]
     except Exception:  # sympy raises all kinds of errors; without a value math-verify decides
         return None
     finite = all(part.is_Number and part.is_finite for parts in values for part in parts)
-    return values * (1 if symbols else 2) if finite else None
+    return Values(values * (1 if symbols else 2), is_exact, not symbols) if finite else None
 
 
-def values_differ(left: Values, right: Values) -> bool:
-    """True if two expressions differ at some point by more than math-verify's rounding tolerates.
+def compare_values(left: Values, right: Values) -> bool | None:
+    """Return False if two expressions differ at some point, True if they are equal constants, else None.
 
-    False is inconclusive.
+    Exact expressions are compared to 40 digits. Where one is rounded, values differ if they are further apart than its
+    rounding to 6 digits, relative to their size, and than math-verify's to 6 decimals.
     """
-    pairs = [pair for at in zip(left, right, strict=True) for pair in zip(*at, strict=True)]
-    return any(bool(abs(a - b) > 2e-6 + 1e-9 * max(abs(a), abs(b))) for a, b in pairs)
+    both_exact = left.exact and right.exact
+    for (a, b), (c, d) in zip(left.at, right.at, strict=True):
+        apart, size = abs(a - c) + abs(b - d), max(abs(a) + abs(b), abs(c) + abs(d))
+        if both_exact and apart > _EXACT * size:
+            return False
+        if not both_exact and (apart > 2e-6 * size or apart > 4e-6 + 2e-9 * size):
+            return False
+    return True if both_exact and left.constant and right.constant else None
 
 
 def serve(tasks: TextIO, results: TextIO) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from calm_fast._version import versions
-from calm_fast.consistency.answers.equality import extract_answer
+from calm_fast.consistency.answers.extraction import extract_answer
 from calm_fast.consistency.answers.gold import gold_answer
 from calm_fast.consistency.ranking.losses import PairAccuracy, pair_accuracy
 from calm_fast.consistency.ranking.ranker import Ranker
@@ -20,7 +20,7 @@ from calm_fast.consistency.ranking.training import RankerSettings, questions_to_
 from calm_fast.consistency.voting.journal import Journal
 from calm_fast.consistency.voting.samples import write_rows
 from calm_fast.core.checks import errors_of
-from calm_fast.core.files import atomic_path, write_json
+from calm_fast.core.files import atomic_path, claim, write_json
 from calm_fast.core.fingerprint import json_checksum, model_fingerprint
 from calm_fast.core.progress import progress_bar
 
@@ -72,7 +72,7 @@ def cached_features(
         "rows": json_checksum(texts),
         "max_length": ranker.max_length,
     }
-    _claim(folder / "features.json", identity, "features", "cached_features: `folder`")
+    claim(folder / "features.json", identity, "features", "cached_features: `folder`")
     features: list[torch.Tensor] = []
     starts = range(0, len(rows), _CHUNK)
     for start in progress_bar(starts, desc="features", unit=f"{_CHUNK} questions", shown=progress):
@@ -131,7 +131,7 @@ def run_training(
         "rows": json_checksum(rows), "pattern": pattern,
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)  # not before the model has been read
-    _claim(out / "identity.json", identity, "a run", "rank: `out`")
+    claim(out / "identity.json", identity, "a run", "rank: `out`")
     labels = _saved_labels(out / "labels.json", rows, pattern, out / "answers", workers, settings.progress)
     known = [i for i, row in enumerate(labels) if len(row)]
     held_out = _draw_held_out(known, holdout, settings.seed)
@@ -235,17 +235,3 @@ def _draw_held_out(known: Sequence[int], share: float, seed: int) -> set[int]:
 def _as_json(result: PairAccuracy) -> dict[str, Any]:
     """Return `result` for JSON, which has no NaN: the accuracy is None without a pair."""
     return result._asdict() | {"accuracy": result.accuracy if result.pairs else None}
-
-
-def _claim(file: Path, identity: dict[str, Any], what: str, where: str) -> None:
-    """Mark a folder as this run's; raise ValueError if it belongs to another run."""
-    identity = json.loads(json.dumps(identity))
-    if not file.is_file():
-        write_json(file, identity)
-    kept = json.loads(file.read_text(encoding="utf-8"))
-    changed = [key for key in identity if kept.get(key) != identity[key]]
-    if changed:
-        raise ValueError(
-            f"{where} must be a new folder or that of the same run, got {file.parent}, which holds {what} with "
-            f"other {', '.join(changed)}; choose another folder"
-        )

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from calm_fast import ops
-from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.threads import in_this_thread
 
 # names under which configs keep a factor of the logits (some multiply, some divide) and their soft cap
@@ -100,28 +99,6 @@ def probe_token(model: PreTrainedModel) -> torch.Tensor:
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Return the number of rows of the input embeddings."""
     return int(cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0])
-
-
-def check_causal(where: str, name: str, model: PreTrainedModel, run: Callable[[torch.Tensor], Any]) -> None:
-    """Raise ValueError if a token's logits depend on the tokens that follow it.
-
-    Such a model (a BERT or XLM that is no decoder, CPM-Ant) reads the token it is asked to predict, so that one forward
-    of a text does not give the probabilities of generation. run: ids (B, M) int64 -> the output of a forward.
-    """
-    pad = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
-    # not 0: CPM-Ant takes it for padding, whatever its config says
-    first, *others = [token for token in range(1, min(5, vocabulary_size(model))) if token != pad] or [0]
-    if len(others) < 2:
-        return
-    with eval_mode(model):
-        logits = run(torch.tensor([[first, others[0]], [first, others[1]]], device=model.device)).logits[:, 0]
-    # two rows of one batch: equal up to the order of their sums
-    tolerance = min(64 * torch.finfo(logits.dtype).eps, 0.05) * logits.abs().max()
-    if bool((logits[0] - logits[1]).abs().max() > tolerance):
-        raise ValueError(
-            f"{where}: `{name}` must be a causal language model, got {type(model).__name__}, whose logits at a token "
-            "depend on the tokens after it. Some classes have a flag for it (is_decoder=True, causal=True)."
-        )
 
 
 def find_linear_head(model: PreTrainedModel, run: Callable[[], Any]) -> LinearHead | None:

@@ -17,11 +17,14 @@ from transformers.cache_utils import (
 )
 
 from calm_fast.hf import ComposedCache, ComposedForCausalLM
-from calm_fast.hf.inputs import Signature, Tokens, lacks_cache, part_inputs
+from calm_fast.hf.aligned_text import AlignedText
+from calm_fast.hf.cross_cache import CrossLayer
+from calm_fast.hf.inputs import Signature, Tokens, kept_positions, lacks_cache, part_inputs
+from calm_fast.hf.own_text import OwnText
 
-# cache layers that hold keys and values only: a copy of them can be continued by any number of tokens, with the result
-# of a forward from the start. A recurrent state cannot: some families continue it by one token at a time only.
-_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+# cache layers that hold keys and values, or texts: a copy of them can be continued by any number of tokens, with the
+# result of a forward from the start. A recurrent state cannot: some families continue it by one token at a time only.
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, CrossLayer, OwnText, AlignedText)
 _RECURRENT = LinearAttentionCacheLayerMixin
 
 
@@ -76,12 +79,14 @@ class PrefixReader:
         cache: Cache | None = None,
         past: int = 0,
         keep: int | None = None,
+        prompt_length: int | None = None,
     ) -> Any:
         """Return the model's output for ids (B, M) after `past` tokens of `cache`.
 
         Args:
             mask: (B, past + M), 1 = real token, 0 = padding; None = all real. keep: number of last tokens whose logits
-                are needed; a model may return more.
+                are needed; a model may return more. prompt_length: number of tokens, padding included, that are the
+                prompt, for compositions of several tokenizers. Default, the first tokens of a cache, or all.
         """
         if self.signature is None:
             return self.model(input_ids=ids.to(self.model.device), use_cache=False, return_dict=True)
@@ -89,12 +94,15 @@ class PrefixReader:
         tokens = Tokens(input_ids=ids, attention_mask=mask, position_ids=positions)
         prepared = part_inputs(self.model, self.signature, tokens, cache, past)
         if keep is not None and self.signature.logits_to_keep:
-            prepared["logits_to_keep"] = keep
+            prepared["logits_to_keep"] = kept_positions(keep, ids)
+        if prompt_length is not None and isinstance(self.model, ComposedForCausalLM):
+            prepared["prompt_length"] = prompt_length
         return self.model(**prepared, return_dict=True)
 
     def check_filled(self, cache: Cache, tokens: int) -> bool:
         """Return True if the model kept all tokens in the cache; if not, set `shares` to False for good."""
-        layers = _used_layers(cache)
+        # an augmenter with another tokenizer has another number of tokens
+        layers = _used_layers(cache.anchor if isinstance(cache, ComposedCache) and cache.own else cache)
         self.shares = self._shareable(cache)
         if self.shares and not (layers and all(layer.get_seq_length() == tokens for layer in layers)):
             self.shares = False
@@ -126,6 +134,8 @@ def branch(cache: Cache, rows: torch.Tensor) -> Cache:
         composed.anchor = _copy_layers(cache.anchor)
         composed.augmenters = [_copy_layers(part) for part in cache.augmenters]
         composed.cross = [copy.copy(layer) for layer in cache.cross]
+        composed.own = {index: copy.copy(text) for index, text in cache.own.items()}
+        composed.texts = [copy.copy(text) for text in cache.texts]
         twin: Cache = composed
     else:
         twin = _copy_layers(cache)

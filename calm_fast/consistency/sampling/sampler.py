@@ -158,7 +158,7 @@ class PromptBatch:
         if reader.shares and longest > 1:
             self.cache = reader.new_cache()
             mask = None if bool(self.mask.all()) else self.mask[:, :-1]
-            reader(self.ids[:, :-1], mask, self.cache, 0, keep=1)
+            reader(self.ids[:, :-1], mask, self.cache, 0, keep=1, prompt_length=longest)
             if not reader.check_filled(self.cache, longest - 1):
                 self.cache = None
 

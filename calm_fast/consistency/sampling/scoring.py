@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from calm_fast.consistency.sampling.head import check_causal, find_linear_head, head_input, probe_token, vocabulary_size
+from calm_fast.consistency.sampling.boundary import Continuation
+from calm_fast.consistency.sampling.head import find_linear_head, head_input, probe_token, vocabulary_size
 from calm_fast.consistency.sampling.prefix import PrefixReader, branch, check_model
+from calm_fast.consistency.sampling.prompt import prompt_ids as prompt_text_ids
 from calm_fast.core.checks import bad_type
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.progress import progress_bar
 from calm_fast.core.token_ids import check_token_ids
+from calm_fast.hf.causality import check_causal
 from calm_fast.modules.fixed_weights import fixed_weights
 
 _CALLER = "score_sequences"
@@ -63,10 +67,11 @@ def score_sequences(
     Args:
         model: a decoder-only transformers model, composed and dual-LoRA models included.
         prompts: token ids or strings, with at least one token each. completions: for each prompt any number of them.
-        tokenizer: for strings. A prompt gets the tokenizer's special tokens, a completion none (add the text of the end
-            token to score it). The ids of a completion are those that follow the prompt's ids in the ids of prompt +
+        tokenizer: for strings. A prompt gets the special tokens that begin a text, once, and a completion none (add the
+            end token's text to score it). A completion's ids are those that follow the prompt's in the ids of prompt +
             completion. If these do not begin with the prompt's ids, because a token spans the boundary, the completion
-            is tokenized alone: the prompt is never re-tokenized, as in generation. Pass ids for sampled completions.
+            is tokenized as the middle of a text, without a space before it: the prompt is never re-tokenized, as in
+            generation. Pass ids for sampled completions.
         max_tokens: most rows x (prompt + longest completion) of a batch, which has at least one row; it bounds memory
             for any K.
         share_prompt: False reads the prompt again for every completion.
@@ -114,7 +119,7 @@ class _Scorer:
         cache = first = None
         if self.reader.shares and nonempty:
             cache = self.reader.new_cache()
-            first = self._states(torch.tensor([prompt]), cache, 0, 1)
+            first = self._states(torch.tensor([prompt]), cache, 0, 1, len(prompt))
             if not self.reader.check_filled(cache, len(prompt)):
                 cache = first = None
         for batch in _batches(nonempty, rows, len(prompt), self.max_tokens):
@@ -133,20 +138,20 @@ class _Scorer:
         fed = torch.tensor(padded, dtype=torch.int64).reshape(len(rows), longest - 1)
         if cache is None or first is None:
             whole = torch.cat([torch.tensor([prompt]).expand(len(rows), -1), fed], dim=1)
-            return self._states(whole, None, 0, longest)
+            return self._states(whole, None, 0, longest, len(prompt))
         first = first.expand(len(rows), -1, -1)
         if longest == 1:
             return first
         # every batch continues a copy, so that the prompt's own cache holds the prompt only
         twin = branch(cache, torch.zeros(len(rows), dtype=torch.int64, device=self.reader.model.device))
-        return torch.cat([first, self._states(fed, twin, len(prompt), longest - 1)], dim=1)
+        return torch.cat([first, self._states(fed, twin, len(prompt), longest - 1, len(prompt))], dim=1)
 
-    def _states(self, ids: torch.Tensor, cache: Any, past: int, keep: int) -> torch.Tensor:
-        """Return the states before the head, or the logits, at the last `keep` of ids (B, M)."""
+    def _states(self, ids: torch.Tensor, cache: Any, past: int, keep: int, prompt: int) -> torch.Tensor:
+        """Return the states before the head, or the logits, at the last `keep` of ids (B, M); prompt: its length."""
         ids = ids.to(self.reader.model.device)
         if self.head is None:
-            return self.reader(ids, cache=cache, past=past, keep=keep).logits[:, -keep:]
-        states = head_input(self.head, lambda: self.reader(ids, cache=cache, past=past))
+            return self.reader(ids, cache=cache, past=past, keep=keep, prompt_length=prompt).logits[:, -keep:]
+        states = head_input(self.head, lambda: self.reader(ids, cache=cache, past=past, prompt_length=prompt))
         if states.shape[:2] != ids.shape:
             kind = type(self.reader.model).__name__
             raise RuntimeError(
@@ -194,6 +199,7 @@ def _token_ids(
             f"{len(completions)}"
         )
     pairs = []
+    after = Continuation(tokenizer)
     for i, (prompt, rows) in enumerate(zip(prompts, completions, strict=True)):
         if isinstance(rows, str) or not hasattr(rows, "__len__"):
             raise bad_type(_CALLER, f"completions[{i}]", "a list of completions", rows)
@@ -203,8 +209,9 @@ def _token_ids(
                 f"{_CALLER}: `prompts[{i}]` must have at least one token to condition the first token on, got none; "
                 "begin it with the model's begin-of-sequence token"
             )
+        tokenize = functools.partial(after.ids, prompt=prompt if isinstance(prompt, str) else None, prompt_ids=ids)
         named = [(row, f"completions[{i}][{k}]") for k, row in enumerate(rows)]
-        pairs.append((ids, [_encode(model, tokenizer, row, name, prompt, ids) for row, name in named]))
+        pairs.append((ids, [_encode(model, tokenizer, row, name, tokenize) for row, name in named]))
     return pairs
 
 
@@ -213,9 +220,9 @@ def _encode(
     tokenizer: Any,
     text: Text,
     name: str,
-    prompt: Text = (),
-    prompt_ids: Sequence[int] | None = None,
+    tokenize: Callable[[str], list[int]] | None = None,
 ) -> list[int]:
+    """Return checked ids; tokenize: for a text that is no prompt."""
     if not isinstance(text, str):
         if not hasattr(text, "__iter__") or (isinstance(text, torch.Tensor) and text.dim() != 1):
             raise bad_type(_CALLER, name, "a string or a sequence of token ids", text)
@@ -225,18 +232,6 @@ def _encode(
     elif tokenizer is None:
         raise ValueError(f"{_CALLER}: `tokenizer` must be given for strings, got None, and `{name}` is a string")
     else:
-        ids = _tokenize(tokenizer, text, prompt, prompt_ids)
+        ids = prompt_text_ids(tokenizer, text) if tokenize is None else tokenize(text)
     check_token_ids(_CALLER, name, ids, model)
     return ids
-
-
-def _tokenize(tokenizer: Any, text: str, prompt: Text, prompt_ids: Sequence[int] | None) -> list[int]:
-    """Return the ids of a prompt (without `prompt_ids`), or those that follow `prompt` in the ids of prompt + text."""
-    if prompt_ids is None:
-        return list(tokenizer(text)["input_ids"])
-    if isinstance(prompt, str):
-        joint = list(tokenizer(prompt + text, add_special_tokens=False)["input_ids"])
-        bare = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        if joint[: len(bare)] == bare:
-            return joint[len(bare) :]
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from calm_fast import ops
 from calm_fast._ops.maj_at_k.api import vote_credit
 from calm_fast.consistency.answers.gold import answer_text
 from calm_fast.consistency.answers.grouping import Groups
 from calm_fast.consistency.voting.samples import check_row
+from calm_fast.consistency.voting.weights import score_matrix, vote_weights
 from calm_fast.core.checks import bad_type
 
 _CALLER = "SelfConsistency"
@@ -70,20 +69,25 @@ class Question:
     scores: list[float | None] | None
 
 
-def score_matrix(rows: Sequence[Sequence[float | None] | None], width: int) -> torch.Tensor:
-    """Return (Q, width) float64 scores of Q questions; NaN where a sample has none."""
-    scores = torch.full((len(rows), width), math.nan, dtype=torch.float64)
-    for q, row in enumerate(rows):
-        values = [math.nan if value is None else value for value in row or ()]
-        scores[q, : len(values)] = torch.tensor(values, dtype=torch.float64)
-    return scores
-
-
 def vote_results(
-    items: Sequence[Question], groups: Groups, gold: Sequence[str | None], rule: str, lam: float
+    items: Sequence[Question],
+    groups: Groups,
+    gold: Sequence[str | None],
+    rule: str,
+    lam: float,
+    scores_are: str = "weights",
 ) -> list[SelfConsistencyResult]:
-    """Return the vote over each question's samples; groups: the result of `group_answers` on their answers and gold."""
+    """Return the vote over each question's samples; groups: the result of `group_answers` on their answers and gold.
+
+    scores_are: see `vote_weights`.
+    """
     scores = score_matrix([item.scores for item in items], groups.answers.shape[1])
+    if rule != "count":
+        hint = "log-probabilities in rows are counted with scores_are='log', and a ranker must return their exp"
+        scores = vote_weights(
+            scores, groups.valid, [item.index for item in items], rule=rule, lam=lam, scores_are=scores_are,
+            where=_CALLER, hint=hint,
+        )  # fmt: skip
     votes = ops.vote(groups.answers, scores, valid=groups.valid, rule=rule, lam=lam)
     credit = vote_credit(groups.answers, groups.correct, scores, valid=groups.valid, rule=rule, lam=lam)
     results = []

@@ -1,4 +1,4 @@
-"""Files of sampled rationales: JSONL, plain or gzipped, one question per line."""
+"""Files of sampled rationales: questions with their samples, whatever tool wrote them."""
 
 from __future__ import annotations
 
@@ -7,56 +7,111 @@ import io
 import json
 import math
 import os
-import zlib
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from calm_fast.consistency.answers.gold import answer_text
+from calm_fast.consistency.voting.formats import NOT_TEXT, Fields, Sampled, group, is_native, read_record
+from calm_fast.consistency.voting.records import read_records
 from calm_fast.core.files import atomic_path
-
-_GZIP = b"\x1f\x8b"
 
 
 def read_rows(
-    file: str | os.PathLike[str], limit: int | None = None, *, scores: str | None = None, need_answer: bool = True
+    file: str | os.PathLike[str],
+    limit: int | None = None,
+    *,
+    scores: str | None = None,
+    need_answer: bool = True,
+    fields: Fields | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the rows of a JSONL file: question (str), answer (str), generated_answer (list of str), and other fields.
+    """Return the rows of a file: question (str), answer (str), generated_answer (list of str), and other fields.
 
-    An answer that is a JSON number becomes its decimal text.
+    An answer that is a JSON number becomes its decimal text. Rows of other tools are recognised by their content, and
+    those with one sample each are grouped by question; see docs/consistency.md. A sample that is not text becomes an
+    empty text, with one warning for the file.
 
     Args:
-        file: plain or gzipped. limit: most rows to read.
+        file: JSON lines, a JSON array, parquet, arrow or a folder of a saved dataset; plain, gzip, bzip2, xz or zstd.
+        limit: most questions to return.
         scores: name of a field that every row must have, with a number or null for each sample.
         need_answer: False also accepts rows without `answer`, or with null.
+        fields: names of the fields where they are not recognised.
     Raises:
         ValueError: the file is empty, damaged or not UTF-8, or a line is not such a row; the message names the line and
-            the field.
+            the field. ImportError: a package for the file's format is not installed.
     """
     name = Path(file).name
-    with open(file, "rb") as raw:
-        packed = raw.read(2) == _GZIP
+    fields = fields or Fields()
+    not_text = 0
     rows: list[dict[str, Any]] = []
-    number = 0
-    try:
-        with gzip.open(file) if packed else open(file, "rb") as stream:
-            # utf-8-sig: some editors write a byte order mark
-            for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8-sig"), 1):
-                if limit is not None and len(rows) >= limit:
-                    break
-                if line.strip():
-                    rows.append(_parse_row(line, f"{name}, line {number}", scores, need_answer))
-    except UnicodeDecodeError as problem:
-        raise ValueError(
-            f"{name}, after line {number}: the text must be UTF-8, got other bytes ({problem.reason})"
-        ) from problem
-    except (EOFError, gzip.BadGzipFile, zlib.error) as problem:
-        raise ValueError(
-            f"{name}, after line {number}: the file must be complete gzip, got a damaged one ({problem})"
-        ) from problem
-    if not rows and limit != 0:
+    if limit == 0:
+        return rows
+    for row, missing in _rows(file, fields, scores, need_answer):
+        rows.append(row)
+        not_text += missing
+        if limit is not None and len(rows) >= limit:
+            break
+    if not rows:
         raise ValueError(f"{name}: the file must have at least one row, got none")
+    if not_text:
+        warnings.warn(f"{name}: {not_text} samples are not text and count as samples without an answer", stacklevel=2)
     return rows
+
+
+def _rows(
+    file: str | os.PathLike[str], fields: Fields, scores: str | None, need_answer: bool
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield checked rows and the number of their samples that are not text."""
+    waiting: list[tuple[str, Sampled]] = []
+    # a field of scores that the caller names is looked for in other tools' rows too
+    wanted = fields if fields.scores or scores in (None, "scores") else replace(fields, scores=scores)
+    for place, record in read_records(file):
+        found = None if is_native(record) and not fields.any() else _other_row(record, wanted, place)
+        if found is None:
+            row, missing = _native(record)
+            yield _checked(row, place, scores, need_answer), missing
+        elif found.single:
+            waiting.append((place, found))
+        else:
+            yield _checked(_as_row(found, scores), place, scores, need_answer), found.not_text
+    for place, found in group(waiting):
+        yield _checked(_as_row(found, scores), place, scores, need_answer), found.not_text
+
+
+def _other_row(record: Any, fields: Fields, place: str) -> Sampled | None:
+    if not isinstance(record, Mapping):
+        return None
+    try:
+        found = read_record(record, fields)
+    except RecursionError:
+        raise ValueError(f"{place}: a row must be nested less deeply, got too many levels") from None
+    if found is None and (fields.question or fields.samples):
+        given = ", ".join(name for name in (fields.question, fields.samples) if name)
+        raise ValueError(f"{place}: a row must have the fields {given} and a question, got {', '.join(record)}")
+    return found
+
+
+def _native(record: Any) -> tuple[Any, int]:
+    """Return a row of our own form, with empty text for samples that are not text."""
+    samples = record.get("generated_answer") if isinstance(record, Mapping) else None
+    if not isinstance(samples, list) or all(isinstance(sample, str) for sample in samples):
+        return record, 0
+    texts = [answer_text(sample) if isinstance(sample, str) or _finite_number(sample) else None for sample in samples]
+    missing = texts.count(None)
+    return {**record, "generated_answer": [NOT_TEXT if text is None else text for text in texts]}, missing
+
+
+def _as_row(found: Sampled, scores: str | None) -> dict[str, Any]:
+    row = {"question": found.question, "answer": found.answer, "generated_answer": found.samples}
+    return row if found.scores is None else {**row, scores or "scores": found.scores}
+
+
+def _checked(row: Any, place: str, scores: str | None, need_answer: bool) -> dict[str, Any]:
+    check_row(row, place, scores, need_answer)
+    return {**row, "answer": answer_text(row["answer"])} if "answer" in row else dict(row)
 
 
 def write_rows(file: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -70,15 +125,6 @@ def write_rows(file: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) 
 def _gzip_stream(raw: io.BufferedWriter) -> gzip.GzipFile:
     # mtime=0: the same rows give the same bytes
     return gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0)
-
-
-def _parse_row(line: str, where: str, scores: str | None, need_answer: bool) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as problem:
-        raise ValueError(f"{where}: a row must be JSON, got something else ({problem})") from problem
-    check_row(row, where, scores, need_answer)
-    return {**row, "answer": answer_text(row["answer"])} if "answer" in row else row
 
 
 def check_row(row: Any, where: str, scores: str | None = None, need_answer: bool = True) -> None:
