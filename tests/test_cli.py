@@ -16,7 +16,7 @@ import calm_fast
 from calm_fast import env_report
 from calm_fast.cli import app
 
-COMMANDS = ("demo", "verify", "bench", "vote", "env")
+COMMANDS = ("demo", "compose", "generate", "eval", "verify", "bench", "vote", "answers", "env")
 
 
 def invoke(*args):
@@ -52,9 +52,14 @@ def test_version():
         (["demo", "--seed", "one"], "--seed"),
         (["demo", "--seed", "-1"], "--seed"),
         (["demo", "extra"], "extra"),
+        (["demo", "--seeds", "0,1"], "--seeds"),
+        (["demo", "--small"], "--small"),
+        (["demo", "--ablations", "--seed", "1"], "--seed"),
+        (["demo", "--ablations", "--seeds", "0;1"], "0;1"),
         (["bench", "--suite", "huge"], "--suite"),
         (["bench", "--op", "attention"], "attention"),
         (["bench", "--memory", "mine"], "--memory"),
+        (["bench", "--lane", "avx1"], "--lane"),
         (["env", "--yaml"], "--yaml"),
     ],
 )
@@ -78,7 +83,7 @@ def test_out_that_cannot_be_written_is_refused_before_the_work(command, tmp_path
     def refuse(**where):
         raise PermissionError(13, "Permission denied", str(where["dir"]))
 
-    monkeypatch.setattr("calm_fast.cli.tempfile.TemporaryFile", refuse)  # root can write everywhere
+    monkeypatch.setattr("calm_fast.cli.common.tempfile.TemporaryFile", refuse)  # root can write everywhere
     result = invoke(command, "--out", str(tmp_path))
     assert (
         result.exit_code == 2 and "--out: cannot write into" in result.output and "Permission denied" in result.output
@@ -122,16 +127,33 @@ def test_demo_passes_its_options_on(monkeypatch, tmp_path):
     assert seen == [(tmp_path / "a" / "b", 7)] and seen[0][0].is_dir()
 
 
+def test_demo_passes_the_options_of_its_ablations_on(monkeypatch, tmp_path):
+    from calm_fast.experiments.key_value_arithmetic import Recipe, ablations
+
+    seen = []
+    monkeypatch.setattr(ablations, "run", lambda out, seeds, names, *, recipe: seen.append((out, seeds, names, recipe)))
+    args = ["demo", "--ablations", "--out", str(tmp_path / "a")]
+    assert invoke(*args).exit_code == 0
+    assert invoke(*args, "--seeds", "4,2", "--variants", "standard, lora", "--steps", "7").exit_code == 0
+    assert invoke(*args, "--small").exit_code == 0
+    plain, chosen, small = seen
+    assert plain == (tmp_path / "a" / "ablations", (0, 1, 2), None, Recipe())
+    assert chosen[:3] == (tmp_path / "a" / "ablations", (4, 2), ["standard", "lora"])
+    assert chosen[3].composition.steps == 7 and chosen[3].a == Recipe().a
+    assert small[3] == ablations.SMALL != Recipe()
+
+
 @pytest.mark.parametrize("code", [0, 1])
 def test_bench_passes_its_options_and_exit_code_on(code, monkeypatch, tmp_path):
     from calm_fast.benchmarks import run
 
     seen = []
     monkeypatch.setattr(run, "main", lambda argv: seen.append(argv) or code)
-    args = ["--suite", "full", "--op", "cross_attention", "--op", "vote", "--memory", "system", "--out", str(tmp_path)]
-    assert invoke("bench", *args).exit_code == code
     ops = ["--op", "cross_attention", "--op", "vote"]
-    assert seen == [["--suite", "full", "--out", str(tmp_path), *ops, "--memory", "system"]]
+    memory, lane = ["--memory", "system"], ["--lane", "avx2"]
+    args = ["--suite", "full", *ops, *memory, *lane, "--out", str(tmp_path)]
+    assert invoke("bench", *args).exit_code == code
+    assert seen == [["--suite", "full", "--out", str(tmp_path), *lane, *ops, *memory]]
     run.parser().parse_args(seen[0])  # the options exist
 
 

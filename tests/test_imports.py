@@ -19,7 +19,7 @@ MODULES = ("modules", *OPS)
 HF = ("hf", *MODULES)
 CONSISTENCY = ("consistency", *HF)
 NAT = ("nat", *CONSISTENCY)
-DOORS = ("experiments", "verify", "benchmarks", "env_report", "cli", *NAT)
+DOORS = ("experiments", "verify", "benchmarks", "env_report", "cli", "composing", *NAT)
 USERS = ("experiments", "benchmarks", "cli")  # they may `import calm_fast` as anybody else does
 FLOORS: dict[str, tuple[str, ...]] = {
     "_version": (),
@@ -32,6 +32,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "hf": MODULES,
     "consistency": HF,
     "nat": CONSISTENCY,
+    "composing": CONSISTENCY,
     "env_report": OPS,
     "experiments": DOORS,
     "verify": DOORS,

@@ -43,3 +43,21 @@ def write_text(file: str | os.PathLike[str], text: str) -> None:
 def write_json(file: str | os.PathLike[str], content: Any, indent: int = 1) -> None:
     """Write `content` as JSON with a final newline, atomically."""
     write_text(file, json.dumps(content, indent=indent) + "\n")
+
+
+def claim(file: Path, identity: dict[str, Any], what: str, where: str) -> None:
+    """Mark the folder of `file` as that of the run with this identity.
+
+    what: the words for such a run in the error. where: the function and the argument that the error names.
+    Raises ValueError if the folder belongs to another run.
+    """
+    identity = json.loads(json.dumps(identity))
+    if not file.is_file():
+        write_json(file, identity)
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    changed = [key for key in identity if kept.get(key) != identity[key]]
+    if changed:
+        raise ValueError(
+            f"{where} must be a new folder or that of the same run, got {file.parent}, which holds {what} with "
+            f"other {', '.join(changed)}; choose another folder"
+        )

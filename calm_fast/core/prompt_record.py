@@ -13,7 +13,9 @@ from calm_fast.core.checks import bad_value
 from calm_fast.core.files import write_json
 
 PROMPT_FILE = "prompt.json"
-FORMAT_VERSION = 1
+# 2 has a system turn or variables of the chat template, which earlier releases would leave out
+FORMAT_VERSIONS = (1, 2)
+_SINCE_2 = {"system", "chat_template_kwargs"}
 _ATTRIBUTE = "calm_fast_prompt"
 
 
@@ -35,7 +37,7 @@ def write_prompt_record(model: nn.Module, folder: str | os.PathLike[str]) -> Non
     if record is None:
         file.unlink(missing_ok=True)
     else:
-        write_json(file, {"format_version": FORMAT_VERSION, **record})
+        write_json(file, {"format_version": 2 if _SINCE_2 & record.keys() else 1, **record})
 
 
 def read_prompt_record(folder: str | os.PathLike[str], where: str, name: str) -> dict[str, Any] | None:
@@ -52,7 +54,7 @@ def read_prompt_record(folder: str | os.PathLike[str], where: str, name: str) ->
         version = content.pop("format_version")
     except (ValueError, KeyError, AttributeError, TypeError) as problem:
         raise bad_value(where, name, f"a folder whose {PROMPT_FILE} can be read", f"{file}: {problem}") from problem
-    if version != FORMAT_VERSION:
-        expected = f"a folder whose {PROMPT_FILE} has format version {FORMAT_VERSION}"
+    if version not in FORMAT_VERSIONS:
+        expected = f"a folder whose {PROMPT_FILE} has format version {' or '.join(map(str, FORMAT_VERSIONS))}"
         raise bad_value(where, name, expected, f"{version!r}; a newer calm_fast may read it")
     return dict(content)

@@ -26,6 +26,24 @@ def check_token_ids(where: str, name: str, ids: Sequence[int], model: nn.Module)
         )
 
 
+def begin_token(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """Return the token that `tokenizer` puts before every text if `ids` begin with it, else an empty list."""
+    names = ("bos_token_id", "cls_token_id")
+    begins = {getattr(tokenizer, name, None) for name in names} - {None}
+    return [ids[0]] if ids and ids[0] in begins else []
+
+
+def last_tokens(tokenizer: Any, ids: Sequence[int], length: int) -> list[int]:
+    """Return the end of a text, at most `length` ids, behind the token that begins every text, if there is one.
+
+    Generation always has that token, and some models predict poorly without it.
+    """
+    if len(ids) <= length:
+        return list(ids)
+    begin = begin_token(tokenizer, ids)[:length]
+    return begin + list(ids[len(ids) - length + len(begin) :])
+
+
 def padding_id(tokenizer: Any, model: nn.Module | None = None, ends: Sequence[int] = ()) -> int:
     """Return an id to pad with: the tokenizer's, else the first of `ends`, its end token, or 0, that `model` embeds.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import os
 import platform
 import random
@@ -30,9 +29,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from calm_fast import nat
 from calm_fast._version import versions
-from calm_fast.consistency.answers.equality import equivalent, extract_answer
+from calm_fast.consistency.answers.equality import equivalent
+from calm_fast.consistency.answers.extraction import extract_answer
 from calm_fast.core.files import write_json
 from calm_fast.core.progress import progress_bar
+from calm_fast.experiments.intervals import interval
 from calm_fast.hf.dual_lora import get_gates, record_gates
 from calm_fast.hf.dual_lora_files import save_lora_adapter
 from calm_fast.modules.fixed_weights import fixed_weights
@@ -211,31 +212,6 @@ def run_seed(recipe: Recipe, seed: int) -> dict[str, Any]:
         "gates": gates,
         "examples": {"right": len(right), "wrong": len(wrong)},
     }
-
-
-def t_quantile(df: int, level: float = 0.975) -> float:
-    """Return a quantile of Student's t, by bisection on Simpson's integral of its density."""
-    log_scale = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
-
-    def above_half(x: float, cells: int = 2000) -> float:
-        step = x / cells
-        heights = [math.exp(log_scale - (df + 1) / 2 * math.log1p((i * step) ** 2 / df)) for i in range(cells + 1)]
-        return step / 3 * (heights[0] + heights[-1] + 4 * sum(heights[1:-1:2]) + 2 * sum(heights[2:-1:2]))
-
-    low, high = 0.0, 100.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if above_half(middle) < level - 0.5 else (low, middle)
-    return low
-
-
-def interval(values: Sequence[float]) -> dict[str, float | None]:
-    """Return mean and 95 % t-interval over seeds; the bounds are None for a single seed."""
-    mean, count = sum(values) / len(values), len(values)
-    if count < 2:
-        return {"mean": mean, "low": None, "high": None}
-    half = t_quantile(count - 1) * math.sqrt(sum((v - mean) ** 2 for v in values) / (count - 1) / count)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def summarise(recipe: Recipe, seeds: Sequence[int], runs: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:

@@ -6,6 +6,9 @@ names of causal language models.
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from calm_fast.core.compatibility import importing
 
 with importing("transformers"):
@@ -19,6 +22,10 @@ with importing("transformers"):
     from calm_fast.hf.connections import resolve_connections
     from calm_fast.hf.layers import find_layers
 
+if TYPE_CHECKING:
+    from calm_fast.hf.alignment import AlignedCollator as AlignedCollator
+    from calm_fast.hf.alignment import StreamAligner as StreamAligner
+
 AutoConfig.register(ComposedConfig.model_type, ComposedConfig, exist_ok=True)
 AutoModelForCausalLM.register(ComposedConfig, ComposedForCausalLM, exist_ok=True)
 # register() leaves out the table of names by which Trainer decides to shift labels under label smoothing, and by which
@@ -27,10 +34,18 @@ AutoModelForCausalLM.register(ComposedConfig, ComposedForCausalLM, exist_ok=True
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ComposedConfig.model_type] = ComposedForCausalLM.__name__
 
 __all__ = [
+    "AlignedCollator",
     "ComposedCache",
     "ComposedConfig",
     "ComposedForCausalLM",
+    "StreamAligner",
     "compose",
     "find_layers",
     "resolve_connections",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("AlignedCollator", "StreamAligner"):
+        return getattr(importlib.import_module("calm_fast.hf.alignment"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

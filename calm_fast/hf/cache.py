@@ -13,9 +13,14 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicCache,
-    DynamicLayer,
     LinearAttentionCacheLayerMixin,
+    StaticCache,
 )
+
+from calm_fast.core.checks import bad_value
+from calm_fast.hf.aligned_text import AlignedText
+from calm_fast.hf.cross_cache import CrossLayer, FixedCrossLayer
+from calm_fast.hf.own_text import Move, OwnText, cannot_move, keep_whole_text, move_layers
 
 # attribute of a user's cache object: the ComposedCache around it
 AROUND = "_calm_fast_composed_cache"
@@ -43,14 +48,16 @@ def is_empty(cache: Cache) -> bool:
     return True
 
 
-def cache_of_first_layers(config: PreTrainedConfig, depth: int) -> DynamicCache:
+def cache_of_first_layers(config: PreTrainedConfig, depth: int, fixed: int = 0) -> Cache:
     """Return an empty cache for a decoder that runs only its first `depth` layers.
+
+    fixed: the number of tokens of a static cache; 0 makes one that grows.
 
     A layer that never runs stays empty, and a hybrid of attention and recurrent layers may ask it how many tokens it
     has seen, so those layers are dropped. If the first `depth` layers hold no attention layer, the next one is kept,
     because transformers asks an attention layer for the length.
     """
-    cache = DynamicCache(config=config)
+    cache = StaticCache(config=config, max_cache_len=fixed) if fixed else DynamicCache(config=config)
     rest, cache.layers = cache.layers[depth:], cache.layers[:depth]
     if not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
         cache.layers += [layer for layer in rest if isinstance(layer, CacheLayerMixin)][:1]
@@ -60,23 +67,41 @@ def cache_of_first_layers(config: PreTrainedConfig, depth: int) -> DynamicCache:
 class ComposedCache(Cache):
     """One transformers Cache around the caches of all parts.
 
-    ``layers`` is computed on every access: the anchor's layers, each augmenter's layers, and one DynamicLayer per
-    connection with its keys and values (B, Hkv, N, D). The inherited reorder_cache, crop, reset and batch operations
-    iterate over ``layers``, so beam search and num_return_sequences reorder all parts together. Lengths and mask
-    sizes are the anchor's. The cache reports that it cannot be compiled, which makes transformers pass
-    two-dimensional attention masks on to the parts.
+    ``layers`` is computed on every access: the anchor's layers, each augmenter's layers, one CrossLayer per connection
+    with its keys and values (B, Hkv, N, D), the OwnText of every augmenter that reads tokens of its own (``own``), and
+    the AlignedText of each augmenter with another tokenizer (``texts``, None for the others). The inherited
+    reorder_cache, crop, reset and batch operations iterate over ``layers``, so beam search and num_return_sequences
+    reorder all parts together. Lengths and mask sizes are the anchor's. The cache reports that it cannot be compiled,
+    which makes transformers pass two-dimensional attention masks on to the parts.
 
     owner: name of the composition that fills the cache; no other may continue it. One thread uses a cache at a time.
+    readers: the augmenter of every connection (default, 0). fixed: if not 0, the most tokens that it holds: the
+    connections' keys have buffers of this size, and a step without a mask reads no count on the host.
     """
 
-    def __init__(self, anchor: Cache, augmenters: Sequence[Cache], connections: int, owner: str = "") -> None:
+    def __init__(
+        self,
+        anchor: Cache,
+        augmenters: Sequence[Cache],
+        connections: int,
+        owner: str = "",
+        readers: Sequence[int] | None = None,
+        fixed: int = 0,
+    ) -> None:
         # Cache.__init__ would assign `layers`, which is a property here
         self.anchor = anchor
         self.augmenters = list(augmenters)
-        self.cross = [DynamicLayer() for _ in range(connections)]
-        # what later calls must say again: that rows have padding, and which augmenters read tokens of their own
-        self.padded = False
-        self.own_tokens: set[int] = set()
+        self.fixed, self.begun = fixed, False
+        layers = (FixedCrossLayer(fixed) if fixed else CrossLayer() for _ in range(connections))
+        self.cross: list[Any] = [*layers]
+        self.readers = [0] * connections if readers is None else list(readers)
+        # the text of every augmenter that reads tokens of its own, and the number of the anchor's tokens
+        self.own: dict[int, OwnText] = {}
+        self.texts: list[AlignedText | None] = [None] * len(self.augmenters)
+        self.seen = 0  # -1 where a compiled or captured step counted on its device only
+        # later calls must say again that rows have padding (a bool scalar on its device where it was not read)
+        self.padded: bool | torch.Tensor = False
+        self.all_real = False  # True while generate extends a mask without padding, which it need not pass on
         self.layer_class_to_replicate = None
         self.offloading = False
         self.owner = owner
@@ -88,7 +113,7 @@ class ComposedCache(Cache):
         parts = [*self.anchor.layers]
         for cache in self.augmenters:
             parts.extend(cache.layers)
-        return [*parts, *self.cross]
+        return [*parts, *self.cross, *self.own.values(), *(text for text in self.texts if text is not None)]
 
     def __repr__(self) -> str:
         return f"ComposedCache(anchor={self.anchor!r}, augmenters={self.augmenters!r}, cross={len(self.cross)})"
@@ -96,10 +121,6 @@ class ComposedCache(Cache):
     def _anchor_length(self) -> Any:
         own = next((layer for layer in self.anchor.layers if isinstance(layer, CacheLayerMixin)), None)
         return None if own is None else own.get_seq_length()
-
-    def counts_tokens(self) -> bool:
-        """Return True if the anchor's cache itself knows the number of its tokens, as an int."""
-        return isinstance(self._anchor_length(), int)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"user": {}}
@@ -123,14 +144,54 @@ class ComposedCache(Cache):
         """Let other threads use the cache."""
         self.user.pop("thread", None)
 
+    def expect(self, tokens: int) -> None:
+        """Limit the buffers of the connections: the text will have at most `tokens` tokens."""
+        for layer in self.cross:
+            if isinstance(layer, CrossLayer):
+                layer.most = tokens
+
+    def end_generation(self) -> None:
+        """Forget what holds only while generate runs."""
+        self.all_real = False
+        for text in self.texts:
+            if text is not None:
+                text.stops = frozenset()
+
     def in_step(self) -> bool:
-        """Return True if every connection holds as many keys as the anchor has seen tokens."""
-        return all(layer.get_seq_length() == int(self.get_seq_length()) for layer in self.cross)
+        """Return True if every part holds as many tokens as the composition has given it."""
+        anchor = self._anchor_length()
+        seen = self.get_seq_length()
+        if isinstance(anchor, int) and anchor != seen:
+            return False
+        lengths = {i: text.width for i, text in self.own.items()}
+        held = zip(self.readers, self.cross, strict=True)
+        return all(layer.get_seq_length() == lengths.get(reader, seen) for reader, layer in held)
+
+    def own_layers(self, index: int) -> list[Any]:
+        """Return the layers that hold the tokens of augmenter `index`: its cache's and its connections'."""
+        cross = (layer for reader, layer in zip(self.readers, self.cross, strict=True) if reader == index)
+        return [*self.augmenters[index].layers, *cross]
+
+    def fixed_rows(self, index: int, name: str) -> str:
+        """Return why the tokens of augmenter `index`, a `name`, cannot move in the cache, or ""."""
+        return cannot_move(self.augmenters[index].layers, name)
+
+    def begin_step(self, index: int, text: OwnText, move: Move | None) -> None:
+        """Make room for new tokens of augmenter `index`: its own text becomes `text`, after its cached tokens moved."""
+        if index not in self.own:
+            if self.fixed:
+                expected = "None with a cache of a fixed size"
+                raise bad_value("ComposedForCausalLM", "augmenter_input_ids", expected, "a value. Pass a new cache")
+            keep_whole_text(self.augmenters[index].layers)
+        self.own[index] = text
+        if move is not None:
+            move_layers(self.own_layers(index), move)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Remove the last tokens from every part, with the arguments of the installed transformers' Cache.crop.
 
-        Raises ValueError if an augmenter read tokens of its own: then no one number of tokens fits all parts.
+        An augmenter with tokens of its own loses those that it got for the tokens removed. Raises ValueError if that is
+        not known, because the caller gave its tokens, or if its cache cannot go back.
         """
         if not self.in_step():
             lengths = ", ".join(str(layer.get_seq_length()) for layer in self.cross)
@@ -138,14 +199,36 @@ class ComposedCache(Cache):
                 f"ComposedCache.crop: every part must hold the same tokens, got {int(self.get_seq_length())} of the "
                 f"anchor and {lengths} of the connections; start a new cache"
             )
-        super().crop(*args, **kwargs)
+        # transformers calls its argument by several names: tokens to remove, or before 5.24 also tokens to keep
+        number = int(args[0] if args else next(iter(kwargs.values())))
+        seen = self.get_seq_length()
+        kept = min(seen, number) if number > 0 else max(0, seen + number)
+        shorter = {index: text.without_last(self._lost(index, kept)) for index, text in self.own.items()}
+        own = {id(layer) for index in self.own for layer in (*self.own_layers(index), self.own[index])}
+        for layer in self.layers:
+            if id(layer) not in own:
+                layer.crop(*args, **kwargs)
+        for index, (text, move) in shorter.items():
+            self.begin_step(index, text, move)
+        self.seen, self.begun = kept, kept > 0
+
+    def _lost(self, index: int, kept: int) -> list[int]:
+        """Return for every row how many own tokens of augmenter `index` came after the anchor's first `kept` tokens."""
+        text = self.texts[index]
+        if text is None:
+            raise ValueError(
+                f"ComposedCache.crop: augmenter {index} must read the anchor's tokens, got tokens of its own, and it "
+                "is not known which of them to remove; start a new cache"
+            )
+        lost = [now - then for now, then in zip(text.counts(), text.counts(kept), strict=True)]
+        if any(lost) and (why := self.fixed_rows(index, f"augmenter {index}")):
+            raise ValueError(f"ComposedCache.crop: every part must be able to go back, got one that is not: {why}")
+        return lost
 
     def reset(self) -> None:
         """Empty the caches of all parts."""
         super().reset()
-        # releases before 5.24 zero a growing layer in place, which keeps its length
-        self.cross = [DynamicLayer() for _ in self.cross]
-        self.padded, self.own_tokens = False, set()
+        self.padded, self.own, self.seen, self.begun = False, {}, 0, False
         if not all(map(is_empty, (self.anchor, *self.augmenters))):
             raise ValueError(
                 "ComposedCache.reset: the parts must be empty afterwards, got caches that transformers' own reset "
@@ -160,9 +243,29 @@ class ComposedCache(Cache):
         if layer_idx != 0:
             return self.anchor.get_seq_length(layer_idx)
         length = self._anchor_length()
-        # A static layer counts in a tensor and a recurrent one does not count. Without augmenter tokens of its own
-        # the first connection has cached one key per anchor token.
-        return length if isinstance(length, int) else self.cross[0].get_seq_length()
+        # A static layer counts in a tensor and a recurrent one does not count.
+        if isinstance(length, int):
+            return length
+        if self.seen < 0:
+            self.seen = int(self.cross[0].get_seq_length())
+        return self.seen
+
+    def before(self, masked: bool) -> int:
+        """Return the number of anchor tokens so far; only whether there are any if `fixed` and nothing is `masked`.
+
+        A graph of a step then knows no count that the next step would change.
+        """
+        return self.get_seq_length() if masked or not self.fixed else int(self.begun)
+
+    def count(self, new: int) -> None:
+        """Note that the anchor has read `new` more tokens."""
+        if not self.fixed:
+            self.seen = self.get_seq_length() if isinstance(self._anchor_length(), int) else self.seen + new
+        elif torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            self.seen = -1
+        elif self.seen >= 0:
+            self.seen += new
+        self.begun = True
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return self.anchor.get_max_length(layer_idx)

@@ -9,17 +9,20 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from calm_fast.core.checks import bad_value, check_bool, describe
-from calm_fast.hf.causality import check_parts_causal
+from calm_fast.hf.alignment import StreamAligner
+from calm_fast.hf.causality import check_parts
 from calm_fast.hf.composed import ComposedForCausalLM
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.connections import resolve_connections
 from calm_fast.hf.inputs import Signature
 from calm_fast.hf.layers import find_layers, hidden_size
 from calm_fast.hf.references import StrPath, commit, load_errors_named, reference
-from calm_fast.hf.vocabularies import check_embedded, check_same_ids
+from calm_fast.hf.vocabularies import Difference, announce, check_embedded, find_differences, known_tokenizers
 
+logger = logging.get_logger(__name__)
 Model = PreTrainedModel | StrPath
 
 
@@ -29,6 +32,9 @@ def _load(name: str, model: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_pretrained(os.fspath(model), **kwargs)
     if not isinstance(model, PreTrainedModel):
         raise bad_value("compose", name, "a transformers model or a path", type(model).__name__)
+    if isinstance(model, ComposedForCausalLM):
+        expected = "a model that is no composition"
+        raise bad_value("compose", name, expected, f"a {type(model).__name__}. Give one anchor several augmenters")
     return model
 
 
@@ -53,19 +59,70 @@ def _check_options(vocab_size: Any, model_kwargs: Any) -> None:
 def _anchor_heads(anchor: PreTrainedModel, head_dim: Any) -> int:
     """Return the anchor's number of attention heads; for one without attention (Mamba), its width // `head_dim`.
 
-    head_dim: by default 64, the usual width of a head.
+    head_dim: by default the greatest divisor of the width from 16 to 64, the usual width of a head.
     """
-    heads = getattr(anchor.config.get_text_config(decoder=True), "num_attention_heads", None)
+    heads: Any
+    try:
+        heads = getattr(anchor.config.get_text_config(decoder=True), "num_attention_heads", None)
+    except RuntimeError:  # of transformers, for a setting that varies across layers
+        heads = "several"
     if isinstance(heads, int):
         return heads
-    width, wanted = hidden_size(anchor), 64 if head_dim is None else head_dim
-    if heads is None and isinstance(wanted, int) and wanted > 0 and width % wanted == 0:
-        return width // wanted
-    expected = (
-        f"given for an anchor without one number of attention heads whose width {width} is no multiple of {wanted} "
-        f"({type(anchor).__name__})"
-    )
+    width, name = hidden_size(anchor), type(anchor).__name__
+    if heads is not None:
+        expected = f"given for {name}, whose layers do not have one number of attention heads"
+        raise bad_value("compose", "num_heads", expected, "None")
+    wanted = range(64, 15, -1) if head_dim is None else [head_dim]
+    for dim in wanted:
+        if isinstance(dim, int) and dim > 0 and width % dim == 0:
+            return width // dim
+    sizes = "16 to 64" if head_dim is None else head_dim
+    expected = f"given for {name}, which has no attention heads and whose width {width} is no multiple of {sizes}"
     raise bad_value("compose", "num_heads", expected, "None")
+
+
+def _alignment_settings(alignment: Any, count: int, same_ids: bool) -> list[Mapping[str, Any] | None]:
+    """Return the settings of every augmenter's aligner, None for the defaults."""
+    expected = f"None, a dict of commit, special and max_lag, or a list with a dict or None per augmenter ({count})"
+    settings = list(alignment) if isinstance(alignment, (list, tuple)) else [alignment] * count
+    if len(settings) != count or any(one is not None and not isinstance(one, Mapping) for one in settings):
+        raise bad_value("compose", "alignment", expected, describe(alignment))
+    if same_ids and any(one is not None for one in settings):
+        raise bad_value("compose", "alignment", "None with same_ids=True, which reads the ids as they are", "settings")
+    return settings
+
+
+def _aligners(
+    models: list[PreTrainedModel],
+    differences: list[Difference | None],
+    settings: list[Mapping[str, Any] | None],
+    known: list[Any],
+) -> list[StreamAligner | None]:
+    """Return an aligner for every augmenter whose tokenizer differs; put the loaded tokenizers into `known`."""
+    aligners: list[StreamAligner | None] = []
+    for index, (model, difference, own) in enumerate(zip(models, differences, settings, strict=True)):
+        label = f"augmenter {index} ({type(model).__name__})"
+        if difference is None:
+            if own is not None and (known[0] is None or known[index + 1] is None):
+                expected = f"given for the anchor and {label}, because `alignment` has settings for it"
+                raise bad_value("compose", "tokenizers", expected, "none that is known")
+            aligners.append(None)
+            continue
+        known[0], known[index + 1] = difference.anchor, difference.augmenter
+        try:
+            aligners.append(StreamAligner.from_settings(difference.anchor, difference.augmenter, own or {}))
+        except (TypeError, ValueError) as problem:
+            if "_tokenizer`" not in str(problem):
+                raise bad_value(
+                    "compose", "alignment", "settings of an aligner", f"for {label}: {problem}"
+                ) from problem
+            expected = "the same for every part, or such that can be aligned"
+            do = "Take another model, or pass same_ids=True if the ids mean the same to both"
+            got = f"for {label} one that {difference}; {problem}. {do}"
+            raise bad_value("compose", "tokenizers", expected, got) from problem
+        announce(label, difference)
+        logger.info(f"compose: the tokenizer of {label} {difference}, so it reads the text through an aligner.")
+    return aligners
 
 
 def compose(
@@ -86,48 +143,55 @@ def compose(
     vocab_size: int | None = None,
     tokenizers: Any = None,
     same_ids: bool = False,
-    check_causal: bool = True,
+    alignment: Any = None,
+    probe: bool = True,
     model_kwargs: dict[str, Any] | None = None,
 ) -> ComposedForCausalLM:
-    """Compose a frozen anchor with one or more frozen augmenters that share its tokenizer.
+    """Compose a frozen anchor with one or more frozen augmenters.
 
     After anchor layer b of each connection (a, b):
 
         H_B <- H_B + W_o Attention(W_q n(H_B), W_k P(H_A), W_v P(H_A))
 
-    W_o starts at zero: until it is trained, the composed model is the anchor, bit for bit.
+    W_o starts at zero: until it is trained, the composed model is the anchor, bit for bit. An augmenter whose tokenizer
+    differs from the anchor's reads the same text in its own tokens, through a `StreamAligner`.
 
     Args:
         anchor, augmenters: loaded models or paths. The models are shared, not copied; they are put into eval mode and
             get requires_grad False.
         connections: "uniform:n" or [(a, b), ...] for every augmenter, or a list with one of these per augmenter. -1 is
             the embedding output (the hidden state that enters layer 0) on either side.
-        num_heads: default, the anchor's; for one without attention heads, its width // head_dim (64 if None).
+        num_heads: default, the anchor's; for one without attention heads, its width // head_dim (by default the
+            greatest divisor from 16 to 64).
         head_dim: default, anchor width // num_heads.
         num_kv_heads: default, num_heads.
         pre_norm, post_norm, bias, proj: see `CrossAttention`.
         dtype: of the composition tensors; default float32 (float64 over a float64 anchor), because an optimizer's small
             steps vanish in bfloat16. They compute in the dtype of the anchor's states, or in autocast's.
-        anchor_layers, augmenter_layers: dotted paths of the decoder layers, for models where `find_layers` needs them.
+        anchor_layers, augmenter_layers: dotted paths of the decoder layers, where `find_layers` does not find one list.
         vocab_size: number of token ids in use; default, the rows of the anchor's embedding.
-        tokenizers: one for the anchor and one per augmenter (objects, folders, or None for not known), to compare what
-            the ids mean. Default, those beside the models in local folders and in the hub's local cache.
+        tokenizers: one for the anchor and one per augmenter (objects, folders, or None for not known). Where the ids of
+            the anchor's mean other tokens for an augmenter's, this one gets an aligner. Default, those beside the
+            models in local folders and in the hub's local cache.
         same_ids: True reads the ids as they are, without this comparison.
-        check_causal: refuse parts that read future tokens. Each part runs once on eight tokens; a part that cannot run
-            on its device yet is tried at the first forward.
+        alignment: settings of the aligners, {"commit": ..., "special": ..., "max_lag": ...}, or a list with one dict or
+            None per augmenter. Default, those of `StreamAligner`.
+        probe: run each part once on eight tokens, and refuse parts that read future tokens and connected layers that do
+            not run exactly once or whose state is not (batch, tokens, width). A part that cannot run on its device yet
+            is tried at the first forward. False skips it.
         model_kwargs: arguments of from_pretrained for models given as paths (revision, dtype, ...).
     Returns:
         the ComposedForCausalLM, in eval mode.
     Raises:
         ValueError naming the argument: a model that cannot be loaded or composed, connections that are out of range,
-        repeated or of the wrong type, an augmenter that embeds too few token ids or for which they are other
-        tokens, a part that reads future tokens.
+        repeated or of the wrong type, an augmenter that embeds too few token ids, tokenizers that cannot be aligned, a
+        part that reads future tokens, a connected layer that does not run once.
 
     Runs on the devices of the parts. Source: CALM (arXiv 2401.02412) section 3.
     """
     _check_options(vocab_size, model_kwargs)
     check_bool("compose", "same_ids", same_ids)
-    check_bool("compose", "check_causal", check_causal)
+    check_bool("compose", "probe", probe)
     composition_dtype = None if dtype is None else _dtype_name(dtype)
     kwargs = dict(model_kwargs or {})
     given = list(augmenters) if isinstance(augmenters, (list, tuple)) else [augmenters]
@@ -141,16 +205,24 @@ def compose(
     Signature.of(anchor, where="compose", argument="anchor")
     for model in models:
         Signature.of(model, where="compose", argument="augmenters")
-    check_embedded(anchor, models, vocab_size)
+    settings = _alignment_settings(alignment, len(models), same_ids)
+    known = known_tokenizers(anchor, models, tokenizers, kwargs)
+    differences: list[Difference | None] = [None] * len(models)
     if not same_ids:
-        check_same_ids(anchor, models, tokenizers, vocab_size, kwargs)
+        differences = find_differences(anchor, models, known, vocab_size, explicit=tokenizers is not None)
+    check_embedded(anchor, models, vocab_size, differences, known)
+    aligners = _aligners(models, differences, settings, known)
 
     paths = list(augmenter_layers) if isinstance(augmenter_layers, (list, tuple)) else [augmenter_layers] * len(models)
     if len(paths) != len(models):
         expected = f"one path, or a list with one path or None per augmenter ({len(models)})"
         raise bad_value("compose", "augmenter_layers", expected, f"{len(paths)} paths")
-    depths = [len(find_layers(model, path)[1]) for model, path in zip(models, paths, strict=True)]
-    pairs = resolve_connections(connections, depths, len(find_layers(anchor, anchor_layers)[1]))
+    depths = [
+        len(find_layers(model, path, where="compose", argument="augmenter_layers")[1])
+        for model, path in zip(models, paths, strict=True)
+    ]
+    found = find_layers(anchor, anchor_layers, where="compose", argument="anchor_layers")[1]
+    pairs = resolve_connections(connections, depths, len(found))
 
     num_heads = _anchor_heads(anchor, head_dim) if num_heads is None else num_heads
     config = ComposedConfig(
@@ -178,8 +250,9 @@ def compose(
         use_cache=getattr(anchor.config.get_text_config(decoder=True), "use_cache", True),
     )
     composed = ComposedForCausalLM(config, anchor, models)
+    composed.aligners, composed.tokenizers = aligners, known
     composed.record_parts()
     composed.eval()
-    if check_causal:
-        check_parts_causal(composed, "compose", defer=True)
+    if probe:
+        check_parts(composed, "compose", defer=True)
     return composed

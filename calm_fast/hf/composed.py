@@ -15,13 +15,15 @@ from transformers.utils import ModelOutput  # type: ignore[attr-defined]  # re-e
 from calm_fast.core.checks import bad_value
 from calm_fast.core.compatibility import require
 from calm_fast.core.dispatch import active_transform
+from calm_fast.hf.aligned_calls import AlignedCall, align_call
 from calm_fast.hf.augmenter_training import check_trained_parts, trains
 from calm_fast.hf.cache import ComposedCache, Identity
 from calm_fast.hf.cache_names import with_cache
-from calm_fast.hf.causality import check_parts_causal, check_parts_separate
+from calm_fast.hf.causality import check_parts, check_parts_separate
 from calm_fast.hf.config import ComposedConfig
+from calm_fast.hf.cross_cache import FixedCrossLayer
 from calm_fast.hf.generation import CompositionGeneration
-from calm_fast.hf.hooks import ANCHOR, Checkpoint, Frame, install, sort_states, switch
+from calm_fast.hf.hooks import ANCHOR, Checkpoint, Frame, install, switch
 from calm_fast.hf.inputs import (
     WHERE,
     AugmenterCall,
@@ -32,13 +34,15 @@ from calm_fast.hf.inputs import (
     check_ids,
     check_tensors,
     check_vocabulary,
+    kept_positions,
     part_inputs,
     remember,
 )
 from calm_fast.hf.introspection import CompositionIntrospection
-from calm_fast.hf.keywords import augmenter_keywords, shared_keywords
+from calm_fast.hf.keywords import shared_keywords
 from calm_fast.hf.layers import device_of, find_layers, headless_path, hidden_size, submodule, truncated_view
 from calm_fast.hf.modes import check_modes
+from calm_fast.hf.reading import run_augmenter
 from calm_fast.hf.saving import CompositionFiles
 from calm_fast.hf.training import CompositionTraining
 from calm_fast.modules.cross_attention import CrossAttention
@@ -90,13 +94,17 @@ class ComposedForCausalLM(
             anchor = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config.anchor_config))
         if augmenters is None:
             augmenters = [AutoModelForCausalLM.from_config(sub) for sub in config.augmenter_configs]
-        self.unproven = False  # True if a part could not show at compose time that it reads no future token
+        self.unproven = False  # True if a part could not be tried at compose time
         self.separates = False  # True once all parts have shown that they separate the documents of a packed row
+        self.mixing = ""  # the error for packed rows once a part has shown that it does not
         self.pairs = [(i, a, b) for i, pairs in enumerate(config.connections) for a, b in pairs]
         self.depths = [max(1, 1 + max(a for a, _ in pairs)) for pairs in config.connections]
 
-        config.anchor_layers, anchor_layers = find_layers(anchor, config.anchor_layers)
-        found = [find_layers(m, path) for m, path in zip(augmenters, config.augmenter_layers, strict=True)]
+        config.anchor_layers, anchor_layers = find_layers(
+            anchor, config.anchor_layers, where=WHERE, argument="anchor_layers"
+        )
+        named = zip(augmenters, config.augmenter_layers, strict=True)
+        found = [find_layers(model, path, where=WHERE, argument="augmenter_layers") for model, path in named]
         config.augmenter_layers = [path for path, _ in found]
         for model in (anchor, *augmenters):
             model.requires_grad_(False).eval()
@@ -106,6 +114,8 @@ class ComposedForCausalLM(
             for model, (path, _), depth in zip(augmenters, found, self.depths, strict=True)
         ]
         self.augmenters = nn.ModuleList(views)
+        self.aligners = [None] * len(views)
+        self.tokenizers = [None] * (1 + len(views))
         self.headless = [headless_path(view, path) for view, (path, _) in zip(views, found, strict=True)]
         called = [submodule(view, names) for view, names in zip(views, self.headless, strict=True)]
         self.signatures = [
@@ -191,10 +201,12 @@ class ComposedForCausalLM(
         for index in self.by_layer[layer]:
             augmenter, a, _ = self.pairs[index]
             state = states[augmenter, a].to(hidden.device)
-            lo, hi, causal, _ = calls[augmenter].visibility
+            lo, hi, causal, *_ = calls[augmenter].visibility
             # layers may lie on several devices, and may run on the last tokens only
             lo, hi = (None if t is None else t.to(hidden.device)[..., -m:] for t in (lo, hi))
             keys = None if cache is None else cache.cross[index]
+            if hi is None and isinstance(keys, FixedCrossLayer):
+                hi, causal = keys.ends(tokens, m).to(hidden.device), False
             out: torch.Tensor = self.connections[index](hidden, state, lo, hi, keys, causal=causal)
             total = out if total is None else total + (out - hidden)
         assert total is not None  # hooks are installed on connected layers only
@@ -217,6 +229,7 @@ class ComposedForCausalLM(
         return_dict: bool | None = None,
         past_key_values: Cache | None = None,
         headless: bool = False,
+        prompt_length: Any = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Return the logits of the composed model, with the anchor's own loss, hidden states and attentions.
@@ -239,13 +252,17 @@ class ComposedForCausalLM(
                 rule.
         The last five are a tensor for all augmenters, or a list with a tensor or None for each.
             headless: True returns the output of the anchor's base model, with last_hidden_state and no logits.
+            prompt_length: for augmenters with another tokenizer (`aligners`), whose text is made of input_ids unless
+                augmenter_input_ids are given: how many tokens (padding and the cache's included) are the prompt, after
+                which they get all text so far; an int, or int64 (B,) or (B, prompts). Default, the tokens of this call
+                without a cache, or of the call that begins the cache.
         Returns:
             the anchor's output; it holds the cache as ``cache`` and as ``past_key_values``.
         Raises:
             ValueError naming the argument.
         """
         if self.unproven and not torch.compiler.is_compiling():
-            check_parts_causal(self, WHERE, defer=False)
+            check_parts(self, WHERE, defer=False)
         if torch.jit.is_tracing():  # type: ignore[attr-defined]  # public, but not re-exported
             raise ValueError(
                 f"torch.jit.trace: a {WHERE} cannot be traced, because the trace would keep which tokens the example's "
@@ -256,11 +273,11 @@ class ComposedForCausalLM(
             raise bad_value(WHERE, "inputs_embeds", "None", got)
         if input_ids is None:
             raise bad_value(WHERE, "input_ids", "a tensor of token ids (batch, tokens)", "None")
-        check_ids("input_ids", input_ids)
+        check_ids("input_ids", input_ids, empty=False)
         check_tensors(attention_mask=attention_mask, position_ids=position_ids, labels=labels)
         recurrent = kwargs.pop("cache_params", None)
         cache = self.own_cache(cache=cache, past_key_values=past_key_values, cache_params=recurrent)
-        past = 0 if cache is None else cache.get_seq_length()
+        past = 0 if cache is None else cache.before(attention_mask is not None)
         inputs = Tokens(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
         external = {
             "augmenter_input_ids": augmenter_input_ids,
@@ -272,16 +289,20 @@ class ComposedForCausalLM(
         cached = True if cache is not None else use_cache
         if cached is None and (not self.config.use_cache or self.training or labels is not None):
             cached = False
-        calls, uncacheable = augmenter_calls(
-            len(self.augmenters), inputs, external, Past(past, cached, cache, self.first_of)
-        )
+        reading: AlignedCall | None = None
+        if self.aligned:
+            where = (cache, cached, past, prompt_length)
+            reading = align_call(self._aligners, input_ids, attention_mask, position_ids, external, *where)
+        calls, uncacheable = augmenter_calls(len(self.augmenters), inputs, external, Past(past, cached, cache))
         tracing = torch.compiler.is_compiling() or active_transform() is not None
-        if uncacheable and attention_mask is None and not self.separates and not tracing:
-            check_parts_separate(self, WHERE)
+        packed = uncacheable and attention_mask is None and position_ids is not None
+        if packed and not self.separates and not tracing:
+            assert position_ids is not None
+            check_parts_separate(self, WHERE, position_ids)
         first = input_ids.shape[1] > 1 or past == 0  # the token of a decode step comes from the model itself
         check_modes((self.anchor, *self.augmenters), self.training, every_module=first)
-        if first and active_transform() is None:  # inside vmap, ids cannot be read
-            self._check_vocabularies(calls, inputs)
+        if (first or external["augmenter_input_ids"] is not None) and active_transform() is None:  # vmap hides ids
+            self._check_vocabularies(calls, inputs, first)
         if cache is None and (not uncacheable if cached is None else cached):
             cache = self.new_cache()
         shared = {}
@@ -295,7 +316,7 @@ class ComposedForCausalLM(
         if headless:
             logits_to_keep = 0
         elif signature.logits_to_keep:
-            kwargs["logits_to_keep"] = logits_to_keep
+            kwargs["logits_to_keep"] = logits_to_keep if tracing else kept_positions(logits_to_keep, input_ids)
         checkpoints = self.checkpoints if self.training and torch.is_grad_enabled() else {}
         if checkpoints and cache is not None:
             raise bad_value(WHERE, "use_cache", "False while training with gradient checkpointing", "a cache")
@@ -305,7 +326,9 @@ class ComposedForCausalLM(
         try:
             if cache is not None:
                 remember(cache, past, inputs, calls)
-            self._read_augmenters(frame, calls, cache, shared)
+                if reading is not None:
+                    reading.commit(cache)
+            self._read_augmenters(frame, calls, cache, past, shared)
             self.hooks.check_read(frame, self.pairs)
             frame.residual = partial(
                 self._add_residuals, frame.states, calls, cache, input_ids.shape[1], logits_to_keep
@@ -315,6 +338,11 @@ class ComposedForCausalLM(
             prepared = part_inputs(self.anchor, signature, inputs, own, past)
             outputs = called(**(prepared | kwargs), return_dict=True)
             self.hooks.check_added(frame, self.pairs)
+            if cache is not None:
+                cache.count(input_ids.shape[1])
+        except IndexError:  # of an embedding
+            self._check_vocabularies(calls, inputs)
+            raise
         finally:
             switch(before)
             if begun and cache is not None:
@@ -322,41 +350,42 @@ class ComposedForCausalLM(
         outputs = with_cache(outputs, cache, signature.generated)
         return outputs if return_dict is None or return_dict else outputs.to_tuple()
 
-    def _check_vocabularies(self, calls: list[AugmenterCall], inputs: Tokens) -> None:
-        """Raise ValueError unless every part embeds the token ids that it gets."""
+    def _check_vocabularies(self, calls: list[AugmenterCall], inputs: Tokens, anchor: bool = True) -> None:
+        """Raise ValueError unless every part embeds the token ids that it gets.
+
+        anchor: also check the ids that the anchor reads.
+        """
         shared = [self.anchor]
         for index, call in enumerate(calls):
             if call.inputs is inputs:
                 shared.append(self._augmenter(index))
             else:
                 check_vocabulary("augmenter_input_ids", call.inputs["input_ids"], [self._augmenter(index)])
-        check_vocabulary("input_ids", inputs["input_ids"], shared)
+        if anchor:
+            check_vocabulary("input_ids", inputs["input_ids"], shared)
 
     def _read_augmenters(
-        self, frame: Frame, calls: list[AugmenterCall], cache: ComposedCache | None, shared: dict[str, Any]
+        self, frame: Frame, calls: list[AugmenterCall], cache: ComposedCache | None, past: int, shared: dict[str, Any]
     ) -> None:
         """Run every augmenter up to its last connected layer; the hooks leave its states in the frame.
 
-        Autograd records an augmenter only if one of its parameters trains.
+        past: the number of the anchor's tokens before this call. Autograd records an augmenter only if one of its
+        parameters trains.
         """
         for index, (model, call) in enumerate(zip(self.augmenters, calls, strict=True)):
             frame.stage = index
-            own, past = None, 0
-            if cache is not None:
-                own, past = cache.augmenters[index], cache.cross[self.first_of[index]].get_seq_length()
+            own, before = None if cache is None else cache.augmenters[index], past
+            if cache is not None and call.step is not None:
+                cache.begin_step(index, call.step.text, call.step.move)
+                before = cache.cross[self.first_of[index]].get_seq_length()
             signature = self.signatures[index + 1]
             if call.inputs["input_ids"].shape[1] == 0:
                 self._read_nothing(frame, index, call.inputs["input_ids"].shape[0])
                 continue
-            inputs = part_inputs(model, signature, call.inputs, own, past)  # type: ignore[arg-type]  # from a ModuleList
             called = submodule(model, self.headless[index])
-            if shared:
-                inputs |= augmenter_keywords(called, shared, signature.device(model))  # type: ignore[arg-type]
             recorded = trains(model)
             with torch.set_grad_enabled(recorded):
-                called(**inputs)
-                if call.visibility.order is not None:
-                    sort_states(frame, index, call.visibility.order)
+                run_augmenter(frame, model, called, signature, call, own, before, shared)  # type: ignore[arg-type]
             if recorded:
                 read = 1 + max(a for i, a, _ in self.pairs if i == index)
                 states = [state for (i, _), state in frame.states.items() if i == index]

@@ -11,11 +11,15 @@ from transformers import AutoConfig, PreTrainedConfig
 from calm_fast.core.checks import bad_value
 from calm_fast.hf.cache_names import NAMES
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: an augmenter reads its own tokens, through an aligner; 1: all read the anchor's ids
 # settings that from_pretrained may override; the other fields belong to the saved tensors
 OVERRIDES = {"use_cache", "anchor_path", "anchor_revision", "augmenter_paths", "augmenter_revisions"}
 # fields that have a meaning of their own in any config, so they are never read from the anchor's
 _NOT_SHARED = {"quantization_config", "auto_map", "architectures", "text_config", "encoder", "decoder", "generator"}
+# Configs of BART, Blenderbot and Whisper declare these. In any other config generate() takes them for settings in the
+# wrong place; the composition's generation_config has the anchor's.
+_NOT_SHARED |= {"forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"}
+_NOT_SHARED |= {"encoder_no_repeat_ngram_size"}
 # fields of every config that take effect in the anchor's forward
 _OUTPUTS = {"output_hidden_states", "output_attentions"}
 
@@ -39,7 +43,10 @@ class ComposedConfig(PreTrainedConfig):
     composition_dtype: name of the dtype of the composition tensors.
     anchor_fingerprint, augmenter_fingerprints: a few weights of each part, compared when the composition is loaded.
     tensors_checksum: of the tensors that were saved with this config; "" in memory.
-    format_version: format of the saved files.
+    alignment: per augmenter the settings of its StreamAligner, None if it reads the anchor's token ids.
+    tokenizer_fingerprints: of the anchor's tokenizer and those of the augmenters, "" for one without an aligner; empty
+        if there is no aligner.
+    format_version: format of the saved files. Default, the lowest that says all of this.
 
     Fields that only a language model has (vocab_size, hidden_size, pad_token_id, tie_word_embeddings, ...) are read
     from the anchor's text config, and setting one sets it there. They are saved once, with the anchor's config.
@@ -69,10 +76,14 @@ class ComposedConfig(PreTrainedConfig):
         anchor_fingerprint: str = "",
         augmenter_fingerprints: list[str] | None = None,
         tensors_checksum: str = "",
-        format_version: int = FORMAT_VERSION,
+        alignment: list[dict[str, Any] | None] | None = None,
+        tokenizer_fingerprints: list[str] | None = None,
+        format_version: int | None = None,
         use_cache: bool = True,
         **kwargs: Any,
     ) -> None:
+        if format_version is None:
+            format_version = FORMAT_VERSION if any(one is not None for one in alignment or []) else 1
         if not isinstance(format_version, int) or not 1 <= format_version <= FORMAT_VERSION:
             expected = f"a format that this release of calm_fast reads, 1 to {FORMAT_VERSION}"
             got = f"{format_version!r}. A newer release wrote this composition: upgrade calm_fast"
@@ -97,6 +108,8 @@ class ComposedConfig(PreTrainedConfig):
         self.anchor_fingerprint = anchor_fingerprint
         self.augmenter_fingerprints = list(augmenter_fingerprints or [""] * count)
         self.tensors_checksum = tensors_checksum
+        self.alignment = list(alignment or [None] * count)
+        self.tokenizer_fingerprints = list(tokenizer_fingerprints or [])
         self.format_version = format_version
         self.use_cache = use_cache
         for name, value in shared.items():
@@ -160,6 +173,8 @@ class ComposedConfig(PreTrainedConfig):
         output = super().to_dict()
         output["augmenter_configs"] = [config.to_dict() for config in self.augmenter_configs]
         output["connections"] = [[list(pair) for pair in pairs] for pairs in self.connections]
+        if all(settings is None for settings in self.alignment):  # format 1, which earlier releases read
+            del output["alignment"], output["tokenizer_fingerprints"]
         return output
 
 

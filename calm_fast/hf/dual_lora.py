@@ -42,7 +42,7 @@ Adapter = str | os.PathLike[str] | Mapping[str, torch.Tensor]
 
 def add_dual_lora(
     model: nn.Module,
-    target_modules: Iterable[str] | str = ("q_proj", "v_proj"),
+    target_modules: Iterable[str] | str | None = None,
     negative: Adapter | None = None,
     *,
     positive: Adapter | None = None,
@@ -60,7 +60,8 @@ def add_dual_lora(
         model: any module tree with linear layers, usually a transformers model.
         target_modules: as PEFT reads it. Module names, each the last part(s) of a path ("q_proj",
             "self_attn.q_proj"); or "all-linear", every linear layer but the LM head; or one string, a regular
-            expression for whole paths.
+            expression for whole paths. Default, the family's projections to queries and values: q_proj and v_proj, or
+            what PEFT has for the family, or a fused projection (query_key_value, c_attn, Wqkv, ...).
         negative, positive: an adapter to start from: the folder of a PEFT LoRA adapter, or its state dict, whose
             scaling is then taken as 1. Rank and scaling come from the adapter. It must cover every targeted layer.
         rank, alpha: of the LoRAs that no adapter gives, by default 8 and 16; the scaling is alpha / rank.
@@ -73,9 +74,9 @@ def add_dual_lora(
     Raises:
         TypeError: an argument has the wrong type, is given in both spellings, is one that only PEFT has, or is no
             option of DualLoRALinear.
-        ValueError: an argument is out of range, no layer matches, a match is not a linear layer, the model has dual
-            LoRA already, or an adapter lacks a targeted layer, covers a layer that is not targeted, or has factors of
-            another shape.
+        ValueError: an argument is out of range, no layer matches, a match is not a linear layer or one whose weight the
+            model reads without calling it, the model has dual LoRA already, or an adapter lacks a targeted layer,
+            covers a layer that is not targeted, or has factors of another shape.
     Source: NAT (arXiv 2312.12832) section 3.2.
     """
     if not isinstance(model, nn.Module):
@@ -147,7 +148,7 @@ def put_layers(model: nn.Module, layers: dict[str, DualLoRALinear]) -> None:
     own.requires_grad_(False)
     for path, layer in layers.items():
         replace_module(own, path, layer)
-        layer._tied_weights_keys = RefusesSaving()  # type: ignore[assignment]  # no module or tensor
+        layer._tied_weights_keys = RefusesSaving()
         for p in layer.parameters(recurse=False):
             p.requires_grad_(id(p) in trains)
     for module in own.modules():

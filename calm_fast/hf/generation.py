@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+    StaticCache,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.utils import ModelOutput  # type: ignore[attr-defined]  # re-exported without __all__
 
 from calm_fast.core.checks import bad_value
+from calm_fast.hf.aligned_calls import prompt_ends
+from calm_fast.hf.aligned_text import AlignedText, Aligner
 from calm_fast.hf.cache import AROUND, ComposedCache, Identity, cache_of_first_layers, is_empty
 from calm_fast.hf.cache_names import NAMES, alias_cache, cache_of, generate_argument, given_cache
-from calm_fast.hf.inputs import WHERE, check_tensors
-from calm_fast.hf.masks import check_left_padded
+from calm_fast.hf.inputs import WHERE, check_ids, check_tensors
+from calm_fast.hf.masks import check_prompt
 from calm_fast.modules.fixed_weights import fixed_weights
 
 
@@ -31,6 +41,20 @@ def _check_goes_on(cache: ComposedCache, text: Any) -> None:
         raise bad_value("generate", "input_ids", f"a whole text that goes on after the {past} tokens cached", got)
 
 
+def _prompt_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return how many tokens the prompts given to generate have, padding and cached tokens included."""
+    ids = args[0] if args and args[0] is not None else kwargs.get("inputs", kwargs.get("input_ids"))
+    # transformers starts with one token of its own if there are none, and takes only the new ids if a mask is longer
+    given = [t.shape[1] for t in (ids, kwargs.get("attention_mask")) if isinstance(t, torch.Tensor) and t.ndim == 2]
+    return max(given, default=1)
+
+
+def _goes_on_drafting(cache: ComposedCache | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return True if a draft goes on: the tokens that came meanwhile are no prompt."""
+    config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    return cache is not None and bool(getattr(config, "is_assistant", False)) and cache.get_seq_length() > 0
+
+
 class CompositionGeneration(GenerationMixin):
     """The methods of ComposedForCausalLM that make transformers' generate work."""
 
@@ -39,6 +63,24 @@ class CompositionGeneration(GenerationMixin):
     depths: list[int]
     pairs: list[tuple[int, int, int]]
     identity: Identity
+    aligned: bool  # True if an augmenter has another tokenizer than the anchor
+    _aligners: list[Aligner | None]
+
+    @property
+    def aligners(self) -> list[Aligner | None]:
+        """The StreamAligner of each augmenter with another tokenizer than the anchor's; None for the others.
+
+        Set the whole list. A setter raises ValueError for a list of another length.
+        """
+        return list(self._aligners)
+
+    @aligners.setter
+    def aligners(self, aligners: Sequence[Aligner | None]) -> None:
+        if len(aligners) != len(self.augmenters):
+            expected = f"a list with a StreamAligner or None for each of {len(self.augmenters)} augmenters"
+            raise bad_value(WHERE, "aligners", expected, f"{len(aligners)} entries")
+        self._aligners = list(aligners)
+        self.aligned = any(aligner is not None for aligner in aligners)
 
     def _augmenter(self, index: int) -> PreTrainedModel:
         return cast(PreTrainedModel, self.augmenters[index])
@@ -50,13 +92,31 @@ class CompositionGeneration(GenerationMixin):
             "have 4-D masks and one cache for all parts; use generate() with left padding"
         )
 
-    def new_cache(self, anchor_cache: Cache | None = None) -> ComposedCache:
-        """Return an empty cache for generation around `anchor_cache` (default, a new DynamicCache)."""
+    def new_cache(self, anchor_cache: Cache | None = None, max_length: int = 0) -> ComposedCache:
+        """Return an empty cache for generation around `anchor_cache` (default, a new DynamicCache).
+
+        max_length: make every part of a fixed size, for at most so many tokens. A decoding step without a mask then has
+        the same shapes each time and reads no count on the host: torch.compile traces it once, and a CUDA graph can
+        hold it. For augmenters that read the anchor's tokens, and families whose layers all have full attention.
+        Raises ValueError for a max_length with an anchor_cache, or over augmenters with another tokenizer.
+        """
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 0:
+            raise bad_value("new_cache", "max_length", "a number of tokens, or 0 for a growing cache", repr(max_length))
+        if max_length and (anchor_cache is not None or self.aligned):
+            got = "an anchor_cache" if anchor_cache is not None else "an augmenter with another tokenizer"
+            raise bad_value("new_cache", "max_length", "0 with it", f"{max_length} and {got}")
         parts = [self.anchor, *map(self._augmenter, range(len(self.augmenters)))]
         texts = [part.config.get_text_config(decoder=True) for part in parts]
-        anchor_cache = DynamicCache(config=texts[0]) if anchor_cache is None else anchor_cache
-        caches = [cache_of_first_layers(text, depth) for text, depth in zip(texts[1:], self.depths, strict=True)]
-        return ComposedCache(anchor_cache, caches, len(self.pairs), self.identity.name)
+        if anchor_cache is None:
+            fixed = max_length > 0
+            anchor_cache = StaticCache(texts[0], max_length) if fixed else DynamicCache(config=texts[0])
+        depths = zip(texts[1:], self.depths, strict=True)
+        caches = [cache_of_first_layers(text, depth, max_length) for text, depth in depths]
+        readers = [augmenter for augmenter, _, _ in self.pairs]
+        cache = ComposedCache(anchor_cache, caches, len(self.pairs), self.identity.name, readers, max_length)
+        if self.aligned:
+            cache.texts = [None if aligner is None else AlignedText() for aligner in self._aligners]
+        return cache
 
     def own_cache(self, **given: Any) -> ComposedCache | None:
         """Return the cache that was passed under one of its names as a ComposedCache of this composition, or None.
@@ -111,7 +171,8 @@ class CompositionGeneration(GenerationMixin):
                 got = "a value. Call forward step by step for an augmenter with tokens of its own"
                 raise bad_value("generate", name, "None, because every part reads the anchor's tokens", got)
         self._check_drafts(generation_config)
-        check_left_padded(model_kwargs.get("attention_mask"))  # the caller's, or made from pad tokens by transformers
+        # the caller's mask, or one that transformers made from pad tokens
+        all_real = check_prompt(model_kwargs.get("attention_mask"), generation_config.use_cache is not False)
         super()._prepare_cache_for_generation(  # type: ignore[misc]  # transformers' own self type
             generation_config, model_kwargs, *args, **kwargs
         )
@@ -122,6 +183,47 @@ class CompositionGeneration(GenerationMixin):
             cache = model_kwargs[name] = self.new_cache(cache)
             if getattr(generation_config, "is_assistant", False) and hasattr(cache, "activate_past_recording"):
                 cache.activate_past_recording()  # transformers has asked only the anchor's
+        if isinstance(cache, ComposedCache):
+            cache.expect(generation_config.max_length)
+            cache.all_real = all_real and cache.padded is False
+            self._begin_texts(cache, generation_config, model_kwargs)
+
+    def _begin_texts(self, cache: ComposedCache, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+        """Tell the texts of `cache` where the prompts end and which tokens end a row.
+
+        The end of the prompts leaves `model_kwargs`, which a draft model would get too.
+        """
+        ends = model_kwargs.pop("prompt_length", None)
+        stops = generation_config.eos_token_id
+        for text in cache.texts:
+            if text is not None:
+                text.prompt = text.prompt if ends is None else prompt_ends(ends)
+                text.stops = frozenset(stops if isinstance(stops, (list, tuple)) else [] if stops is None else [stops])
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """Return transformers' processors; the one for classifier-free guidance learns where its prompt ends.
+
+        It runs the model on a text of its own, and without a cache it reads that from the start in every step.
+        """
+        processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]  # transformers' own self type
+        for processor in processors if self.aligned else ():
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                ids = processor.unconditional_context["input_ids"]
+                # by default the text without the prompt is the prompt's last token
+                length = ids.shape[1] if isinstance(ids, torch.Tensor) else 1
+                processor.model = functools.partial(cast(nn.Module, self), prompt_length=length)
+        return processors
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())  # generate reads the signature
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prepare inputs as transformers does, without a mask in a generation that began with real tokens only.
+
+        generate extends the mask by ones. Read on a GPU it would stop every step; unread it would cost kernels.
+        """
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        if getattr(kwargs.get(generate_argument()), "all_real", False):
+            inputs.pop("attention_mask", None)
+        return inputs
 
     def _check_drafts(self, generation_config: Any) -> None:
         """Refuse the ways to draft that run a part of the model by itself."""
@@ -136,19 +238,27 @@ class CompositionGeneration(GenerationMixin):
 
         It is taken under these names too: a ComposedCache, or an empty cache of transformers, which may be passed again
         turn after turn. No parameter may change meanwhile (`calm_fast.fixed_weights`). Raises ValueError as own_cache
-        does.
+        does, and for a prompt without a token.
         """
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        if isinstance(ids, torch.Tensor) and ids.ndim == 2:
+            check_ids("input_ids", ids, empty=False)
         cache = self.own_cache(**{name: kwargs.pop(name, None) for name in NAMES})
+        if self.aligned and kwargs.get("prompt_length") is None and not _goes_on_drafting(cache, args, kwargs):
+            kwargs["prompt_length"] = _prompt_tokens(args, kwargs)
         with fixed_weights(cast(nn.Module, self)):
             if cache is None:
                 outputs = super().generate(*args, **kwargs)
+                cache = cache_of(outputs) if isinstance(outputs, ModelOutput) else None
+                if isinstance(cache, ComposedCache):
+                    cache.end_generation()
             else:
-                ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
                 _check_goes_on(cache, ids if kwargs.get("attention_mask") is None else kwargs["attention_mask"])
                 begun = cache.begin()
                 try:
                     outputs = super().generate(*args, **kwargs, **{generate_argument(): cache})
                 finally:
+                    cache.end_generation()
                     if begun:
                         cache.end()
         return alias_cache(outputs, cache_of(outputs)) if isinstance(outputs, ModelOutput) else outputs

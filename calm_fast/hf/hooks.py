@@ -34,9 +34,10 @@ class Frame:
     """State that one forward of a composed model shares with its hooks, in the thread that runs it.
 
     ``stage`` is the index of the augmenter that runs, ANCHOR while the anchor runs, and None in between.
-    ``states`` holds hidden states (B, N, DA) by (augmenter, augmenter layer). ``residual(layer, hidden)`` returns
-    `hidden` (B, M, DB) with the residuals of anchor layer `layer` added. ``added`` holds the anchor layers that got
-    theirs. ``checkpoints`` holds the checkpoint function of every anchor layer that this forward checkpoints.
+    ``states`` holds hidden states (B, N, DA) by (augmenter, augmenter layer). ``goes_on`` is True while an augmenter
+    runs once more on the next of its tokens. ``residual(layer, hidden)`` returns `hidden` (B, M, DB) with the residuals
+    of anchor layer `layer` added. ``added`` holds the anchor layers that got theirs. ``checkpoints`` holds the
+    checkpoint function of every anchor layer that this forward checkpoints.
     ``records`` is True if the forward began with gradients enabled.
     """
 
@@ -46,6 +47,7 @@ class Frame:
         self.records = torch.is_grad_enabled()
         self.stage: int | str | None = None
         self.states: dict[tuple[int, int], torch.Tensor] = {}
+        self.goes_on = False
         self.added: set[int] = set()
         self.residual: Residual | None = None
 
@@ -72,25 +74,34 @@ def switch(frame: Frame | None) -> Frame | None:
     return before
 
 
+def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the hidden state among a layer's arguments."""
+    return args[0] if args else kwargs.get("hidden_states")
+
+
+def leaving(output: Any) -> Any:
+    """Return the hidden state in a layer's output."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def wrong_shape(where: str, hidden: Any, layer: nn.Module, expected: str = "") -> ValueError:
+    """Return the error for hidden states that are not (batch, tokens, width). expected: the sizes, where known."""
+    got = f"shape {tuple(hidden.shape)}" if isinstance(hidden, torch.Tensor) else describe(hidden)
+    wanted = "of layers whose hidden states are (batch, tokens, width)" + expected
+    return bad_value(where, "connections", wanted, f"{got} from {type(layer).__name__}. Connect another layer")
+
+
 def _checked(hidden: Any, layer: nn.Module) -> torch.Tensor:
     if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
-        got = f"shape {tuple(hidden.shape)}" if isinstance(hidden, torch.Tensor) else describe(hidden)
-        expected = "of layers whose hidden states are (batch, tokens, width)"
-        raise bad_value(WHERE, "connections", expected, f"{got} from {type(layer).__name__}. Connect another layer")
+        raise wrong_shape(WHERE, hidden, layer)
     return hidden
-
-
-def _entering(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    return _checked(args[0] if args else kwargs.get("hidden_states"), layer)
-
-
-def _leaving(layer: nn.Module, output: Any) -> torch.Tensor:
-    return _checked(output[0] if isinstance(output, tuple) else output, layer)
 
 
 def _keep(frame: Frame, key: tuple[int, int], layer: nn.Module, state: torch.Tensor) -> None:
     if key in frame.states:
-        raise _runs_twice(layer, f"augmenter {key[0]}")
+        if not frame.goes_on:
+            raise runs_again(WHERE, layer, f"augmenter {key[0]}", 2)
+        state = torch.cat([frame.states[key], state], dim=1)
     frame.states[key] = state
 
 
@@ -103,7 +114,7 @@ def sort_states(frame: Frame, augmenter: int, order: torch.Tensor) -> None:
 
 def _add(frame: Frame, index: int, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     if index in frame.added:
-        raise _runs_twice(layer, "the anchor")
+        raise runs_again(WHERE, layer, "the anchor", 2)
     if frame.records and not torch.is_grad_enabled():
         raise bad_value(
             WHERE,
@@ -117,12 +128,14 @@ def _add(frame: Frame, index: int, layer: nn.Module, hidden: torch.Tensor) -> to
     return frame.residual(index, hidden)
 
 
-def _runs_twice(layer: nn.Module, part: str) -> ValueError:
+def runs_again(where: str, layer: nn.Module, part: str, times: int) -> ValueError:
+    """Return the error for a layer of `part` that ran `times` times in one forward."""
+    often = "twice" if times == 2 else f"{times} times"
     return bad_value(
-        WHERE,
+        where,
         "connections",
         "of layers that run once per forward",
-        f"a {type(layer).__name__} of {part} that ran twice. Connect a layer that runs once",
+        f"a {type(layer).__name__} of {part} that ran {often}. Connect a layer that runs once",
     )
 
 
@@ -130,14 +143,14 @@ def read_entering(owner: Owner, key: tuple[int, int], layer: nn.Module, args: An
     """Pre-hook of an augmenter's layer 0: keep the embedding output, which includes positions and scaling."""
     frame = _thread.frame
     if frame is not None and frame.owner is owner and frame.stage == key[0]:
-        _keep(frame, key, layer, _entering(layer, args, kwargs))
+        _keep(frame, key, layer, _checked(entering(args, kwargs), layer))
 
 
 def read_leaving(owner: Owner, key: tuple[int, int], layer: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of an augmenter's layer: keep its hidden state."""
     frame = _thread.frame
     if frame is not None and frame.owner is owner and frame.stage == key[0]:
-        _keep(frame, key, layer, _leaving(layer, output))
+        _keep(frame, key, layer, _checked(leaving(output), layer))
 
 
 def add_entering(owner: Owner, index: int, layer: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -145,7 +158,7 @@ def add_entering(owner: Owner, index: int, layer: nn.Module, args: Any, kwargs: 
     frame = _thread.frame
     if frame is None or frame.owner is not owner or frame.stage != ANCHOR:
         return None
-    hidden = _add(frame, index, layer, _entering(layer, args, kwargs))
+    hidden = _add(frame, index, layer, _checked(entering(args, kwargs), layer))
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
@@ -154,7 +167,7 @@ def add_leaving(owner: Owner, index: int, layer: nn.Module, args: Any, output: A
     frame = _thread.frame
     if frame is None or frame.owner is not owner or frame.stage != ANCHOR:
         return None
-    hidden = _add(frame, index, layer, _leaving(layer, output))
+    hidden = _add(frame, index, layer, _checked(leaving(output), layer))
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
@@ -184,18 +197,19 @@ class Hooks:
         """Raise ValueError if a connected layer of an augmenter did not run."""
         if len(frame.states) < len(self.reads):
             i, a, b = next(pair for pair in pairs if pair[:2] not in frame.states)
-            raise _did_not_run((a, b), f"layer {a} of augmenter {i}", self.reads[i, a])
+            raise did_not_run(WHERE, (a, b), f"layer {a} of augmenter {i}", self.reads[i, a])
 
     def check_added(self, frame: Frame, pairs: Pairs) -> None:
         """Raise ValueError if a connected layer of the anchor did not run."""
         if len(frame.added) < len(self.adds):
             _, a, b = next(pair for pair in pairs if pair[2] not in frame.added)
-            raise _did_not_run((a, b), f"layer {b} of the anchor", self.adds[b])
+            raise did_not_run(WHERE, (a, b), f"layer {b} of the anchor", self.adds[b])
 
 
-def _did_not_run(pair: tuple[int, int], layer: str, name: str) -> ValueError:
+def did_not_run(where: str, pair: tuple[int, int], layer: str, name: str) -> ValueError:
+    """Return the error for the connection `pair` whose `layer`, of the class `name`, did not run."""
     return bad_value(
-        WHERE,
+        where,
         "connections",
         "of layers that run in every forward",
         f"{pair}, but {layer}, a {name}, did not run for these inputs. Connect another layer, or pass the inputs that "

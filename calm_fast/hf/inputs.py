@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
-from calm_fast.core.checks import bad_value, describe, values_checked
+from calm_fast.core.checks import bad_value, describe, require_async, values_checked
 from calm_fast.core.compatibility import require, tried
 from calm_fast.hf.cache import ComposedCache
 from calm_fast.hf.cache_names import NAMES, cache_argument, generate_argument, has_own_cache
 from calm_fast.hf.layers import device_of
-from calm_fast.hf.masks import CAUSAL, Visibility, aligned_visibility, given_visibility
+from calm_fast.hf.masks import CAUSAL, Visibility, aligned_visibility, given_visibility, has_padding
 from calm_fast.hf.masks import WHERE as WHERE
+from calm_fast.hf.own_steps import MASK as OWN_MASK
+from calm_fast.hf.own_steps import OwnStep, own_step
+from calm_fast.hf.own_text import OwnText
 
 # Families without a transformers Cache that transformers' own flag does not exclude: model_type -> reason.
 WITHOUT_CACHE = {
@@ -119,14 +122,29 @@ class Signature:
         return device_of(self.home[0], model) if parameter.is_meta and self.home else parameter.device
 
 
-def check_ids(name: str, ids: Any) -> None:
-    """Raise ValueError unless `ids` is an int64 or int32 tensor (batch, tokens)."""
+def check_ids(name: str, ids: Any, empty: bool = True) -> None:
+    """Raise ValueError unless `ids` is an int64 or int32 tensor (batch, tokens). empty: it may hold no token."""
     if not isinstance(ids, torch.Tensor):
         raise bad_value(WHERE, name, "a tensor of token ids (batch, tokens)", describe(ids))
     if ids.ndim != 2:
         raise bad_value(WHERE, name, "2-dimensional (batch, tokens)", f"shape {tuple(ids.shape)}")
     if ids.dtype not in (torch.int64, torch.int32):
         raise bad_value(WHERE, name, "int64 or int32 token ids", str(ids.dtype))
+    if not empty and ids.shape[1] == 0:
+        got = f"shape {tuple(ids.shape)}. To generate without a prompt, begin with the tokenizer's BOS token"
+        raise bad_value(WHERE, name, "at least one token per row", got)
+
+
+def kept_positions(keep: int | torch.Tensor, ids: torch.Tensor) -> int | torch.Tensor:
+    """Return `logits_to_keep` for ids (B, M) such that a CPU does not copy the head's weight for every row.
+
+    Of a number of last tokens, transformers gives the head a slice (B, keep, D) of the states, which torch cannot fold
+    into one matrix: it multiplies row by row, each with its own copy of the weight (B 8, a weight of 49,152 x 576 in
+    bfloat16: 2.8 s instead of 14 ms). Of positions (keep,) the head gets states of their own.
+    """
+    if not isinstance(keep, int) or ids.device.type != "cpu" or ids.shape[0] == 1 or not 0 < keep < ids.shape[1]:
+        return keep
+    return torch.arange(ids.shape[1] - keep, ids.shape[1])
 
 
 def check_tensors(**given: Any) -> None:
@@ -156,10 +174,14 @@ def check_vocabulary(name: str, ids: torch.Tensor, models: Iterable[PreTrainedMo
 
 
 class AugmenterCall(NamedTuple):
-    """The token arguments of one augmenter, and the interval of them that each anchor token reads."""
+    """The token arguments of one augmenter, and the interval of them that each anchor token reads.
+
+    step: what happens to the cache first, for an augmenter with tokens of its own and a cache.
+    """
 
     inputs: Tokens
     visibility: Visibility
+    step: OwnStep | None = None
 
 
 def _per_augmenter(name: str, value: Any, count: int) -> list[torch.Tensor | None]:
@@ -174,21 +196,34 @@ class Past(NamedTuple):
     """What came before a call.
 
     tokens: the number of the anchor's tokens in `cache`. cached: True if this call has or starts a cache, False if not,
-    None if it would start one by default. first_of: the first connection of each augmenter.
+    None if it would start one by default.
     """
 
     tokens: int
     cached: bool | None
     cache: ComposedCache | None = None
-    first_of: Sequence[int] = ()
 
-    def seen(self, index: int) -> int:
-        """Return the number of tokens of augmenter `index` in the cache."""
-        return 0 if self.cache is None else self.cache.cross[self.first_of[index]].get_seq_length()
+    def own(self) -> dict[int, OwnText]:
+        """Return the texts of the augmenters that have read tokens of their own, by augmenter."""
+        return self.cache.own if self.tokens > 0 and self.cache is not None else {}
 
-    def reads_own(self, index: int) -> bool:
-        """Return True if the cache holds augmenter `index`'s own tokens."""
-        return self.tokens > 0 and self.cache is not None and index in self.cache.own_tokens
+    def own_text(self, index: int, ids: torch.Tensor) -> OwnText:
+        """Return the text of augmenter `index` in the cache, which new `ids` (B, N) continue.
+
+        Raises ValueError if it has read the anchor's tokens so far.
+        """
+        if (text := self.own().get(index)) is not None:
+            return text
+        if self.tokens > 0:
+            expected = f"None with this cache, because augmenter {index} has read the anchor's tokens"
+            raise bad_value(WHERE, "augmenter_input_ids", expected, "a value. Pass it from the first call on")
+        return OwnText(ids[:, :0], 0)
+
+    def fixed(self, index: int, mask: torch.Tensor | None) -> str:
+        """Return why rows of augmenter `index` must get equal numbers of tokens, or "" if they need not."""
+        if self.cache is None or mask is None or self.tokens == 0:
+            return ""
+        return self.cache.fixed_rows(index, f"augmenter {index}")
 
 
 def augmenter_calls(
@@ -207,13 +242,13 @@ def augmenter_calls(
     packed = mask is None and aligned.lo is not None
 
     if all(value is None for value in external.values()):
-        if past.tokens > 0 and past.cache is not None and past.cache.own_tokens:
-            raise _without_own_tokens(min(past.cache.own_tokens))
-        return [AugmenterCall(inputs, aligned)] * count, packed or aligned.order is not None
-    own = {name: _per_augmenter(name, value, count) for name, value in external.items()}
+        if past.own():
+            raise _without_own_tokens(min(past.own()))
+        return [AugmenterCall(inputs, aligned)] * count, packed or not aligned.cacheable
+    values_of = {name: _per_augmenter(name, value, count) for name, value in external.items()}
     calls = []
     for index in range(count):
-        given = {name: values[index] for name, values in own.items()}
+        given = {name: values[index] for name, values in values_of.items()}
         lo, hi = given.pop("lo"), given.pop("hi")
         if hi is None and any(value is not None for value in (lo, *given.values())):
             expected = "given with `lo` or an augmenter's own tokens, to say which of them each token reads"
@@ -223,22 +258,39 @@ def augmenter_calls(
             if any(value is not None for value in given.values()):
                 expected = "given with an augmenter's own mask or positions"
                 raise bad_value(WHERE, "augmenter_input_ids", expected, "None")
-            if past.reads_own(index):
+            if index in past.own():
                 raise _without_own_tokens(index)
             if hi is not None and lo is None and packed:
                 expected = "given with `hi` for rows of several documents, to say where each one begins"
                 raise bad_value(WHERE, "lo", expected, "None")
-            tokens, read, name, seen = inputs, mask, "attention_mask", past.tokens
-        else:
-            read, name, seen = given["augmenter_attention_mask"], "augmenter_attention_mask", past.seen(index)
-            tokens = Tokens(input_ids=own_ids, attention_mask=read, position_ids=given["augmenter_position_ids"])
-            _check_own_tokens(tokens, batch)
-        visible = aligned
-        if hi is not None:
-            n = tokens["input_ids"].shape[1]
-            visible = given_visibility(lo, hi, name, read, batch, new, seen, n, past.cached)
-        calls.append(AugmenterCall(tokens, visible))
-    return calls, packed or any(call.visibility.order is not None for call in calls)
+            visible = aligned
+            if hi is not None:
+                seen = past.tokens
+                visible = given_visibility(lo, hi, "attention_mask", mask, batch, new, seen, new, past.cached)
+            calls.append(AugmenterCall(inputs, visible))
+            continue
+        assert hi is not None  # checked above
+        own = Tokens(
+            input_ids=own_ids,
+            attention_mask=given["augmenter_attention_mask"],
+            position_ids=given["augmenter_position_ids"],
+        )
+        _check_own_tokens(own, batch)
+        calls.append(_own_call(index, own, lo, hi, new, past))
+    return calls, packed or not all(call.visibility.cacheable for call in calls)
+
+
+def _own_call(
+    index: int, own: Tokens, lo: torch.Tensor | None, hi: torch.Tensor, new: int, past: Past
+) -> AugmenterCall:
+    """Return the call of augmenter `index` with tokens of its own. new: M, the number of the anchor's tokens."""
+    ids, mask, positions = own["input_ids"], own["attention_mask"], own["position_ids"]
+    if past.cached is False:
+        visible = given_visibility(lo, hi, OWN_MASK, mask, len(ids), new, 0, ids.shape[1], False)
+        return AugmenterCall(own, visible)
+    step = own_step(past.own_text(index, ids), ids, mask, positions, lo, hi, new, past.fixed(index, mask))
+    read = Tokens(input_ids=step.ids, attention_mask=step.mask, position_ids=step.positions)
+    return AugmenterCall(read, step.visibility, step)
 
 
 def _without_own_tokens(index: int) -> ValueError:
@@ -262,26 +314,25 @@ def _check_own_tokens(tokens: Tokens, batch: int) -> None:
 
 
 def remember(cache: ComposedCache, past: int, inputs: Tokens, calls: list[AugmenterCall]) -> None:
-    """Note in `cache` what later calls with it must say: the padding of its rows, and an augmenter's own tokens.
+    """Note in `cache` that its rows have padding, which later calls with it must say again.
 
-    past: number of the anchor's tokens before this call. Raises ValueError if rows with padding go on without a mask,
-    and for own tokens over an anchor whose cache does not count.
+    past: number of the anchor's tokens before this call. Raises ValueError if rows with padding go on without a mask
+    (a GPU, which is not asked whether a mask hides anything, asserts it).
     """
     if past == 0:
-        cache.padded = False
-        cache.own_tokens = set()
+        cache.padded, cache.own = False, {}
     if inputs["attention_mask"] is None:
-        if cache.padded:
+        if cache.padded is not False:
             expected = "given in every call with this cache, because its rows have padding"
-            raise bad_value(WHERE, "attention_mask", expected, "None. Pass the mask of all tokens so far")
+            problem = bad_value(WHERE, "attention_mask", expected, "None. Pass the mask of all tokens so far")
+            if cache.padded is True:
+                raise problem
+            require_async(~cache.padded, str(problem))
+            cache.padded = False
     elif (past == 0 or inputs["input_ids"].shape[1] > 1) and calls[0].inputs is inputs:
-        cache.padded = cache.padded or calls[0].visibility is not CAUSAL
-    for index, call in enumerate(calls):
-        if call.inputs is not inputs:
-            cache.own_tokens.add(index)
-    if 0 in cache.own_tokens and not cache.counts_tokens():
-        expected = "None with a cache over an anchor that does not count its tokens (static caches, Mamba)"
-        raise bad_value(WHERE, "augmenter_input_ids", expected, "a value. Pass use_cache=False")
+        if cache.padded is not True and calls[0].visibility is not CAUSAL:
+            tracing = torch.compiler.is_compiling()
+            cache.padded = True if tracing else has_padding(inputs["attention_mask"])  # of all tokens so far
 
 
 def _knows_length(cache: Cache | None, past: int) -> bool:
@@ -314,7 +365,9 @@ def part_inputs(
     if cache is None:
         return {**inputs, "use_cache": False}
     inputs["use_cache"] = True
-    plain = type(cache) is DynamicCache and (inputs["attention_mask"] is None or inputs.get("position_ids") is not None)
+    unmasked = inputs["attention_mask"] is None
+    plain = type(cache) is DynamicCache and (unmasked or inputs.get("position_ids") is not None)
+    plain = plain or (type(cache) is StaticCache and unmasked)
     if (signature.stock and plain) or not hasattr(model, "prepare_inputs_for_generation"):
         return inputs | {signature.cache: cache}
     inputs[signature.prepared] = cache

@@ -23,19 +23,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from calm_fast.core.checks import bad_value
 
-_OF_COMPOSE = "`anchor_layers` or `augmenter_layers`"
 
-
-def _decoder(model: PreTrainedModel) -> nn.Module:
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return decoder if decoder is not None else model.base_model
-
-
-def find_layers(model: PreTrainedModel, path: str | None = None) -> tuple[str, nn.ModuleList]:
+def find_layers(
+    model: PreTrainedModel, path: str | None = None, *, where: str = "find_layers", argument: str = "path"
+) -> tuple[str, nn.ModuleList]:
     """Find the decoder layers of a transformers model.
 
-    The rule: inside ``get_decoder()`` (else ``base_model``), take the outermost ModuleList whose members are all
-    ``GradientCheckpointingLayer``. There must be exactly one. `path` (dotted, from `model`) overrides the rule.
+    The rule: inside ``get_decoder()``, else ``base_model``, else the model, take the outermost ModuleLists whose
+    members are all ``GradientCheckpointingLayer``. If there is none, take those of plain modules that have the config's
+    number of layers. Of several lists, take the one with this number. `path` (dotted, from `model`) overrides the rule.
+
+    where, argument: the function and its argument that an error names.
 
     Returns (dotted path from `model`, the ModuleList). Raises ValueError if the rule does not find exactly one list, or
     if `path` is not the path of a non-empty ModuleList.
@@ -44,26 +42,51 @@ def find_layers(model: PreTrainedModel, path: str | None = None) -> tuple[str, n
     if path is not None:
         module = dict(model.named_modules(remove_duplicate=False)).get(path)
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
-            expected = f"the dotted path of a non-empty ModuleList of {name}"
-            raise bad_value("find_layers", "path", expected, f"{path!r}. compose() calls it {_OF_COMPOSE}")
+            raise bad_value(where, argument, f"the dotted path of a non-empty ModuleList of {name}", repr(path))
         return path, module
 
-    found: dict[str, nn.ModuleList] = {}
-    for prefix, module in _decoder(model).named_modules():
-        inside = any(prefix.startswith(outer + ".") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) > 0 and not inside:
-            if all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
-                found[prefix] = module
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    count = _layer_count(model)
+    found: list[nn.ModuleList] = []
+    for root in (decoder, model.base_model, model):
+        found = [] if root is None else _layer_lists(root, count)
+        if found:
+            break
+    fitting = [layers for layers in found if len(layers) == count]
+    if len(found) > 1 and len(fitting) == 1:
+        found = fitting
+    paths = [next(p for p, module in model.named_modules() if module is layers) for layers in found]
     if len(found) != 1:
         raise bad_value(
-            "find_layers",
-            "path",
+            where,
+            argument,
             f"given where a model does not have exactly one list of decoder layers ({name} has {len(found)}: "
-            f"{', '.join(found) or 'none'})",
-            f"None. Pass the dotted path of the layers; compose() calls it {_OF_COMPOSE}",
+            f"{', '.join(paths) or 'none'})",
+            "None. Pass the dotted path of the layers",
         )
-    layers = next(iter(found.values()))
-    return next(p for p, module in model.named_modules() if module is layers), layers
+    return paths[0], found[0]
+
+
+def _layer_count(model: PreTrainedModel) -> int | None:
+    """Return the number of decoder layers that the config names."""
+    config = model.config.get_text_config(decoder=True)
+    count = getattr(config, "decoder_layers", None)  # of an encoder-decoder, where num_hidden_layers is the encoder's
+    return count if count is not None else getattr(config, "num_hidden_layers", None)
+
+
+def _layer_lists(root: nn.Module, count: int | None) -> list[nn.ModuleList]:
+    """Return the lists in `root` that may be its layers: of checkpointable ones, else of `count` plain modules."""
+    plain: dict[str, nn.ModuleList] = {}
+    found: dict[str, nn.ModuleList] = {}
+    for prefix, module in root.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
+            if not any(prefix.startswith(outer + ".") for outer in found):
+                found[prefix] = module
+        elif len(module) == count and not any(prefix.startswith(outer + ".") for outer in plain):
+            plain[prefix] = module
+    return list((found or plain).values())
 
 
 def hidden_size(model: PreTrainedModel) -> int:

@@ -15,28 +15,32 @@ class Visibility(NamedTuple):
     """The interval arguments of one CrossAttention call: lo and hi (B, M) int32 or None, and the causal flag.
 
     order: (B, N) int64, the augmenter tokens in the order in which lo and hi count them, or None for their own order.
+    cacheable: False if a cache of these tokens could not go on, because a mask that was read has a hole.
     """
 
     lo: torch.Tensor | None
     hi: torch.Tensor | None
     causal: bool
     order: torch.Tensor | None = None
+    cacheable: bool = True
 
 
 CAUSAL = Visibility(None, None, True)
 
 
 class RealKeys(NamedTuple):
-    """The real tokens among N keys.
+    """The real tokens among N keys: one block [first, end) of each row, both (B, 1) int32, once `order` is applied.
 
-    Without `order` they are one block [first, end) of each row, both (B, 1) int32. With it they come first in every
-    row: order (B, N) int64 sorts them to the front, and counts (B, N + 1) int32 holds how many stand before each index.
+    order: (B, N) int64, which sorts real tokens to the front; None keeps every row as it is.
+    counts: (B, N + 1) int32 with `order`: where each bound of an interval lies in the sorted row.
+    cacheable: False if a row is known to have a hole.
     """
 
     first: torch.Tensor
     end: torch.Tensor
     order: torch.Tensor | None = None
     counts: torch.Tensor | None = None
+    cacheable: bool = True
 
 
 def _document_starts(position_ids: torch.Tensor) -> torch.Tensor:
@@ -48,18 +52,33 @@ def _document_starts(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _is_packed(position_ids: torch.Tensor) -> bool:
-    """Return True if positions restart inside a row."""
+    """Return True if positions restart inside a row, or if they cannot be read: the intervals are right for both."""
     if position_ids.ndim != 2:
         return False
-    if torch.compiler.is_compiling():
-        return True  # tracing cannot read values, and the intervals are right in either case
-    return bool((position_ids[:, 1:] - position_ids[:, :-1] != 1).any())
+    return not values_checked(position_ids) or not bool(_runs_on(position_ids))
+
+
+def _runs_on(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return a bool scalar: every position of a row is one more than the one before."""
+    return (position_ids[:, 1:] - position_ids[:, :-1] == 1).all()
+
+
+def refuse_restarts(position_ids: torch.Tensor, message: str) -> None:
+    """Raise ValueError with `message` if positions restart in a row; assert it on devices whose values are not read."""
+    if not values_checked(position_ids):
+        require_async(_runs_on(position_ids), message)
+    elif not bool(_runs_on(position_ids)):
+        raise ValueError(message)
+
+
+def _blocks(mask: torch.Tensor) -> torch.Tensor:
+    """Return the number (B,) of blocks of real tokens in each row; an interval can express one."""
+    return mask[:, 0].long() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
 
 
 def _one_block(mask: torch.Tensor) -> torch.Tensor:
-    """Return a bool scalar: the real tokens of every row form one block, which is all that an interval can express."""
-    starts = mask[:, 0].long() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
-    return (starts <= 1).all()
+    """Return a bool scalar: the real tokens of every row form one block."""
+    return (_blocks(mask) <= 1).all()
 
 
 def _has_hole(name: str) -> ValueError:
@@ -68,7 +87,8 @@ def _has_hole(name: str) -> ValueError:
     return bad_value(WHERE, name, expected, got)
 
 
-def _not_binary(name: str) -> ValueError:
+def not_binary(name: str) -> ValueError:
+    """Return the error for a mask with values other than 0 and 1."""
     got = "other values. A token is read or it is not; give documents as `position_ids` that restart"
     return bad_value(WHERE, name, "0 for padding and 1 for a real token (or bool)", got)
 
@@ -81,51 +101,70 @@ def _facts(name: str, given: torch.Tensor, mask: torch.Tensor) -> tuple[bool, bo
     binary = (given == mask).all() if given.dtype != torch.bool else torch.ones_like(mask[0, 0])
     full, one_block, values = torch.stack([mask.all(), _one_block(mask), binary]).tolist()
     if not values:
-        raise _not_binary(name)
+        raise not_binary(name)
     return full, not one_block
 
 
-def _check_shape(name: str, mask: torch.Tensor, batch: int, past: int, new: int) -> None:
+def check_shape(name: str, mask: torch.Tensor, batch: int, past: int, new: int) -> None:
+    """Raise ValueError unless `mask` is (batch, past + new)."""
     if mask.ndim != 2 or tuple(mask.shape) != (batch, past + new):
         expected = f"of shape ({batch}, {past + new}) (batch, past + new tokens)"
         raise bad_value(WHERE, name, expected, f"shape {tuple(mask.shape)}")
 
 
 def real_keys(name: str, given: torch.Tensor, past: int, new: int, cached: bool | None) -> RealKeys | None:
-    """Return the real tokens that a mask names, or None if all of them are.
+    """Return the real tokens that a mask names, or None if all of them are known to be real.
 
     given: (B, past + new), 0 or 1, of any dtype. cached: True if a cache holds or will hold the keys, None if one
     may be left out.
 
-    Without a cache, a hole is skipped by sorting the real tokens to the front. With a cache it is a ValueError. The
-    values are read on a CPU, and on a GPU in calls that start a text or bring several tokens. In the other calls, and
-    in a traced graph with a cache, the hole is asserted away on the device, without a synchronisation.
+    Without a cache, a hole is skipped by sorting the real tokens to the front. With a cache it is a ValueError. Values
+    are read where `values_checked` allows it. Elsewhere, on a GPU and in a traced graph, nothing waits for the device:
+    other values than 0 and 1, and a hole with a cache, fail an assertion there.
     """
     mask = given.bool()
     if mask.numel() == 0:
         return None
-    tracing = torch.compiler.is_compiling()
-    reads = not tracing and (past == 0 or new > 1 or values_checked(mask))
-    hole = False
+    reads, tracing = values_checked(mask), torch.compiler.is_compiling()
     if reads:
         full, hole = _facts(name, given, mask)
         if full:
             return None
         if hole and (cached or past > 0):
             raise _has_hole(name)
+        if hole:
+            return _sorted(mask, cacheable=False)
+    elif (past == 0 or new > 1) and given.dtype != torch.bool:
+        require_async((given == mask).all(), str(not_binary(name)))
+    if not reads and past == 0 and cached is False:
+        return _sorted(mask)
     counted = mask.sum(dim=1, keepdim=True)
     first = mask.to(torch.uint8).argmax(dim=1, keepdim=True)
     first, end = first.to(torch.int32), (first + counted).to(torch.int32)
-    if not reads:
-        if (past == 0 or new > 1) and given.dtype != torch.bool:
-            require_async((given == mask).all(), str(_not_binary(name)))
-        if past > 0 or cached is not False:
-            require_async(_one_block(mask), str(_has_hole(name)))
-    if not hole and not (tracing and past == 0 and cached is False):
+    if reads:
         return RealKeys(first, end)
+    if past == 0 and cached is None and not tracing:
+        return _sorted_holes(mask, first, end)
+    require_async(_one_block(mask), str(_has_hole(name)))
+    return RealKeys(first, end)
+
+
+def _sorted(mask: torch.Tensor, cacheable: bool = True) -> RealKeys:
+    """Return the real tokens sorted to the front of every row."""
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
     counts = torch.nn.functional.pad(mask.cumsum(dim=1), (1, 0)).to(torch.int32)
-    return RealKeys(first, end, order, counts)
+    return RealKeys(torch.zeros_like(counts[:, :1]), counts[:, -1:], order, counts, cacheable)
+
+
+def _sorted_holes(mask: torch.Tensor, first: torch.Tensor, end: torch.Tensor) -> RealKeys:
+    """Return the real tokens sorted to the front in rows with a hole; a cache of the other rows can go on."""
+    holes, n = _blocks(mask)[:, None] > 1, mask.shape[1]
+    to_front = _sorted(mask)
+    assert to_front.order is not None and to_front.counts is not None
+    index = torch.arange(n + 1, device=mask.device, dtype=torch.int32)
+    order = torch.where(holes, to_front.order, index[:n])
+    counts = torch.where(holes, to_front.counts, index.maximum(first).minimum(end))
+    return RealKeys(torch.where(holes, 0, first), torch.where(holes, to_front.end, end), order, counts)
 
 
 def aligned_visibility(
@@ -152,7 +191,7 @@ def aligned_visibility(
         hi = torch.arange(1, new + 1, device=lo.device).expand(batch, new)
         return Visibility(lo.to(torch.int32), hi.to(torch.int32), False)
 
-    _check_shape("attention_mask", attention_mask, batch, past, new)
+    check_shape("attention_mask", attention_mask, batch, past, new)
     mask = attention_mask.bool()
     if new == 1 and past > 0 and readable(mask):
         # A decode step. Where every row is real from its first real token on, the new token reads all of that.
@@ -165,12 +204,15 @@ def aligned_visibility(
         return CAUSAL
     real = mask[:, past:]
     if keys.counts is not None:
-        return Visibility(None, keys.counts[:, 1:].masked_fill(~real, 0), False, keys.order)
+        hi = keys.counts[:, 1:].masked_fill(~real, 0)
+        # sorted rows begin at 0; with a cache only those with a hole are sorted
+        begin = keys.first.expand(batch, new) if cached is None and keys.cacheable else None
+        return Visibility(begin, hi, False, keys.order, keys.cacheable)
     ends = torch.arange(past + 1, past + new + 1, device=mask.device, dtype=torch.int32)
     return Visibility(keys.first.expand(batch, new), torch.where(real, ends, keys.first), False)
 
 
-def _check_bound(name: str, bound: torch.Tensor, batch: int, queries: int, tokens: int) -> None:
+def check_bound(name: str, bound: torch.Tensor, batch: int, queries: int, tokens: int) -> None:
     """Raise ValueError unless `bound` is int32, (B, M) or (M,), with values from 0 to `tokens` where they are read."""
     if bound.dtype != torch.int32:
         raise TypeError(f"{WHERE}: `{name}` must have dtype int32, got {bound.dtype}")
@@ -203,10 +245,10 @@ def given_visibility(
     """
     for bound_name, bound in (("lo", lo), ("hi", hi)):
         if bound is not None:
-            _check_bound(bound_name, bound, batch, queries, past + new)
+            check_bound(bound_name, bound, batch, queries, past + new)
     if mask is None:
         return Visibility(lo, hi, False)
-    _check_shape(name, mask, batch, past, new)
+    check_shape(name, mask, batch, past, new)
     keys = real_keys(name, mask.to(hi.device), past, new, cached)
     if keys is None:
         return Visibility(lo, hi, False)
@@ -216,14 +258,33 @@ def given_visibility(
         lo = keys.first.expand(batch, queries) if lo is None else lo.maximum(keys.first)
         return Visibility(lo, hi.minimum(keys.end), False)
     # among the sorted tokens, an index becomes the number of real tokens before it
-    before = [None if b is None else keys.counts.gather(1, b.clamp(0, past + new).long()) for b in (lo, hi)]
-    return Visibility(before[0], before[1], False, keys.order)
+    lo = torch.zeros_like(hi) if lo is None else lo
+    before = [keys.counts.gather(1, bound.clamp(0, past + new).long()) for bound in (lo, hi)]
+    return Visibility(before[0], before[1], False, keys.order, keys.cacheable)
 
 
-def check_left_padded(mask: torch.Tensor | None) -> None:
-    """Raise ValueError if a row of a prompt's mask (B, T) ends with padding: generate would continue after a hole."""
+def has_padding(mask: torch.Tensor) -> bool | torch.Tensor:
+    """Return whether a mask hides a token: a bool where it may be read, else a bool scalar on its device."""
+    hidden = (mask == 0).any()
+    return bool(hidden) if values_checked(mask) else hidden
+
+
+def check_prompt(mask: torch.Tensor | None, cached: bool) -> bool:
+    """Check the mask (B, T) of a prompt for generate; return True if all its tokens are real.
+
+    The mask is read on every device, once for a whole generation. Raises ValueError for a row that ends with padding,
+    because generate would continue after a hole, for a hole if a cache is kept (`cached`), and for other values.
+    """
     if mask is None or mask.ndim != 2 or mask.numel() == 0 or mask.device.type == "meta":
-        return
-    if not bool(mask[:, -1].bool().all()):
+        return mask is None
+    real = mask.bool()
+    facts = [real[:, -1].all(), real.all(), _one_block(real), (mask == real).all()]
+    ends_real, full, one_block, binary = torch.stack(facts).tolist()
+    if not ends_real:
         got = 'a row that ends with padding. Pad on the left (tokenizer.padding_side = "left")'
         raise bad_value("generate", "attention_mask", "1 for the last token of every row", got)
+    if not binary:
+        raise not_binary("attention_mask")
+    if cached and not one_block:
+        raise _has_hole("attention_mask")
+    return bool(full)

@@ -102,9 +102,11 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def write_tensors(file: str | os.PathLike[str], tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write CPU tensors with the format version and `metadata` into a safetensors file."""
-    save_file(tensors, file, metadata={"format": "pt", VERSION_KEY: str(FORMAT_VERSION)} | metadata)
+def write_tensors(
+    file: str | os.PathLike[str], tensors: dict[str, torch.Tensor], metadata: dict[str, str], version: int
+) -> None:
+    """Write CPU tensors with the format `version` of their config and `metadata` into a safetensors file."""
+    save_file(tensors, file, metadata={"format": "pt", VERSION_KEY: str(version)} | metadata)
 
 
 def read_metadata(file: str) -> dict[str, str]:

@@ -18,8 +18,8 @@ from calm_fast.core.checks import bad_value
 from calm_fast.core.files import atomic_path
 from calm_fast.core.fingerprint import weight_fingerprint
 from calm_fast.core.wrapped_names import bare_name
-from calm_fast.hf.causality import check_parts_causal
-from calm_fast.hf.config import ComposedConfig
+from calm_fast.hf.causality import check_parts as try_parts
+from calm_fast.hf.config import FORMAT_VERSION, ComposedConfig
 from calm_fast.hf.loading import config_of_tensors, keep_token_ids, load_parts, read_config, saved_generation_config
 from calm_fast.hf.own_tensors import (
     PREFIX,
@@ -44,6 +44,7 @@ from calm_fast.hf.references import (
     portable,
 )
 from calm_fast.hf.save_arguments import check_save_arguments
+from calm_fast.hf.tokenizer_files import alignment_fields, load_tokenizers, save_tokenizers
 
 # arguments that locate the composition itself; the second group says how to reach the hub and goes to the parts as well
 LOCATION = ("force_download", "revision", "subfolder")
@@ -74,6 +75,9 @@ class CompositionFiles(PreTrainedModel):
     anchor: PreTrainedModel
     augmenters: nn.ModuleList
     connections: nn.ModuleList
+    aligners: Any  # the property of CompositionGeneration
+    # the anchor's, then the augmenters': objects, TokenizerFolders, or None for not known
+    tokenizers: list[Any]
 
     def record_parts(self) -> None:
         """Note the fingerprints of the parts, so that a change of their weights is seen when saving."""
@@ -92,6 +96,10 @@ class CompositionFiles(PreTrainedModel):
     def _texts_for(self, folder: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """Return the texts of the config and the generation config that go into `folder` together with `tensors`."""
         self.config.architectures = [type(self).__name__]
+        fields = alignment_fields(self.aligners, self.tokenizers)
+        self.config.alignment = fields.get("alignment", [None] * len(self.aligners))
+        self.config.tokenizer_fingerprints = fields.get("tokenizer_fingerprints", [])
+        self.config.format_version = FORMAT_VERSION if fields else 1
         content, generation = _json_texts(self)
         content["anchor_path"] = portable(self.config.anchor_path, folder)
         content["augmenter_paths"] = [portable(path, folder) for path in self.config.augmenter_paths]
@@ -120,9 +128,13 @@ class CompositionFiles(PreTrainedModel):
         check_parts: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Write config.json, generation_config.json and model.safetensors (the composition tensors only).
+        """Write config.json, generation_config.json, model.safetensors (the composition tensors only) and tokenizers.
 
-        The files are complete or not there: a process that is killed leaves the previous composition or this one.
+        The anchor's tokenizer, if it is known, goes into the folder itself, that of an augmenter which reads through an
+        aligner into augmenter_0_tokenizer/ and so on.
+
+        The files are complete or not there: a process that is killed leaves the previous composition or this one. If it
+        is killed while tokenizers are replaced by others, loading says so.
 
         Args:
             save_directory: created if it does not exist; not the folder of a part.
@@ -161,6 +173,7 @@ class CompositionFiles(PreTrainedModel):
         # a clone each: safetensors refuses tensors that share memory
         tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
         os.makedirs(folder, exist_ok=True)
+        save_tokenizers(folder, self.tokenizers, self.aligners)
         texts = self._texts_for(folder, tensors)
         metadata = texts | {"checksum": json.loads(texts["config"])["tensors_checksum"]}
         # All are written before the first is replaced. The tensors are replaced first; they carry both configs, which
@@ -172,7 +185,7 @@ class CompositionFiles(PreTrainedModel):
         ):
             partial_config.write_text(texts["config"], encoding="utf-8")
             partial_generation.write_text(texts["generation_config"], encoding="utf-8")
-            write_tensors(partial_tensors, tensors, metadata)
+            write_tensors(partial_tensors, tensors, metadata, self.config.format_version)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # as transformers' own
         """Upload the composition as transformers does.
@@ -198,8 +211,9 @@ class CompositionFiles(PreTrainedModel):
         state_dict: dict[str, torch.Tensor] | None = None,
         output_loading_info: bool = False,
         generation_config: GenerationConfig | None = None,
+        tokenizers: Any = None,
         check_parts: bool = True,
-        check_causal: bool = True,
+        probe: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Load a composition and, unless they are passed, the models that it refers to.
@@ -212,9 +226,11 @@ class CompositionFiles(PreTrainedModel):
             output_loading_info: also return a dict of missing and unexpected keys; they are empty, because a
                 composition loads as a whole or not at all.
             generation_config: use this one instead of the saved one.
-            check_parts: compare the config and a few weights of each part with those it had when the composition was
-                saved. Pass False to accept others.
-            check_causal: refuse parts that read future tokens, as compose() does.
+            tokenizers: instead of the saved ones, one for the anchor and one per augmenter: objects, folders, or None
+                for the saved one.
+            check_parts: compare the config and a few weights of each part, and the tokenizers of augmenters that read
+                through an aligner, with those when the composition was saved. Pass False to accept others.
+            probe: try each part once, as compose() does.
             kwargs: use_cache and other settings of the composition's config override it. All others (dtype, device_map,
                 attn_implementation, quantization_config, trust_remote_code, ...) go to from_pretrained of the parts
                 that are loaded here.
@@ -224,8 +240,8 @@ class CompositionFiles(PreTrainedModel):
             the model in eval mode, or (model, info).
         Raises:
             ValueError: a format version that this release cannot read, a part that differs from the one composed, a
-                missing folder or reference, tensors that are not exactly those of the composition, or an argument for
-                the parts if all parts are passed as loaded models.
+                missing folder or reference, tensors that are not exactly those of the composition, a missing or another
+                tokenizer, or an argument for the parts if all parts are passed as loaded models.
         """
         kwargs = {name: value for name, value in kwargs.items() if name not in IGNORED}
         hub = {name: kwargs.pop(name) for name in (*LOCATION, *ACCESS) if name in kwargs}
@@ -244,6 +260,8 @@ class CompositionFiles(PreTrainedModel):
         if config.anchor_config is None:
             raise bad_value(LOAD, "config", "the config of a composition, with an `anchor_config`", "none")
 
+        remote_code = bool(kwargs.get("trust_remote_code"))
+        read = load_tokenizers(config, folder, tokenizers, hub, remote_code, check=check_parts)
         base = os.path.dirname(weights)
         models, from_path = load_parts(config, anchor, augmenters, base, kwargs)
         if not any(from_path) and (left := sorted(set(kwargs) - set(ALWAYS_PASSED))):
@@ -259,6 +277,7 @@ class CompositionFiles(PreTrainedModel):
             keep_token_ids(models[0].config, config.anchor_config, kwargs)
         config.anchor_config, config.augmenter_configs = models[0].config, [model.config for model in models[1:]]
         composed: Any = cls(config, models[0], models[1:])
+        composed.tokenizers, composed.aligners = read
         composed.record_parts()
         composed._load_own(weights if state_dict is None else state_dict, keep_dtype=True)
         config.tensors_checksum = ""  # the tensors may change from here on
@@ -267,8 +286,8 @@ class CompositionFiles(PreTrainedModel):
         composed.generation_config = generation_config or composed.generation_config
         composed.config.name_or_path = composed.name_or_path = folder
         composed.eval()
-        if check_causal:
-            check_parts_causal(composed, LOAD, defer=True)
+        if probe:
+            try_parts(composed, LOAD, defer=True)
         info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
         return (composed, info | {"error_msgs": []}) if output_loading_info else composed
 

@@ -74,7 +74,7 @@ class CompositionTraining(PreTrainedModel):
     def _checkpointable(self) -> list[GradientCheckpointingLayer]:
         """Return the anchor layers that can be checkpointed above the first connected one.
 
-        Their input always needs a gradient. Layers named by a path may be plain modules, which cannot.
+        Their input always needs a gradient. Layers that are plain modules (CTRL's) cannot.
         """
         first = max(0, min(b for _, _, b in self.pairs))
         layers = list(find_layers(self.anchor, self.config.anchor_layers)[1])[first + 1 :]
@@ -89,8 +89,8 @@ class CompositionTraining(PreTrainedModel):
         path, layers = find_layers(self.anchor, self.config.anchor_layers)
         if enable and not all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
             raise ValueError(
-                "gradient checkpointing: `anchor_layers` must name layers that transformers can checkpoint, got "
-                f"{path!r} of {type(self.anchor).__name__}; train without gradient checkpointing"
+                "gradient checkpointing: `anchor` must be a model whose layers transformers can checkpoint, got "
+                f"{type(self.anchor).__name__} with {path!r}; train without gradient checkpointing"
             )
         self.checkpoints = {}
         for index, layer in enumerate(self._checkpointable()):

@@ -125,6 +125,9 @@ def choose_factors(
 
     cached: the keys go to a cache.
     """
+    if torch.compiler.is_compiling():
+        kept = folded.get_traced(params, (dtype, False), lambda: _kept_factors(params, dtype, False))
+        return _factors(params, dtype, hidden, augmenter) if kept is None else kept
     if folded.keeps(params):
         # keys of a cache may carry a graph of their own
         packed = dtype == torch.float32 and not (cached and torch.is_grad_enabled()) and can_pack(hidden, augmenter)

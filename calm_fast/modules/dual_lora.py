@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from calm_fast._ops.dual_lora.api import dual_lora_folded
+from calm_fast._ops.dual_lora.linear import dual_lora_linear, joins_linear
 from calm_fast._ops.dual_lora.native import pack_folded, project_folded
 from calm_fast._ops.dual_lora.torch_impl import Folded, fold_dual_lora, negative_share
 from calm_fast.core.checks import bad_type, bad_value, check_finite_number
-from calm_fast.modules.fixed_weights import FoldedWeights
+from calm_fast.modules.fixed_weights import PLAIN, FoldedWeights
 
 _NAME = "DualLoRALinear"
 MODES = ("neg", "pos", "mix")
@@ -120,6 +121,23 @@ class DualLoRALinear(nn.Module):
         self.reset_parameters()
         self.set_mode("mix")
 
+    @property
+    def weight(self) -> Any:
+        """The weight of the base: some families read its dtype (T5) or device."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Any:
+        """The bias of the base."""
+        return self.base.bias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set `weight` and `bias` of the base, which is what tie_weights() of transformers asks for."""
+        if name in ("weight", "bias"):
+            setattr(self.base, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise every factor as a new layer does.
@@ -178,7 +196,13 @@ class DualLoRALinear(nn.Module):
             TypeError, ValueError: x or base's output has a wrong width, dtype or device; the message names it.
         """
         self._check(x)
-        y = self.base(x)
+        base = self.base
+        if isinstance(base, nn.Linear) and self._joins(x, base):
+            out, zg = dual_lora_linear(x, base.weight, base.bias, self._fold(x.dtype), self.rank)
+            if self.record_gates:
+                self._record(zg)
+            return out
+        y = base(x)
         self._check_output(x, y)
         with torch.autocast(x.device.type, enabled=False):  # every cast below is explicit
             x = x.to(y.dtype)
@@ -190,6 +214,22 @@ class DualLoRALinear(nn.Module):
             if self.record_gates:
                 self._record(zg)
             return dual_lora_folded(zg, y, folded, self.rank)
+
+    def _joins(self, x: torch.Tensor, base: nn.Linear) -> bool:
+        """Return True if `dual_lora_linear` may compute base(x) too: a plain product that nothing else observes."""
+        if not x.is_cuda or type(base) is not nn.Linear or self._mode != "mix" or self.variant != "paper":
+            return False
+        tensors = (base.weight,) if base.bias is None else (base.weight, base.bias)
+        hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        return (
+            all(type(t) in PLAIN and t.dtype == x.dtype and t.device == x.device for t in tensors)
+            and base.weight.shape == (self.out_features, self.in_features)
+            and not hooked
+            and "forward" not in vars(base)  # accelerate wraps it
+            and not (self.training and self.dropout > 0)
+            and not torch.is_autocast_enabled(x.device.type)
+            and joins_linear(x, self.rank + self.rank_neg)
+        )
 
     def clear_folded(self) -> None:
         """Drop the folded factors that `calm_fast.fixed_weights` kept."""
@@ -232,6 +272,10 @@ class DualLoRALinear(nn.Module):
             return pack_folded(fold())
 
         params = (*factors, *value)
+        if torch.compiler.is_compiling():
+            traced = self._folded.get_traced(params, (dtype, scaling), fold)
+            # a graph multiplies by `down` itself
+            return fold() if traced is None else traced._replace(packed_down=None)
         if self._folded.keeps(params):
             kept = self._folded.get(params, (dtype, scaling), fold_to_keep)
             if kept is not None:

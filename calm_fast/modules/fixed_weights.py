@@ -39,14 +39,26 @@ class _Kept(NamedTuple):
     content: torch.Tensor | None
 
 
-class _Thread(threading.local):
-    """This thread's open scopes: the layers' FoldedWeights, each with what was found valid since its scope opened."""
+class _Scope:
+    """What one layer keeps in an open scope of this thread.
+
+    valid: the value found valid since the scope opened. traced: (`extra`, value) that a compiled call has folded.
+    """
 
     def __init__(self) -> None:
-        self.fixed: dict[FoldedWeights, _Kept | None] = {}
+        self.valid: _Kept | None = None
+        self.traced: tuple[Any, tuple[Any, ...]] | None = None
 
 
-_thread = _Thread()
+class _Thread(threading.local):
+    """The open scope of one layer in this thread, or None.
+
+    Each layer has its own: torch.compile uses one graph for all layers of a class, and would look up the first layer's
+    key for every one of them in a table of scopes.
+    """
+
+    def __init__(self) -> None:
+        self.scope: _Scope | None = None
 
 
 @contextmanager
@@ -68,15 +80,15 @@ def fixed_weights(model: nn.Module) -> Iterator[None]:
     """
     if not isinstance(model, nn.Module):
         raise bad_type("fixed_weights", "model", "an nn.Module", model)
-    fixed = _thread.fixed
     owners = (module.__dict__.get("_folded") for module in model.modules())
-    added = [own for own in owners if isinstance(own, FoldedWeights) and own not in fixed]
-    fixed.update(dict.fromkeys(added))
+    added = [own for own in owners if isinstance(own, FoldedWeights) and own.thread.scope is None]
+    for own in added:
+        own.thread.scope = _Scope()
     try:
         yield
     finally:
         for own in added:
-            fixed.pop(own, None)
+            own.thread.scope = None
 
 
 class FoldedWeights:
@@ -88,6 +100,7 @@ class FoldedWeights:
     """
 
     def __init__(self) -> None:
+        self.thread = _Thread()
         self.clear()
 
     def clear(self) -> None:
@@ -111,7 +124,7 @@ class FoldedWeights:
                 if p is not None and p.requires_grad:
                     self.clear()
                     return False
-        return self in _thread.fixed
+        return self.thread.scope is not None
 
     def get(self, params: Parameters, extra: tuple[Any, ...], compute: Callable[[], _Folded]) -> _Folded | None:
         """Return `compute()`, or its earlier result if the values of `params` and the key `extra` are the same.
@@ -119,8 +132,9 @@ class FoldedWeights:
         Call it where `keeps(params)`. Returns None where nothing can be kept: tensors other than plain ones on one
         device, a torch.func transform, fake tensors, a CUDA graph's capture.
         """
-        fixed, kept = _thread.fixed, self._kept
-        valid = fixed[self]
+        scope, kept = self.thread.scope, self._kept
+        assert scope is not None  # the caller has asked `keeps`
+        valid = scope.valid
         if kept is not None and kept is valid and extra == kept.extra and _unchanged(params, kept.seen):
             return kept.value  # one owner, one `compute`: it is what that returned
         if not _can_keep(params):
@@ -131,7 +145,7 @@ class FoldedWeights:
             if type(content) is not torch.Tensor:  # a dispatch mode makes tensors of its own: fake, functional
                 return None
             if kept is not None and extra == kept.extra and _same(params, content, kept):
-                fixed[self] = kept
+                scope.valid = kept
                 return kept.value
         elif kept is valid and _unchanged(params, kept.seen):
             content = kept.content  # only `extra` differs
@@ -139,8 +153,32 @@ class FoldedWeights:
             value = compute()
         if any(isinstance(t, torch.Tensor) and type(t) not in PLAIN for t in value):
             return value
-        fixed[self] = self._kept = _Kept(value, extra, tuple(map(_look, params)), content)
+        scope.valid = self._kept = _Kept(value, extra, tuple(map(_look, params)), content)
         return value
+
+    def get_traced(self, params: Parameters, extra: tuple[Any, ...], compute: Callable[[], _Folded]) -> _Folded | None:
+        """Return what `get` would, for a call that torch.compile traces; None where nothing can be kept.
+
+        A value that a call without torch.compile has kept in this scope enters the graph as tensors. Without one, the
+        first compiled call in the scope folds in its graph and keeps the result, on a CPU only: a CUDA graph would
+        write the next call's result over it. Nothing is compared with the parameters: a graph cannot.
+        """
+        scope = self.thread.scope
+        if scope is None:
+            return None
+        if torch.is_grad_enabled():  # parameters may be about to change, and autograd may save what the graph reads
+            scope.traced = None
+            return None
+        valid = scope.valid
+        if valid is not None and valid.extra == extra:
+            kept: _Folded = valid.value
+            return kept
+        if not all(p is None or p.is_cpu for p in params):
+            return None
+        if scope.traced is None or scope.traced[0] != extra:
+            scope.traced = (extra, compute())
+        traced: _Folded = scope.traced[1]  # type: ignore[assignment]  # one owner, one `compute`
+        return traced
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FoldedWeights:
         return FoldedWeights()

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
-from calm_fast.consistency.answers.equality import extract_answer
+from calm_fast.consistency.answers.extraction import extract_answer
 from calm_fast.consistency.answers.gold import gold_answer
 from calm_fast.consistency.answers.grouping import group_answers
+from calm_fast.consistency.sampling.boundary import Continuation
 from calm_fast.consistency.sampling.prompt import Prompt, prompt_form
 from calm_fast.consistency.voting.samples import read_rows
+from calm_fast.core.token_ids import last_tokens
 
 __all__ = ["Example", "Graded", "IGNORE", "RationaleDataset", "RightPadding", "grade", "read_rows", "split_rationales"]
 
@@ -43,8 +45,9 @@ def split_rationales(rows: Iterable[dict[str, Any]], *, progress: bool = True) -
     """Return (right, wrong) rationales: a right one reaches the gold answer, a wrong one does not.
 
     A row's `answer` is a solution that ends in the gold answer, or the gold answer itself, as in `calm-fast vote`.
-    Answers are compared as `group_answers` does. A rationale without an answer is wrong. Equal rationales of a question
-    are taken once. A row without a gold answer or without rationales is left out, and a UserWarning counts such rows.
+    Answers are compared as `group_answers` does. A rationale without an answer is wrong. Equal rationales of a
+    question are taken once, and blank ones never: they would teach the end token alone. A row without a gold answer
+    or without rationales is left out, and a UserWarning counts such rows.
     """
     graded = grade(rows, progress=progress)
     if graded.left_out:
@@ -61,10 +64,10 @@ def grade(rows: Iterable[dict[str, Any]], *, progress: bool = True) -> Graded:
         gold = gold_answer(row["answer"])
         if gold is None:
             left_out["a blank `answer`"] += 1
-        elif not row["generated_answer"]:
+        elif not (rationales := [text for text in dict.fromkeys(row["generated_answer"]) if text.strip()]):
             left_out["an empty `generated_answer`"] += 1
         else:
-            for rationale in dict.fromkeys(row["generated_answer"]):
+            for rationale in rationales:
                 graded.append((Example(row["question"], rationale), (extract_answer(rationale), gold)))
     # each pair is a question of its own, because nothing depends on equality between wrong answers
     pairs = list(dict.fromkeys(pair for _, pair in graded))
@@ -81,12 +84,20 @@ class RationaleDataset(Dataset[dict[str, list[int]]]):
     A long question loses its beginning, so that at least half of `max_length` is left for the rationale.
 
     Args:
-        prompt: form of the prompts, as in `SelfConsistency`: by default the tokenizer's chat template, or the question
-            and a newline without one. `form` keeps it, and the stages record it on the model that they train.
+        prompt, system, chat_template_kwargs: form of the prompts, as in `SelfConsistency`: by default the tokenizer's
+            chat template, or the question and a newline without one. `form` keeps it, and the stages record it on the
+            model that they train.
     """
 
     def __init__(
-        self, examples: Sequence[Example], tokenizer: Any, max_length: int = 512, *, prompt: Prompt = None
+        self,
+        examples: Sequence[Example],
+        tokenizer: Any,
+        max_length: int = 512,
+        *,
+        prompt: Prompt = None,
+        system: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if not examples:
             raise ValueError("RationaleDataset: `examples` must hold at least one rationale, got none")
@@ -94,16 +105,19 @@ class RationaleDataset(Dataset[dict[str, list[int]]]):
             raise ValueError(
                 "RationaleDataset: `tokenizer` must have an end-of-sequence token, got none; set eos_token"
             )
-        self.form = prompt_form(prompt, tokenizer, "RationaleDataset")
-        self.items = [self._encode(e, tokenizer, max_length) for e in examples]
+        self.form = prompt_form(
+            prompt, tokenizer, "RationaleDataset", system=system, chat_template_kwargs=chat_template_kwargs
+        )
+        after = Continuation(tokenizer)
+        self.items = [self._encode(e, tokenizer, after, max_length) for e in examples]
 
-    def _encode(self, example: Example, tokenizer: Any, max_length: int) -> dict[str, list[int]]:
-        answer = tokenizer(example.rationale, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        room = max(max_length - len(answer), max_length // 2)
+    def _encode(self, example: Example, tokenizer: Any, after: Continuation, max_length: int) -> dict[str, list[int]]:
         prompt = self.form.ids(tokenizer, example.question)
+        answer = after.ids(example.rationale, None, prompt) + [tokenizer.eos_token_id]
+        room = max(max_length - len(answer), max_length // 2)
         if self.form.chat is not None and len(prompt) > room:
             prompt = self._shortened(example.question, tokenizer, room)
-        prompt = prompt[-room:]
+        prompt = last_tokens(tokenizer, prompt, room)
         ids = (prompt + answer)[:max_length]
         return {"input_ids": ids, "labels": ([IGNORE] * len(prompt) + answer)[:max_length]}
 

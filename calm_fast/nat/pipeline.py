@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ def run(
     limit: int | None = None,
     max_length: int = 512,
     prompt: Prompt = None,
+    system: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train negative LoRA, NAT and NCE on the rows of `data`, as `calm-fast nat` does; a second call resumes the first.
 
@@ -44,7 +46,8 @@ def run(
             with its tokenizer. out: gets negative/ (PEFT adapter), nat/ (dual LoRA), student/ (PEFT adapter) and
             results.json with losses, gate statistics and the number of rows that were left out.
         settings: see `Settings`. limit: most rows to read. max_length: most tokens of an example.
-        prompt: form of the prompts, see `RationaleDataset`; prompt.json beside each adapter records it.
+        prompt, system, chat_template_kwargs: form of the prompts, see `RationaleDataset`; prompt.json beside each
+            adapter records it.
     Returns:
         the content of results.json.
     Raises:
@@ -67,7 +70,8 @@ def run(
         "data": file_checksum(data),
     }
     identity["model"] = model_folder_fingerprint(model)
-    form = prompt_form(prompt, tokenizer, "nat")
+    asked: dict[str, Any] = {"prompt": prompt, "system": system, "chat_template_kwargs": chat_template_kwargs}
+    form = prompt_form(where="nat", tokenizer=tokenizer, **asked)
     if form.text != PLAIN:
         identity["prompt"] = form.record()  # earlier versions, whose runs go on, had no other form
     identity["tokenizer"] = json_checksum(sorted(tokenizer.get_vocab().items()))
@@ -86,7 +90,7 @@ def run(
             raise ValueError(
                 f"nat: `data` must hold right and wrong rationales, which all stages need, got no {name} one{reasons}"
             )
-    rights, wrongs = (RationaleDataset(e, tokenizer, max_length, prompt=prompt) for e in (right, wrong))
+    rights, wrongs = (RationaleDataset(e, tokenizer, max_length, **asked) for e in (right, wrong))
     results["examples"] = {"right": len(right), "wrong": len(wrong)}
     results["left_out"] = graded.left_out
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,15 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from calm_fast.core.checks import bad_type, bad_value, check_finite_number
-from calm_fast.core.progress import progress_bar
 from calm_fast.core.prompt_record import set_prompt_record
 from calm_fast.core.token_ids import check_token_ids
 from calm_fast.hf.dual_lora import RESTORE, add_dual_lora, dual_lora_layers
+from calm_fast.hf.dual_lora_files import WEIGHTS
+from calm_fast.hf.resuming import quiet_arguments, train_or_resume
 from calm_fast.modules.dual_lora import VARIANTS
-from calm_fast.nat.checkpoints import newest_checkpoint
 from calm_fast.nat.data import RationaleDataset, RightPadding
 from calm_fast.nat.trainer import MASKINGS, DualLoRATrainer, DualTeacher, NCETrainer, find_nce_head
 
@@ -93,28 +92,18 @@ class Settings:
 
     def arguments(self, out: str | os.PathLike[str]) -> TrainingArguments:
         """Return these settings as transformers' TrainingArguments with the output folder `out`."""
-        arguments = TrainingArguments(
-            output_dir=os.fspath(out),
+        return quiet_arguments(
+            out,
+            self.seed,
             max_steps=self.steps,
             per_device_train_batch_size=self.batch_size,
             learning_rate=self.learning_rate,
             warmup_steps=self.warmup_steps,
-            lr_scheduler_type="cosine",
             weight_decay=0.0,
             logging_steps=max(1, self.steps // 20),
             save_strategy="steps" if self.save_every else "no",
             save_steps=self.save_every or 500,
-            save_total_limit=1,
-            seed=self.seed,
-            data_seed=self.seed,
-            report_to=[],
-            disable_tqdm=True,  # `_Progress` shows the bar
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
         )
-        # with several GPUs Trainer would wrap the model in DataParallel, which replicates no shared teacher
-        arguments._n_gpu = min(1, arguments.n_gpu)
-        return arguments
 
     def layer_options(self) -> dict[str, Any]:
         """Return the options of DualLoRALinear."""
@@ -232,27 +221,6 @@ def _seed(settings: Settings) -> None:
     torch.manual_seed(settings.seed)
 
 
-class _Progress(TrainerCallback):
-    """A bar over the steps of a stage, with the last logged loss."""
-
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        steps = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
-        self.bar = progress_bar(desc=self.stage, shown=state.is_world_process_zero, **steps)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.bar.set_postfix({"loss": f"{float(logs['loss']):.3f}"}, refresh=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-
-
 def _fit(
     where: str,
     argument: str,
@@ -276,29 +244,6 @@ def _fit(
         data_collator=RightPadding(pad_id),
         **options,
     )
-    trainer.remove_callback(PrinterCallback)  # Trainer prints every log line if its own bar is off
-    if settings.progress:
-        trainer.add_callback(_Progress(Path(out).name))
-    last = newest_checkpoint(Path(out), where, trainer.args)
-    if last is None:
-        trainer.train()
-        return [entry for entry in trainer.state.log_history if "loss" in entry]
-    if last.step > settings.steps:
-        raise bad_value(
-            where,
-            "out",
-            f"a new folder or that of a stage of at most {settings.steps} steps",
-            f"{out}, which holds {last.folder.name}; choose another folder",
-        )
-    if last.state.get("max_steps") != settings.steps:
-        warnings.warn(
-            f"{where}: `out` holds {last.folder.name} of a stage of {last.state.get('max_steps')} steps; it goes on to "
-            f"{settings.steps} steps with their learning rates, and ends at other weights than a stage begun with them",
-            stacklevel=3,
-        )
-    if last.step == settings.steps:
-        # Trainer.train would still take one step
-        trainer.load_checkpoint(last.folder)
-        return [entry for entry in last.state["log_history"] if "loss" in entry]
-    trainer.train(resume_from_checkpoint=os.fspath(last.folder))
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+    title = Path(out).name if settings.progress else None
+    log, _ = train_or_resume(trainer, where, WEIGHTS, trainer.load_checkpoint, title=title)
+    return [entry for entry in log if "loss" in entry]

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from calm_fast.consistency.sampling.head import LinearHead, check_causal, find_linear_head, head_input, probe_token
+from calm_fast.consistency.sampling.head import LinearHead, find_linear_head, head_input, probe_token
 from calm_fast.core.checks import bad_value
 from calm_fast.core.eval_mode import eval_mode
+from calm_fast.hf.causality import check_causal
 from calm_fast.hf.dual_lora import dual_lora_layers
 from calm_fast.hf.dual_lora_files import WEIGHTS, read_dual_lora, save_dual_lora
 from calm_fast.modules.dual_lora import DualLoRALinear

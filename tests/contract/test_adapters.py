@@ -19,7 +19,7 @@ TARGETS = {
     "gpt2": ("c_attn",),
     "gemma3_text": ("q_proj", "v_proj"),
     "mixtral": ("q_proj", "v_proj"),
-    "mamba": ("in_proj", "x_proj"),
+    "mamba": ("in_proj",),
 }
 each_family = pytest.mark.parametrize("name", TARGETS)
 
@@ -39,7 +39,8 @@ def scatter(model: torch.nn.Module) -> None:
 
 @each_family
 def test_dual_lora_is_added_trained_saved_and_removed(name: str, tmp_path: Path) -> None:
-    model = MODELS[name].model()
+    # frozen first: torch.matmul may choose another product for a weight that needs gradients (docs/numerics.md)
+    model = MODELS[name].model().requires_grad_(False)
     before = logits(model)
     add_dual_lora(model, TARGETS[name], rank=3, gate_dim=4, value_dim=4)
     assert torch.equal(logits(model), before)

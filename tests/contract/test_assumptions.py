@@ -39,6 +39,7 @@ TREES = {
     for folder in ("calm_fast", "kernels", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
+TREES |= {"tests/codegen/peers.py": ast.parse((ROOT / "tests/codegen/peers.py").read_text(encoding="utf-8"))}
 OUR_OWN = re.compile(r"_replace|_asdict|_exit|_C|_functorch")  # of named tuples and os; namespaces of torch
 
 

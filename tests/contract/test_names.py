@@ -48,8 +48,10 @@ def parameters(owner: Any, method: str) -> list[str]:
 OVERRIDDEN = {
     (GenerationMixin, "_prepare_cache_for_generation"): ["generation_config", "model_kwargs"],
     (GenerationMixin, "_validate_model_kwargs"): ["model_kwargs"],
+    (GenerationMixin, "_get_logits_processor"): ["generation_config"],
     (GenerationMixin, "init_continuous_batching"): [],
     (GenerationMixin, "generate"): ["inputs", "generation_config"],
+    (GenerationMixin, "prepare_inputs_for_generation"): ["input_ids"],
     (PreTrainedModel, "_set_gradient_checkpointing"): ["enable", "gradient_checkpointing_func"],
     (PreTrainedModel, "enable_input_require_grads"): [],
     (PreTrainedModel, "disable_input_require_grads"): [],

@@ -62,6 +62,7 @@ def test_nothing_in_the_package_writes_a_file_in_place() -> None:
     texts = {path: path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))}
     atomic = {path for path, text in texts.items() if "atomic_path(" in text}
     atomic.add(package / "hf" / "own_tensors.py")  # saving.py gives it the partial file
+    atomic.add(package / "consistency" / "voting" / "printing.py")  # report.py gives it the partial file
     in_place = [str(path.relative_to(package)) for path, text in texts.items() if writes.search(text)]
     assert in_place, "the pattern finds the writers"
     assert not [name for name in in_place if package / name not in atomic]

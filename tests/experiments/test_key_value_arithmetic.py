@@ -13,7 +13,7 @@ import torch
 
 import calm_fast
 from calm_fast.experiments import key_value_arithmetic as experiment
-from calm_fast.experiments.key_value_arithmetic import data, evaluation, report, speed, training
+from calm_fast.experiments.key_value_arithmetic import data, evaluation, parts, report, speed, training
 
 WORLD = data.World.create(5, keys=60)
 EVERY_KEY = torch.arange(60)
@@ -175,14 +175,14 @@ def test_an_answer_without_its_end_is_wrong():
 
 
 def test_composition_computes_with_unseen_keys_and_leaves_a_and_b_alone():
-    world, parts, _ = experiment._train_parts(LEARNS, 1, experiment._bars(False))
-    before = {name: copy.deepcopy(model.state_dict()) for name, model in parts.items()}
-    composed, losses = experiment._train_composition(LEARNS, 1, world, parts, experiment._bars(False))
-    for name, model in parts.items():
+    world, alone, _ = parts.train_parts(LEARNS, 1, parts.bars(False))
+    before = {name: copy.deepcopy(model.state_dict()) for name, model in alone.items()}
+    composed, losses = parts.train_composition(LEARNS, 1, world, alone, parts.bars(False))
+    for name, model in alone.items():
         for key, value in model.state_dict().items():
             assert torch.equal(value, before[name][key]), (name, key)
     assert len(losses) == 300
-    table = evaluation.accuracies({**parts, "AB": composed}, world, world.unseen_keys, 300, seed=1)
+    table = evaluation.accuracies({**alone, "AB": composed}, world, world.unseen_keys, 300, seed=1)
     assert min(row["AB"] for row in table.values()) > 90, table
     assert max(table["kv_arithmetic"]["A"], table["kv_arithmetic"]["B"]) < 40, table  # 9 answers: chance is high
     assert table["substitution"]["B"] < 40 and table["numeric"]["A"] < 40, table

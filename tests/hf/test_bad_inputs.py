@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, OTHERS, composed_model, prompts, randomize
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from calm_fast.hf import compose, find_layers, resolve_connections
 from calm_fast.hf.hooks import running
@@ -114,15 +114,19 @@ def encoder_decoder() -> Any:
             "transformers Cache, got RecurrentGemmaForCausalLM, which keeps",
         ),
         (
-            lambda: (llama(), OTHERS["ctrl"].model()),
-            "`path` must be given .*CTRLLMHeadModel has 0: none.*`augmenter_layers`",
+            lambda: (llama(), with_lists(3, 3)),
+            "compose: `augmenter_layers` must be given .*LlamaForCausalLM has 2: model.layers, model.more",
         ),
-        (lambda: (OTHERS["mamba"].model(), llama()), "`num_heads` must be given .*MambaForCausalLM"),
+        (lambda: (with_lists(0, 2), llama()), "compose: `anchor_layers` must be given .*LlamaForCausalLM has 0: none"),
+        (
+            lambda: (OTHERS["mamba"].model(width=13), llama()),
+            "`num_heads` must be given for MambaForCausalLM, .* width 13 is no multiple of 16 to 64",
+        ),
         (
             lambda: (llama(), encoder_decoder()),
             "`augmenters` must be a decoder-only model, got T5ForConditionalGeneration",
         ),
-        (lambda: (composed_model("llama"), llama()), "`path` must be given .*ComposedForCausalLM has 2"),
+        (lambda: (composed_model("llama"), llama()), "`anchor` must be a model that is no composition, got a Composed"),
     ],
 )
 def test_models_that_cannot_be_composed_are_refused(arguments: Any, message: str) -> None:
@@ -133,8 +137,8 @@ def test_models_that_cannot_be_composed_are_refused(arguments: Any, message: str
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"anchor_layers": "model.norm"}, "find_layers: `path` must be .* of LlamaForCausalLM, got 'model.norm'"),
-        ({"augmenter_layers": "model.blocks"}, "find_layers: `path` must be .*'model.blocks'.*`anchor_layers`"),
+        ({"anchor_layers": "model.norm"}, "compose: `anchor_layers` must be .* of LlamaForCausalLM, got 'model.norm'"),
+        ({"augmenter_layers": "model.blocks"}, "compose: `augmenter_layers` must be .*, got 'model.blocks'"),
         ({"augmenter_layers": ["model.layers", None]}, r"`augmenter_layers` must be .*\(1\), got 2 paths"),
         ({"num_heads": 5}, "num_heads"),
         ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads"),
@@ -222,17 +226,43 @@ def test_ids_that_only_the_anchor_embeds_are_refused() -> None:
 
 
 def test_layers_named_by_path_are_used() -> None:
-    path = "transformer.h"  # CTRL's layers are plain modules, which the generic rule does not find
+    path = "transformer.h"  # CTRL's layers are plain modules; the generic rule finds them by their number
     anchor, augmenter = OTHERS["ctrl"].model(0), OTHERS["ctrl"].model(1)
-    composed = randomize(compose(anchor, augmenter, "uniform:2", anchor_layers=path, augmenter_layers=path))
+    assert find_layers(anchor)[0] == path
+    composed = randomize(compose(anchor, augmenter, "uniform:2", augmenter_layers=path))
     ids, how = prompts(), {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(composed.generate(ids, **how), composed.generate(ids, use_cache=False, **how))
     # they train like any others, but transformers has no way to checkpoint them
     composed.train()
     composed(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in composed.connections.parameters())
-    with pytest.raises(ValueError, match="`anchor_layers` must name layers that transformers can checkpoint"):
+    with pytest.raises(ValueError, match="`anchor` must be a model whose layers transformers can checkpoint, got CTRL"):
         composed._set_gradient_checkpointing(enable=True)  # what every release's ..._checkpointing_enable calls
+
+
+def with_lists(layers: int, more: int) -> Any:
+    """Return a Llama of 3 layers by its config, with lists of `layers` and `more` layers."""
+    model, other = llama(), llama()
+    model.model.layers = model.model.layers[:layers]
+    model.model.more = other.model.layers[:more]
+    if layers == 0:
+        model.model.more = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(more))
+    return model
+
+
+class HeadAsDecoder(LlamaForCausalLM):
+    """A model whose get_decoder() leads to a module without layers, as ModernBERT's decoder does."""
+
+    def get_decoder(self) -> Any:
+        return self.lm_head
+
+
+def test_layers_are_found_where_several_lists_or_a_wrong_decoder_would_mislead() -> None:
+    model = with_lists(3, 2)
+    assert find_layers(model) == ("model.layers", model.model.layers)
+    assert find_layers(HeadAsDecoder(llama().config))[0] == "model.layers"
+    with pytest.raises(ValueError, match="find_layers: `path` must be given .*has 2: model.layers, model.more"):
+        find_layers(with_lists(2, 2))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -247,7 +277,7 @@ def test_visibility_of_padding_documents_and_steps() -> None:
     assert aligned_visibility(None, None, 2, 0, 3) is CAUSAL
     assert aligned_visibility(ones(2, 3), None, 2, 0, 3) is CAUSAL
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
-    lo, hi, causal, _ = aligned_visibility(mask, None, 2, 0, 4)
+    lo, hi, causal, *_ = aligned_visibility(mask, None, 2, 0, 4)
     assert not causal and lo.dtype == hi.dtype == torch.int32
     assert lo.tolist() == [[2] * 4, [0] * 4]
     assert hi.tolist() == [[2, 2, 3, 4], [1, 2, 3, 0]]
@@ -270,3 +300,10 @@ def test_generate_refuses_other_tokens_of_the_augmenter(name: str) -> None:
     ids = torch.randint(1, 90, (1, 4))
     with pytest.raises(ValueError, match=f"generate: `{name}` must be None"):
         model.generate(ids, max_new_tokens=2, **{name: ids})
+
+
+def test_a_prompt_holds_a_token() -> None:
+    model, none = composed_model("llama"), prompts()[:, :0]
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"`input_ids` must be at least one token per row, got shape \(2, 0\)"):
+            call(none)

@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from calm_fast.hf import ComposedForCausalLM, causality, compose
-from calm_fast.hf.inputs import Tokens, part_inputs
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -67,7 +66,69 @@ def test_a_part_that_reads_the_future_is_refused(parts: Any, message: str, dtype
         model.to(dtype)
     with pytest.raises(ValueError, match=f"compose: {message}"):
         compose(anchor, augmenters, "uniform:2")
-    assert isinstance(compose(anchor, augmenters, "uniform:2", check_causal=False), ComposedForCausalLM)
+    assert isinstance(compose(anchor, augmenters, "uniform:2", probe=False), ComposedForCausalLM)
+
+
+def looping() -> Any:
+    """Return a model that runs its layer 1 twice per forward."""
+    model, inside = llama(1), []
+
+    def again(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        if inside:
+            return None
+        inside.append(True)
+        try:
+            return module(output, *args[1:], **kwargs)
+        finally:
+            inside.clear()
+
+    model.model.layers[1].register_forward_hook(again, with_kwargs=True)
+    return model
+
+
+def with_streams() -> Any:
+    """Return a model whose layer 1 gives two residual streams, which layer 2 adds up."""
+    model = llama(1)
+    layers = model.model.layers
+    split, join = layers[1].forward, layers[2].forward
+    layers[1].forward = lambda hidden, *args, **kwargs: torch.stack([split(hidden, *args, **kwargs)] * 2)
+    layers[2].forward = lambda hidden, *args, **kwargs: join(hidden.sum(0), *args, **kwargs)
+    return model
+
+
+class Lengthens(LlamaForCausalLM):
+    """A model whose layers see one token more than it is given, as those with a prompt of their own do."""
+
+    @functools.wraps(LlamaForCausalLM.forward)
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        out = super().forward(torch.cat([input_ids[:, :1], input_ids], dim=1), **kwargs)
+        out.logits = out.logits[:, 1:]
+        return out
+
+
+PROBED = {
+    "loops": (looping, "run once per forward, got a LlamaDecoderLayer of {part} that ran twice"),
+    "carries two streams": (
+        with_streams,
+        r"\(batch, tokens, width\), here \(2, 4, 32\) in .*got shape \(2, 2, 4, 32\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", ["the anchor", "augmenter 0"])
+@pytest.mark.parametrize("kind", PROBED)
+def test_layers_that_cannot_be_connected_are_refused_by_compose(kind: str, part: str) -> None:
+    make, message = PROBED[kind]
+    parts = (make(), llama()) if part == "the anchor" else (llama(), make())
+    with pytest.raises(ValueError, match="compose: `connections` must be of layers .*" + message.format(part=part)):
+        compose(*parts, [(0, 0), (1, 1)])
+    assert isinstance(compose(*parts, [(1, 1)], probe=False), ComposedForCausalLM)
+    assert not compose(*parts, [(0, 0)]).unproven  # the layers that run once can be connected
+
+
+def test_an_anchor_that_lengthens_its_text_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`connections` .* here \(2, 4, 32\) in Lengthens, got shape \(2, 5, 32\)"):
+        compose(Lengthens(llama().config).eval(), llama(), "uniform:2")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "gemma3_text", "mamba", "qwen3_next"])
@@ -93,7 +154,7 @@ class ReadsItsPrompt(LlamaForCausalLM):
 
 
 def test_an_anchor_that_builds_its_own_masks_is_tried_as_a_whole() -> None:
-    with pytest.raises(ValueError, match="`anchor` must be a causal model, got ReadsItsPrompt, .*check_causal=False"):
+    with pytest.raises(ValueError, match="`anchor` must be a causal model, got ReadsItsPrompt, .*probe=False"):
         compose(ReadsItsPrompt(llama().config).eval(), llama(), "uniform:2")
     assert not compose(llama(), ReadsItsPrompt(llama().config).eval(), "uniform:2").unproven  # only its body is called
 
@@ -147,10 +208,10 @@ def test_the_probe_leaves_no_trace() -> None:
     anchor, augmenter = FAMILIES["falcon"].model(0), llama(1)  # Falcon has dropout
     embeddings = augmenter.get_input_embeddings()
     torch.manual_seed(5)
-    composed = compose(anchor, augmenter, "uniform:2", check_causal=True)
+    composed = compose(anchor, augmenter, "uniform:2", probe=True)
     state = torch.get_rng_state()
     torch.manual_seed(5)
-    compose(anchor, augmenter, "uniform:2", check_causal=False)
+    compose(anchor, augmenter, "uniform:2", probe=False)
     assert torch.equal(state, torch.get_rng_state())
     assert not embeddings._forward_hooks and all(p.grad is None for p in composed.parameters())
 
@@ -203,8 +264,7 @@ def test_a_trial_run_does_not_mind_other_threads(threaded: str) -> None:
             composed(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
             assert composed.separates
         else:
-            part = causality.parts(composed)[0]
-            tokens = Tokens(input_ids=ids, attention_mask=None, position_ids=None)
-            inputs = part_inputs(part.model, part.signature, tokens, None, 0)
-            assert causality._gradient_from_the_last_token(part, inputs) is False
+            anchor = composed.anchor
+            states = lambda: [anchor(ids, use_cache=False).logits]  # noqa: E731
+            assert causality._gradient_from_the_last_token(anchor, states) is False
     assert seen and not any(states.requires_grad for states in seen)

@@ -361,3 +361,16 @@ def test_an_anchor_without_attention_heads_gets_them_from_its_width(
     mamba = OTHERS["mamba"].model(width=width)
     composed = compose(mamba, FAMILIES["llama"].model(1), [(0, 1)], head_dim=head_dim)
     assert composed.connections[0].num_heads == heads
+
+
+@torch.no_grad()
+def test_the_head_gets_states_of_their_own_on_a_cpu() -> None:
+    """torch multiplies a slice of several rows by one copy of the weight per row."""
+    seen: list[bool] = []
+    model, ids = composed_model("llama"), prompts(batch=3)
+    model.anchor.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+    whole = model(ids).logits
+    for keep in (1, 4):
+        torch.testing.assert_close(model(ids, logits_to_keep=keep).logits, whole[:, -keep:])
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert len(seen) == 5 and all(seen)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, prompts
 from saved import config_of, rebuilt
-from transformers import AutoConfig, WatermarkDetector, WatermarkingConfig
+from transformers import AutoConfig, BartConfig, BartForCausalLM, WatermarkDetector, WatermarkingConfig
 
 from calm_fast.hf import ComposedConfig, ComposedForCausalLM, compose
 
@@ -35,6 +35,21 @@ def test_fields_of_a_language_model_are_the_anchors(folder: Path) -> None:
 def test_names_are_those_of_every_family() -> None:
     model = compose(FAMILIES["gpt2"].model(0), FAMILIES["gpt2"].model(1), "uniform:1")
     assert model.config.n_embd == model.config.hidden_size == 32
+
+
+def test_an_anchor_whose_config_declares_settings_of_generation_generates() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    config = BartConfig(
+        **sizes, encoder_layers=2, max_position_embeddings=64, is_decoder=True, is_encoder_decoder=False
+    )
+    anchor = BartForCausalLM(config).eval()
+    anchor.generation_config.forced_eos_token_id = 7
+    model = compose(anchor, FAMILIES["llama"].model(1), "uniform:2")
+    assert anchor.config.forced_eos_token_id == 2 and not hasattr(model.config, "forced_eos_token_id")
+    ids = model.generate(prompts(), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert torch.equal(ids, anchor.generate(prompts(), max_new_tokens=4, min_new_tokens=4, do_sample=False))
+    assert ids[:, -1].tolist() == [7, 7]  # of the anchor's generation_config
 
 
 def test_unknown_and_private_names_stay_unknown(folder: Path) -> None:

@@ -183,6 +183,7 @@ def test_a_head_that_is_tied_to_the_embeddings_can_be_adapted(tmp_path: Path) ->
     save_dual_lora(model, tmp_path)
     close(logits(load_dual_lora(tied(), tmp_path)), logits(model))
     model.tie_weights()
+    assert model.lm_head.base.weight is model.model.embed_tokens.weight and "lm_head.weight" not in model.state_dict()
     set_dual_lora_mode(model, "mix")
     assert not model.model.embed_tokens.weight.requires_grad and model.lm_head.gate_q.requires_grad
     assert remove_dual_lora(model).lm_head.weight is model.model.embed_tokens.weight
@@ -199,7 +200,8 @@ def test_experts_are_refused_by_name() -> None:
     model = MixtralForCausalLM(MixtralConfig(**sizes, **experts))
     with pytest.raises(ValueError, match="^add_dual_lora: `target_modules` must be names of linear .*, got .*expert"):
         add_dual_lora(model, ("experts",))
-    with pytest.raises(ValueError, match="^add_dual_lora: `target_modules` must be .*, which match no module"):
+    message = "gate_up_proj, a parameter of shape .* cannot carry dual LoRA. Its linear layers are q_proj, k_"
+    with pytest.raises(ValueError, match=f"^add_dual_lora: `target_modules` must be .*{message}"):
         add_dual_lora(model, ("gate_up_proj",))
 
 

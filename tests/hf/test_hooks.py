@@ -126,10 +126,12 @@ def mllama() -> nn.Module:
 def test_a_connected_layer_that_does_not_run_is_refused(role: str) -> None:
     llama, skipping, ids = FAMILIES["llama"].model(0), mllama(), prompts()
     parts = (skipping, llama) if role == "anchor" else (llama, skipping)
-    model = compose(*parts, [(0, 1), (2, 2)], vocab_size=VOCAB)
     message = (
         rf"`connections` .* \(2, 2\), but layer 2 of (the )?{role}, a MllamaCrossAttentionDecoderLayer, did not run"
     )
+    with pytest.raises(ValueError, match="compose: " + message):
+        compose(*parts, [(0, 1), (2, 2)], vocab_size=VOCAB)
+    model = compose(*parts, [(0, 1), (2, 2)], vocab_size=VOCAB, probe=False)
     for mode in (True, False):
         with pytest.raises(ValueError, match=message):
             model.train(mode)(ids)

@@ -277,13 +277,99 @@ def test_weights_kept_under_inference_mode_serve_gradients_later() -> None:
     assert leaf.grad is not None
 
 
-def test_compiled_calls_keep_nothing_in_a_scope(layer: nn.Module) -> None:
+class Products:
+    """A backend of torch.compile that notes how many matrix products each run of a graph has."""
+
+    def __init__(self) -> None:
+        self.graphs, self.ran = 0, []
+
+    def __call__(self, graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> Callable[..., object]:
+        names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        count = sum(any(word in name for word in ("linear", "matmul", "addmm", "addmv")) for name in names)
+        self.graphs += 1
+
+        def run(*args: torch.Tensor) -> object:
+            self.ran.append(count)
+            return graph(*args)
+
+        return run
+
+
+@pytest.mark.parametrize("first", ["compiled", "eager"])
+def test_compiled_calls_fold_once_in_a_block(first: str) -> None:
     torch._dynamo.reset()
-    given = inputs() if isinstance(layer, CrossAttention) else inputs()[:1]
-    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    layer, given, products = CrossAttention(16, 24, 2), inputs(), Products()
+    nn.init.normal_(layer.o_proj.weight)
+    compiled = torch.compile(layer, fullgraph=True, backend=products)
+    with torch.no_grad():
+        compiled(*given)
+        unfolded = products.ran.pop()
+        for _ in range(2):
+            with torch.no_grad(), fixed_weights(layer):
+                if first == "eager":
+                    layer(*(t.double() for t in given))  # in another dtype: nothing that a float32 graph could use
+                for _ in range(4):
+                    torch.testing.assert_close(compiled(*given), truth(layer), rtol=1e-5, atol=1e-5)
+            nn.init.normal_(layer.k_proj.weight)  # the next block folds again
+            torch.testing.assert_close(compiled(*given), truth(layer), rtol=1e-5, atol=1e-5)
+    folding, *kept, outside = products.ran[:5]
+    # q, the keys and values as one, and the output
+    assert kept == [3] * 3 and folding > 3 and unfolded == outside > 3
+    assert products.ran == 2 * products.ran[:5] and products.graphs == 3
+
+
+def test_compiled_calls_use_what_a_call_before_them_kept() -> None:
+    torch._dynamo.reset()
+    layer, products = CrossAttention(16, 24, 2).bfloat16(), Products()  # float32 weights are packed for eager calls
+    given = tuple(t.bfloat16() for t in inputs())
+    compiled = torch.compile(layer, fullgraph=True, backend=products)
     with torch.no_grad(), fixed_weights(layer):
-        torch.testing.assert_close(compiled(*given), truth(layer), rtol=1e-5, atol=1e-5)
-    assert layer._folded.value is None
+        want = layer(*given)
+        assert torch.equal(compiled(*given), want) and products.ran == [3]
+    leaf = given[0].clone().requires_grad_()
+    with fixed_weights(layer):  # gradients flow to the parameters: nothing is kept
+        with torch.no_grad():
+            compiled(*given)
+        compiled(leaf, given[1]).sum().backward()
+    assert layer.k_proj.weight.grad is not None and products.ran[-1] > 3
+
+
+def test_layers_that_share_a_graph_keep_their_own_weights() -> None:
+    torch._dynamo.reset()
+    given, products = inputs(), Products()
+    layers = [cross() for _ in range(3)]
+    compiled = [torch.compile(layer, fullgraph=True, backend=products) for layer in layers]
+    with torch.no_grad(), fixed_weights(nn.ModuleList(layers[:2])):  # the third keeps nothing
+        for _ in range(3):
+            for layer, call in zip(layers, compiled, strict=True):
+                torch.testing.assert_close(call(*given), plain(layer), rtol=1e-4, atol=1e-5)
+    assert products.ran[-3:-1] == [3, 3] and products.ran[-1] > 3
+
+
+def plain(layer: nn.Module) -> torch.Tensor:
+    """Return the result of a layer without torch.compile, in a block of no one."""
+    alone = CrossAttention(16, 24, 2, bias=True)
+    alone.load_state_dict(layer.state_dict())
+    return alone(*inputs())
+
+
+@pytest.mark.parametrize("first", ["compiled", "eager"])
+def test_a_compiled_dual_lora_folds_once_in_a_block(first: str) -> None:
+    torch._dynamo.reset()
+    layer, x, products = dual(), inputs()[0], Products()
+    compiled = torch.compile(layer, fullgraph=True, backend=products)
+    with torch.no_grad():
+        for _ in range(2):
+            with fixed_weights(layer):
+                if first == "eager":
+                    layer(x)  # its values enter the graph
+                for _ in range(3):
+                    torch.testing.assert_close(compiled(x), truth(layer), rtol=1e-5, atol=1e-5)
+            nn.init.normal_(layer.gate_q)  # the next block folds again
+        torch.testing.assert_close(compiled(x), truth(layer), rtol=1e-5, atol=1e-5)
+    folding, *kept, again = products.ran[:4]
+    assert kept == [kept[0]] * 2 and products.ran[-1] > kept[0] and again == folding
+    assert folding == kept[0] if first == "eager" else folding > kept[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -1,6 +1,7 @@
 """The CALM key-value arithmetic experiment (arXiv 2401.02412, section 4.1) through the public API, end to end.
 
-Read `data` (tasks), `training` (models, recipe) and `evaluation`, then `run` here. `report` and `speed` only present.
+Read `data` (tasks), `training` (models, recipe), `parts` (A, B, A+B) and `evaluation`, then `run` here. `report` and
+`speed` only present. `ablations` trains what the composition is compared with.
 """
 
 from __future__ import annotations
@@ -8,8 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,38 +21,13 @@ import calm_fast
 from calm_fast._version import versions
 from calm_fast.core.checks import bad_value
 from calm_fast.core.files import write_json, write_text
-from calm_fast.core.progress import progress_bar
 from calm_fast.experiments.key_value_arithmetic import report, speed
-from calm_fast.experiments.key_value_arithmetic.data import ROW, World, mixture_a, mixture_b, mixture_composition
+from calm_fast.experiments.key_value_arithmetic.data import ROW
 from calm_fast.experiments.key_value_arithmetic.evaluation import accuracies, examples
-from calm_fast.experiments.key_value_arithmetic.training import (
-    Causal,
-    Recipe,
-    add_tokens,
-    seeds,
-    tiny_llama,
-    token_world,
-    train,
-)
+from calm_fast.experiments.key_value_arithmetic.parts import bars, one_thread, train_composition, train_parts
+from calm_fast.experiments.key_value_arithmetic.training import Recipe, seeds
 
 __all__ = ["Recipe", "run"]
-
-
-Bars = Callable[[str, int], Callable[[range], Any]]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run torch on one thread: matrices this small gain little from two, and lose much on a busy machine.
-
-    The numbers of a seed also become independent of the machine's number of cores.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -60,20 +35,6 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - start, 2)
-
-
-def _train_alone(*args: Any) -> list[float]:
-    """Run train() on one torch thread. Each Python thread has its own thread count, so it is set here."""
-    with _one_thread():
-        return train(*args)
-
-
-def _bars(enabled: bool) -> Bars:
-    def bar(title: str, line: int) -> Callable[[range], Any]:
-        options = {"desc": f"{title:<18}", "position": line, "mininterval": 0.5, "unit": "step"}
-        return lambda steps: progress_bar(steps, shown=enabled, **options)
-
-    return bar
 
 
 def _setup_rows(recipe: Recipe) -> list[tuple[str, str]]:
@@ -116,36 +77,6 @@ def _recipe_rows(recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
-def _train_parts(recipe: Recipe, seed: int, bar: Bars) -> tuple[World, dict[str, Causal], dict[str, list[float]]]:
-    """Train A and B at the same time; return the world of keys, the models, and their losses."""
-    streams, world = seeds(seed), token_world(recipe, seed)
-    a = tiny_llama(recipe, world.vocab_size, streams["init_a"])
-    b = tiny_llama(recipe, world.key_offset, streams["init_b"])  # B's own vocabulary: everything but keys
-    jobs = {
-        "A": (a, mixture_a(world), recipe.a, streams["train_a"], bar("A: keys to values", 0)),
-        "B": (b, mixture_b(world), recipe.b, streams["train_b"], bar("B: arithmetic", 1)),
-    }
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        running = {name: pool.submit(_train_alone, *job) for name, job in jobs.items()}
-        losses = {name: job.result() for name, job in running.items()}
-    add_tokens(b, world.vocab_size)
-    return world, {"A": a, "B": b}, losses
-
-
-def _train_composition(
-    recipe: Recipe, seed: int, world: World, parts: dict[str, Causal], bar: Bars
-) -> tuple[Causal, list[float]]:
-    """Compose A and B with the public API and train on `world.train_keys`; return the composition and its losses."""
-    streams = seeds(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(streams["init_ab"])
-        composed = calm_fast.compose(
-            parts["B"], parts["A"], connections=list(recipe.connections), num_heads=recipe.heads
-        )
-    mixture, progress = mixture_composition(world), bar("A+B: composition", 0)
-    return composed, train(composed, mixture, recipe.composition, streams["train_ab"], progress)
-
-
 def _write(out: Path, story: report.Story, console: Console) -> None:
     results = story.results
     write_json(out / "results.json", results, indent=2)
@@ -184,17 +115,17 @@ def run(
     recipe = Recipe() if recipe is None else recipe
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    console, bar = Console(quiet=not progress), _bars(progress)
+    console, bar = Console(quiet=not progress), bars(progress)
     seconds: dict[str, float] = {}
 
-    with _one_thread(), _timed(seconds, "total"):
+    with one_thread(), _timed(seconds, "total"):
         console.print(f"Key-value arithmetic, seed {seed}: training A (keys) and B (numbers) at the same time")
         with _timed(seconds, "train_a_and_b"):
-            world, models, losses = _train_parts(recipe, seed, bar)
+            world, models, losses = train_parts(recipe, seed, bar)
         trained, links = len(world.train_keys), len(recipe.connections)
         console.print(f"Composing: A and B are frozen, {links} connections train on {trained} of {recipe.keys} keys")
         with _timed(seconds, "train_composition"):
-            models["AB"], losses["A+B"] = _train_composition(recipe, seed, world, models, bar)
+            models["AB"], losses["A+B"] = train_composition(recipe, seed, world, models, bar)
         stream = seeds(seed)["eval"]
         with _timed(seconds, "evaluate"):
             accuracy = accuracies(models, world, world.unseen_keys, recipe.eval_rows, stream)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from calm_fast.core.html_page import html_table, page, svg
 from calm_fast.experiments.key_value_arithmetic.speed import Measurement
 
 # CALM (arXiv 2401.02412), Table 1, shown beside the measured numbers
@@ -24,14 +24,6 @@ TITLES = {
     "kv_arithmetic": "key-value arithmetic",
 }
 MODELS = {"A": "A", "B": "B", "AB": "A+B"}
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }
-table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .35rem .8rem; text-align: right }
-th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #1b1f24 }
-tbody tr { border-bottom: 1px solid #d0d7de } td.paper { color: #6e7781 } code { font-size: 90% }
-svg { max-width: 100%; height: auto }
-"""
 
 
 @dataclass(frozen=True)
@@ -58,16 +50,6 @@ def print_table(accuracy: dict[str, dict[str, float]], console: Console) -> None
     console.print(table)
 
 
-def _rows(rows: list[list[str]]) -> str:
-    return "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Return an HTML table; the cells are HTML already."""
-    header = "".join(f"<th>{cell}</th>" for cell in head)
-    return f"<table><thead><tr>{header}</tr></thead><tbody>\n{_rows(rows)}\n</tbody></table>"
-
-
 def _accuracy_table(accuracy: dict[str, dict[str, float]]) -> str:
     head = ["task"] + [f"{name}{by}" for name in MODELS.values() for by in ("", " (paper)")]
     rows = []
@@ -76,14 +58,11 @@ def _accuracy_table(accuracy: dict[str, dict[str, float]]) -> str:
         for model in MODELS:
             row += [f"<b>{accuracy[task][model]:.1f}</b>", f"{PAPER[task][model]:.1f}"]
         rows.append(row)
-    return _table(head, rows)
+    return html_table(head, rows)
 
 
 def loss_plot(losses: dict[str, list[float]]) -> str:
     """Return an <svg> element with one panel per trained model: the loss of every step and its running mean."""
-    import matplotlib
-
-    matplotlib.rcParams["svg.hashsalt"] = "calm-fast"  # the same curves give the same file
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3), layout="constrained")
@@ -101,10 +80,7 @@ def loss_plot(losses: dict[str, list[float]]) -> str:
         panel.set_xlabel("step")
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("loss of answer tokens")
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+    return svg(figure)
 
 
 def _speed_table(speed: list[Measurement]) -> str:
@@ -129,7 +105,7 @@ def _speed_table(speed: list[Measurement]) -> str:
         "speed-up",
         "error ours / eager",
     ]
-    return _table(head, rows)
+    return html_table(head, rows)
 
 
 def html(story: Story) -> str:
@@ -147,10 +123,7 @@ def html(story: Story) -> str:
 {story.speed[0].threads} thread(s), both sides timed in turns in this process (medians), each checked against
 float64 first. Chosen: <code>{choices}</code>.</p>
 {_speed_table(story.speed)}"""
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Key-value arithmetic, seed {results["seed"]}</title>
-<style>{_STYLE}</style></head><body>
-<h1>Key-value arithmetic by composition</h1>
+    body = f"""<h1>Key-value arithmetic by composition</h1>
 <p>A knows 2-operand expressions of keys and the number behind every key. B knows arithmetic on numbers and has never
 seen a key. Both are frozen. Cross-attention from A to B is trained on some of the keys only, and lets the composition
 compute with keys it has never computed with (CALM, arXiv 2401.02412, section 4.1). Seed {results["seed"]}.</p>
@@ -159,17 +132,16 @@ compute with keys it has never computed with (CALM, arXiv 2401.02412, section 4.
 <p>The paper's models and keys (strings of several tokens) are larger and harder than these; its numbers show the
 pattern to expect, not a mark to beat.</p>
 <h2>What the composition writes</h2>
-{_table(["task", "prompt", "written by generate()", "expected"], examples)}
+{html_table(["task", "prompt", "written by generate()", "expected"], examples)}
 <h2>Loss</h2>
 {loss_plot(story.losses)}
 <h2>Setup</h2>
-{_table(["", ""], pairs)}
+{html_table(["", ""], pairs)}
 {speed}
 <h2>Recipe</h2>
-{_table(["", ""], [[escape(what), escape(how)] for what, how in story.recipe])}
+{html_table(["", ""], [[escape(what), escape(how)] for what, how in story.recipe])}
 <h2>Seconds</h2>
-{_table(["", "s"], seconds)}
+{html_table(["", "s"], seconds)}
 <h2>Versions</h2>
-{_table(["", ""], versions)}
-</body></html>
-"""
+{html_table(["", ""], versions)}"""
+    return page(f"Key-value arithmetic, seed {results['seed']}", body)

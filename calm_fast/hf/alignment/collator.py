@@ -1,0 +1,294 @@
+"""AlignedCollator: rows of text, chats or token ids to batches for a composition whose parts have own tokenizers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from calm_fast.core.checks import bad_type, bad_value, check_bool, describe
+from calm_fast.core.token_ids import padding_id
+from calm_fast.hf.alignment.aligner import StreamAligner
+from calm_fast.hf.alignment.tokenizing import PieceTokenizer
+from calm_fast.hf.wrappers import inner_model
+
+WHERE = "AlignedCollator"
+IGNORED = -100  # label of a token that is not in the loss
+_KINDS = "'input_ids', 'messages', 'prompt' and 'completion', or 'text'"
+
+
+class Row(NamedTuple):
+    """One document: the anchor's ids, their labels, and where its prompt ends (None if it has no prompt)."""
+
+    ids: list[int]
+    labels: list[int]
+    prompt_length: int | None
+
+
+class AlignedCollator:
+    """Makes a batch of rows for `model(**batch)` and Trainer, with the augmenters' own tokens.
+
+    A row is one of
+
+        {"text": ...}
+        {"prompt": ..., "completion": ...}
+        {"messages": [...]}                                        by the chat template of `tokenizer`
+        {"input_ids": [...], "labels": [...], "prompt_length": n}  labels and prompt_length may be left out
+
+    The augmenters' ids and hi are those of `StreamAligner.align` with the prompt's length, so training sees what
+    generation does.
+
+    Args:
+        model_or_aligners: a composition (its `aligners`), or a list with a StreamAligner or None for each augmenter.
+            None: that augmenter reads the anchor's ids.
+        tokenizer: the anchor's.
+        max_length: rows are cut to so many anchor tokens.
+        completion_only: the loss leaves out prompts; in chats, all but the last message.
+        add_eos: end texts and completions with the end-of-text token of `tokenizer`, if it has one.
+        padding_side: "right" or "left"; default, the tokenizer's. Augmenters' rows are padded on the right.
+        pad_to_multiple_of: of the anchor's tokens and of each augmenter's.
+        chat_template_kwargs: variables for the chat template, such as {"enable_thinking": False}.
+        packed: put all rows into one without padding. Positions restart at each, and no row reads another.
+    Returns of a call:
+        input_ids, labels (B, M) int64, attention_mask (B, M) or, if packed, position_ids (1, M); and if an augmenter
+        has an aligner, lists with an entry per augmenter (None for one without): augmenter_input_ids,
+        augmenter_attention_mask, augmenter_position_ids (B, N) int64, hi (and lo, if packed) (B, M) int32.
+    Raises:
+        ValueError, TypeError naming the argument or the row.
+    """
+
+    def __init__(
+        self,
+        model_or_aligners: Any,
+        tokenizer: Any,
+        *,
+        max_length: int | None = None,
+        completion_only: bool = True,
+        add_eos: bool = True,
+        padding_side: str | None = None,
+        pad_to_multiple_of: int | None = None,
+        packed: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.aligners = _aligners(model_or_aligners)
+        parts = _parts(model_or_aligners, len(self.aligners))
+        if not callable(tokenizer):
+            raise bad_type(WHERE, "tokenizer", "the anchor's tokenizer of transformers", tokenizer)
+        for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+                raise bad_value(WHERE, name, "a positive integer or None", describe(value))
+        for name, flag in (("completion_only", completion_only), ("add_eos", add_eos), ("packed", packed)):
+            check_bool(WHERE, name, flag)
+        side = getattr(tokenizer, "padding_side", "right") if padding_side is None else padding_side
+        if side not in ("right", "left"):
+            raise bad_value(WHERE, "padding_side", "'right', 'left' or None", describe(padding_side))
+        if packed and pad_to_multiple_of is not None:
+            raise bad_value(WHERE, "pad_to_multiple_of", "None for packed rows, which have no padding", "a number")
+        if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
+            raise bad_type(WHERE, "chat_template_kwargs", "a dict or None", chat_template_kwargs)
+        self.template_variables = dict(chat_template_kwargs or {})
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.completion_only, self.add_eos = completion_only, add_eos
+        self.left, self.multiple, self.packed = side == "left", pad_to_multiple_of or 1, packed
+        owners = [tokenizer, *(None if a is None else a.augmenter_tokenizer for a in self.aligners)]
+        self._pads = [padding_id(owner, part) for owner, part in zip(owners, parts, strict=True)]
+        self._pieces: PieceTokenizer | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pieces": None}
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the batch of `rows`."""
+        read = [self._cut(self.row(row)) for row in rows]
+        aligned = [
+            None
+            if aligner is None
+            else aligner.align_batch([row.ids for row in read], [row.prompt_length for row in read])
+            for aligner in self.aligners
+        ]
+        return self._pack(read, aligned) if self.packed else self._pad(read, aligned)
+
+    def row(self, row: Mapping[str, Any]) -> Row:
+        """Return the ids, labels and prompt length of one row."""
+        if not isinstance(row, Mapping):
+            raise bad_type(WHERE, "rows", f"dicts with {_KINDS}", row)
+        if "input_ids" in row:
+            return self._given(row)
+        if "messages" in row:
+            return self._chat(row["messages"])
+        if "prompt" in row and "completion" in row:
+            return self._completed(row["prompt"], row["completion"])
+        if "text" in row:
+            ids = self._ids(row["text"]) + self._end()
+            return Row(ids, ids, None)
+        got = f"a row with {', '.join(map(repr, row)) or 'nothing'}"
+        if not row:
+            got += ". Trainer removes columns that forward does not know: pass remove_unused_columns=False"
+        raise bad_value(WHERE, "rows", f"dicts with {_KINDS}", got)
+
+    def _given(self, row: Mapping[str, Any]) -> Row:
+        ids, length = [int(i) for i in row["input_ids"]], row.get("prompt_length")
+        length = None if length is None else int(length)
+        if length is not None and not 0 <= length <= len(ids):
+            raise bad_value(WHERE, "prompt_length", f"from 0 to {len(ids)}, the row's tokens", str(length))
+        if row.get("labels") is None:
+            return self._labelled(ids, length)
+        labels = [int(label) for label in row["labels"]]
+        if len(labels) != len(ids):
+            raise bad_value(WHERE, "labels", f"one per token of the row ({len(ids)})", f"{len(labels)} labels")
+        return Row(ids, labels, length)
+
+    def _labelled(self, ids: list[int], prompt_length: int | None) -> Row:
+        ignored = (prompt_length or 0) if self.completion_only else 0
+        return Row(ids, [IGNORED] * ignored + ids[ignored:], prompt_length)
+
+    def _completed(self, prompt: str, completion: str) -> Row:
+        """Return prompt and completion, tokenised apart, because generation has the prompt alone."""
+        ids = self._ids(prompt)
+        return self._labelled(ids + self._continued(completion, prompt) + self._end(), len(ids))
+
+    def _chat(self, messages: Any) -> Row:
+        """Return a chat whose prompt is everything before the text of its last message."""
+        template = functools.partial(self.tokenizer.apply_chat_template, **self.template_variables)
+        whole = template(messages, tokenize=False)
+        prompt = template(messages[:-1], tokenize=False, add_generation_prompt=True) if len(messages) > 1 else ""
+        if not whole.startswith(prompt):
+            got = "another one. Give the row as 'input_ids' with 'prompt_length'"
+            raise bad_value(WHERE, "messages", "a chat whose template begins with the template of its prompt", got)
+        ids = self._ids(prompt, add_special_tokens=False) if prompt else []
+        together = self._ids(whole, add_special_tokens=False)
+        if together[: len(ids)] == ids:
+            return self._labelled(together, len(ids) if prompt else None)
+        # a token crosses the end of the prompt, which generation does not see
+        return self._labelled(ids + self._marked(whole[len(prompt) :]), len(ids))
+
+    def _ids(self, text: Any, **how: Any) -> list[int]:
+        if not isinstance(text, str):
+            raise bad_type(WHERE, "rows", "dicts of strings", text)
+        return list(self.tokenizer(text, **how)["input_ids"])
+
+    def _continued(self, text: str, before: str) -> list[int]:
+        """Return the ids of `text` after `before`: without the dummy space that some tokenizers begin a text with."""
+        if not isinstance(text, str):
+            raise bad_type(WHERE, "rows", "dicts of strings", text)
+        if getattr(self.tokenizer, "backend_tokenizer", None) is None:
+            return self._ids(text, add_special_tokens=False)
+        return self._piecewise().encode(text, before[-1:] or None)[0]
+
+    def _marked(self, text: str) -> list[int]:
+        """Return the ids of `text` in the middle of a chat, in which special tokens may stand."""
+        if getattr(self.tokenizer, "backend_tokenizer", None) is None:
+            return self._ids(text, add_special_tokens=False)
+        return self._piecewise().marked(text)
+
+    def _piecewise(self) -> PieceTokenizer:
+        if self._pieces is None:
+            self._pieces = PieceTokenizer(self.tokenizer, WHERE, "tokenizer")
+        return self._pieces
+
+    def _end(self) -> list[int]:
+        end = getattr(self.tokenizer, "eos_token_id", None)
+        return [end] if self.add_eos and end is not None else []
+
+    def _cut(self, row: Row) -> Row:
+        if not row.ids:
+            raise bad_value(WHERE, "rows", "rows of at least one token", "an empty row")
+        if self.max_length is None or len(row.ids) <= self.max_length:
+            return row
+        length = None if row.prompt_length is None else min(row.prompt_length, self.max_length)
+        return Row(row.ids[: self.max_length], row.labels[: self.max_length], length)
+
+    def _pad(self, rows: list[Row], aligned: list[Any]) -> dict[str, Any]:
+        """Return the rows of a batch, padded."""
+        width = self._width([row.ids for row in rows])
+        batch: dict[str, Any] = {
+            "input_ids": self._stacked([row.ids for row in rows], width, self._pads[0]),
+            "attention_mask": self._stacked([[1] * len(row.ids) for row in rows], width, 0),
+            "labels": self._stacked([row.labels for row in rows], width, IGNORED),
+        }
+        if any(found is not None for found in aligned):
+            owns = [None if found is None else self._own(i, found, width) for i, found in enumerate(aligned)]
+            for name in ("augmenter_input_ids", "augmenter_attention_mask", "augmenter_position_ids", "hi"):
+                batch[name] = [None if own is None else own[name] for own in owns]
+        return batch
+
+    def _own(self, index: int, found: list[tuple[list[int], list[int]]], width: int) -> dict[str, torch.Tensor]:
+        """Return the tensors of one augmenter's own tokens, padded on the right."""
+        ids = [ids for ids, _ in found]
+        own_width = self._width(ids)
+        return {
+            "augmenter_input_ids": _right([[*row] for row in ids], own_width, self._pads[index + 1]),
+            "augmenter_attention_mask": _right([[1] * len(row) for row in ids], own_width, 0),
+            "augmenter_position_ids": torch.arange(own_width).repeat(len(ids), 1),
+            "hi": self._stacked([hi for _, hi in found], width, 0).to(torch.int32),
+        }
+
+    def _pack(self, rows: list[Row], aligned: list[Any]) -> dict[str, Any]:
+        """Return all rows as one; the first label of a row belongs to no token before it."""
+        batch: dict[str, Any] = {
+            "input_ids": torch.tensor([[i for row in rows for i in row.ids]]),
+            "position_ids": torch.tensor([[i for row in rows for i in range(len(row.ids))]]),
+            "labels": torch.tensor([[i for row in rows for i in (IGNORED, *row.labels[1:])]]),
+        }
+        if any(found is not None for found in aligned):
+            names = ("augmenter_input_ids", "augmenter_position_ids", "lo", "hi")
+            batch |= {name: [None] * len(aligned) for name in (*names, "augmenter_attention_mask")}
+            for index, found in enumerate(aligned):
+                if found is not None:
+                    for name, values in zip(names, _packed(found), strict=True):
+                        dtype = torch.int32 if name in ("lo", "hi") else torch.int64
+                        batch[name][index] = torch.tensor([values], dtype=dtype)
+        return batch
+
+    def _width(self, rows: list[list[int]]) -> int:
+        return -(-max(map(len, rows)) // self.multiple) * self.multiple
+
+    def _stacked(self, rows: list[list[int]], width: int, value: int) -> torch.Tensor:
+        if self.left:
+            return torch.tensor([[value] * (width - len(row)) + row for row in rows])
+        return _right(rows, width, value)
+
+
+def _right(rows: list[list[int]], width: int, value: int) -> torch.Tensor:
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.int64).reshape(-1, width)
+
+
+def _packed(found: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Return the ids, positions, lo and hi of an augmenter's rows, one after the other."""
+    ids: list[int] = []
+    positions: list[int] = []
+    lo: list[int] = []
+    hi: list[int] = []
+    for own, seen in found:
+        lo += [len(ids)] * len(seen)
+        hi += [len(ids) + count for count in seen]
+        positions += range(len(own))
+        ids += own
+    return ids, positions, lo, hi
+
+
+def _parts(given: Any, count: int) -> list[nn.Module | None]:
+    """Return the anchor and the augmenters of a composition; None for each where only aligners are given."""
+    if not isinstance(given, nn.Module):
+        return [None] * (1 + count)
+    composed = inner_model(given)
+    return [composed.anchor, *composed.augmenters]  # type: ignore[misc,list-item]  # of a ComposedForCausalLM
+
+
+def _aligners(given: Any) -> list[StreamAligner | None]:
+    """Return the aligners of a composition, or a list of them."""
+    if isinstance(given, nn.Module):
+        found = getattr(inner_model(given), "aligners", None)
+        if found is None:
+            expected = "a composition, or a list of aligners (None for an augmenter that reads the anchor's ids)"
+            raise bad_type(WHERE, "model_or_aligners", expected, type(inner_model(given)).__name__)
+        return list(found)
+    listed = [given] if isinstance(given, StreamAligner) else given
+    if not isinstance(listed, (list, tuple)) or not all(a is None or isinstance(a, StreamAligner) for a in listed):
+        expected = "a composition, or a list with a StreamAligner or None for each augmenter"
+        raise bad_type(WHERE, "model_or_aligners", expected, given)
+    return list(listed)

@@ -1,0 +1,126 @@
+"""Tiny configs of every causal language model class of the installed transformers.
+
+`tiny_model` shrinks a class's default config by the names of its settings; what a family needs besides is in OVERRIDES,
+which is data. A new class of transformers shows up by itself.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+VOCAB, LAYERS, WIDTH = 99, 3, 32
+
+_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "word_embed_proj_dim", "embedding_size", "lru_width")
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_blocks")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
+_INNER = (
+    "intermediate_size", "ffn_dim", "d_ff", "n_inner", "dff", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim",
+    "dim_ff", "feed_forward_size", "block_ff_dim", "mlp_hidden_size", "intermediate_size_mlp",
+)  # fmt: skip
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions", "seq_length")
+# name of a setting -> its small value
+SMALL: dict[str, Any] = (
+    {"vocab_size": VOCAB, "vocab_size_per_layer_input": VOCAB, "decoder_vocab_size": VOCAB}
+    | dict.fromkeys(_WIDTHS, WIDTH)
+    | dict.fromkeys(_DEPTHS, LAYERS)
+    | dict.fromkeys(_HEADS, 4)
+    | dict.fromkeys(_INNER, 48)
+    | dict.fromkeys(_LENGTHS, 64)
+    | {"num_key_value_heads": 2, "head_dim": 8, "d_kv": 8, "attention_hidden_size": WIDTH, "global_head_dim": 8}
+    | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "expert_ffn_hidden_size": 16}
+    | {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4}
+    | {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_topk": 2, "first_k_dense_replace": 1}
+    | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    | {"sliding_window": 6, "attention_window": 6, "attention_window_size": 6, "query_pre_attn_scalar": 8}
+    | {"state_size": 4, "mamba_d_state": 4, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "n_groups": 1}
+    | {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    | {"hidden_size_per_layer_input": 8, "rotary_dim": 4, "index_topk": 8, "index_n_heads": 2, "index_head_dim": 16}
+    | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    | {"dropout": 0.0, "tie_word_embeddings": False}
+)
+
+# what a family needs besides, by model type; None removes a setting of SMALL
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bart": {"decoder_start_token_id": 2},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2, "state_size": 4, "n_groups": 1},
+    "mamba": {"intermediate_size": 64},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "zaya": {"num_experts_per_tok": 1},
+    "falcon_mamba": {"intermediate_size": 64},
+    "bert": {"is_decoder": True},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "num_layers": 3, "num_heads": 4},
+    "gptj": {"rotary_dim": 4},
+    "codegen": {"rotary_dim": 4},
+    "xlm": {"causal": True},
+    "recurrent_gemma": {"num_key_value_heads": 1},
+    "mllama_text_model": {"cross_attention_layers": [2]},
+}
+
+
+def classes() -> dict[str, str]:
+    """Return the class name of every causal language model by model type, each class once."""
+    types: dict[str, str] = {}
+    known = set(dir(transformers))  # the mapping also has classes that others register, as calm_fast does
+    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if name not in known:
+            continue
+        # of several types with one class, the one that the class is named after
+        if name not in types or name.lower().startswith(re.sub("[-_]", "", model_type)):
+            types[name] = model_type
+    return {model_type: name for name, model_type in types.items()}
+
+
+def _short(value: list[Any]) -> list[Any]:
+    """Return LAYERS entries of a list with one entry per layer, with as many kinds of them as there are."""
+    kinds = list(dict.fromkeys(map(str, value)))
+    picked = [next(v for v in value if str(v) == kind) for kind in kinds][:LAYERS]
+    return sorted((picked * LAYERS)[:LAYERS], key=lambda v: kinds.index(str(v)))
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
+    """Return the shrunk config of a model type."""
+    kind = CONFIG_MAPPING[model_type]
+    return _shrunk(kind, OVERRIDES.get(model_type, {}))
+
+
+def _shrunk(kind: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrainedConfig:
+    default = kind()
+    names = {*vars(default), *kind.attribute_map}
+    settings = {name: value for name, value in SMALL.items() if name in names and _is_set(default, name)}
+    depth = getattr(default, "num_hidden_layers", None)  # settings of one entry per layer are shortened to it
+    for name, value in vars(default).items():
+        if isinstance(value, list) and len(value) == depth and name not in settings:
+            settings[name] = _short(value)
+        elif name in kind.sub_configs and isinstance(value, PreTrainedConfig):
+            settings[name] = _shrunk(type(value), {}).to_dict()
+    if "kv_lora_rank" in settings:  # latent attention: a key per query head
+        settings["num_key_value_heads"] = settings.get("num_attention_heads")
+        settings.pop("head_dim", None)
+    settings |= overrides
+    return kind(**{name: value for name, value in settings.items() if value is not None})
+
+
+def _is_set(default: PreTrainedConfig, name: str) -> bool:
+    """Return True if a setting means something: a family that leaves it at None has another name for it."""
+    try:
+        value = getattr(default, name, None)
+    except RuntimeError:  # one that may vary across layers (Gemma 4)
+        return True
+    return value is not None and (not isinstance(value, (list, dict)) or name in ("num_attention_heads",))
+
+
+def tiny_model(model_type: str, seed: int = 0) -> Any:
+    """Return a tiny random model of a model type, in eval mode."""
+    config = tiny_config(model_type)
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "initializer_range"):
+            part.initializer_range = 0.3  # the default spread would make every model nearly constant
+    torch.manual_seed(seed)
+    return getattr(transformers, classes()[model_type])(config).eval()

@@ -1,0 +1,58 @@
+"""The checks of docs/models.md on one class of each kind; `make families` runs them on all."""
+
+from __future__ import annotations
+
+import matrix
+import pytest
+import transformers
+from checks import ALONE, in_role
+from shrink import classes, tiny_model
+
+# attention, fused projections, several residual scales, mixtures of experts, latent attention, recurrent, hybrids,
+# decoders of encoder-decoders, plain layers, and those that must be refused
+REPRESENTATIVE = (
+    "llama", "gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon", "mpt", "gemma2", "phi3", "glm4", "mixtral",
+    "gpt_oss", "deepseek_v3", "mamba", "mamba2", "qwen3_next", "bart", "ctrl", "modernbert-decoder", "xlm", "rwkv",
+    "bert", "roberta",
+)  # fmt: skip
+CHECKS = ("compose", "identity", "no leak", "greedy", "training")
+KEPT = matrix.read()["classes"]
+
+
+@pytest.mark.parametrize("model_type", REPRESENTATIVE)
+def test_the_outcomes_are_those_of_the_page(model_type: str) -> None:
+    assert model_type in classes()
+    if model_type not in KEPT:
+        pytest.skip(f"docs/models.md has no outcome of it yet: make families ARGS={model_type}")
+    for check in matrix.all_checks((*CHECKS, *ALONE)):
+        outcome, note = KEPT[model_type].get(check, ("not run", ""))
+        if outcome not in (matrix.WORKS, matrix.REFUSED):
+            continue  # transformers' own faults, and what the page says was not run
+        role, _, name = check.rpartition(": ")
+        try:
+            in_role(model_type, role, name) if role else ALONE[name](model_type)
+        except ValueError as problem:
+            # the beginning: what the error says of versions and shapes may change
+            assert outcome == matrix.REFUSED and str(problem)[:60] == note[:60], f"{check}: {problem}"
+        else:
+            assert outcome == matrix.WORKS, f"{check} works now; run `make families ARGS={model_type}`"
+
+
+def test_the_page_is_written_from_the_kept_outcomes() -> None:
+    if matrix.read().get("transformers") != transformers.__version__:
+        pytest.skip("the page was made with another release of transformers, which has other classes")
+    assert matrix.PAGE.read_text() == matrix.page(matrix.read()), "run `make families ARGS=--page`"
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # os.fork, Python 3.12
+def test_a_wrong_composition_fails_its_check() -> None:
+    def leaking(model_type: str) -> None:
+        from checks import no_leak
+
+        model = tiny_model(model_type)
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_hook(lambda _m, _a, out: (out[0] + out[0][:, -1:], *out[1:]))
+        no_leak(model)
+
+    assert (matrix.apart(lambda: leaking("llama"), 60) or "").startswith("AssertionError differs by")
+    assert matrix.apart(lambda: None, 60) is None
