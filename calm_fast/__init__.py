@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the names of _LAZY, for type checkers
     from calm_fast.core.dispatch import explain as explain
     from calm_fast.hf import ComposedConfig as ComposedConfig
     from calm_fast.hf import ComposedForCausalLM as ComposedForCausalLM
+    from calm_fast.hf import ComposedForSeq2SeqLM as ComposedForSeq2SeqLM
     from calm_fast.hf import compose as compose
     from calm_fast.hf.dual_lora import add_dual_lora as add_dual_lora
     from calm_fast.hf.dual_lora import get_gates as get_gates
@@ -36,6 +37,7 @@ _LAZY = {
     "CrossAttention": "calm_fast.modules.cross_attention",
     "ComposedConfig": "calm_fast.hf",
     "ComposedForCausalLM": "calm_fast.hf",
+    "ComposedForSeq2SeqLM": "calm_fast.hf",
     "compose": "calm_fast.hf",
     "SelfConsistency": "calm_fast.consistency.self_consistency",
     "DualLoRALinear": "calm_fast.modules.dual_lora",

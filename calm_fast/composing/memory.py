@@ -87,6 +87,7 @@ def weigh(anchor: str, augmenters: Sequence[str], dtype: str, **options: Any) ->
         ["B", *names_of(len(augmenters))], (anchor, *augmenters), models, strict=True)]  # fmt: skip
     # what the ids mean is compared when the models are loaded, with their tokenizers
     model = compose(models[0], models[1:], same_ids=True, probe=False, vocab_size=1, **options)
+    assert isinstance(model, ComposedForCausalLM)  # the anchor is a causal LM
     return _weight(model, sizes)
 
 

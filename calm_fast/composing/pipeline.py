@@ -211,6 +211,7 @@ def _compose(
         load_model(_WHERE, name, path, settings.dtype, device) for name, path in zip(names, paths, strict=True)
     ]
     model = compose(models[0], [*models[1:]], tokenizers=list(tokenizers), **options)
+    assert isinstance(model, ComposedForCausalLM)  # load_model loads causal LMs
     if data.held:
         same = [aligner is None for aligner in model.aligners]
         for name, whole, own, ids in zip(names_of(len(same)), models[1:], tokenizers[1:], same, strict=True):

@@ -1,7 +1,7 @@
 """Whole transformers models: compositions of frozen ones, and dual LoRA. docs/architecture.md lists the files.
 
-Importing this package registers ComposedConfig and ComposedForCausalLM with transformers' Auto classes, and with its
-names of causal language models.
+Importing this package registers ComposedConfig with ComposedForCausalLM, and ComposedSeq2SeqConfig with
+ComposedForSeq2SeqLM, in transformers' Auto classes, and the two models in its tables of names.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any
 from calm_fast.core.compatibility import importing
 
 with importing("transformers"):
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
 
     from calm_fast.hf.cache import ComposedCache
     from calm_fast.hf.compose_models import compose
     from calm_fast.hf.composed import ComposedForCausalLM
-    from calm_fast.hf.config import ComposedConfig
+    from calm_fast.hf.config import ComposedConfig, ComposedSeq2SeqConfig
     from calm_fast.hf.connections import resolve_connections
     from calm_fast.hf.layers import find_layers
+    from calm_fast.hf.seq2seq import ComposedForSeq2SeqLM
 
 if TYPE_CHECKING:
     from calm_fast.hf.alignment import AlignedCollator as AlignedCollator
@@ -28,16 +32,21 @@ if TYPE_CHECKING:
 
 AutoConfig.register(ComposedConfig.model_type, ComposedConfig, exist_ok=True)
 AutoModelForCausalLM.register(ComposedConfig, ComposedForCausalLM, exist_ok=True)
+AutoConfig.register(ComposedSeq2SeqConfig.model_type, ComposedSeq2SeqConfig, exist_ok=True)
+AutoModelForSeq2SeqLM.register(ComposedSeq2SeqConfig, ComposedForSeq2SeqLM, exist_ok=True)
 # register() leaves out the table of names by which Trainer decides to shift labels under label smoothing, and by which
 # pipelines, model cards and the server know a causal LM. The Auto classes do not load from this entry: they skip model
 # types that are not transformers' own.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ComposedConfig.model_type] = ComposedForCausalLM.__name__
+MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES[ComposedSeq2SeqConfig.model_type] = ComposedForSeq2SeqLM.__name__
 
 __all__ = [
     "AlignedCollator",
     "ComposedCache",
     "ComposedConfig",
     "ComposedForCausalLM",
+    "ComposedForSeq2SeqLM",
+    "ComposedSeq2SeqConfig",
     "StreamAligner",
     "compose",
     "find_layers",

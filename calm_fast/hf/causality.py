@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from calm_fast.hf.masks import refuse_restarts
 
 if TYPE_CHECKING:
     from calm_fast.hf.composed import ComposedForCausalLM
+    from calm_fast.hf.composition import Composition
 
 TOKENS = 4  # of a probe's rows: three that are the same, and the last one
 PAIRS = 3  # of last tokens, tried until one pair differs
@@ -44,8 +45,9 @@ class Part(NamedTuple):
     """A part of a composition. argument, label, name: its names in errors.
 
     called: the module that a composed forward calls: the anchor itself, which may build masks of its own, or an
-    augmenter's body. body: the headless module inside it, whose output is compared. connected: (the layer, the first
-    connection that has it) by layer index.
+    augmenter's body. body: the headless module inside it, whose output is compared; of an encoder-decoder, its decoder.
+    connected: (the layer, the first connection that has it) by layer index. encodes: the model is an encoder-decoder.
+    reads_ahead: the part reads a source that is known in full, so no token of it is a future one.
     """
 
     argument: str
@@ -57,9 +59,11 @@ class Part(NamedTuple):
     signature: Signature
     depth: int
     connected: dict[int, tuple[nn.Module, tuple[int, int]]]
+    encodes: bool = False
+    reads_ahead: bool = False
 
 
-def parts(composed: ComposedForCausalLM) -> list[Part]:
+def parts(composed: Composition) -> list[Part]:
     """Return the anchor and every augmenter's truncated view."""
     anchor, path = composed.anchor, composed.config.anchor_layers
     assert path is not None  # found at construction
@@ -67,7 +71,11 @@ def parts(composed: ComposedForCausalLM) -> list[Part]:
     layers: Any = anchor.get_submodule(path)
     connected = {b: (layers[max(b, 0)], (a, b)) for _, a, b in reversed(composed.pairs)}
     kind = type(anchor).__name__
-    found = [Part("anchor", kind, "the anchor", anchor, anchor, body, composed.signatures[0], len(layers), connected)]
+    encodes = composed.encoder_decoder
+    first = Part(
+        "anchor", kind, "the anchor", anchor, anchor, body, composed.signatures[0], len(layers), connected, encodes
+    )
+    found = [first]
     for index, depth in enumerate(composed.depths):
         model, signature = composed._augmenter(index), composed.signatures[index + 1]
         name = f"augmenter {index}"
@@ -75,11 +83,12 @@ def parts(composed: ComposedForCausalLM) -> list[Part]:
         layers = model.get_submodule(str(composed.config.augmenter_layers[index]))
         connected = {a: (layers[max(a, 0)], (a, b)) for i, a, b in reversed(composed.pairs) if i == index}
         label = f"{name} ({type(model).__name__})"
-        found.append(Part("augmenters", label, name, model, body, body, signature, depth, connected))
+        part = Part("augmenters", label, name, model, body, body, signature, depth, connected, reads_ahead=encodes)
+        found.append(part)
     return found
 
 
-def check_parts(composed: ComposedForCausalLM, where: str, *, defer: bool) -> None:
+def check_parts(composed: Composition, where: str, *, defer: bool) -> None:
     """Raise ValueError for a part of `composed` that cannot be connected as asked, or that reads future tokens.
 
     Each part runs once on two rows of four tokens that differ in the last one. Every connected layer must have run
@@ -103,7 +112,7 @@ def check_parts(composed: ComposedForCausalLM, where: str, *, defer: bool) -> No
             unproven = True
             continue
         _check_connected(part, trial.states, where)
-        if trial.moved:
+        if trial.moved and not part.reads_ahead:
             expected = "models that read no future token" if part.argument == "augmenters" else "a causal model"
             got = f"{part.label}, in which the last token changes the states before it{_reason(part.model.config)}"
             raise bad_value(where, part.argument, expected, got + "; if it is one, pass probe=False")
@@ -189,13 +198,23 @@ def _try(part: Part) -> _Trial:
 
     def run(ids: torch.Tensor) -> list[torch.Tensor]:
         nonlocal states
-        tokens = Tokens(input_ids=ids, attention_mask=None, position_ids=None)
-        output, states = _run(part, part_inputs(part.model, part.signature, tokens, None, 0))
+        output, states = _run(part, _inputs(part, ids))
         sound = [seen[0] for seen in states.values() if len(seen) == 1 and _is_state(seen[0])]
         return sound if output is None else [output, *sound]
 
-    moved = _last_token_matters(part.model, run, part.depth, part.signature.device(part.model))
+    # the tokens whose order counts are the decoder's
+    embedding = cast(PreTrainedModel, part.body) if part.encodes else part.model
+    moved = _last_token_matters(embedding, run, part.depth, part.signature.device(part.model))
     return _Trial(states, moved)
+
+
+def _inputs(part: Part, ids: torch.Tensor) -> dict[str, Any]:
+    """Return the arguments with which a part reads ids (2, TOKENS), a decoder after one source for both rows."""
+    if not part.encodes:
+        tokens = Tokens(input_ids=ids, attention_mask=None, position_ids=None)
+        return part_inputs(part.model, part.signature, tokens, None, 0)
+    ids = ids.to(part.signature.device(part.model))
+    return {"input_ids": ids[:1].expand(2, -1), "decoder_input_ids": ids, "use_cache": False}
 
 
 def _check_connected(part: Part, states: dict[int, list[Any]], where: str) -> None:

@@ -1,4 +1,4 @@
-"""compose(): build a ComposedForCausalLM from loaded models or their paths."""
+"""compose(): build a composition from loaded models or their paths."""
 
 from __future__ import annotations
 
@@ -8,31 +8,66 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from calm_fast.core.checks import bad_value, check_bool, describe
 from calm_fast.hf.alignment import StreamAligner
 from calm_fast.hf.causality import check_parts
 from calm_fast.hf.composed import ComposedForCausalLM
-from calm_fast.hf.config import ComposedConfig
+from calm_fast.hf.composition import Composition
+from calm_fast.hf.config import ComposedConfig, ComposedSeq2SeqConfig
 from calm_fast.hf.connections import resolve_connections
 from calm_fast.hf.inputs import Signature
 from calm_fast.hf.layers import find_layers, hidden_size
 from calm_fast.hf.references import StrPath, commit, load_errors_named, reference
+from calm_fast.hf.saving import ACCESS, LOCATION
+from calm_fast.hf.seq2seq import ComposedForSeq2SeqLM
 from calm_fast.hf.vocabularies import Difference, announce, check_embedded, find_differences, known_tokenizers
 
 logger = logging.get_logger(__name__)
 Model = PreTrainedModel | StrPath
 
 
+def _is_seq2seq(config: PreTrainedConfig) -> bool:
+    """Return True for the config of an encoder-decoder language model."""
+    return bool(config.is_encoder_decoder) and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+
+def _config_at(path: str, kwargs: dict[str, Any]) -> PreTrainedConfig | None:
+    """Return the config of the model at `path`, or None where only loading the model can tell what is there."""
+    if "gguf_file" in kwargs:
+        return None
+    hub = {name: kwargs[name] for name in (*LOCATION, *ACCESS, "trust_remote_code") if name in kwargs}
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, **hub)
+    except (OSError, ValueError):  # an adapter's folder, a wrong path, an unknown family
+        return None
+    return config
+
+
 def _load(name: str, model: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
     if isinstance(model, (str, os.PathLike)):
+        path: str = os.fspath(model)
         with load_errors_named("compose", name, model, "a loaded model, its folder or its hub name"):
-            model = AutoModelForCausalLM.from_pretrained(os.fspath(model), **kwargs)
+            config = _config_at(path, kwargs)
+            seq2seq = config is not None and _is_seq2seq(config)
+            if seq2seq and name != "anchor" and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+                got = f"{path!r}, an encoder-decoder ({type(config).__name__})"
+                raise bad_value("compose", name, "decoder-only models", got)
+            kind = AutoModelForSeq2SeqLM if seq2seq and name == "anchor" else AutoModelForCausalLM
+            model = kind.from_pretrained(path, **kwargs)
     if not isinstance(model, PreTrainedModel):
         raise bad_value("compose", name, "a transformers model or a path", type(model).__name__)
-    if isinstance(model, ComposedForCausalLM):
+    if isinstance(model, Composition):
         expected = "a model that is no composition"
         raise bad_value("compose", name, expected, f"a {type(model).__name__}. Give one anchor several augmenters")
     return model
@@ -146,7 +181,7 @@ def compose(
     alignment: Any = None,
     probe: bool = True,
     model_kwargs: dict[str, Any] | None = None,
-) -> ComposedForCausalLM:
+) -> ComposedForCausalLM | ComposedForSeq2SeqLM:
     """Compose a frozen anchor with one or more frozen augmenters.
 
     After anchor layer b of each connection (a, b):
@@ -154,7 +189,8 @@ def compose(
         H_B <- H_B + W_o Attention(W_q n(H_B), W_k P(H_A), W_v P(H_A))
 
     W_o starts at zero: until it is trained, the composed model is the anchor, bit for bit. An augmenter whose tokenizer
-    differs from the anchor's reads the same text in its own tokens, through a `StreamAligner`.
+    differs from the anchor's reads the same text in its own tokens, through a `StreamAligner`. Over an encoder-decoder
+    anchor the layers b are those of its decoder, and the augmenters read the text of its encoder.
 
     Args:
         anchor, augmenters: loaded models or paths. The models are shared, not copied; they are put into eval mode and
@@ -181,7 +217,7 @@ def compose(
             is tried at the first forward. False skips it.
         model_kwargs: arguments of from_pretrained for models given as paths (revision, dtype, ...).
     Returns:
-        the ComposedForCausalLM, in eval mode.
+        the ComposedForCausalLM, in eval mode; over an encoder-decoder anchor (T5, BART, ...) a ComposedForSeq2SeqLM.
     Raises:
         ValueError naming the argument: a model that cannot be loaded or composed, connections that are out of range,
         repeated or of the wrong type, an augmenter that embeds too few token ids, tokenizers that cannot be aligned, a
@@ -201,8 +237,10 @@ def compose(
         raise bad_value("compose", "augmenters", "at least one model", "none")
     models = [_load("augmenters", model, kwargs) for model in given]
     if not anchor.can_generate():
-        raise bad_value("compose", "anchor", "a causal language model", type(anchor).__name__)
-    Signature.of(anchor, where="compose", argument="anchor")
+        expected = "a causal language model, or an encoder-decoder that writes text"
+        raise bad_value("compose", "anchor", expected, type(anchor).__name__)
+    seq2seq = _is_seq2seq(anchor.config)
+    Signature.of(anchor, where="compose", argument="anchor", encoder_decoder=seq2seq)
     for model in models:
         Signature.of(model, where="compose", argument="augmenters")
     settings = _alignment_settings(alignment, len(models), same_ids)
@@ -225,7 +263,7 @@ def compose(
     pairs = resolve_connections(connections, depths, len(found))
 
     num_heads = _anchor_heads(anchor, head_dim) if num_heads is None else num_heads
-    config = ComposedConfig(
+    config = (ComposedSeq2SeqConfig if seq2seq else ComposedConfig)(
         anchor.config,
         [model.config for model in models],
         anchor_path=reference(anchor),
@@ -249,7 +287,7 @@ def compose(
         composition_dtype=composition_dtype or ("float64" if anchor.dtype == torch.float64 else "float32"),
         use_cache=getattr(anchor.config.get_text_config(decoder=True), "use_cache", True),
     )
-    composed = ComposedForCausalLM(config, anchor, models)
+    composed = (ComposedForSeq2SeqLM if seq2seq else ComposedForCausalLM)(config, anchor, models)
     composed.aligners, composed.tokenizers = aligners, known
     composed.record_parts()
     composed.eval()

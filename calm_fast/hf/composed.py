@@ -2,56 +2,43 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
-from typing import Any, NoReturn, cast
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput  # type: ignore[attr-defined]  # re-exported without __all__
 
 from calm_fast.core.checks import bad_value
-from calm_fast.core.compatibility import require
 from calm_fast.core.dispatch import active_transform
 from calm_fast.hf.aligned_calls import AlignedCall, align_call
-from calm_fast.hf.augmenter_training import check_trained_parts, trains
-from calm_fast.hf.cache import ComposedCache, Identity
+from calm_fast.hf.cache import ComposedCache
 from calm_fast.hf.cache_names import with_cache
 from calm_fast.hf.causality import check_parts, check_parts_separate
-from calm_fast.hf.config import ComposedConfig
+from calm_fast.hf.composition import Composition
 from calm_fast.hf.cross_cache import FixedCrossLayer
 from calm_fast.hf.generation import CompositionGeneration
-from calm_fast.hf.hooks import ANCHOR, Checkpoint, Frame, install, switch
+from calm_fast.hf.hooks import ANCHOR, Frame, switch
 from calm_fast.hf.inputs import (
     WHERE,
     AugmenterCall,
     Past,
-    Signature,
     Tokens,
     augmenter_calls,
     check_ids,
     check_tensors,
-    check_vocabulary,
     kept_positions,
     part_inputs,
     remember,
 )
-from calm_fast.hf.introspection import CompositionIntrospection
+from calm_fast.hf.introspection import HeadlessForward
 from calm_fast.hf.keywords import shared_keywords
-from calm_fast.hf.layers import device_of, find_layers, headless_path, hidden_size, submodule, truncated_view
 from calm_fast.hf.modes import check_modes
-from calm_fast.hf.reading import run_augmenter
-from calm_fast.hf.saving import CompositionFiles
-from calm_fast.hf.training import CompositionTraining
-from calm_fast.modules.cross_attention import CrossAttention
 
 
 # GenerationMixin is named once more, because PreTrainedModel.can_generate looks for it among the direct bases
-class ComposedForCausalLM(
-    CompositionIntrospection, CompositionFiles, CompositionTraining, CompositionGeneration, GenerationMixin
-):
+class ComposedForCausalLM(HeadlessForward, Composition, CompositionGeneration, GenerationMixin):
     """A frozen anchor that reads frozen augmenters through trained cross-attention. Build one with ``compose``.
 
     After anchor layer b of every connection (a, b):
@@ -68,115 +55,6 @@ class ComposedForCausalLM(
 
     Several threads may run one instance, or instances that share parts. Source: CALM (arXiv 2401.02412) section 3.
     """
-
-    anchor: PreTrainedModel
-    augmenters: nn.ModuleList
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-
-    def __init__(
-        self,
-        config: ComposedConfig,
-        anchor: PreTrainedModel | None = None,
-        augmenters: list[PreTrainedModel] | None = None,
-    ) -> None:
-        require("transformers", GenerationMixin, "_prepare_cache_for_generation", "_validate_model_kwargs")
-        require("transformers", PreTrainedModel, "_set_gradient_checkpointing", "enable_input_require_grads")
-        require("transformers", PreTrainedModel, "_is_stateful")
-        require("torch", nn.Module, "_replicate_for_data_parallel")
-        super().__init__(config)
-        if anchor is None:
-            anchor = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config.anchor_config))
-        if augmenters is None:
-            augmenters = [AutoModelForCausalLM.from_config(sub) for sub in config.augmenter_configs]
-        self.unproven = False  # True if a part could not be tried at compose time
-        self.separates = False  # True once all parts have shown that they separate the documents of a packed row
-        self.mixing = ""  # the error for packed rows once a part has shown that it does not
-        self.pairs = [(i, a, b) for i, pairs in enumerate(config.connections) for a, b in pairs]
-        self.depths = [max(1, 1 + max(a for a, _ in pairs)) for pairs in config.connections]
-
-        config.anchor_layers, anchor_layers = find_layers(
-            anchor, config.anchor_layers, where=WHERE, argument="anchor_layers"
-        )
-        named = zip(augmenters, config.augmenter_layers, strict=True)
-        found = [find_layers(model, path, where=WHERE, argument="augmenter_layers") for model, path in named]
-        config.augmenter_layers = [path for path, _ in found]
-        for model in (anchor, *augmenters):
-            model.requires_grad_(False).eval()
-        self.anchor = anchor
-        views = [
-            truncated_view(model, path, depth)
-            for model, (path, _), depth in zip(augmenters, found, self.depths, strict=True)
-        ]
-        self.augmenters = nn.ModuleList(views)
-        self.aligners = [None] * len(views)
-        self.tokenizers = [None] * (1 + len(views))
-        self.headless = [headless_path(view, path) for view, (path, _) in zip(views, found, strict=True)]
-        called = [submodule(view, names) for view, names in zip(views, self.headless, strict=True)]
-        self.signatures = [
-            Signature.of(anchor, where=WHERE, argument="anchor"),
-            *(
-                Signature.of(augmenter, inner, where=WHERE, argument="augmenters")
-                for augmenter, inner in zip(augmenters, called, strict=True)
-            ),
-        ]
-        self.connections = nn.ModuleList(self._connection(i, anchor_layers[max(b, 0)]) for i, _, b in self.pairs)
-        self.first_of = [next(c for c, p in enumerate(self.pairs) if p[0] == i) for i in range(len(self.augmenters))]
-        self.by_layer = {b: [c for c, pair in enumerate(self.pairs) if pair[2] == b] for _, _, b in self.pairs}
-        self.identity = Identity()
-        self.checkpoints: dict[nn.Module, Checkpoint] = {}
-        self.hooks = install(self.pairs, anchor_layers, [layers for _, layers in found])
-
-        self._describe_parts(anchor, augmenters)
-        self.generation_config = copy.deepcopy(getattr(anchor, "generation_config", self.generation_config))
-        # set on the composition's own config only: the parts keep their attention implementation
-        config._attn_implementation_internal = anchor.config._attn_implementation
-        self.post_init()
-        own, kept = {f"connections.{name}" for name in self.connections.state_dict()}, self.state_dict()
-        self._keys_to_ignore_on_save = {name for name in kept if name not in own}
-        self.all_tied_weights_keys = {name: to for name, to in self.all_tied_weights_keys.items() if name in kept}
-
-    def _connection(self, augmenter: int, anchor_layer: nn.Module) -> CrossAttention:
-        widths = hidden_size(self.anchor), hidden_size(self._augmenter(augmenter))
-        module = CrossAttention(*widths, **self.config.cross_attention)
-        dtype = getattr(torch, self.config.composition_dtype)
-        places = ((anchor_layer, self.anchor), *((part, part) for part in self.augmenters))
-        devices = (device_of(module, model) for module, model in places)
-        device = next((device for device in devices if device.type != "meta"), torch.device("meta"))
-        return module.to(device=device, dtype=dtype)
-
-    def init_weights(self) -> None:
-        """Do nothing: the parts come initialised, and CrossAttention initialises itself."""
-
-    initialize_weights = init_weights
-
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the parts come tied, and an augmenter's view has no LM head. Trainer calls this on resuming."""
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.anchor.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return cast("nn.Module | None", self.anchor.get_output_embeddings())
-
-    def _replicate_for_data_parallel(self) -> NoReturn:
-        """Refuse: replicas would share the layers' hooks, the folded weights and the parts' devices."""
-        raise ValueError(
-            "DataParallel: a composition cannot be replicated over the GPUs of one process; start one process per GPU "
-            "(torchrun, accelerate launch), or make one GPU visible (CUDA_VISIBLE_DEVICES=0)"
-        )
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: the parts embed the tokens."""
-        raise ValueError(
-            "resize_token_embeddings: a composition cannot be resized, because its parts embed the tokens and are "
-            "shared with the caller; resize the anchor and the augmenters, then compose them"
-        )
 
     def _add_residuals(
         self,
@@ -263,14 +141,7 @@ class ComposedForCausalLM(
         """
         if self.unproven and not torch.compiler.is_compiling():
             check_parts(self, WHERE, defer=False)
-        if torch.jit.is_tracing():  # type: ignore[attr-defined]  # public, but not re-exported
-            raise ValueError(
-                f"torch.jit.trace: a {WHERE} cannot be traced, because the trace would keep which tokens the example's "
-                "masks hide; use torch.export or torch.compile"
-            )
-        if kwargs.pop("inputs_embeds", None) is not None:
-            got = "a value. Pass `input_ids`: every part embeds the tokens itself"
-            raise bad_value(WHERE, "inputs_embeds", "None", got)
+        self._check_callable(kwargs)
         if input_ids is None:
             raise bad_value(WHERE, "input_ids", "a tensor of token ids (batch, tokens)", "None")
         check_ids("input_ids", input_ids, empty=False)
@@ -349,52 +220,3 @@ class ComposedForCausalLM(
                 cache.end()
         outputs = with_cache(outputs, cache, signature.generated)
         return outputs if return_dict is None or return_dict else outputs.to_tuple()
-
-    def _check_vocabularies(self, calls: list[AugmenterCall], inputs: Tokens, anchor: bool = True) -> None:
-        """Raise ValueError unless every part embeds the token ids that it gets.
-
-        anchor: also check the ids that the anchor reads.
-        """
-        shared = [self.anchor]
-        for index, call in enumerate(calls):
-            if call.inputs is inputs:
-                shared.append(self._augmenter(index))
-            else:
-                check_vocabulary("augmenter_input_ids", call.inputs["input_ids"], [self._augmenter(index)])
-        if anchor:
-            check_vocabulary("input_ids", inputs["input_ids"], shared)
-
-    def _read_augmenters(
-        self, frame: Frame, calls: list[AugmenterCall], cache: ComposedCache | None, past: int, shared: dict[str, Any]
-    ) -> None:
-        """Run every augmenter up to its last connected layer; the hooks leave its states in the frame.
-
-        past: the number of the anchor's tokens before this call. Autograd records an augmenter only if one of its
-        parameters trains.
-        """
-        for index, (model, call) in enumerate(zip(self.augmenters, calls, strict=True)):
-            frame.stage = index
-            own, before = None if cache is None else cache.augmenters[index], past
-            if cache is not None and call.step is not None:
-                cache.begin_step(index, call.step.text, call.step.move)
-                before = cache.cross[self.first_of[index]].get_seq_length()
-            signature = self.signatures[index + 1]
-            if call.inputs["input_ids"].shape[1] == 0:
-                self._read_nothing(frame, index, call.inputs["input_ids"].shape[0])
-                continue
-            called = submodule(model, self.headless[index])
-            recorded = trains(model)
-            with torch.set_grad_enabled(recorded):
-                run_augmenter(frame, model, called, signature, call, own, before, shared)  # type: ignore[arg-type]
-            if recorded:
-                read = 1 + max(a for i, a, _ in self.pairs if i == index)
-                states = [state for (i, _), state in frame.states.items() if i == index]
-                check_trained_parts(index, model, str(self.config.augmenter_layers[index]), read, states)
-
-    def _read_nothing(self, frame: Frame, index: int, batch: int) -> None:
-        """Leave states without tokens in the frame: augmenter `index` has no new token in this call."""
-        model = self._augmenter(index)
-        empty = torch.zeros(batch, 0, hidden_size(model), dtype=model.dtype, device=model.device)
-        for augmenter, a, _ in self.pairs:
-            if augmenter == index:
-                frame.states[index, a] = empty

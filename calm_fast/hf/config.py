@@ -90,7 +90,7 @@ class ComposedConfig(PreTrainedConfig):
             raise bad_value("ComposedConfig", "format_version", expected, got)
         # comes first: it resets the attention implementation of sub-configs, which may belong to live models
         anchor_config = None if anchor_config is None else _as_config(anchor_config)
-        text = None if anchor_config is None else anchor_config.get_text_config(decoder=True)
+        text = None if anchor_config is None else self._shared_config(anchor_config)
         shared = {name: kwargs.pop(name) for name in list(kwargs) if text is not None and self._is_shared(name, text)}
         super().__init__(**kwargs)
         count = len(augmenter_configs or [])
@@ -124,7 +124,12 @@ class ComposedConfig(PreTrainedConfig):
     def _text(self) -> PreTrainedConfig | None:
         # copying and unpickling ask for attributes before there is an anchor_config
         anchor: PreTrainedConfig | None = self.__dict__.get("anchor_config")
-        return None if anchor is None else anchor.get_text_config(decoder=True)
+        return None if anchor is None else self._shared_config(anchor)
+
+    @classmethod
+    def _shared_config(cls, anchor: PreTrainedConfig) -> PreTrainedConfig:
+        """Return the config in which the anchor keeps the fields of a language model."""
+        return anchor.get_text_config(decoder=True)
 
     def __getattr__(self, name: str) -> Any:
         """Return a field that only the anchor's text config has. Called where normal look-up fails."""
@@ -176,6 +181,28 @@ class ComposedConfig(PreTrainedConfig):
         if all(settings is None for settings in self.alignment):  # format 1, which earlier releases read
             del output["alignment"], output["tokenizer_fingerprints"]
         return output
+
+
+class ComposedSeq2SeqConfig(ComposedConfig):
+    """Configuration of a composed model whose anchor is an encoder-decoder.
+
+    The fields are those of ComposedConfig; connections name layers of the anchor's decoder. Fields that only a language
+    model has are read from the anchor's whole config, and setting one sets it there.
+    """
+
+    model_type = "calm_fast_composed_seq2seq"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"is_encoder_decoder": True})
+
+    @classmethod
+    def _shared_config(cls, anchor: PreTrainedConfig) -> PreTrainedConfig:
+        return anchor  # the config of its decoder is made anew at every call
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """Return the anchor's config, or that of its decoder or encoder."""
+        anchor = getattr(self, "anchor_config", None)
+        return self if anchor is None else anchor.get_text_config(decoder=decoder, encoder=encoder)
 
 
 _FIELDS = set(inspect.signature(ComposedConfig.__init__).parameters) - {"self", "kwargs"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NoReturn, cast
 
 import torch
@@ -55,7 +54,26 @@ def _goes_on_drafting(cache: ComposedCache | None, args: tuple[Any, ...], kwargs
     return cache is not None and bool(getattr(config, "is_assistant", False)) and cache.get_seq_length() > 0
 
 
-class CompositionGeneration(GenerationMixin):
+class RefusedGeneration(GenerationMixin):
+    """The ways to generate that no composition can offer, refused by name."""
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: continuous batching has one cache for all rows."""
+        raise ValueError(
+            "continuous batching (generate_batch, paged caches): a composition cannot run it, because its packed rows "
+            "have 4-D masks and one cache for all parts; use generate() with left padding"
+        )
+
+    def _check_drafts(self, generation_config: Any) -> None:
+        """Refuse the ways to draft that run a part of the model by itself."""
+        for name in ("assistant_early_exit", "use_mtp", "speculation_type"):
+            value = getattr(generation_config, name, None)
+            if value:
+                got = f"{value!r}. Draft with `assistant_model`, for instance the anchor, or `prompt_lookup_num_tokens`"
+                raise bad_value("generate", name, "None, because a composition has no layers of its own to run", got)
+
+
+class CompositionGeneration(RefusedGeneration):
     """The methods of ComposedForCausalLM that make transformers' generate work."""
 
     anchor: PreTrainedModel
@@ -65,32 +83,6 @@ class CompositionGeneration(GenerationMixin):
     identity: Identity
     aligned: bool  # True if an augmenter has another tokenizer than the anchor
     _aligners: list[Aligner | None]
-
-    @property
-    def aligners(self) -> list[Aligner | None]:
-        """The StreamAligner of each augmenter with another tokenizer than the anchor's; None for the others.
-
-        Set the whole list. A setter raises ValueError for a list of another length.
-        """
-        return list(self._aligners)
-
-    @aligners.setter
-    def aligners(self, aligners: Sequence[Aligner | None]) -> None:
-        if len(aligners) != len(self.augmenters):
-            expected = f"a list with a StreamAligner or None for each of {len(self.augmenters)} augmenters"
-            raise bad_value(WHERE, "aligners", expected, f"{len(aligners)} entries")
-        self._aligners = list(aligners)
-        self.aligned = any(aligner is not None for aligner in aligners)
-
-    def _augmenter(self, index: int) -> PreTrainedModel:
-        return cast(PreTrainedModel, self.augmenters[index])
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: continuous batching has one cache for all rows."""
-        raise ValueError(
-            "continuous batching (generate_batch, paged caches): a composition cannot run it, because its packed rows "
-            "have 4-D masks and one cache for all parts; use generate() with left padding"
-        )
 
     def new_cache(self, anchor_cache: Cache | None = None, max_length: int = 0) -> ComposedCache:
         """Return an empty cache for generation around `anchor_cache` (default, a new DynamicCache).
@@ -105,7 +97,7 @@ class CompositionGeneration(GenerationMixin):
         if max_length and (anchor_cache is not None or self.aligned):
             got = "an anchor_cache" if anchor_cache is not None else "an augmenter with another tokenizer"
             raise bad_value("new_cache", "max_length", "0 with it", f"{max_length} and {got}")
-        parts = [self.anchor, *map(self._augmenter, range(len(self.augmenters)))]
+        parts = [self.anchor, *(cast(PreTrainedModel, augmenter) for augmenter in self.augmenters)]
         texts = [part.config.get_text_config(decoder=True) for part in parts]
         if anchor_cache is None:
             fixed = max_length > 0
@@ -224,14 +216,6 @@ class CompositionGeneration(GenerationMixin):
         if getattr(kwargs.get(generate_argument()), "all_real", False):
             inputs.pop("attention_mask", None)
         return inputs
-
-    def _check_drafts(self, generation_config: Any) -> None:
-        """Refuse the ways to draft that run a part of the model by itself."""
-        for name in ("assistant_early_exit", "use_mtp", "speculation_type"):
-            value = getattr(generation_config, name, None)
-            if value:
-                got = f"{value!r}. Draft with `assistant_model`, for instance the anchor, or `prompt_lookup_num_tokens`"
-                raise bad_value("generate", name, "None, because a composition has no layers of its own to run", got)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run transformers' generate; the cache is returned as ``cache`` and as ``past_key_values``.

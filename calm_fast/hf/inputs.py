@@ -75,17 +75,18 @@ class Signature:
         *,
         where: str = "Signature.of",
         argument: str = "model",
+        encoder_decoder: bool = False,
     ) -> Signature:
         """Read the signature of `model`.
 
         called: the module inside it that will be called; default, the model itself. where, argument: the function and
-        its argument that an error names.
+        its argument that an error names. encoder_decoder: True takes an encoder-decoder.
 
-        Raises ValueError for an encoder-decoder, for a family without a transformers Cache, and for a forward whose
-        cache argument has no known name: such a model must not run as if it had no cache.
+        Raises ValueError for any other encoder-decoder, for a family without a transformers Cache, and for a forward
+        whose cache argument has no known name: such a model must not run as if it had no cache.
         """
         name = type(model).__name__
-        if model.config.is_encoder_decoder:
+        if model.config.is_encoder_decoder and not encoder_decoder:
             raise bad_value(where, argument, "a decoder-only model", f"{name}, an encoder-decoder")
         if why := lacks_cache(model):
             raise bad_value(where, argument, "a model with a transformers Cache", f"{name}, which {why}")
@@ -184,7 +185,8 @@ class AugmenterCall(NamedTuple):
     step: OwnStep | None = None
 
 
-def _per_augmenter(name: str, value: Any, count: int) -> list[torch.Tensor | None]:
+def per_augmenter(name: str, value: Any, count: int) -> list[torch.Tensor | None]:
+    """Return the value of argument `name` for each of `count` augmenters. Raises ValueError for anything else."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * count
     if len(values) != count or not all(v is None or isinstance(v, torch.Tensor) for v in values):
         got = describe(value) if not isinstance(value, (list, tuple)) else f"{len(value)}: {describe(value)}"
@@ -245,7 +247,7 @@ def augmenter_calls(
         if past.own():
             raise _without_own_tokens(min(past.own()))
         return [AugmenterCall(inputs, aligned)] * count, packed or not aligned.cacheable
-    values_of = {name: _per_augmenter(name, value, count) for name, value in external.items()}
+    values_of = {name: per_augmenter(name, value, count) for name, value in external.items()}
     calls = []
     for index in range(count):
         given = {name: values[index] for name, values in values_of.items()}

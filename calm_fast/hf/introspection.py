@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -42,7 +42,7 @@ class HeadlessComposition(nn.Module):
     _tp_plan = None
     _pp_plan = None
 
-    def __init__(self, model: CompositionIntrospection) -> None:
+    def __init__(self, model: HeadlessForward) -> None:
         super().__init__()
         self.model = model
         self.training = model.training
@@ -69,8 +69,8 @@ class HeadlessComposition(nn.Module):
         return cast("ModelOutput | tuple[Any, ...]", run(self.model, *args, headless=True, **kwargs))
 
 
-class CompositionIntrospection(PreTrainedModel):
-    """The names and flags of ComposedForCausalLM that tools read."""
+class HeadlessForward(PreTrainedModel):
+    """The names under which tools find ComposedForCausalLM without its LM head."""
 
     anchor: PreTrainedModel
 
@@ -96,12 +96,20 @@ class CompositionIntrospection(PreTrainedModel):
             raise bad_value(WHERE, "headless", "False for this anchor", got)
         return body, Signature.of(self.anchor, body, where=WHERE, argument="anchor")
 
+
+class CompositionIntrospection(PreTrainedModel):
+    """The names and flags of a composition that tools read."""
+
+    anchor: PreTrainedModel
+    where: ClassVar[str]
+    encoder_decoder: ClassVar[bool]
+
     def _describe_parts(self, anchor: PreTrainedModel, augmenters: Iterable[PreTrainedModel]) -> None:
         """Set the flags that follow from the parts."""
         # the anchor computes the loss, so Trainer must scale it as it scales the anchor's
         self.accepts_loss_kwargs = takes_loss_arguments(anchor)
         # Trainer counts the labels of a loss that shifts from the second on; a subclass may have any name
-        self.loss_type = "ForCausalLM"
+        self.loss_type = anchor.loss_type if self.encoder_decoder else "ForCausalLM"
         # transformers refuses assisted generation where a state cannot be rolled back, be it an augmenter's
         self._is_stateful = any(part._is_stateful for part in (anchor, *augmenters))
 
@@ -110,14 +118,14 @@ class CompositionIntrospection(PreTrainedModel):
 
         Trainer looks this name up to decide whether label smoothing shifts the labels.
         """
-        return "ComposedForCausalLM"
+        return self.where
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode as CompositionTraining.train does. Raises ValueError if Trainer activated NEFTune."""
         alpha = getattr(self.anchor.get_input_embeddings(), "neftune_noise_alpha", None) if mode else None
         if alpha is not None:
             raise bad_value(
-                "ComposedForCausalLM.train",
+                f"{self.where}.train",
                 "neftune_noise_alpha",
                 "None, because NEFTune adds noise to embeddings in training mode and the parts stay in eval mode",
                 f"{alpha}. Train without it; if a stopped run left it behind, delete the attribute from "

@@ -12,7 +12,7 @@ from calm_fast.core.checks import bad_value, describe, values_checked
 from calm_fast.hf.inputs import WHERE
 
 # they choose what is returned, or scale the loss
-_ANCHOR_ONLY = frozenset(
+ANCHOR_ONLY = frozenset(
     "output_attentions output_hidden_states output_router_logits num_items_in_batch shift_labels ignore_index "
     "skip_logits".split()
 )
@@ -40,7 +40,7 @@ def shared_keywords(
     """
     shared = {}
     for name, value in kwargs.items():
-        if value is None or name in _ANCHOR_ONLY:
+        if value is None or name in ANCHOR_ONLY:
             continue
         if name == "cache_position":
             _check_positions(value, past, input_ids.shape[1])

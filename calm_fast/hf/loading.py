@@ -19,12 +19,12 @@ logger = logging.get_logger(__name__)
 _OF_TENSORS = "connections cross_attention anchor_layers augmenter_layers".split()
 
 
-def read_config(folder: str, hub: dict[str, Any]) -> ComposedConfig:
-    """Return the config of a composition. Raises OSError if there is none."""
+def read_config(kind: type[ComposedConfig], folder: str, hub: dict[str, Any]) -> ComposedConfig:
+    """Return the config of a composition, of the class `kind`. Raises OSError if there is none."""
     file = os.path.join(folder, hub.get("subfolder") or "", CONFIG_NAME)
     if os.path.isdir(folder) and not os.path.isfile(file):  # transformers would silently take a config's defaults
         raise OSError(f"a folder without {CONFIG_NAME}")
-    return ComposedConfig.from_pretrained(folder, **hub)
+    return kind.from_pretrained(folder, **hub)
 
 
 def config_of_tensors(
@@ -41,7 +41,7 @@ def config_of_tensors(
         expected = "a folder whose config.json was written together with its tensors"
         got = f"{file}, whose tensors are of another save. Save the composition again"
         raise bad_value(LOAD, "pretrained_model_name_or_path", expected, got)
-    found: ComposedConfig = ComposedConfig.from_dict(json.loads(metadata["config"]))
+    found: ComposedConfig = type(config).from_dict(json.loads(metadata["config"]))
     other = [name for name in _OF_TENSORS if getattr(config, name) != getattr(found, name)]
     if one_save and not other:
         return None
@@ -108,7 +108,9 @@ def keep_token_ids(own: PreTrainedConfig, saved: PreTrainedConfig, given: Iterab
 
     `model.config.pad_token_id = ...` of a composition sets the anchor's. given: fields that the caller asked for.
     """
-    text, kept = own.get_text_config(decoder=True), saved.get_text_config(decoder=True)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+    text, kept = own, saved
+    if not own.is_encoder_decoder:  # whose config of the decoder is made anew at every call
+        text, kept = own.get_text_config(decoder=True), saved.get_text_config(decoder=True)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
         if name not in given and hasattr(kept, name):
             setattr(text, name, getattr(kept, name))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
@@ -116,7 +116,8 @@ def load_part(
             kwargs = kwargs | {"dtype": config.dtype}
     expected = "the model that the composition refers to (or pass the loaded model)"
     with load_errors_named(LOAD, name, where, expected):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(where, revision=revision or "main", **kwargs)
+        kind = AutoModelForSeq2SeqLM if config is not None and config.is_encoder_decoder else AutoModelForCausalLM
+        model: PreTrainedModel = kind.from_pretrained(where, revision=revision or "main", **kwargs)
     return model
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -68,10 +68,12 @@ def _json_texts(model: CompositionFiles) -> tuple[dict[str, Any], str]:
 
 
 class CompositionFiles(PreTrainedModel):
-    """The methods of ComposedForCausalLM that write and read its files."""
+    """The methods of a composition that write and read its files."""
 
     config_class = ComposedConfig
     config: ComposedConfig
+    where: ClassVar[str]
+    encoder_decoder: ClassVar[bool]
     anchor: PreTrainedModel
     augmenters: nn.ModuleList
     connections: nn.ModuleList
@@ -250,7 +252,7 @@ class CompositionFiles(PreTrainedModel):
         with load_errors_named(LOAD, argument, pretrained_model_name_or_path, "a composition (folder, hub name)"):
             given = config is not None
             if not isinstance(config, ComposedConfig):
-                config = read_config(os.fspath(config or folder), {} if config else hub)
+                config = read_config(cls.config_class, os.fspath(config or folder), {} if config else hub)
             weights = cached_file(folder, SAFE_WEIGHTS_NAME, **hub)
         assert weights is not None  # cached_file raises OSError for a missing file
         metadata = read_metadata(weights)
@@ -259,6 +261,10 @@ class CompositionFiles(PreTrainedModel):
         kwargs |= {name: hub[name] for name in ACCESS if name in hub}
         if config.anchor_config is None:
             raise bad_value(LOAD, "config", "the config of a composition, with an `anchor_config`", "none")
+        if config.anchor_config.is_encoder_decoder != cls.encoder_decoder:
+            other = "ComposedForCausalLM" if cls.encoder_decoder else "ComposedForSeq2SeqLM"
+            got = f"one whose anchor is a {config.anchor_config.model_type}. Load it with {other}.from_pretrained"
+            raise bad_value(LOAD, argument, f"a composition that {cls.where} can run", got)
 
         remote_code = bool(kwargs.get("trust_remote_code"))
         read = load_tokenizers(config, folder, tokenizers, hub, remote_code, check=check_parts)

@@ -46,7 +46,7 @@ def _forward(layer: nn.Module, inner: Callable[..., Any] | None, *args: Any, **k
 
 
 class CompositionTraining(PreTrainedModel):
-    """The methods of ComposedForCausalLM that Trainer calls to train it."""
+    """The methods of a composition that Trainer calls to train it."""
 
     config: ComposedConfig
     anchor: PreTrainedModel

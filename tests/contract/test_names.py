@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import transformers
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import calm_fast
-from calm_fast.hf import ComposedCache, ComposedConfig, ComposedForCausalLM
+from calm_fast.hf import ComposedCache, ComposedConfig, ComposedForCausalLM, ComposedForSeq2SeqLM, ComposedSeq2SeqConfig
 from calm_fast.hf.cache_names import NAMES, generate_argument
+from calm_fast.hf.seq2seq_cache import ComposedSeq2SeqCache
 
 ROOT = Path(calm_fast.__file__).parents[1]
 FOLDERS = ("calm_fast", "benchmarks", "examples")
@@ -49,6 +50,7 @@ OVERRIDDEN = {
     (GenerationMixin, "_prepare_cache_for_generation"): ["generation_config", "model_kwargs"],
     (GenerationMixin, "_validate_model_kwargs"): ["model_kwargs"],
     (GenerationMixin, "_get_logits_processor"): ["generation_config"],
+    (GenerationMixin, "_expand_inputs_for_generation"): ["expand_size", "is_encoder_decoder", "input_ids"],
     (GenerationMixin, "init_continuous_batching"): [],
     (GenerationMixin, "generate"): ["inputs", "generation_config"],
     (GenerationMixin, "prepare_inputs_for_generation"): ["input_ids"],
@@ -58,6 +60,7 @@ OVERRIDDEN = {
     (PreTrainedModel, "get_input_embeddings"): [],
     (PreTrainedModel, "get_output_embeddings"): [],
     (PreTrainedModel, "get_decoder"): [],
+    (PreTrainedModel, "get_encoder"): ["modality"],
     (PreTrainedModel, "resize_token_embeddings"): ["new_num_tokens"],
     (PreTrainedModel, "init_weights"): [],
     (PreTrainedModel, "initialize_weights"): [],
@@ -74,6 +77,10 @@ OVERRIDDEN = {
     (Cache, "get_seq_length"): ["layer_idx"],
     (Cache, "get_mask_sizes"): ["query_length", "layer_idx"],
     (Cache, "get_max_length"): ["layer_idx"],
+    (EncoderDecoderCache, "reset"): [],
+    (EncoderDecoderCache, "reorder_cache"): ["beam_idx"],
+    (EncoderDecoderCache, "batch_repeat_interleave"): ["repeats"],
+    (EncoderDecoderCache, "batch_select_indices"): ["indices"],
     (Trainer, "_save"): ["output_dir", "state_dict"],
     (Trainer, "_load_from_checkpoint"): ["resume_from_checkpoint", "model"],
     (Trainer, "compute_loss"): ["model", "inputs", "return_outputs", "num_items_in_batch"],
@@ -97,7 +104,11 @@ def test_method_has_the_parameters_relied_upon(owner: type, method: str) -> None
     assert parameters(owner, method)[: len(wanted)] == wanted, transformers.__version__
 
 
-@pytest.mark.parametrize("ours", [ComposedForCausalLM, ComposedConfig, ComposedCache])
+OURS = [ComposedForCausalLM, ComposedConfig, ComposedCache]
+OURS += [ComposedForSeq2SeqLM, ComposedSeq2SeqConfig, ComposedSeq2SeqCache]
+
+
+@pytest.mark.parametrize("ours", OURS)
 def test_every_override_of_ours_is_listed(ours: type) -> None:
     """A method that overrides one of transformers must be in OVERRIDDEN: a release could silently stop calling it."""
     others = [base for base in ours.__mro__[1:] if base.__module__.startswith("transformers")]

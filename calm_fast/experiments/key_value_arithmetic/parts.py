@@ -78,7 +78,9 @@ def compose_parts(
     """Compose two models with the public API; the new weights are drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds(seed)["init_ab"])
-        return calm_fast.compose(anchor, augmenter, connections=list(connections), num_heads=recipe.heads)
+        composed = calm_fast.compose(anchor, augmenter, connections=list(connections), num_heads=recipe.heads)
+    assert isinstance(composed, ComposedForCausalLM)  # the anchor is a causal LM
+    return composed
 
 
 def train_composition(
