@@ -101,6 +101,7 @@ class ComposedCache(Cache):
         self.seen = 0  # -1 where a compiled or captured step counted on its device only
         # later calls must say again that rows have padding (a bool scalar on its device where it was not read)
         self.padded: bool | torch.Tensor = False
+        self.prefix: Any = None  # prefix_lengths of the call that began the text
         self.all_real = False  # True while generate extends a mask without padding, which it need not pass on
         self.layer_class_to_replicate = None
         self.offloading = False
@@ -203,6 +204,12 @@ class ComposedCache(Cache):
         number = int(args[0] if args else next(iter(kwargs.values())))
         seen = self.get_seq_length()
         kept = min(seen, number) if number > 0 else max(0, seen + number)
+        prefix = 0 if self.prefix is None else int(torch.as_tensor(self.prefix).max())
+        if 1 < prefix and 0 < kept < prefix:
+            raise ValueError(
+                f"ComposedCache.crop: the prefix of {prefix} tokens must be kept, because its tokens have read each "
+                f"other, got {kept} tokens to keep; start a new cache"
+            )
         shorter = {index: text.without_last(self._lost(index, kept)) for index, text in self.own.items()}
         own = {id(layer) for index in self.own for layer in (*self.own_layers(index), self.own[index])}
         for layer in self.layers:
@@ -228,7 +235,7 @@ class ComposedCache(Cache):
     def reset(self) -> None:
         """Empty the caches of all parts."""
         super().reset()
-        self.padded, self.own, self.seen, self.begun = False, {}, 0, False
+        self.padded, self.own, self.seen, self.begun, self.prefix = False, {}, 0, False, None
         if not all(map(is_empty, (self.anchor, *self.augmenters))):
             raise ValueError(
                 "ComposedCache.reset: the parts must be empty afterwards, got caches that transformers' own reset "

@@ -1,6 +1,6 @@
 """Trial runs of models on a few tokens: which layers run, and whether a state depends on what it must not see.
 
-`check_parts` tries every part of a composition, `check_causal` a model alone, `check_parts_separate` packed rows.
+`check_parts` tries every part of a composition, `check_causal` a model alone. `trials.py` has those that a call starts.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from calm_fast.hf.connections import EMBEDDING
 from calm_fast.hf.hooks import did_not_run, entering, leaving, runs_again, wrong_shape
 from calm_fast.hf.inputs import Signature, Tokens, part_inputs
 from calm_fast.hf.layers import headless_path, hidden_size, submodule
-from calm_fast.hf.masks import refuse_restarts
 
 if TYPE_CHECKING:
-    from calm_fast.hf.composed import ComposedForCausalLM
     from calm_fast.hf.composition import Composition
 
 TOKENS = 4  # of a probe's rows: three that are the same, and the last one
@@ -135,44 +133,6 @@ def check_causal(where: str, argument: str, model: PreTrainedModel, run: Callabl
         raise bad_value(where, argument, "a causal language model", got)
 
 
-def check_parts_separate(composed: ComposedForCausalLM, where: str, position_ids: torch.Tensor) -> None:
-    """Raise ValueError for a part that does not separate the documents of a packed row, whose positions restart.
-
-    Each part runs once on two rows of two documents. The first documents differ, and the states of the second ones must
-    be equal up to rounding. where: the function that errors name. position_ids: (1 or B, M) that restart or were not
-    read; over a part that does not separate documents, a GPU asserts that they do not restart.
-    """
-    for part in () if composed.mixing else parts(composed):
-        if not _separates_documents(part):
-            expected = f"positions that do not restart, because {part.label} does not separate documents by them"
-            got = "rows of several documents. Give each document a row of its own, with padding"
-            composed.mixing = str(bad_value(where, "position_ids", expected, got))
-            break
-    if composed.mixing:
-        refuse_restarts(position_ids, composed.mixing)
-    else:
-        composed.separates = True
-
-
-@torch.no_grad()
-def _separates_documents(part: Part) -> bool:
-    if not part.signature.position_ids:
-        return False
-    usable = _usable_ids(part.model)
-    first, other = (torch.tensor([usable[(i + start) % len(usable)] for i in range(TOKENS)]) for start in (0, TOKENS))
-    ids = torch.stack([torch.cat([first, first]), torch.cat([other, first])])
-    positions = torch.arange(TOKENS).repeat(2).expand(2, -1)
-    device = part.signature.device(part.model)
-    with _aside(device):
-        tokens = Tokens(input_ids=ids, attention_mask=None, position_ids=positions)
-        states, _ = _run(part, part_inputs(part.model, part.signature, tokens, None, 0))
-    if states is None:
-        return True  # not (batch, tokens, width): the forward refuses to connect such a layer
-    one, two = states[:, TOKENS:].float()
-    steps = 4 * math.sqrt(part.depth + 1) if states.dtype.itemsize < 4 else 1000.0
-    return bool((one - two).abs().max() <= steps * torch.finfo(states.dtype).eps * one.abs().max())
-
-
 def _reason(config: PreTrainedConfig) -> str:
     text = config.get_text_config(decoder=True)
     for name, values in _SETTINGS.items():
@@ -198,8 +158,9 @@ def _try(part: Part) -> _Trial:
 
     def run(ids: torch.Tensor) -> list[torch.Tensor]:
         nonlocal states
-        output, states = _run(part, _inputs(part, ids))
-        sound = [seen[0] for seen in states.values() if len(seen) == 1 and _is_state(seen[0])]
+        output, states = run_part(part, _inputs(part, ids))
+        one = [seen[0] for seen in states.values() if len(seen) == 1 and is_state(seen[0])]
+        sound = [state for state in one if state.shape[:2] == ids.shape]  # the others are refused after the trial
         return sound if output is None else [output, *sound]
 
     # the tokens whose order counts are the decoder's
@@ -230,12 +191,12 @@ def _check_connected(part: Part, states: dict[int, list[Any]], where: str) -> No
             raise wrong_shape(where, seen[0], layer, f", here {wanted} in {part.label}")
 
 
-def _is_state(state: Any) -> bool:
+def is_state(state: Any) -> bool:
     return isinstance(state, torch.Tensor) and state.ndim == 3 and state.shape[1] > 1
 
 
 @contextmanager
-def _aside(device: torch.device) -> Iterator[None]:
+def aside(device: torch.device) -> Iterator[None]:
     """Keep the random state, and run eagerly: a compiled part would be compiled for the probe's shape."""
     forked = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=forked), torch.compiler.set_stance("force_eager"):
@@ -250,7 +211,7 @@ def _last_token_matters(
 
     depth: number of layers, for the bound on rounding.
     """
-    with _aside(device):
+    with aside(device):
         for ids in _probes(model):
             states = run(ids)
             if not any(_differ(state[0, -1], state[1, -1]) for state in states):
@@ -264,13 +225,13 @@ def _last_token_matters(
 
 def _probes(model: PreTrainedModel) -> Iterator[torch.Tensor]:
     """Yield ids (2, TOKENS): rows that differ in the last token, without special tokens if there are others."""
-    usable = _usable_ids(model)
+    usable = usable_ids(model)
     first = [usable[i % len(usable)] for i in range(1, TOKENS)]
     for i in range(min(PAIRS, len(usable) // 2)):
         yield torch.tensor([[*first, usable[2 * i]], [*first, usable[2 * i + 1]]])
 
 
-def _usable_ids(model: PreTrainedModel) -> list[int]:
+def usable_ids(model: PreTrainedModel) -> list[int]:
     """Return up to 64 ids that are no special tokens nor 0, or every id of a model that has no others."""
     count = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if not isinstance(count, int):
@@ -289,7 +250,7 @@ def _special_ids(config: PreTrainedConfig) -> set[int]:
     return ids
 
 
-def _run(part: Part, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, dict[int, list[Any]]]:
+def run_part(part: Part, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, dict[int, list[Any]]]:
     """Run a part; return its body's output, None if it is not (batch, tokens, width), and the connected states."""
     outputs: list[Any] = []
     states: dict[int, list[Any]] = {index: [] for index in part.connected}
@@ -315,7 +276,7 @@ def _run(part: Part, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, dict[
         for handle in handles:
             handle.remove()
     output = outputs[0] if isinstance(outputs[0], torch.Tensor) else outputs[0][0]
-    return (output if _is_state(output) else None), states
+    return (output if is_state(output) else None), states
 
 
 def _differ(one: torch.Tensor, two: torch.Tensor) -> bool:

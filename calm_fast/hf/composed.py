@@ -15,7 +15,7 @@ from calm_fast.core.dispatch import active_transform
 from calm_fast.hf.aligned_calls import AlignedCall, align_call
 from calm_fast.hf.cache import ComposedCache
 from calm_fast.hf.cache_names import with_cache
-from calm_fast.hf.causality import check_parts, check_parts_separate
+from calm_fast.hf.causality import check_parts
 from calm_fast.hf.composition import Composition
 from calm_fast.hf.cross_cache import FixedCrossLayer
 from calm_fast.hf.generation import CompositionGeneration
@@ -35,6 +35,9 @@ from calm_fast.hf.inputs import (
 from calm_fast.hf.introspection import HeadlessForward
 from calm_fast.hf.keywords import shared_keywords
 from calm_fast.hf.modes import check_modes
+from calm_fast.hf.prefixes import give_prefix_mask, read_prefix, widened
+from calm_fast.hf.recompute import begin_turn, end_turn
+from calm_fast.hf.trials import check_padding, check_parts_separate, check_prefix_call
 
 
 # GenerationMixin is named once more, because PreTrainedModel.can_generate looks for it among the direct bases
@@ -108,6 +111,7 @@ class ComposedForCausalLM(HeadlessForward, Composition, CompositionGeneration, G
         past_key_values: Cache | None = None,
         headless: bool = False,
         prompt_length: Any = None,
+        prefix_lengths: Any = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Return the logits of the composed model, with the anchor's own loss, hidden states and attentions.
@@ -134,6 +138,9 @@ class ComposedForCausalLM(HeadlessForward, Composition, CompositionGeneration, G
                 augmenter_input_ids are given: how many tokens (padding and the cache's included) are the prompt, after
                 which they get all text so far; an int, or int64 (B,) or (B, prompts). Default, the tokens of this call
                 without a cache, or of the call that begins the cache.
+            prefix_lengths: how many tokens of a row (padding included) see each other, the later ones too: an int, or
+                int64 (B,), within the call that begins a text. The anchor needs full attention in every layer, and
+                labels in the prefix must be -100. Of a prefix each token reads what any of them may read.
         Returns:
             the anchor's output; it holds the cache as ``cache`` and as ``past_key_values``.
         Raises:
@@ -157,19 +164,23 @@ class ComposedForCausalLM(HeadlessForward, Composition, CompositionGeneration, G
             "lo": lo,
             "hi": hi,
         }
-        cached = True if cache is not None else use_cache
-        if cached is None and (not self.config.use_cache or self.training or labels is not None):
-            cached = False
+        cached = self._caches(cache, use_cache, self.training or labels is not None)
         reading: AlignedCall | None = None
         if self.aligned:
             where = (cache, cached, past, prompt_length)
             reading = align_call(self._aligners, input_ids, attention_mask, position_ids, external, *where)
         calls, uncacheable = augmenter_calls(len(self.augmenters), inputs, external, Past(past, cached, cache))
         tracing = torch.compiler.is_compiling() or active_transform() is not None
+        if self.recomputes:
+            check_padding(self, WHERE, [attention_mask, *(call.inputs["attention_mask"] for call in calls)])
         packed = uncacheable and attention_mask is None and position_ids is not None
         if packed and not self.separates and not tracing:
             assert position_ids is not None
             check_parts_separate(self, WHERE, position_ids)
+        prefix = None
+        if prefix_lengths is not None and (prefix := read_prefix(prefix_lengths, input_ids, past, cache)) is not None:
+            check_prefix_call(self, prefix, packed, labels, kwargs)
+            calls = [call._replace(visibility=widened(call.visibility, prefix, input_ids.shape[1])) for call in calls]
         first = input_ids.shape[1] > 1 or past == 0  # the token of a decode step comes from the model itself
         check_modes((self.anchor, *self.augmenters), self.training, every_module=first)
         if (first or external["augmenter_input_ids"] is not None) and active_transform() is None:  # vmap hides ids
@@ -193,10 +204,12 @@ class ComposedForCausalLM(HeadlessForward, Composition, CompositionGeneration, G
             raise bad_value(WHERE, "use_cache", "False while training with gradient checkpointing", "a cache")
         frame = Frame(self.hooks.owner, checkpoints)
         begun = cache is not None and cache.begin()
+        begin_turn(self.stateful)
         before = switch(frame)
         try:
             if cache is not None:
                 remember(cache, past, inputs, calls)
+                cache.prefix = cache.prefix if past > 0 else prefix_lengths
                 if reading is not None:
                     reading.commit(cache)
             self._read_augmenters(frame, calls, cache, past, shared)
@@ -207,6 +220,8 @@ class ComposedForCausalLM(HeadlessForward, Composition, CompositionGeneration, G
             frame.stage = ANCHOR
             own = None if cache is None else cache.anchor
             prepared = part_inputs(self.anchor, signature, inputs, own, past)
+            if prefix is not None:
+                give_prefix_mask(self.anchor, prepared, prefix, inputs, own)
             outputs = called(**(prepared | kwargs), return_dict=True)
             self.hooks.check_added(frame, self.pairs)
             if cache is not None:
@@ -216,6 +231,7 @@ class ComposedForCausalLM(HeadlessForward, Composition, CompositionGeneration, G
             raise
         finally:
             switch(before)
+            end_turn(self.stateful)
             if begun and cache is not None:
                 cache.end()
         outputs = with_cache(outputs, cache, signature.generated)

@@ -24,6 +24,7 @@ from calm_fast.hf.cache import AROUND, ComposedCache, Identity, cache_of_first_l
 from calm_fast.hf.cache_names import NAMES, alias_cache, cache_of, generate_argument, given_cache
 from calm_fast.hf.inputs import WHERE, check_ids, check_tensors
 from calm_fast.hf.masks import check_prompt
+from calm_fast.hf.recompute import without_cache
 from calm_fast.modules.fixed_weights import fixed_weights
 
 
@@ -76,12 +77,15 @@ class RefusedGeneration(GenerationMixin):
 class CompositionGeneration(RefusedGeneration):
     """The methods of ComposedForCausalLM that make transformers' generate work."""
 
+    config: Any
     anchor: PreTrainedModel
     augmenters: nn.ModuleList
     depths: list[int]
     pairs: list[tuple[int, int, int]]
     identity: Identity
     aligned: bool  # True if an augmenter has another tokenizer than the anchor
+    recomputes: str  # why no cache can be kept, or "": a part has no transformers Cache
+    told: bool  # True once generate has said so
     _aligners: list[Aligner | None]
 
     def new_cache(self, anchor_cache: Cache | None = None, max_length: int = 0) -> ComposedCache:
@@ -92,6 +96,9 @@ class CompositionGeneration(RefusedGeneration):
         hold it. For augmenters that read the anchor's tokens, and families whose layers all have full attention.
         Raises ValueError for a max_length with an anchor_cache, or over augmenters with another tokenizer.
         """
+        if self.recomputes:
+            expected = "a composition whose parts all have a cache"
+            raise bad_value("new_cache", "self", expected, f"one in which {self.recomputes}")
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 0:
             raise bad_value("new_cache", "max_length", "a number of tokens, or 0 for a growing cache", repr(max_length))
         if max_length and (anchor_cache is not None or self.aligned):
@@ -121,6 +128,9 @@ class CompositionGeneration(RefusedGeneration):
         name, cache = given_cache(**given)
         if cache is None:
             return None
+        if self.recomputes:
+            got = f"a {type(cache).__name__}. Pass all tokens in every call"
+            raise bad_value(WHERE, name, f"None, because {self.recomputes}", got)
         if not isinstance(cache, ComposedCache):
             return self._around(name, cache)
         if cache.owner != self.identity.name:
@@ -128,6 +138,21 @@ class CompositionGeneration(RefusedGeneration):
             got = "the ComposedCache of another composition, or of one that was loaded or copied before"
             raise bad_value(WHERE, name, expected, got)
         return cache
+
+    def _caches(self, cache: ComposedCache | None, use_cache: bool | None, learns: bool) -> bool | None:
+        """Return True if a call has or starts a cache, False if not, None if it would start one by default.
+
+        learns: the call has labels or is in training mode. Raises ValueError for use_cache=True over a part without a
+        transformers Cache.
+        """
+        if cache is not None:
+            return True
+        if self.recomputes and use_cache:
+            got = "True. Pass all tokens in every call; generate does so by itself"
+            raise bad_value(WHERE, "use_cache", f"False or None, because {self.recomputes}", got)
+        if self.recomputes or (use_cache is None and (learns or not self.config.use_cache)):
+            return False
+        return use_cache
 
     def _around(self, name: str, cache: Any) -> ComposedCache:
         """Return the ComposedCache around a user's own cache."""
@@ -163,6 +188,12 @@ class CompositionGeneration(RefusedGeneration):
                 got = "a value. Call forward step by step for an augmenter with tokens of its own"
                 raise bad_value("generate", name, "None, because every part reads the anchor's tokens", got)
         self._check_drafts(generation_config)
+        if model_kwargs.get("prefix_lengths") is not None and (generation_config.guidance_scale or 1) != 1:
+            got = "a value, which the text without the prompt could not have. Generate without guidance"
+            raise bad_value("generate", "prefix_lengths", "None with guidance_scale", got)
+        if self.recomputes:
+            without_cache(self.recomputes, generation_config, self.told)
+            self.told = True
         # the caller's mask, or one that transformers made from pad tokens
         all_real = check_prompt(model_kwargs.get("attention_mask"), generation_config.use_cache is not False)
         super()._prepare_cache_for_generation(  # type: ignore[misc]  # transformers' own self type
@@ -227,6 +258,9 @@ class CompositionGeneration(RefusedGeneration):
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if isinstance(ids, torch.Tensor) and ids.ndim == 2:
             check_ids("input_ids", ids, empty=False)
+        if kwargs.get("prefix_lengths") is not None and kwargs.get("assistant_model") is not None:
+            got = "a value, which the draft model would get too. Draft with `prompt_lookup_num_tokens`"
+            raise bad_value("generate", "prefix_lengths", "None with assistant_model", got)
         cache = self.own_cache(**{name: kwargs.pop(name, None) for name in NAMES})
         if self.aligned and kwargs.get("prompt_length") is None and not _goes_on_drafting(cache, args, kwargs):
             kwargs["prompt_length"] = _prompt_tokens(args, kwargs)

@@ -80,8 +80,11 @@ def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def leaving(output: Any) -> Any:
-    """Return the hidden state in a layer's output."""
-    return output[0] if isinstance(output, tuple) else output
+    """Return the hidden state in a layer's output: the first of several (BLOOM, Falcon, MPT; GPT-1: a list).
+
+    A named tuple has no first among its fields (a Reformer's two streams), and is returned as it is.
+    """
+    return output[0] if isinstance(output, (tuple, list)) and not hasattr(output, "_fields") else output
 
 
 def wrong_shape(where: str, hidden: Any, layer: nn.Module, expected: str = "") -> ValueError:
@@ -163,12 +166,13 @@ def add_entering(owner: Owner, index: int, layer: nn.Module, args: Any, kwargs: 
 
 
 def add_leaving(owner: Owner, index: int, layer: nn.Module, args: Any, output: Any) -> Any:
-    """Forward hook of an anchor layer: add its residuals and keep the rest of a tuple output (BLOOM, Falcon, MPT)."""
+    """Forward hook of an anchor layer: add its residuals and keep the rest of the output."""
     frame = _thread.frame
     if frame is None or frame.owner is not owner or frame.stage != ANCHOR:
         return None
     hidden = _add(frame, index, layer, _checked(leaving(output), layer))
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    rest = output[1:] if isinstance(output, (tuple, list)) else None
+    return hidden if rest is None else [hidden, *rest] if isinstance(output, list) else (hidden, *rest)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

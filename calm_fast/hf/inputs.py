@@ -13,21 +13,16 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
 from calm_fast.core.checks import bad_value, describe, require_async, values_checked
-from calm_fast.core.compatibility import require, tried
+from calm_fast.core.compatibility import tried
 from calm_fast.hf.cache import ComposedCache
-from calm_fast.hf.cache_names import NAMES, cache_argument, generate_argument, has_own_cache
+from calm_fast.hf.cache_names import NAMES, cache_argument, generate_argument
 from calm_fast.hf.layers import device_of
 from calm_fast.hf.masks import CAUSAL, Visibility, aligned_visibility, given_visibility, has_padding
 from calm_fast.hf.masks import WHERE as WHERE
 from calm_fast.hf.own_steps import MASK as OWN_MASK
 from calm_fast.hf.own_steps import OwnStep, own_step
 from calm_fast.hf.own_text import OwnText
-
-# Families without a transformers Cache that transformers' own flag does not exclude: model_type -> reason.
-WITHOUT_CACHE = {
-    "recurrent_gemma": "keeps its state inside the model",
-    "openai-gpt": "has none: every step reads the whole text",
-}
+from calm_fast.hf.recompute import check_rescaling, lacks_cache
 
 
 class Tokens(TypedDict):
@@ -38,16 +33,6 @@ class Tokens(TypedDict):
     position_ids: torch.Tensor | None
 
 
-def lacks_cache(model: PreTrainedModel) -> str:
-    """Return the reason why this family has no transformers Cache, or "" if it should have one."""
-    if known := WITHOUT_CACHE.get(model.config.model_type):
-        return known
-    require("transformers", GenerationMixin, "_supports_default_dynamic_cache")
-    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():  # remote code may do without the mixin
-        return "keeps its state elsewhere"
-    return "has a cache of its own, a dict" if has_own_cache(model.forward) else ""
-
-
 @dataclass(frozen=True)
 class Signature:
     """The argument names that a family uses.
@@ -56,7 +41,8 @@ class Signature:
     prepare_inputs_for_generation, and in transformers' generate. position_ids, logits_to_keep: True if forward takes
     this argument. stock: True if the family prepares inputs with transformers' own method, which changes nothing in a
     decode step without padding. home: the module that holds the model's first parameter, and the parameter's name in
-    it.
+    it. recomputes: why the family has no transformers Cache, or "". attention_mask, use_cache: False if such a family's
+    forward does not take this argument.
     """
 
     cache: str
@@ -66,6 +52,9 @@ class Signature:
     logits_to_keep: bool
     stock: bool = False
     home: tuple[nn.Module, str] | None = None
+    recomputes: str = ""
+    attention_mask: bool = True
+    use_cache: bool = True
 
     @classmethod
     def of(
@@ -82,18 +71,22 @@ class Signature:
         called: the module inside it that will be called; default, the model itself. where, argument: the function and
         its argument that an error names. encoder_decoder: True takes an encoder-decoder.
 
-        Raises ValueError for any other encoder-decoder, for a family without a transformers Cache, and for a forward
-        whose cache argument has no known name: such a model must not run as if it had no cache.
+        Raises ValueError for any other encoder-decoder, for one without a transformers Cache, for an RWKV that changes
+        its weights, and for a forward whose cache argument has no known name: such a model must not run as if it had no
+        cache.
         """
         name = type(model).__name__
         if model.config.is_encoder_decoder and not encoder_decoder:
             raise bad_value(where, argument, "a decoder-only model", f"{name}, an encoder-decoder")
-        if why := lacks_cache(model):
+        check_rescaling(model, where, argument)
+        why = lacks_cache(model)
+        if why and encoder_decoder:
             raise bad_value(where, argument, "a model with a transformers Cache", f"{name}, which {why}")
         called = model if called is None else called
-        cache = cache_argument(called.forward)
+        taken = inspect.signature(called.forward).parameters
+        cache = "" if why else cache_argument(called.forward)
         if cache is None:
-            got = ", ".join(inspect.signature(called.forward).parameters)
+            got = ", ".join(taken)
             raise ValueError(
                 f"{type(called).__name__}.forward: the cache argument must be named {' or '.join(NAMES)}, got the "
                 f"arguments {got}. If forward is wrapped, wrap it with functools.wraps; if the model has no cache, "
@@ -112,6 +105,9 @@ class Signature:
             "logits_to_keep" in names,
             stock,
             home,
+            why,
+            not why or "attention_mask" in taken,
+            not why or "use_cache" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values()),
         )
 
     def device(self, model: PreTrainedModel) -> torch.device:
@@ -359,13 +355,15 @@ def part_inputs(
     inputs: dict[str, Any] = {**tokens}
     for name, value in inputs.items():
         inputs[name] = None if value is None else value.to(device)
+    if not signature.attention_mask:
+        del inputs["attention_mask"]
     if not signature.position_ids:
         del inputs["position_ids"]
     elif inputs["position_ids"] is None and not _knows_length(cache, past):
         ids = inputs["input_ids"]
         inputs["position_ids"] = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
     if cache is None:
-        return {**inputs, "use_cache": False}
+        return inputs | ({"use_cache": False} if signature.use_cache else {})
     inputs["use_cache"] = True
     unmasked = inputs["attention_mask"] is None
     plain = type(cache) is DynamicCache and (unmasked or inputs.get("position_ids") is not None)

@@ -20,6 +20,7 @@ from calm_fast.core.checks import bad_value
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.inputs import WHERE, Signature
 from calm_fast.hf.layers import headless_path, submodule
+from calm_fast.hf.recompute import lacks_cache, stateful_modules
 
 
 def takes_loss_arguments(model: PreTrainedModel) -> bool:
@@ -101,6 +102,7 @@ class CompositionIntrospection(PreTrainedModel):
     """The names and flags of a composition that tools read."""
 
     anchor: PreTrainedModel
+    augmenters: nn.ModuleList
     where: ClassVar[str]
     encoder_decoder: ClassVar[bool]
 
@@ -110,8 +112,17 @@ class CompositionIntrospection(PreTrainedModel):
         self.accepts_loss_kwargs = takes_loss_arguments(anchor)
         # Trainer counts the labels of a loss that shifts from the second on; a subclass may have any name
         self.loss_type = anchor.loss_type if self.encoder_decoder else "ForCausalLM"
+        models = (anchor, *augmenters)
+        without = [f"{type(part).__name__} {why}" for part in models if (why := lacks_cache(part))]
+        self.stateful = stateful_modules([self.anchor, self.augmenters] if without else [])
+        # the augmenters of an encoder-decoder read its source once
+        self.recomputes = "" if self.encoder_decoder else ", and ".join(dict.fromkeys(without))
+        self.told = False
         # transformers refuses assisted generation where a state cannot be rolled back, be it an augmenter's
-        self._is_stateful = any(part._is_stateful for part in (anchor, *augmenters))
+        self._is_stateful = bool(self.recomputes) or any(part._is_stateful for part in models)
+        self.leaves_out: dict[str, bool] = {}  # of such parts that were tried: True if padding does not matter to them
+        # by attention implementation, once the anchor was tried: why it takes no prefix mask, or ""
+        self.prefix_problems: dict[str, str] = {}
 
     def _get_name(self) -> str:
         """Return the name of the registered class, also for a subclass and under FSDP2, which renames the class.

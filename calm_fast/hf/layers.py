@@ -7,8 +7,8 @@ one rule serves all that docs/composition.md lists. To add a family:
    that is all.
 2. If the rule finds no list of layers, or several, pass the dotted path as ``anchor_layers`` / ``augmenter_layers`` of
    compose(); a saved composition records it.
-3. If the family keeps its state outside a transformers Cache, add it to `WITHOUT_CACHE` in calm_fast/hf/inputs.py, so
-   that it is refused with the reason.
+3. If the family keeps its state outside a transformers Cache, add it to `WITHOUT_CACHE` in calm_fast/hf/recompute.py,
+   so that the whole text is read in every step.
 4. Add the family to the table in docs/composition.md.
 """
 

@@ -19,6 +19,8 @@ from calm_fast.hf.aligned_calls import align_call
 from calm_fast.hf.hooks import Frame, switch
 from calm_fast.hf.inputs import WHERE, AugmenterCall, Tokens, check_ids, check_tensors, check_vocabulary, per_augmenter
 from calm_fast.hf.masks import check_shape, given_visibility
+from calm_fast.hf.recompute import begin_turn, end_turn
+from calm_fast.hf.trials import check_padding
 
 if TYPE_CHECKING:
     from calm_fast.hf.seq2seq import ComposedForSeq2SeqLM
@@ -170,13 +172,17 @@ def read_source(
     count = len(model.augmenters)
     own = [per_augmenter(name, external[name], count) for name in ("augmenter_input_ids", "augmenter_attention_mask")]
     calls = [_call(model, index, ids, mask, *given) for index, given in enumerate(zip(*own, strict=True))]
+    if any(signature.recomputes for signature in model.signatures):
+        check_padding(model, WHERE, [None, *(call.inputs["attention_mask"] for call in calls)])
     frame = Frame(model.hooks.owner, {})
+    begin_turn(model.stateful)
     before = switch(frame)
     try:
         model._read_augmenters(frame, calls, None, 0, {})
         model.hooks.check_read(frame, model.pairs)
     finally:
         switch(before)
+        end_turn(model.stateful)
     seen = [call.visibility for call in calls]
     # without padding every token is read, and no bound is needed
     lo, hi = (tuple(None if one.lo is None else side for one, side in zip(seen, sides, strict=True)) for sides in

@@ -42,6 +42,7 @@ class Family:
 
 _ROPE = {"intermediate_size": 48, "max_position_embeddings": 64, "num_key_value_heads": 2}
 _GPT = {"n_positions": 64, "n_inner": 48}
+_ROUNDED = ("mlstm_round_up_to_multiple_of", "ffn_round_up_to_multiple_of")
 
 FAMILIES = {
     family.model_type: family
@@ -91,6 +92,16 @@ OTHERS = {
         Family("rwkv", heads="", extra={"attention_hidden_size": 32}),
         Family("recurrent_gemma", extra={"intermediate_size": 48, "lru_width": 32, "num_key_value_heads": 1}),
         Family("ctrl", "n_embd", "n_layer", "n_head", {"dff": 48}),
+    )
+}
+
+# families without a transformers Cache: a composition with one reads the whole text in every step
+CACHELESS = {name: OTHERS[name] for name in ("rwkv", "recurrent_gemma")} | {
+    family.model_type: family
+    for family in (
+        Family("openai-gpt", "n_embd", "n_layer", "n_head", {"n_positions": 64}),
+        Family("xlstm", heads="num_heads", extra=dict.fromkeys(_ROUNDED, 8)),
+        Family("minimax", extra=_ROPE | {"head_dim": 8, "num_local_experts": 3, "block_size": 4}),
     )
 }
 

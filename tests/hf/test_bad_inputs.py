@@ -102,18 +102,6 @@ def encoder_decoder() -> Any:
         ),
         (lambda: (llama(), [llama(), llama(vocab=64)]), "`augmenters` must be .*, got augmenter 1 .* embeds 64"),
         (
-            lambda: (llama(), OTHERS["rwkv"].model()),
-            "`augmenters` must be .* transformers Cache, got RwkvForCausalLM, which",
-        ),
-        (
-            lambda: (OTHERS["rwkv"].model(), llama()),
-            "compose: `anchor` must be .* transformers Cache, got RwkvForCausalLM, which",
-        ),
-        (
-            lambda: (llama(), OTHERS["recurrent_gemma"].model()),
-            "transformers Cache, got RecurrentGemmaForCausalLM, which keeps",
-        ),
-        (
             lambda: (llama(), with_lists(3, 3)),
             "compose: `augmenter_layers` must be given .*LlamaForCausalLM has 2: model.layers, model.more",
         ),

@@ -34,7 +34,8 @@ from calm_fast.hf.cache_names import (
     has_own_cache,
     with_cache,
 )
-from calm_fast.hf.inputs import Signature, lacks_cache
+from calm_fast.hf.inputs import Signature
+from calm_fast.hf.recompute import lacks_cache
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 each_name = pytest.mark.parametrize("name", NAMES)
@@ -255,8 +256,8 @@ def test_an_unknown_name_is_an_error_that_says_what_was_tried() -> None:
 def test_a_dict_is_a_cache_of_the_familys_own() -> None:
     assert cache_argument(DictCache.forward) is None and lacks_cache(made(DictCache))
     assert PrefixReader(made(DictCache)).signature is None
-    with pytest.raises(ValueError, match="transformers Cache, got DictCache, which has a cache of its own, a dict"):
-        Signature.of(made(DictCache))
+    signature = Signature.of(made(DictCache))
+    assert signature.cache == "" and signature.recomputes == "has a cache of its own, a dict"
 
 
 @pytest.mark.parametrize("kind", [XLMWithLMHeadModel, FlaubertWithLMHeadModel])
@@ -327,11 +328,11 @@ def test_a_known_recurrent_state_is_no_surprise(name: str) -> None:
 def test_families_without_a_cache_are_known_as_such(name: str) -> None:
     model = OTHERS[name].model()
     assert lacks_cache(model)
-    assert PrefixReader(model).signature is None and not PrefixReader(model).shares
-    with pytest.raises(
-        ValueError, match="`anchor` must be a model with a transformers Cache, got .*, which keeps its state"
-    ):
-        compose(model, model, "uniform:1")
+    composed = compose(FAMILIES["llama"].model(), model, "uniform:1")
+    assert lacks_cache(composed) == f"{type(model).__name__} {lacks_cache(model)}"
+    for one in (model, composed):
+        reader = PrefixReader(one)
+        assert reader.signature is None and not reader.shares and not reader.pads
 
 
 def test_a_family_can_say_that_it_has_no_cache() -> None:
@@ -344,6 +345,10 @@ def test_a_family_can_say_that_it_has_no_cache() -> None:
     asked = [[5, 6, 7]], [[[8, 9], [10]]]
     (found,), (expected,) = score_sequences(model, *asked), score_sequences(FAMILIES["llama"].model(0), *asked)
     torch.testing.assert_close(found.sum, expected.sum, rtol=0, atol=1e-5)
+    composed = compose(model, FAMILIES["llama"].model(1), "uniform:1")
+    assert torch.equal(composed(prompts()).logits, model(prompts(), use_cache=False).logits)
+    with pytest.raises(ValueError, match="`use_cache` must be False or None, because Stateless keeps its state"):
+        composed(prompts(), use_cache=True)
 
 
 def test_given_cache_names_what_came() -> None:

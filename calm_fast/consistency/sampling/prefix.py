@@ -19,8 +19,9 @@ from transformers.cache_utils import (
 from calm_fast.hf import ComposedCache, ComposedForCausalLM
 from calm_fast.hf.aligned_text import AlignedText
 from calm_fast.hf.cross_cache import CrossLayer
-from calm_fast.hf.inputs import Signature, Tokens, kept_positions, lacks_cache, part_inputs
+from calm_fast.hf.inputs import Signature, Tokens, kept_positions, part_inputs
 from calm_fast.hf.own_text import OwnText
+from calm_fast.hf.recompute import lacks_cache
 
 # cache layers that hold keys and values, or texts: a copy of them can be continued by any number of tokens, with the
 # result of a forward from the start. A recurrent state cannot: some families continue it by one token at a time only.
@@ -58,8 +59,10 @@ class PrefixReader:
         False without a Cache, and for families whose forward takes no positions: some of them (the decoders of BART and
         Whisper) count the padding.
         """
+        if self.signature is None:
+            return False
         parts = self.model.signatures if isinstance(self.model, ComposedForCausalLM) else [self.signature]
-        return all(part is not None and part.position_ids for part in parts)
+        return all(part.position_ids for part in parts)
 
     def new_cache(self) -> Cache:
         """Return an empty cache for the model."""
@@ -88,14 +91,16 @@ class PrefixReader:
                 are needed; a model may return more. prompt_length: number of tokens, padding included, that are the
                 prompt, for compositions of several tokenizers. Default, the first tokens of a cache, or all.
         """
+        composed = isinstance(self.model, ComposedForCausalLM)
         if self.signature is None:
-            return self.model(input_ids=ids.to(self.model.device), use_cache=False, return_dict=True)
+            more = {} if prompt_length is None or not composed else {"prompt_length": prompt_length}
+            return self.model(input_ids=ids.to(self.model.device), use_cache=False, return_dict=True, **more)
         positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
         tokens = Tokens(input_ids=ids, attention_mask=mask, position_ids=positions)
         prepared = part_inputs(self.model, self.signature, tokens, cache, past)
         if keep is not None and self.signature.logits_to_keep:
             prepared["logits_to_keep"] = kept_positions(keep, ids)
-        if prompt_length is not None and isinstance(self.model, ComposedForCausalLM):
+        if prompt_length is not None and composed:
             prepared["prompt_length"] = prompt_length
         return self.model(**prepared, return_dict=True)
 
