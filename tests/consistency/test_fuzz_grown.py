@@ -2,7 +2,7 @@
 
 The suite runs a few hundred fixed cases. CALM_FAST_FUZZ=20000 tries that many new ones of each kind, for example
 
-    CALM_FAST_FUZZ=20000 python -m pytest tests/consistency/test_fuzz_grown.py
+    CALM_FAST_FUZZ=20000 python -m pytest tests/consistency/test_fuzz_grown.py tests/consistency/test_fuzz_tables.py
 
 and what they find belongs into data/fuzz.
 """
@@ -14,8 +14,6 @@ import gzip
 import json
 import lzma
 import os
-import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +21,14 @@ import pytest
 
 pytest.importorskip("hypothesis")
 
+from fuzz_checks import check_file, check_pair, check_text  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from calm_fast.consistency import extract_answer, read_rows  # noqa: E402
-from calm_fast.consistency.answers.equality import normalise, quick_verdict  # noqa: E402
-from calm_fast.consistency.answers.gold import gold_answer  # noqa: E402
 from calm_fast.consistency.voting.formats import ANSWERS, IDS, QUESTIONS, SAMPLES, SCORES, Fields  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
 LONG = int(os.environ.get("CALM_FAST_FUZZ", "0"))
-SLOW = 2.0  # CPU seconds for one text or file, a thousand times what one takes
 grown = settings(
     max_examples=LONG or 250, derandomize=not LONG, database=None, deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -56,41 +51,6 @@ PARTS = st.one_of(MARKS, MARKS, NUMBERS, st.text(max_size=12), st.sampled_from("
 TEXTS = st.lists(st.tuples(PARTS, st.sampled_from([1, 1, 1, 1, 2, 30])), max_size=14).map(
     lambda parts: "".join(text * times for text, times in parts)
 )
-
-
-def timed(call: Any, *arguments: Any) -> Any:
-    start = time.process_time()
-    result = call(*arguments)
-    assert time.process_time() - start < SLOW, arguments
-    return result
-
-
-def check_text(text: str) -> None:
-    answer = timed(extract_answer, text)
-    assert answer is None or (answer == answer.strip() and answer.strip("\"'`*_ .,;:!?-()[]{}$\\#<>/|~")), answer
-    assert extract_answer(text) == answer
-    gold = timed(gold_answer, text)
-    assert (gold is None) is (not text.strip())
-    assert answer is None or gold == answer
-
-
-def check_pair(left: str, right: str) -> None:
-    assert isinstance(timed(normalise, left), str)
-    assert timed(quick_verdict, left, right) is quick_verdict(right, left)
-
-
-def check_file(content: bytes, folder: Path, fields: Fields | None = None) -> None:
-    (folder / "rows.json").write_bytes(content)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            rows = timed(lambda: read_rows(folder / "rows.json", need_answer=False, fields=fields))
-        except ValueError as problem:
-            assert str(problem).startswith("rows.json") and "\n" not in str(problem).strip(), problem
-        else:
-            assert rows and all(isinstance(row["question"], str) for row in rows)
-            assert all(isinstance(text, str) for row in rows for text in row["generated_answer"])
-            json.dumps(rows)
 
 
 @grown

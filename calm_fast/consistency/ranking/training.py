@@ -114,18 +114,25 @@ def train_ranker(
         else:
             features = ranker.features(questions, rationales, progress=settings.progress)
     if features is not None:
-        batch_loss = _from_features(ranker, features, truth, settings)
+        batch_loss = features_loss(ranker, features, truth, lambda *batch: _loss(*batch, settings))
     usable = [i for i, row in enumerate(truth) if (mixed[i] or settings.loss == "bce" and len(row))]
     identity = _identity(ranker, truth, settings)
-    return _fit(ranker, usable, batch_loss, settings, None if checkpoint is None else Path(checkpoint), identity)
+    return fit(ranker, usable, batch_loss, settings, None if checkpoint is None else Path(checkpoint), identity)
 
 
 BatchLoss = Callable[[list[int]], torch.Tensor]
 
 
-def _from_features(
-    ranker: Ranker, features: Sequence[torch.Tensor], truth: Sequence[torch.Tensor], settings: RankerSettings
+def features_loss(
+    ranker: Ranker,
+    features: Sequence[torch.Tensor],
+    truth: Sequence[torch.Tensor],
+    loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> BatchLoss:
+    """Return the loss of a batch of questions, and standardise the head by `features`.
+
+    loss: from logits (Q, K) float, labels (Q, K) bool and valid (Q, K) bool to a scalar.
+    """
     _check_sizes("features", [len(x) for x in features], truth)
     ranker.score_features(features[:1])  # raises if a feature's shape is wrong
     device = ranker.head.outer.weight.device
@@ -135,7 +142,7 @@ def _from_features(
     valid = pad_sequence([torch.ones_like(row) for row in truth], batch_first=True).to(device)
 
     def batch_loss(chosen: list[int]) -> torch.Tensor:
-        return _loss(ranker.head(x[chosen]), labels[chosen], valid[chosen], settings)
+        return loss(ranker.head(x[chosen]), labels[chosen], valid[chosen])
 
     return batch_loss
 
@@ -182,14 +189,18 @@ def _check_sizes(name: str, sizes: list[int], truth: Sequence[torch.Tensor]) -> 
             )
 
 
-def _fit(
+def fit(
     ranker: Ranker,
     usable: list[int],
     batch_loss: BatchLoss,
     settings: RankerSettings,
-    checkpoint: Path | None,
-    identity: str,
+    checkpoint: Path | None = None,
+    identity: str = "",
 ) -> list[float]:
+    """Train `ranker` in place by `batch_loss` on the questions `usable`, and return the mean loss of every epoch.
+
+    checkpoint, identity: a file to resume from, and the run that it must belong to.
+    """
     from transformers import get_cosine_schedule_with_warmup
 
     parameters = list(ranker.head.parameters())

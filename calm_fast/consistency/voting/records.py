@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import bz2
 import gzip
 import importlib
@@ -10,7 +11,9 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -167,32 +170,54 @@ def _folder(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    arrow, parquet = _package("pyarrow", "parquet"), _package("pyarrow.parquet", "parquet")
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path.name}, row {number}", record
-    except (arrow.ArrowException, OSError) as problem:
-        raise ValueError(f"{path.name}: the file must be complete parquet, got a damaged one ({problem})") from problem
+    parquet = _package("pyarrow.parquet", "parquet")
+    yield from _table(path, "parquet", lambda stream: parquet.ParquetFile(stream).iter_batches(batch_size=1024))
 
 
 def _arrow(path: Path) -> Iterator[tuple[str, Any]]:
-    arrow, ipc = _package("pyarrow", "arrow"), _package("pyarrow.ipc", "arrow")
+    ipc = _package("pyarrow.ipc", "arrow")
+
+    def batches(stream: IO[bytes]) -> Iterator[Any]:
+        is_file = stream.read(6) == b"ARROW1"
+        stream.seek(0)
+        if not is_file:
+            return iter(ipc.open_stream(stream))
+        reader = ipc.open_file(stream)
+        return (reader.get_batch(i) for i in range(reader.num_record_batches))
+
+    yield from _table(path, "arrow", batches)
+
+
+def _table(path: Path, form: str, batches: Callable[[IO[bytes]], Iterator[Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield the records of a file's record batches."""
+    arrow = _package("pyarrow", form)
     number = 0
     try:
         with open(path, "rb") as stream:
-            is_file = stream.read(6) == b"ARROW1"
-            stream.seek(0)
-            if is_file:
-                reader = ipc.open_file(stream)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            else:
-                batches = iter(ipc.open_stream(stream))
-            for batch in batches:
+            for batch in batches(stream):
+                # unchecked, damaged offsets would be read past the end of their buffers
+                batch.validate(full=True)
                 for record in batch.to_pylist():
                     number += 1
-                    yield f"{path.name}, row {number}", record
-    except (arrow.ArrowException, OSError) as problem:
-        raise ValueError(f"{path.name}: the file must be complete arrow, got a damaged one ({problem})") from problem
+                    yield f"{path.name}, row {number}", _as_json(record)
+    except (arrow.ArrowException, OSError, ValueError, LookupError, OverflowError, MemoryError) as problem:
+        reason = " ".join(str(problem).split()) or type(problem).__name__
+        raise ValueError(f"{path.name}: the file must be complete {form}, got a damaged one ({reason})") from problem
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value of a table as JSON has it, so that rows can be written again; bytes are no text."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, dict):
+        return {str(name): _as_json(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(inner) for inner in value]
+    if isinstance(value, Decimal):
+        number = float(value)
+        return number if Decimal(str(number)) == value else format(value, "f")
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return {"base64": base64.b64encode(value).decode("ascii")}
+    return str(value)
