@@ -2,7 +2,7 @@
 
     python tests/consistency/score_lists.py [TEXTS.jsonl PAIRS.jsonl]
 
-A text has `text`, `answer` (null: there is none) and `style`; a pair has `left`, `right`, `equal` and `kind`.
+A text has `text`, `answer` (null: there is none) and `style`; a pair has `left`, `right`, `equal` and `style`.
 """
 
 from __future__ import annotations
@@ -68,19 +68,20 @@ def main() -> None:
     texts, pairs = map(read, files)
     for name in ("math-verify", "latex2sympy2_extended", "sympy"):
         print(name, importlib.metadata.version(name))
-    for name, rows, kind, ours, other in (
-        ("texts", texts, "style", our_texts(texts), other_texts(texts)),
-        ("pairs", pairs, "kind", our_pairs(pairs), other_pairs(pairs)),
+    our_verdicts, other_verdicts = our_pairs(pairs), other_pairs(pairs)
+    for name, rows, ours, other in (
+        ("texts", texts, our_texts(texts), other_texts(texts)),
+        ("pairs", pairs, our_verdicts, other_verdicts),
     ):
         print(f"{name}: {sum(ours)} of {len(rows)}, math-verify {sum(other)}")
-        for label, count in Counter(row.get(kind) for row in rows).items():
-            scores = [(ours[i], other[i]) for i, row in enumerate(rows) if row.get(kind) == label]
+        for label, count in Counter(row.get("style") for row in rows).items():
+            scores = [(ours[i], other[i]) for i, row in enumerate(rows) if row.get("style") == label]
             mine, theirs = map(sum, zip(*scores, strict=True))
             print(f"  {label}: {mine} of {count}, math-verify {theirs}")
         for row, right in zip(rows, ours, strict=True):
             if not right:
                 print("  wrong:", json.dumps(row, ensure_ascii=False))
-    for who, right in (("calm_fast", our_pairs(pairs)), ("math-verify", other_pairs(pairs))):
+    for who, right in (("calm_fast", our_verdicts), ("math-verify", other_verdicts)):
         called = sum(not ok and not row["equal"] for ok, row in zip(right, pairs, strict=True))
         print(f"{who} calls {called} pairs equal that are not")
 

@@ -143,4 +143,6 @@ def test_deeply_nested_rows_are_read_or_named(folder, depth, field, around) -> N
 
 @pytest.mark.parametrize("file", sorted((DATA / "fuzz").iterdir()), ids=lambda file: file.name)
 def test_files_that_were_found_stay_mended(folder, file) -> None:
+    if file.suffix in (".arrow", ".parquet"):
+        pytest.importorskip("pyarrow")
     check_file(file.read_bytes(), folder)

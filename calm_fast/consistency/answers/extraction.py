@@ -39,6 +39,7 @@ _MOST_TRIED, _SHORT = 40, 500
 _HEADING = re.compile(
     r"(?:step|part|case|solution|problem|question|example|note|summary|conclusion|explanation)\b", re.I
 )
+_NAMED = re.compile(r"[A-Za-z]\s*=\s*")
 _HASH_VALUE = re.compile(
     r"(?:[-+]?\s?[$€£¥]?\s?[-+]?\d[\d,./]*\s?%?(?:\s+[^\W\d_]+){0,2}|\$[^$]+\$|\(?[A-J]\)?)\s*\.?\s*"
 )
@@ -217,7 +218,7 @@ def _last_stated(text: str, begin: int, end: int) -> Found | None:
             answer = None if match is None else read_inline(match["value"])
         else:
             answer = read_value(text[stop : min(end, stop + MOST)], label=kind == "label", comma=comma)
-        if marker is SHORT_LABEL and answer is not None and not is_bare_value(answer):
+        if marker is SHORT_LABEL and answer is not None and not is_bare_value(_NAMED.sub("", answer)):
             continue
         if answer is not None:
             return Found(answer, kind, start, min(end, stop + MOST))

@@ -11,15 +11,28 @@ import re
 _ABOUT = r"(?: (?:to|for|of|in|we|here|that|you)\b[^.\n:=?!。]{0,80}?)?"
 _KIND = r"(?:final|correct|right|best|exact|numerical|numeric|simplified|overall|required|desired|complete)"
 _IS = (
-    r"(?:is|are|was|would be|must be|should be|will be|equals|becomes|comes out (?:to be|to|as)|comes to"
-    r"|turns out to be)"
+    r"(?:(?:is|was|are) (?:thus |therefore |then )?(?:found|calculated|computed|determined|seen|known) to be"
+    r"|is|are|was|would be|must be|should be|will be|has to be|can only be|equals|becomes"
+    r"|(?:comes|came|works|worked) out (?:to be|to|as)|(?:comes|came) to|(?:turns|turned) out to be"
+    r"|(?:simplifies|reduces|evaluates|amounts) to)"
+)
+# a value follows at once: without a verb only that tells an answer from other talk of answers
+_VALUE = r"(?=\s+[*_]*(?:[-+−$€£(\[]{0,3}\s?\d|\$|\\[(\[A-Za-z]))"
+_GIVES = (
+    r"(?:giv(?:es?|ing)|gave|yield(?:s|ed|ing)?|get(?:s|ting)?|got|obtain(?:s|ed|ing)?|reach(?:es|ed|ing)?|have|find"
+    r"|produc(?:es?|ing)|leaves?|leaving|arriv(?:es?|ed|ing) at)"
 )
 
 # each sentence ends where the answer begins; "comma" languages write 3,5 for three and a half
 _SENTENCES = {
     "English": rf"\b(?:the|my|our|your|this|an?)\s+(?:{_KIND}\W{{1,3}}){{0,2}}"
     rf"(?:(?:answer|result|solution)s?|(?<=\W)(?:option|choice))(?<!the option)(?<!the choice)"
-    rf"{_ABOUT}\s*[*_]*\s*\b{_IS}\b",
+    rf"(?:{_ABOUT}|,[^.,\n:=]{{1,60}},)\s*[*_]*\s*\b{_IS}\b",
+    "English, of": rf"\b(?:the|an?|our|my) (?:{_KIND}\W{{1,3}}){{0,2}}answer of{_VALUE}",
+    "English, contracted": rf"\b(?:the|our|my) (?:{_KIND}\W{{1,3}}){{0,2}}(?:answer|result)['’]s{_VALUE}",
+    "English, no verb": rf"\b{_GIVES} (?:us |me )?(?:the|an?|our|my) (?:{_KIND}\W{{1,3}}){{0,2}}"
+    rf"(?:answer|result){_VALUE}",
+    "English, colon": rf"\b(?:the|our|my) (?:{_KIND}\W{{1,3}}){{0,2}}(?:answer|result)[:：]{_VALUE}",
     "English, short": rf"\b(?:final|correct) (?:answer|result|option|choice)s?\s*[*_]*\s*\b{_IS}\b|\banswer is\b",
     "Chinese": r"(?:最终|最后|正确|所以|因此|故)?的?(?:答案|结果|選項|选项|解答)"
     r"(?:应该|應該|就|便|应|應)?(?:是|为|為|选|選)",
@@ -42,6 +55,7 @@ _COMMA_SENTENCES = {
 
 # bounded: a long run of these would be read again from each of its characters
 _DECORATION = r"[ \t#>*_`\"'\[(-]{0,20}"
+_QUALIFIED = r"(?:[ \t]*[(（](?=[^()（）\n]*[A-Za-z]{2})[^()（）\n]{1,60}[)）])?"  # "Answer (in meters):"
 _AFTER = r"[*_`\"'\])]*[ \t]*(?:[:：=]|->|→|⇒|[-–—](?=[ \t])|(?=[ \t]*[*_]*[ \t]*\n))"
 _LABELS = {
     "English": r"(?:the\s+|my\s+)?(?:final|correct|short)?[ _]*(?:answer|result)s?",
@@ -55,19 +69,21 @@ _COMMA_LABELS = (
 )
 _SHORT_LABELS = r"(?:Ans|ANS|A)"
 
-_START = r"(?:^|(?<=[\n.!?。！？>;,{]))"
+_START = r"(?:^|(?<=[\n.!?。！？>;,{，；：、]))"
 _FLAGS = re.IGNORECASE | re.MULTILINE
 
 SENTENCE = re.compile("|".join(_SENTENCES.values()), _FLAGS)
 COMMA_SENTENCE = re.compile("|".join(_COMMA_SENTENCES.values()), _FLAGS)
-LABEL = re.compile(rf"{_START}{_DECORATION}(?:{'|'.join(_LABELS.values())}){_AFTER}", _FLAGS)
+LABEL = re.compile(rf"{_START}{_DECORATION}(?:{'|'.join(_LABELS.values())}){_QUALIFIED}{_AFTER}", _FLAGS)
 CAPITALS = re.compile(r"^[ \t#>*_]*FINAL ANSWER(?=[ \t]+\S)", re.MULTILINE)
-COMMA_LABEL = re.compile(rf"{_START}{_DECORATION}(?:{_COMMA_LABELS}){_AFTER}", _FLAGS)
-SHORT_LABEL = re.compile(rf"^{_DECORATION}{_SHORT_LABELS}[.:：]", re.MULTILINE)
+COMMA_LABEL = re.compile(rf"{_START}{_DECORATION}(?:{_COMMA_LABELS}){_QUALIFIED}{_AFTER}", _FLAGS)
+# "Solution:" stands before whole solutions too; a value that fills the line is the answer
+_ALONE = r"(?=[ \t]*(?:\$[^$\n]{1,60}\$|(?:[A-Za-z] ?= ?)?[-+]?[\d.,/]{1,30}%?)[ \t]*\.?[ \t]*$)"
+SHORT_LABEL = re.compile(rf"^{_DECORATION}(?:{_SHORT_LABELS}[.:：]|Solution[:：]{_ALONE})", re.MULTILINE)
 # the value first: "(B) is the correct answer"
 REVERSED = re.compile(
     r"(?P<value>\$[^$\n]+\$|\\\([^\n]+?\\\)|\*\*[^*\n]+\*\*|(?:option|choice)\s+[A-J]\b|\([A-J]\)|(?<![\w.])[A-J]|(?<![\d,./])[-+$€£]?\d[\d,./]{0,30}%?)"
-    r"\s+(?:is|are)\s+(?:therefore\s+|thus\s+)?(?:(?:the|our|my)\s+(?:final\s+|correct\s+|right\s+|best\s+)?(?:answer|result|option|choice)|correct)\b",
+    r"\s+(?:as\s+(?=(?:the|our|my)\s)|(?:is|are)\s+(?:therefore\s+|thus\s+)?)(?:(?:the|our|my)\s+(?:final\s+|correct\s+|right\s+|best\s+)?(?:answer|result|option|choice)|correct)\b",
     re.IGNORECASE,
 )
 

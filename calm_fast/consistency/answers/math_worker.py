@@ -125,6 +125,7 @@ class Judge:
 def numeric_value(exact: Fraction | None, parsed: list[Any], decimal: bool = False) -> Values | None:
     """Return the value of an expression at each of two points of its free symbols.
 
+    i is the imaginary unit, which math-verify reads as a variable.
     exact: the value of an answer that is a number. parsed: math-verify's reading of another. decimal: the number was
     written with a decimal point.
     An expression that is not a finite number there has no value: None. Percentages have none (math-verify takes 50% for
@@ -139,8 +140,12 @@ def numeric_value(exact: Fraction | None, parsed: list[Any], decimal: bool = Fal
     expression = parsed[0] if parsed else None
     unreliable = (sympy.UnevaluatedExpr, sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
     try:
-        if not isinstance(expression, sympy.Expr) or expression.is_Symbol or expression.has(*unreliable):
+        if not isinstance(expression, sympy.Expr) or expression.has(*unreliable):
             return None
+        if expression.is_Symbol and expression.name != "i":
+            return None
+        imaginary = {s: sympy.I for s in expression.free_symbols if s.name == "i"}
+        expression = expression.subs(imaginary) if imaginary else expression
         symbols = expression.free_symbols
         is_exact = not expression.has(sympy.Float)
         digits = _DIGITS if is_exact else 17

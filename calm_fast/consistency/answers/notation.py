@@ -37,6 +37,14 @@ _TEXT_COMMAND = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mathtt|operatorname|mbox|boldsymbol|bm|bf|rm)\s*"
 )
 _DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\(?:circ|degree)\s*\}?")
+_REALS = re.compile(
+    r"(?:\\(?:text|mathrm|mbox)\s*\{\s*)?(?:the )?(?:set of )?(?:all )?(?:the )?(?:real numbers|reals)\s*\}?\.?",
+    re.IGNORECASE,
+)
+# the real root, which every school means; sympy's would be complex
+_ODD_ROOT = re.compile(
+    r"\\sqrt\s*\[\s*(\d*[13579])\s*\]\s*\{\s*-\s*(\d+(?:\.\d+)?|\\[dt]?frac\s*\{\d+\}\s*\{\d+\})\s*\}"
+)
 _TRIG = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 
 
@@ -66,7 +74,8 @@ def to_latex(answer: str) -> str:
         text = text.replace(" ", "")
     if "\\circ" in text and _TRIG.search(text):
         text = _DEGREES.sub(r"{\\frac{\1\\pi}{180}}", text)
-    return text.strip()
+    text = _ODD_ROOT.sub(r"(-\\sqrt[\1]{\2})", text).strip()
+    return "\\mathbb{R}" if _REALS.fullmatch(text) else text
 
 
 def _from_unicode(text: str) -> str:

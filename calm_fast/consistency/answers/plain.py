@@ -10,7 +10,17 @@ from functools import lru_cache
 from typing import Literal
 
 from calm_fast.consistency.answers.notation import to_latex, without_text_commands
-from calm_fast.consistency.answers.units import MONTHS, NOT_UNITS, NUMBER_WORDS, ONE_LETTER, SCALES, SYNONYMS, UNITS
+from calm_fast.consistency.answers.number_words import number_of_words
+from calm_fast.consistency.answers.units import (
+    CAPITALS,
+    MONTHS,
+    NEED_SPACE,
+    NOT_UNITS,
+    PER,
+    SCALES,
+    SYNONYMS,
+    UNITS,
+)
 
 MAX_PLAIN_LENGTH = 1000
 _MOST_DIGITS = 2000  # of a power
@@ -58,6 +68,7 @@ _UNIT = re.compile(
     r"(?P<gap>\s*)(?P<unit>(?:\^\s*\{?\s*\\circ\s*\}?\s*[CF]?|\\?[$€£¥₹¢]|[^\W\d_][^\d=+*(),;\\{}]*(?:\^\{?[23]\}?)?))\.?$"
 )
 _CURRENCY = re.compile(r"(?P<sign>[+-]?)\s*(?:US)?(?P<currency>\\?[$€£¥₹])\s*(?=[+-]?[\d.])")
+_RATE = re.compile(r"(?P<value>.*\d)\s*/\s*(?P<per>[a-z]{3,})\.?")
 _WORDS = re.compile(r"[^\W\d_][^\d=+*/^\\<>|{}\[\]()]*")
 _FUNCTION = re.compile(r"\b(?:arc(?:sin|cos|tan)|(?:sin|cos|tan)h|lambda|sigma|omega|delta|gamma|floor|ceil)\b")
 _SHORT_WORDS = ("yes", "no", "odd", "all", "red")
@@ -142,6 +153,9 @@ def _with_unit(text: str, unit: tuple[str, Fraction] | None, in_text: bool, name
         if first[1] > second[1]:
             seconds = int(duration[1]) * first[1] + int(duration[3]) * second[1]
             return Plain("number", seconds, unit=("time", Fraction(1)), name=name)
+    if (rate := _RATE.fullmatch(text)) is not None and (rate["per"] in UNITS or rate["per"] in PER):
+        value = exact_number(rate["value"])
+        return None if value is None else Plain("number", value, unit=unit, decimal=_is_decimal(text), name=name)
     for match in re.finditer(r"(?<=[\d}.)])(?=\s*[^\d\s.,/)}-])", text):
         value, tail = exact_number(text[: match.start()]), text[match.start() :]
         if value is None:
@@ -172,14 +186,16 @@ def _known_unit(text: str, gap: bool, in_text: bool) -> tuple[str, Fraction] | N
     unit = "^\\circ" + unit.removeprefix("^\\circ").rstrip() if unit.startswith("^\\circ") else unit
     unit = re.sub(r"\^\{(\d)\}", r"^\1", unit)
     if unit in UNITS and unit not in ("c", "f"):
-        if unit in ONE_LETTER and not (gap or in_text):
+        if unit in NEED_SPACE and not (gap or in_text):
+            return False
+        if unit in CAPITALS and not text.strip(" .").isupper():
             return False
         return UNITS[unit]
     words = unit.split()
     if not words or any(word.strip(".,'") in NOT_UNITS for word in words) or len(words) > 6:
         return False
     first = words[0]
-    if first in UNITS and first not in (*ONE_LETTER, "c", "f", "in") and len(words) > 1 and words[1] not in ("per",):
+    if first in UNITS and first not in (*NEED_SPACE, "c", "f", "in") and len(words) > 1 and words[1] not in ("per",):
         return UNITS[first] if "/" not in unit else None
     if not first.isascii():
         return UNITS.get(first)
@@ -192,8 +208,8 @@ def exact_number(text: str) -> Fraction | None:
     """Return the exact value of an integer, decimal, fraction, mixed number, power or recurring decimal, or None."""
     text = text.strip()
     text = text[1:-1].strip() if re.fullmatch(r"\(\s*[+-]?[\d.,/]+\s*\)", text) and not _has_list(text) else text
-    if text.lower() in NUMBER_WORDS:
-        return Fraction(NUMBER_WORDS[text.lower()])
+    if (spelled := number_of_words(text) if text[:1].isalpha() else None) is not None:
+        return spelled
     for form in _FORMS:
         if (match := form.fullmatch(text)) is not None:
             value = _value(match)

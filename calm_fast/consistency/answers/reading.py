@@ -30,7 +30,13 @@ _STOP = re.compile(
 _NUMBER = r"[-+±]?\s?(?:\\?[$€£¥₹]\s?)?[-+]?(?:\d[\d,.  ]*\d|\d|\.\d+)(?:\s?/\s?\d+)?(?:[eE][-+]?\d+)?(?:\s?%)?"
 _LEADING_NUMBER = re.compile(_NUMBER)
 _CHOICE = re.compile(
-    r"(?:option|choice|answer)?\s*(?:[(\[（]\s*(?P<a>[A-J])\s*[)\]）]|(?P<b>[A-J])(?=$|[).:,;、，）]|\s+(?:because|since|as|which|\()|\s*[(（]))[.:]?",
+    r"(?:option|choice|answer)?\s*(?:[(\[（]\s*(?P<a>[A-J])\s*[)\]）]|(?P<b>[A-J])(?=$|[).:,;、，）]|\s+(?:because|since|as|which|\()|\s*[(（]))[.:]?"
+    # small letters only where brackets or a word say that it is a choice, and no formula goes on
+    r"|(?:(?:option|choice)\s+[(\[]?(?P<c>[a-j])\b[)\]]?|[(\[]?(?P<d>[a-e])[)\]](?!.*\s\(?[a-j]\)))(?=$|[.:;,]|\s)(?!\s*[-+*/^=(<>])",
+)
+_OF = re.compile(r"(?<=[\d%}$])\s+of\s+(?:the|an?|his|her|its|their|our|my|your|all|each|that|this)\b.*", re.DOTALL)
+_CJK_NUMBER = re.compile(
+    r"(?:有|是|为|為|需要|需|等于|等於|共|得到|剩下|剩|花了|花|用了|用|要)\s*(?P<value>[-+]?\d[\d,.]*(?:/\d+)?%?)(?=[^\x00-\x7f]|\s*$)"
 )
 _HEDGE = re.compile(
     r"(?:(?:therefore|thus|hence|then|simply|just|only|exactly|precisely|approximately|approx\.?|about|around|roughly"
@@ -64,7 +70,9 @@ _BECAUSE = re.compile(
 )
 _ASIDE = re.compile(
     r"\s*,\s+(?!(?:and|or)\b)[a-zà-ÿ]{2,}.*|\s+—\s+.*|\s+(?:–|--?)\s+[A-Za-z]{2}.*|\s*，\s*(?![\d$\\(（-]).*"
-    r"|\s*[(（](?!\s*(?:mod|base)\b)(?=[^()（）]*[^\W\d_]{2})[^()（）]*[)）].*",
+    # words in brackets, not the argument of a function, a pair or a factor
+    r"|(?:\s+[(（](?!\s*(?:mod|base)\b)(?=[^()（）]*(?<![\\A-Za-z])[^\W\d_]{2})"
+    r"|(?<=[^A-Za-z}\s])(?:\((?=[^()（）]*(?<![\\A-Za-z])[^\W\d_]{3})|（(?=[^()（）]*[^\W\d_])))[^()（）]*[)）].*",
     re.DOTALL,
 )
 _ENDING = re.compile(
@@ -142,12 +150,12 @@ def read_inline(text: str, *, label: bool = False, comma: bool = False) -> str |
     if not sentence:
         return None
     if (choice := _CHOICE.match(sentence)) is not None:
-        return choice["a"] or choice["b"]
+        return choice["a"] or choice["b"] or (choice["c"] or choice["d"]).upper()
     formula, number = _FORMULA.match(sentence), _LEADING_NUMBER.match(sentence)
     if formula is not None and number is None:
         return _read_formula(sentence, formula)
     if number is not None:
-        sentence = _ASIDE.sub("", _BECAUSE.sub("", sentence))
+        sentence = _OF.sub("", _ASIDE.sub("", _BECAUSE.sub("", sentence)))
         return _finish(_ENDING.sub("", sentence), comma)
     return _read_words(sentence, rest, label, comma)
 
@@ -177,6 +185,8 @@ def _read_words(sentence: str, rest: str, label: bool, comma: bool) -> str | Non
         return read_inline(sentence.split(":", 1)[1], comma=comma) if ":" in sentence else None
     plain = _ENDING.sub("", _BECAUSE.sub("", sentence)).strip()
     words = plain.split()
+    if len(re.findall(r"\d[\d,./]*", plain)) == 1 and (number := _CJK_NUMBER.search(plain)) is not None:
+        return clean(number["value"])
     values = [*_FORMULA.finditer(plain)] or [*re.finditer(rf"(?<![\w.,]){_NUMBER}(?![\w])", plain)]
     if len(words) > 2 and _VERB.search(plain) and values:
         if len(values) == 1:

@@ -43,6 +43,20 @@ _add("months", 12, "year", "years")
 _add("speed", 1, "m/s", "meters per second", "metres per second")
 _add("speed", "5/18", "km/h", "kmh", "kph", "kilometers per hour", "kilometres per hour")
 _add("speed", "0.44704", "mph", "miles per hour", "mi/h")
+_add("energy", 1, "j", "joule", "joules")
+_add("energy", 1000, "kj", "kilojoule", "kilojoules")
+_add("power", 1, "w", "watt", "watts")
+_add("power", 1000, "kw", "kilowatt", "kilowatts")
+_add("force", 1, "n", "newton", "newtons")
+_add("voltage", 1, "v", "volt", "volts")
+_add("current", 1, "amp", "amps", "ampere", "amperes")
+_add("resistance", 1, "ohm", "ohms")
+_add("kelvin", 1, "k", "kelvin", "kelvins")
+_add("frequency", 1, "hz", "hertz")
+_add("frequency", 1000, "khz", "kilohertz")
+_add("pressure", 1, "pa", "pascal", "pascals")
+_add("pressure", 1000, "kpa", "kilopascals")
+_add("amount", 1, "mol", "mole", "moles")
 _add("angle", 1, "degree", "degrees", "deg", "^\\circ", "度")
 _add("radians", 1, "rad", "rads", "radian", "radians")
 _add("celsius", 1, "^\\circ c", "degrees celsius", "celsius", "c")
@@ -54,8 +68,11 @@ _add("pounds sterling", 1, "£", "gbp")
 _add("yen", 1, "¥", "yen", "jpy", "円")
 _add("rupees", 1, "₹", "inr", "rupee", "rupees")
 
-# one letter is a unit only in \text{} or after a space, and these two only after a degree sign
-ONE_LETTER = ("m", "l", "g", "s", "h")
+# letters that are a unit only in \text{} or after a space
+NEED_SPACE = ("m", "l", "g", "s", "h", "j", "w", "n", "v", "k", "pa", "kw", "kj", "hz", "mol", "amp")
+CAPITALS = ("j", "w", "n", "v", "k")  # of these, the ones that are a unit as capitals only
+# after a number and a slash: "18/day"; of UNITS those that are written out count too
+PER = ("person", "item", "unit", "piece", "student", "gallon", "ticket", "share", "page")
 
 SCALES = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
@@ -68,8 +85,13 @@ _ONES = (
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBER_WORDS = {word: number for number, word in enumerate(_ONES)}
 NUMBER_WORDS |= {word: 10 * number for number, word in enumerate(_TENS, 2)}
-NUMBER_WORDS |= {f"{ten}-{one}": 10 * t + o for t, ten in enumerate(_TENS, 2) for o, one in enumerate(_ONES[1:10], 1)}
-NUMBER_WORDS |= {"hundred": 100, "thousand": 1000, "one hundred": 100, "a hundred": 100, "one thousand": 1000}
+LARGE_WORDS = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+# no "second", which is a time
+PARTS = {
+    "half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9,
+    "tenth": 10, "eleventh": 11, "twelfth": 12, "sixteenth": 16, "twentieth": 20, "hundredth": 100, "thousandth": 1000,
+}  # fmt: skip
+PARTS |= {f"{word}s": number for word, number in PARTS.items() if word != "half"} | {"halves": 2}
 
 _MONTHS = "january february march april may june july august september october november december".split()
 MONTHS = {name: number for number, name in enumerate(_MONTHS, 1)} | {
@@ -80,7 +102,8 @@ MONTHS = {name: number for number, name in enumerate(_MONTHS, 1)} | {
 SYNONYMS = {
     "no solution": "no solution", "no solutions": "no solution", "no real solution": "no solution",
     "no real solutions": "no solution", "empty set": "no solution", "\\emptyset": "no solution",
-    "\\varnothing": "no solution", "dne": "does not exist", "does not exist": "does not exist",
+    "\\varnothing": "no solution", "\\{\\}": "no solution", "\\{ \\}": "no solution",
+    "dne": "does not exist", "does not exist": "does not exist",
 }  # fmt: skip
 # words after a number that change its value
 NOT_UNITS = frozenset(

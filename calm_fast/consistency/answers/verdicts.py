@@ -7,12 +7,14 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import cast
 
-from calm_fast.consistency.answers.notation import to_latex
+from calm_fast.consistency.answers.notation import to_latex, without_text_commands
 from calm_fast.consistency.answers.plain import MAX_PLAIN_LENGTH, Plain, read_plain
 
 # a decimal stands for a fraction that it cannot write exactly if it is as close as six digits are
 CLOSE = Fraction(2, 10**6)
 _LONGEST_LIST = 50
+_LONGEST_FORMULA = 60
+_CHEMICAL = re.compile(r"(?:\(?[A-Z][a-z]?\)?(?:\s*_\s*\{?\d{1,2}\}?|\d{1,2})?\s*){2,20}")
 _BRACKETS = {("(", ")"): "tuple", ("[", "]"): "closed", ("\\{", "\\}"): "set", ("", ""): "list"}
 _NO_MORE = frozenset({"date", "base", "dots", "words"})  # kinds that equal nothing of another kind
 
@@ -24,7 +26,16 @@ def decide(left: str, right: str) -> bool | None:
         return _plain_verdict(a, b)
     if (a is not None and a.kind in _NO_MORE) or (b is not None and b.kind in _NO_MORE):
         return False  # math-verify reads words as products of variables, and dates as differences
+    if (formula := _chemical(left)) is not None and formula == _chemical(right):
+        return True
     return _list_verdict(left, right)
+
+
+def _chemical(text: str) -> str | None:
+    """Return a chemical formula with its numbers in the line: H2O for H_2O; None for other text."""
+    text = to_latex(text) if len(text) <= _LONGEST_FORMULA else ""
+    text = without_text_commands(text).strip().rstrip(".")
+    return re.sub(r"[_{}\s]", "", text) if _CHEMICAL.fullmatch(text) else None
 
 
 def _plain_verdict(a: Plain, b: Plain) -> bool | None:

@@ -21,6 +21,8 @@ from typing import IO, Any, cast
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # keys of an object that holds rows, as exports of datasets and of servers name them
 _HOLDERS = ("rows", "data", "samples", "results", "instances", "examples")
+# what pyarrow's and Python's own readers of a damaged value raise: dates out of range, impossible decimals, zones
+_UNREADABLE = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
 
@@ -200,7 +202,7 @@ def _table(path: Path, form: str, batches: Callable[[IO[bytes]], Iterator[Any]])
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path.name}, row {number}", _as_json(record)
-    except (arrow.ArrowException, OSError, ValueError, LookupError, OverflowError, MemoryError) as problem:
+    except (arrow.ArrowException, *_UNREADABLE) as problem:
         reason = " ".join(str(problem).split()) or type(problem).__name__
         raise ValueError(f"{path.name}: the file must be complete {form}, got a damaged one ({reason})") from problem
 
