@@ -114,7 +114,9 @@ def train_ranker(
         else:
             features = ranker.features(questions, rationales, progress=settings.progress)
     if features is not None:
-        batch_loss = features_loss(ranker, features, truth, lambda *batch: _loss(*batch, settings))
+        batch_loss = features_loss(
+            ranker, features, truth, lambda logits, right, valid: _loss(logits, right, valid, settings)
+        )
     usable = [i for i, row in enumerate(truth) if (mixed[i] or settings.loss == "bce" and len(row))]
     identity = _identity(ranker, truth, settings)
     return fit(ranker, usable, batch_loss, settings, None if checkpoint is None else Path(checkpoint), identity)
