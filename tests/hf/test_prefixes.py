@@ -12,6 +12,7 @@ from families import CACHELESS, EOS, FAMILIES, OTHERS, composed_model, left_padd
 from texts import aligned_model, rows
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from unread import NoReading, values_unread
 
 from calm_fast.hf import ComposedForCausalLM, compose
 
@@ -384,3 +385,31 @@ def test_an_augmenter_with_another_tokenizer_follows_the_prefix() -> None:
     handle.remove()
     # the residuals of the embedding output: only the augmenter's tokens have changed
     assert ((states[0] - states[1])[0, :-1].abs().amax(-1) > 0).all()
+
+
+def test_no_value_is_read_where_that_would_wait_for_a_gpu() -> None:
+    models = [FAMILIES["llama"].model(seed) for seed in (0, 1)]
+    for model in models:
+        model.set_attn_implementation("eager")  # SDPA of transformers reads masks
+    composed, ids = randomize(compose(*models, [(0, 1), (1, 2)])).train(), prompts()
+    lengths, labels, mask = torch.tensor([4, 6]), prompts(), torch.ones_like(ids)
+    labels[:, :6], mask[0, :2] = -100, 0
+    how = {"attention_mask": mask, "prefix_lengths": lengths}
+    expected = composed(ids, labels=labels, **how)  # the first call tries the anchor
+    with values_unread(), NoReading():
+        found = composed(ids, labels=labels, **how)
+        step = composed(ids[:, :7], attention_mask=mask[:, :7], use_cache=True, prefix_lengths=lengths)
+        for given in (lengths, lengths.clone()):
+            seen = int(step.cache.get_seq_length()) + 1
+            composed(ids[:, :1], attention_mask=mask[:, :seen], cache=step.cache, prefix_lengths=given)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.logits[mask.bool()], expected.logits[mask.bool()], rtol=0, atol=5e-5)
+    labels[1, 5] = 3
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("`labels` must be -100", {"labels": labels, "prefix_lengths": lengths}),
+        ("`prefix_lengths` must be from 0 to 9", {"prefix_lengths": torch.tensor([3, 10])}),
+        ("`prefix_lengths` must be that of the call", {"cache": step.cache, "prefix_lengths": lengths + 1}),
+    ]
+    for message, how in wrong:
+        with values_unread(), pytest.raises(RuntimeError, match=message):
+            composed(ids, **how)

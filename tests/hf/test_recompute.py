@@ -279,6 +279,15 @@ def test_an_rwkv_that_changes_its_weights_is_refused() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@torch.no_grad()
+def test_an_xlstm_that_reads_a_text_in_pieces_is_refused() -> None:
+    composed, ids = made("xlstm", "anchor"), prompts()
+    composed.anchor.config.max_inference_chunksize = 6
+    with pytest.raises(ValueError, match="`connections` must be of .*xLSTMBlock.* runs on 6"):
+        composed(ids)
+    composed(ids[:, :6])
+
+
 def test_threads_take_turns_where_modules_keep_a_state() -> None:
     composed = shared("recurrent_gemma", "augmenter")
     rows = [prompts(1, 7, seed) for seed in range(6)]
