@@ -12,11 +12,11 @@ import torch
 
 from calm_fast.core.checks import bad_value, describe
 from calm_fast.core.dispatch import active_transform
-from calm_fast.hf.aligned_text import AlignedText, Aligner, Point
+from calm_fast.hf.aligned_text import AlignedText, Aligner, Point, RowText
 from calm_fast.hf.cache import ComposedCache
-from calm_fast.hf.masks import WHERE, refuse_restarts
+from calm_fast.hf.masks import WHERE, check_shape, refuse_restarts
 
-_OWN = ("augmenter_input_ids", "augmenter_attention_mask", "augmenter_position_ids", "lo", "hi")
+OWN = ("augmenter_input_ids", "augmenter_attention_mask", "augmenter_position_ids", "lo", "hi")
 _NO_GRAPH = (
     "an augmenter with another tokenizer needs the ids on the host; pass `augmenter_input_ids` and `hi` "
     "(calm_fast.hf.AlignedCollator makes them), which compile"
@@ -71,7 +71,7 @@ def align_call(
     Raises ValueError for arguments about an augmenter's own tokens without the tokens, for rows of several documents,
     and for ids that cannot be read.
     """
-    lists = {name: _listed(value, len(aligners)) for name, value in external.items()}
+    lists = {name: listed(value, len(aligners)) for name, value in external.items()}
     own = lists["augmenter_input_ids"]
     wanted = {i: one for i, one in enumerate(aligners) if one is not None and own[i] is None}
     if cache is not None:
@@ -83,7 +83,7 @@ def align_call(
     _check_call(mask is None and cache is None, ids, positions, lists, list(wanted))
     reads, texts = _read(wanted, ids, mask, cache, cached, past, prompt_length)
     for index, read in reads.items():
-        for name, value in zip(_OWN, (read.ids, read.mask, None, None, read.hi), strict=True):
+        for name, value in zip(OWN, (read.ids, read.mask, None, None, read.hi), strict=True):
             lists[name][index] = value
     external.update(lists)
     return AlignedCall(reads, texts)
@@ -103,18 +103,15 @@ def _read(
     if torch.compiler.is_compiling():
         raise ValueError(f"{WHERE}: torch.export cannot trace this call, because {_NO_GRAPH}")
     batch, new = ids.shape
-    if mask is not None and (mask.ndim != 2 or tuple(mask.shape) != (batch, past + new)):
-        expected = f"of shape ({batch}, {past + new}) (batch, past + new tokens)"
-        raise bad_value(WHERE, "attention_mask", expected, f"shape {tuple(mask.shape)}")
-    rows, real = _on_host(ids, mask, past)
+    if mask is not None:
+        check_shape("attention_mask", mask, batch, past, new)
+    rows, real = on_host(ids, mask, past)
     ends = prompt_ends(prompt_length, batch)
     reads: dict[int, _Read] = {}
     texts: dict[int, AlignedText] = {}
     for index, aligner in aligners.items():
         text = texts[index] = _text(cache, index, past)
-        if text.rows and len(text.rows) != batch:
-            got = f"{batch}. Repeat the cache's rows for beams or samples: cache.batch_repeat_interleave(n)"
-            raise bad_value(WHERE, "input_ids", f"of {len(text.rows)} rows, as many as the cache has", got)
+        check_rows(text, batch)
         if cached is False:
             reads[index] = _read_whole(aligner, rows, real, ends, ids.device)
         else:
@@ -122,7 +119,15 @@ def _read(
     return reads, texts
 
 
-def _listed(value: Any, count: int) -> list[Any]:
+def check_rows(text: RowText, batch: int) -> None:
+    """Raise ValueError unless a call has as many rows as the cached text."""
+    if text.rows and len(text.rows) != batch:
+        got = f"{batch}. Repeat the cache's rows for beams or samples: cache.batch_repeat_interleave(n)"
+        raise bad_value(WHERE, "input_ids", f"of {len(text.rows)} rows, as many as the cache has", got)
+
+
+def listed(value: Any, count: int) -> list[Any]:
+    """Return an argument as a list with an entry per augmenter."""
     if isinstance(value, (list, tuple)):
         return list(value) if len(value) == count else [value] * count  # augmenter_calls refuses another length
     return [value] * count
@@ -136,7 +141,7 @@ def _check_call(
     wanted: list[int],
 ) -> None:
     """Raise ValueError as `align_call` does. packable: True if restarting positions would separate documents."""
-    for name in _OWN[1:]:
+    for name in OWN[1:]:
         if any(lists[name][index] is not None for index in wanted):
             got = "a value. Pass `augmenter_input_ids` too, or leave both out: the model aligns the tokens itself"
             raise bad_value(WHERE, name, "None for an augmenter with another tokenizer whose ids are not given", got)
@@ -161,15 +166,13 @@ def _text(cache: ComposedCache | None, index: int, past: int) -> AlignedText:
         if text is not None:  # what generate has said before the first call
             fresh.prompt, fresh.stops = text.prompt, text.stops
         return fresh
-    if text is None or text.get_seq_length() != past:
+    if not isinstance(text, AlignedText) or text.get_seq_length() != past:
         expected = f"given in every call with this cache, because augmenter {index} has read tokens of its own"
         raise bad_value(WHERE, "augmenter_input_ids", expected, "None. Pass its new tokens, with `hi`")
     return text
 
 
-def _on_host(
-    ids: torch.Tensor, mask: torch.Tensor | None, past: int
-) -> tuple[list[list[int]], list[list[bool]] | None]:
+def on_host(ids: torch.Tensor, mask: torch.Tensor | None, past: int) -> tuple[list[list[int]], list[list[bool]] | None]:
     """Return the ids and, if some of them are padding, which are real: one synchronisation of a GPU."""
     if mask is None:
         return ids.tolist(), None

@@ -18,8 +18,9 @@ from transformers.cache_utils import (
 )
 
 from calm_fast.core.checks import bad_value
-from calm_fast.hf.aligned_text import AlignedText
+from calm_fast.hf.aligned_text import RowText
 from calm_fast.hf.cross_cache import CrossLayer, FixedCrossLayer
+from calm_fast.hf.encoded_text import EncodedText
 from calm_fast.hf.own_text import Move, OwnText, cannot_move, keep_whole_text, move_layers
 
 # attribute of a user's cache object: the ComposedCache around it
@@ -69,10 +70,10 @@ class ComposedCache(Cache):
 
     ``layers`` is computed on every access: the anchor's layers, each augmenter's layers, one CrossLayer per connection
     with its keys and values (B, Hkv, N, D), the OwnText of every augmenter that reads tokens of its own (``own``), and
-    the AlignedText of each augmenter with another tokenizer (``texts``, None for the others). The inherited
-    reorder_cache, crop, reset and batch operations iterate over ``layers``, so beam search and num_return_sequences
-    reorder all parts together. Lengths and mask sizes are the anchor's. The cache reports that it cannot be compiled,
-    which makes transformers pass two-dimensional attention masks on to the parts.
+    the text of each augmenter with another tokenizer or a bidirectional one (``texts``, None for the others). The
+    inherited reorder_cache, crop, reset and batch operations iterate over ``layers``, so beam search and
+    num_return_sequences reorder all parts together. Lengths and mask sizes are the anchor's. The cache reports that it
+    cannot be compiled, which makes transformers pass two-dimensional attention masks on to the parts.
 
     owner: name of the composition that fills the cache; no other may continue it. One thread uses a cache at a time.
     readers: the augmenter of every connection (default, 0). fixed: if not 0, the most tokens that it holds: the
@@ -97,7 +98,7 @@ class ComposedCache(Cache):
         self.readers = [0] * connections if readers is None else list(readers)
         # the text of every augmenter that reads tokens of its own, and the number of the anchor's tokens
         self.own: dict[int, OwnText] = {}
-        self.texts: list[AlignedText | None] = [None] * len(self.augmenters)
+        self.texts: list[RowText | None] = [None] * len(self.augmenters)
         self.seen = 0  # -1 where a compiled or captured step counted on its device only
         # later calls must say again that rows have padding (a bool scalar on its device where it was not read)
         self.padded: bool | torch.Tensor = False
@@ -164,9 +165,19 @@ class ComposedCache(Cache):
         seen = self.get_seq_length()
         if isinstance(anchor, int) and anchor != seen:
             return False
-        lengths = {i: text.width for i, text in self.own.items()}
+        lengths = {i: text.width for i, text in self.own.items()} | {i: text.slots for i, text in self.encoded()}
         held = zip(self.readers, self.cross, strict=True)
         return all(layer.get_seq_length() == lengths.get(reader, seen) for reader, layer in held)
+
+    def encoded(self) -> list[tuple[int, EncodedText]]:
+        """Return the texts of bidirectional augmenters, with the augmenter's number."""
+        return [(index, text) for index, text in enumerate(self.texts) if isinstance(text, EncodedText)]
+
+    def drop_keys(self, index: int) -> None:
+        """Empty the connections of augmenter `index`: their keys are replaced."""
+        for reader, layer in zip(self.readers, self.cross, strict=True):
+            if reader == index:
+                layer.reset()
 
     def own_layers(self, index: int) -> list[Any]:
         """Return the layers that hold the tokens of augmenter `index`: its cache's and its connections'."""
@@ -212,6 +223,8 @@ class ComposedCache(Cache):
             )
         shorter = {index: text.without_last(self._lost(index, kept)) for index, text in self.own.items()}
         own = {id(layer) for index in self.own for layer in (*self.own_layers(index), self.own[index])}
+        # the encoding of a prompt stays as a whole
+        own |= {id(layer) for index, _ in self.encoded() for layer in self.own_layers(index)}
         for layer in self.layers:
             if id(layer) not in own:
                 layer.crop(*args, **kwargs)
@@ -221,8 +234,8 @@ class ComposedCache(Cache):
 
     def _lost(self, index: int, kept: int) -> list[int]:
         """Return for every row how many own tokens of augmenter `index` came after the anchor's first `kept` tokens."""
-        text = self.texts[index]
-        if text is None:
+        text: Any = self.texts[index]
+        if text is None or isinstance(text, EncodedText):
             raise ValueError(
                 f"ComposedCache.crop: augmenter {index} must read the anchor's tokens, got tokens of its own, and it "
                 "is not known which of them to remove; start a new cache"

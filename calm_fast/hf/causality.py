@@ -20,6 +20,7 @@ from calm_fast.core.checks import bad_value
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.threads import in_this_thread
 from calm_fast.hf.connections import EMBEDDING
+from calm_fast.hf.encoders import HINT, Encoder
 from calm_fast.hf.hooks import did_not_run, entering, leaving, runs_again, wrong_shape
 from calm_fast.hf.inputs import Signature, Tokens, part_inputs
 from calm_fast.hf.layers import headless_path, hidden_size, submodule
@@ -45,7 +46,8 @@ class Part(NamedTuple):
     called: the module that a composed forward calls: the anchor itself, which may build masks of its own, or an
     augmenter's body. body: the headless module inside it, whose output is compared; of an encoder-decoder, its decoder.
     connected: (the layer, the first connection that has it) by layer index. encodes: the model is an encoder-decoder.
-    reads_ahead: the part reads a source that is known in full, so no token of it is a future one.
+    reads_ahead: the part reads a source that is known in full, so no token of it is a future one. encoder: how a
+    bidirectional augmenter is called.
     """
 
     argument: str
@@ -59,6 +61,7 @@ class Part(NamedTuple):
     connected: dict[int, tuple[nn.Module, tuple[int, int]]]
     encodes: bool = False
     reads_ahead: bool = False
+    encoder: Encoder | None = None
 
 
 def parts(composed: Composition) -> list[Part]:
@@ -81,7 +84,9 @@ def parts(composed: Composition) -> list[Part]:
         layers = model.get_submodule(str(composed.config.augmenter_layers[index]))
         connected = {a: (layers[max(a, 0)], (a, b)) for i, a, b in reversed(composed.pairs) if i == index}
         label = f"{name} ({type(model).__name__})"
-        part = Part("augmenters", label, name, model, body, body, signature, depth, connected, reads_ahead=encodes)
+        encoder = composed.encoders[index]
+        ahead = encodes or encoder is not None
+        part = Part("augmenters", label, name, model, body, body, signature, depth, connected, False, ahead, encoder)
         found.append(part)
     return found
 
@@ -111,9 +116,11 @@ def check_parts(composed: Composition, where: str, *, defer: bool) -> None:
             continue
         _check_connected(part, trial.states, where)
         if trial.moved and not part.reads_ahead:
-            expected = "models that read no future token" if part.argument == "augmenters" else "a causal model"
+            own = part.argument == "augmenters"
+            expected = "models that read no future token" if own else "a causal model"
             got = f"{part.label}, in which the last token changes the states before it{_reason(part.model.config)}"
-            raise bad_value(where, part.argument, expected, got + "; if it is one, pass probe=False")
+            hint = f"; or {HINT}" if own else ""
+            raise bad_value(where, part.argument, expected, f"{got}; if it is one, pass probe=False{hint}")
     composed.unproven = unproven
 
 
@@ -171,6 +178,9 @@ def _try(part: Part) -> _Trial:
 
 def _inputs(part: Part, ids: torch.Tensor) -> dict[str, Any]:
     """Return the arguments with which a part reads ids (2, TOKENS), a decoder after one source for both rows."""
+    if part.encoder is not None:
+        ids = ids.to(part.signature.device(part.model))
+        return part.encoder.inputs(ids, torch.ones_like(ids))
     if not part.encodes:
         tokens = Tokens(input_ids=ids, attention_mask=None, position_ids=None)
         return part_inputs(part.model, part.signature, tokens, None, 0)

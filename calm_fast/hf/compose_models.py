@@ -26,6 +26,7 @@ from calm_fast.hf.composed import ComposedForCausalLM
 from calm_fast.hf.composition import Composition
 from calm_fast.hf.config import ComposedConfig, ComposedSeq2SeqConfig
 from calm_fast.hf.connections import resolve_connections
+from calm_fast.hf.encoders import HINT, check_modes_given, encoder_of, load_encoder
 from calm_fast.hf.inputs import Signature
 from calm_fast.hf.layers import find_layers, hidden_size
 from calm_fast.hf.references import StrPath, commit, load_errors_named, reference
@@ -54,14 +55,17 @@ def _config_at(path: str, kwargs: dict[str, Any]) -> PreTrainedConfig | None:
     return config
 
 
-def _load(name: str, model: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
+def _load(name: str, model: Any, kwargs: dict[str, Any], mode: str | None = None) -> PreTrainedModel:
+    """Return a loaded model. mode: how a bidirectional augmenter reads; None for a causal language model."""
     if isinstance(model, (str, os.PathLike)):
         path: str = os.fspath(model)
         with load_errors_named("compose", name, model, "a loaded model, its folder or its hub name"):
+            if mode is not None:
+                return load_encoder(path, "compose", **kwargs)
             config = _config_at(path, kwargs)
             seq2seq = config is not None and _is_seq2seq(config)
             if seq2seq and name != "anchor" and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-                got = f"{path!r}, an encoder-decoder ({type(config).__name__})"
+                got = f"{path!r}, an encoder-decoder ({type(config).__name__}). Or {HINT}"
                 raise bad_value("compose", name, "decoder-only models", got)
             kind = AutoModelForSeq2SeqLM if seq2seq and name == "anchor" else AutoModelForCausalLM
             model = kind.from_pretrained(path, **kwargs)
@@ -70,7 +74,21 @@ def _load(name: str, model: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
     if isinstance(model, Composition):
         expected = "a model that is no composition"
         raise bad_value("compose", name, expected, f"a {type(model).__name__}. Give one anchor several augmenters")
-    return model
+    return model if mode is None else encoder_of(model, "compose")
+
+
+def _check_readers(models: list[PreTrainedModel], modes: list[str | None], hint: str) -> None:
+    """Raise ValueError for an augmenter that cannot read causally, token by token, and shall. hint: what else to do."""
+    for model, mode in zip(models, modes, strict=True):
+        if mode is None:
+            try:
+                Signature.of(model, where="compose", argument="augmenters")
+            except ValueError as problem:
+                text = str(problem)
+                if "`augmenters`" not in text:
+                    got = f"{type(model).__name__}: {text}"
+                    text = str(bad_value("compose", "augmenters", "a causal language model", got))
+                raise ValueError(f"{text.rstrip('.')}{hint}") from problem
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -179,6 +197,7 @@ def compose(
     tokenizers: Any = None,
     same_ids: bool = False,
     alignment: Any = None,
+    bidirectional: Any = None,
     probe: bool = True,
     model_kwargs: dict[str, Any] | None = None,
 ) -> ComposedForCausalLM | ComposedForSeq2SeqLM:
@@ -212,6 +231,10 @@ def compose(
         same_ids: True reads the ids as they are, without this comparison.
         alignment: settings of the aligners, {"commit": ..., "special": ..., "max_lag": ...}, or a list with one dict or
             None per augmenter. Default, those of `StreamAligner`.
+        bidirectional: None for augmenters that read causally, as language models do. "prompt" for one that reads the
+            prompt in full, such as BERT or the encoder of T5; the anchor's tokens from the prompt's last one on read
+            all of it, those before read nothing. "reencode": it reads all text anew at each of these tokens. A list has
+            one entry per augmenter. `prompt_length` of forward says where the prompt ends.
         probe: run each part once on eight tokens, and refuse parts that read future tokens and connected layers that do
             not run exactly once or whose state is not (batch, tokens, width). A part that cannot run on its device yet
             is tried at the first forward. False skips it.
@@ -235,14 +258,17 @@ def compose(
     anchor = _load("anchor", anchor, kwargs)
     if not given:
         raise bad_value("compose", "augmenters", "at least one model", "none")
-    models = [_load("augmenters", model, kwargs) for model in given]
+    modes = check_modes_given(bidirectional, len(given))
+    models = [_load("augmenters", model, kwargs, mode) for model, mode in zip(given, modes, strict=True)]
     if not anchor.can_generate():
         expected = "a causal language model, or an encoder-decoder that writes text"
         raise bad_value("compose", "anchor", expected, type(anchor).__name__)
     seq2seq = _is_seq2seq(anchor.config)
     Signature.of(anchor, where="compose", argument="anchor", encoder_decoder=seq2seq)
-    for model in models:
-        Signature.of(model, where="compose", argument="augmenters")
+    if seq2seq and any(modes):
+        expected = "None over an encoder-decoder, whose augmenters read the whole source as it is"
+        raise bad_value("compose", "bidirectional", expected, describe(bidirectional))
+    _check_readers(models, modes, "" if seq2seq else f". Or {HINT}")
     settings = _alignment_settings(alignment, len(models), same_ids)
     known = known_tokenizers(anchor, models, tokenizers, kwargs)
     differences: list[Difference | None] = [None] * len(models)
@@ -285,6 +311,7 @@ def compose(
             "proj": proj,
         },
         composition_dtype=composition_dtype or ("float64" if anchor.dtype == torch.float64 else "float32"),
+        bidirectional=modes,
         use_cache=getattr(anchor.config.get_text_config(decoder=True), "use_cache", True),
     )
     composed = (ComposedForSeq2SeqLM if seq2seq else ComposedForCausalLM)(config, anchor, models)

@@ -12,7 +12,6 @@ from transformers.utils import ModelOutput  # type: ignore[attr-defined]  # re-e
 
 from calm_fast.core.checks import bad_value
 from calm_fast.core.dispatch import active_transform
-from calm_fast.hf.aligned_calls import AlignedCall, align_call
 from calm_fast.hf.cache import ComposedCache
 from calm_fast.hf.cache_names import with_cache
 from calm_fast.hf.causality import check_parts
@@ -36,6 +35,7 @@ from calm_fast.hf.introspection import HeadlessForward
 from calm_fast.hf.keywords import shared_keywords
 from calm_fast.hf.modes import check_modes
 from calm_fast.hf.prefixes import give_prefix_mask, read_prefix, widened
+from calm_fast.hf.reading import TextCall, read_texts
 from calm_fast.hf.recompute import begin_turn, end_turn
 from calm_fast.hf.trials import check_padding, check_parts_separate, check_prefix_call
 
@@ -135,9 +135,10 @@ class ComposedForCausalLM(HeadlessForward, Composition, CompositionGeneration, G
         The last five are a tensor for all augmenters, or a list with a tensor or None for each.
             headless: True returns the output of the anchor's base model, with last_hidden_state and no logits.
             prompt_length: for augmenters with another tokenizer (`aligners`), whose text is made of input_ids unless
-                augmenter_input_ids are given: how many tokens (padding and the cache's included) are the prompt, after
-                which they get all text so far; an int, or int64 (B,) or (B, prompts). Default, the tokens of this call
-                without a cache, or of the call that begins the cache.
+                augmenter_input_ids are given, and for bidirectional ones: how many tokens (padding and the cache's
+                included) are the prompt, after which they get all text so far; an int, or int64 (B,) or (B, prompts).
+                Default, the tokens of this call without a cache, or of the call that begins the cache; bidirectional
+                augmenters need it in training and without a cache.
             prefix_lengths: how many tokens of a row (padding included) see each other, the later ones too: an int, or
                 int64 (B,), within the call that begins a text. The anchor needs full attention in every layer, and
                 labels in the prefix must be -100. Of a prefix each token reads what any of them may read.
@@ -165,11 +166,13 @@ class ComposedForCausalLM(HeadlessForward, Composition, CompositionGeneration, G
             "hi": hi,
         }
         cached = self._caches(cache, use_cache, self.training or labels is not None)
-        reading: AlignedCall | None = None
+        texts: TextCall | None = None
         if self.aligned:
-            where = (cache, cached, past, prompt_length)
-            reading = align_call(self._aligners, input_ids, attention_mask, position_ids, external, *where)
+            learns = self.training or labels is not None
+            texts = read_texts(self, inputs, external, Past(past, cached, cache), prompt_length, learns)
         calls, uncacheable = augmenter_calls(len(self.augmenters), inputs, external, Past(past, cached, cache))
+        if texts is not None:
+            calls = texts.calls(calls)
         tracing = torch.compiler.is_compiling() or active_transform() is not None
         if self.recomputes:
             check_padding(self, WHERE, [attention_mask, *(call.inputs["attention_mask"] for call in calls)])
@@ -180,7 +183,8 @@ class ComposedForCausalLM(HeadlessForward, Composition, CompositionGeneration, G
         prefix = None
         if prefix_lengths is not None and (prefix := read_prefix(prefix_lengths, input_ids, past, cache)) is not None:
             check_prefix_call(self, prefix, packed, labels, kwargs)
-            calls = [call._replace(visibility=widened(call.visibility, prefix, input_ids.shape[1])) for call in calls]
+            new = input_ids.shape[1]
+            calls = [c if c.reading else c._replace(visibility=widened(c.visibility, prefix, new)) for c in calls]
         first = input_ids.shape[1] > 1 or past == 0  # the token of a decode step comes from the model itself
         check_modes((self.anchor, *self.augmenters), self.training, every_module=first)
         if (first or external["augmenter_input_ids"] is not None) and active_transform() is None:  # vmap hides ids
@@ -210,8 +214,8 @@ class ComposedForCausalLM(HeadlessForward, Composition, CompositionGeneration, G
             if cache is not None:
                 remember(cache, past, inputs, calls)
                 cache.prefix = cache.prefix if past > 0 else prefix_lengths
-                if reading is not None:
-                    reading.commit(cache)
+                if texts is not None:
+                    texts.commit(cache)
             self._read_augmenters(frame, calls, cache, past, shared)
             self.hooks.check_read(frame, self.pairs)
             frame.residual = partial(

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Generation
 from calm_fast.core.checks import bad_value
 from calm_fast.core.compatibility import require
 from calm_fast.hf.aligned_text import Aligner
-from calm_fast.hf.augmenter_training import check_trained_parts, trains
 from calm_fast.hf.cache import ComposedCache, Identity
 from calm_fast.hf.config import ComposedConfig
+from calm_fast.hf.encoders import Encoder, describe_encoder, encoder_from_config, encoder_signature
 from calm_fast.hf.hooks import Checkpoint, Frame, install
 from calm_fast.hf.inputs import WHERE, AugmenterCall, Signature, Tokens, check_vocabulary
 from calm_fast.hf.introspection import CompositionIntrospection
 from calm_fast.hf.layers import device_of, find_layers, headless_path, hidden_size, submodule, truncated_view
-from calm_fast.hf.reading import run_augmenter
+from calm_fast.hf.reading import read_augmenters
 from calm_fast.hf.saving import CompositionFiles
 from calm_fast.hf.training import CompositionTraining
 from calm_fast.modules.cross_attention import CrossAttention
@@ -29,13 +29,17 @@ from calm_fast.modules.cross_attention import CrossAttention
 class Composition(CompositionIntrospection, CompositionFiles, CompositionTraining):
     """A frozen anchor with frozen augmenters, and the connections between them; its subclasses run it.
 
-    where: the name of the subclass, in errors. encoder_decoder: True if the anchor is one.
+    where: the name of the subclass, in errors. encoder_decoder: True if the anchor is one. encoders: how each
+    bidirectional augmenter is called, None for the others. aligned: True if the model makes an augmenter's text, for
+    another tokenizer or a bidirectional augmenter.
     """
 
     anchor: PreTrainedModel
     augmenters: nn.ModuleList
     where: ClassVar[str] = WHERE
     encoder_decoder: ClassVar[bool] = False
+    encoders: list[Encoder | None]
+    aligned: bool
     _aligners: list[Aligner | None]
     base_model_prefix = ""
     main_input_name = "input_ids"
@@ -61,7 +65,11 @@ class Composition(CompositionIntrospection, CompositionFiles, CompositionTrainin
             kind = AutoModelForSeq2SeqLM if self.encoder_decoder else AutoModelForCausalLM
             anchor = cast(PreTrainedModel, kind.from_config(config.anchor_config))
         if augmenters is None:
-            augmenters = [AutoModelForCausalLM.from_config(sub) for sub in config.augmenter_configs]
+            subs = zip(config.augmenter_configs, config.bidirectional, strict=True)
+            augmenters = [
+                AutoModelForCausalLM.from_config(sub) if mode is None else encoder_from_config(sub)
+                for sub, mode in subs
+            ]
         self.unproven = False  # True if a part could not be tried at compose time
         self.separates = False  # True once all parts have shown that they separate the documents of a packed row
         self.mixing = ""  # the error for packed rows once a part has shown that it does not
@@ -82,15 +90,21 @@ class Composition(CompositionIntrospection, CompositionFiles, CompositionTrainin
             for model, (path, _), depth in zip(augmenters, found, self.depths, strict=True)
         ]
         self.augmenters = nn.ModuleList(views)
-        self.aligners = [None] * len(views)
         self.tokenizers = [None] * (1 + len(views))
         self.headless = [headless_path(view, path) for view, (path, _) in zip(views, found, strict=True)]
         called = [submodule(view, names) for view, names in zip(views, self.headless, strict=True)]
+        self.encoders = [
+            None if mode is None else describe_encoder(view, inner, mode)
+            for view, inner, mode in zip(views, called, config.bidirectional, strict=True)
+        ]
+        self.aligners = [None] * len(views)
         self.signatures = [
             Signature.of(anchor, where=self.where, argument="anchor", encoder_decoder=self.encoder_decoder),
             *(
-                Signature.of(augmenter, inner, where=self.where, argument="augmenters")
-                for augmenter, inner in zip(augmenters, called, strict=True)
+                encoder_signature(augmenter)
+                if encoder is not None
+                else Signature.of(augmenter, inner, where=self.where, argument="augmenters")
+                for augmenter, inner, encoder in zip(augmenters, called, self.encoders, strict=True)
             ),
         ]
         self.connections = nn.ModuleList(self._connection(i, anchor_layers[max(b, 0)]) for i, _, b in self.pairs)
@@ -123,7 +137,7 @@ class Composition(CompositionIntrospection, CompositionFiles, CompositionTrainin
             expected = f"a list with a StreamAligner or None for each of {len(self.augmenters)} augmenters"
             raise bad_value(self.where, "aligners", expected, f"{len(aligners)} entries")
         self._aligners = list(aligners)
-        self.aligned = any(aligner is not None for aligner in aligners)
+        self.aligned = any(one is not None for one in (*aligners, *self.encoders))
 
     def _augmenter(self, index: int) -> PreTrainedModel:
         return cast(PreTrainedModel, self.augmenters[index])
@@ -183,7 +197,9 @@ class Composition(CompositionIntrospection, CompositionFiles, CompositionTrainin
         """
         shared = [self.anchor]
         for index, call in enumerate(calls):
-            if call.inputs is inputs:
+            if call.reading is not None and call.reading.own:
+                check_vocabulary("augmenter_input_ids", call.reading.ids, [self._augmenter(index)])
+            elif call.inputs is inputs:
                 shared.append(self._augmenter(index))
             else:
                 check_vocabulary("augmenter_input_ids", call.inputs["input_ids"], [self._augmenter(index)])
@@ -193,34 +209,5 @@ class Composition(CompositionIntrospection, CompositionFiles, CompositionTrainin
     def _read_augmenters(
         self, frame: Frame, calls: list[AugmenterCall], cache: ComposedCache | None, past: int, shared: dict[str, Any]
     ) -> None:
-        """Run every augmenter up to its last connected layer; the hooks leave its states in the frame.
-
-        past: the number of the anchor's tokens before this call. Autograd records an augmenter only if one of its
-        parameters trains.
-        """
-        for index, (model, call) in enumerate(zip(self.augmenters, calls, strict=True)):
-            frame.stage = index
-            own, before = None if cache is None else cache.augmenters[index], past
-            if cache is not None and call.step is not None:
-                cache.begin_step(index, call.step.text, call.step.move)
-                before = cache.cross[self.first_of[index]].get_seq_length()
-            signature = self.signatures[index + 1]
-            if call.inputs["input_ids"].shape[1] == 0:
-                self._read_nothing(frame, index, call.inputs["input_ids"].shape[0])
-                continue
-            called = submodule(model, self.headless[index])
-            recorded = trains(model)
-            with torch.set_grad_enabled(recorded):
-                run_augmenter(frame, model, called, signature, call, own, before, shared)  # type: ignore[arg-type]
-            if recorded:
-                read = 1 + max(a for i, a, _ in self.pairs if i == index)
-                states = [state for (i, _), state in frame.states.items() if i == index]
-                check_trained_parts(index, model, str(self.config.augmenter_layers[index]), read, states)
-
-    def _read_nothing(self, frame: Frame, index: int, batch: int) -> None:
-        """Leave states without tokens in the frame: augmenter `index` has no new token in this call."""
-        model = self._augmenter(index)
-        empty = torch.zeros(batch, 0, hidden_size(model), dtype=model.dtype, device=model.device)
-        for augmenter, a, _ in self.pairs:
-            if augmenter == index:
-                frame.states[index, a] = empty
+        """Run every augmenter up to its last connected layer; the hooks leave its states in the frame."""
+        read_augmenters(self, frame, calls, cache, past, shared)

@@ -11,7 +11,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from calm_fast.core.checks import bad_value
 from calm_fast.hf.cache_names import NAMES
 
-FORMAT_VERSION = 2  # 2: an augmenter reads its own tokens, through an aligner; 1: all read the anchor's ids
+# 3: an augmenter is bidirectional; 2: one reads its own tokens, through an aligner; 1: all read the anchor's ids
+FORMAT_VERSION = 3
 # settings that from_pretrained may override; the other fields belong to the saved tensors
 OVERRIDES = {"use_cache", "anchor_path", "anchor_revision", "augmenter_paths", "augmenter_revisions"}
 # fields that have a meaning of their own in any config, so they are never read from the anchor's
@@ -22,6 +23,13 @@ _NOT_SHARED |= {"forced_bos_token_id", "forced_eos_token_id", "suppress_tokens",
 _NOT_SHARED |= {"encoder_no_repeat_ngram_size"}
 # fields of every config that take effect in the anchor's forward
 _OUTPUTS = {"output_hidden_states", "output_attentions"}
+
+
+def format_of(alignment: list[Any] | None, bidirectional: list[Any] | None) -> int:
+    """Return the lowest format that says how augmenters read."""
+    if any(mode is not None for mode in bidirectional or []):
+        return 3
+    return 2 if any(settings is not None for settings in alignment or []) else 1
 
 
 def _as_config(config: PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
@@ -44,6 +52,7 @@ class ComposedConfig(PreTrainedConfig):
     anchor_fingerprint, augmenter_fingerprints: a few weights of each part, compared when the composition is loaded.
     tensors_checksum: of the tensors that were saved with this config; "" in memory.
     alignment: per augmenter the settings of its StreamAligner, None if it reads the anchor's token ids.
+    bidirectional: per augmenter "prompt" or "reencode" if it reads its text in full, None if it reads causally.
     tokenizer_fingerprints: of the anchor's tokenizer and those of the augmenters, "" for one without an aligner; empty
         if there is no aligner.
     format_version: format of the saved files. Default, the lowest that says all of this.
@@ -77,13 +86,14 @@ class ComposedConfig(PreTrainedConfig):
         augmenter_fingerprints: list[str] | None = None,
         tensors_checksum: str = "",
         alignment: list[dict[str, Any] | None] | None = None,
+        bidirectional: list[str | None] | None = None,
         tokenizer_fingerprints: list[str] | None = None,
         format_version: int | None = None,
         use_cache: bool = True,
         **kwargs: Any,
     ) -> None:
         if format_version is None:
-            format_version = FORMAT_VERSION if any(one is not None for one in alignment or []) else 1
+            format_version = format_of(alignment, bidirectional)
         if not isinstance(format_version, int) or not 1 <= format_version <= FORMAT_VERSION:
             expected = f"a format that this release of calm_fast reads, 1 to {FORMAT_VERSION}"
             got = f"{format_version!r}. A newer release wrote this composition: upgrade calm_fast"
@@ -109,6 +119,7 @@ class ComposedConfig(PreTrainedConfig):
         self.augmenter_fingerprints = list(augmenter_fingerprints or [""] * count)
         self.tensors_checksum = tensors_checksum
         self.alignment = list(alignment or [None] * count)
+        self.bidirectional = list(bidirectional or [None] * count)
         self.tokenizer_fingerprints = list(tokenizer_fingerprints or [])
         self.format_version = format_version
         self.use_cache = use_cache
@@ -180,6 +191,8 @@ class ComposedConfig(PreTrainedConfig):
         output["connections"] = [[list(pair) for pair in pairs] for pairs in self.connections]
         if all(settings is None for settings in self.alignment):  # format 1, which earlier releases read
             del output["alignment"], output["tokenizer_fingerprints"]
+        if all(mode is None for mode in self.bidirectional):
+            del output["bidirectional"]
         return output
 
 

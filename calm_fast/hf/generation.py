@@ -22,6 +22,8 @@ from calm_fast.hf.aligned_calls import prompt_ends
 from calm_fast.hf.aligned_text import AlignedText, Aligner
 from calm_fast.hf.cache import AROUND, ComposedCache, Identity, cache_of_first_layers, is_empty
 from calm_fast.hf.cache_names import NAMES, alias_cache, cache_of, generate_argument, given_cache
+from calm_fast.hf.encoded_text import EncodedText
+from calm_fast.hf.encoders import Encoder
 from calm_fast.hf.inputs import WHERE, check_ids, check_tensors
 from calm_fast.hf.masks import check_prompt
 from calm_fast.hf.recompute import without_cache
@@ -83,7 +85,8 @@ class CompositionGeneration(RefusedGeneration):
     depths: list[int]
     pairs: list[tuple[int, int, int]]
     identity: Identity
-    aligned: bool  # True if an augmenter has another tokenizer than the anchor
+    aligned: bool  # True if the model makes an augmenter's text: for another tokenizer, or a bidirectional augmenter
+    encoders: list[Encoder | None]  # how each bidirectional augmenter is called
     recomputes: str  # why no cache can be kept, or "": a part has no transformers Cache
     told: bool  # True once generate has said so
     _aligners: list[Aligner | None]
@@ -94,7 +97,8 @@ class CompositionGeneration(RefusedGeneration):
         max_length: make every part of a fixed size, for at most so many tokens. A decoding step without a mask then has
         the same shapes each time and reads no count on the host: torch.compile traces it once, and a CUDA graph can
         hold it. For augmenters that read the anchor's tokens, and families whose layers all have full attention.
-        Raises ValueError for a max_length with an anchor_cache, or over augmenters with another tokenizer.
+        Raises ValueError for a max_length with an anchor_cache, or over augmenters with another tokenizer or
+        bidirectional ones.
         """
         if self.recomputes:
             expected = "a composition whose parts all have a cache"
@@ -102,19 +106,22 @@ class CompositionGeneration(RefusedGeneration):
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 0:
             raise bad_value("new_cache", "max_length", "a number of tokens, or 0 for a growing cache", repr(max_length))
         if max_length and (anchor_cache is not None or self.aligned):
-            got = "an anchor_cache" if anchor_cache is not None else "an augmenter with another tokenizer"
+            reader = "an augmenter with another tokenizer, or a bidirectional one"
+            got = "an anchor_cache" if anchor_cache is not None else reader
             raise bad_value("new_cache", "max_length", "0 with it", f"{max_length} and {got}")
         parts = [self.anchor, *(cast(PreTrainedModel, augmenter) for augmenter in self.augmenters)]
         texts = [part.config.get_text_config(decoder=True) for part in parts]
         if anchor_cache is None:
             fixed = max_length > 0
             anchor_cache = StaticCache(texts[0], max_length) if fixed else DynamicCache(config=texts[0])
-        depths = zip(texts[1:], self.depths, strict=True)
-        caches = [cache_of_first_layers(text, depth, max_length) for text, depth in depths]
+        depths = zip(texts[1:], self.depths, self.encoders, strict=True)
+        # a bidirectional augmenter keeps nothing
+        caches = [cache_of_first_layers(text, n, max_length) if e is None else DynamicCache() for text, n, e in depths]
         readers = [augmenter for augmenter, _, _ in self.pairs]
         cache = ComposedCache(anchor_cache, caches, len(self.pairs), self.identity.name, readers, max_length)
         if self.aligned:
-            cache.texts = [None if aligner is None else AlignedText() for aligner in self._aligners]
+            both = zip(self._aligners, self.encoders, strict=True)
+            cache.texts = [EncodedText() if e is not None else None if a is None else AlignedText() for a, e in both]
         return cache
 
     def own_cache(self, **given: Any) -> ComposedCache | None:

@@ -173,12 +173,13 @@ def check_vocabulary(name: str, ids: torch.Tensor, models: Iterable[PreTrainedMo
 class AugmenterCall(NamedTuple):
     """The token arguments of one augmenter, and the interval of them that each anchor token reads.
 
-    step: what happens to the cache first, for an augmenter with tokens of its own and a cache.
+    step: what happens to the cache first, for an augmenter with tokens of its own. reading: of a bidirectional one.
     """
 
     inputs: Tokens
     visibility: Visibility
     step: OwnStep | None = None
+    reading: Any = None
 
 
 def per_augmenter(name: str, value: Any, count: int) -> list[torch.Tensor | None]:

@@ -94,7 +94,7 @@ def hidden_size(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config(decoder=True).hidden_size)
 
 
-def _shallow_copy(module: nn.Module) -> nn.Module:
+def shallow_copy(module: nn.Module) -> nn.Module:
     copy = module.__class__.__new__(module.__class__)
     copy.__dict__ = dict(module.__dict__)
     # an instance-level forward (accelerate's hooks) is bound to the full module
@@ -110,13 +110,13 @@ def truncated_view(model: PreTrainedModel, layers_path: str, depth: int) -> PreT
     Only the containers on the way to the layers are copied, shallowly. `model` itself is not changed. The layers past
     `depth` and the LM head are freed once the caller drops `model`.
     """
-    view = cast(PreTrainedModel, _shallow_copy(model))
+    view = cast(PreTrainedModel, shallow_copy(model))
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     view._modules = {name: child for name, child in view._modules.items() if head is None or child is not head}
     parent: nn.Module = view
     *containers, last = layers_path.split(".")
     for name in containers:
-        child = _shallow_copy(parent.get_submodule(name))
+        child = shallow_copy(parent.get_submodule(name))
         parent._modules[name] = child
         parent = child
     layers = cast(nn.ModuleList, parent.get_submodule(last))

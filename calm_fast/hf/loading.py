@@ -12,11 +12,12 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 
 from calm_fast.core.checks import bad_value
 from calm_fast.hf.config import ComposedConfig
+from calm_fast.hf.encoders import encoder_of
 from calm_fast.hf.references import LOAD, check_part, commit, load_part, reference
 
 logger = logging.get_logger(__name__)
 # the tensors mean something else under other values of these fields
-_OF_TENSORS = "connections cross_attention anchor_layers augmenter_layers".split()
+_OF_TENSORS = "connections cross_attention anchor_layers augmenter_layers bidirectional".split()
 
 
 def read_config(kind: type[ComposedConfig], folder: str, hub: dict[str, Any]) -> ComposedConfig:
@@ -81,6 +82,7 @@ def load_parts(
     paths = [config.anchor_path, *config.augmenter_paths]
     revisions = [config.anchor_revision, *config.augmenter_revisions]
     subs = [config.anchor_config, *config.augmenter_configs]
+    modes = [None, *config.bidirectional]
     models, from_path = [], []
     for index, part in enumerate(given):
         name = "anchor" if index == 0 else "augmenters"
@@ -88,10 +90,13 @@ def load_parts(
         assert sub is not None  # the caller has checked it
         from_path.append(part is None or isinstance(part, (str, os.PathLike)))
         if part is None:
-            part = load_part(name, paths[index], revisions[index], folder, sub, kwargs)
+            part = load_part(name, paths[index], revisions[index], folder, sub, kwargs, modes[index])
         elif from_path[-1]:
             revisions[index] = None
-            part = load_part(name, os.path.abspath(part) if os.path.isdir(part) else part, None, folder, sub, kwargs)
+            where = os.path.abspath(part) if os.path.isdir(part) else part
+            part = load_part(name, where, None, folder, sub, kwargs, modes[index])
+        elif modes[index] is not None and isinstance(part, PreTrainedModel):
+            part = encoder_of(part, LOAD)
         check_part(name, part, sub)
         if reference(part):
             paths[index] = reference(part)

@@ -13,9 +13,9 @@ from transformers import PreTrainedConfig
 _WITHOUT_EFFECT = frozenset(
     "architectures attn_implementation auto_map bos_token_id chunk_size_feed_forward decoder_start_token_id "
     "distributed_config dtype eos_token_id experts_implementation gradient_checkpointing id2label initializer_range "
-    "label2id name_or_path output_attentions output_hidden_states output_router_logits pad_token_id problem_type "
-    "quantization_config return_dict router_aux_loss_coef tokenizer_class torch_dtype transformers_version "
-    "use_cache".split()
+    "is_encoder_decoder label2id name_or_path output_attentions output_hidden_states output_router_logits pad_token_id "
+    "problem_type quantization_config return_dict router_aux_loss_coef tokenizer_class torch_dtype "
+    "transformers_version use_cache".split()
 )
 _DROPOUT = ("dropout", "pdrop", "layerdrop")
 

@@ -19,6 +19,7 @@ from transformers.utils.hub import cached_file
 from calm_fast.core.checks import bad_value
 from calm_fast.core.fingerprint import is_comparable, same_values, sample_weights, sampled_positions, weights_differ
 from calm_fast.core.wrapped_names import bare_name
+from calm_fast.hf.encoders import load_encoder
 from calm_fast.hf.layers import hidden_size
 from calm_fast.hf.part_configs import configs_differ
 from calm_fast.hf.wrappers import peft_layer_types
@@ -97,9 +98,17 @@ def load_errors_named(function: str, name: str, path: StrPath, expected: str) ->
 
 
 def load_part(
-    name: str, path: StrPath, revision: str | None, folder: str, config: PreTrainedConfig | None, kwargs: dict[str, Any]
+    name: str,
+    path: StrPath,
+    revision: str | None,
+    folder: str,
+    config: PreTrainedConfig | None,
+    kwargs: dict[str, Any],
+    mode: str | None = None,
 ) -> PreTrainedModel:
     """Load the part that a composition in `folder` refers to by `path`, in the dtype in which it was saved.
+
+    mode: how a bidirectional augmenter reads; None for the other parts, which are causal language models.
 
     Raises ValueError naming the argument `name` if there is no path, or nothing to load there.
     """
@@ -116,8 +125,11 @@ def load_part(
             kwargs = kwargs | {"dtype": config.dtype}
     expected = "the model that the composition refers to (or pass the loaded model)"
     with load_errors_named(LOAD, name, where, expected):
+        kwargs = kwargs | {"revision": revision or "main"}
+        if mode is not None:
+            return load_encoder(where, LOAD, **kwargs)
         kind = AutoModelForSeq2SeqLM if config is not None and config.is_encoder_decoder else AutoModelForCausalLM
-        model: PreTrainedModel = kind.from_pretrained(where, revision=revision or "main", **kwargs)
+        model: PreTrainedModel = kind.from_pretrained(where, **kwargs)
     return model
 
 
@@ -201,18 +213,20 @@ def _names_by_file(folder: str) -> dict[str, list[str]]:
 def differs_from_files(model: nn.Module, folder: str) -> str:
     """Say which weight of `model` differs from the safetensors files in `folder`, or return "".
 
-    Looks at a few values of every parameter that the files hold under the model's own name for it; what transformers
-    renames while loading is not compared.
+    Looks at a few values of every parameter that the files hold under the model's own name for it, or under the name in
+    a model whose encoder or base model it is; what transformers renames while loading is not compared.
     """
     weights = {bare_name(n): p for n, p in model.named_parameters() if is_comparable(p)}
     samples = sample_weights(weights)
+    outer = [f"{getattr(model, 'base_model_prefix', '')}.", "encoder."]
     for file, names in _names_by_file(folder).items():
         if not os.path.isfile(file):
             continue
         with safe_open(file, framework="pt") as opened:
-            for name in names:
-                part = opened.get_slice(name) if name in samples else None
-                if part is None or part.get_dtype() not in _FLOATS:
+            for stored in names:
+                name = next((own for own in _own_names(stored, outer) if own in samples), None)
+                part = None if name is None else opened.get_slice(stored)
+                if name is None or part is None or part.get_dtype() not in _FLOATS:
                     continue
                 shape = tuple(part.get_shape())
                 if shape != tuple(weights[name].shape):
@@ -222,6 +236,13 @@ def differs_from_files(model: nn.Module, folder: str) -> str:
                 if not same_values(samples[name], saved, rounded):
                     return f"{name} has other values than in {folder}"
     return ""
+
+
+def _own_names(stored: str, outer: list[str]) -> list[str]:
+    """Return the names that a parameter stored as `stored` may have in a model inside `outer` ones, its own first."""
+    base, encoder = outer
+    inside = stored.removeprefix(base)
+    return [stored, inside, inside.removeprefix(encoder)]
 
 
 def _sampled_slice(part: Any, shape: tuple[int, ...]) -> torch.Tensor:

@@ -19,7 +19,7 @@ from calm_fast.core.files import atomic_path
 from calm_fast.core.fingerprint import weight_fingerprint
 from calm_fast.core.wrapped_names import bare_name
 from calm_fast.hf.causality import check_parts as try_parts
-from calm_fast.hf.config import FORMAT_VERSION, ComposedConfig
+from calm_fast.hf.config import ComposedConfig, format_of
 from calm_fast.hf.loading import config_of_tensors, keep_token_ids, load_parts, read_config, saved_generation_config
 from calm_fast.hf.own_tensors import (
     PREFIX,
@@ -101,7 +101,7 @@ class CompositionFiles(PreTrainedModel):
         fields = alignment_fields(self.aligners, self.tokenizers)
         self.config.alignment = fields.get("alignment", [None] * len(self.aligners))
         self.config.tokenizer_fingerprints = fields.get("tokenizer_fingerprints", [])
-        self.config.format_version = FORMAT_VERSION if fields else 1
+        self.config.format_version = format_of(self.config.alignment, self.config.bidirectional)
         content, generation = _json_texts(self)
         content["anchor_path"] = portable(self.config.anchor_path, folder)
         content["augmenter_paths"] = [portable(path, folder) for path in self.config.augmenter_paths]

@@ -30,7 +30,7 @@ def check_parts_separate(composed: ComposedForCausalLM, where: str, position_ids
     read; over a part that does not separate documents, a GPU asserts that they do not restart.
     """
     for part in () if composed.mixing else parts(composed):
-        if not _separates_documents(part):
+        if part.encoder is None and not _separates_documents(part):
             expected = f"positions that do not restart, because {part.label} does not separate documents by them"
             got = "rows of several documents. Give each document a row of its own, with padding"
             composed.mixing = str(bad_value(where, "position_ids", expected, got))

@@ -12,7 +12,15 @@ import torch
 
 from calm_fast.experiments import key_value_arithmetic as experiment
 from calm_fast.experiments.intervals import interval
-from calm_fast.experiments.key_value_arithmetic import ablations, ablations_report, data, parts, training
+from calm_fast.experiments.key_value_arithmetic import (
+    ablations,
+    ablations_report,
+    data,
+    encoder,
+    evaluation,
+    parts,
+    training,
+)
 
 
 def schedule(steps: int) -> training.Schedule:
@@ -26,6 +34,7 @@ SHORT = training.Recipe(
     width=32,
     a=schedule(6),
     b=schedule(6),
+    encoder=schedule(6),
     composition=schedule(6),
     eval_rows=40,
 )
@@ -34,7 +43,10 @@ KNOWN = ablations.variants(SHORT)
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    return ablations.shared_parts(SHORT, 3, tmp_path_factory.mktemp("parts"), parts.bars(False))
+    folder, bar = tmp_path_factory.mktemp("parts"), parts.bars(False)
+    found = ablations.shared_parts(SHORT, 3, folder, bar)
+    found.encoder = ablations.shared_encoder(SHORT, 3, folder, found.world, bar)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +86,31 @@ def test_variants_differ_in_one_thing(shared):
     nested = [set(KNOWN[n].connections) for n in ("connections-1", "connections-2", "standard", "connections-5")]
     assert all(small < large for small, large in zip(nested, nested[1:], strict=False))
     assert KNOWN["last-layer"].connections == ((SHORT.layers - 1, SHORT.layers - 1),)
+
+
+def test_an_encoder_learns_the_values_of_keys_and_comes_back_from_its_file(tmp_path):
+    recipe = replace(SHORT, encoder=replace(SHORT.encoder, steps=150, rows=32, rate=1e-2))
+    world = training.token_world(recipe, 3)
+    found = ablations.shared_encoder(recipe, 3, tmp_path, world, parts.bars(False))
+    assert encoder.named_right(found, world, torch.arange(60), 50, 0) > 90
+    again = ablations.shared_encoder(recipe, 3, tmp_path, world, lambda title, line: pytest.fail("trains again"))
+    for key, value in found.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("name", ["prompt-only", "encoder-prompt", "encoder-reencode"])
+def test_a_bidirectional_variant_reads_no_answer(shared, name):
+    model = ablations.build(KNOWN[name], shared, SHORT, 3)
+    with torch.no_grad():
+        for parameter in model.connections.parameters():
+            parameter.add_(0.1)
+        ids = data.kv_arithmetic(shared.world, torch.arange(60), 4, torch.Generator().manual_seed(0)).input_ids
+        other = ids.clone()
+        other[:, data.ANSWER_START] = data.PLUS
+        one, two = (model(input_ids=x, use_cache=False, **training.reading(model)).logits for x in (ids, other))
+    torch.testing.assert_close(one[:, : data.ANSWER_START], two[:, : data.ANSWER_START])
+    written = evaluation.generate_answers(model, data.Batch(ids, ids))
+    assert written.shape == (4, data.ROW - data.ANSWER_START)
 
 
 def test_the_random_augmenter_is_a_before_its_training(shared):

@@ -12,7 +12,7 @@ from ragged import Ragged
 from transformers import StaticCache
 from unread import FakeCuda, NoReading, values_unread
 
-from calm_fast.hf import ComposedForCausalLM, compose, composed
+from calm_fast.hf import ComposedForCausalLM, compose, reading
 from calm_fast.hf.reading import run_augmenter
 
 ALL = FAMILIES | OTHERS
@@ -229,7 +229,7 @@ def test_own_tokens_do_not_need_an_anchor_that_counts(anchor: str) -> None:
 def test_an_augmenter_without_a_new_token_in_any_row_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = composition("llama"), prompts(2, 3)
     calls: list[Any] = []
-    monkeypatch.setattr(composed, "run_augmenter", lambda *args: (calls.append(args), run_augmenter(*args)))
+    monkeypatch.setattr(reading, "run_augmenter", lambda *args: (calls.append(args), run_augmenter(*args)))
     hi = torch.tensor([[1, 2, 2], [1, 1, 1]], dtype=torch.int32)
     mask = torch.tensor([[1, 1], [1, 0]])
     cache = model(ids, augmenter_input_ids=ids[:, :2], augmenter_attention_mask=mask, hi=hi, use_cache=True).cache

@@ -19,13 +19,14 @@ from transformers.cache_utils import (
 from calm_fast.hf import ComposedCache, ComposedForCausalLM
 from calm_fast.hf.aligned_text import AlignedText
 from calm_fast.hf.cross_cache import CrossLayer
+from calm_fast.hf.encoded_text import EncodedText
 from calm_fast.hf.inputs import Signature, Tokens, kept_positions, part_inputs
 from calm_fast.hf.own_text import OwnText
 from calm_fast.hf.recompute import lacks_cache
 
 # cache layers that hold keys and values, or texts: a copy of them can be continued by any number of tokens, with the
 # result of a forward from the start. A recurrent state cannot: some families continue it by one token at a time only.
-_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, CrossLayer, OwnText, AlignedText)
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, CrossLayer, OwnText, AlignedText, EncodedText)
 _RECURRENT = LinearAttentionCacheLayerMixin
 
 
@@ -106,8 +107,9 @@ class PrefixReader:
 
     def check_filled(self, cache: Cache, tokens: int) -> bool:
         """Return True if the model kept all tokens in the cache; if not, set `shares` to False for good."""
-        # an augmenter with another tokenizer has another number of tokens
-        layers = _used_layers(cache.anchor if isinstance(cache, ComposedCache) and cache.own else cache)
+        # an augmenter with another tokenizer, or a bidirectional one, has another number of tokens
+        others = isinstance(cache, ComposedCache) and (cache.own or cache.encoded())
+        layers = _used_layers(cache.anchor if others else cache)  # type: ignore[attr-defined]  # a ComposedCache
         self.shares = self._shareable(cache)
         if self.shares and not (layers and all(layer.get_seq_length() == tokens for layer in layers)):
             self.shares = False

@@ -1,9 +1,9 @@
 """What makes the composition work: the key-value arithmetic experiment with one part changed at a time.
 
 The rows follow CALM's table of ablations (arXiv 2401.02412, Table 5: an augmenter that did not learn the
-new data, one with random weights, LoRA of equal size), and add which layers are connected, and how many. All variants
-of a seed share A, B, the batches of the composition's training and the rows of the evaluation. A finished variant is
-read from its file.
+new data, one with random weights, one that reads the prompt only, LoRA of equal size), and add which layers are
+connected, and how many, and an encoder as augmenter. All variants of a seed share A, B, the batches of the
+composition's training and the rows of the evaluation. A finished variant is read from its file.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from calm_fast.core.files import atomic_path, claim, write_json, write_text
 from calm_fast.experiments.intervals import interval
 from calm_fast.experiments.key_value_arithmetic import ablations_report
 from calm_fast.experiments.key_value_arithmetic.data import World, mixture_composition
+from calm_fast.experiments.key_value_arithmetic.encoder import mixture_encoder, naming_loss, tiny_bert
 from calm_fast.experiments.key_value_arithmetic.evaluation import accuracies
 from calm_fast.experiments.key_value_arithmetic.parts import Bars, bars, compose_parts, one_thread, train_parts
 from calm_fast.experiments.key_value_arithmetic.training import (
@@ -51,6 +52,7 @@ SMALL = Recipe(
     width=32,
     a=Schedule(steps=300, rows=64, weight_decay=0.01, rate=5e-3, warmup=20),
     b=Schedule(steps=400, rows=64, weight_decay=0.01, rate=5e-3, warmup=20),
+    encoder=Schedule(steps=300, rows=64, weight_decay=0.01, rate=5e-3, warmup=20),
     composition=Schedule(steps=500, rows=64, weight_decay=0.01, rate=5e-3, warmup=20),
     eval_rows=1000,
 )
@@ -60,25 +62,28 @@ SMALL = Recipe(
 class Variant:
     """A model to train on the composition's data.
 
-    augmenter: "A", "random" (A before its training), "B" (a copy of the anchor), or "" for LoRA on the anchor alone.
-    connections: (augmenter layer, anchor layer). lora: kinds of layers that get an adapter, "linear" and "embedding".
+    augmenter: "A", "random" (A before its training), "B" (a copy of the anchor), "encoder" (a BERT that knows keys), or
+    "" for LoRA on the anchor alone. connections: (augmenter layer, anchor layer). lora: kinds of layers that get an
+    adapter, "linear" and "embedding". reads: how a bidirectional augmenter reads, "prompt" or "reencode".
     """
 
     title: str
     augmenter: str = ""
     connections: tuple[tuple[int, int], ...] = ()
     lora: tuple[str, ...] = ()
+    reads: str | None = None
 
 
 @dataclass
 class Parts:
-    """What all variants of a seed share. initial: A's weights before its training."""
+    """What all variants of a seed share. initial: A's weights before its training. encoder: None if no variant asks."""
 
     world: World
     a: Causal
     b: Causal
     initial: Causal
     alone: dict[str, Any] = field(default_factory=dict)
+    encoder: Any = None
 
 
 def variants(recipe: Recipe) -> dict[str, Variant]:
@@ -94,6 +99,9 @@ def variants(recipe: Recipe) -> dict[str, Variant]:
         "connections-1": Variant("1 connection, at the embedding", "A", ((last, -1),)),
         "connections-2": Variant("2 connections", "A", ((last, -1), (last, 0))),
         "connections-5": Variant(f"{len(standard) + 2} connections", "A", (*standard, (0, -1), (0, 0))),
+        "prompt-only": Variant("A reads the prompt only", "A", standard, reads="prompt"),
+        "encoder-prompt": Variant("BERT reads the prompt", "encoder", standard, reads="prompt"),
+        "encoder-reencode": Variant("BERT re-encodes at every token", "encoder", standard, reads="reencode"),
     }
 
 
@@ -128,10 +136,11 @@ def with_lora(model: Causal, kinds: Sequence[str], parameters: int, seed: int) -
 def build(variant: Variant, parts: Parts, recipe: Recipe, seed: int) -> Causal:
     """Return the untrained model of a variant, with gradients for its new parameters only."""
     if not variant.lora:
-        augmenter = {"A": parts.a, "random": parts.initial, "B": parts.b}[variant.augmenter]
+        known = {"A": parts.a, "random": parts.initial, "B": parts.b, "encoder": parts.encoder}
+        augmenter: Any = known[variant.augmenter]
         if augmenter is parts.b:
             augmenter = copy.deepcopy(augmenter)
-        return compose_parts(recipe, seed, parts.b, augmenter, variant.connections)
+        return compose_parts(recipe, seed, parts.b, augmenter, variant.connections, variant.reads)
     size = trainable(compose_parts(recipe, seed, parts.b, parts.a, recipe.connections))
     return with_lora(parts.b, variant.lora, size, seeds(seed)["init_ab"])
 
@@ -158,6 +167,20 @@ def shared_parts(recipe: Recipe, seed: int, folder: Path, bar: Bars) -> Parts:
         model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
         model.eval()
     return Parts(world, a, b, initial.eval(), json.loads(record.read_text(encoding="utf-8")))
+
+
+def shared_encoder(recipe: Recipe, seed: int, folder: Path, world: World, bar: Bars) -> Any:
+    """Train the encoder and keep it in `folder`, or read it from there."""
+    streams, weights = seeds(seed), folder / "encoder.safetensors"
+    model = tiny_bert(recipe, world.vocab_size, streams["init_a"])
+    if weights.is_file():
+        model.load_state_dict(load_file(weights))
+        return model.eval()
+    progress = bar("BERT: keys to values", 0)
+    train(model, mixture_encoder(world), recipe.encoder, streams["train_a"], progress, naming_loss)
+    with atomic_path(weights) as partial:
+        save_file(model.state_dict(), partial)
+    return model
 
 
 def score(model: Causal, world: World, recipe: Recipe, seed: int) -> dict[str, float]:
@@ -294,6 +317,8 @@ def run(
             folder = out / f"seed_{seed}"
             folder.mkdir(exist_ok=True)
             parts = shared_parts(recipe, seed, folder, bar)
+            if any(variant.augmenter == "encoder" for variant in chosen.values()):
+                parts.encoder = shared_encoder(recipe, seed, folder, parts.world, bar)
             alone[seed] = parts.alone
             for name, variant in chosen.items():
                 file = folder / f"{name}.json"

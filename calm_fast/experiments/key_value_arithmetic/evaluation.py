@@ -17,7 +17,7 @@ from calm_fast.experiments.key_value_arithmetic.data import (
     numeric,
     substitution,
 )
-from calm_fast.experiments.key_value_arithmetic.training import Causal
+from calm_fast.experiments.key_value_arithmetic.training import Causal, reading
 
 TASKS: dict[str, Callable[[World, torch.Tensor, int, torch.Generator], Batch]] = {
     "substitution": substitution,
@@ -37,7 +37,8 @@ def exact_matches(model: Causal, batch: Batch, rows: int = 1000) -> torch.Tensor
     verdicts = []
     for ids, labels in zip(batch.input_ids.split(rows), batch.labels.split(rows), strict=True):
         columns = torch.arange(ANSWER_START - 1, ids.shape[1] - 1)
-        written = model(input_ids=ids[:, :-1], logits_to_keep=columns, use_cache=False).logits.argmax(dim=-1)
+        outputs = model(input_ids=ids[:, :-1], logits_to_keep=columns, use_cache=False, **reading(model))
+        written = outputs.logits.argmax(dim=-1)
         targets = labels[:, ANSWER_START:]
         verdicts.append(((written == targets) | (targets == IGNORE)).all(dim=1))
     return torch.cat(verdicts)
@@ -55,6 +56,7 @@ def generate_answers(model: Causal, batch: Batch) -> torch.Tensor:
         max_new_tokens=room,
         eos_token_id=EOS,
         pad_token_id=PAD,
+        **reading(model),
     )[:, ANSWER_START:]
     return torch.nn.functional.pad(written, (0, room - written.shape[1]), value=PAD)
 

@@ -73,12 +73,18 @@ def train_parts(recipe: Recipe, seed: int, bar: Bars) -> tuple[World, dict[str, 
 
 
 def compose_parts(
-    recipe: Recipe, seed: int, anchor: Causal, augmenter: Causal, connections: Sequence[tuple[int, int]]
+    recipe: Recipe,
+    seed: int,
+    anchor: Causal,
+    augmenter: Any,
+    connections: Sequence[tuple[int, int]],
+    reads: str | None = None,
 ) -> ComposedForCausalLM:
-    """Compose two models with the public API; the new weights are drawn from the seed."""
+    """Compose two models with the public API; the new weights are drawn from the seed. reads: see `bidirectional`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds(seed)["init_ab"])
-        composed = calm_fast.compose(anchor, augmenter, connections=list(connections), num_heads=recipe.heads)
+        links = list(connections)
+        composed = calm_fast.compose(anchor, augmenter, links, num_heads=recipe.heads, bidirectional=reads)
     assert isinstance(composed, ComposedForCausalLM)  # the anchor is a causal LM
     return composed
 

@@ -5,13 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from calm_fast import ComposedForCausalLM
-from calm_fast.experiments.key_value_arithmetic.data import EOS, IGNORE, PAD, ROW, Batch, Mixture, World, draw
+from calm_fast.experiments.key_value_arithmetic.data import (
+    ANSWER_START,
+    EOS,
+    IGNORE,
+    PAD,
+    ROW,
+    Batch,
+    Mixture,
+    World,
+    draw,
+)
 
 Causal = LlamaForCausalLM | ComposedForCausalLM
 
@@ -48,6 +59,7 @@ class Recipe:
     heads: int = 4
     a: Schedule = Schedule(steps=500, rows=256, weight_decay=0.01)
     b: Schedule = Schedule(steps=1000, rows=256, weight_decay=0.01)
+    encoder: Schedule = Schedule(steps=500, rows=256, weight_decay=0.01)
     composition: Schedule = Schedule(steps=2500, rows=128, weight_decay=0.1)
     connections: tuple[tuple[int, int], ...] = ((1, -1), (1, 0), (1, 1))
     eval_rows: int = 2000
@@ -86,26 +98,39 @@ def add_tokens(model: LlamaForCausalLM, vocab_size: int) -> None:
         table[old:] = table[:old].mean(dim=0)
 
 
+def reading(model: Any) -> dict[str, Any]:
+    """Return the arguments that say where a model's prompt ends, for a composition with a bidirectional augmenter.
+
+    An augmenter that reads the prompt reads all that precedes the answer; one that re-encodes reads with every token.
+    """
+    modes = model.config.bidirectional if isinstance(model, ComposedForCausalLM) else []
+    if not any(modes):
+        return {}
+    return {"prompt_length": ANSWER_START if "prompt" in modes else 1}
+
+
 def answer_loss(model: Causal, batch: Batch) -> torch.Tensor:
     """Return the mean cross-entropy of the answer tokens; only columns with an answer token get logits."""
     targets = batch.labels[:, 1:]
     answered = targets != IGNORE
     columns = answered.any(dim=0).nonzero().squeeze(1)
-    logits = model(input_ids=batch.input_ids[:, :-1], logits_to_keep=columns, use_cache=False).logits
+    ids = batch.input_ids[:, :-1]
+    logits = model(input_ids=ids, logits_to_keep=columns, use_cache=False, **reading(model)).logits
     chosen = answered[:, columns]
     return F.cross_entropy(logits[chosen], targets[:, columns][chosen])
 
 
 def train(
-    model: Causal,
+    model: Any,
     mixture: Mixture,
     schedule: Schedule,
     seed: int,
     progress: Callable[[range], Iterable[int]] = iter,
+    loss_of: Callable[[Any, Batch], torch.Tensor] = answer_loss,
 ) -> list[float]:
     """Train the parameters of `model` that require grad; return the loss of every step.
 
-    seed: decides the batches. progress: wraps the range of steps, for a progress bar.
+    seed: decides the batches. progress: wraps the range of steps, for a progress bar. loss_of: the loss of a batch.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -117,7 +142,7 @@ def train(
     for step in progress(range(schedule.steps)):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate_at(step)
-        loss = answer_loss(model, draw(mixture, schedule.rows, rng))
+        loss = loss_of(model, draw(mixture, schedule.rows, rng))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, schedule.clip)
         optimizer.step()

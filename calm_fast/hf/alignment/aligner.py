@@ -135,6 +135,33 @@ class StreamAligner:
             state = state._replace(before="")
         return state, ids + marker
 
+    def whole(self, b_ids: Iterable[int]) -> list[int]:
+        """Return the augmenter's ids of a whole text, for one that reads it in full.
+
+        They are what its tokenizer makes of the text, with the special tokens that it puts around one. The text is what
+        the anchor's ids decode to, without special tokens, or with what `special` says for them, and without half a
+        character at its end.
+        """
+        state, pieces, marked = self.detokenizer.start, [""], False
+        ids: list[int] = []
+        before: str | None = None
+        for b_id in b_ids:
+            marker = self._markers.get(b_id) if b_id in self.detokenizer.special else None
+            if not marker:
+                state, text = self.detokenizer.step(state, b_id)
+                pieces.append(text)
+                continue
+            state, text = self.detokenizer.finish(state)
+            ids += self.tokenizer.encode("".join([*pieces, text]), before)[0]
+            if marked or ids or marker != self.tokenizer.beginning[: len(marker)]:
+                ids += marker  # the anchor's beginning stands for the augmenter's
+            pieces, marked, before = [], True, ""
+        pieces.append(self.detokenizer.finish(state)[1])
+        if not marked:
+            return self.tokenizer.whole("".join(pieces))
+        ids += self.tokenizer.encode("".join(pieces), before)[0]
+        return [*self.tokenizer.beginning, *ids, *self.tokenizer.ending]
+
     def feed(self, b_id: int) -> list[int]:
         """Read one anchor token; return the augmenter ids that it adds, often none."""
         self._state, ids = self.step(self._state, b_id)

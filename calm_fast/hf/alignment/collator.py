@@ -56,7 +56,8 @@ class AlignedCollator:
     Returns of a call:
         input_ids, labels (B, M) int64, attention_mask (B, M) or, if packed, position_ids (1, M); and if an augmenter
         has an aligner, lists with an entry per augmenter (None for one without): augmenter_input_ids,
-        augmenter_attention_mask, augmenter_position_ids (B, N) int64, hi (and lo, if packed) (B, M) int32.
+        augmenter_attention_mask, augmenter_position_ids (B, N) int64, hi (and lo, if packed) (B, M) int32. If an
+        augmenter is bidirectional, prompt_length (B,) int64, padding included: every row needs a prompt.
     Raises:
         ValueError, TypeError naming the argument or the row.
     """
@@ -74,7 +75,7 @@ class AlignedCollator:
         packed: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self.aligners = _aligners(model_or_aligners)
+        self.aligners, self.bidirectional = _aligners(model_or_aligners)
         parts = _parts(model_or_aligners, len(self.aligners))
         if not callable(tokenizer):
             raise bad_type(WHERE, "tokenizer", "the anchor's tokenizer of transformers", tokenizer)
@@ -86,6 +87,9 @@ class AlignedCollator:
         side = getattr(tokenizer, "padding_side", "right") if padding_side is None else padding_side
         if side not in ("right", "left"):
             raise bad_value(WHERE, "padding_side", "'right', 'left' or None", describe(padding_side))
+        if packed and self.bidirectional:
+            got = "True. Give each row a row of its own"
+            raise bad_value(WHERE, "packed", "False for a bidirectional augmenter, which reads one prompt a row", got)
         if packed and pad_to_multiple_of is not None:
             raise bad_value(WHERE, "pad_to_multiple_of", "None for packed rows, which have no padding", "a number")
         if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
@@ -104,6 +108,9 @@ class AlignedCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the batch of `rows`."""
         read = [self._cut(self.row(row)) for row in rows]
+        if self.bidirectional and not all(row.prompt_length for row in read):
+            got = "a row without one. Give 'prompt' and 'completion', or 'input_ids' with 'prompt_length'"
+            raise bad_value(WHERE, "rows", "rows with a prompt, because an augmenter is bidirectional", got)
         aligned = [
             None
             if aligner is None
@@ -210,6 +217,10 @@ class AlignedCollator:
             "attention_mask": self._stacked([[1] * len(row.ids) for row in rows], width, 0),
             "labels": self._stacked([row.labels for row in rows], width, IGNORED),
         }
+        if self.bidirectional:
+            pads = [width - len(row.ids) if self.left else 0 for row in rows]
+            ends = [pad + (row.prompt_length or 0) for pad, row in zip(pads, rows, strict=True)]
+            batch["prompt_length"] = torch.tensor(ends)
         if any(found is not None for found in aligned):
             owns = [None if found is None else self._own(i, found, width) for i, found in enumerate(aligned)]
             for name in ("augmenter_input_ids", "augmenter_attention_mask", "augmenter_position_ids", "hi"):
@@ -279,16 +290,21 @@ def _parts(given: Any, count: int) -> list[nn.Module | None]:
     return [composed.anchor, *composed.augmenters]  # type: ignore[misc,list-item]  # of a ComposedForCausalLM
 
 
-def _aligners(given: Any) -> list[StreamAligner | None]:
-    """Return the aligners of a composition, or a list of them."""
+def _aligners(given: Any) -> tuple[list[StreamAligner | None], bool]:
+    """Return the aligners of a composition, or a list of them, and whether an augmenter is bidirectional.
+
+    The model itself makes the text of bidirectional augmenters, so theirs are left out.
+    """
     if isinstance(given, nn.Module):
-        found = getattr(inner_model(given), "aligners", None)
+        found: Any = getattr(inner_model(given), "aligners", None)
         if found is None:
             expected = "a composition, or a list of aligners (None for an augmenter that reads the anchor's ids)"
             raise bad_type(WHERE, "model_or_aligners", expected, type(inner_model(given)).__name__)
-        return list(found)
+        encoders: Any = inner_model(given).encoders
+        streams = [None if encoder is not None else one for one, encoder in zip(found, encoders, strict=True)]
+        return streams, any(encoder is not None for encoder in encoders)
     listed = [given] if isinstance(given, StreamAligner) else given
     if not isinstance(listed, (list, tuple)) or not all(a is None or isinstance(a, StreamAligner) for a in listed):
         expected = "a composition, or a list with a StreamAligner or None for each augmenter"
         raise bad_type(WHERE, "model_or_aligners", expected, given)
-    return list(listed)
+    return list(listed), False

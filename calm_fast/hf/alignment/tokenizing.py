@@ -31,7 +31,9 @@ class PieceTokenizer:
         self._inside = _inside_words(original) if isinstance(original.model, models.WordPiece) else None
         split = original.pre_tokenizer
         self.splits = split is not None and len(split.pre_tokenize_str("a((b")) > 1
-        self.beginning = _beginning(original, where, argument)
+        self.beginning, self.ending = _surroundings(original, where, argument)
+        self._original = original
+        self._whole: Tokenizer | None = None  # made when a whole text is read
 
     @property
     def plain(self) -> Tokenizer:
@@ -67,6 +69,15 @@ class PieceTokenizer:
         others = self._middle.encode(text[length:], add_special_tokens=False)
         offsets += [(start + length, end + length) for start, end in others.offsets]
         return ids + others.ids, _ends(offsets, len(text))
+
+    def whole(self, text: str) -> list[int]:
+        """Return the ids of a whole text, with the special tokens that the tokenizer puts around it."""
+        if self._whole is None:
+            self._whole = Tokenizer.from_str(self._original.to_str())
+            self._whole.no_truncation()
+            self._whole.no_padding()
+            self._whole.encode_special_tokens = True
+        return list(self._whole.encode(text).ids)
 
     def marked(self, text: str) -> list[int]:
         """Return the ids of `text`, in which the names of special tokens stand for these tokens."""
@@ -178,14 +189,14 @@ def _inside_words(original: Tokenizer) -> Tokenizer:
     return _variant(original, middle=True, model=inside)
 
 
-def _beginning(tokenizer: Tokenizer, where: str, argument: str) -> list[int]:
-    """Return the special tokens that the tokenizer puts before every text."""
+def _surroundings(tokenizer: Tokenizer, where: str, argument: str) -> tuple[list[int], list[int]]:
+    """Return the special tokens that the tokenizer puts before every text, and those behind it."""
     marked, plain = (
         [i for i, real in zip(encoding.ids, encoding.attention_mask, strict=True) if real]  # some pad every text
         for encoding in (tokenizer.encode("a", add_special_tokens=special) for special in (True, False))
     )
     for start in range(len(marked) - len(plain) + 1):
         if marked[start : start + len(plain)] == plain:
-            return list(marked[:start])
+            return list(marked[:start]), list(marked[start + len(plain) :])
     expected = "a tokenizer that puts its special tokens around the text"
     raise bad_value(where, argument, expected, f"{marked} for 'a', whose own ids are {plain}")
