@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from encoders import ENCODERS, KINDS, encoder, with_encoder
 from families import FAMILIES, PAD, VOCAB, left_padded, prompts, randomize
 from transformers import BertConfig, BertForMaskedLM
 
+import calm_fast
 from calm_fast.hf import ComposedForCausalLM, compose
 
+PAGE = Path(calm_fast.__file__).parents[1] / "docs" / "composition.md"
 MODES = ("prompt", "reencode")
 P = 5  # of the 9 tokens of a row, the prompt
 GENERATE = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -309,3 +312,20 @@ def test_an_empty_row_of_padding_reads_nothing() -> None:
         alone = logits(model, ids[1:], 9)
         both = logits(model, ids.masked_fill(mask == 0, PAD), 9, attention_mask=mask)
     torch.testing.assert_close(both[1:], alone)
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="the docs are not beside the tests")
+def test_the_example_of_the_page_runs() -> None:
+    section = PAGE.read_text(encoding="utf-8").split("## Encoders as augmenters\n")[1].split("\n## ")[0]
+    exec(section.split("```python\n")[1].split("```")[0], {})
+
+
+def test_a_prefix_of_the_anchor_leaves_an_encoders_readers_as_they_are() -> None:
+    for mode in MODES:
+        model, ids = with_encoder("bert", mode), prompts()
+        before = logits(model, ids, prefix_lengths=P)
+        changed = ids.clone()
+        changed[:, P] = 2 + (changed[:, P] - 1) % 90
+        after = logits(model, changed, prefix_lengths=P)
+        torch.testing.assert_close(after[:, :P], before[:, :P], rtol=0, atol=1e-5)
+        assert not torch.allclose(before[:, P - 1], logits(model, ids)[:, P - 1], atol=1e-3)
