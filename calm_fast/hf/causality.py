@@ -117,8 +117,9 @@ def check_parts(composed: Composition, where: str, *, defer: bool) -> None:
         _check_connected(part, trial.states, where)
         if trial.moved and not part.reads_ahead:
             own = part.argument == "augmenters"
+            of = cast(PreTrainedModel, part.body) if part.encodes else part.model
             expected = "models that read no future token" if own else "a causal model"
-            got = f"{part.label}, in which the last token changes the states before it{_reason(part.model.config)}"
+            got = f"{part.label}, in which the last token changes the states before it{_reason(of.config)}"
             hint = f"; or {HINT}" if own else ""
             raise bad_value(where, part.argument, expected, f"{got}; if it is one, pass probe=False{hint}")
     composed.unproven = unproven

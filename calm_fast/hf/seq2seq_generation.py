@@ -101,7 +101,9 @@ class Seq2SeqGeneration(RefusedGeneration):
         """
         given = {name: kwargs.pop(name, None) for name in NAMES}
         cache = self.own_cache(**given)
-        if cache is not None:
+        # a draft model gets its last draft's cache back, and transformers does not say where the new tokens begin
+        drafting = getattr(kwargs.get("generation_config"), "is_assistant", False)
+        if cache is not None and not drafting:
             if not is_unused(cache):
                 got = "one with tokens. Generate without it, with the text so far as `decoder_input_ids`"
                 raise bad_value("generate", "cache", "an empty cache", got)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ each = pytest.mark.parametrize("name", ANCHORS)
 greedy = {"do_sample": False, "max_new_tokens": STEPS, "eos_token_id": None}
 
 
+@pytest.mark.seam(
+    attach="an encoder-decoder as the anchor (T5, BART, Switch Transformers, ...)",
+    to="composition",
+    result="works",
+    why="connections end at decoder layers, and the augmenters read the source of the encoder",
+)
 @each
 @torch.no_grad()
 def test_an_untrained_composition_is_the_anchor_bit_for_bit(name: str) -> None:
@@ -191,6 +198,13 @@ def test_other_families(name: str) -> None:
     model, (source, target) = anchor(name), texts()
     source, mask = padded(source, slice(5, 7))
     plain = model(source, attention_mask=mask, decoder_input_ids=target).logits
+    other = torch.cat([target[:, :-1], target[:, -1:] - 1], 1)
+    if not torch.allclose(
+        model(source, attention_mask=mask, decoder_input_ids=other).logits[:, :-1], plain[:, :-1], atol=1e-3
+    ):
+        with pytest.raises(ValueError, match="must be a causal model"):  # UMT5 in transformers 5.17
+            compose(model, FAMILIES["gpt2"].model(1), [(0, 0), (2, 2)])
+        return
     composed = compose(model, FAMILIES["gpt2"].model(1), [(0, 0), (2, 2)])
     assert torch.equal(composed(source, attention_mask=mask, decoder_input_ids=target).logits, plain)
     randomize(composed)
@@ -209,11 +223,35 @@ def test_the_example_of_the_docs_runs() -> None:
     exec(compile(block, str(page), "exec"), {})
 
 
-def test_drafts_by_prompt_lookup_and_by_the_anchor() -> None:
+@torch.no_grad()
+def test_an_augmenter_may_read_the_source_ahead() -> None:
+    family = FAMILIES["gemma3_text"]
+    augmenter = replace(family, extra=family.extra | {"use_bidirectional_attention": True}).model(1)
+    with pytest.raises(ValueError, match="`augmenters` must be models that read no future token"):
+        compose(family.model(), augmenter, [(1, 1)])
+    composed, (source, target) = randomize(compose(anchor("t5"), augmenter, [(1, 1)])), texts()
+    source, mask = padded(source, slice(4, 7))
+    both = composed(source, attention_mask=mask, decoder_input_ids=target).logits
+    alone = composed(source[:1, :4], decoder_input_ids=target[:1]).logits
+    torch.testing.assert_close(both[:1], alone, rtol=0, atol=1e-4)
+
+
+def test_drafts_by_prompt_lookup_and_by_the_anchor_and_for_it() -> None:
     composed, (source, _) = shared("t5"), texts(batch=1)
     expected = composed.generate(source, **greedy | {"max_new_tokens": 12})
     for how in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": composed.anchor}):
         assert torch.equal(composed.generate(source, **greedy | {"max_new_tokens": 12} | how), expected)
+    alone = composed.anchor.generate(source, **greedy)
+    assert torch.equal(composed.anchor.generate(source, assistant_model=composed, **greedy), alone)
+
+
+@torch.no_grad()
+def test_the_forward_compiles_as_one_graph() -> None:
+    composed, (source, target) = shared("t5"), texts()
+    source, mask = padded(source, slice(5, 7))
+    given = {"attention_mask": mask, "decoder_input_ids": target, "use_cache": False}
+    compiled = torch.compile(composed, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(source, **given).logits, composed(source, **given).logits)
 
 
 def test_a_deep_copy_is_a_composition_of_its_own() -> None:
@@ -233,6 +271,12 @@ def test_the_probe_refuses_a_decoder_that_reads_ahead() -> None:
     assert compose(model, FAMILIES["llama"].model(1), "uniform:2", probe=False)
 
 
+@pytest.mark.seam(
+    attach="an encoder-decoder as an augmenter",
+    to="composition",
+    result="refused",
+    why="compose it as the anchor, or take a decoder-only model",
+)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -288,6 +332,12 @@ def test_a_cache_belongs_to_one_composition_and_one_source() -> None:
     assert torch.equal(composed.generate(SOURCE, cache=empty, **greedy), composed.generate(SOURCE, **greedy))
 
 
+@pytest.mark.seam(
+    attach="classifier-free guidance over an encoder-decoder anchor",
+    to="composition",
+    result="refused",
+    why="transformers guides decoder-only models only; leave `guidance_scale` out",
+)
 @pytest.mark.parametrize(
     ("how", "message"),
     [

@@ -30,6 +30,12 @@ def trainer(model: Any, out: Path, steps: int, **kwargs: Any) -> Seq2SeqTrainer:
     return Seq2SeqTrainer(model=model, args=arguments, train_dataset=rows(), eval_dataset=rows(), compute_metrics=score)
 
 
+@pytest.mark.seam(
+    attach="Seq2SeqTrainer with `predict_with_generate`, over an encoder-decoder anchor",
+    to="composition",
+    result="works",
+    why="labels, decoder_input_ids and generation follow the anchor's rules",
+)
 @each
 def test_seq2seq_trainer_trains_the_connections_and_predicts_with_generate(name: str, tmp_path: Path) -> None:
     model = compose(anchor(name), FAMILIES["llama"].model(1, width=24), [(-1, -1), (2, 1)])
