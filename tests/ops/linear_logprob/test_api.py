@@ -256,12 +256,19 @@ def test_a_nan_row_stays_in_its_row(impl, device):
     "impl", ["native", "triton-interpreter", pytest.param("triton-cuda", marks=pytest.mark.gpu)], indirect=True
 )
 def test_a_token_does_not_depend_on_the_other_tokens(impl, device):
-    """Kernels split the vocabulary at fixed columns: scoring a token alone gives the same bits."""
+    """Kernels split the vocabulary at fixed columns: scoring a token alone gives the same bits.
+
+    Not in the interpreter: its products come from numpy's BLAS, which on some CPUs adds a row's terms in another order
+    at another place of a block. A logit is a sum of d products, twice rounded each, and log-sum-exp adds a few.
+    """
     inputs = build("everything", device=device)
     whole = outputs(inputs, impl)
+    roundings = 2 * inputs["hidden"].shape[1] + 8 if impl == "triton" and device.type == "cpu" else 0
     for rows in (slice(3, 4), slice(5, 20)):
         part = outputs({**inputs, **{n: inputs[n][rows] for n in ("hidden", "targets")}}, impl)
-        assert all(torch.equal(a, b[rows]) for a, b in zip(part, whole, strict=True))
+        for a, b in zip(part, whole, strict=True):
+            bound = roundings * 2**-24 * b.abs().max().item() if b.is_floating_point() else 0
+            torch.testing.assert_close(a, b[rows], rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("size", [1e3, 1e5])
