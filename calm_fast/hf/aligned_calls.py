@@ -160,13 +160,8 @@ def _packed() -> ValueError:
 
 def _text(cache: ComposedCache | None, index: int, past: int) -> AlignedText:
     """Return the text that augmenter `index` has read so far. Raises ValueError if the cache does not hold it."""
-    text = None if cache is None else cache.texts[index]
-    if past == 0:
-        fresh = AlignedText()
-        if text is not None:  # what generate has said before the first call
-            fresh.prompt, fresh.stops = text.prompt, text.stops
-        return fresh
-    if not isinstance(text, AlignedText) or text.get_seq_length() != past:
+    text = AlignedText.of(None if cache is None else cache.texts[index], past)
+    if text is None:
         expected = f"given in every call with this cache, because augmenter {index} has read tokens of its own"
         raise bad_value(WHERE, "augmenter_input_ids", expected, "None. Pass its new tokens, with `hi`")
     return text

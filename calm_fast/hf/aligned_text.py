@@ -53,6 +53,19 @@ class RowText:
         self.slots = 0
         self.stops: frozenset[int] = frozenset()
 
+    @classmethod
+    def of(cls, known: Any, past: int) -> Self | None:
+        """Return the text to go on with, `known` of a cache with `past` tokens, or None if it does not hold them.
+
+        Before the first token: a new text, with what generate has said of its prompt and end tokens.
+        """
+        if past == 0:
+            fresh = cls()
+            if known is not None:
+                fresh.prompt, fresh.stops = known.prompt, known.stops
+            return fresh
+        return known if isinstance(known, cls) and known.get_seq_length() == past else None
+
     def get_seq_length(self) -> int:
         """Return the number of the anchor's tokens so far."""
         return len(self.rows[0]) if self.rows else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from transformers import PreTrainedConfig
@@ -65,7 +65,39 @@ def cache_of_first_layers(config: PreTrainedConfig, depth: int, fixed: int = 0) 
     return cache
 
 
-class ComposedCache(Cache):
+class OneThread:
+    """A cache that one thread uses at a time. A copy is free, whoever uses the original.
+
+    where: the composition's class, in errors. user: "thread" -> the thread that runs a forward or generate with it.
+    """
+
+    where: ClassVar[str] = "ComposedForCausalLM"
+    user: dict[str, int]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"user": {}}
+
+    def begin(self) -> bool:
+        """Take the cache for this thread. Returns True if the caller has to end() it.
+
+        Raises ValueError if another thread uses it. A compiled forward does not look.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        own, free = threading.get_ident(), "thread" not in self.user
+        if self.user.setdefault("thread", own) != own:  # atomic
+            raise ValueError(
+                f"{self.where}: `cache` must be used by one thread at a time, got one that another thread is "
+                "using; give each thread its own (copy.deepcopy copies a prefix)"
+            )
+        return free
+
+    def end(self) -> None:
+        """Let other threads use the cache."""
+        self.user.pop("thread", None)
+
+
+class ComposedCache(OneThread, Cache):
     """One transformers Cache around the caches of all parts.
 
     ``layers`` is computed on every access: the anchor's layers, each augmenter's layers, one CrossLayer per connection
@@ -107,7 +139,7 @@ class ComposedCache(Cache):
         self.layer_class_to_replicate = None
         self.offloading = False
         self.owner = owner
-        self.user: dict[str, int] = {}  # "thread" -> the thread that runs a forward or generate with this cache
+        self.user = {}
 
     @property
     def layers(self) -> list[Any]:  # type: ignore[override]  # transformers has an attribute; nothing assigns ours
@@ -123,28 +155,6 @@ class ComposedCache(Cache):
     def _anchor_length(self) -> Any:
         own = next((layer for layer in self.anchor.layers if isinstance(layer, CacheLayerMixin)), None)
         return None if own is None else own.get_seq_length()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"user": {}}
-
-    def begin(self) -> bool:
-        """Take the cache for this thread. Returns True if the caller has to end() it.
-
-        Raises ValueError if another thread uses it. A compiled forward does not look.
-        """
-        if torch.compiler.is_compiling():
-            return False
-        own, free = threading.get_ident(), "thread" not in self.user
-        if self.user.setdefault("thread", own) != own:  # atomic
-            raise ValueError(
-                "ComposedForCausalLM: `cache` must be used by one thread at a time, got one that another thread is "
-                "using; give each thread its own (copy.deepcopy copies a prefix)"
-            )
-        return free
-
-    def end(self) -> None:
-        """Let other threads use the cache."""
-        self.user.pop("thread", None)
 
     def expect(self, tokens: int) -> None:
         """Limit the buffers of the connections: the text will have at most `tokens` tokens."""

@@ -155,13 +155,8 @@ def _read(
 
 def _text(cache: ComposedCache | None, index: int, past: int) -> EncodedText:
     """Return the text that augmenter `index` has read so far. Raises ValueError if the cache does not hold it."""
-    text = None if cache is None else cache.texts[index]
-    if past == 0:
-        fresh = EncodedText()
-        if text is not None:  # what generate has said before the first call
-            fresh.prompt, fresh.stops = text.prompt, text.stops
-        return fresh
-    if not isinstance(text, EncodedText) or text.get_seq_length() != past:
+    text = EncodedText.of(None if cache is None else cache.texts[index], past)
+    if text is None:
         expected = f"a cache that holds the {past} tokens that augmenter {index} has read"
         raise bad_value(WHERE, "cache", expected, "another one. Pass a new cache and all tokens")
     return text

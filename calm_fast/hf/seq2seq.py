@@ -130,12 +130,15 @@ class ComposedForSeq2SeqLM(Seq2SeqGeneration, Composition, GenerationMixin):
             frame = Frame(self.hooks.owner, checkpoints)
             frame.residual = partial(self._add_residuals, read, own)
             frame.stage = ANCHOR
+            begun = own is not None and own.begin()
             before = switch(frame)
             try:
                 outputs = self.anchor(**inputs, return_dict=True)
                 self.hooks.check_added(frame, self.pairs)
             finally:
                 switch(before)
+                if begun and own is not None:
+                    own.end()
             outputs = alias_cache(outputs, own)
         return outputs if return_dict is None or return_dict else outputs.to_tuple()
 

@@ -7,24 +7,27 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from calm_fast.hf.cache import is_empty
+from calm_fast.hf.cache import OneThread, is_empty
 from calm_fast.hf.cross_cache import CrossLayer
 
 
-class ComposedSeq2SeqCache(EncoderDecoderCache):
+class ComposedSeq2SeqCache(OneThread, EncoderDecoderCache):
     """The anchor's EncoderDecoderCache, with the keys and values that every connection has made of the source.
 
     The anchor itself runs on this object. ``connections`` holds one CrossLayer per connection, (B, Hkv, N, D), filled
     by the first call and read by all others, as the anchor's own cross-attention is. So crop, which removes tokens of
-    the decoder, leaves them alone. The cache reports that it cannot be compiled.
+    the decoder, leaves them alone. The cache reports that it cannot be compiled. One thread uses it at a time.
 
     self_attention, cross_attention: empty caches of transformers. owner: name of the composition that fills it.
     """
+
+    where = "ComposedForSeq2SeqLM"
 
     def __init__(self, self_attention: Cache, cross_attention: Cache, connections: int, owner: str = "") -> None:
         super().__init__(self_attention, cross_attention)
         self.connections = [CrossLayer() for _ in range(connections)]
         self.owner = owner
+        self.user = {}
 
     def __repr__(self) -> str:
         return f"ComposedSeq2SeqCache({super().__repr__()}, connections={len(self.connections)})"

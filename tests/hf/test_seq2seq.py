@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,35 @@ def test_logits_step_by_step_equal_full_logits(name: str) -> None:
         steps.append(outputs.logits)
     torch.testing.assert_close(torch.cat(steps, 1), full.logits, rtol=0, atol=1e-4)
     assert outputs.cache.get_seq_length() == 6
+
+
+@torch.no_grad()
+def test_a_cache_that_another_thread_uses_is_refused() -> None:
+    composed, (source, target) = shared("t5"), texts()
+    read, problems = composed.get_encoder()(source), []
+    cache = composed(encoder_outputs=read, decoder_input_ids=target[:, :2]).cache
+    plain = composed(encoder_outputs=read, decoder_input_ids=target[:, 2:3], cache=copy.deepcopy(cache)).logits
+
+    def other() -> None:
+        with (
+            torch.no_grad(),
+            pytest.raises(ValueError, match="ComposedForSeq2SeqLM: `cache` must be used by one thread"),
+        ):
+            composed(encoder_outputs=read, decoder_input_ids=target[:, 2:3], cache=cache)
+        problems.append("refused")
+
+    def meanwhile(*_: Any) -> None:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    hook = composed.anchor.lm_head.register_forward_pre_hook(meanwhile)
+    try:
+        got = composed(encoder_outputs=read, decoder_input_ids=target[:, 2:3], cache=cache).logits
+    finally:
+        hook.remove()
+    assert problems == ["refused"] and torch.equal(got, plain)
+    composed(encoder_outputs=read, decoder_input_ids=target[:, 3:4], cache=cache)  # free again
 
 
 @each

@@ -97,8 +97,8 @@ def test_a_query_that_is_not_finite_reaches_the_keys_it_sees_and_no_others(confi
     clean = gradients(q, k, v, dout, mask, config)
     {"q": q, "dout": dout}[place][0, 1, 0] = bad  # sees nothing
     for found, expected in zip(gradients(q, k, v, dout, mask, config), clean, strict=True):
-        # the kernel multiplies a copy without that row; for a copy the interpreter's BLAS may add in another order
-        bound = (2 * D + 2 * M + 8) * 2**-24 * expected.abs().max().item()
+        # finite_or_zero makes a copy of q, for which the interpreter's BLAS may add in another order than for a view
+        bound = (2 * D + 2 * M + 8) * 2**-24 * expected.abs().max().item() if found.device.type == "cpu" else 0
         torch.testing.assert_close(found, expected, rtol=0, atol=bound)
     {"q": q, "dout": dout}[place][0, 12, 0] = bad  # sees keys 12 to 29
     _, dk, dv = gradients(q, k, v, dout, mask, config)
