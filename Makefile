@@ -101,7 +101,7 @@ demo-real: $(STAMP) $(NATIVE)
 
 test: $(STAMP) $(NATIVE)
 	@echo "[test] the whole suite, two processes; GPU tests are skipped without a GPU"
-	@"$(PY)" -m pytest -n 2 $(ARGS)
+	@"$(PY)" -m pytest -n 2 --dist worksteal $(ARGS)
 
 contract: $(STAMP) $(NATIVE)
 	@echo "[contract] other releases of transformers and the rest, in temporary environments"

@@ -1,6 +1,7 @@
 """Compile every Triton kernel for several GPU architectures, without a GPU, and check the machine code.
 
-    python tests/codegen/check.py                 all kernels, sm_80 sm_90 sm_100; large ones for sm_86 sm_89 sm_120
+    python tests/codegen/check.py                 what changed since the record, and a sixteenth of the rest
+    python tests/codegen/check.py --all           all kernels, sm_80 sm_90 sm_100; large ones for sm_86 sm_89 sm_120
     python tests/codegen/check.py --arch 90       one architecture
     python tests/codegen/check.py --only decode   kernels whose name contains a word, or all kernels of an op
     python tests/codegen/check.py --update        record today's numbers for the installed Triton, and write the table
@@ -9,7 +10,9 @@
 
 Each op's `calm_fast.kernels.<op>.codegen.codegen_specs()` names the kernels and representative arguments. Hard facts
 (no spills, no float64, tensor cores where promised, shared memory within the limit) hold for every Triton;
-registers, SASS size and shared memory are compared with golden/triton-<version>.json if that exists.
+registers, SASS size and shared memory are compared with golden/triton-<version>.json if that exists. A kernel whose
+source, arguments, Triton and rules are those of its row in the record would compile to the same numbers, so it is
+skipped; the sixteenth that is compiled all the same would show a compiler that changed under an unchanged version.
 Exit 1 on any problem.
 """
 
@@ -113,7 +116,8 @@ def examine(source: str, name: str, arch: int) -> tuple[Facts | None, dict[str, 
         return None, {}, [f"does not compile: {type(error).__name__}: {text[-400:]}"], time.perf_counter() - begin
     facts = read_facts(compiled.cubin, arch, *compiled[1:])
     problems = hard_problems(facts, spec.expectations["tensor_core"]) + serialised(facts)
-    return facts, golden.numbers(facts, spec), problems, time.perf_counter() - begin
+    now = golden.numbers(facts, spec) | {"source": golden.source(spec, arch)}
+    return facts, now, problems, time.perf_counter() - begin
 
 
 def describe(facts: Facts) -> str:
@@ -166,8 +170,20 @@ def write_table(version: str, record: golden.Golden) -> None:
     print(f"written: {golden.PAGE.relative_to(golden.FOLDER.parents[2])}")
 
 
-def report_stale(record: golden.Golden, today: golden.Golden) -> int:
-    stale = sorted(f"{name} sm_{arch}" for name in record for arch in record[name] if arch not in today.get(name, {}))
+def changed(jobs: list[tuple[str, str, int]], record: golden.Golden) -> list[tuple[str, str, int]]:
+    """Return the jobs whose row is missing or of another source, and a fixed sixteenth of the others."""
+    specs = {source: named_specs(source) for source in dict.fromkeys(job[0] for job in jobs)}
+    chosen = []
+    for source, name, arch in jobs:
+        now = golden.source(specs[source][name], arch)
+        if record.get(name, {}).get(str(arch), {}).get("source") != now or now.startswith("0"):
+            chosen.append((source, name, arch))
+    return chosen
+
+
+def report_stale(record: golden.Golden, jobs: list[tuple[str, str, int]]) -> int:
+    known = {(name, str(arch)) for _, name, arch in jobs}
+    stale = sorted(f"{name} sm_{arch}" for name in record for arch in record[name] if (name, arch) not in known)
     for kernel in stale:
         print(f"    PROBLEM {kernel}: in the golden record but no longer compiled; run with --update")
     return len(stale)
@@ -177,6 +193,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_LIMIT), default=sorted(SHARED_LIMIT))
     parser.add_argument("--only", metavar="WORD", help="kernels whose name contains WORD, or those of the op WORD")
+    parser.add_argument("--all", action="store_true", help="compile unchanged kernels too")
     parser.add_argument("--update", action="store_true", help="record today's numbers instead of comparing")
     parser.add_argument("--table", action="store_true", help="write the table from the record and stop")
     parser.add_argument("--peers", action="store_true", help="compare with FlexAttention and write docs/ops/peers.md")
@@ -211,6 +228,10 @@ def main(argv: list[str] | None = None) -> int:
         full = jobs == every
         own = arguments.specs is None  # kernels from --specs have no record
         record = golden.load(triton.__version__) if own else None
+        found = len(jobs)
+        if record is not None and not (arguments.all or arguments.update):
+            jobs = changed(jobs, record)
+            print(f"{found - len(jobs)} of {found} are as recorded and not compiled again (--all compiles them)")
         print(f"{len(jobs)} compilations, Triton {triton.__version__}, {PROCESSES} processes", flush=True)
         today, failed = run_all(jobs, None if arguments.update else record)
 
@@ -219,12 +240,12 @@ def main(argv: list[str] | None = None) -> int:
     elif own and record is None:
         print(f"golden comparison not available: nothing recorded for Triton {triton.__version__}")
     elif own and full:
-        failed += report_stale(record, today)
+        failed += report_stale(record, every)
     verdict = "all facts hold" if not failed else f"{failed} with problems"
-    if not jobs:
+    if not found:
         verdict = f"nothing to compile: no kernel or op matches {word!r}, see --list"
     print(f"codegen: {len(jobs)} compilations in {time.perf_counter() - begin:.0f} s, {verdict}")
-    return 1 if failed or not jobs else 0
+    return 1 if failed or not found else 0
 
 
 if __name__ == "__main__":

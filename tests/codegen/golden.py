@@ -5,7 +5,9 @@ docs/ops/machine_code.md shows the rows of one architecture. It is written from 
 
 from __future__ import annotations
 
+import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,29 @@ def numbers(facts: Facts, spec: Any) -> dict[str, Any]:
         if facts.arch == 90:  # what the model knows
             row["tensor_share"] = round(predict(facts.loop, spec.num_warps).tensor_share, 2)
     return row
+
+
+@cache
+def _rules() -> str:
+    """Return a digest of the code that reads facts and judges them."""
+    import calm_fast.benchmarks as benchmarks
+
+    own = [Path(__file__), Path(__file__).with_name("check.py")]
+    read = [Path(benchmarks.__path__[0]) / name for name in ("machine_code.py", "sass.py", "speed_model.py")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in own + read)).hexdigest()
+
+
+def source(spec: Any, arch: int) -> str:
+    """Return a digest of all that a row depends on: kernel and callees, arguments, options, Triton, and these rules.
+
+    spec: an entry of codegen_specs(). Triton's own key of a function covers the functions and constants it uses.
+    """
+    import triton
+    from triton.compiler import ASTSource
+
+    ast = ASTSource(fn=spec.fn, signature=spec.signature, constexprs=spec.constexprs, attrs=spec.attrs)
+    parts = (ast.hash(), spec.num_warps, spec.num_stages, spec.expectations, arch, triton.__version__, _rules())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def save(version: str, golden: Golden) -> Path:

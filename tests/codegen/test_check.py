@@ -16,6 +16,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # the tool is a script with helpers beside it, not a package
 
+import check  # noqa: E402
 import golden  # noqa: E402
 
 from calm_fast.benchmarks.machine_code import (  # noqa: E402
@@ -199,3 +200,25 @@ def test_record_covers_every_kernel(bad_run):
     assert run.returncode == 0, run.stderr
     kernels = [line for line in run.stdout.splitlines() if ": no Triton" not in line]
     assert sorted(kernels) == sorted(f"{name} {arch}" for name in record for arch in record[name])
+
+
+def test_only_what_changed_since_the_record_is_compiled_again(monkeypatch):
+    sources = {("a", 90): "1111", ("b", 90): "2222", ("c", 90): "0333", ("new", 90): "4444"}
+    monkeypatch.setattr(check, "named_specs", lambda module: {name: name for name, _ in sources})
+    monkeypatch.setattr(golden, "source", lambda spec, arch: sources[spec, arch])
+    record = {"a": {"90": {"source": "1111"}}, "b": {"90": {"source": "old"}}, "c": {"90": {"source": "0333"}}}
+    record["without"] = {"90": {}}
+    jobs = [("module", name, arch) for name, arch in sources]
+    # a is as recorded; so is c, but it belongs to the sixteenth that is compiled all the same
+    assert [name for _, name, _ in check.changed(jobs, record)] == ["b", "c", "new"]
+
+
+def test_recorded_sources_are_those_of_todays_kernels():
+    triton = pytest.importorskip("triton")
+    record = golden.load(triton.__version__)
+    if record is None:
+        pytest.skip(f"nothing recorded for Triton {triton.__version__}")
+    done = run_tool("--only", "combine", "--arch", "90")
+    assert done.returncode == 0, done.stdout + done.stderr
+    skipped = re.search(r"^(\d+) of (\d+) are as recorded", done.stdout, re.MULTILINE)
+    assert skipped and int(skipped[1]) >= int(skipped[2]) // 2 > 0
