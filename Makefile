@@ -13,7 +13,7 @@ NATIVE := $(VENV)/.calm-fast-native
 LOG := $(VENV)/set-up.log
 
 .DEFAULT_GOAL := help
-.PHONY: help setup upgrade native demo demo-real test contract lint types seams families new-op codegen cuda-gate sanitize wheel-check bench results clean
+.PHONY: help setup upgrade native demo demo-real test contract lint types seams integrations integration integrations-page families new-op codegen cuda-gate sanitize wheel-check bench results clean
 
 help:
 	@echo "make demo         set up, then run the main job: calm-fast demo (5 to 11 minutes on 2 cores)"
@@ -23,6 +23,9 @@ help:
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make types        mypy on calm_fast, kernels and benchmarks, laid out as in an installed package"
 	@echo "make seams        write docs/seams.md from the tests' marks"
+	@echo "make integrations  install the newest of the extra \`integrations\`, run the light tests with these tools (6 minutes)"
+	@echo "make integration  the same with the heavy tests"
+	@echo "make integrations-page  write docs/integrations.md from the tests' marks"
 	@echo "make families     check every causal LM class of transformers and write docs/models.md (about an hour)"
 	@echo "make codegen      compile every Triton kernel for each GPU architecture and check the machine code (no GPU)"
 	@echo "make cuda-gate    compile every CUDA source for sm_80, sm_90a, sm_100a; spills are errors (no GPU; needs nvcc)"
@@ -101,7 +104,17 @@ demo-real: $(STAMP) $(NATIVE)
 
 test: $(STAMP) $(NATIVE)
 	@echo "[test] the whole suite, two processes; GPU tests are skipped without a GPU"
-	@"$(PY)" -m pytest -n 2 --dist worksteal $(ARGS)
+	@"$(PY)" -m pytest -n 2 --dist worksteal --ignore=tests/integration $(ARGS)
+
+integrations integration: $(STAMP) $(NATIVE)
+	@echo "[$@] installing the newest of the extra \`integrations\`; torch, transformers and the rest stay"
+	@"$(PY)" -m tools.install_integrations >>"$(LOG)" 2>&1 || { tail -n 25 "$(LOG)"; \
+	  echo "[$@] installing failed; the end of $(LOG) is above"; exit 1; }
+	@CALM_FAST_INTEGRATIONS=1 "$(PY)" -m pytest -n 2 tests/integration \
+	  $(if $(filter integrations,$@),-m "not heavy_integration") $(ARGS)
+
+integrations-page: $(STAMP)
+	@"$(PY)" -m tools.integrations $(ARGS)
 
 contract: $(STAMP) $(NATIVE)
 	@echo "[contract] other releases of transformers and the rest, in temporary environments"

@@ -34,6 +34,7 @@ NO_GPU_REASON = f"needs a CUDA GPU: torch {torch.__version__} sees none"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--lane", help="run the compiled library and `auto` as on a CPU that ends at this SIMD lane: avx2")
+    parser.addoption("--record-integrations", action="store_true", help="write tests/integration/versions.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:

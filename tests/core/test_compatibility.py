@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -96,6 +97,16 @@ def test_what_each_lane_installs() -> None:
         held = str(asked(lane)["torch"].specifier).removeprefix("==")
         assert Version(held).public == Version(torch.__version__).public and "triton" not in asked(lane)
     assert str(asked("pinned", "torch==2.0")["torch"].specifier) == "==2.0"
+
+
+def test_other_tools_are_no_part_of_the_lanes() -> None:
+    """CI installs the newest of the extra `integrations` in its last stage."""
+    declared = [Requirement(text) for text in importlib.metadata.requires("calm-fast") or []]
+    extra = {r.name for r in declared if r.marker is not None and r.marker.evaluate({"extra": "integrations"})}
+    extra -= {r.name for r in declared if r.marker is None or r.marker.evaluate({"extra": ""})}
+    assert "lm-eval" in extra and not extra & lanes.requirements().keys()
+    assert all(lanes.lower_bound(r) for r in declared if r.name in extra)
+    assert not extra & {Requirement(text).name for lane in lanes.LANES for text in lanes.wanted(lane)}
 
 
 def test_differences_are_named_with_both_versions() -> None:
