@@ -186,3 +186,12 @@ def test_a_decimal_may_round_a_fraction_that_has_no_end() -> None:
     assert not numbers_equal(exact_number("1" + "0" * 20), exact_number("1" + "0" * 19 + "1"))
     huge = exact_number("1" + "0" * 400)  # no float
     assert not numbers_equal(huge, 2 * huge) and numbers_equal(huge, huge)
+
+
+@pytest.mark.parametrize("end", ["#### 7", r"So it is \boxed{7}.", "The answer is 7."])
+@pytest.mark.parametrize("sentences", [1, 100, 130, 1000])
+def test_gold_may_be_a_solution_of_any_length(sentences, end):
+    """Beyond 1,000 characters texts are compared as they are, so the answer has to be found first."""
+    groups = group_answers([["7", "8"]], gold=["x is 5. " * sentences + "\n" + end], workers=1)
+    assert groups.answers.tolist() == [[0, 1]]
+    assert groups.texts[0][0] == "7"
