@@ -112,7 +112,9 @@ def sort_states(frame: Frame, augmenter: int, order: torch.Tensor) -> None:
     """Bring the states of an augmenter into the order (B, N) in which this forward's intervals count its tokens."""
     for key, state in frame.states.items():
         if key[0] == augmenter:
-            frame.states[key] = state.take_along_dim(order.to(state.device)[:, :, None], dim=1)
+            # take_along_dim would fix the batch and the length of an exported program
+            index = order.to(state.device)[:, :, None].expand(state.shape[0], -1, state.shape[2])
+            frame.states[key] = state.gather(1, index)
 
 
 def _add(frame: Frame, index: int, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

@@ -153,6 +153,8 @@ def _kept_factors(params: Parameters, dtype: torch.dtype, packed: bool) -> Facto
 def _factors(params: Parameters, dtype: torch.dtype, hidden: torch.Tensor, augmenter: torch.Tensor) -> Factors:
     """Return the factors of one call with H_B and H_A; gradients flow through them to the parameters."""
     w = Weights(*params)  # type: ignore[arg-type]  # as above
+    if torch.compiler.is_exporting():  # what pays depends on the length, and the program must take any
+        return w.to(dtype)
     if w.scale is not None and hidden.shape[0] * hidden.shape[1] > w.q.shape[0]:  # fewer rows to scale: fold
         w = w._replace(scale=None, q=w.q * w.scale)
     # without P there is nothing to fold: stacking W_k and W_v is a copy, and two products are not slower

@@ -195,6 +195,8 @@ def decide(
             raise refuse(_OP, impl, obstacle)
         return Decision(_OP, impl, "asked for")
     if q.device.type == "cpu":
+        if torch.compiler.is_exporting():  # the choice below asks for lengths, and the program must take others
+            return Decision(_OP, "torch", "torch.export: one program of torch's own ops for every length")
         few = q.shape[1] <= native.NATIVE_MAX_QUERIES
         # matrix units pay in SDPA's forward pass alone: with a mask, an lse or its backward pass it is slower
         plain, records = lo is None and hi is None and not return_lse, autograd_records(q, k, v)
