@@ -34,6 +34,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "nat": CONSISTENCY,
     "composing": CONSISTENCY,
     "env_report": OPS,
+    "lm_eval": HF,
     "experiments": DOORS,
     "verify": DOORS,
     "benchmarks": DOORS,

@@ -151,9 +151,17 @@ def real_keys(name: str, given: torch.Tensor, past: int, new: int, cached: bool 
 
 def _sorted(mask: torch.Tensor, cacheable: bool = True) -> RealKeys:
     """Return the real tokens sorted to the front of every row."""
-    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+    order = _to_front(mask) if torch.compiler.is_exporting() else (~mask).to(torch.uint8).argsort(dim=1, stable=True)
     counts = torch.nn.functional.pad(mask.cumsum(dim=1), (1, 0)).to(torch.int32)
     return RealKeys(torch.zeros_like(counts[:, :1]), counts[:, -1:], order, counts, cacheable)
+
+
+def _to_front(mask: torch.Tensor) -> torch.Tensor:
+    """Return the same order (B, N) as a stable sort, which ONNX does not have."""
+    seen = mask.cumsum(dim=1)
+    place = torch.where(mask, seen - 1, seen[:, -1:] + (~mask).cumsum(dim=1) - 1)
+    index = torch.arange(mask.shape[1], device=mask.device).expand_as(place)
+    return torch.zeros_like(place).scatter(1, place, index)
 
 
 def _sorted_holes(mask: torch.Tensor, first: torch.Tensor, end: torch.Tensor) -> RealKeys:
