@@ -60,7 +60,7 @@ class CalmFastLM(HFLM):
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         super()._create_model(*args, **kwargs)
         if self._dual_lora is not None:
-            load_dual_lora(self._model, self._dual_lora)
+            load_dual_lora(self.model, self._dual_lora)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
