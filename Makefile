@@ -13,7 +13,7 @@ NATIVE := $(VENV)/.calm-fast-native
 LOG := $(VENV)/set-up.log
 
 .DEFAULT_GOAL := help
-.PHONY: help setup upgrade native demo demo-real test contract lint types seams integrations integration integrations-page families new-op codegen cuda-gate sanitize wheel-check bench results clean
+.PHONY: help setup upgrade native demo demo-real test contract lint types seams docs integrations integration integrations-page families new-op codegen cuda-gate sanitize wheel-check bench results clean
 
 help:
 	@echo "make demo         set up, then run the main job: calm-fast demo (5 to 11 minutes on 2 cores)"
@@ -23,6 +23,7 @@ help:
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make types        mypy on calm_fast, kernels and benchmarks, laid out as in an installed package"
 	@echo "make seams        write docs/seams.md from the tests' marks"
+	@echo "make docs         build the site in build/site, warnings are errors; run the notebooks in reduced form (a minute)"
 	@echo "make integrations  install the newest of the extra \`integrations\`, run the light tests with these tools (6 minutes)"
 	@echo "make integration  the same with the heavy tests"
 	@echo "make integrations-page  write docs/integrations.md from the tests' marks"
@@ -105,6 +106,13 @@ demo-real: $(STAMP) $(NATIVE)
 test: $(STAMP) $(NATIVE)
 	@echo "[test] the whole suite, two processes; GPU tests are skipped without a GPU"
 	@"$(PY)" -m pytest -n 2 --dist worksteal --ignore=tests/integration $(ARGS)
+
+docs: $(STAMP)
+	@echo "[docs] installing the extra \`docs\`, building the site in build/site, running notebooks and pages"
+	@"$(PY)" -m pip install --no-compile --disable-pip-version-check $$("$(PY)" -m tools.site) >>"$(LOG)" 2>&1 || { \
+	  tail -n 25 "$(LOG)"; echo "[docs] installing failed; the end of $(LOG) is above"; exit 1; }
+	@NO_MKDOCS_2_WARNING=1 "$(PY)" -m mkdocs build --quiet
+	@"$(PY)" -m pytest tests/pages -k "notebook or other_tools" $(ARGS)
 
 integrations integration: $(STAMP) $(NATIVE)
 	@echo "[$@] installing the newest of the extra \`integrations\`; torch, transformers and the rest stay"

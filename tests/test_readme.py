@@ -117,7 +117,9 @@ def test_public_names_in_prose_exist(page: Path) -> None:
 
 def test_every_page_is_listed_in_the_index() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
-    pages = {p.name for p in (ROOT / "docs").glob("*.md")} - {"README.md"} | {f"ops/{op}.md" for op in OPS}
+    docs = ROOT / "docs"
+    pages = {page.relative_to(docs).as_posix() for page in docs.glob("**/*.md")} - {"README.md"}
+    pages = {page for page in pages if not page.startswith("ops/")} | {f"ops/{op}.md" for op in OPS}
     assert pages <= set(re.findall(r"\]\(([\w/.-]+\.md)\)", index))
 
 
