@@ -27,7 +27,7 @@ help:
 	@echo "make integrations  install the newest of the extra \`integrations\`, run the light tests with these tools (6 minutes)"
 	@echo "make integration  the same with the heavy tests"
 	@echo "make integrations-page  write docs/integrations.md from the tests' marks"
-	@echo "make families     check every causal LM class of transformers and write docs/models.md (about an hour)"
+	@echo "make families     check every LM class and encoder of transformers and write docs/models.md (ARGS=llama: one of them)"
 	@echo "make codegen      compile every Triton kernel for each GPU architecture and check the machine code (no GPU)"
 	@echo "make cuda-gate    compile every CUDA source for sm_80, sm_90a, sm_100a; spills are errors (no GPU; needs nvcc)"
 	@echo "make sanitize     run the C++ code and the emulated CUDA kernels under ASan and UBSan"

@@ -1,19 +1,30 @@
-"""Tiny configs of every causal language model class of the installed transformers.
+"""Tiny configs of every causal language model, encoder-decoder and encoder of the installed transformers.
 
 `tiny_model` shrinks a class's default config by the names of its settings; what a family needs besides is in OVERRIDES,
 which is data. A new class of transformers shows up by itself.
+
+A family is named by its model type, with "seq2seq/" before an encoder-decoder and "encoder/" before an encoder, because
+BART and BERT have classes of two kinds.
 """
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 VOCAB, LAYERS, WIDTH = 99, 3, 32
 
@@ -61,14 +72,66 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xlm": {"causal": True},
     "recurrent_gemma": {"num_key_value_heads": 1},
     "mllama_text_model": {"cross_attention_layers": [2]},
+    # settings whose default is None
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "longcat_flash": {"head_dim": 8},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0}},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
 }
 
 
+# what families of a kind need besides
+KINDS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "seq2seq": {"decoder_start_token_id": 0, "forced_eos_token_id": None, "forced_bos_token_id": None},
+    "encoder": {"is_decoder": False},
+}
+
+
+def kind_of(family: str) -> tuple[str, str]:
+    """Return (kind, model type) of a family: its kind is "causal", "seq2seq" or "encoder"."""
+    kind, slash, model_type = family.partition("/")
+    return (kind, model_type) if slash else ("causal", family)
+
+
 def classes() -> dict[str, str]:
-    """Return the class name of every causal language model by model type, each class once."""
+    """Return the class name of every causal language model by family."""
+    return _once(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+@functools.cache
+def families() -> dict[str, str]:
+    """Return the class name of every family: causal language models, encoder-decoders, encoders."""
+    found = classes()
+    # the mapping also has models that listen, which are decoders, and pairs of any two models
+    for model_type, name in _once(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES).items():
+        if model_type != "encoder-decoder" and CONFIG_MAPPING[model_type]().is_encoder_decoder:
+            found[f"seq2seq/{model_type}"] = name
+    types = dict.fromkeys([*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES])
+    names = {model_type: MODEL_MAPPING_NAMES[model_type] for model_type in types if model_type in MODEL_MAPPING_NAMES}
+    for model_type, name in _once({key: name for key, name in names.items() if isinstance(name, str)}).items():
+        # those that only exist as decoders are no encoders
+        decodes = (
+            model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        )
+        if not decodes and not CONFIG_MAPPING[model_type]().is_encoder_decoder:
+            found[f"encoder/{model_type}"] = name
+    return found
+
+
+def _once(mapping: Mapping[str, str]) -> dict[str, str]:
+    """Return the entries of a mapping from model types to class names, each class once."""
     types: dict[str, str] = {}
     known = set(dir(transformers))  # the mapping also has classes that others register, as calm_fast does
-    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+    for model_type, name in mapping.items():
         if name not in known:
             continue
         # of several types with one class, the one that the class is named after
@@ -84,10 +147,13 @@ def _short(value: list[Any]) -> list[Any]:
     return sorted((picked * LAYERS)[:LAYERS], key=lambda v: kinds.index(str(v)))
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """Return the shrunk config of a model type."""
-    kind = CONFIG_MAPPING[model_type]
-    return _shrunk(kind, OVERRIDES.get(model_type, {}))
+def tiny_config(family: str) -> PreTrainedConfig:
+    """Return the shrunk config of a family."""
+    kind, model_type = kind_of(family)
+    own = OVERRIDES.get(family, {} if kind == "causal" else OVERRIDES.get(model_type, {}))
+    # of a model with several parts, the class of the text's config
+    config_class = getattr(transformers, families()[family]).config_class
+    return _shrunk(config_class, KINDS[kind] | own)
 
 
 def _shrunk(kind: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrainedConfig:
@@ -116,11 +182,12 @@ def _is_set(default: PreTrainedConfig, name: str) -> bool:
     return value is not None and (not isinstance(value, (list, dict)) or name in ("num_attention_heads",))
 
 
-def tiny_model(model_type: str, seed: int = 0) -> Any:
-    """Return a tiny random model of a model type, in eval mode."""
-    config = tiny_config(model_type)
+def tiny_model(family: str, seed: int = 0) -> Any:
+    """Return a tiny random model of a family, in eval mode."""
+    config = tiny_config(family)
     for part in (config, config.get_text_config(decoder=True)):
-        if hasattr(part, "initializer_range"):
-            part.initializer_range = 0.3  # the default spread would make every model nearly constant
+        for name in ("initializer_range", "init_std"):
+            if hasattr(part, name):  # the default spread would make every model nearly constant
+                setattr(part, name, 0.3)
     torch.manual_seed(seed)
-    return getattr(transformers, classes()[model_type])(config).eval()
+    return getattr(transformers, families()[family])(config).eval()
