@@ -234,7 +234,8 @@ def compose(
         bidirectional: None for augmenters that read causally, as language models do. "prompt" for one that reads the
             prompt in full, such as BERT or the encoder of T5; the anchor's tokens from the prompt's last one on read
             all of it, those before read nothing. "reencode": it reads all text anew at each of these tokens. A list has
-            one entry per augmenter. `prompt_length` of forward says where the prompt ends.
+            one entry per augmenter. `prompt_length` of forward says where the prompt ends. Over an encoder-decoder
+            "prompt" reads the source in full, and every token of the decoder reads all of it.
         probe: run each part once on eight tokens, and refuse parts that read future tokens and connected layers that do
             not run exactly once or whose state is not (batch, tokens, width). A part that cannot run on its device yet
             is tried at the first forward. False skips it.
@@ -265,10 +266,10 @@ def compose(
         raise bad_value("compose", "anchor", expected, type(anchor).__name__)
     seq2seq = _is_seq2seq(anchor.config)
     Signature.of(anchor, where="compose", argument="anchor", encoder_decoder=seq2seq)
-    if seq2seq and any(modes):
-        expected = "None over an encoder-decoder, whose augmenters read the whole source as it is"
+    if seq2seq and "reencode" in modes:
+        expected = 'None or "prompt" over an encoder-decoder, whose source is known in full and does not grow'
         raise bad_value("compose", "bidirectional", expected, describe(bidirectional))
-    _check_readers(models, modes, "" if seq2seq else f". Or {HINT}")
+    _check_readers(models, modes, f". Or {HINT}")
     settings = _alignment_settings(alignment, len(models), same_ids)
     known = known_tokenizers(anchor, models, tokenizers, kwargs)
     differences: list[Difference | None] = [None] * len(models)

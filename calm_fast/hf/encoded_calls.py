@@ -109,9 +109,7 @@ def encode_call(
         if any(listed(external[name], len(encoders))[index] is not None for index in wanted):
             got = "a value. Leave it out, or pass a list with None for this augmenter: the model gives it its text"
             raise bad_value(WHERE, name, "None for a bidirectional augmenter", got)
-    if ids.is_meta or active_transform() is not None:
-        expected = "a tensor whose values can be read, because an augmenter is bidirectional"
-        raise bad_value(WHERE, "input_ids", expected, "one of a meta device or of torch.func")
+    _check_readable(ids)
     if mask is None and cache is None and positions is not None and positions.ndim == 2:
         expected = "positions that do not restart if an augmenter is bidirectional"
         got = "rows of several documents. Give each document a row of its own, with padding"
@@ -204,6 +202,36 @@ def _read_text(
     last = [_span(layout[r], past + new) for r in range(batch)]
     grown = _Grown(shown, points, prompt, last, index.shape[1])
     return Reading(texts, tokens, index, lo, hi, aligner is not None, True), grown
+
+
+@torch.compiler.disable(reason=_NO_GRAPH)
+def source_reading(aligner: WholeReader | None, ids: torch.Tensor, mask: torch.Tensor | None, own: bool) -> Reading:
+    """Return what a bidirectional augmenter reads of the source of an encoder-decoder: each row in full, for all.
+
+    ids (B, N), mask (B, N) or None: the anchor's, or the augmenter's own, which no aligner reads. lo and hi of the
+    result are (B, 1), the same for every token of the decoder.
+
+    Raises ValueError for ids that cannot be read.
+    """
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{WHERE}: torch.export cannot trace this call, because {_NO_GRAPH}")
+    _check_readable(ids)
+    rows, real = on_host(ids, mask, 0)
+    shown = [
+        [token if real is None or real[r][i] else None for i, token in enumerate(row)] for r, row in enumerate(rows)
+    ]
+    needed = [[len(row) - 1] for row in rows]
+    texts, places = _texts(None if own else aligner, [[] for _ in rows], shown, needed)
+    lo, hi = _bounds([[(0, len(texts[place]))] for (place,) in places], ids.device)
+    tokens = torch.tensor([[token for one in texts for token in one]], dtype=torch.int64)
+    return Reading(texts, tokens, _index(texts, places), lo, hi, own or aligner is not None, True)
+
+
+def _check_readable(ids: torch.Tensor) -> None:
+    """Raise ValueError for ids whose values cannot be read on the host."""
+    if ids.is_meta or active_transform() is not None:
+        expected = "a tensor whose values can be read, because an augmenter is bidirectional"
+        raise bad_value(WHERE, "input_ids", expected, "one of a meta device or of torch.func")
 
 
 def _texts(

@@ -89,10 +89,10 @@ def load_encoder(path: str | os.PathLike[str], where: str, **kwargs: Any) -> Pre
     return encoder_of(auto.from_pretrained(path, **kwargs), where)
 
 
-def encoder_from_config(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return the encoder of a new model with this config, with random weights."""
+def encoder_from_config(config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+    """Return the encoder of a new model with this config, with random weights. kwargs: of from_config."""
     auto: Any = AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
-    return encoder_of(auto.from_config(config), "ComposedForCausalLM")
+    return encoder_of(auto.from_config(config, **kwargs), "ComposedForCausalLM")
 
 
 def _pools(model_class: Any) -> bool:

@@ -40,7 +40,8 @@ class ComposedForSeq2SeqLM(Seq2SeqGeneration, Composition, GenerationMixin):
     `ComposedForCausalLM`: residuals at one layer add, and the parts stay frozen and in eval mode.
 
     anchor: an encoder-decoder language model, kept whole and shared with the caller.
-    augmenters: causal LMs, kept as views without LM head and without the layers past the last connected one.
+    augmenters: causal LMs, or encoders that read the source in full (``bidirectional="prompt"``), kept as views without
+    LM head and without the layers past the last connected one.
     connections: ``connections[i]`` is the CrossAttention of ``pairs[i]`` = (augmenter, augmenter layer, decoder layer).
 
     Several threads may run one instance, or instances that share parts. Source: CALM (arXiv 2401.02412) section 3.

@@ -16,9 +16,10 @@ from transformers.utils import ModelOutput  # type: ignore[attr-defined]  # re-e
 
 from calm_fast.core.checks import bad_value
 from calm_fast.hf.aligned_calls import align_call
+from calm_fast.hf.encoded_calls import source_reading
 from calm_fast.hf.hooks import Frame, switch
 from calm_fast.hf.inputs import WHERE, AugmenterCall, Tokens, check_ids, check_tensors, check_vocabulary, per_augmenter
-from calm_fast.hf.masks import check_shape, given_visibility
+from calm_fast.hf.masks import Visibility, check_shape, given_visibility
 from calm_fast.hf.recompute import begin_turn, end_turn
 from calm_fast.hf.trials import check_padding
 
@@ -156,7 +157,7 @@ def read_source(
 
     ids, mask: (B, N) of the anchor's encoder, which an augmenter reads unless it has own_ids: a tensor for all of them,
     or a list with a tensor or None for each; own_mask in the same way. An augmenter with an aligner reads the same text
-    in its own tokens, all of it, because the source is known in full.
+    in its own tokens, all of it, because the source is known in full. A bidirectional augmenter reads each row in full.
 
     Raises ValueError naming the argument.
     """
@@ -168,7 +169,8 @@ def read_source(
     external = {"augmenter_input_ids": own_ids, "augmenter_attention_mask": own_mask}
     if model.aligned and ids is not None:
         external |= {"augmenter_position_ids": None, "lo": None, "hi": None}
-        align_call(model.aligners, ids, mask, None, external, None, False, 0, ids.shape[1])
+        streams = [None if encoder else one for one, encoder in zip(model.aligners, model.encoders, strict=True)]
+        align_call(streams, ids, mask, None, external, None, False, 0, ids.shape[1])
     count = len(model.augmenters)
     own = [per_augmenter(name, external[name], count) for name in ("augmenter_input_ids", "augmenter_attention_mask")]
     calls = [_call(model, index, ids, mask, *given) for index, given in enumerate(zip(*own, strict=True))]
@@ -214,6 +216,8 @@ def _call(
             raise bad_value(WHERE, name, f"of batch size {ids.shape[0]}", f"shape {tuple(own_ids.shape)}")
         if own_mask is not None:
             check_shape(mask_name, own_mask, own_ids.shape[0], 0, own_ids.shape[1])
+    if model.encoders[index] is not None:
+        return _encoded(model, index, own_ids, own_mask, own=name != "input_ids")
     check_vocabulary(name, own_ids, [model._augmenter(index)])
     batch, tokens = own_ids.shape
     everything = torch.full((batch, 1), tokens, dtype=torch.int32, device=own_ids.device)
@@ -221,3 +225,14 @@ def _call(
     # left padding must not move the positions of the text
     positions = None if own_mask is None else (own_mask.long().cumsum(1) - 1).clamp(min=0)
     return AugmenterCall(Tokens(input_ids=own_ids, attention_mask=own_mask, position_ids=positions), visible)
+
+
+def _encoded(
+    model: ComposedForSeq2SeqLM, index: int, ids: torch.Tensor, mask: torch.Tensor | None, own: bool
+) -> AugmenterCall:
+    """Return what bidirectional augmenter `index` reads. own: the ids are of its own tokenizer."""
+    aligner: Any = model.aligners[index]
+    reading = source_reading(aligner, ids, mask, own)
+    check_vocabulary("augmenter_input_ids" if reading.own else "input_ids", reading.ids, [model._augmenter(index)])
+    seen = Visibility(reading.lo, reading.hi, False, cacheable=True)
+    return AugmenterCall(Tokens(input_ids=ids, attention_mask=None, position_ids=None), seen, None, reading)
