@@ -17,6 +17,11 @@ from calm_fast.hf import ComposedForCausalLM
 ROUNDINGS = (3 * 3 + 1) * 32
 
 
+def rounding(expected: torch.Tensor) -> float:
+    """Return how far logits (or states) may be from `expected` by rounding alone."""
+    return ROUNDINGS * torch.finfo(expected.dtype).eps / 2 * float(expected.detach().abs().max())
+
+
 class Reader:
     """What one augmenter reads: 0 to 3 tokens per row in a step, often none, anywhere in the block."""
 
@@ -129,8 +134,9 @@ class Ragged:
         for row in range(len(self.ids)):
             want = self.alone(model, row, steps)
             n = min(logits.shape[1], len(want))
-            rounding = ROUNDINGS * torch.finfo(want.dtype).eps / 2 * float(want.abs().max())
-            torch.testing.assert_close(logits[row, -n:], want[-n:], rtol=0, atol=rounding if atol is None else atol)
+            torch.testing.assert_close(
+                logits[row, -n:], want[-n:], rtol=0, atol=rounding(want) if atol is None else atol
+            )
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows."""
