@@ -31,6 +31,11 @@ def compose(
         list[str] | None,
         typer.Option(help="uniform:N, or pairs like 3:2,5:4 (A's layer:B's layer); repeat for each augmenter."),
     ] = None,
+    bidirectional: Annotated[
+        list[str] | None,
+        typer.Option(help="prompt or reencode: A is an encoder, such as BERT; repeat for each augmenter (or none)."),
+    ] = None,
+    chat_template_kwargs: TemplateVariables = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches of a step.")] = 1,
@@ -70,6 +75,7 @@ def compose(
                 connections=_connections(connections), num_heads=num_heads, head_dim=head_dim, steps=steps,
                 batch_size=batch_size, accumulate=accumulate, learning_rate=lr, warmup=warmup,
                 weight_decay=weight_decay, max_length=max_length, dtype=dtype, holdout=holdout, save_every=save_every,
+                bidirectional=_modes(bidirectional), chat_template_kwargs=template_variables(chat_template_kwargs),
                 gradient_checkpointing=gradient_checkpointing, device=device, seed=seed,
             )  # fmt: skip
             run(train, anchor, augmenter, out, settings, held_out=eval_file, limit=limit, say=typer.echo)
@@ -119,19 +125,22 @@ def evaluate(
         int | None, typer.Option(min=2, help="Most tokens of an example. Default: that of the training, else 512.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Most rows to read.")] = None,
+    chat_template_kwargs: TemplateVariables = None,
     device: Device = None,
 ) -> None:
     """Print the held-out loss of the augmenters alone, the anchor alone and the composition, side by side."""
     import contextlib
 
     check_device(device)
+    variables = template_variables(chat_template_kwargs)
     with contextlib.nullcontext() if out is None else folder(out):
         from calm_fast.composing import evaluate_folder
 
         try:
             results = evaluate_folder(
-                composition, data, out=out, limit=limit, max_length=max_length, device=device, say=typer.echo
-            )
+                composition, data, out=out, limit=limit, max_length=max_length, chat_template_kwargs=variables,
+                device=device, say=typer.echo,
+            )  # fmt: skip
         except ValueError as problem:
             raise typer.BadParameter(str(problem)) from problem
         for text in results["warnings"]:
@@ -148,6 +157,14 @@ def _read_prompt(file: Path | None) -> str:
         raise ValueError(f"generate: `prompt_file` must be a file, got {file}: {problem.strerror}") from problem
     except UnicodeDecodeError as problem:
         raise ValueError(f"generate: `prompt_file` must be UTF-8 text, got {file}: {problem.reason}") from problem
+
+
+def _modes(words: list[str] | None) -> Any:
+    """Return what `--bidirectional` names: None, one mode for all augmenters, or a list with one or None for each."""
+    if not words:
+        return None
+    modes = [None if word == "none" else word for word in words]
+    return modes[0] if len(modes) == 1 else modes
 
 
 def _connections(words: list[str] | None) -> Any:

@@ -28,7 +28,9 @@ def nat(
     nce_masking: Annotated[
         str, typer.Option(help="Tokens that NCE counts: paper (rationales) or released (prompts too).")
     ] = "paper",
-    target: Annotated[list[str] | None, typer.Option(help="A layer name; repeat. Default: q_proj, v_proj.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="A layer name; repeat. Default: the projections to queries and values.")
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(help="chat, plain, or a text with {question}. Default: chat if the tokenizer has a template."),
@@ -53,7 +55,7 @@ def nat(
         try:
             settings = Settings(
                 steps=steps, batch_size=batch_size, learning_rate=lr, warmup=warmup, rank=rank, variant=variant,
-                nce_masking=nce_masking, target_modules=tuple(target or ("q_proj", "v_proj")), seed=seed,
+                nce_masking=nce_masking, target_modules=tuple(target) if target else None, seed=seed,
             )  # fmt: skip
             results = run(
                 data, model, out, settings, limit=limit, max_length=max_length, prompt=prompt, system=system,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from calm_fast.consistency.voting.records import read_records
+from calm_fast.core.checks import bad_value
 from calm_fast.core.token_ids import begin_token, last_tokens
 from calm_fast.hf.alignment.collator import AlignedCollator
 
@@ -102,7 +103,10 @@ def _parse_chat(messages: Any, where: str) -> Row:
     return Row(chat[-1]["content"], messages=chat, where=where)
 
 
-def encode(row: Row, tokenizer: Any, max_length: int | None = None, *, flat_chats: bool = False) -> list[Example]:
+def encode(
+    row: Row, tokenizer: Any, max_length: int | None = None, *, template: Mapping[str, Any] | None = None,
+    flat_chats: bool = False,
+) -> list[Example]:  # fmt: skip
     """Return a row as examples of at most `max_length` tokens; an empty list if it does not fit or has too few.
 
     - Text is learned as a whole, with an end token where the tokenizer has one. A long text becomes several examples.
@@ -113,13 +117,14 @@ def encode(row: Row, tokenizer: Any, max_length: int | None = None, *, flat_chat
 
     The ids are those of `AlignedCollator.row`.
 
-    flat_chats: write a chat as plain lines if the tokenizer has no chat template, instead of refusing it.
+    template: variables for the chat template. flat_chats: write a chat as plain lines if the tokenizer has no chat
+    template, instead of refusing it.
     Raises:
         ValueError: a chat without a chat template, or one that the template refuses.
     """
     given = _given(row, tokenizer, flat_chats)
     try:
-        ids, _, length = AlignedCollator([], tokenizer).row(given)
+        ids, _, length = AlignedCollator([], tokenizer, chat_template_kwargs=template).row(given)
     except Exception as problem:  # a chat template is a program of its own and may raise anything
         raise ValueError(f"{row.where}: `{[*given][-1]}` must be rows that suit the tokenizer: {problem}") from problem
     if row.prompt is None and row.messages is None:
@@ -174,13 +179,30 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def encode_all(
-    rows: Iterable[Row], tokenizer: Any, max_length: int | None, left_out: Counter[str] | None = None
-) -> list[Example]:
-    """Return the examples of all rows. left_out: counts the rows that give none, by reason."""
+    rows: Iterable[Row], tokenizer: Any, max_length: int | None, left_out: Counter[str] | None = None,
+    template: Mapping[str, Any] | None = None,
+) -> list[Example]:  # fmt: skip
+    """Return the examples of all rows. left_out: counts the rows that give none, by reason. template: see `encode`."""
     examples = []
     for row in rows:
-        found = encode(row, tokenizer, max_length)
+        found = encode(row, tokenizer, max_length, template=template)
         examples += found
         if not found and left_out is not None:
             left_out[TOO_LONG if row.messages is not None else TOO_SHORT] += 1
     return examples
+
+
+def check_prompts(examples: Iterable[Example], modes: Sequence[str | None], where: str, name: str) -> None:
+    """Raise ValueError for an example without a prompt if an augmenter reads prompts in full. name: of the file."""
+    if any(mode is not None for mode in modes):
+        for example in examples:
+            if example.prompt_length is None:
+                expected = "rows with `prompt` and `completion`, or chats, because an augmenter is bidirectional"
+                raise bad_value(where, name, expected, f"a text without a prompt in {example.row.where}")
+
+
+def check_template(rows: Iterable[Row], template: Mapping[str, Any] | None, where: str) -> None:
+    """Raise ValueError for variables of a chat template where no row is a chat."""
+    if template and not any(row.messages is not None for row in rows):
+        expected = "None for rows without `messages`, which no chat template writes"
+        raise bad_value(where, "chat_template_kwargs", expected, repr(dict(template)))

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calm_fast.hf import ComposedForCausalLM, compose
+from calm_fast.hf.encoders import check_modes_given, encoder_from_config
 
 _GIB = 1 << 30
 _OPTIMIZER_BYTES = 12  # AdamW in float32: gradient and two moments
@@ -77,12 +78,14 @@ def weigh(anchor: str, augmenters: Sequence[str], dtype: str, **options: Any) ->
     options: arguments of `compose`. Raises ValueError as `compose` does, before a weight is read.
     """
     models = []
-    for path in (anchor, *augmenters):
+    modes = [None, *check_modes_given(options.get("bidirectional"), len(augmenters))]
+    for path, mode in zip((anchor, *augmenters), modes, strict=True):
         config = AutoConfig.from_pretrained(path)
         kept = torch.float32 if config.dtype is None else config.dtype
         chosen = kept if dtype == "auto" else getattr(torch, dtype)
         with torch.device("meta"):
-            models.append(AutoModelForCausalLM.from_config(config, dtype=chosen))
+            build = AutoModelForCausalLM.from_config if mode is None else encoder_from_config
+            models.append(build(config, dtype=chosen))
     sizes = [_part(name, path, model) for name, path, model in zip(
         ["B", *names_of(len(augmenters))], (anchor, *augmenters), models, strict=True)]  # fmt: skip
     # what the ids mean is compared when the models are loaded, with their tokenizers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from calm_fast.core.checks import bad_value
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.token_ids import padding_id
 from calm_fast.hf import ComposedForCausalLM
+from calm_fast.hf.encoders import load_encoder
 from calm_fast.hf.references import load_errors_named
 
 _EXPECTED = "the folder or hub name of a causal language model with its tokenizer"
@@ -34,10 +36,20 @@ def composition_tokenizer(where: str, folder: str, anchor_path: str) -> Any:
     return load_tokenizer(where, "folder", folder if own else anchor_path)
 
 
-def load_model(where: str, name: str, path: str, dtype: str, device: torch.device) -> PreTrainedModel:
-    """Return a whole causal language model in eval mode. dtype: "auto" or the name of one."""
-    with load_errors_named(where, name, path, _EXPECTED):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+def load_model(
+    where: str, name: str, path: str, dtype: str, device: torch.device, mode: str | None = None
+) -> PreTrainedModel:
+    """Return a whole causal language model in eval mode, or with a mode of a bidirectional augmenter an encoder.
+
+    dtype: "auto" or the name of one.
+    """
+    expected = _EXPECTED if mode is None else "the folder or hub name of an encoder with its tokenizer"
+    with load_errors_named(where, name, path, expected):
+        model: PreTrainedModel = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            if mode is None
+            else load_encoder(path, where, dtype=dtype)
+        )
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
     return model.eval()
 
@@ -48,14 +60,19 @@ def positions(model: PreTrainedModel) -> int | None:
     return limit if isinstance(limit, int) else None
 
 
-def examples_for(rows: list[Row], tokenizer: Any, model: PreTrainedModel, where: str, name: str) -> list[Example]:
+def examples_for(
+    rows: list[Row], tokenizer: Any, model: PreTrainedModel, where: str, name: str,
+    template: Mapping[str, Any] | None = None,
+) -> list[Example]:  # fmt: skip
     """Return each row as one example of an augmenter's own tokenizer, to score the augmenter alone.
+
+    template: variables for its chat template.
 
     Raises ValueError for a row with more tokens than the augmenter has positions.
     """
     found = []
     for row in rows:
-        for example in encode(row, tokenizer, flat_chats=True) or [Example([], 0, None, row, 0)]:
+        for example in encode(row, tokenizer, template=template, flat_chats=True) or [Example([], 0, None, row, 0)]:
             limit, length = positions(model), len(example.input_ids)
             if limit is not None and length > limit:
                 got = f"one of {limit} positions; {row.where} has {length} tokens for it. Lower `max_length`"

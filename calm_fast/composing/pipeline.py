@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from calm_fast._version import versions
 from calm_fast.composing import report
 from calm_fast.composing.batches import collator, single_collator
-from calm_fast.composing.data import Example, encode_all, read_texts
+from calm_fast.composing.data import Example, check_prompts, check_template, encode_all, read_texts
 from calm_fast.composing.evaluate import augmenter_losses, compared, print_losses, warnings_of
 from calm_fast.composing.memory import Weight, gib, names_of, peak_bytes, weigh
 from calm_fast.composing.models import continue_text, load_model, load_tokenizer, positions
@@ -28,6 +28,7 @@ from calm_fast.core.checks import bad_value, errors_of
 from calm_fast.core.files import claim, write_json, write_text
 from calm_fast.core.fingerprint import file_checksum, json_checksum, model_folder_fingerprint
 from calm_fast.hf import ComposedForCausalLM, compose
+from calm_fast.hf.encoders import check_modes_given
 from calm_fast.hf.resuming import History, train_or_resume
 
 _WHERE = "compose"
@@ -79,6 +80,7 @@ def run(
     arguments = ["anchor", *["augmenter"] * len(augmenters)]
     tokenizers = [load_tokenizer(_WHERE, name, path) for name, path in zip(arguments, paths, strict=True)]
     options = {"connections": settings.connections, "num_heads": settings.num_heads, "head_dim": settings.head_dim}
+    options["bidirectional"] = modes = check_modes_given(settings.bidirectional, len(augmenters))
     with errors_of(_WHERE):
         weight = weigh(paths[0], paths[1:], settings.dtype, **options)
     limit_of_anchor = positions(weight.model.anchor)
@@ -86,6 +88,8 @@ def run(
         expected = f"at most the {limit_of_anchor} positions of the anchor"
         raise bad_value(_WHERE, "max_length", expected, str(settings.max_length))
     data = _read(train, held_out, tokenizers[0], settings, limit)
+    check_prompts(data.train, modes, _WHERE, "train")
+    check_prompts(data.held, modes, _WHERE, "train" if held_out is None else "held_out")
     bound = _say_plan(weight, data, settings, say)
 
     files = {"train": file_checksum(train), "held_out": None if held_out is None else file_checksum(held_out)}
@@ -140,8 +144,10 @@ def _read(train: Any, held_out: Any, tokenizer: Any, settings: Settings, limit: 
         drawn = set(order[:count])
         apart = [rows[i] for i in sorted(drawn)]
         rows = [row for i, row in enumerate(rows) if i not in drawn]
-    examples = encode_all(rows, tokenizer, settings.max_length, left_out)
-    held = encode_all(apart, tokenizer, settings.max_length, left_out)
+    template = settings.chat_template_kwargs
+    check_template([*rows, *apart], template, _WHERE)
+    examples = encode_all(rows, tokenizer, settings.max_length, left_out, template)
+    held = encode_all(apart, tokenizer, settings.max_length, left_out, template)
     for name, found, wanted in (("train", examples, True), ("held_out", held, held_out is not None)):
         if wanted and not found:
             raise bad_value(_WHERE, name, "rows that fit into `max_length`", f"none; left out {dict(left_out)}")
@@ -207,16 +213,22 @@ def _compose(
 ) -> ComposedForCausalLM:  # fmt: skip
     """Load and compose the models; score the augmenters, which are whole only now, and the anchor, each alone."""
     device, names = settings.target, ["anchor", *["augmenter"] * (len(paths) - 1)]
+    modes = [None, *options["bidirectional"]]
     models: list[PreTrainedModel] = [
-        load_model(_WHERE, name, path, settings.dtype, device) for name, path in zip(names, paths, strict=True)
+        load_model(_WHERE, name, path, settings.dtype, device, mode)
+        for name, path, mode in zip(names, paths, modes, strict=True)
     ]
     model = compose(models[0], [*models[1:]], tokenizers=list(tokenizers), **options)
     assert isinstance(model, ComposedForCausalLM)  # load_model loads causal LMs
     if data.held:
         same = [aligner is None for aligner in model.aligners]
-        for name, whole, own, ids in zip(names_of(len(same)), models[1:], tokenizers[1:], same, strict=True):
+        parts = zip(names_of(len(same)), models[1:], tokenizers[1:], same, modes[1:], strict=True)
+        for name, whole, own, ids, mode in parts:
+            if mode is not None:
+                continue  # an encoder has no loss of its own
             title = f"{name} held out" if settings.progress else None
-            losses[name] = augmenter_losses(whole, own, data.held, ids, device, where=_WHERE, title=title)
+            losses[name] = augmenter_losses(whole, own, data.held, ids, device, where=_WHERE, title=title,
+                                            template=settings.chat_template_kwargs)  # fmt: skip
         title = "B held out" if settings.progress else None
         losses["B"] = row_losses(models[0], data.held, single_collator(tokenizers[0]), device, title=title)
     return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from calm_fast.composing.evaluate import same_tokens
 from calm_fast.composing.memory import gib
 from calm_fast.composing.settings import Settings
 from calm_fast.core.html_page import html_table, page, svg
@@ -55,6 +56,7 @@ def _held_out(held: dict[str, Any]) -> str:
     if not held:
         return "<p>No rows were held out, so nothing here says how well the composition generalises.</p>"
     rows = [
+        [f"<b>{escape(name)}</b> (an encoder, which has no loss of its own)", "-", "-", "-", "-"] if row is None else
         [f"<b>{escape(name)}</b>", *(_with_interval(row, key) for key in ("loss_per_token", "bits_per_byte")),
          _number(row["perplexity"]), f"{row['tokens']:,}"]
         for name, row in held["models"].items()
@@ -62,7 +64,7 @@ def _held_out(held: dict[str, Any]) -> str:
     differences = [[escape(name), _with_interval(row, "difference", "interval"), row["unit"]]
                    for name, row in held["differences"].items()]  # fmt: skip
     note = ""
-    if not all(held["same_tokenizer"].values()):
+    if not same_tokens(held):
         note = "<p>The tokenizers differ, so losses per token of A and B cannot be compared: compare bits per byte.</p>"
     head = ["", "nats per token", "bits per byte", "perplexity", "tokens"]
     return f"""<h2>Held-out loss</h2>

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ _WHERE = "composing.Settings"
 class Settings:
     """Settings of `composing.run`.
 
-    connections, num_heads, head_dim: see `compose`. steps: optimizer steps. batch_size: examples of a step and device.
+    connections, num_heads, head_dim, bidirectional: see `compose`. chat_template_kwargs: variables for the chat
+    template, such as {"enable_thinking": False}. steps: optimizer steps. batch_size: examples of a step and device.
     accumulate: batches whose gradients are added for a step. learning_rate: reached after `warmup` steps, by default a
     tenth of the steps, at most 50; it falls to zero by a cosine. max_length: most tokens of an example. dtype: of the
     frozen parts, "auto" = as they were saved; the connections are float32. gradient_checkpointing: recompute the
@@ -36,6 +37,8 @@ class Settings:
     connections: Any = "uniform:4"
     num_heads: int | None = None
     head_dim: int | None = None
+    bidirectional: Any = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
     steps: int = 1000
     batch_size: int = 8
     accumulate: int = 1
@@ -73,6 +76,8 @@ class Settings:
             raise bad_value(_WHERE, "weight_decay", "at least 0", str(self.weight_decay))
         if not 0 <= self.holdout < 1:
             raise bad_value(_WHERE, "holdout", "a share of at least 0 and below 1", str(self.holdout))
+        if self.chat_template_kwargs is not None and not isinstance(self.chat_template_kwargs, Mapping):
+            raise bad_type(_WHERE, "chat_template_kwargs", "a dict or None", self.chat_template_kwargs)
         if self.dtype not in DTYPES:
             raise bad_value(_WHERE, "dtype", f"one of {', '.join(DTYPES)}", repr(self.dtype))
 
@@ -103,7 +108,10 @@ class Settings:
             "num_heads head_dim steps batch_size accumulate learning_rate weight_decay max_length dtype holdout seed"
         )
         found = {name: getattr(self, name) for name in names.split()}
-        return found | {"connections": _plain(self.connections), "warmup": self.warmup_steps}
+        found |= {"connections": _plain(self.connections), "warmup": self.warmup_steps}
+        # absent by default, as in runs of earlier versions, which go on
+        extras = {"bidirectional": self.bidirectional, "chat_template_kwargs": self.chat_template_kwargs}
+        return found | {name: value for name, value in extras.items() if value}
 
     def arguments(self, out: str | os.PathLike[str]) -> TrainingArguments:
         """Return these settings as transformers' TrainingArguments with the output folder `out`."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from calm_fast.consistency.sampling.prompt import PLAIN, Prompt, prompt_form
@@ -19,6 +20,7 @@ from calm_fast.core.fingerprint import file_checksum, json_checksum, model_folde
 from calm_fast.core.token_ids import padding_id
 from calm_fast.hf.dual_lora import add_dual_lora, get_gates, record_gates
 from calm_fast.hf.dual_lora_files import load_dual_lora, save_dual_lora, save_lora_adapter
+from calm_fast.hf.dual_lora_targets import default_targets
 from calm_fast.modules.dual_lora import DualLoRALinear
 from calm_fast.nat.data import Example, Graded, RationaleDataset, RightPadding, grade, read_rows
 from calm_fast.nat.stages import History, Settings, distil_nce, train_nat, train_negative
@@ -56,6 +58,8 @@ def run(
     """
     settings = settings or Settings()
     tokenizer = _load_tokenizer(model)  # fail before anything is written
+    if settings.target_modules is None:
+        settings = replace(settings, target_modules=_usual_targets(model))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     # progress and checkpoints do not change the result
@@ -104,6 +108,14 @@ def run(
     run_stage("nat", lambda: _nat(load(), rights, pad_id, out, settings, results))
     run_stage("student", lambda: _student(load(), rights, pad_id, out, settings))
     return results
+
+
+def _usual_targets(model: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Return the layers that `add_dual_lora` replaces by default, of a model that is not loaded."""
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(os.fspath(model)))
+    with errors_of("nat"):
+        return default_targets(empty)
 
 
 def _check_stages(model: PreTrainedModel, tokenizer: Any, settings: Settings) -> int:

@@ -31,10 +31,11 @@ class Settings:
     """Settings of all stages.
 
     steps, batch_size, learning_rate, warmup: of each stage. The rate rises to `learning_rate` over `warmup` steps, by
-    default a tenth of the steps, at most 20, and falls to zero by a cosine. rank, alpha, target_modules, variant,
-    gate_dim, value_dim, dropout: of the layers, see `DualLoRALinear`. nce_alpha, nce_temperature, nce_offset: constants
-    of `ops.linear_nce`. nce_masking: "paper" or "released", the tokens that NCE counts, see `NCETrainer`. save_every:
-    steps between checkpoints, 0 = none. progress: show a bar.
+    default a tenth of the steps, at most 20, and falls to zero by a cosine. target_modules: the layers, see
+    `add_dual_lora`; None = its default for the family. rank, alpha, variant, gate_dim, value_dim, dropout: see
+    `DualLoRALinear`. nce_alpha, nce_temperature, nce_offset: constants of `ops.linear_nce`. nce_masking: "paper" or
+    "released", the tokens that NCE counts, see `NCETrainer`. save_every: steps between checkpoints, 0 = none. progress:
+    show a bar.
 
     Raises:
         TypeError, ValueError: a value is wrong; the message names it, what was expected and what came.
@@ -46,7 +47,7 @@ class Settings:
     warmup: int | None = None
     rank: int = 8
     alpha: float = 16.0
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    target_modules: tuple[str, ...] | None = None
     variant: str = "paper"
     gate_dim: int = 128
     value_dim: int | None = 128
