@@ -117,7 +117,8 @@ def families() -> dict[str, str]:
             found[f"seq2seq/{model_type}"] = name
     types = dict.fromkeys([*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES])
     names = {model_type: MODEL_MAPPING_NAMES[model_type] for model_type in types if model_type in MODEL_MAPPING_NAMES}
-    for model_type, name in _once({key: name for key, name in names.items() if isinstance(name, str)}).items():
+    whole = {key: name if isinstance(name, str) else name[0] for key, name in names.items()}  # Funnel has two
+    for model_type, name in _once(whole).items():
         # those that only exist as decoders are no encoders
         decodes = (
             model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
