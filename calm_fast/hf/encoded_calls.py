@@ -292,6 +292,18 @@ def _index(texts: list[list[int]], places: list[list[int]]) -> torch.Tensor:
     return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64).reshape(len(rows), width)
 
 
+def _chunks(lengths: list[int], masked: bool) -> list[tuple[int, int]]:
+    """Return where the batches of texts begin and end. masked: texts of different lengths may be in one."""
+    found: list[tuple[int, int]] = []
+    for place, length in enumerate(lengths):
+        start = found[-1][0] if found else 0
+        if found and place - start < CHUNK and (masked or length == lengths[start]):
+            found[-1] = (start, place + 1)
+        else:
+            found.append((place, place + 1))
+    return found
+
+
 @torch.compiler.disable(reason=_NO_GRAPH)
 def run_encoder(
     frame: Frame,
@@ -316,8 +328,8 @@ def run_encoder(
         got = f"{longest}. Shorten the prompt, or compose an encoder that reads more"
         raise bad_value(WHERE, "input_ids", expected, got)
     states: dict[tuple[int, int], list[torch.Tensor]] = {key: [] for key in keys}
-    for start in range(0, len(texts), CHUNK):
-        chunk = texts[start : start + CHUNK]
+    for start, end in _chunks([len(text) for text in texts], encoder.masked):
+        chunk = texts[start:end]
         width = max(map(len, chunk))
         ids = torch.tensor([text + [encoder.pad] * (width - len(text)) for text in chunk])
         mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in chunk])

@@ -30,17 +30,19 @@ class Encoder(NamedTuple):
     """How a bidirectional augmenter is called.
 
     mode: "prompt" or "reencode". use_cache: its forward takes this argument. longest: the most tokens that its learned
-    positions reach, None if it has none. pad: the id that fills shorter rows.
+    positions reach, None if it has none. pad: the id that fills shorter rows. masked: its forward takes an attention
+    mask; without one (FNet) only texts of one length can be read together.
     """
 
     mode: str
     use_cache: bool
     longest: int | None
     pad: int
+    masked: bool
 
     def inputs(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
         """Return the arguments of its forward. ids (S, n), padded on the right; mask (S, n), 1 = real."""
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        inputs: dict[str, Any] = {"input_ids": ids} | ({"attention_mask": mask} if self.masked else {})
         return inputs | {"use_cache": False} if self.use_cache else inputs
 
 
@@ -110,7 +112,8 @@ def describe_encoder(model: PreTrainedModel, called: nn.Module, mode: str) -> En
     """Return how a bidirectional augmenter is called. called: the module inside `model` that has its layers."""
     parameters: Mapping[str, Any] = inspect.signature(called.forward).parameters
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
-    return Encoder(mode, "use_cache" in parameters, _longest(called), pad if isinstance(pad, int) and pad >= 0 else 0)
+    pad = pad if isinstance(pad, int) and pad >= 0 else 0
+    return Encoder(mode, "use_cache" in parameters, _longest(called), pad, "attention_mask" in parameters)
 
 
 def _longest(called: nn.Module) -> int | None:

@@ -10,7 +10,7 @@ import torch
 from encoders import ENCODERS, KINDS, encoder, with_encoder
 from families import FAMILIES, PAD, VOCAB, left_padded, prompts, randomize
 from ragged import rounding
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, FNetConfig, FNetModel
 
 import calm_fast
 from calm_fast.hf import ComposedForCausalLM, compose
@@ -316,6 +316,19 @@ def test_an_empty_row_of_padding_reads_nothing() -> None:
         alone = logits(model, ids[1:], 9)
         both = logits(model, ids.masked_fill(mask == 0, PAD), 9, attention_mask=mask)
     torch.testing.assert_close(both[1:], alone, rtol=0, atol=rounding(alone))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_encoder_without_an_attention_mask_reads_no_padding(mode: str) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": 64}
+    torch.manual_seed(2)
+    config = FNetConfig(vocab_size=VOCAB, pad_token_id=PAD, initializer_range=0.3, **sizes)
+    model = randomize(compose(FAMILIES["llama"].model(0), FNetModel(config), "uniform:2", bidirectional=mode))
+    ids, mask = left_padded(prompts())
+    together = logits(model, ids, torch.tensor([7, 5]), attention_mask=mask)
+    near = {"rtol": 0, "atol": rounding(together)}
+    torch.testing.assert_close(logits(model, ids[:1, 4:], 3)[0], together[0, 4:], **near)
+    torch.testing.assert_close(logits(model, ids[1:], 5)[0], together[1], **near)
 
 
 @pytest.mark.skipif(not PAGE.is_file(), reason="the docs are not beside the tests")
