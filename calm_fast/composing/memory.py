@@ -84,7 +84,7 @@ def weigh(anchor: str, augmenters: Sequence[str], dtype: str, **options: Any) ->
         kept = torch.float32 if config.dtype is None else config.dtype
         chosen = kept if dtype == "auto" else getattr(torch, dtype)
         with torch.device("meta"):
-            build = AutoModelForCausalLM.from_config if mode is None else encoder_from_config
+            build: Any = AutoModelForCausalLM.from_config if mode is None else encoder_from_config
             models.append(build(config, dtype=chosen))
     sizes = [_part(name, path, model) for name, path, model in zip(
         ["B", *names_of(len(augmenters))], (anchor, *augmenters), models, strict=True)]  # fmt: skip

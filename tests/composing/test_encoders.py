@@ -77,7 +77,7 @@ def test_an_encoder_stands_beside_a_language_model(anchor, sibling, bert, tmp_pa
 def test_texts_without_a_prompt_are_refused_before_anything_is_loaded(anchor, bert, tmp_path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [*completions(SENTENCES[:3]), {"text": "a text"}])
     settings = replace(SETTINGS, bidirectional="prompt", holdout=0)
-    message = "compose: `train` must be rows with `prompt` and `completion`, .* got a text without a prompt in .*:4"
+    message = "compose: `train` must be rows with `prompt` and .* got a text without a prompt in rows.jsonl, line 4"
     with pytest.raises(ValueError, match=message):
         run(rows, anchor, [bert], tmp_path / "out", settings, say=quiet)
     assert not (tmp_path / "out").exists()

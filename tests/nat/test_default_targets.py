@@ -24,7 +24,8 @@ def test_a_family_with_other_names_trains_without_naming_them(tiny: Any, rows_fi
     out = tmp_path / "out"
     results = nat.run(rows_file, tmp_path / "model", out, SETTINGS, limit=4)
     assert results["identity"]["settings"]["target_modules"] == ["c_attn"]
-    assert json.loads((out / "negative" / "adapter_config.json").read_text())["target_modules"] == ["c_attn"]
+    adapted = json.loads((out / "negative" / "adapter_config.json").read_text())["target_modules"]
+    assert adapted == [f"transformer.h.{layer}.attn.c_attn" for layer in range(2)]
     assert set(results["losses"]) == {"negative", "nat", "student"}
 
 
