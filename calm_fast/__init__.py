@@ -1,7 +1,7 @@
 """calm_fast: fused kernels for composing language models, dual LoRA and self-consistency scoring.
 
-Importing this package only defines names. torch, Triton, the compiled library and transformers are imported when a name
-that needs them is first used.
+Importing this package only defines names, and tells transformers' Auto classes the model types of compositions. torch,
+Triton, the compiled library and transformers are imported when a name that needs them is first used.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from calm_fast._version import __version__
+from calm_fast.core.registration import register_model_types
 
 if TYPE_CHECKING:  # the names of _LAZY, for type checkers
     from calm_fast.consistency.sampling.scoring import score_sequences as score_sequences
@@ -57,6 +58,12 @@ _LAZY = {
 _SUBMODULES = ("ops", "modules", "reference", "hf", "nat", "consistency")
 
 __all__ = ["__version__", *_LAZY, *_SUBMODULES]
+
+# AutoConfig, AutoModelForCausalLM, pipeline() and the like load a saved composition once `calm_fast` is imported
+register_model_types(
+    "calm_fast.hf",
+    {"calm_fast_composed": "ComposedConfig", "calm_fast_composed_seq2seq": "ComposedSeq2SeqConfig"},
+)
 
 
 def __getattr__(name: str) -> Any:

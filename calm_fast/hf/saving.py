@@ -20,7 +20,9 @@ from calm_fast.core.fingerprint import weight_fingerprint
 from calm_fast.core.wrapped_names import bare_name
 from calm_fast.hf.causality import check_parts as try_parts
 from calm_fast.hf.config import ComposedConfig, format_of
+from calm_fast.hf.hub_upload import upload
 from calm_fast.hf.loading import config_of_tensors, keep_token_ids, load_parts, read_config, saved_generation_config
+from calm_fast.hf.model_card import write_card
 from calm_fast.hf.own_tensors import (
     PREFIX,
     check_tensors,
@@ -132,6 +134,8 @@ class CompositionFiles(PreTrainedModel):
     ) -> None:
         """Write config.json, generation_config.json, model.safetensors (the composition tensors only) and tokenizers.
 
+        README.md, the model card, is written too, unless one of the user's own is there.
+
         The anchor's tokenizer, if it is known, goes into the folder itself, that of an augmenter which reads through an
         aligner into augmenter_0_tokenizer/ and so on.
 
@@ -188,11 +192,17 @@ class CompositionFiles(PreTrainedModel):
             partial_config.write_text(texts["config"], encoding="utf-8")
             partial_generation.write_text(texts["generation_config"], encoding="utf-8")
             write_tensors(partial_tensors, tensors, metadata, self.config.format_version)
+        write_card(folder, json.loads(texts["config"]), sum(tensor.numel() for tensor in tensors.values()))
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # as transformers' own
-        """Upload the composition as transformers does.
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # type: ignore[override]  # its options come in **kwargs
+        """Upload the composition to the hub, with its model card, and return the CommitInfo of huggingface_hub.
 
-        Raises ValueError if a part is not on the hub itself, because nobody else could load the composition.
+        repo_id: name of the repository, which is made if it does not exist. A model card of somebody's own that is
+        there stays. kwargs: private, token, revision, create_pr, commit_message, commit_description, max_shard_size and
+        tags, as of transformers' push_to_hub.
+        Raises:
+            ValueError: a part is not on the hub itself, because nobody else could load the composition.
+            TypeError: an unknown argument.
         """
         paths = {"anchor": self.config.anchor_path}
         paths |= {f"augmenters[{i}]": path for i, path in enumerate(self.config.augmenter_paths)}
@@ -200,7 +210,7 @@ class CompositionFiles(PreTrainedModel):
             if not path or os.path.isdir(path):
                 got = f"{path!r}. Upload that model first, and compose it by its hub name"
                 raise bad_value("push_to_hub", name, "a model on the hub", got)
-        return super().push_to_hub(*args, **kwargs)
+        return upload(self.save_pretrained, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # the parts are arguments, and further positional ones are refused

@@ -21,7 +21,7 @@ from calm_fast.hf.config import FORMAT_VERSION
 
 def test_only_composition_tensors_are_saved(folder: Path) -> None:
     files = {f.name for f in (folder / "composed").iterdir()}
-    assert files == {"config.json", "generation_config.json", "model.safetensors"}
+    assert files == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     tensors = load_file(folder / "composed" / "model.safetensors")
     assert set(tensors) == {f"connections.{n}" for n in rebuilt(folder).connections.state_dict()}
     with safe_open(folder / "composed" / "model.safetensors", "pt") as opened:
