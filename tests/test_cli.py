@@ -16,7 +16,7 @@ import calm_fast
 from calm_fast import env_report
 from calm_fast.cli import app
 
-COMMANDS = ("demo", "compose", "generate", "eval", "verify", "bench", "vote", "answers", "env")
+COMMANDS = ("demo", "compose", "generate", "eval", "serve", "verify", "bench", "ask", "vote", "answers", "env")
 
 
 def invoke(*args):

@@ -19,7 +19,7 @@ MODULES = ("modules", *OPS)
 HF = ("hf", *MODULES)
 CONSISTENCY = ("consistency", *HF)
 NAT = ("nat", *CONSISTENCY)
-DOORS = ("experiments", "verify", "benchmarks", "env_report", "cli", "composing", *NAT)
+DOORS = ("experiments", "verify", "benchmarks", "env_report", "cli", "serving", "composing", *NAT)
 USERS = ("experiments", "benchmarks", "cli")  # they may `import calm_fast` as anybody else does
 FLOORS: dict[str, tuple[str, ...]] = {
     "_version": (),
@@ -33,6 +33,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "consistency": HF,
     "nat": CONSISTENCY,
     "composing": CONSISTENCY,
+    "serving": ("composing", *CONSISTENCY),
     "env_report": OPS,
     "lm_eval": HF,
     "experiments": DOORS,

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from calm_fast.cli.ask import ask
 from calm_fast.cli.compose import compose, evaluate, generate
 from calm_fast.cli.demo import demo
 from calm_fast.cli.measuring import bench, verify
 from calm_fast.cli.nat import nat
 from calm_fast.cli.rank import rank
+from calm_fast.cli.serve import serve
 from calm_fast.cli.vote import answers, vote
 from calm_fast.core.broken_pipe import quiet_end
 
@@ -47,10 +49,12 @@ app.command()(demo)
 app.command()(compose)
 app.command()(generate)
 app.command("eval")(evaluate)
+app.command()(serve)
 app.command()(verify)
 app.command()(bench)
 app.command()(nat)
 app.add_typer(rank, name="rank")
+app.command()(ask)
 app.command()(vote)
 app.command()(answers)
 

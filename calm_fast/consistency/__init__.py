@@ -8,6 +8,7 @@ from typing import Any
 
 # public name -> the module that defines it; loaded on first use, so that no name pays for another's imports
 _LAZY = {
+    "Endpoint": "endpoint.client",
     "Groups": "answers.grouping",
     "Ranker": "ranking.ranker",
     "RankerHead": "ranking.ranker",

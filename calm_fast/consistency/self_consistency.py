@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -14,6 +15,8 @@ from calm_fast._ops.voting.decide import RULES
 from calm_fast.consistency.answers.extraction import extract_answer
 from calm_fast.consistency.answers.gold import gold_answer
 from calm_fast.consistency.answers.grouping import Groups, group_answers
+from calm_fast.consistency.endpoint.asking import asked
+from calm_fast.consistency.endpoint.client import Drawn, Endpoint
 from calm_fast.consistency.identity import dual_lora_modes, model_identity, setting_name, vocabulary_checksum
 from calm_fast.consistency.sampling.prefix import PrefixReader, check_model
 from calm_fast.consistency.sampling.prompt import Prompt, chosen_form
@@ -53,7 +56,8 @@ class SelfConsistency:
 
     Args:
         model, tokenizer: a decoder-only transformers model, composed and dual-LoRA models included, and its tokenizer.
-            Required to sample, and to score existing samples without a ranker.
+            Required to sample, and to score existing samples without a ranker. Or an `Endpoint` without a tokenizer, to
+            sample from a server.
         ranker: an object with score(questions, rationales) -> one tensor per question, such as `Ranker`. Without one
             the score of a sample is exp of its mean log-probability under the model, the normalised weighting of
             2203.11171.
@@ -96,18 +100,24 @@ class SelfConsistency:
         progress: bool = True,
         **sampling: Any,
     ) -> None:
-        if model is not None:
+        remote = model if isinstance(model, Endpoint) else None
+        if remote is not None and tokenizer is not None:
+            raise ValueError(f"{_CALLER}: `tokenizer` must be None with an Endpoint, whose server has its own, got one")
+        if model is not None and remote is None:
             check_model(_CALLER, model)
-        if (model is None) != (tokenizer is None):
+        if remote is None and (model is None) != (tokenizer is None):
             raise ValueError(f"{_CALLER}: `model` and `tokenizer` must be given together, got only one of them")
         if ranker is not None and not callable(getattr(ranker, "score", None)):
             raise TypeError(f"{_CALLER}: `ranker` must have score(questions, rationales), got {type(ranker).__name__}")
         if rule not in RULES:
             raise ValueError(f"{_CALLER}: `rule` must be 'count', 'weighted' or 'adaptive', got {rule!r}")
         check_finite_number(_CALLER, "lam", lam)
-        self.form = chosen_form(
-            prompt, model, tokenizer, _CALLER, system=system, chat_template_kwargs=chat_template_kwargs
-        )
+        if remote is not None:
+            self.form = remote.form(prompt, system, chat_template_kwargs)
+        else:
+            self.form = chosen_form(
+                prompt, model, tokenizer, _CALLER, system=system, chat_template_kwargs=chat_template_kwargs
+            )
         if confidence is not None:
             check_finite_number(_CALLER, "confidence", confidence)
             if not 0.5 < confidence <= 1:
@@ -127,7 +137,7 @@ class SelfConsistency:
                 f"{_CALLER}: unknown option {', '.join(unknown)}; besides its own arguments it takes those of "
                 f"sampling: {', '.join(options)}"
             )
-        self.model, self.tokenizer, self.ranker = model, tokenizer, ranker
+        self.model, self.tokenizer, self.ranker, self.remote = model, tokenizer, ranker, remote
         self.n, self.rule, self.lam, self.seed = n, rule, lam, seed
         self.pattern, self.equality, self.grouping = pattern, equality, dict(grouping or {})
         self.confidence, self.round_size, self.batch_size = confidence, min(rounds, n), batch_size
@@ -160,9 +170,12 @@ class SelfConsistency:
         items = new_questions(questions, references)
         with (
             progress_bar(total=len(items), desc="sampling", unit="question", shown=self.progress) as bar,
-            eval_mode(self.model),
-            fixed_weights(self.model),
+            contextlib.ExitStack() as stack,
         ):
+            if self.remote is not None:
+                return self._resume(items, out, "sampled", bar, self._ask_and_vote)
+            stack.enter_context(eval_mode(self.model))
+            stack.enter_context(fixed_weights(self.model))
             return self._resume(items, out, "sampled", bar, self._sample_and_vote)
 
     def from_samples(
@@ -191,7 +204,7 @@ class SelfConsistency:
             )
         rows = read_rows(rows, need_answer=False) if isinstance(rows, (str, os.PathLike)) else list(rows)
         items = questions_of_rows(rows)
-        if self.rule != "count" and self.ranker is None and self.model is None:
+        if self.rule != "count" and self.ranker is None and (self.model is None or self.remote is not None):
             without = next((item.index for item in items if item.scores is None), None)
             if without is not None:
                 raise ValueError(
@@ -243,6 +256,9 @@ class SelfConsistency:
             # earlier versions, whose runs go on, knew weights alone
             return common if scores_are == "weights" else {**common, "scores_are": scores_are}
         drawn = {"n": self.n, "confidence": self.confidence, "round_size": self.round_size, "seed": self.seed}
+        if self.remote is not None:
+            told = {"chat_template": self.form.chat, **self.form.extras(), **self.remote.settings()}
+            return {**common, **drawn, **told, **vars(self.sampling)}
         read = {
             "chat_template": self.form.chat,
             "tokenizer": vocabulary_checksum(self.tokenizer),
@@ -269,6 +285,21 @@ class SelfConsistency:
                     yield self._vote(finished)
                     bar.update(len(finished))
                 active = going
+
+    def _ask_and_vote(self, items: list[Question], bar: Any) -> Iterator[list[SelfConsistencyResult]]:
+        """Yield lists of results, as an endpoint has given their questions all samples."""
+        remote, scored = cast(Endpoint, self.remote), self.rule != "count" and self.ranker is None
+
+        def draw(item: Question, numbers: range) -> list[Drawn]:
+            return remote.draw(self.form, item.text, numbers, self.seed, self.sampling, scored)
+
+        work = {"n": self.n, "round_size": self.round_size, "pattern": self.pattern}
+        for finished in asked(remote, items, draw, going=self._still_active, **work):  # type: ignore[arg-type]
+            if not scored:
+                for item in finished:
+                    item.scores = None
+            yield self._vote(finished)
+            bar.update(len(finished))
 
     def _batches(self, items: list[Question], pads: bool) -> Iterator[tuple[list[Question], list[list[int]]]]:
         """Yield questions that are sampled together, with their prompts; of one length unless the model can pad."""

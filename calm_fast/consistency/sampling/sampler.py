@@ -113,7 +113,7 @@ class _Draw(LogitsProcessor):
         return cast(torch.FloatTensor, torch.full_like(scores, float("-inf")).scatter(1, token, 0.0))
 
 
-class _Ends(StoppingCriteria):
+class RowEnds(StoppingCriteria):
     """Records the length of each row up to its end token or stop string; -1 while the row continues."""
 
     def __init__(self, ends: Sequence[int], stop: Any, rows: int, prompt_length: int, device: torch.device) -> None:
@@ -171,7 +171,7 @@ class PromptBatch:
         chosen = torch.stack([uniforms(seed, self.prompts[q], j, count) for q, j in zip(rows, numbers, strict=True)])
         draw = _Draw(self.settings, chosen, length)
         stop = StopStringCriteria(self.tokenizer, list(self.settings.stop)) if self.settings.stop else None
-        ends = _Ends(self.ends, stop, len(rows), length, ids.device)
+        ends = RowEnds(self.ends, stop, len(rows), length, ids.device)
         more: dict[str, Any] = {}
         if self.reader.signature is not None:
             more["attention_mask"] = mask

@@ -1,0 +1,86 @@
+"""The samples of one request, drawn in one batch on the thread that runs the model."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+
+from calm_fast.consistency.sampling.sampler import RowEnds
+from calm_fast.serving.asked import Asked
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a sample: its text, its log-probability at temperature 1, and the likeliest tokens in its place."""
+
+    text: str
+    logprob: float
+    likeliest: list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A sample. tokens: how many, the end token included. finished: False if it was cut at the most new tokens."""
+
+    text: str
+    tokens: int
+    finished: bool
+    logprobs: list[Token] | None
+
+
+class Stopped(StoppingCriteria):
+    """Ends all rows once `event` is set: the client has gone."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)  # type: ignore[return-value]
+
+
+def begin(seed: int | None) -> None:
+    """Seed the random numbers of a request. Runs on the model's thread, so that no other request draws from them."""
+    torch.manual_seed(secrets.randbits(63) if seed is None else seed)
+
+
+def write(model: Any, tokenizer: Any, inputs: Any, config: Any, asked: Asked, gone: threading.Event) -> list[Written]:
+    """Draw asked.n samples of one prompt. Returns [] if the client has gone."""
+    if gone.is_set():
+        return []
+    begin(asked.seed)
+    config.return_dict_in_generate, config.output_logits = True, asked.logprobs is not None
+    length = inputs["input_ids"].shape[1]
+    stop = StopStringCriteria(tokenizer, list(asked.stop)) if asked.stop else None
+    ends = RowEnds(config.eos_token_id or [], stop, asked.n, length, model.device)
+    made = model.generate(
+        **inputs,
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList([ends, Stopped(gone)]),
+    )
+    if gone.is_set():
+        return []
+    found = []
+    for row, end in enumerate(ends.lengths.tolist()):
+        ids = made.sequences[row, length:].tolist()
+        ids = ids if end < 0 else ids[:end]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        for word in asked.stop:
+            text = text.partition(word)[0]
+        told = None if asked.logprobs is None else _logprobs(made.logits, row, ids, asked.logprobs, tokenizer)
+        found.append(Written(text, len(ids), end >= 0, told))
+    return found
+
+
+def _logprobs(logits: Any, row: int, ids: list[int], count: int, tokenizer: Any) -> list[Token]:
+    told = []
+    for token, step in zip(ids, logits, strict=False):  # later steps are of longer samples
+        logprobs = step[row].float().log_softmax(-1)
+        top = logprobs.topk(min(count, len(logprobs)))
+        likeliest = [(tokenizer.decode([i]), p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+        told.append(Token(tokenizer.decode([token]), float(logprobs[token]), likeliest))
+    return told

@@ -1,0 +1,95 @@
+"""The application, and running it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calm_fast.composing.models import composition_tokenizer, untrained
+from calm_fast.core.checks import bad_value
+from calm_fast.hf import ComposedForCausalLM
+
+_WHERE = "serve"
+PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
+
+
+def build_app(model: Any, tokenizer: Any, name: str) -> Any:
+    """Return an ASGI application that answers requests of the OpenAI protocol with one model.
+
+    Requests are answered one after the other, on one thread; the n samples of a request are one batch.
+
+    model: a causal LM of transformers, in eval mode; compositions and dual-LoRA models included. tokenizer: its fast
+    tokenizer. name: what clients call it.
+    Raises:
+        ImportError: fastapi, uvicorn or openai is missing. ValueError: the tokenizer is not a fast one.
+    """
+    check_installed()
+    from fastapi import HTTPException
+    from fastapi.responses import JSONResponse
+    from transformers.cli.serving.server import build_server
+    from transformers.cli.serving.utils import GenerationState
+
+    from calm_fast.serving.disconnects import Disconnects
+    from calm_fast.serving.handlers import Chat, OneModel, Text
+
+    if not getattr(tokenizer, "is_fast", False):
+        raise bad_value(_WHERE, "tokenizer", "a fast tokenizer, whose text can be streamed", type(tokenizer).__name__)
+
+    async def told(_: Any, problem: Any) -> Any:
+        kind = "invalid_request_error" if problem.status_code < 500 else "server_error"
+        error = {"message": str(problem.detail), "type": kind, "code": problem.status_code}
+        return JSONResponse({"error": error}, status_code=problem.status_code)
+
+    manager, state = OneModel(model, tokenizer, name), GenerationState()
+    handlers: Any = (Chat(manager, state), Text(manager, state), None, None, None)
+    chat, text, *others = handlers
+    app = build_server(manager, chat, text, *others, generation_state=state)
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in PATHS]
+    app.add_exception_handler(HTTPException, told)  # as the protocol tells errors
+    app.add_middleware(Disconnects)  # type: ignore[arg-type]  # any callable of ASGI
+    return app
+
+
+def check_installed() -> None:
+    """Raise ImportError that says what to install unless transformers' server can run."""
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ImportError(f"{_WHERE}: needs fastapi, uvicorn and openai; pip install 'calm-fast[serve]'")
+
+
+def serve(
+    folder: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    device: str | None = None,
+    dtype: str | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve a saved composition until the process is interrupted.
+
+    Args:
+        folder: of the composition. name: what clients call it; default, the folder's name. host, port: where to
+            listen; the default host takes connections of this machine only, and there is no authentication.
+            device: default, a GPU if there is one. dtype: of the parts, default as they are saved.
+    Raises:
+        ImportError: a package is missing. ValueError: the folder holds no composition with its models.
+    """
+    check_installed()
+    import uvicorn
+
+    model = ComposedForCausalLM.from_pretrained(folder, **({} if dtype is None else {"dtype": dtype}))
+    tokenizer = composition_tokenizer(_WHERE, os.fspath(folder), model.config.anchor_path)
+    model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    if untrained(model):
+        say("warning: W_o of every connection is zero, so the composition writes what its anchor writes")
+    name = Path(folder).resolve().name if name is None else name
+    app = build_app(model, tokenizer, name)
+    say(f"serving {name} on http://{host}:{port}/v1, one request at a time")
+    uvicorn.run(app, host=host, port=port, log_level="warning")
