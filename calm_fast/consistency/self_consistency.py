@@ -293,8 +293,10 @@ class SelfConsistency:
         def draw(item: Question, numbers: range) -> list[Drawn]:
             return remote.draw(self.form, item.text, numbers, self.seed, self.sampling, scored)
 
-        work = {"n": self.n, "round_size": self.round_size, "pattern": self.pattern}
-        for finished in asked(remote, items, draw, going=self._still_active, **work):  # type: ignore[arg-type]
+        chosen = asked(
+            remote, items, draw, n=self.n, round_size=self.round_size, pattern=self.pattern, going=self._still_active
+        )
+        for finished in chosen:
             if not scored:
                 for item in finished:
                     item.scores = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
@@ -40,7 +40,8 @@ class Stopped(StoppingCriteria):
         self.event = event
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)  # type: ignore[return-value]
+        ended = torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+        return cast(torch.BoolTensor, ended)
 
 
 def begin(seed: int | None) -> None:

@@ -47,10 +47,10 @@ def build_app(model: Any, tokenizer: Any, name: str) -> Any:
     manager, state = OneModel(model, tokenizer, name), GenerationState()
     handlers: Any = (Chat(manager, state), Text(manager, state), None, None, None)
     chat, text, *others = handlers
-    app = build_server(manager, chat, text, *others, generation_state=state)
+    app: Any = build_server(manager, chat, text, *others, generation_state=state)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in PATHS]
     app.add_exception_handler(HTTPException, told)  # as the protocol tells errors
-    app.add_middleware(Disconnects)  # type: ignore[arg-type]  # any callable of ASGI
+    app.add_middleware(Disconnects)
     return app
 
 
