@@ -79,7 +79,10 @@ def check_request(body: dict[str, Any], chat: bool) -> Asked:
         body["stream"] = True
     if not isinstance(body.get("model", ""), str):
         raise refuse("model", "a string", body["model"])
-    _check_chat(body) if chat else _check_prompt(body)
+    if chat:
+        _check_chat(body)
+    else:
+        _check_prompt(body)
     return asked
 
 
