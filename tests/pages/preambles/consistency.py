@@ -5,6 +5,9 @@ import torch
 from tiny import byte_tokenizer, llama
 from transformers import BertConfig, BertModel
 
+import calm_fast  # noqa: F401  for the page
+from calm_fast.consistency import SelfConsistency  # noqa: F401  for the page
+
 model, tokenizer = llama(16, 2), byte_tokenizer()
 rows = [{"answer": "0.5", "generated_answer": ["The answer is 1/2", "The answer is 0.5", "The answer is 3"]}]
 prompts, completions = ["2 + 2 ="], [[" 4", " 5"]]
