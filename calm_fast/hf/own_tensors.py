@@ -31,6 +31,7 @@ PARTS = ("anchor.", "augmenters.")
 VERSION_KEY = "calm_fast_format"
 _ADAPTER = re.compile(r"\.(base_layer|lora_\w+|modules_to_save|original_module|parametrizations)\.")
 _LOAD = "from_pretrained"
+_QUANTISED = ". Quantised connections are not saved: save the composition before they are quantised"
 
 
 def expected_shapes(model: CompositionFiles) -> dict[str, tuple[int, ...]]:
@@ -62,6 +63,10 @@ def own_tensors(state_dict: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch
         bare = bare_name(name)
         if bare.startswith(PARTS):
             continue
+        if not isinstance(tensor, torch.Tensor):
+            raise bad_value(
+                "save_pretrained", "state_dict", "tensors", f"{name}, a {type(tensor).__name__}{_QUANTISED}"
+            )
         if is_sharded(tensor):
             gathered, tensor = True, tensor.full_tensor()  # type: ignore[attr-defined]  # of a DTensor
         if bare in own and own[bare].data_ptr() != tensor.data_ptr():
@@ -88,8 +93,10 @@ def check_tensors(where: str, argument: str, tensors: Mapping[str, Any], expecte
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise bad_value(where, argument, f"{name} of shape {shape}", str(tuple(tensors[name].shape)))
-        if type(tensors[name]) not in (torch.Tensor, torch.nn.Parameter) or tensors[name].is_meta:
-            got = f"a {type(tensors[name]).__name__} on {tensors[name].device}"
+        plain = type(tensors[name]) in (torch.Tensor, torch.nn.Parameter) and tensors[name].is_floating_point()
+        if not plain or tensors[name].is_meta:
+            hint = "" if tensors[name].is_meta else _QUANTISED
+            got = f"a {type(tensors[name]).__name__} on {tensors[name].device}{hint}"
             raise bad_value(where, argument, f"{name} as a plain tensor that holds data", got)
 
 

@@ -22,7 +22,8 @@ from calm_fast.core.wrapped_names import bare_name
 from calm_fast.hf.encoders import load_encoder
 from calm_fast.hf.layers import hidden_size
 from calm_fast.hf.part_configs import configs_differ
-from calm_fast.hf.wrappers import peft_layer_types
+from calm_fast.hf.quantised import is_quantised, quantised_weight
+from calm_fast.hf.wrappers import is_shard, peft_layer_types
 from calm_fast.modules.dual_lora import DualLoRALinear
 
 StrPath = str | os.PathLike[str]
@@ -145,15 +146,9 @@ def check_part(name: str, model: Any, config: PreTrainedConfig) -> None:
         raise bad_value(LOAD, name, f"a model with (family, layers, width) {expected} as saved", str(got))
 
 
-def is_quantised(model: nn.Module) -> bool:
-    """Return True if transformers loaded `model` quantised."""
-    return getattr(model, "hf_quantizer", None) is not None
-
-
 def holds_shards(model: nn.Module) -> bool:
     """Return True if this process holds only a part of the weights (FSDP, tensor parallelism, DeepSpeed ZeRO-3)."""
-    marks = ("full_tensor", "_fsdp_flattened", "ds_id")
-    return any(hasattr(p, mark) for p in model.parameters() for mark in marks)
+    return any(is_shard(p) for p in model.parameters())
 
 
 def check_same_part(
@@ -272,12 +267,17 @@ def check_reference(name: str, model: PreTrainedModel, path: str, revision: str 
     )
     expected = f"as it can be loaded from {path!r}" if path else "as it was when it was composed"
     whole = not holds_shards(model)
+    quantised = quantised_weight(model)
     problem = weights_differ(recorded, model) if whole else ""
+    if problem and quantised:
+        problem = f"one that was quantised after it was composed ({quantised})"
     if path and (adapter := adapter_in(model)):
         problem = f"one with an adapter ({adapter})"
     quantizer = getattr(model, "hf_quantizer", None)
     if path and not problem and quantizer is not None and not getattr(quantizer, "pre_quantized", False):
         problem = "one that was quantised while it was loaded"
+    if path and not problem and quantizer is None and quantised:
+        problem = f"one that was quantised after it was loaded ({quantised})"
     folder = _snapshot(path, revision)
     if not problem and folder is not None and quantizer is None and whole:
         problem = differs_from_files(model, folder)

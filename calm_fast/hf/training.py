@@ -17,6 +17,7 @@ from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.hooks import ANCHOR, Checkpoint, running
 from calm_fast.hf.layers import find_layers
 from calm_fast.hf.modes import put_in_mode
+from calm_fast.hf.quantised import check_connections_train
 
 
 def make_checkpointable(layer: nn.Module) -> None:
@@ -51,14 +52,18 @@ class CompositionTraining(PreTrainedModel):
     config: ComposedConfig
     anchor: PreTrainedModel
     augmenters: nn.ModuleList
+    connections: nn.ModuleList
     checkpoints: dict[nn.Module, Checkpoint]
     pairs: list[tuple[int, int, int]]
 
     def train(self, mode: bool = True) -> Self:
         """Put the connections into training mode, and adapters that train inside the parts.
 
-        The parts themselves stay in eval mode, so they never use dropout.
+        The parts themselves stay in eval mode, so they never use dropout. Raises ValueError if the weights of a
+        connection are quantised and nothing in it trains them.
         """
+        if mode:
+            check_connections_train(f"{self._get_name()}.train", self.connections)
         changed, self.training = self.training != mode, mode
         # never into training mode and back: another thread may be running a part
         self.augmenters.training = mode

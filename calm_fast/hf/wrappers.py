@@ -89,6 +89,11 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def is_shard(tensor: torch.Tensor) -> bool:
+    """Return True if this process holds only a part of a parameter (FSDP, tensor parallelism, DeepSpeed ZeRO-3)."""
+    return any(hasattr(tensor, mark) for mark in ("full_tensor", "_fsdp_flattened", "ds_id"))
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return a copy of `tensor` on the CPU. For a DTensor every process has to call this."""
     tensor = tensor.detach()

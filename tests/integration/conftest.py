@@ -19,6 +19,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER))  # modules that several tests share, under --import-mode=importlib
 MISSING = re.compile(r"could not import|has __version__")  # what pytest.importorskip says
 REQUIRED = os.environ.get("CALM_FAST_INTEGRATIONS") == "1"
 ASK = "CALM_FAST_INTEGRATIONS=1 asks for every library of the extra `integrations`: make integrations installs them"
