@@ -30,6 +30,7 @@ from calm_fast.core.fingerprint import file_checksum, json_checksum, model_folde
 from calm_fast.hf import ComposedForCausalLM, compose
 from calm_fast.hf.encoders import check_modes_given
 from calm_fast.hf.resuming import History, train_or_resume
+from calm_fast.hf.watching import RESIDUAL, watch
 
 _WHERE = "compose"
 _WEIGHTS = "model.safetensors"
@@ -122,6 +123,7 @@ def run(
         "rows": data.rows, "left_out": data.left_out,
         "loss": [{"step": e["step"], "loss": e["loss"]} for e in log if "loss" in e],
         "held_out_loss": [{"step": e["step"], "loss": e["held_out_loss"]} for e in log if "held_out_loss" in e],
+        "residuals": _residuals(log, len(model.pairs)),
         "held_out": held, "warnings": warnings_of(held, model),
         "seconds": round(time.perf_counter() - begin, 1), "resumed_from": resumed_from,
         "memory": {"expected": bound, "peak": peak_bytes(settings.target)},
@@ -268,6 +270,7 @@ def _train(
         data_collator=collate,
         callbacks=[_Curve(model, data, collate, settings)],
     )
+    watch(trainer)
     if trainer.args.world_size > 1:
         got = f"{trainer.args.world_size} processes; start the command without torchrun"
         raise bad_value(_WHERE, "settings", "those of one process, which writes the files", got)
@@ -283,6 +286,12 @@ def _train(
         first = RowLosses(*(t[:_CURVE] for t in (losses["B"].loss, losses["B"].tokens, losses["B"].bytes)))
         log = [{"step": 0, "held_out_loss": first.total("tokens")}, *log]
     return log, resumed_from
+
+
+def _residuals(log: History, connections: int) -> list[dict[str, Any]]:
+    """Return by step the norm of each connection's residual relative to the anchor's state, as `watch` logs it."""
+    names = [f"{RESIDUAL}{c}" for c in range(connections)]
+    return [{"step": e["step"], "ratios": [e[name] for name in names]} for e in log if names[0] in e]
 
 
 def _continuations(model: ComposedForCausalLM, tokenizer: Any, held: Sequence[Example]) -> list[dict[str, str]]:

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from calm_fast.composing.evaluate import same_tokens
-from calm_fast.composing.memory import gib
+from calm_fast.composing.memory import gib, names_of
 from calm_fast.composing.settings import Settings
 from calm_fast.core.html_page import html_table, page, svg
 
@@ -44,6 +44,7 @@ losses below are of rows that they have not seen.</p>
 {_held_out(results["held_out"])}
 <h2>Loss</h2>
 {loss_plot(results)}
+{_residuals(results)}
 {samples}
 <h2>Models</h2>
 {html_table(["", "path", "family", "parameters"], models)}
@@ -81,6 +82,44 @@ def _number(value: float | None) -> str:
 def _with_interval(row: dict[str, Any], name: str, interval: str = "") -> str:
     between = row[interval or f"{name}_interval"]
     return _number(row[name]) + ("" if between is None else f" [{between[0]:.4f}, {between[1]:.4f}]")
+
+
+def _residuals(results: dict[str, Any]) -> str:
+    """Return the section about the size of each connection's residual; nothing for a run that did not record it."""
+    points = results.get("residuals", [])
+    if not points:
+        return ""
+    ends = (points[0], points[-1])
+    labels = _connection_labels(results["connections"])
+    rows = [[escape(label), *(f"{p['ratios'][c]:.4f}" for p in ends)] for c, label in enumerate(labels)]
+    head = ["connection", *(f"step {p['step']:,}" for p in ends)]
+    return f"""<h2>What the connections add</h2>
+<p>The norm of each connection's residual, relative to the norm of the anchor's state that it is added to: the root of
+the ratio of their summed squares, over the training tokens since the point before. A connection that stays near zero is
+not used.</p>
+{residual_plot(results)}
+{html_table(head, rows)}"""
+
+
+def _connection_labels(connections: list[list[int]]) -> list[str]:
+    names = names_of(1 + max(augmenter for augmenter, _, _ in connections))
+    return [f"{names[augmenter]}: {a} \u2192 {b}" for augmenter, a, b in connections]
+
+
+def residual_plot(results: dict[str, Any]) -> str:
+    """Return an <svg> element with the relative norm of every connection's residual by step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    panel = figure.subplots()
+    steps = [point["step"] for point in results["residuals"]]
+    for c, label in enumerate(_connection_labels(results["connections"])):
+        panel.plot(steps, [point["ratios"][c] for point in results["residuals"]], label=label, linewidth=1.3)
+    panel.set_xlabel("step")
+    panel.set_ylabel("norm of residual / norm of state")
+    panel.grid(alpha=0.25)
+    panel.legend()
+    return svg(figure)
 
 
 def loss_plot(results: dict[str, Any]) -> str:

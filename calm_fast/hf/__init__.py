@@ -29,6 +29,15 @@ with importing("transformers"):
 if TYPE_CHECKING:
     from calm_fast.hf.alignment import AlignedCollator as AlignedCollator
     from calm_fast.hf.alignment import StreamAligner as StreamAligner
+    from calm_fast.hf.reference_model import frozen_copy as frozen_copy
+    from calm_fast.hf.watching import watch as watch
+
+_LAZY = {
+    "AlignedCollator": "alignment",
+    "StreamAligner": "alignment",
+    "frozen_copy": "reference_model",
+    "watch": "watching",
+}  # name -> the module of this folder that defines it
 
 AutoConfig.register(ComposedConfig.model_type, ComposedConfig, exist_ok=True)
 AutoModelForCausalLM.register(ComposedConfig, ComposedForCausalLM, exist_ok=True)
@@ -50,11 +59,13 @@ __all__ = [
     "StreamAligner",
     "compose",
     "find_layers",
+    "frozen_copy",
     "resolve_connections",
+    "watch",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("AlignedCollator", "StreamAligner"):
-        return getattr(importlib.import_module("calm_fast.hf.alignment"), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

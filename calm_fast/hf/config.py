@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -66,6 +67,8 @@ class ComposedConfig(PreTrainedConfig):
     model_type = "calm_fast_composed"
     sub_configs = {"anchor_config": AutoConfig}
     has_no_defaults_at_init = True
+    # a folder holds no code; TRL reads the attribute of every model type that is not transformers' own
+    auto_map = cast(dict[str, str], MappingProxyType({}))
     keys_to_ignore_at_inference = list(NAMES)  # Trainer would gather the cache as a prediction
 
     def __init__(

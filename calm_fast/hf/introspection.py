@@ -17,9 +17,11 @@ from transformers.utils import ModelOutput  # type: ignore[attr-defined]  # re-e
 from typing_extensions import Self
 
 from calm_fast.core.checks import bad_value
+from calm_fast.hf.cache_names import NAMES
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.inputs import WHERE, Signature
 from calm_fast.hf.layers import headless_path, submodule
+from calm_fast.hf.liger import register_compositions
 from calm_fast.hf.recompute import lacks_cache, stateful_modules
 
 
@@ -64,7 +66,18 @@ class HeadlessComposition(nn.Module):
         return self.model.get_input_embeddings()
 
     def forward(self, *args: Any, **kwargs: Any) -> ModelOutput | tuple[Any, ...]:
-        """Run ComposedForCausalLM.forward with headless=True."""
+        """Run ComposedForCausalLM.forward with headless=True.
+
+        Raises ValueError if augmenters with another tokenizer would read a whole text of which nobody says where its
+        prompt ends: tools that call a base model (TRL) do not, and generation would read the prompt otherwise.
+        """
+        told = any(kwargs.get(name) is not None for name in ("prompt_length", "augmenter_input_ids", *NAMES))
+        if self.model.aligned and not told and kwargs.get("use_cache") is False:
+            expected = (
+                "given, or `augmenter_input_ids`, where a tool calls `base_model` of a composition that aligns texts"
+            )
+            got = "None. In TRL take AlignedCollator(model, tokenizer) as `data_collator` (docs/training_libraries.md)"
+            raise bad_value(WHERE, "prompt_length", expected, got)
         # the class's forward: tools replace the instance's by one that calls the base model
         run = type(self.model).forward
         return cast("ModelOutput | tuple[Any, ...]", run(self.model, *args, headless=True, **kwargs))
@@ -74,6 +87,7 @@ class HeadlessForward(PreTrainedModel):
     """The names under which tools find ComposedForCausalLM without its LM head."""
 
     anchor: PreTrainedModel
+    aligned: bool
 
     @property
     def base_model(self) -> nn.Module:
@@ -109,7 +123,7 @@ class CompositionIntrospection(PreTrainedModel):
     def _describe_parts(self, anchor: PreTrainedModel, augmenters: Iterable[PreTrainedModel]) -> None:
         """Set the flags that follow from the parts."""
         # the anchor computes the loss, so Trainer must scale it as it scales the anchor's
-        self.accepts_loss_kwargs = takes_loss_arguments(anchor)
+        self._takes_loss_arguments = takes_loss_arguments(anchor)
         # Trainer counts the labels of a loss that shifts from the second on; a subclass may have any name
         self.loss_type = anchor.loss_type if self.encoder_decoder else "ForCausalLM"
         models = (anchor, *augmenters)
@@ -123,6 +137,15 @@ class CompositionIntrospection(PreTrainedModel):
         self.leaves_out: dict[str, bool] = {}  # of such parts that were tried: True if padding does not matter to them
         # by attention implementation, once the anchor was tried: why it takes no prefix mask, or ""
         self.prefix_problems: dict[str, str] = {}
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """True if Trainer shall give the loss the number of items.
+
+        Trainer asks when it is built, which is the time to make compositions known to Liger.
+        """
+        register_compositions()
+        return self._takes_loss_arguments
 
     def _get_name(self) -> str:
         """Return the name of the registered class, also for a subclass and under FSDP2, which renames the class.

@@ -74,10 +74,14 @@ def test_a_run_says_what_it_does_and_writes_a_composition(rows, anchor, sibling,
         "untrained, it is B"
     )
     assert kept["held_out_loss"][-1]["loss"] == pytest.approx(held["A+B"]["loss_per_token"], abs=1e-6)
+    assert [point["step"] for point in kept["residuals"]] == [point["step"] for point in kept["loss"]]
+    assert all(len(point["ratios"]) == 2 for point in kept["residuals"])
+    assert kept["residuals"][0]["ratios"] == [0.0, 0.0] and min(kept["residuals"][-1]["ratios"]) > 0
     model = ComposedForCausalLM.from_pretrained(out)
     assert kept["parameters"]["trained"] == sum(p.numel() for p in model.connections.parameters())
     assert kept["memory"]["peak"] > kept["memory"]["expected"] > 0 and kept["seed"] == 0
     page = (out / "report.html").read_text()
+    assert "What the connections add" in page and f"<td>{kept['residuals'][-1]['ratios'][1]:.4f}</td>" in page
     assert "<svg" in page and "Held-out loss" in page and not re.search("(src|href)=.http", page)
     for row in completions(SENTENCES[:20]):
         if f"<td>{row['prompt']}</td>" in page:

@@ -56,7 +56,9 @@ def test_unknown_and_private_names_stay_unknown(folder: Path) -> None:
     model = rebuilt(folder)
     model.anchor.config.quantization_config = {"quant_method": "fp8"}
     model.anchor.config._private = 1
-    for name in ("no_such_field", "_private", "quantization_config", "auto_map", "text_config"):
+    model.anchor.config.auto_map = {"AutoConfig": "other.Config"}
+    assert model.config.auto_map == {} and "auto_map" not in model.config.to_dict()
+    for name in ("no_such_field", "_private", "quantization_config", "text_config"):
         assert not hasattr(model.config, name)
         assert getattr(model.config, name, "default") == "default"
     assert "quantization_config" not in model.config.to_dict()
