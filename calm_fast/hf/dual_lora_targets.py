@@ -55,12 +55,17 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
     """
     own = inner_model(model)
     family = str(getattr(getattr(own, "config", None), "model_type", ""))
-    linear = [path for path, m in own_modules(model).items() if path and _is_linear(m)]
+    linear = [path for path, m in own_modules(model).items() if path and _is_linear(m) and _reads_text(path)]
     for names in (_OF_FAMILY.get(family), _USUAL, _of_peft(family), *_PROJECTIONS):
         if names and all(any(_ends_with(path, name) for path in linear) for name in names):
             return names
     expected = f"given for {type(own).__name__}, whose layers have none of the usual names"
     raise bad_value(_ADD, "target_modules", expected, f"None. {_names(linear)}")
+
+
+def _reads_text(path: str) -> bool:
+    """Whether a module is not of a vision or audio tower, whose adapters no text would train."""
+    return not re.search(r"vision|visual|image|audio", path)
 
 
 def _of_peft(family: str) -> tuple[str, ...] | None:

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, OTHERS, prompts
-from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GitConfig,
+    GitForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from calm_fast import add_dual_lora, remove_dual_lora
 from calm_fast.hf.dual_lora import dual_lora_layers
@@ -53,6 +60,16 @@ def test_every_family_has_default_targets(name: str, monkeypatch: pytest.MonkeyP
 
 def test_an_encoder_has_default_targets() -> None:
     assert default_targets(BertLMHeadModel(BertConfig(**SIZES))) == ("query", "value")
+
+
+def test_defaults_are_layers_that_text_passes_through() -> None:
+    """GIT's vision tower has q_proj and v_proj, its decoder has not: those adapters would never train on text."""
+    sizes = SIZES | {"num_hidden_layers": 1}
+    model = GitForCausalLM(GitConfig(**sizes, vision_config={**sizes, "image_size": 32, "patch_size": 16}))
+    assert default_targets(model) == ("query", "value")
+    add_dual_lora(model, rank=2, gate_dim=4, value_dim=4)
+    model(input_ids=prompts()).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_unknown_names_are_refused_with_the_names_that_there_are() -> None:
