@@ -47,7 +47,7 @@ def build_app(model: Any, tokenizer: Any, name: str) -> Any:
     manager, state = OneModel(model, tokenizer, name), GenerationState()
     handlers: Any = (Chat(manager, state), Text(manager, state), None, None, None)
     chat, text, *others = handlers
-    app: Any = build_server(manager, chat, text, *others, generation_state=state)
+    app: Any = build_server(manager, chat, text, *others, state)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in PATHS]
     app.add_exception_handler(HTTPException, told)  # as the protocol tells errors
     app.add_middleware(Disconnects)
@@ -84,7 +84,8 @@ def serve(
     check_installed()
     import uvicorn
 
-    model = ComposedForCausalLM.from_pretrained(folder, **({} if dtype is None else {"dtype": dtype}))
+    more: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    model = ComposedForCausalLM.from_pretrained(folder, **more)
     tokenizer = composition_tokenizer(_WHERE, os.fspath(folder), model.config.anchor_path)
     model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     if untrained(model):

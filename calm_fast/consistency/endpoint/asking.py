@@ -48,15 +48,15 @@ def asked(
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             finished = []
             for future in done:
-                item = running.pop(future)
+                asked = running.pop(future)
                 if (problem := future.exception()) is not None:
                     failed = failed or problem
                     continue
-                _add(item, future.result(), pattern)
-                if going([item], [0]):
-                    begin(item)
+                _add(asked, future.result(), pattern)
+                if going([asked], [0]):
+                    begin(asked)
                 else:
-                    finished.append(item)
+                    finished.append(asked)
             if finished:
                 yield finished
     if failed is not None:
