@@ -47,7 +47,7 @@ def build_app(model: Any, tokenizer: Any, name: str) -> Any:
     manager, state = OneModel(model, tokenizer, name), GenerationState()
     handlers: Any = (Chat(manager, state), Text(manager, state), None, None, None)
     chat, text, *others = handlers
-    app: Any = build_server(manager, chat, text, *others, state)
+    app: Any = build_server(manager, chat, text, *others, generation_state=state)  # type: ignore[misc]
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in PATHS]
     app.add_exception_handler(HTTPException, told)  # as the protocol tells errors
     app.add_middleware(Disconnects)

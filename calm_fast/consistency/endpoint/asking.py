@@ -41,8 +41,8 @@ def asked(
             running[pool.submit(draw, item, range(have, min(have + round_size, n)))] = item
 
         while True:
-            while failed is None and len(running) < endpoint.parallel and (item := next(left, None)) is not None:
-                begin(item)
+            while failed is None and len(running) < endpoint.parallel and (more := next(left, None)) is not None:
+                begin(more)
             if not running:
                 break
             done, _ = wait(running, return_when=FIRST_COMPLETED)
