@@ -29,6 +29,8 @@ with importing("transformers"):
 if TYPE_CHECKING:
     from calm_fast.hf.alignment import AlignedCollator as AlignedCollator
     from calm_fast.hf.alignment import StreamAligner as StreamAligner
+    from calm_fast.hf.cached_states import AugmenterStateCache as AugmenterStateCache
+    from calm_fast.hf.cached_states import cache_augmenter_states as cache_augmenter_states
 
 AutoConfig.register(ComposedConfig.model_type, ComposedConfig, exist_ok=True)
 AutoModelForCausalLM.register(ComposedConfig, ComposedForCausalLM, exist_ok=True)
@@ -42,19 +44,28 @@ MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES[ComposedSeq2SeqConfig.model_type] =
 
 __all__ = [
     "AlignedCollator",
+    "AugmenterStateCache",
     "ComposedCache",
     "ComposedConfig",
     "ComposedForCausalLM",
     "ComposedForSeq2SeqLM",
     "ComposedSeq2SeqConfig",
     "StreamAligner",
+    "cache_augmenter_states",
     "compose",
     "find_layers",
     "resolve_connections",
 ]
 
+# imported when they are asked for
+_LATER = {
+    "alignment": ("AlignedCollator", "StreamAligner"),
+    "cached_states": ("AugmenterStateCache", "cache_augmenter_states"),
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("AlignedCollator", "StreamAligner"):
-        return getattr(importlib.import_module("calm_fast.hf.alignment"), name)
+    for module, names in _LATER.items():
+        if name in names:
+            return getattr(importlib.import_module(f"calm_fast.hf.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
