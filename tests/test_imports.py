@@ -19,7 +19,7 @@ MODULES = ("modules", *OPS)
 HF = ("hf", *MODULES)
 CONSISTENCY = ("consistency", *HF)
 NAT = ("nat", *CONSISTENCY)
-DOORS = ("experiments", "verify", "benchmarks", "env_report", "cli", "serving", "composing", *NAT)
+DOORS = ("experiments", "verify", "benchmarks", "env_report", "cli", "serving", "composing", "planning", *NAT)
 USERS = ("experiments", "benchmarks", "cli")  # they may `import calm_fast` as anybody else does
 FLOORS: dict[str, tuple[str, ...]] = {
     "_version": (),
@@ -34,6 +34,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "nat": CONSISTENCY,
     "composing": CONSISTENCY,
     "serving": ("composing", *CONSISTENCY),
+    "planning": HF,
     "env_report": OPS,
     "lm_eval": HF,
     "experiments": DOORS,

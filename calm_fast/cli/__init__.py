@@ -12,6 +12,7 @@ from calm_fast.cli.compose import compose, evaluate, generate
 from calm_fast.cli.demo import demo
 from calm_fast.cli.measuring import bench, verify
 from calm_fast.cli.nat import nat
+from calm_fast.cli.plan import plan
 from calm_fast.cli.rank import rank
 from calm_fast.cli.serve import serve
 from calm_fast.cli.vote import answers, vote
@@ -50,6 +51,7 @@ app.command()(compose)
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(serve)
+app.command()(plan)
 app.command()(verify)
 app.command()(bench)
 app.command()(nat)

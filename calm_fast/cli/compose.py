@@ -51,6 +51,10 @@ def compose(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
+    cache_augmenter: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Compute A's states of the training rows once, into this folder."),
+    ] = None,
     holdout: Annotated[
         float, typer.Option(min=0, max=0.9, help="Share of TRAIN to evaluate on, without --eval.")
     ] = 0.05,
@@ -77,6 +81,7 @@ def compose(
                 weight_decay=weight_decay, max_length=max_length, dtype=dtype, holdout=holdout, save_every=save_every,
                 bidirectional=_modes(bidirectional), chat_template_kwargs=template_variables(chat_template_kwargs),
                 gradient_checkpointing=gradient_checkpointing, device=device, seed=seed,
+                cache_augmenter=cache_augmenter,
             )  # fmt: skip
             run(train, anchor, augmenter, out, settings, held_out=eval_file, limit=limit, say=typer.echo)
         except ValueError as problem:

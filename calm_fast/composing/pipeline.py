@@ -27,7 +27,7 @@ from calm_fast.composing.settings import Settings
 from calm_fast.core.checks import bad_value, errors_of
 from calm_fast.core.files import claim, write_json, write_text
 from calm_fast.core.fingerprint import file_checksum, json_checksum, model_folder_fingerprint
-from calm_fast.hf import ComposedForCausalLM, compose
+from calm_fast.hf import ComposedForCausalLM, cache_augmenter_states, compose
 from calm_fast.hf.encoders import check_modes_given
 from calm_fast.hf.resuming import History, train_or_resume
 from calm_fast.hf.watching import RESIDUAL, watch
@@ -36,6 +36,7 @@ _WHERE = "compose"
 _WEIGHTS = "model.safetensors"
 _MOST_HELD_OUT = 1000  # rows that are drawn from the training file
 _CURVE = 64  # held-out examples that are scored at every checkpoint
+_SHARD_ROWS = 64  # of a file of cached states
 _SHOWN = 3  # held-out prompts that the report continues
 Say = Callable[[str], None]
 
@@ -274,6 +275,14 @@ def _train(
     if trainer.args.world_size > 1:
         got = f"{trainer.args.world_size} processes; start the command without torchrun"
         raise bad_value(_WHERE, "settings", "those of one process, which writes the files", got)
+    if settings.cache_augmenter is not None:
+        dataset: Any = trainer.train_dataset
+        cache = cache_augmenter_states(
+            model, dataset, settings.cache_augmenter, collate, batch_size=settings.batch_size,
+            shard_rows=settings.batch_size * max(1, _SHARD_ROWS // settings.batch_size),
+            settings={"max_length": settings.max_length}, progress=settings.progress,
+        )  # fmt: skip
+        trainer.data_collator = cache.collator(collate)
     title = "training" if settings.progress else None
 
     def load(folder: Path) -> None:

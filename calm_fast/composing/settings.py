@@ -28,7 +28,9 @@ class Settings:
     frozen parts, "auto" = as they were saved; the connections are float32. gradient_checkpointing: recompute the
     anchor's layers in the backward pass, which takes less memory and more time. holdout: share of the rows that are
     kept out of training where no held-out file is given. save_every: steps between checkpoints, by default a tenth of
-    the steps. device: None = a GPU if there is one. progress: show bars.
+    the steps. device: None = a GPU if there is one. progress: show bars. cache_augmenter: a folder for the augmenters'
+    states of the training rows (`calm_fast.hf.cache_augmenter_states`), which are then computed once and read in every
+    epoch; None runs the augmenters in every step.
 
     Raises:
         TypeError, ValueError: a value is wrong; the message names it, what was expected and what came.
@@ -53,6 +55,7 @@ class Settings:
     seed: int = 0
     device: str | None = None
     progress: bool = True
+    cache_augmenter: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "batch_size": 1, "accumulate": 1, "max_length": 2, "seed": 0, "warmup": 0, "save_every": 1}
@@ -109,8 +112,9 @@ class Settings:
         )
         found = {name: getattr(self, name) for name in names.split()}
         found |= {"connections": _plain(self.connections), "warmup": self.warmup_steps}
-        # absent by default, as in runs of earlier versions, which go on
+        # absent by default, as in runs of earlier versions, which go on; cached states may round in another way
         extras = {"bidirectional": self.bidirectional, "chat_template_kwargs": self.chat_template_kwargs}
+        extras |= {"cached_states": self.cache_augmenter is not None}
         return found | {name: value for name, value in extras.items() if value}
 
     def arguments(self, out: str | os.PathLike[str]) -> TrainingArguments:

@@ -29,12 +29,16 @@ with importing("transformers"):
 if TYPE_CHECKING:
     from calm_fast.hf.alignment import AlignedCollator as AlignedCollator
     from calm_fast.hf.alignment import StreamAligner as StreamAligner
+    from calm_fast.hf.cached_states import AugmenterStateCache as AugmenterStateCache
+    from calm_fast.hf.cached_states import cache_augmenter_states as cache_augmenter_states
     from calm_fast.hf.reference_model import frozen_copy as frozen_copy
     from calm_fast.hf.watching import watch as watch
 
 _LAZY = {
     "AlignedCollator": "alignment",
+    "AugmenterStateCache": "cached_states",
     "StreamAligner": "alignment",
+    "cache_augmenter_states": "cached_states",
     "frozen_copy": "reference_model",
     "watch": "watching",
 }  # name -> the module of this folder that defines it
@@ -51,12 +55,14 @@ MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES[ComposedSeq2SeqConfig.model_type] =
 
 __all__ = [
     "AlignedCollator",
+    "AugmenterStateCache",
     "ComposedCache",
     "ComposedConfig",
     "ComposedForCausalLM",
     "ComposedForSeq2SeqLM",
     "ComposedSeq2SeqConfig",
     "StreamAligner",
+    "cache_augmenter_states",
     "compose",
     "find_layers",
     "frozen_copy",

@@ -18,6 +18,7 @@ from calm_fast.hf.causality import check_parts
 from calm_fast.hf.composition import Composition
 from calm_fast.hf.cross_cache import FixedCrossLayer
 from calm_fast.hf.generation import CompositionGeneration
+from calm_fast.hf.given_states import given_states
 from calm_fast.hf.hooks import ANCHOR, Frame, switch
 from calm_fast.hf.inputs import (
     WHERE,
@@ -112,6 +113,7 @@ class ComposedForCausalLM(HeadlessForward, Composition, CompositionGeneration, G
         headless: bool = False,
         prompt_length: Any = None,
         prefix_lengths: Any = None,
+        augmenter_hidden_states: Any = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Return the logits of the composed model, with the anchor's own loss, hidden states and attentions.
@@ -142,6 +144,10 @@ class ComposedForCausalLM(HeadlessForward, Composition, CompositionGeneration, G
             prefix_lengths: how many tokens of a row (padding included) see each other, the later ones too: an int, or
                 int64 (B,), within the call that begins a text. The anchor needs full attention in every layer, and
                 labels in the prefix must be -100. Of a prefix each token reads what any of them may read.
+            augmenter_hidden_states: states of a frozen augmenter that were computed before, in place of running it: a
+                list with a tensor (B, connected layers, N, DA) or None (run it) per augmenter, a tensor for a single
+                one. Layers ascend, N are the tokens that it would read; without a cache only. The caller answers for
+                their values: `cache_augmenter_states` makes and checks them.
         Returns:
             the anchor's output; it holds the cache as ``cache`` and as ``past_key_values``.
         Raises:
@@ -173,6 +179,10 @@ class ComposedForCausalLM(HeadlessForward, Composition, CompositionGeneration, G
         calls, uncacheable = augmenter_calls(len(self.augmenters), inputs, external, Past(past, cached, cache))
         if texts is not None:
             calls = texts.calls(calls)
+        given = None
+        if augmenter_hidden_states is not None:
+            given = given_states(self, augmenter_hidden_states, calls, cache is not None or bool(use_cache))
+            cached = False
         tracing = torch.compiler.is_compiling() or active_transform() is not None
         if self.recomputes:
             check_padding(self, WHERE, [attention_mask, *(call.inputs["attention_mask"] for call in calls)])
@@ -216,7 +226,7 @@ class ComposedForCausalLM(HeadlessForward, Composition, CompositionGeneration, G
                 cache.prefix = cache.prefix if past > 0 else prefix_lengths
                 if texts is not None:
                     texts.commit(cache)
-            self._read_augmenters(frame, calls, cache, past, shared)
+            self._read_augmenters(frame, calls, cache, past, shared, given)
             self.hooks.check_read(frame, self.pairs)
             frame.residual = partial(
                 self._add_residuals, frame.states, calls, cache, input_ids.shape[1], logits_to_keep

@@ -207,7 +207,16 @@ class Composition(CompositionIntrospection, CompositionFiles, CompositionTrainin
             check_vocabulary("input_ids", inputs["input_ids"], shared)
 
     def _read_augmenters(
-        self, frame: Frame, calls: list[AugmenterCall], cache: ComposedCache | None, past: int, shared: dict[str, Any]
+        self,
+        frame: Frame,
+        calls: list[AugmenterCall],
+        cache: ComposedCache | None,
+        past: int,
+        shared: dict[str, Any],
+        given: Sequence[torch.Tensor | None] | None = None,
     ) -> None:
-        """Run every augmenter up to its last connected layer; the hooks leave its states in the frame."""
-        read_augmenters(self, frame, calls, cache, past, shared)
+        """Run every augmenter up to its last connected layer; the hooks leave its states in the frame.
+
+        given: see `read_augmenters`.
+        """
+        read_augmenters(self, frame, calls, cache, past, shared, given)

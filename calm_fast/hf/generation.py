@@ -194,6 +194,9 @@ class CompositionGeneration(RefusedGeneration):
             if model_kwargs.get(name) is not None:
                 got = "a value. Call forward step by step for an augmenter with tokens of its own"
                 raise bad_value("generate", name, "None, because every part reads the anchor's tokens", got)
+        if model_kwargs.get("augmenter_hidden_states") is not None:
+            got = "a value. Leave it out: the augmenters read the text that grows"
+            raise bad_value("generate", "augmenter_hidden_states", "None", got)
         self._check_drafts(generation_config)
         if model_kwargs.get("prefix_lengths") is not None and (generation_config.guidance_scale or 1) != 1:
             got = "a value, which the text without the prompt could not have. Generate without guidance"

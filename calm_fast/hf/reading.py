@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from calm_fast.hf.aligned_calls import AlignedCall, align_call
 from calm_fast.hf.augmenter_training import check_trained_parts, trains
 from calm_fast.hf.cache import ComposedCache
 from calm_fast.hf.encoded_calls import EncodedCall, encode_call, run_encoder
+from calm_fast.hf.given_states import place_states
 from calm_fast.hf.hooks import Frame, sort_states
 from calm_fast.hf.inputs import AugmenterCall, Past, Signature, Tokens, part_inputs
 from calm_fast.hf.keywords import augmenter_keywords
@@ -71,14 +73,18 @@ def read_augmenters(
     cache: ComposedCache | None,
     past: int,
     shared: dict[str, Any],
+    given: Sequence[torch.Tensor | None] | None = None,
 ) -> None:
     """Run every augmenter up to its last connected layer.
 
-    past: the number of the anchor's tokens before this call. Autograd records an augmenter only if one of its
-    parameters trains.
+    past: the number of the anchor's tokens before this call. given: per augmenter its states, as `given_states` has
+    checked them, in place of running it. Autograd records an augmenter only if one of its parameters trains.
     """
     for index, (model, call) in enumerate(zip(composed.augmenters, calls, strict=True)):
         frame.stage = index
+        if given is not None and (own_states := given[index]) is not None:
+            place_states(composed, frame, index, call, own_states)
+            continue
         own, before = None if cache is None else cache.augmenters[index], past
         if cache is not None and call.step is not None:
             cache.begin_step(index, call.step.text, call.step.move)

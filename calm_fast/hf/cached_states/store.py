@@ -1,0 +1,242 @@
+"""AugmenterStateCache: states of augmenters in memory-mapped safetensors files, found by the ids of their text.
+
+A cache is a folder with
+
+    key.json                     what decides the states, and how the data set is split
+    states-00003.safetensors     shard 3: `shard_rows` rows of the data set
+
+and a shard holds, per augmenter i,
+
+    states.i   (tokens, layers, DA)   all its texts one after the other; connected layers in ascending order
+    digests.i  (texts, 16) uint8      the texts' names
+    lengths.i  (texts,) int64         their tokens
+    order.i    (read,) int64          which text each row reads; equal rows share one
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from calm_fast.core.checks import bad_value
+from calm_fast.core.files import write_json
+from calm_fast.hf.cached_states.key import composition_of, key_differences, state_key
+from calm_fast.hf.cached_states.texts import digest, texts_of
+
+KEY = "key.json"
+WHERE = "AugmenterStateCache"
+_DO = "Use that data and model, or cache the states into another folder"
+
+
+class Split(NamedTuple):
+    """How a data set is split: rows in all, of a shard, and of a batch; and the dtype of the stored states."""
+
+    rows: int
+    shard_rows: int
+    batch_size: int
+    dtype: str
+
+    @property
+    def shards(self) -> int:
+        """The number of shards."""
+        return -(-self.rows // self.shard_rows)
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    """Return the file of a shard."""
+    return folder / f"states-{shard:05d}.safetensors"
+
+
+class Shard:
+    """One memory-mapped file of states."""
+
+    def __init__(self, file: Path) -> None:
+        try:
+            self._file = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as problem:
+            got = f"{file}, which cannot be read: {problem}. Delete the file and cache its states again"
+            raise bad_value(WHERE, "directory", "a folder of whole files", got) from problem
+
+    def tensor(self, name: str, augmenter: int) -> torch.Tensor:
+        """Return a tensor of one augmenter, a view of the file."""
+        return self._file.get_tensor(f"{name}.{augmenter}")
+
+    def digests(self, augmenter: int) -> list[bytes]:
+        """Return the names of the texts."""
+        return [row.tobytes() for row in self.tensor("digests", augmenter).numpy()]
+
+    def read(self, augmenter: int) -> list[bytes]:
+        """Return the name of what every row of the data set reads, in order."""
+        names = self.digests(augmenter)
+        return [names[text] for text in self.tensor("order", augmenter).tolist()]
+
+
+class _Index:
+    """Where every text of one augmenter is: (shard, first token, tokens) by name."""
+
+    def __init__(self, shards: Iterable[tuple[int, Shard]], augmenter: int) -> None:
+        names, places = [np.empty((0, 2), np.uint64)], [np.empty((0, 3), np.int64)]
+        for number, shard in shards:
+            lengths = shard.tensor("lengths", augmenter).numpy()
+            begin = lengths.cumsum() - lengths
+            names.append(np.ascontiguousarray(shard.tensor("digests", augmenter).numpy()).view(np.uint64))
+            places.append(np.stack([np.full_like(lengths, number), begin, lengths], 1))
+        both = np.concatenate(names)
+        order = np.argsort(both[:, 0], kind="stable")
+        self.names, self.places = both[order], np.concatenate(places)[order]
+
+    def find(self, name: bytes) -> tuple[int, int, int] | None:
+        first, second = np.frombuffer(name, np.uint64)
+        place = int(np.searchsorted(self.names[:, 0], first))
+        while place < len(self.names) and self.names[place, 0] == first:
+            if self.names[place, 1] == second:
+                shard, begin, length = self.places[place].tolist()
+                return shard, begin, length
+            place += 1
+        return None
+
+
+class AugmenterStateCache:
+    """States of frozen augmenters for the rows of a data set, as `cache_augmenter_states` wrote them.
+
+    `collator(base)` gives a collator whose batches hold them, for Trainer and ``model(**batch)``. Files are mapped, not
+    read: a batch reads the tokens of its rows. May be pickled and used by the workers of a DataLoader.
+
+    Args:
+        directory: the folder.
+        model: the composition that will read the states (or a wrapper around it). Nothing of it is kept.
+        collator: the collator of the training, whose settings are compared.
+        settings: as `cache_augmenter_states` got them; None does not compare them.
+    Raises:
+        ValueError: the folder is no cache, the model cannot read cached states, or the key differs: the message says in
+            what (model, layers, weights, dtype, config, tokenizer, settings of the rows).
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        collator: Any = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.directory = Path(directory)
+        composed = composition_of(model, WHERE)
+        key, self.split = read_key(self.directory)
+        own = state_key(composed, collator, settings)
+        if collator is None:
+            own["collator"] = key["collator"]  # `CachedStatesCollator` compares them
+        if settings is None:
+            own["settings"] = key["settings"]
+        check_key(self.directory, key, own, composed, WHERE)
+        self.readings = [part["reads"] for part in own["augmenters"]]
+        self.layers = [part["layers"] for part in own["augmenters"]]
+        self._widths = [part["width"] for part in own["augmenters"]]
+        self.collator_key = key["collator"]
+        self._shards: dict[int, Shard] = {}
+        self._indices: list[_Index] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shards": {}}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the stored states."""
+        return getattr(torch, self.split.dtype)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of a token's states on disk, of all augmenters together."""
+        size = torch.empty((), dtype=self.dtype).element_size()
+        return size * sum(len(layers) * width for layers, width in zip(self.layers, self._widths, strict=True))
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the shards that are not there yet."""
+        return [n for n in range(self.split.shards) if not shard_file(self.directory, n).is_file()]
+
+    def nbytes(self) -> int:
+        """Return the size of all files in bytes."""
+        return sum(file.stat().st_size for file in self.directory.glob("*") if file.is_file())
+
+    def collator(self, base: Any) -> Any:
+        """Return a `CachedStatesCollator` of batches that `base` makes. Raises ValueError if shards are missing."""
+        from calm_fast.hf.cached_states.collator import CachedStatesCollator
+
+        return CachedStatesCollator(self, base)
+
+    def states(self, batch: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return `augmenter_hidden_states` for a batch: per augmenter (B, layers, N, DA), zero where no text is.
+
+        Raises ValueError for a text that is not in the cache, and as `texts_of` does.
+        """
+        found = []
+        for index, texts in enumerate(texts_of(batch, self.readings, WHERE)):
+            places = [self._place(index, ids) for ids in texts.ids]
+            rows, width = texts.shape
+            width = max((length for *_, length in places), default=0) if width is None else width
+            out = torch.zeros(rows, len(self.layers[index]), width, self._widths[index], dtype=self.dtype)
+            for (row, slot), (shard, begin, length) in zip(texts.places, places, strict=True):
+                kept = self._shard(shard).tensor("states", index)[begin : begin + length]
+                out[row, :, slot : slot + length] = kept.transpose(0, 1)
+            found.append(out)
+        return found
+
+    def _place(self, index: int, ids: Sequence[int]) -> tuple[int, int, int]:
+        if not ids:
+            return 0, 0, 0
+        if self._indices is None:
+            self.open()
+        assert self._indices is not None
+        place = self._indices[index].find(digest(ids))
+        if place is None:
+            got = (
+                f"one of {len(ids)} tokens that is not among them, {list(ids[:6])}...: the data set, the max_length, "
+                f"the chat template or the tokenizer of the rows is another one. {_DO}"
+            )
+            raise bad_value(WHERE, "batch", f"of texts whose states are in {self.directory}", got)
+        return place
+
+    def _shard(self, number: int) -> Shard:
+        if number not in self._shards:
+            self._shards[number] = Shard(shard_file(self.directory, number))
+        return self._shards[number]
+
+    def open(self) -> None:
+        """Read where every text is. Raises ValueError if shards are missing."""
+        if missing := self.missing():
+            got = f"{len(missing)} of {self.split.shards} missing (shard {missing[0]} first). Run "
+            got += "cache_augmenter_states again: it goes on, in as many processes as `part` says"
+            raise bad_value(WHERE, "directory", "a folder with all its shards", got)
+        shards = [(number, Shard(shard_file(self.directory, number))) for number in range(self.split.shards)]
+        self._indices = [_Index(shards, index) for index in range(len(self.readings))]
+
+
+def read_key(folder: Path) -> tuple[dict[str, Any], Split]:
+    """Return the key and the split of the cache in `folder`. Raises ValueError if there is none."""
+    file = folder / KEY
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return content["key"], Split(**content["split"])
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        got = f"{folder}, whose {KEY} cannot be read: {problem!r}"
+        raise bad_value(WHERE, "directory", "a folder that cache_augmenter_states wrote", got) from problem
+
+
+def write_key(folder: Path, key: Mapping[str, Any], split: Split) -> None:
+    """Write the key and the split, atomically."""
+    write_json(folder / KEY, {"key": key, "split": split._asdict()})
+
+
+def check_key(folder: Path, kept: Mapping[str, Any], own: Mapping[str, Any], composed: Any, where: str) -> None:
+    """Raise ValueError, naming what differs, unless the states of a cache are those that `composed` would read."""
+    if differ := key_differences(kept, own, composed):
+        got = f"{folder}, made with other ones: {'; '.join(differ)}. {_DO}"
+        raise bad_value(where, "directory", "a cache of this model, tokenizer and data", got)
