@@ -220,7 +220,9 @@ def _mean_logprob(told: Any, chat: bool) -> float:
     numbers = told.get("content") if chat else told.get("token_logprobs")
     if not isinstance(numbers, list) or not numbers:
         raise _Malformed("a choice without log-probabilities; rule='count' or a ranker needs none")
-    values: list[Any] = [entry.get("logprob") if isinstance(entry, dict) else None for entry in numbers] if chat else numbers
+    values: list[Any] = numbers
+    if chat:
+        values = [entry.get("logprob") if isinstance(entry, dict) else None for entry in numbers]
     if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and not math.isnan(x) for x in values):
         raise _Malformed("log-probabilities that are no numbers")
     return math.fsum(values) / len(values)
