@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -89,6 +90,9 @@ def test_commands_exist() -> None:
     assert set(re.findall(r"\bmake ([a-z-]+) ", "\n".join(blocks("sh")))) <= targets
 
 
+NEED_OTHER_TOOLS = ("calm_fast.lm_eval", "calm_fast.serving")  # modules that import a package of the extras
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_resolve(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -112,7 +116,10 @@ def test_public_names_in_prose_exist(page: Path) -> None:
             try:
                 value = getattr(value, part)
             except AttributeError:
-                value = importlib.import_module(".".join(["calm_fast", *parts[: i + 1]]))
+                module = ".".join(["calm_fast", *parts[: i + 1]])
+                if importlib.util.find_spec(module) is not None and module in NEED_OTHER_TOOLS:
+                    break  # tests/integration import it
+                value = importlib.import_module(module)
 
 
 def test_every_page_is_listed_in_the_index() -> None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 COMMANDS = ([], ["demo"], ["verify"], ["bench"], ["nat"], ["rank"], ["rank", "train"], ["rank", "score"], ["vote"],
-            ["answers"], ["env"], ["compose"], ["generate"], ["eval"])  # fmt: skip
+            ["answers"], ["env"], ["compose"], ["generate"], ["eval"], ["plan"], ["serve"], ["ask"])  # fmt: skip
 
 
 def calm_fast(*arguments: str) -> str:

@@ -33,9 +33,9 @@ def steps(model: ComposedForCausalLM, monkeypatch: pytest.MonkeyPatch) -> list[l
     """Record how many ids the first augmenter gets per row in every call."""
     seen, inner = [], model._read_augmenters
 
-    def read(frame: Any, calls: Any, cache: Any, past: int, shared: Any) -> None:
+    def read(frame: Any, calls: Any, cache: Any, *more: Any) -> None:
         seen.append(list(cache.texts[0].counts()))
-        inner(frame, calls, cache, past, shared)
+        inner(frame, calls, cache, *more)
 
     monkeypatch.setattr(model, "_read_augmenters", read)
     return seen
