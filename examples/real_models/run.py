@@ -84,15 +84,15 @@ def load(folder: Path, dtype: str) -> tuple[Any, Any]:
 def answers(model: Any, batch: dict[str, Any], dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed loss (B,) of the labelled tokens in nats, and whether all of them are the most likely (B,).
 
-    Rows are padded on the left, so the labelled tokens are the last ones, and only their logits are computed.
+    Rows are padded on the left, so the labelled tokens are the last ones, and only logits that predict one are computed.
     """
     labels = batch["labels"]
     last = int((labels != PAD).sum(1).max())
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     # Positions, not a count: of a count the head gets a slice, and torch copies the head's weight for each of its rows.
-    positions = torch.arange(labels.shape[1] - last - 1, labels.shape[1])
+    positions = torch.arange(labels.shape[1] - last - 1, labels.shape[1] - 1)
     with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
-        logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits[:, :-1].float()
+        logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits.float()
     gold = labels[:, -last:]
     loss = functional.cross_entropy(logits.transpose(1, 2), gold, reduction="none", ignore_index=PAD)
     right = ((logits.argmax(-1) == gold) | (gold == PAD)).all(1)
