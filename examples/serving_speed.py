@@ -60,7 +60,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = made(folder)
     server = uvicorn.Server(uvicorn.Config(build_app(model, tokenizer, "m"), port=0, log_level="error"))
-    threading.Thread(target=server.run, daemon=True).start()
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
     while not server.started:
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
@@ -114,6 +115,7 @@ def main() -> None:
         )
     )
     server.should_exit = True
+    thread.join(timeout=10)
 
 
 if __name__ == "__main__":
