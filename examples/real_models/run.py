@@ -84,7 +84,7 @@ def load(folder: Path, dtype: str) -> tuple[Any, Any]:
 def answers(model: Any, batch: dict[str, Any], dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed loss (B,) of the labelled tokens in nats, and whether all of them are the most likely (B,).
 
-    Rows are padded on the left, so the labelled tokens are the last ones, and only logits that predict one are computed.
+    Rows are padded on the left, so the labelled tokens are the last ones, and only logits that predict them are made.
     """
     labels = batch["labels"]
     last = int((labels != PAD).sum(1).max())
