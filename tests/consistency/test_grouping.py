@@ -194,4 +194,9 @@ def test_gold_may_be_a_solution_of_any_length(sentences, end):
     """Beyond 1,000 characters texts are compared as they are, so the answer has to be found first."""
     groups = group_answers([["7", "8"]], gold=["x is 5. " * sentences + "\n" + end], workers=1)
     assert groups.answers.tolist() == [[0, 1]]
-    assert groups.texts[0][0] == "7"
+
+
+@pytest.mark.parametrize("equality", ["exact", "text", "math", lambda left, right: left == right])
+def test_gold_of_an_answers_length_is_compared_as_it_is_given(equality):
+    groups = group_answers([["Answer: 5", "Answer: 6"]], gold=["Answer: 5"], equality=equality, workers=1)
+    assert groups.answers.tolist() == [[0, 1]]

@@ -15,6 +15,7 @@ import torch
 from calm_fast.consistency.answers.equality import first_match_classes, normalise, quick_verdict, rational
 from calm_fast.consistency.answers.gold import gold_answer
 from calm_fast.consistency.answers.math_pool import Comparison, compare
+from calm_fast.consistency.answers.plain import MAX_PLAIN_LENGTH
 from calm_fast.consistency.answers.verdict_cache import VerdictCache
 from calm_fast.core.progress import progress_bar
 
@@ -71,7 +72,7 @@ def group_answers(
 
     Args:
         answers: for each question the answers of its samples; questions may have different numbers of them.
-        gold: for each question the gold answer, a solution that ends with it (`gold_answer` finds it), or None.
+        gold: for each question the gold answer, or None. With "math" also a solution that ends with it.
         equality: "math": equal normalised strings, else rules for numbers, units, dates, words and lists, else
             finite values that differ, else math-verify in both directions. "exact": equal strings.
             "text": equal up to case, Unicode form, space,
@@ -88,7 +89,9 @@ def group_answers(
         RuntimeError: no process could be started.
     """
     _check(answers, gold, equality, workers, timeout)
-    gold = [None] * len(answers) if gold is None else [gold_answer(text) for text in gold]
+    gold = [None] * len(answers) if gold is None else gold
+    if equality == "math":  # which compares longer texts as they are, so a long solution's answer has to be found first
+        gold = [gold_answer(text) if text and len(text) > MAX_PLAIN_LENGTH else text for text in gold]
     rows = [[_blank_is_none(text) for text in (right, *row)] for right, row in zip(gold, answers, strict=True)]
     given_up: tuple[tuple[int, str, str], ...] = ()
     with progress_bar(total=len(rows), desc="grouping answers", unit="question", shown=progress) as bar:
