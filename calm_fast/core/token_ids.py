@@ -7,11 +7,23 @@ from typing import Any
 
 from torch import nn
 
+from calm_fast.core.checks import bad_value
+
 
 def embedded_tokens(model: nn.Module) -> int | None:
     """Return the number of rows of the input embeddings of a transformers model, or None if they have no weight."""
     weight = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]  # a transformers model
     return None if weight is None else int(weight.shape[0])
+
+
+def table_rows(where: str, name: str, model: nn.Module) -> int:
+    """Return the number of token ids that a model embeds. Raises ValueError, of argument `name`, without one table."""
+    count = embedded_tokens(model)
+    if count is None:
+        kind = type(model.get_input_embeddings()).__name__  # type: ignore[operator]  # a transformers model
+        expected = "a model with one table of token embeddings, which reads one token at a time"
+        raise bad_value(where, name, expected, f"{type(model).__name__}, which embeds tokens with a {kind}")
+    return count
 
 
 def check_token_ids(where: str, name: str, ids: Sequence[int], model: nn.Module) -> None:

@@ -50,7 +50,7 @@ def is_empty(cache: Cache) -> bool:
 
 
 def cache_of_first_layers(config: PreTrainedConfig, depth: int, fixed: int = 0) -> Cache:
-    """Return an empty cache for a decoder that runs only its first `depth` layers.
+    """Return an empty cache for a decoder that runs only the layers that fill the first `depth` layers of its cache.
 
     fixed: the number of tokens of a static cache; 0 makes one that grows.
 

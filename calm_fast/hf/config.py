@@ -133,7 +133,10 @@ class ComposedConfig(PreTrainedConfig):
     def _is_shared(cls, name: str, text: PreTrainedConfig) -> bool:
         """Return True if `name` is a field of a language model, which the anchor's text config holds."""
         own = name.startswith("_") or name in _NOT_SHARED or name in _FIELDS or hasattr(cls, name)
-        return not own and hasattr(text, name)
+        try:
+            return not own and hasattr(text, name)
+        except RuntimeError:  # a field with a value per layer (head_dim of Gemma 4) has no value of its own
+            return True
 
     def _text(self) -> PreTrainedConfig | None:
         # copying and unpickling ask for attributes before there is an anchor_config
@@ -150,7 +153,10 @@ class ComposedConfig(PreTrainedConfig):
         text = None if name.startswith("_") else self._text()
         if text is None or not self._is_shared(name, text):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(text, name)
+        try:
+            return getattr(text, name)
+        except RuntimeError as problem:  # hasattr must answer
+            raise AttributeError(str(problem)) from problem
 
     def __setattr__(self, name: str, value: Any) -> None:
         text = self._text()

@@ -61,7 +61,8 @@ def add_dual_lora(
         target_modules: as PEFT reads it. Module names, each the last part(s) of a path ("q_proj",
             "self_attn.q_proj"); or "all-linear", every linear layer but the LM head; or one string, a regular
             expression for whole paths. Default, the family's projections to queries and values: q_proj and v_proj, or
-            what PEFT has for the family, or a fused projection (query_key_value, c_attn, Wqkv, ...).
+            what PEFT has for the family, or a fused projection (query_key_value, c_attn, Wqkv, ...), not those of a
+            vision or audio tower.
         negative, positive: an adapter to start from: the folder of a PEFT LoRA adapter, or its state dict, whose
             scaling is then taken as 1. Rank and scaling come from the adapter. It must cover every targeted layer.
         rank, alpha: of the LoRAs that no adapter gives, by default 8 and 16; the scaling is alpha / rank.

@@ -64,8 +64,8 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
 
 
 def _reads_text(path: str) -> bool:
-    """Whether a module is not of a vision or audio tower, whose adapters no text would train."""
-    return not re.search(r"vision|visual|image|audio", path)
+    """Whether a module is not of a vision or audio tower, nor of what cuts bytes into patches: no text trains those."""
+    return not re.search(r"vision|visual|image|audio|patcher", path)
 
 
 def _of_peft(family: str) -> tuple[str, ...] | None:
@@ -103,6 +103,7 @@ def find_targets(model: nn.Module, target_modules: Iterable[str] | str | None) -
     modules = {path: m for path, m in own_modules(model).items() if path}
     if target_modules is None:
         target_modules = default_targets(model)
+        modules = {path: m for path, m in modules.items() if _reads_text(path)}
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         wanted = [target_modules]
         found = _all_linear(model, modules)

@@ -292,12 +292,12 @@ def _index(texts: list[list[int]], places: list[list[int]]) -> torch.Tensor:
     return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64).reshape(len(rows), width)
 
 
-def _chunks(lengths: list[int], masked: bool) -> list[tuple[int, int]]:
-    """Return where the batches of texts begin and end. masked: texts of different lengths may be in one."""
+def _chunks(lengths: list[int], mixed: bool) -> list[tuple[int, int]]:
+    """Return where the batches of texts begin and end. mixed: texts of different lengths may be in one."""
     found: list[tuple[int, int]] = []
     for place, length in enumerate(lengths):
         start = found[-1][0] if found else 0
-        if found and place - start < CHUNK and (masked or length == lengths[start]):
+        if found and place - start < CHUNK and (mixed or length == lengths[start]):
             found[-1] = (start, place + 1)
         else:
             found.append((place, place + 1))
@@ -328,7 +328,7 @@ def run_encoder(
         got = f"{longest}. Shorten the prompt, or compose an encoder that reads more"
         raise bad_value(WHERE, "input_ids", expected, got)
     states: dict[tuple[int, int], list[torch.Tensor]] = {key: [] for key in keys}
-    for start, end in _chunks([len(text) for text in texts], encoder.masked):
+    for start, end in _chunks([len(text) for text in texts], bool(encoder.padded)):
         chunk = texts[start:end]
         width = max(map(len, chunk))
         ids = torch.tensor([text + [encoder.pad] * (width - len(text)) for text in chunk])

@@ -31,7 +31,8 @@ class Encoder(NamedTuple):
 
     mode: "prompt" or "reencode". use_cache: its forward takes this argument. longest: the most tokens that its learned
     positions reach, None if it has none. pad: the id that fills shorter rows. masked: its forward takes an attention
-    mask; without one (FNet) only texts of one length can be read together.
+    mask. padded: it reads a padded text as it reads the text alone, so that texts of different lengths can be read
+    together; None until `try_encoders` has tried it.
     """
 
     mode: str
@@ -39,6 +40,7 @@ class Encoder(NamedTuple):
     longest: int | None
     pad: int
     masked: bool
+    padded: bool | None = None
 
     def inputs(self, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
         """Return the arguments of its forward. ids (S, n), padded on the right; mask (S, n), 1 = real."""

@@ -25,6 +25,7 @@ from calm_fast.hf.cache_names import NAMES, alias_cache, cache_of, generate_argu
 from calm_fast.hf.encoded_text import EncodedText
 from calm_fast.hf.encoders import Encoder
 from calm_fast.hf.inputs import WHERE, check_ids, check_tensors
+from calm_fast.hf.layers import cache_depth
 from calm_fast.hf.masks import check_prompt
 from calm_fast.hf.recompute import without_cache
 from calm_fast.modules.fixed_weights import fixed_weights
@@ -82,7 +83,6 @@ class CompositionGeneration(RefusedGeneration):
     config: Any
     anchor: PreTrainedModel
     augmenters: nn.ModuleList
-    depths: list[int]
     pairs: list[tuple[int, int, int]]
     identity: Identity
     aligned: bool  # True if the model makes an augmenter's text: for another tokenizer, or a bidirectional augmenter
@@ -114,9 +114,11 @@ class CompositionGeneration(RefusedGeneration):
         if anchor_cache is None:
             fixed = max_length > 0
             anchor_cache = StaticCache(texts[0], max_length) if fixed else DynamicCache(config=texts[0])
-        depths = zip(texts[1:], self.depths, self.encoders, strict=True)
+        views = zip(self.augmenters, self.config.augmenter_layers, strict=True)
+        filled = [cache_depth(cast(PreTrainedModel, view), path) for view, path in views]
+        of_parts = zip(texts[1:], filled, self.encoders, strict=True)
         # a bidirectional augmenter keeps nothing
-        caches = [cache_of_first_layers(text, n, max_length) if e is None else DynamicCache() for text, n, e in depths]
+        caches = [cache_of_first_layers(t, n, max_length) if e is None else DynamicCache() for t, n, e in of_parts]
         readers = [augmenter for augmenter, _, _ in self.pairs]
         cache = ComposedCache(anchor_cache, caches, len(self.pairs), self.identity.name, readers, max_length)
         if self.aligned:

@@ -126,6 +126,16 @@ def truncated_view(model: PreTrainedModel, layers_path: str, depth: int) -> PreT
     return view
 
 
+def cache_depth(view: PreTrainedModel, layers_path: str) -> int:
+    """Return how many layers of a cache the layers of a truncated view fill.
+
+    Usually one each; a layer of LongCat-Flash holds two attentions, each with a cache layer of its own.
+    """
+    layers = view.get_submodule(layers_path)
+    indices = [getattr(module, "layer_idx", None) for module in layers.modules()]
+    return max([len(cast(nn.ModuleList, layers)), *(index + 1 for index in indices if isinstance(index, int))])
+
+
 def headless_path(model: PreTrainedModel, layers_path: str) -> tuple[str, ...]:
     """Return the names from `model` down to the innermost transformers model that holds the layers.
 

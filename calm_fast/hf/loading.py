@@ -13,6 +13,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 from calm_fast.core.checks import bad_value
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.encoders import encoder_of
+from calm_fast.hf.part_configs import from_json
 from calm_fast.hf.references import LOAD, check_part, commit, load_part, reference
 
 logger = logging.get_logger(__name__)
@@ -42,7 +43,7 @@ def config_of_tensors(
         expected = "a folder whose config.json was written together with its tensors"
         got = f"{file}, whose tensors are of another save. Save the composition again"
         raise bad_value(LOAD, "pretrained_model_name_or_path", expected, got)
-    found: ComposedConfig = type(config).from_dict(json.loads(metadata["config"]))
+    found = from_json(type(config), metadata["config"])
     other = [name for name in _OF_TENSORS if getattr(config, name) != getattr(found, name)]
     if one_save and not other:
         return None

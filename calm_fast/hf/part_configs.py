@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig
+
+Config = TypeVar("Config", bound=PreTrainedConfig)
 
 # fields that do not change the logits of given tokens: where a model comes from, how it is run, what it returns, how it
 # is initialised and trained
@@ -20,6 +22,20 @@ _WITHOUT_EFFECT = frozenset(
 _DROPOUT = ("dropout", "pdrop", "layerdrop")
 
 
+def _number(found: dict[str, Any]) -> Any:
+    return float(found["__float__"]) if set(found) == {"__float__"} else found
+
+
+def from_json(kind: type[Config], text: str) -> Config:
+    """Return the config of class `kind` that `to_json_string` wrote as `text`.
+
+    JSON has no infinity and no NaN: transformers writes such a number as {"__float__": "Infinity"}, here too within a
+    part's config (the time step limits of Mamba 2).
+    """
+    found: Config = kind.from_dict(json.loads(text, object_hook=_number))
+    return found
+
+
 def _fields(content: dict[str, Any]) -> dict[str, Any]:
     return {
         name: _fields(value) if isinstance(value, dict) else value
@@ -30,7 +46,7 @@ def _fields(content: dict[str, Any]) -> dict[str, Any]:
 
 def _as_saved(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the fields of a config as they come back from its JSON, because not every config comes back as it was."""
-    own = type(config).from_dict(json.loads(config.to_json_string(use_diff=False)))
+    own = from_json(type(config), config.to_json_string(use_diff=False))
     return _fields(json.loads(own.to_json_string(use_diff=False)))
 
 

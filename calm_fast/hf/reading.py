@@ -20,6 +20,7 @@ from calm_fast.hf.inputs import AugmenterCall, Past, Signature, Tokens, part_inp
 from calm_fast.hf.keywords import augmenter_keywords
 from calm_fast.hf.layers import hidden_size, submodule
 from calm_fast.hf.masks import Visibility
+from calm_fast.hf.trials import try_encoders
 
 if TYPE_CHECKING:
     from calm_fast.hf.composition import Composition
@@ -61,6 +62,7 @@ def read_texts(
     where = (past.cache, past.cached, past.tokens, prompt_length)
     aligners, encoders = composed._aligners, composed.encoders
     encoded = encode_call(encoders, aligners, inputs, external, *where, learns)  # type: ignore[arg-type]  # StreamAligners
+    try_encoders(composed, encoded.readings)
     streams = [aligner if encoder is None else None for aligner, encoder in zip(aligners, encoders, strict=True)]
     ids, mask, positions = inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"]
     return TextCall(align_call(streams, ids, mask, positions, external, *where), encoded)

@@ -31,6 +31,9 @@ def lacks_cache(model: PreTrainedModel) -> str:
         return str(why)
     if known := WITHOUT_CACHE.get(model.config.model_type):
         return known
+    config = model.config.get_text_config(decoder=True)
+    if all(getattr(config, name, None) is None for name in ("num_hidden_layers", "decoder_layers")):
+        return "has several stacks of layers, for which transformers makes no cache"  # BLT
     require("transformers", GenerationMixin, "_supports_default_dynamic_cache")
     if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():  # remote code may do without the mixin
         return "keeps its state elsewhere"

@@ -21,7 +21,7 @@ from calm_fast.hf.hooks import Frame, switch
 from calm_fast.hf.inputs import WHERE, AugmenterCall, Tokens, check_ids, check_tensors, check_vocabulary, per_augmenter
 from calm_fast.hf.masks import Visibility, check_shape, given_visibility
 from calm_fast.hf.recompute import begin_turn, end_turn
-from calm_fast.hf.trials import check_padding
+from calm_fast.hf.trials import check_padding, try_encoders
 
 if TYPE_CHECKING:
     from calm_fast.hf.seq2seq import ComposedForSeq2SeqLM
@@ -233,6 +233,7 @@ def _encoded(
     """Return what bidirectional augmenter `index` reads. own: the ids are of its own tokenizer."""
     aligner: Any = model.aligners[index]
     reading = source_reading(aligner, ids, mask, own)
+    try_encoders(model, {index: reading})
     check_vocabulary("augmenter_input_ids" if reading.own else "input_ids", reading.ids, [model._augmenter(index)])
     seen = Visibility(reading.lo, reading.hi, False, cacheable=True)
     return AugmenterCall(Tokens(input_ids=ids, attention_mask=None, position_ids=None), seen, None, reading)

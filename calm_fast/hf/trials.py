@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from calm_fast.hf.prefixes import attention_of, cannot_take, check_prefix_labels
 if TYPE_CHECKING:
     from calm_fast.hf.composed import ComposedForCausalLM
     from calm_fast.hf.composition import Composition
+    from calm_fast.hf.encoded_calls import Reading
 
 
 def check_parts_separate(composed: ComposedForCausalLM, where: str, position_ids: torch.Tensor) -> None:
@@ -89,6 +90,37 @@ def check_padding(composed: Composition, where: str, masks: Sequence[torch.Tenso
         if values_checked(mask):
             raise ValueError(problem)
         require_async(~early, problem)
+
+
+@torch.compiler.disable
+def try_encoders(composed: Composition, readings: Mapping[int, Reading]) -> None:
+    """Find out whether the bidirectional augmenters of `readings` read a padded text as they read it alone.
+
+    Not every encoder does: FNet mixes all tokens, and Nystromformer has a convolution that reads padding. Each runs
+    once, at its first texts of different lengths; one that does not reads texts of one length together.
+    """
+    for index, reading in readings.items():
+        encoder = composed.encoders[index]
+        if encoder is not None and encoder.padded is None and len(set(map(len, reading.texts))) > 1:
+            composed.encoders[index] = encoder._replace(padded=_encodes_padded(parts(composed)[index + 1]))
+
+
+@torch.no_grad()
+def _encodes_padded(part: Part) -> bool:
+    assert part.encoder is not None
+    device = part.signature.device(part.model)
+    if not part.encoder.masked or device.type == "meta":
+        return False
+    usable = usable_ids(part.model)
+    row = torch.tensor([[usable[i % len(usable)] for i in range(TOKENS)] + [part.encoder.pad] * TOKENS])
+    mask = (torch.arange(2 * TOKENS) < TOKENS).long()[None]
+    states = []
+    with aside(device):
+        for kept in (2 * TOKENS, TOKENS):
+            inputs = part.encoder.inputs(row[:, :kept].to(device), mask[:, :kept].to(device))
+            states.append(run_part(part, inputs)[0])
+    padded, alone = states
+    return padded is not None and alone is not None and close(padded[0, :TOKENS], alone[0], part.depth)
 
 
 @torch.no_grad()

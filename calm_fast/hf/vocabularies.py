@@ -12,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer, PreTrainedModel
 
 from calm_fast.core.checks import bad_value, describe
+from calm_fast.core.token_ids import table_rows
 from calm_fast.hf.references import commit
 
 # files that decide which token an id is
@@ -53,12 +54,6 @@ class Difference(NamedTuple):
         return f"differs in {self.differing} of {self.compared} ids ({self.example})"
 
 
-def embedding_rows(model: PreTrainedModel) -> int:
-    """Return the number of token ids that a model embeds."""
-    weight = model.get_input_embeddings().weight
-    return int(weight.shape[0])  # type: ignore[index]  # of an embedding
-
-
 def check_embedded(
     anchor: PreTrainedModel,
     augmenters: Sequence[PreTrainedModel],
@@ -73,9 +68,10 @@ def check_embedded(
     forward checks.
     differences: of the augmenters that read through an aligner, else None. known: the tokenizers, the anchor's first.
     """
-    needed = embedding_rows(anchor) if vocab_size is None else vocab_size
+    rows = table_rows("compose", "anchor", anchor)
+    needed = rows if vocab_size is None else vocab_size
     for index, (augmenter, difference) in enumerate(zip(augmenters, differences, strict=True)):
-        rows = embedding_rows(augmenter)
+        rows = table_rows("compose", "augmenters", augmenter)
         who = f"augmenter {index} ({type(augmenter).__name__}), which embeds {rows} token ids"
         if difference is not None:
             _check_own(anchor, "anchor", difference.anchor, "the anchor")
@@ -96,7 +92,7 @@ def check_embedded(
 
 
 def _check_own(model: PreTrainedModel, argument: str, tokenizer: Any, owner: str) -> None:
-    last, rows = max(_ordinary_ids(tokenizer), default=-1), embedding_rows(model)
+    last, rows = max(_ordinary_ids(tokenizer), default=-1), table_rows("compose", argument, model)
     if last >= rows:
         expected = f"a model that embeds the ids of its own tokenizer, 0 to {last}"
         got = f"{owner} ({type(model).__name__}), which embeds {rows} token ids"
@@ -148,7 +144,8 @@ def find_differences(
     found: list[Difference | None] = [None] * len(augmenters)
     if known[0] is None:
         return found
-    bound = embedding_rows(anchor) if vocab_size is None else min(vocab_size, embedding_rows(anchor))
+    bound = table_rows("compose", "anchor", anchor)
+    bound = bound if vocab_size is None else min(vocab_size, bound)
     own: Any = None
     for index, other in enumerate(known[1:]):
         if other is None or _same_files(known[0], other):

@@ -97,7 +97,7 @@ def find_nce_head(model: PreTrainedModel, where: str = "NCETrainer", name: str =
         ValueError: the model is not causal, its head is not one linear layer with an optional factor and soft cap, the
             head has dual LoRA, or it reads other states than `hidden_states` returns.
     """
-    kind, token = type(model).__name__, probe_token(model)
+    kind, token = type(model).__name__, probe_token(model, where, name)
     mask = torch.ones_like(token)
 
     def run(ids: torch.Tensor = token) -> Any:

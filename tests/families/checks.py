@@ -188,6 +188,7 @@ def trains(model: Any) -> None:
 def checkpoints(model: Any) -> None:
     if not is_composed(model):
         model.gradient_checkpointing_enable()
+        learns(model.train()).backward()
         return
     learns(model.train()).backward()
     grads = [p.grad.clone() for p in model.connections.parameters()]
@@ -253,7 +254,7 @@ def plain(family: str, name: str) -> None:
     if name == "bf16":
         bfloat16(model.bfloat16())
     else:
-        ON_MODELS.get(name, runs)(model)
+        (ON_MODELS | {"SelfConsistency": chooses}).get(name, runs)(model)
 
 
 def dual_lora(family: str) -> None:
@@ -310,6 +311,25 @@ def words() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=word(0), eos_token=word(2))
 
 
+def greedy_choice(model: Any, row: list[int]) -> list[int]:
+    """Return the most likely next tokens after `row`, each from a forward over all tokens before it."""
+    text = list(row)
+    for _ in range(STEPS):
+        text.append(int(model(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+        if text[-1] == model.generation_config.eos_token_id:
+            break
+    return text[len(row) :]
+
+
+def chooses(model: Any) -> None:
+    """Compare the plain model's own greedy generation over one row with `greedy_choice`."""
+    row = prompts()[0].tolist()
+    how = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0}
+    text = model.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.long), **how)
+    if text[0, len(row) :].tolist() != greedy_choice(model, row):
+        raise AssertionError("generate does not choose the most likely tokens")
+
+
 @torch.no_grad()
 def samples(family: str) -> None:
     """Compare SelfConsistency at temperature 0 over two prompts of different lengths with greedy choice, row by row."""
@@ -320,13 +340,9 @@ def samples(family: str) -> None:
     results = SelfConsistency(model, words(), n=1, rule="count", **how)(questions)  # type: ignore[arg-type]
     end = model.generation_config.eos_token_id
     for row, result in zip(rows, results, strict=True):
-        text, found = list(row), result.rationales[0].split()
-        for _ in range(STEPS):
-            text.append(int(model(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
-            if text[-1] == end:
-                break
+        found = result.rationales[0].split()
         special = (0, 2, end)  # a rationale is a text without special tokens: padding and end, see words()
-        expected = [word(token) for token in text[len(row) :] if token not in special]
+        expected = [word(token) for token in greedy_choice(model, row) if token not in special]
         if found != expected:
             raise AssertionError(f"{found} instead of {expected}")
 

@@ -52,7 +52,7 @@ different lengths, with the plain model's best tokens.
 """
 
 # our errors say where they come from and which argument is meant
-_WHERE = r"compose|score_sequences|SelfConsistency|add_dual_lora|gradient checkpointing|Composed\w+"
+_WHERE = r"compose|generate|score_sequences|SelfConsistency|add_dual_lora|gradient checkpointing|Composed\w+"
 _OURS = re.compile(rf"ValueError ({_WHERE}): `\w+` must be")
 
 

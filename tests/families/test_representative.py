@@ -16,7 +16,8 @@ from shrink import families, tiny_model
 REPRESENTATIVE = (
     "llama", "gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon", "mpt", "gemma2", "phi3", "glm4", "mixtral",
     "gpt_oss", "deepseek_v3", "mamba", "mamba2", "qwen3_next", "bart", "ctrl", "modernbert-decoder", "xlm", "rwkv",
-    "bert", "roberta", "seq2seq/t5", "seq2seq/bart", "encoder/bert", "encoder/deberta-v2",
+    "longcat_flash", "blt", "musicgen", "bert", "roberta", "seq2seq/t5", "seq2seq/bart", "encoder/bert",
+    "encoder/deberta-v2", "encoder/nystromformer",
 )  # fmt: skip
 CHECKS = ("compose", "identity", "no leak", "greedy", "training")
 KEPT = matrix.read()["classes"]

@@ -10,7 +10,7 @@ import torch
 from encoders import ENCODERS, KINDS, encoder, with_encoder
 from families import FAMILIES, PAD, VOCAB, left_padded, prompts, randomize
 from ragged import rounding
-from transformers import BertConfig, BertForMaskedLM, FNetConfig, FNetModel
+from transformers import BertConfig, BertForMaskedLM, BertModel, FNetModel, NystromformerModel
 
 import calm_fast
 from calm_fast.hf import ComposedForCausalLM, compose
@@ -94,6 +94,7 @@ def test_rows_of_a_padded_batch_are_those_of_a_row_alone(kind: str, mode: str) -
     near = {"rtol": 0, "atol": rounding(together)}
     torch.testing.assert_close(logits(model, ids[:1, 4:], 3)[0], together[0, 4:], **near)
     torch.testing.assert_close(logits(model, ids[1:], 5)[0], together[1], **near)
+    assert model.encoders[0] is not None and model.encoders[0].padded
     right, right_mask = torch.roll(ids, -4, 1), torch.roll(mask, -4, 1)
     right[1], right_mask[1] = ids[1], mask[1]
     moved = logits(model, right, torch.tensor([3, 5]), attention_mask=right_mask)
@@ -319,16 +320,20 @@ def test_an_empty_row_of_padding_reads_nothing() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_encoder_without_an_attention_mask_reads_no_padding(mode: str) -> None:
+@pytest.mark.parametrize("kind", [FNetModel, NystromformerModel, BertModel])
+def test_an_encoder_reads_no_padding(kind: Any, mode: str) -> None:
+    # FNet takes no mask; a convolution of Nystromformer reads what the mask hides
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": 64}
+    sizes |= {"num_attention_heads": 4}
     torch.manual_seed(2)
-    config = FNetConfig(vocab_size=VOCAB, pad_token_id=PAD, initializer_range=0.3, **sizes)
-    model = randomize(compose(FAMILIES["llama"].model(0), FNetModel(config), "uniform:2", bidirectional=mode))
+    encoder = kind(kind.config_class(vocab_size=VOCAB, pad_token_id=PAD, initializer_range=0.3, **sizes))
+    model = randomize(compose(FAMILIES["llama"].model(0), encoder, "uniform:2", bidirectional=mode))
     ids, mask = left_padded(prompts())
     together = logits(model, ids, torch.tensor([7, 5]), attention_mask=mask)
     near = {"rtol": 0, "atol": rounding(together)}
     torch.testing.assert_close(logits(model, ids[:1, 4:], 3)[0], together[0, 4:], **near)
     torch.testing.assert_close(logits(model, ids[1:], 5)[0], together[1], **near)
+    assert model.encoders[0] is not None and model.encoders[0].padded == (kind is BertModel)
 
 
 @pytest.mark.skipif(not PAGE.is_file(), reason="the docs are not beside the tests")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, randomize
+from families import FAMILIES, VOCAB, randomize
 from saved import PAIRS, SETTINGS, logits, rebuilt
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig, Mamba2Config, Mamba2ForCausalLM
 
 from calm_fast.hf import ComposedForCausalLM, compose
 from calm_fast.hf.part_configs import configs_differ
@@ -46,6 +47,36 @@ def test_a_part_with_another_config_than_its_files_is_refused(name: str, change:
     with pytest.raises(ValueError, match=f"from_pretrained: `{name}` must be the model with which .*with {field}"):
         LOAD(folder / "again")
     assert torch.equal(logits(LOAD(folder / "again", **parts)), logits(model))
+
+
+def test_a_part_whose_config_has_an_infinity_is_saved_and_loaded(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_heads": 4, "head_dim": 16, "state_size": 4, "n_groups": 1, "num_hidden_layers": 2}
+    torch.manual_seed(3)
+    mamba = Mamba2ForCausalLM(Mamba2Config(vocab_size=VOCAB, **sizes)).eval()
+    assert math.inf in mamba.config.time_step_limit
+    mamba.save_pretrained(tmp_path / "mamba2")
+    augmenter = AutoModelForCausalLM.from_pretrained(tmp_path / "mamba2")
+    model = randomize(compose(FAMILIES["llama"].model(0), augmenter, "uniform:1"))
+    model.save_pretrained(tmp_path / "composed")
+    again = LOAD(tmp_path / "composed", anchor=model.anchor)
+    assert torch.equal(logits(again), logits(model))
+    assert configs_differ(again.augmenters[0].config, mamba.config) == ""
+
+
+def test_an_anchor_whose_head_width_differs_by_layer_is_saved_and_loaded(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 8, "global_head_dim": 16, "num_hidden_layers": 2, "hidden_size_per_layer_input": 8}
+    kinds = ["sliding_attention", "full_attention"]
+    config = Gemma4TextConfig(vocab_size=VOCAB, vocab_size_per_layer_input=VOCAB, layer_types=kinds, **sizes)
+    torch.manual_seed(3)
+    anchor = Gemma4ForCausalLM(config).eval()
+    model = randomize(compose(anchor, FAMILIES["llama"].model(1), "uniform:1"))
+    assert not hasattr(model.config, "head_dim")
+    with pytest.raises(AttributeError, match="'head_dim' is a per-layer attribute"):
+        _ = model.config.head_dim
+    model.save_pretrained(tmp_path)
+    again = LOAD(tmp_path, anchor=anchor, augmenters=FAMILIES["llama"].model(1))
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_a_config_that_changed_under_a_path_is_refused(folder: Path) -> None:

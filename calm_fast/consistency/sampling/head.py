@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from calm_fast import ops
 from calm_fast.core.threads import in_this_thread
+from calm_fast.core.token_ids import table_rows
 
 # names under which configs keep a factor of the logits (some multiply, some divide) and their soft cap
 _SCALES = ("logit_scale", "logits_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
@@ -89,16 +90,15 @@ def head_input(head: LinearHead, run: Callable[[], Any]) -> torch.Tensor:
     return seen[0]
 
 
-def probe_token(model: PreTrainedModel) -> torch.Tensor:
-    """Return (1, 1) int64, a token that is not padding, which some families warn about."""
+def probe_token(model: PreTrainedModel, where: str = "score_sequences", name: str = "model") -> torch.Tensor:
+    """Return (1, 1) int64, a token that is not padding, which some families warn about.
+
+    Raises ValueError, of argument `name` of `where`, for a model without one table of token embeddings (MusicGen).
+    """
     # CodeGen's, CPM-Ant's and RWKV's configs have no such attribute
     pad = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
-    return torch.tensor([[1 if pad == 0 and vocabulary_size(model) > 1 else 0]], device=model.device)
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """Return the number of rows of the input embeddings."""
-    return int(cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0])
+    rows = table_rows(where, name, model)
+    return torch.tensor([[1 if pad == 0 and rows > 1 else 0]], device=model.device)
 
 
 def find_linear_head(model: PreTrainedModel, run: Callable[[], Any]) -> LinearHead | None:

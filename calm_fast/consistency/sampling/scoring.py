@@ -11,13 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from calm_fast.consistency.sampling.boundary import Continuation
-from calm_fast.consistency.sampling.head import find_linear_head, head_input, probe_token, vocabulary_size
+from calm_fast.consistency.sampling.head import find_linear_head, head_input, probe_token
 from calm_fast.consistency.sampling.prefix import PrefixReader, branch, check_model
 from calm_fast.consistency.sampling.prompt import prompt_ids as prompt_text_ids
 from calm_fast.core.checks import bad_type
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.progress import progress_bar
-from calm_fast.core.token_ids import check_token_ids
+from calm_fast.core.token_ids import check_token_ids, table_rows
 from calm_fast.hf.causality import check_causal
 from calm_fast.modules.fixed_weights import fixed_weights
 
@@ -110,7 +110,7 @@ class _Scorer:
         token = probe_token(model)
         self.head = find_linear_head(model, lambda: self.reader(token))
         if self.head is None:
-            self.max_tokens = min(max_tokens, max(1, _LOGITS_AT_ONCE // vocabulary_size(model)))
+            self.max_tokens = min(max_tokens, max(1, _LOGITS_AT_ONCE // table_rows("score_sequences", "model", model)))
 
     def score(self, prompt: list[int], rows: list[list[int]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return log-probabilities and entropies (empty unless requested) of each row's tokens."""

@@ -19,7 +19,7 @@ from calm_fast.hf.cached_states.texts import ANCHOR, OWN, PROMPT
 from calm_fast.hf.composed import ComposedForCausalLM
 from calm_fast.hf.given_states import connected_layers
 from calm_fast.hf.layers import hidden_size
-from calm_fast.hf.part_configs import configs_differ
+from calm_fast.hf.part_configs import configs_differ, from_json
 from calm_fast.hf.references import adapter_in, holds_shards
 from calm_fast.hf.wrappers import inner_model
 
@@ -140,7 +140,7 @@ def key_differences(kept: Mapping[str, Any], own: Mapping[str, Any], composed: C
         ]
         if not differ:  # other layers or another class have other weights too
             config = composed._augmenter(index).config
-            if text := configs_differ(config, type(config).from_dict(old["config"])):
+            if text := configs_differ(config, from_json(type(config), json.dumps(old["config"]))):
                 differ.append(f"augmenter {index} with {text}")
             differ += _compare(f"weights of augmenter {index}", old["weights"], new["weights"])
         found += differ

@@ -37,6 +37,7 @@ from calm_fast.hf.hooks import Frame, switch
 from calm_fast.hf.inputs import AugmenterCall, Tokens, check_vocabulary
 from calm_fast.hf.masks import CAUSAL
 from calm_fast.hf.recompute import begin_turn, end_turn
+from calm_fast.hf.trials import try_encoders
 
 WHERE = "cache_augmenter_states"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -195,6 +196,7 @@ def _one_shard(
 def _run(composed: ComposedForCausalLM, texts: list[Texts]) -> list[list[torch.Tensor]]:
     """Return per augmenter the states (tokens, layers, DA) of each of its texts."""
     calls = [_call(composed, index, own) for index, own in enumerate(texts)]
+    try_encoders(composed, {index: call.reading for index, call in enumerate(calls) if call.reading is not None})
     frame = Frame(composed.hooks.owner, {})
     begin_turn(composed.stateful)
     before = switch(frame)
