@@ -14,6 +14,7 @@ from calm_fast.core.checks import bad_value
 from calm_fast.core.dispatch import active_transform
 from calm_fast.hf.cache import ComposedCache
 from calm_fast.hf.cache_names import with_cache
+from calm_fast.hf.callers import check_prompt_is_told
 from calm_fast.hf.causality import check_parts
 from calm_fast.hf.composition import Composition
 from calm_fast.hf.cross_cache import FixedCrossLayer
@@ -174,6 +175,8 @@ class ComposedForCausalLM(HeadlessForward, Composition, CompositionGeneration, G
         cached = self._caches(cache, use_cache, self.training or labels is not None)
         texts: TextCall | None = None
         if self.aligned:
+            if prompt_length is None and augmenter_input_ids is None and not torch.compiler.is_compiling():
+                check_prompt_is_told(self.where)
             learns = self.training or labels is not None
             texts = read_texts(self, inputs, external, Past(past, cached, cache), prompt_length, learns)
         calls, uncacheable = augmenter_calls(len(self.augmenters), inputs, external, Past(past, cached, cache))

@@ -41,6 +41,7 @@ class Composition(CompositionIntrospection, CompositionFiles, CompositionTrainin
     encoders: list[Encoder | None]
     aligned: bool
     _aligners: list[Aligner | None]
+    frozen_parts: list[str] | None = None  # of a `frozen_copy`: the names of its parts' parameters
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -179,8 +180,29 @@ class Composition(CompositionIntrospection, CompositionFiles, CompositionTrainin
             "shared with the caller; resize the anchor and the augmenters, then compose them"
         )
 
+    def names_of_parts(self) -> list[str]:
+        """Return the names of the parameters of all parts. Raises ValueError for one that trains."""
+        names = []
+        for part in (self.anchor, *self.augmenters):
+            for name, parameter in part.named_parameters():
+                if parameter.requires_grad:
+                    got = f"{name} of {type(part).__name__}, which trains. Take copy.deepcopy(model) as reference"
+                    raise bad_value(
+                        "frozen_copy", "model", "one whose parts never change, because they are shared", got
+                    )
+                names.append(name)
+        return names
+
     def _check_callable(self, kwargs: dict[str, Any]) -> None:
-        """Refuse what no composition can do: to be traced, and to read embeddings. Drops an empty inputs_embeds."""
+        """Refuse what no composition can do: to be traced, and to read embeddings. Drops an empty inputs_embeds.
+
+        Of a frozen copy also parts that train or have adapters since it was made.
+        """
+        if self.frozen_parts is not None and self.names_of_parts() != self.frozen_parts:
+            expected = "one whose parts never change, because they are shared"
+            got = "parts with other parameters than when it was copied, as adapters make them. "
+            do = "Take copy.deepcopy(model), or no ref_model: TRL switches adapters off for it"
+            raise bad_value("frozen_copy", "model", expected, got + do)
         if torch.jit.is_tracing():  # type: ignore[attr-defined]  # public, but not re-exported
             raise ValueError(
                 f"torch.jit.trace: a {self.where} cannot be traced, because the trace would keep which tokens the "

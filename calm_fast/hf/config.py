@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from calm_fast.core.checks import bad_value
 from calm_fast.hf.cache_names import NAMES
+from calm_fast.hf.callers import check_reference_has_folder
 
 # 3: an augmenter is bidirectional; 2: one reads its own tokens, through an aligner; 1: all read the anchor's ids
 FORMAT_VERSION = 3
@@ -128,6 +129,21 @@ class ComposedConfig(PreTrainedConfig):
         self.use_cache = use_cache
         for name, value in shared.items():
             setattr(text, name, value)
+
+    @property
+    def _name_or_path(self) -> str:
+        """The folder or name that the composition was loaded from; "" if there is none.
+
+        Raises ValueError if a trainer of TRL wants to load its reference model from there and there is none.
+        """
+        name: str = self.__dict__.get("_name_or_path", "")
+        if not name:
+            check_reference_has_folder()
+        return name
+
+    @_name_or_path.setter
+    def _name_or_path(self, name: str) -> None:
+        self.__dict__["_name_or_path"] = name
 
     @classmethod
     def _is_shared(cls, name: str, text: PreTrainedConfig) -> bool:

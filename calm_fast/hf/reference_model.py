@@ -27,9 +27,11 @@ def frozen_copy(model: Composition) -> Composition:
     ``parameters()`` of the copy are those of its connections only, so that nothing updates the shared parts through it:
     TRL's `sync_ref_model` stops with an error, and needs ``copy.deepcopy(model)``.
 
+    The copy refuses to run once a shared part trains or has got an adapter (PEFT): it would follow that part.
+
     Raises:
         TypeError: `model` is no composition.
-        ValueError: a part of it trains or will change otherwise, it is distributed, or its forward has been replaced.
+        ValueError: a part of it trains, it is distributed, or its forward has been replaced.
     """
     if not isinstance(model, Composition):
         raise bad_type(_WHERE, "model", "a composition (of compose, not wrapped)", model)
@@ -50,6 +52,7 @@ def frozen_copy(model: Composition) -> Composition:
     layers = [view.get_submodule(str(name)) for view, name in zip(model.augmenters, augmenter_paths, strict=True)]
     copied.hooks = install(copied.pairs, model.anchor.get_submodule(path), layers)  # type: ignore[arg-type]
     copied.connections.requires_grad_(False)
+    copied.frozen_parts = copied.names_of_parts()
     copied.parameters = partial(_own_parameters, copied)
     return copied.eval()
 

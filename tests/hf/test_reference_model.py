@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import peft
 import pytest
 import torch
 from families import FAMILIES, composed_model, prompts
@@ -76,3 +77,30 @@ def test_what_would_change_under_it_is_refused() -> None:
     model.forward = model.forward
     with pytest.raises(ValueError, match="with the forward of its class"):
         frozen_copy(model)
+
+
+def lora(model: Any) -> None:
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=r"anchor\..*\.q_proj"))
+
+
+def frozen_lora(model: Any) -> None:
+    lora(model)
+    model.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lora, "lora_A.*which trains. Take copy.deepcopy"),
+        (frozen_lora, "other parameters than when it was copied"),
+        (lambda model: model.augmenters.requires_grad_(True), "which trains. Take copy.deepcopy"),
+    ],
+)
+def test_it_does_not_follow_parts_that_change(change: Any, said: str) -> None:
+    model = composed_model("llama")
+    copied = frozen_copy(model)
+    logits(copied)
+    change(model)
+    for run in (copied, copied.base_model):
+        with pytest.raises(ValueError, match=f"frozen_copy: `model` must be .*shared, got .*{said}"):
+            run(IDS, use_cache=False)

@@ -61,3 +61,37 @@ def test_an_adapter_is_a_folder_of_its_own(tmp_path: Path) -> None:
     again = peft.PeftModel.from_pretrained(composed_model("llama"), str(tmp_path)).eval()
     with torch.no_grad():
         assert torch.equal(again(input_ids=prompts()).logits, model(input_ids=prompts()).logits)
+
+
+@pytest.mark.integration(
+    tool="PEFT", what="connections in `modules_to_save` beside LoRA: train, switch off, save, merge", verdict="works"
+)
+def test_connections_are_saved_with_the_adapter(tmp_path: Path) -> None:
+    base, ids = composed_model("llama"), prompts()
+    names = [f"connections.{i}" for i in range(len(base.connections))]
+    before = base(ids, use_cache=False).logits
+    config = peft.LoraConfig(target_modules=r"anchor\..*\.[qv]_proj", modules_to_save=names)
+    model = peft.get_peft_model(base, config).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    for _ in range(2):  # lora_A has a gradient once lora_B is not zero
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.any() for p in trained)
+    assert {name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"anchor", "connections"}
+    with torch.no_grad():
+        after = model.eval()(ids, use_cache=False).logits
+        with model.disable_adapter():
+            assert torch.equal(model(ids, use_cache=False).logits, before)
+        assert not torch.equal(after, before)
+        text = ids
+        for _ in range(3):
+            text = torch.cat((text, model(text, use_cache=False).logits[:, -1:].argmax(-1)), 1)
+        assert torch.equal(model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, eos_token_id=None), text)
+        model.save_pretrained(tmp_path)
+        again = peft.PeftModel.from_pretrained(composed_model("llama"), str(tmp_path)).eval()
+        assert torch.equal(again(ids, use_cache=False).logits, after)
+        merged = again.merge_and_unload()
+    kept = model.get_base_model().connections[0].modules_to_save["default"].state_dict()
+    assert all(torch.equal(t, kept[name]) for name, t in merged.connections[0].state_dict().items())

@@ -16,6 +16,7 @@ pytest.importorskip("trl")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import trl_setup as setup  # noqa: E402
+from peft import LoraConfig  # noqa: E402
 from texts import model_of  # noqa: E402
 from trl import (  # noqa: E402
     DPOConfig,
@@ -24,6 +25,8 @@ from trl import (  # noqa: E402
     GRPOTrainer,
     KTOConfig,
     KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
     SFTConfig,
     SFTTrainer,
 )
@@ -165,6 +168,40 @@ def test_a_loaded_composition_is_its_own_reference(tmp_path: Path) -> None:
     assert isinstance(trainer.ref_model, ComposedForCausalLM) and trainer.ref_model is not model
     _, logged = setup.step_of(trainer)
     assert logged["loss"] == pytest.approx(math.log(2), rel=1e-5)
+
+
+@pytest.mark.integration(
+    tool="TRL",
+    what="a reference from the folder of a composition that has none: DPO, KTO, GRPO, RLOO",
+    verdict="refused",
+)
+def test_a_composition_without_a_folder_is_no_reference(tmp_path: Path) -> None:
+    told = r"Trainer: `ref_model` must be given, .* ref_model=calm_fast.hf.frozen_copy\(model\)"
+    with pytest.raises(ValueError, match=f"DPO{told}"):
+        dpo(setup.composition(), tmp_path)
+    rows, tokens = setup.data(setup.GRADED), setup.tokens()
+    with pytest.raises(ValueError, match=f"KTO{told}"):
+        KTOTrainer(
+            setup.composition(), None, setup.settings(KTOConfig, tmp_path), train_dataset=rows, processing_class=tokens
+        )
+    with pytest.raises(ValueError, match="GRPOTrainer: `model` must be loaded by from_pretrained"):
+        grpo(setup.composition(), tmp_path, beta=0.1)
+    with pytest.raises(ValueError, match="RLOOTrainer: `model` must be loaded by from_pretrained"):
+        config = setup.settings(RLOOConfig, tmp_path, num_generations=2)
+        RLOOTrainer(
+            setup.composition(), reward, config, train_dataset=setup.data(setup.PROMPTS), processing_class=tokens
+        )
+
+
+@pytest.mark.integration(tool="TRL", what="a frozen_copy beside `peft_config`", verdict="refused")
+def test_adapters_on_shared_parts_are_refused(tmp_path: Path) -> None:
+    model = setup.composition()
+    config = setup.settings(DPOConfig, tmp_path)
+    with pytest.raises(ValueError, match="frozen_copy: `model` must be one whose parts never change"):
+        DPOTrainer(
+            model, frozen_copy(model), config, train_dataset=setup.data(setup.PAIRS), processing_class=setup.tokens(),
+            peft_config=LoraConfig(target_modules=r"anchor\..*\.q_proj"),
+        ).train()  # fmt: skip
 
 
 @pytest.mark.integration(tool="TRL", what="KTOTrainer, references: frozen_copy, precomputed", verdict="works")
