@@ -187,7 +187,7 @@ class ComposedForCausalLM(HeadlessForward, Composition, CompositionGeneration, G
             given = given_states(self, augmenter_hidden_states, calls, cache is not None or bool(use_cache))
             cached = False
         tracing = torch.compiler.is_compiling() or active_transform() is not None
-        if self.recomputes:
+        if any(self.may_count):
             check_padding(self, WHERE, [attention_mask, *(call.inputs["attention_mask"] for call in calls)])
         packed = uncacheable and attention_mask is None and position_ids is not None
         if packed and not self.separates and not tracing:

@@ -134,6 +134,9 @@ class CompositionIntrospection(PreTrainedModel):
         self.told = False
         # transformers refuses assisted generation where a state cannot be rolled back, be it an augmenter's
         self._is_stateful = bool(self.recomputes) or any(part._is_stateful for part in models)
+        # parts that may read padding as text: without a Cache, or whose forward takes no positions (BART's decoder)
+        both = zip(self.signatures, (None, *self.encoders), strict=True)
+        self.may_count = [e is None and (bool(one.recomputes) or not one.position_ids) for one, e in both]
         self.leaves_out: dict[str, bool] = {}  # of such parts that were tried: True if padding does not matter to them
         # by attention implementation, once the anchor was tried: why it takes no prefix mask, or ""
         self.prefix_problems: dict[str, str] = {}

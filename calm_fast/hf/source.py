@@ -174,7 +174,7 @@ def read_source(
     count = len(model.augmenters)
     own = [per_augmenter(name, external[name], count) for name in ("augmenter_input_ids", "augmenter_attention_mask")]
     calls = [_call(model, index, ids, mask, *given) for index, given in enumerate(zip(*own, strict=True))]
-    if any(signature.recomputes for signature in model.signatures):
+    if any(model.may_count):
         check_padding(model, WHERE, [None, *(call.inputs["attention_mask"] for call in calls)])
     frame = Frame(model.hooks.owner, {})
     begin_turn(model.stateful)

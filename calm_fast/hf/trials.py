@@ -67,24 +67,26 @@ def close(one: torch.Tensor, two: torch.Tensor, depth: int) -> bool:
 
 
 def check_padding(composed: Composition, where: str, masks: Sequence[torch.Tensor | None]) -> None:
-    """Raise ValueError for padding before a token in a part without a Cache whose layers do not leave it out.
+    """Raise ValueError for padding before a token in a part that may count it and whose layers do not leave it out.
 
-    masks: of the anchor and of every augmenter, each (B, T) or None. Such a part (RWKV) runs once on a padded row, and
-    its states are compared with those of the row alone; a traced call takes the part for one that reads padding. Where
-    the mask is not read (a GPU), the device asserts that it hides nothing before a token.
+    masks: of the anchor and of every augmenter, each (B, T) or None. A part without a Cache (RWKV), or whose forward
+    takes no positions (the decoders of BART and Whisper), runs once on a padded row, and its states are compared with
+    those of the row alone; a traced call takes one without a Cache for one that reads padding. It runs at the first
+    call with a mask, whatever the mask hides: with sharded weights all processes must run it. Where the mask is not
+    read (a GPU), the device asserts that it hides nothing before a token.
     """
-    for part, mask in zip(parts(composed), masks, strict=True):
-        if mask is None or not part.signature.recomputes:
+    for part, mask, counts in zip(parts(composed), masks, composed.may_count, strict=True):
+        if mask is None or not counts or part.signature.device(part.model).type == "meta":
+            continue
+        if not torch.compiler.is_compiling() and part.label not in composed.leaves_out:
+            composed.leaves_out[part.label] = _leaves_padding_out(part)
+        if composed.leaves_out.get(part.label, not part.signature.recomputes):
             continue
         real = mask.bool()
         early = (~real[:, :-1] & real[:, 1:]).any()
         if values_checked(mask) and not bool(early):
             continue
-        if not torch.compiler.is_compiling() and part.label not in composed.leaves_out:
-            composed.leaves_out[part.label] = _leaves_padding_out(part)
-        if composed.leaves_out.get(part.label, False):
-            continue
-        expected = f"1 for every token before the last real one, because {part.label} reads padding as text"
+        expected = f"1 for every token before the last real one, because {part.label} reads padding as text or counts it"
         got = "padding before a token. Pad on the right, and run rows of other lengths one by one"
         problem = str(bad_value(where, "attention_mask", expected, got))
         if values_checked(mask):
@@ -97,11 +99,12 @@ def try_encoders(composed: Composition, readings: Mapping[int, Reading]) -> None
     """Find out whether the bidirectional augmenters of `readings` read a padded text as they read it alone.
 
     Not every encoder does: FNet mixes all tokens, and Nystromformer has a convolution that reads padding. Each runs
-    once, at its first texts of different lengths; one that does not reads texts of one length together.
+    once, at its first texts, whatever their lengths: with sharded weights all processes must run it. One that reads
+    padding reads only texts of one length together.
     """
     for index, reading in readings.items():
         encoder = composed.encoders[index]
-        if encoder is not None and encoder.padded is None and len(set(map(len, reading.texts))) > 1:
+        if encoder is not None and encoder.padded is None and reading.texts:
             composed.encoders[index] = encoder._replace(padded=_encodes_padded(parts(composed)[index + 1]))
 
 

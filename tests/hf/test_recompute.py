@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import seq2seq_models
 import torch
-from families import CACHELESS, EOS, FAMILIES, left_padded, prompts, randomize, switch
+from families import CACHELESS, EOS, FAMILIES, OTHERS, VOCAB, left_padded, prompts, randomize, switch
 from ragged import rounding
-from transformers import AutoModelForCausalLM, DynamicCache, ReformerConfig, XLNetConfig
+from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, DynamicCache, ReformerConfig, XLNetConfig
 
 from calm_fast.consistency import score_sequences
 from calm_fast.hf import ComposedForCausalLM, compose
@@ -255,6 +255,34 @@ def test_an_encoder_decoder_reads_its_source_through_it_once(name: str) -> None:
             expected = composed(source[:1, 2:], decoder_input_ids=tokens[:1]).logits
             # T5 finds positions by differences
             torch.testing.assert_close(row, expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.seam(
+    attach="padding before tokens in a part that counts padding (the decoders of BART and Whisper)",
+    to="composition",
+    result="refused",
+    why="its positions would be wrong; pad on the right, and generate rows of one length together",
+)
+@in_both_roles
+@torch.no_grad()
+def test_a_decoder_that_counts_padding_is_given_none(role: str) -> None:
+    sizes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    torch.manual_seed(0)
+    config = BartConfig(vocab_size=VOCAB, **sizes, max_position_embeddings=64, is_encoder_decoder=False, init_std=0.3)
+    both = (BartForCausalLM(config).eval(), FAMILIES["llama"].model(1))
+    composed, ids = randomize(compose(*(both if role == "anchor" else both[::-1]), "uniform:1")), prompts()
+    padded, mask = left_padded(ids)
+    with pytest.raises(
+        ValueError, match="`attention_mask` must be 1 .*BartForCausalLM.* reads padding .* or counts it"
+    ):
+        composed(padded, attention_mask=mask)
+    with pytest.raises(ValueError, match="reads padding as text or counts it"):
+        composed.generate(padded, attention_mask=mask, max_new_tokens=2)
+    whole = composed(ids).logits
+    assert torch.equal(composed(ids, attention_mask=torch.ones_like(ids)).logits, whole)
+    mamba = randomize(compose(OTHERS["mamba"].model(0), FAMILIES["llama"].model(1), "uniform:1"))  # no positions either
+    row = mamba(padded, attention_mask=mask).logits[:1, 4:]
+    torch.testing.assert_close(row, mamba(ids[:1, 4:]).logits, rtol=0, atol=5e-5)
 
 
 def test_an_augmenters_own_mask_is_looked_at_too() -> None:
