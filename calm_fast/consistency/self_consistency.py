@@ -18,6 +18,7 @@ from calm_fast.consistency.answers.grouping import Groups, group_answers
 from calm_fast.consistency.endpoint.asking import asked
 from calm_fast.consistency.endpoint.client import Drawn, Endpoint
 from calm_fast.consistency.identity import dual_lora_modes, model_identity, setting_name, vocabulary_checksum
+from calm_fast.consistency.sampling.padding import leaves_padding_out, prompt_batches
 from calm_fast.consistency.sampling.prefix import PrefixReader, check_model
 from calm_fast.consistency.sampling.prompt import Prompt, chosen_form
 from calm_fast.consistency.sampling.sampler import PromptBatch, Sample, Sampling
@@ -272,7 +273,10 @@ class SelfConsistency:
     def _sample_and_vote(self, items: list[Question], bar: Any) -> Iterator[list[SelfConsistencyResult]]:
         """Yield lists of results, as their questions finish."""
         reader = PrefixReader(self.model)
-        for batch, prompts in self._batches(items, reader.pads):
+        pads = functools.partial(leaves_padding_out, reader, self.tokenizer)
+        together = max(1, self.batch_size // self.round_size)
+        for pairs in prompt_batches(((item, self._prompt_ids(item.text)) for item in items), together, pads):
+            batch, prompts = [item for item, _ in pairs], [prompt for _, prompt in pairs]
             for item in batch:
                 item.rationales, item.answers, item.scores = [], [], []
             source = PromptBatch(reader, self.tokenizer, prompts, self.sampling)
@@ -302,23 +306,6 @@ class SelfConsistency:
                     item.scores = None
             yield self._vote(finished)
             bar.update(len(finished))
-
-    def _batches(self, items: list[Question], pads: bool) -> Iterator[tuple[list[Question], list[list[int]]]]:
-        """Yield questions that are sampled together, with their prompts; of one length unless the model can pad."""
-        together = max(1, self.batch_size // self.round_size)
-        if pads:
-            for start in range(0, len(items), together):
-                batch = items[start : start + together]
-                yield batch, [self._prompt_ids(item.text) for item in batch]
-            return
-        of_length: dict[int, list[tuple[Question, list[int]]]] = {}
-        for item in items:
-            prompt = self._prompt_ids(item.text)
-            of_length.setdefault(len(prompt), []).append((item, prompt))
-        for pairs in of_length.values():
-            for start in range(0, len(pairs), together):
-                equal = pairs[start : start + together]
-                yield [item for item, _ in equal], [prompt for _, prompt in equal]
 
     def _draw_round(self, source: PromptBatch, batch: list[Question], active: list[int]) -> None:
         """Draw the next samples of every active question, batch_size at once."""

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 import transformers
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -52,6 +59,7 @@ def parameters(owner: Any, method: str) -> list[str]:
 
 # method that a class of ours overrides -> the parameters, in order, that the other package passes
 OVERRIDDEN = {
+    (GenerationConfig, "update"): ["defaults_only", "allow_custom_entries"],
     (GenerationMixin, "_prepare_cache_for_generation"): ["generation_config", "model_kwargs"],
     (GenerationMixin, "_validate_model_kwargs"): ["model_kwargs"],
     (GenerationMixin, "_get_logits_processor"): ["generation_config"],

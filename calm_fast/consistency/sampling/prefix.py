@@ -28,8 +28,6 @@ from calm_fast.hf.recompute import lacks_cache
 # result of a forward from the start. A recurrent state cannot: some families continue it by one token at a time only.
 _PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, CrossLayer, OwnText, AlignedText, EncodedText)
 _RECURRENT = LinearAttentionCacheLayerMixin
-# families whose own preparation of a generation step drops the positions that it is given, and so counts padding
-_COUNT_PADDING = ("git",)
 
 
 def check_model(caller: str, model: Any) -> None:
@@ -54,18 +52,6 @@ class PrefixReader:
         self.model = model
         self.signature = None if lacks_cache(model) else Signature.of(model)
         self.shares = share and self.signature is not None and self._shareable(self.new_cache())
-
-    @property
-    def pads(self) -> bool:
-        """True if prompts of different lengths can be read together, left-padded.
-
-        False without a Cache, for families whose forward takes no positions: some of them (the decoders of BART and
-        Whisper) count the padding; and for those of `_COUNT_PADDING`.
-        """
-        if self.signature is None or self.model.config.model_type in _COUNT_PADDING:
-            return False
-        parts = self.model.signatures if isinstance(self.model, ComposedForCausalLM) else [self.signature]
-        return all(part.position_ids for part in parts)
 
     def new_cache(self) -> Cache:
         """Return an empty cache for the model."""

@@ -84,6 +84,21 @@ def uniforms(seed: int, prompt: Sequence[int], sample: int, count: int) -> torch
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
+class OwnSettings(GenerationConfig):
+    """Settings of generate to which the model's own add nothing.
+
+    generate fills what a given config leaves open from `model.generation_config` (min_p, suppress_tokens,
+    forced_eos_token_id and so on), which would change the tokens that `_Draw` sees and their log-probabilities.
+    """
+
+    def update(self, defaults_only: bool = False, allow_custom_entries: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """Take everything but the model's settings, which generate gives with `allow_custom_entries`."""
+        if allow_custom_entries:
+            return {}
+        found: dict[str, Any] = super().update(defaults_only, allow_custom_entries, **kwargs)
+        return found
+
+
 class _Draw(LogitsProcessor):
     """Chooses every row's next token by the row's own uniform number, and keeps the token's log-probability."""
 
@@ -164,26 +179,14 @@ class PromptBatch:
 
     def sample(self, rows: Sequence[int], numbers: Sequence[int], seed: int) -> list[Sample]:
         """Draw sample number numbers[i] of prompt rows[i] for every i, in one batch."""
-        model, length = self.reader.model, self.ids.shape[1]
+        length = self.ids.shape[1]
         index = torch.tensor(list(rows), device=self.ids.device)
-        ids, mask = self.ids[index], self.mask[index]
         count = self.settings.max_new_tokens
         chosen = torch.stack([uniforms(seed, self.prompts[q], j, count) for q, j in zip(rows, numbers, strict=True)])
         draw = _Draw(self.settings, chosen, length)
         stop = StopStringCriteria(self.tokenizer, list(self.settings.stop)) if self.settings.stop else None
-        ends = RowEnds(self.ends, stop, len(rows), length, ids.device)
-        more: dict[str, Any] = {}
-        if self.reader.signature is not None:
-            more["attention_mask"] = mask
-            if self.cache is not None:
-                more[self.reader.signature.generated] = branch(self.cache, index)
-        sequences = cast(Any, model).generate(
-            ids,
-            generation_config=self._config(),
-            logits_processor=LogitsProcessorList([draw]),
-            stopping_criteria=StoppingCriteriaList([ends]),
-            **more,
-        )
+        ends = RowEnds(self.ends, stop, len(rows), length, self.ids.device)
+        sequences = self.generate(index, draw, ends)
         tokens, found = sequences[:, length:].tolist(), ends.lengths.tolist()
         logprobs = torch.stack(draw.logprobs, dim=1).cpu()
         samples = []
@@ -192,9 +195,30 @@ class PromptBatch:
             samples.append(Sample(tokens[i][:stop_at], float(logprobs[i, :stop_at].sum()), end >= 0))
         return samples
 
-    def _config(self) -> GenerationConfig:
+    def generate(
+        self, rows: torch.Tensor, processor: LogitsProcessor, stopping: StoppingCriteria | None = None
+    ) -> torch.Tensor:
+        """Continue prompts rows[i], (B,) int64, with the tokens that `processor` chooses; return prompts and tokens."""
+        model, rows = self.reader.model, rows.to(self.ids.device)
+        more: dict[str, Any] = {}
+        if self.reader.signature is not None:
+            more["attention_mask"] = self.mask[rows]
+            if self.cache is not None:
+                more[self.reader.signature.generated] = branch(self.cache, rows)
+        return cast(
+            torch.Tensor,
+            cast(Any, model).generate(
+                self.ids[rows],
+                generation_config=self._config(),
+                logits_processor=LogitsProcessorList([processor]),
+                stopping_criteria=StoppingCriteriaList([] if stopping is None else [stopping]),
+                **more,
+            ),
+        )
+
+    def _config(self) -> OwnSettings:
         """Return a greedy configuration: `_Draw` chooses the tokens, and the model's own settings do not count."""
-        return GenerationConfig(
+        return OwnSettings(
             do_sample=False, num_beams=1, temperature=1.0, top_k=50, top_p=1.0, repetition_penalty=1.0,
             no_repeat_ngram_size=0, max_new_tokens=self.settings.max_new_tokens, pad_token_id=self.pad,
             eos_token_id=self.ends or None, num_return_sequences=1, return_dict_in_generate=False,
