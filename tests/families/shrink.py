@@ -110,6 +110,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_budget": 16,
         "indexer_compress_ratio": 2,
     },
+    "seq2seq/switch_transformers": {
+        "num_decoder_layers": LAYERS,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+    },
     "encoder/esm": {"vocab_size": VOCAB, "pad_token_id": 0, "mask_token_id": 3},
     "encoder/esmc": {"num_key_value_heads": 4},
     # settings whose default is None
