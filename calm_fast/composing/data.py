@@ -25,13 +25,15 @@ class Row:
     """One row of a file.
 
     prompt: None in a row of plain text. completion: the text that is learned and scored. messages: of a chat, whose
-    last message is the completion. where: file and line, for errors.
+    last message is the completion, with all their fields. tools: of a chat, for its template. where: file and line, for
+    errors.
     """
 
     completion: str
     prompt: str | None = None
-    messages: tuple[dict[str, str], ...] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
     where: str = "a row"
+    tools: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,11 @@ def read_texts(file: str | os.PathLike[str], limit: int | None = None) -> list[R
 def _parse_row(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a row must be {_FORMS}, got {type(row).__name__}")
-    found = [name for name in ("text", "prompt", "completion", "messages") if name in row]
+    named = [name for name in ("text", "prompt", "completion", "messages") if name in row]
+    # files with columns give null for the fields that a row does not have
+    found = [name for name in named if row[name] is not None] or named
     if found == ["messages"]:
-        return _parse_chat(row["messages"], where)
+        return _parse_chat(row["messages"], row.get("tools"), where)
     if found not in (["text"], ["prompt", "completion"]):
         raise ValueError(f"{where}: a row must be {_FORMS}, got {', '.join(found or map(str, row)) or 'no field'}")
     for name in found:
@@ -85,7 +89,7 @@ def _parse_row(row: Any, where: str) -> Row:
     return Row(row[learned], row.get("prompt"), where=where)
 
 
-def _parse_chat(messages: Any, where: str) -> Row:
+def _parse_chat(messages: Any, tools: Any, where: str) -> Row:
     if not isinstance(messages, list) or not messages:
         raise ValueError(
             f"{where}: `messages` must be a list of messages, got {type(messages).__name__} {messages!r:.40}"
@@ -99,8 +103,15 @@ def _parse_chat(messages: Any, where: str) -> Row:
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
         got = f"one of {messages[-1]['role']!r} with {len(messages[-1]['content'])} characters"
         raise ValueError(f"{where}: `messages` must end with an answer of 'assistant', which is learned, got {got}")
-    chat = tuple({"role": m["role"], "content": m["content"]} for m in messages)
-    return Row(chat[-1]["content"], messages=chat, where=where)
+    if len(messages) == 1:
+        raise ValueError(
+            f"{where}: `messages` must have a message before the answer, got the answer alone; give it as `text`"
+        )
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"{where}: `tools` must be a list of tools for the chat template, got {type(tools).__name__}")
+    # null again: columns of files give every message every field
+    chat = tuple({name: value for name, value in m.items() if value is not None} for m in messages)
+    return Row(chat[-1]["content"], messages=chat, where=where, tools=tuple(tools) if tools else None)
 
 
 def encode(
@@ -138,8 +149,10 @@ def encode(
         row = Row(_decode(tokenizer, answer), _decode(tokenizer, prompt), where=row.where)
     if len(prompt) + len(answer) < 2 or not row.completion:
         return []
-    scored = len(answer) if prompt else len(answer) - 1  # nothing predicts the first token
-    return [Example(prompt + answer, scored, len(prompt) or None, row, len(row.completion.encode()))]
+    size = len(row.completion.encode())
+    if prompt:
+        return [Example(prompt + answer, len(answer), len(prompt), row, size)]
+    return [Example(answer, len(answer) - 1, None, row, max(0, size - _unscored_bytes(tokenizer, answer)))]
 
 
 def _given(row: Row, tokenizer: Any, flat_chats: bool) -> dict[str, Any]:
@@ -147,7 +160,8 @@ def _given(row: Row, tokenizer: Any, flat_chats: bool) -> dict[str, Any]:
     if row.messages is None:
         return {"text": row.completion} if row.prompt is None else {"prompt": row.prompt, "completion": row.completion}
     if getattr(tokenizer, "chat_template", None) is not None:
-        return {"messages": [dict(message) for message in row.messages]}
+        tools = {} if row.tools is None else {"tools": list(row.tools)}
+        return tools | {"messages": [dict(message) for message in row.messages]}
     if not flat_chats:
         raise ValueError(
             f"{row.where}: `messages` must come with a chat template, and the anchor's tokenizer has none; "
@@ -166,12 +180,15 @@ def _windows(row: Row, ids: list[int], tokenizer: Any, max_length: int | None) -
         whole = len(window) == len(ids)
         text = row.completion if whole else _decode(tokenizer, window)
         if len(window) > 1 and text:
-            # nothing predicts the first token
-            unscored = 0 if window[0] in tokenizer.all_special_ids else len(_decode(tokenizer, window[:1]).encode())
-            count = max(0, len(text.encode()) - unscored)
+            count = max(0, len(text.encode()) - _unscored_bytes(tokenizer, window))
             part = row if whole else Row(text, where=row.where)
             examples.append(Example(window, len(window) - 1, None, part, count))
     return examples
+
+
+def _unscored_bytes(tokenizer: Any, ids: list[int]) -> int:
+    """Return the UTF-8 bytes of a text's first token, which nothing predicts."""
+    return 0 if ids[0] in tokenizer.all_special_ids else len(_decode(tokenizer, ids[:1]).encode())
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

@@ -45,6 +45,24 @@ def begin_token(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     return [ids[0]] if ids and ids[0] in begins else []
 
 
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a text that goes on: the tokens that begin every text occur once, and no end token is added."""
+    ids = list(tokenizer(text)["input_ids"])
+    ends = {getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "sep")}
+    if ids and ends.isdisjoint(ids) and ids[0] not in ids[1:]:
+        return ids  # no end was added, and what stands before the text is there once
+    own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    before = next((n for n in range(len(ids) - len(own) + 1) if ids[n : n + len(own)] == own), None)
+    if before is None or not own:
+        return ids[:-1] if len(ids) > 1 and ids[-1] in ends - {*own[-1:]} else ids
+    begin, after = ids[:before], ids[before + len(own) :]
+    if ends & {*after}:
+        after = []  # T5's, BART's and BERT's tokenizers end every text
+    if own[: len(begin)] == begin:
+        begin = []  # a text that a chat template made has them already
+    return begin + own + after
+
+
 def last_tokens(tokenizer: Any, ids: Sequence[int], length: int) -> list[int]:
     """Return the end of a text, at most `length` ids, behind the token that begins every text, if there is one.
 

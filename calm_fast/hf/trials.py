@@ -86,7 +86,9 @@ def check_padding(composed: Composition, where: str, masks: Sequence[torch.Tenso
         early = (~real[:, :-1] & real[:, 1:]).any()
         if values_checked(mask) and not bool(early):
             continue
-        expected = f"1 for every token before the last real one, because {part.label} reads padding as text or counts it"
+        expected = (
+            f"1 for every token before the last real one, because {part.label} reads padding as text or counts it"
+        )
         got = "padding before a token. Pad on the right, and run rows of other lengths one by one"
         problem = str(bad_value(where, "attention_mask", expected, got))
         if values_checked(mask):

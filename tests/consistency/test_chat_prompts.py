@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from calm_fast import SelfConsistency, load_dual_lora, nat, save_dual_lora
 from calm_fast.cli.common import template_variables
 from calm_fast.cli.compose import generate
-from calm_fast.consistency.sampling.prompt import prompt_ids
+from calm_fast.core.token_ids import prompt_ids
 from calm_fast.nat.data import IGNORE
 
 CHAT = (

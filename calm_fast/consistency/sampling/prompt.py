@@ -13,6 +13,7 @@ from typing import Any
 
 from calm_fast.core.checks import bad_type, bad_value
 from calm_fast.core.prompt_record import PROMPT_FILE, get_prompt_record, read_prompt_record
+from calm_fast.core.token_ids import prompt_ids
 
 PLAIN = "{question}\n"
 Prompt = str | os.PathLike[str] | Callable[[str], Any] | None
@@ -85,22 +86,6 @@ class PromptForm:
         """Return the part of the record that most forms do not have."""
         system = {} if self.system is None else {"system": self.system}
         return {**system, "chat_template_kwargs": dict(self.options)} if self.options else system
-
-
-def prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of a prompt's text: the tokens that begin every text occur once, and no end token is added."""
-    ids = list(tokenizer(text)["input_ids"])
-    own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    ends = {getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "sep")}
-    before = next((n for n in range(len(ids) - len(own) + 1) if ids[n : n + len(own)] == own), None)
-    if before is None or not own:
-        return ids[:-1] if len(ids) > 1 and ids[-1] in ends - {*own[-1:]} else ids
-    begin, after = ids[:before], ids[before + len(own) :]
-    if ends & {*after}:
-        after = []  # T5's, BART's and BERT's tokenizers end every text
-    if own[: len(begin)] == begin:
-        begin = []  # a text that a chat template made has them already
-    return begin + own + after
 
 
 def prompt_form(

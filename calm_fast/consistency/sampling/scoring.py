@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from calm_fast.consistency.sampling.boundary import Continuation
 from calm_fast.consistency.sampling.head import find_linear_head, head_input, probe_token
 from calm_fast.consistency.sampling.prefix import PrefixReader, branch, check_model
-from calm_fast.consistency.sampling.prompt import prompt_ids as prompt_text_ids
 from calm_fast.core.checks import bad_type
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.progress import progress_bar
 from calm_fast.core.token_ids import check_token_ids, table_rows
+from calm_fast.core.token_ids import prompt_ids as text_prompt_ids
 from calm_fast.hf.causality import check_causal
 from calm_fast.modules.fixed_weights import fixed_weights
 
@@ -232,6 +232,6 @@ def _encode(
     elif tokenizer is None:
         raise ValueError(f"{_CALLER}: `tokenizer` must be given for strings, got None, and `{name}` is a string")
     else:
-        ids = prompt_text_ids(tokenizer, text) if tokenize is None else tokenize(text)
+        ids = text_prompt_ids(tokenizer, text) if tokenize is None else tokenize(text)
     check_token_ids(_CALLER, name, ids, model)
     return ids

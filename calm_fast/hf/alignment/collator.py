@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from calm_fast.core.checks import bad_type, bad_value, check_bool, describe
-from calm_fast.core.token_ids import padding_id
+from calm_fast.core.token_ids import padding_id, prompt_ids
 from calm_fast.hf.alignment.aligner import StreamAligner
 from calm_fast.hf.alignment.tokenizing import PieceTokenizer
 from calm_fast.hf.wrappers import inner_model
@@ -36,7 +37,7 @@ class AlignedCollator:
 
         {"text": ...}
         {"prompt": ..., "completion": ...}
-        {"messages": [...]}                                        by the chat template of `tokenizer`
+        {"messages": [...], "tools": [...]}                        by the chat template; tools may be left out
         {"input_ids": [...], "labels": [...], "prompt_length": n}  labels and prompt_length may be left out
 
     The augmenters' ids and hi are those of `StreamAligner.align` with the prompt's length, so training sees what
@@ -48,7 +49,8 @@ class AlignedCollator:
         tokenizer: the anchor's.
         max_length: rows are cut to so many anchor tokens.
         completion_only: the loss leaves out prompts; in chats, all but the last message.
-        add_eos: end texts and completions with the end-of-text token of `tokenizer`, if it has one.
+        add_eos: end texts and completions with the end-of-text token of `tokenizer`, if it has one and they do not end
+            with it. Ends that the tokenizer itself puts behind every text are left out.
         padding_side: "right" or "left"; default, the tokenizer's. Augmenters' rows are padded on the right.
         pad_to_multiple_of: of the anchor's tokens and of each augmenter's.
         chat_template_kwargs: variables for the chat template, such as {"enable_thinking": False}.
@@ -126,11 +128,11 @@ class AlignedCollator:
         if "input_ids" in row:
             return self._given(row)
         if "messages" in row:
-            return self._chat(row["messages"])
+            return self._chat(row["messages"], row.get("tools"))
         if "prompt" in row and "completion" in row:
             return self._completed(row["prompt"], row["completion"])
         if "text" in row:
-            ids = self._ids(row["text"]) + self._end()
+            ids = self._ended(self._opened(row["text"]))
             return Row(ids, ids, None)
         got = f"a row with {', '.join(map(repr, row)) or 'nothing'}"
         if not row:
@@ -155,41 +157,53 @@ class AlignedCollator:
 
     def _completed(self, prompt: str, completion: str) -> Row:
         """Return prompt and completion, tokenised apart, because generation has the prompt alone."""
-        ids = self._ids(prompt)
-        return self._labelled(ids + self._continued(completion, prompt) + self._end(), len(ids))
+        ids = self._opened(prompt)
+        return self._labelled(ids + self._ended(self._continued(completion, prompt)), len(ids))
 
-    def _chat(self, messages: Any) -> Row:
+    def _chat(self, messages: Any, tools: Any) -> Row:
         """Return a chat whose prompt is everything before the text of its last message."""
-        template = functools.partial(self.tokenizer.apply_chat_template, **self.template_variables)
+        variables = self.template_variables if tools is None else {**self.template_variables, "tools": tools}
+        template = functools.partial(self.tokenizer.apply_chat_template, **variables)
         whole = template(messages, tokenize=False)
         prompt = template(messages[:-1], tokenize=False, add_generation_prompt=True) if len(messages) > 1 else ""
         if not whole.startswith(prompt):
             got = "another one. Give the row as 'input_ids' with 'prompt_length'"
             raise bad_value(WHERE, "messages", "a chat whose template begins with the template of its prompt", got)
-        ids = self._ids(prompt, add_special_tokens=False) if prompt else []
-        together = self._ids(whole, add_special_tokens=False)
+        ids = self._bare(prompt) if prompt else []
+        together = self._bare(whole)
         if together[: len(ids)] == ids:
             return self._labelled(together, len(ids) if prompt else None)
         # a token crosses the end of the prompt, which generation does not see
         return self._labelled(ids + self._marked(whole[len(prompt) :]), len(ids))
 
-    def _ids(self, text: Any, **how: Any) -> list[int]:
+    def _opened(self, text: Any) -> list[int]:
+        """Return the ids of a text that goes on, as generation reads a prompt: its beginning once, and no end."""
         if not isinstance(text, str):
             raise bad_type(WHERE, "rows", "dicts of strings", text)
-        return list(self.tokenizer(text, **how)["input_ids"])
+        return prompt_ids(self.tokenizer, text)
 
-    def _continued(self, text: str, before: str) -> list[int]:
-        """Return the ids of `text` after `before`: without the dummy space that some tokenizers begin a text with."""
+    def _bare(self, text: str) -> list[int]:
+        """Return the ids of a text without the special tokens that its tokenizer adds."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _continued(self, text: Any, before: str) -> list[int]:
+        """Return the ids of `text` after `before`: without the dummy space that some tokenizers begin a text with.
+
+        The names of special tokens stand for these tokens, as they do in a prompt.
+        """
         if not isinstance(text, str):
             raise bad_type(WHERE, "rows", "dicts of strings", text)
         if getattr(self.tokenizer, "backend_tokenizer", None) is None:
-            return self._ids(text, add_special_tokens=False)
-        return self._piecewise().encode(text, before[-1:] or None)[0]
+            return self._bare(text)
+        pieces = self._piecewise()
+        if any(name in text for name in pieces.specials):
+            return pieces.marked(text)
+        return pieces.encode(text, before[-1:] or None)[0]
 
     def _marked(self, text: str) -> list[int]:
         """Return the ids of `text` in the middle of a chat, in which special tokens may stand."""
         if getattr(self.tokenizer, "backend_tokenizer", None) is None:
-            return self._ids(text, add_special_tokens=False)
+            return self._bare(text)
         return self._piecewise().marked(text)
 
     def _piecewise(self) -> PieceTokenizer:
@@ -197,9 +211,10 @@ class AlignedCollator:
             self._pieces = PieceTokenizer(self.tokenizer, WHERE, "tokenizer")
         return self._pieces
 
-    def _end(self) -> list[int]:
+    def _ended(self, ids: list[int]) -> list[int]:
+        """Return the ids with the end token behind them, if that is asked for and is not there."""
         end = getattr(self.tokenizer, "eos_token_id", None)
-        return [end] if self.add_eos and end is not None else []
+        return [*ids, end] if self.add_eos and end is not None and ids[-1:] != [end] else ids
 
     def _cut(self, row: Row) -> Row:
         if not row.ids:
@@ -207,7 +222,14 @@ class AlignedCollator:
         if self.max_length is None or len(row.ids) <= self.max_length:
             return row
         length = None if row.prompt_length is None else min(row.prompt_length, self.max_length)
-        return Row(row.ids[: self.max_length], row.labels[: self.max_length], length)
+        cut = Row(row.ids[: self.max_length], row.labels[: self.max_length], length)
+        if not any(label != IGNORED for label in cut.labels[1:]) and any(label != IGNORED for label in row.labels[1:]):
+            warnings.warn(
+                f"{WHERE}: `max_length` ({self.max_length}) cuts off all that is learned in a row of {len(row.ids)} "
+                "tokens; raise it, shorten the prompts, or leave such rows out",
+                stacklevel=3,
+            )
+        return cut
 
     def _pad(self, rows: list[Row], aligned: list[Any]) -> dict[str, Any]:
         """Return the rows of a batch, padded."""

@@ -29,6 +29,8 @@ class PieceTokenizer:
         for plain in (self._first, self._middle):
             plain.encode_special_tokens = True
         self._inside = _inside_words(original) if isinstance(original.model, models.WordPiece) else None
+        added = original.get_added_tokens_decoder().values()
+        self.specials = tuple(token.content for token in added if token.special)
         split = original.pre_tokenizer
         self.splits = split is not None and len(split.pre_tokenize_str("a((b")) > 1
         self.beginning, self.ending = _surroundings(original, where, argument)
