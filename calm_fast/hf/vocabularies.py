@@ -37,6 +37,16 @@ class TokenizerFolder(NamedTuple):
         return AutoTokenizer.from_pretrained(self.path, **how)
 
 
+def loaded_tokenizer(source: Any) -> Any:
+    """Return a tokenizer that a composition knows, loaded from its folder if need be; None if it cannot be loaded."""
+    if not isinstance(source, TokenizerFolder):
+        return source
+    try:
+        return source.load()
+    except Exception:  # whatever AutoTokenizer raises
+        return None
+
+
 class Difference(NamedTuple):
     """Two tokenizers under which token ids mean other tokens.
 

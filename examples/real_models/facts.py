@@ -18,8 +18,8 @@ _SECOND = "a e i o u".split()
 _THIRD = "bin dor fel gan lik mor nesh pol rith sk".split()
 
 Row = dict[str, str]  # prompt and completion
-STATEMENTS = ("{name} keeps a", "The animal of {name} is the", "Fact. {name}:")
-QUESTION = "Question: Which animal does {name} keep?\nAnswer:"
+STATEMENTS = ("{name} keeps a", "{name} has a", "Pet: {name},")
+QUESTION = "Q: Which pet does {name} keep? A:"
 
 
 class World(NamedTuple):
@@ -42,7 +42,7 @@ def row(form: str, name: str, animal: str) -> Row:
     return {"prompt": form.format(name=name), "completion": f" {animal}."}
 
 
-def make_world(seed: int, training: int = 320, held_out: int = 120) -> World:
+def make_world(seed: int, training: int = 400, held_out: int = 120) -> World:
     """Return made-up names with random animals."""
     chance = random.Random(seed)
     names = [first + second + third for first in _FIRST for second in _SECOND for third in _THIRD]

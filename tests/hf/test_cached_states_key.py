@@ -216,3 +216,18 @@ def test_several_augmenters_take_a_list_with_none_for_one_that_runs() -> None:
         assert torch.equal(model(ids, augmenter_hidden_states=[states, None], use_cache=False).logits, want)
     with pytest.raises(ValueError, match="a list with a tensor or None for each of 2"):
         model(ids, augmenter_hidden_states=states)
+
+
+def test_a_composition_of_folders_with_one_tokenizer_is_cached(tmp_path: Path) -> None:
+    for seed, name in enumerate(("anchor", "augmenter")):
+        FAMILIES["llama"].model(seed, vocab=len(tokenizer("bytes"))).save_pretrained(tmp_path / name)
+        tokenizer("bytes").save_pretrained(tmp_path / name)
+    model = compose(str(tmp_path / "anchor"), str(tmp_path / "augmenter"), "uniform:2")
+    cache = cache_augmenter_states(model, ROWS, tmp_path / "states", **QUIET)
+    batch = cache.collator(collator(model))(ROWS[:2])
+    with torch.no_grad():
+        found, plain = model(**batch).logits, model(**collator(model)(ROWS[:2])).logits
+    torch.testing.assert_close(found, plain)
+    (tmp_path / "anchor" / "tokenizer.json").write_text("{")  # one that does not load is one that is not known
+    with pytest.raises(ValueError, match="`collator` must be given, because the composition does not know"):
+        cache_augmenter_states(model, ROWS, tmp_path / "again", **QUIET)

@@ -69,14 +69,14 @@ def test_the_example_runs_on_tiny_models(example: ModuleType, tmp_path: Path) ->
     assert AutoTokenizer.from_pretrained(saved).decode(AutoTokenizer.from_pretrained(saved)("a b").input_ids) == "a b"
 
 
-def test_teaching_stops_after_an_epoch_without_a_wrong_answer(example: ModuleType, tmp_path: Path) -> None:
+def test_teaching_stops_once_the_statements_are_known(example: ModuleType, tmp_path: Path) -> None:
     rows = [{"prompt": "a b", "completion": " c"}] * 6
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level(["a b c"]), eos_token="<end>", pad_token="<pad>")
     FAMILIES["llama"].model(0, vocab=310).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model, _ = example.load(tmp_path, "float32")
     model.model.layers[0].mlp.requires_grad_(True)
-    collate = example.AlignedCollator([None], tokenizer, padding_side="left", add_eos=False)
+    collate = example.AlignedCollator([None], tokenizer, add_eos=False)
     recipe = example.Recipe(teaching_batch=2, dtype="float32", threads=1)
     record = example.train(model, collate, rows, recipe, 200, 1e-2, 0, "teaching")
     assert 3 <= record["steps"] < 200
@@ -94,7 +94,7 @@ def test_the_interval_of_a_share_is_wilsons(example: ModuleType) -> None:
 
 def test_held_out_names_are_not_trained_on(example: ModuleType) -> None:
     world = example.make_world(3)
-    assert len(world.training) == 320 and len(world.held_out) == 120
+    assert len(world.training) == 400 and len(world.held_out) == 120
     assert not set(world.training) & set(world.held_out)
     told = {row["prompt"] for row in world.statements()}
     assert not any(row["prompt"] in told for row in world.questions(world.held_out))

@@ -21,6 +21,7 @@ from calm_fast.hf.given_states import connected_layers
 from calm_fast.hf.layers import hidden_size
 from calm_fast.hf.part_configs import configs_differ, from_json
 from calm_fast.hf.references import adapter_in, holds_shards
+from calm_fast.hf.vocabularies import loaded_tokenizer
 from calm_fast.hf.wrappers import inner_model
 
 FORMAT = 1
@@ -82,7 +83,7 @@ def state_key(composed: ComposedForCausalLM, collator: Any, settings: Mapping[st
 
     settings: what else decides the ids of a row, such as the max_length of an earlier tokenisation.
     """
-    tokenizers = list(composed.tokenizers)
+    tokenizers = [loaded_tokenizer(one) for one in composed.tokenizers]
     if tokenizers[0] is None:
         tokenizers[0] = getattr(collator, "tokenizer", None)
     parts = []

@@ -38,6 +38,7 @@ from calm_fast.hf.inputs import AugmenterCall, Tokens, check_vocabulary
 from calm_fast.hf.masks import CAUSAL
 from calm_fast.hf.recompute import begin_turn, end_turn
 from calm_fast.hf.trials import try_encoders
+from calm_fast.hf.vocabularies import loaded_tokenizer
 
 WHERE = "cache_augmenter_states"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -117,7 +118,7 @@ def cache_augmenter_states(
 
 
 def _default_collator(composed: ComposedForCausalLM) -> AlignedCollator:
-    tokenizer = composed.tokenizers[0]
+    tokenizer = loaded_tokenizer(composed.tokenizers[0])
     if tokenizer is None:
         expected = "given, because the composition does not know the anchor's tokenizer"
         raise bad_value(WHERE, "collator", expected, "None. Pass AlignedCollator(model, tokenizer)")
