@@ -29,6 +29,7 @@ from calm_fast.hf.connections import resolve_connections
 from calm_fast.hf.encoders import HINT, check_modes_given, encoder_of, load_encoder
 from calm_fast.hf.inputs import Signature
 from calm_fast.hf.layers import find_layers, hidden_size
+from calm_fast.hf.loading import check_device_map
 from calm_fast.hf.references import StrPath, commit, load_errors_named, reference
 from calm_fast.hf.saving import ACCESS, LOCATION
 from calm_fast.hf.seq2seq import ComposedForSeq2SeqLM
@@ -254,6 +255,7 @@ def compose(
     check_bool("compose", "probe", probe)
     composition_dtype = None if dtype is None else _dtype_name(dtype)
     kwargs = dict(model_kwargs or {})
+    check_device_map("compose", "model_kwargs", kwargs)
     given = list(augmenters) if isinstance(augmenters, (list, tuple)) else [augmenters]
     by_path = [isinstance(model, (str, os.PathLike)) for model in (anchor, *given)]
     anchor = _load("anchor", anchor, kwargs)

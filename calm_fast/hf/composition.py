@@ -196,8 +196,10 @@ class Composition(CompositionIntrospection, CompositionFiles, CompositionTrainin
     def _check_callable(self, kwargs: dict[str, Any]) -> None:
         """Refuse what no composition can do: to be traced, and to read embeddings. Drops an empty inputs_embeds.
 
-        Of a frozen copy also parts that train or have adapters since it was made.
+        Of a frozen copy also parts that train or have adapters since it was made; in training, offloaded connections.
         """
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.check_connections_stay(self.where)
         if self.frozen_parts is not None and self.names_of_parts() != self.frozen_parts:
             expected = "one whose parts never change, because they are shared"
             got = "parts with other parameters than when it was copied, as adapters make them. "

@@ -157,6 +157,8 @@ def put_layers(model: nn.Module, layers: dict[str, DualLoRALinear]) -> None:
         if isinstance(module, PreTrainedModel) and not isinstance(module, CompositionFiles):
             # what transformers writes reloads without the layers and with new random weights in their place
             module.save_pretrained = functools.partial(_save_pretrained, module)  # type: ignore[method-assign]
+            if getattr(module, "is_quantized", False):
+                module._hf_peft_config_loaded = True  # Trainer refuses quantised models without adapters
 
 
 def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -216,6 +218,8 @@ def remove_dual_lora(model: nn.Module) -> nn.Module:
         if isinstance(saving := module.__dict__.get("save_pretrained"), functools.partial):
             if saving.func is _save_pretrained:
                 del module.__dict__["save_pretrained"]
+                if not hasattr(module, "peft_config"):  # which adapters of transformers leave
+                    module.__dict__.pop("_hf_peft_config_loaded", None)
     set_prompt_record(own, None)
     return model
 

@@ -174,6 +174,12 @@ def is_hooked(module: nn.Module) -> bool:
     return getattr(module, "_hf_hook", None) is not None
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Return True if accelerate takes the weights of `module` or of a module in it away after each call."""
+    hooks = (getattr(child, "_hf_hook", None) for child in module.modules())
+    return any(getattr(one, "offload", False) for hook in hooks for one in getattr(hook, "hooks", (hook,)))
+
+
 def executed_on(module: nn.Module) -> torch.device | None:
     """Return the device of the first accelerate hook in `module` (AlignDevicesHook, alone or in a SequentialHook)."""
     for child in module.modules():

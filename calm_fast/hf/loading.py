@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -69,10 +69,20 @@ def saved_generation_config(folder: str, hub: dict[str, Any], metadata: dict[str
     return saved
 
 
+def check_device_map(where: str, argument: str, kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError if a device_map in `kwargs` names the parts of a composition: each part gets the whole map."""
+    given = kwargs.get("device_map")
+    names = [str(name) for name in given] if isinstance(given, Mapping) else []
+    if found := next((name for name in names if name.split(".")[0] in ("anchor", "augmenters", "connections")), None):
+        got = f"one with {found!r}. Load each part with a map of its own, and pass the loaded models"
+        raise bad_value(where, argument, "a map of the modules of a part, because every part gets it", got)
+
+
 def load_parts(
     config: ComposedConfig, anchor: Any, augmenters: Any, folder: str, kwargs: dict[str, Any]
 ) -> tuple[list[PreTrainedModel], list[bool]]:
     """Return the anchor and the augmenters, and which of them were loaded; write their references into `config`."""
+    check_device_map(LOAD, "device_map", kwargs)
     count = len(config.augmenter_configs)
     if augmenters is None:
         augmenters = [None] * count

@@ -31,6 +31,7 @@ PARTS = ("anchor.", "augmenters.")
 VERSION_KEY = "calm_fast_format"
 _ADAPTER = re.compile(r"\.(base_layer|lora_\w+|modules_to_save|original_module|parametrizations)\.")
 _LOAD = "from_pretrained"
+_OFFLOADED = ". Take accelerate's hooks off first: accelerate.hooks.remove_hook_from_module(model, recurse=True)"
 _QUANTISED = ". Quantised connections are not saved: save the composition before they are quantised"
 
 
@@ -95,7 +96,7 @@ def check_tensors(where: str, argument: str, tensors: Mapping[str, Any], expecte
             raise bad_value(where, argument, f"{name} of shape {shape}", str(tuple(tensors[name].shape)))
         plain = type(tensors[name]) in (torch.Tensor, torch.nn.Parameter) and tensors[name].is_floating_point()
         if not plain or tensors[name].is_meta:
-            hint = "" if tensors[name].is_meta else _QUANTISED
+            hint = _OFFLOADED if tensors[name].is_meta else _QUANTISED
             got = f"a {type(tensors[name]).__name__} on {tensors[name].device}{hint}"
             raise bad_value(where, argument, f"{name} as a plain tensor that holds data", got)
 

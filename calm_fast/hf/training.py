@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from typing_extensions import Self
 
+from calm_fast.core.checks import bad_value
 from calm_fast.hf.config import ComposedConfig
 from calm_fast.hf.hooks import ANCHOR, Checkpoint, running
-from calm_fast.hf.layers import find_layers
+from calm_fast.hf.layers import find_layers, is_offloaded
 from calm_fast.hf.modes import put_in_mode
 from calm_fast.hf.quantised import check_connections_train
 
@@ -64,6 +65,7 @@ class CompositionTraining(PreTrainedModel):
         """
         if mode:
             check_connections_train(f"{self._get_name()}.train", self.connections)
+            self.check_connections_stay(f"{self._get_name()}.train")
         changed, self.training = self.training != mode, mode
         # never into training mode and back: another thread may be running a part
         self.augmenters.training = mode
@@ -75,6 +77,16 @@ class CompositionTraining(PreTrainedModel):
         if changed and getattr(self, "use_kernels", False):
             self.set_use_kernels(True)  # transformers' train does so too
         return self
+
+    def check_connections_stay(self, where: str) -> None:
+        """Raise ValueError if accelerate offloads connections that train: their gradients would be lost."""
+        if is_offloaded(self.connections) and any(p.requires_grad for p in self.connections.parameters()):
+            expected = "on a device of their own while they train"
+            got = (
+                "some that accelerate offloads, whose gradients are lost. Offload the parts before composing (each of "
+            )
+            got += 'them by cpu_offload), or give dispatch_model a device_map in which "connections" has a device'
+            raise bad_value(where, "connections", expected, got)
 
     def _checkpointable(self) -> list[GradientCheckpointingLayer]:
         """Return the anchor layers that can be checkpointed above the first connected one.

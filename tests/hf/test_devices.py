@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_module
 from families import FAMILIES, composed_model, prompts, randomize
 
 from calm_fast.hf import ComposedForCausalLM, compose
@@ -87,3 +88,69 @@ def test_a_composition_on_the_meta_device_infers_shapes() -> None:
         assert logits.is_meta and logits.shape == (2, 9, 97)
     mixed = compose(FAMILIES["llama"].model(0).to("meta"), FAMILIES["llama"].model(1), PAIRS)
     assert not any(p.is_meta for p in mixed.connections.parameters()), "an augmenter is in memory"
+
+
+def offload_composed(model: Any, how: str, folder: Path) -> Any:
+    """Offload a composition after composing: all of it ("cpu", "disk"), or its parts ("device_map")."""
+    if how != "device_map":
+        return offload(model, how, folder)
+    places = {"anchor": "disk", "augmenters": "disk", "connections": "cpu"}
+    return dispatch_model(model, places, offload_dir=str(folder), main_device="cpu", force_hooks=True)
+
+
+def gradients(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    model.train()(ids, labels=ids).loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.connections.parameters()])
+
+
+@pytest.mark.seam(
+    attach="accelerate's cpu_offload, disk_offload, dispatch_model after composing",
+    to="composition",
+    result="works",
+    why="its hooks run around every module, and connections call theirs",
+)
+@pytest.mark.parametrize("how", ["cpu", "disk", "device_map"])
+def test_an_offloaded_composition_gives_the_same_results(how: str, tmp_path: Path) -> None:
+    plain, ids = composed_model("llama", PAIRS), prompts()
+    model = offload_composed(composed_model("llama", PAIRS), how, tmp_path)
+    assert any(p.is_meta for p in model.parameters())
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+    written = [one.generate(ids, max_new_tokens=4, do_sample=False) for one in (model, plain)]
+    assert torch.equal(*written)
+    if how == "device_map":
+        torch.testing.assert_close(gradients(model, ids), gradients(plain, ids), rtol=0, atol=0)
+
+
+@pytest.mark.seam(
+    attach="accelerate's cpu_offload, disk_offload after composing, and training",
+    to="composition",
+    result="refused",
+    why="the gradients of offloaded connections would be lost",
+)
+@pytest.mark.parametrize("how", ["cpu", "disk"])
+def test_offloaded_connections_do_not_train(how: str, tmp_path: Path) -> None:
+    model = offload_composed(composed_model("llama", PAIRS), how, tmp_path / "off")
+    with pytest.raises(
+        ValueError, match=r"ComposedForCausalLM.train: `connections` must be on a device .* dispatch_model"
+    ):
+        model.train()
+    with pytest.raises(ValueError, match="save_pretrained: `connections` .* meta.*remove_hook_from_module"):
+        model.save_pretrained(tmp_path / "saved", check_parts=False)
+    remove_hook_from_module(model, recurse=True)
+    plain, ids = composed_model("llama", PAIRS), prompts()
+    torch.testing.assert_close(gradients(model, ids), gradients(plain, ids), rtol=0, atol=0)
+    offload_composed(model, how, tmp_path / "again")
+    with pytest.raises(ValueError, match="ComposedForCausalLM: `connections` must be on a device"):
+        model(ids, labels=ids)
+
+
+def test_a_device_map_of_the_composition_is_refused(tmp_path: Path) -> None:
+    for name, seed in (("anchor", 0), ("augmenter", 1)):
+        FAMILIES["llama"].model(seed).save_pretrained(tmp_path / name)
+    compose(tmp_path / "anchor", tmp_path / "augmenter", PAIRS).save_pretrained(tmp_path / "composition")
+    places = {"anchor": "cpu", "augmenters": "cpu", "connections": "cpu"}
+    with pytest.raises(ValueError, match="from_pretrained: `device_map` must be a map of the modules of a part"):
+        ComposedForCausalLM.from_pretrained(tmp_path / "composition", device_map=places)
+    with pytest.raises(ValueError, match="compose: `model_kwargs` must be a map of the modules of a part"):
+        compose(tmp_path / "anchor", tmp_path / "augmenter", PAIRS, model_kwargs={"device_map": places})

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from calm_fast import add_dual_lora, load_dual_lora, save_dual_lora
+from calm_fast import add_dual_lora, load_dual_lora, remove_dual_lora, save_dual_lora
 from calm_fast.hf import ComposedForCausalLM, compose
 from calm_fast.hf.dual_lora import dual_lora_layers
 
@@ -132,8 +132,19 @@ def check_under_dual_lora(kind: str, folder: Path) -> None:
         assert (p.grad is not None and bool(p.grad.any())) == p.requires_grad, name
     trained = logits(model)
     assert not torch.equal(trained, want)
+    layers = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    arguments = TrainingArguments(
+        output_dir=str(folder / "run"), max_steps=1, learning_rate=0.1, optim="sgd", save_strategy="no", report_to=[],
+        disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    model.zero_grad()
+    Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in IDS.tolist()]).train()
+    assert all(not torch.equal(p, layers[name]) for name, p in model.named_parameters() if p.requires_grad)
+    trained = logits(model)
     save_dual_lora(model, folder / "dual")
     assert torch.equal(logits(load_dual_lora(quantised(kind, 0, folder), folder / "dual")), trained)
+    assert torch.equal(logits(remove_dual_lora(model)), want)
+    assert not getattr(model, "_hf_peft_config_loaded", False)
 
 
 def check_files(kind: str, folder: Path) -> None:
