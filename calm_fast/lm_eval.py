@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 import calm_fast.hf  # noqa: F401  registers compositions in transformers' Auto classes
 from calm_fast.core.checks import bad_value
 from calm_fast.hf.dual_lora_files import load_dual_lora
+from calm_fast.hf.positions import most_positions
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -46,6 +47,7 @@ class CalmFastLM(HFLM):
 
     def __init__(self, pretrained: str | PreTrainedModel, dual_lora: str | None = None, **kwargs: Any) -> None:
         self._dual_lora = dual_lora
+        self._length_given = kwargs.get("max_length") is not None
         if dual_lora is not None and not isinstance(pretrained, str):
             raise bad_value(_NAME, "dual_lora", "None with a loaded model", f"{dual_lora!r}. Call load_dual_lora on it")
         super().__init__(pretrained=pretrained, **kwargs)
@@ -56,6 +58,12 @@ class CalmFastLM(HFLM):
     @property
     def _own_texts(self) -> bool:
         return bool(getattr(self.model, "aligned", False))
+
+    @property
+    def max_length(self) -> int:
+        """The tokens of the longest text: those of the part that has the fewest positions, unless the user set it."""
+        longest, limit = int(super().max_length), most_positions(self.model)
+        return longest if self._length_given or limit is None else min(longest, limit)
 
     def _create_model(self, *args: Any, **kwargs: Any) -> None:
         super()._create_model(*args, **kwargs)

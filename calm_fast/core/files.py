@@ -34,6 +34,29 @@ def atomic_path(file: str | os.PathLike[str]) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def is_partial(file: Path) -> bool:
+    """Return True for a temporary file of `atomic_path`: of a process that still writes, or that was killed."""
+    return file.name.startswith(".") and file.name.endswith(".partial")
+
+
+def remove_leftovers(file: Path) -> None:
+    """Remove the temporary files that killed processes of this machine left beside `file`."""
+    for partial in file.parent.glob(f".{file.name}.*.partial"):
+        number = partial.name.split(".")[-2].partition("-")[0]
+        if number.isdigit() and not _runs(int(number)):
+            partial.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it runs, but is somebody else's
+        return True
+    return True
+
+
 def write_text(file: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_path(file) as partial:

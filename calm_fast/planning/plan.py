@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -18,6 +20,7 @@ from calm_fast.hf import ComposedForCausalLM, compose
 from calm_fast.hf.encoders import encoder_from_config
 from calm_fast.hf.given_states import connected_layers
 from calm_fast.hf.layers import hidden_size
+from calm_fast.hf.positions import most_positions
 from calm_fast.hf.references import load_errors_named
 from calm_fast.planning.gpus import EFFICIENCY, GPUS, LAUNCH, MEMORY_EFFICIENCY, NETWORK, PER_NODE, Gpu
 from calm_fast.planning.trace import Trace, trace_step
@@ -75,6 +78,10 @@ def plan(
         raise bad_value(WHERE, "gpu", f"one of {', '.join(GPUS)}", repr(gpu))
     options = {"connections": connections, "num_heads": num_heads, "head_dim": head_dim}
     model, parts = meta_composition(anchor, augmenters, dtype, bidirectional, **options)
+    positions = most_positions(model)
+    if positions is not None and length > positions:
+        got = f"{length}. Plan shorter rows, or raise max_position_embeddings in the config if the model takes more"
+        raise bad_value(WHERE, "length", f"at most {positions}, the positions of the part that has the fewest", got)
     run = trace_training(model, batch_size, length, checkpointing, False)
     cached = trace_training(model, batch_size, length, checkpointing, True)
     trained = sum(p.numel() for p in model.connections.parameters())
@@ -119,13 +126,30 @@ def _check(**numbers: Any) -> None:
 
 
 def _config(name: str, given: Config) -> PreTrainedConfig:
+    expected = "a config, or a folder or hub name with a config.json, of a language model"
     if isinstance(given, PreTrainedConfig):
-        return copy.deepcopy(given)  # models keep their config, and change it
-    path = os.fspath(given)
-    # transformers takes a config.json too
-    with load_errors_named(WHERE, name, path, "a config, or a folder or hub name with a config.json"):
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+        config: PreTrainedConfig = copy.deepcopy(given)  # models keep their config, and change it
+    else:
+        path = os.fspath(given)
+        # transformers takes a config.json too
+        with load_errors_named(WHERE, name, path, expected), _named(name, expected, path):
+            config = AutoConfig.from_pretrained(path)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        got = f"one that is quantised ({method}), whose products are not planned. Remove its quantization_config"
+        raise bad_value(WHERE, name, "a config whose weights are in `dtype`", got)
     return config
+
+
+@contextmanager
+def _named(name: str, expected: str, given: str) -> Iterator[None]:
+    """Turn transformers' errors about a config into one that names the argument."""
+    try:
+        yield
+    except (ValueError, TypeError, StrictDataclassError) as problem:
+        why = " ".join(str(problem).split())
+        raise bad_value(WHERE, name, expected, f"{given}: {why}") from problem
 
 
 def meta_composition(
@@ -143,7 +167,8 @@ def meta_composition(
         if mode is None and config.is_encoder_decoder:
             expected = "a causal language model (an augmenter may be an encoder: bidirectional='prompt')"
             raise bad_value(WHERE, name, expected, f"an encoder-decoder, {type(config).__name__}, which is not planned")
-        with torch.device("meta"):
+        expected = "the config of a causal language model, or of an encoder with bidirectional='prompt'"
+        with torch.device("meta"), _named(name, expected, type(config).__name__):
             if mode is None:
                 models.append(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)))
             else:

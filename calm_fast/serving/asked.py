@@ -10,6 +10,8 @@ from typing import Any
 
 from fastapi import HTTPException
 
+from calm_fast.core.chat_template import ARGUMENTS
+
 # fields that change nothing here, whatever they hold
 _WITHOUT_EFFECT = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key"}
 # fields that are refused unless they hold a value that asks for nothing
@@ -27,6 +29,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
 }
 _MOST_LOGPROBS = 5
+_COLDEST = 1e-6  # temperature above 0; logits divided by less may overflow float32
+# fields of a message; others change nothing in the prompt, and are refused unless they are empty, as clients send them
+# back from an answer
+_OF_A_MESSAGE = {"role", "content"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def check_request(body: dict[str, Any], chat: bool) -> Asked:
         del body[name]
     for name in _NEUTRAL.keys() & body.keys():
         value = body.pop(name)
-        if value not in _NEUTRAL[name] or (isinstance(value, bool) and value not in (True, False)):
+        if value not in _NEUTRAL[name]:
             raise refuse(name, f"left out: this server does not support it (neutral: {_NEUTRAL[name][0]!r})", value)
     asked = _settings(body, chat)
     kept = {"model", "messages", "chat_template_kwargs"} if chat else {"model", "prompt"}
@@ -91,6 +97,8 @@ def _settings(body: dict[str, Any], chat: bool) -> Asked:
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
         raise refuse("stop", "a string or a list of strings, none of them empty", stop)
+    for text in stop:
+        _check_unicode("stop", text)
     limits = [_whole(body, name, 1) for name in ("max_completion_tokens", "max_tokens") if name in body]
     asked = Asked(
         n=_whole(body, "n", 1, 128) or 1,
@@ -102,6 +110,8 @@ def _settings(body: dict[str, Any], chat: bool) -> Asked:
         top_p=_number(body, "top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
         stream=body.get("stream", False),
     )
+    if asked.temperature and asked.temperature < _COLDEST:
+        raise refuse("temperature", f"0 or at least {_COLDEST:g}", asked.temperature)
     if not isinstance(asked.stream, bool):
         raise refuse("stream", "true or false", asked.stream)
     options = body.get("stream_options", {})
@@ -144,9 +154,19 @@ def _number(body: dict[str, Any], name: str, expected: str, right: Callable[[flo
     return float(value)
 
 
+def _check_unicode(name: str, text: str) -> None:
+    """Raise HTTPException for half of a surrogate pair, which JSON can hold and a tokenizer cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        got = f"half of a surrogate pair at character {problem.start}"
+        raise HTTPException(400, f"`{name}` must be valid Unicode, got {got}") from problem
+
+
 def _check_prompt(body: dict[str, Any]) -> None:
     if not isinstance(body.get("prompt"), str):
         raise refuse("prompt", "a string", body.get("prompt"))
+    _check_unicode("prompt", body["prompt"])
 
 
 def _check_chat(body: dict[str, Any]) -> None:
@@ -159,6 +179,8 @@ def _check_chat(body: dict[str, Any]) -> None:
             raise refuse(where, "an object with a role and content", turn)
         if turn.get("tool_calls") or turn["role"] == "tool":
             raise refuse(where, "without calls of tools, which this server does not support", turn)
+        if unknown := sorted(name for name, value in turn.items() if value and name not in _OF_A_MESSAGE):
+            raise HTTPException(400, f"`{where}.{unknown[0]}` is not a field that this server supports")
         content = turn.get("content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         text = isinstance(parts, list) and all(
@@ -167,6 +189,11 @@ def _check_chat(body: dict[str, Any]) -> None:
         )
         if not text:
             raise refuse(f"{where}.content", "a text, or a list of parts of the type 'text'", content)
+        for part in parts:
+            _check_unicode(f"{where}.content", part["text"])
     options = body.get("chat_template_kwargs", {})
     if not isinstance(options, dict):
         raise refuse("chat_template_kwargs", "an object of variables for the chat template", options)
+    if taken := sorted(options.keys() & (ARGUMENTS | {"tools"})):
+        expected = "variables of the chat template only"
+        raise refuse("chat_template_kwargs", expected, f"{taken[0]}, an argument of the tokenizer's own")

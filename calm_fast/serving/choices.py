@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 import threading
 from dataclasses import dataclass
@@ -21,6 +22,16 @@ class Token:
     text: str
     logprob: float
     likeliest: list[tuple[str, float]]
+
+
+def utf8(text: str) -> list[int] | None:
+    """Return the bytes of a token's text, None if the token is a part of a character, whose bytes the text lacks."""
+    return None if "\ufffd" in text else list(text.encode())
+
+
+def by_text(likeliest: list[tuple[str, float]]) -> dict[str, float]:
+    """Return text -> log-probability. Of tokens with one text (parts of characters) the likeliest one counts."""
+    return dict(reversed(likeliest))
 
 
 @dataclass(frozen=True)
@@ -78,10 +89,24 @@ def write(model: Any, tokenizer: Any, inputs: Any, config: Any, asked: Asked, go
 
 
 def _logprobs(logits: Any, row: int, ids: list[int], count: int, tokenizer: Any) -> list[Token]:
+    text_of = functools.lru_cache(maxsize=None)(TokenTexts(tokenizer))
     told = []
     for token, step in zip(ids, logits, strict=False):  # later steps are of longer samples
         logprobs = step[row].float().log_softmax(-1)
         top = logprobs.topk(min(count, len(logprobs)))
-        likeliest = [(tokenizer.decode([i]), p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
-        told.append(Token(tokenizer.decode([token]), float(logprobs[token]), likeliest))
+        likeliest = [(text_of(i), p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+        told.append(Token(text_of(token), float(logprobs[token]), likeliest))
     return told
+
+
+class TokenTexts:
+    """The text of a token inside a text: alone, many tokenizers drop the space before a word."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.before = tokenizer.encode("a", add_special_tokens=False)
+        self.begin = tokenizer.decode(self.before)
+
+    def __call__(self, token: int) -> str:
+        text = str(self.tokenizer.decode([*self.before, token]))
+        return text[len(self.begin) :] if text.startswith(self.begin) else str(self.tokenizer.decode([token]))

@@ -24,8 +24,9 @@ from transformers.cli.serving.model_manager import ModelManager
 
 from calm_fast.consistency.sampling.sampler import end_tokens
 from calm_fast.core.token_ids import padding_id
+from calm_fast.hf.positions import most_positions
 from calm_fast.serving.asked import ASKED, check_request
-from calm_fast.serving.choices import Written, begin, write
+from calm_fast.serving.choices import Written, begin, by_text, utf8, write
 from calm_fast.serving.disconnects import GONE
 
 _DEFAULT_MOST = 1024  # new tokens, as transformers' server
@@ -68,15 +69,16 @@ class _Seeded:
         begin(self._seed)  # the tokenizer is for stop strings, which a stream does not have
         try:
             return self._model.generate(**kwargs)
-        except (ValueError, TypeError, RuntimeError) as problem:
+        except (ValueError, TypeError, RuntimeError, LookupError) as problem:
             raise RuntimeError(json.dumps(str(problem))[1:-1]) from problem
 
 
-async def _with_error_objects(chunks: Any) -> AsyncIterator[str]:
-    """Pass a stream on. An error that is a text becomes an object, of which clients show the message."""
+async def _as_the_protocol_has_it(chunks: Any) -> AsyncIterator[str]:
+    """Pass a stream on, and end it. An error that is a text becomes an object, of which clients show the message."""
     try:
         async for chunk in chunks:
             yield _ERROR.sub(r'\1data: {"error": {"message": \2, "type": "server_error"}}\n\n', chunk)
+        yield "data: [DONE]\n\n"
     finally:
         await chunks.aclose()
 
@@ -96,7 +98,7 @@ class _Handler:
             return await super().handle_request(body, request_id)  # type: ignore[misc]
         except (ValueError, TypeError, TemplateError) as problem:  # the last one of the model's chat template
             raise HTTPException(400, str(problem)) from problem
-        except RuntimeError as problem:  # torch's own, out of memory too
+        except (RuntimeError, LookupError) as problem:  # torch's own, out of memory too
             raise HTTPException(500, str(problem)) from problem
 
     def _build_generation_config(self, body: Any, model_generation_config: Any, use_cb: bool = False) -> Any:
@@ -122,9 +124,9 @@ class _Handler:
         asked, length = ASKED.get(), inputs["input_ids"].shape[-1]
         if not length:
             raise HTTPException(400, "the prompt must have at least one token, got none")
-        text = self.model_manager.model.config.get_text_config(decoder=True)
-        limit = getattr(text, "max_position_embeddings", None)
-        room = limit - length if isinstance(limit, int) else None
+        model = self.model_manager.model
+        text, limit = model.config.get_text_config(decoder=True), most_positions(model)
+        room = None if limit is None else limit - length
         if room is not None and room < (asked.most or 1):
             got = f"{length} and {asked.most or 1} new ones"
             raise HTTPException(400, f"the tokens of prompt and answer must be at most {limit}, the model's, got {got}")
@@ -143,7 +145,7 @@ class _Handler:
         response = super()._streaming(  # type: ignore[misc]
             request_id, seeded, processor, model_id, inputs, gen_config, *args, **kwargs
         )
-        response.body_iterator = _with_error_objects(response.body_iterator)
+        response.body_iterator = _as_the_protocol_has_it(response.body_iterator)
         return response
 
     async def _non_streaming(self, request_id: str, model: Any, processor: Any, model_id: str, inputs: Any,
@@ -174,15 +176,15 @@ class _Handler:
             return None
         if self.chat:
             entries = [
-                {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode()),
-                 "top_logprobs": [{"token": t, "logprob": p, "bytes": list(t.encode())} for t, p in token.likeliest]}
+                {"token": token.text, "logprob": token.logprob, "bytes": utf8(token.text),
+                 "top_logprobs": [{"token": t, "logprob": p, "bytes": utf8(t)} for t, p in token.likeliest]}
                 for token in tokens
             ]  # fmt: skip
             return {"content": entries, "refusal": None}
         starts = [sum(len(token.text) for token in tokens[:i]) for i in range(len(tokens))]
         return {
             "tokens": [token.text for token in tokens], "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [dict(token.likeliest) for token in tokens], "text_offset": starts,
+            "top_logprobs": [by_text(token.likeliest) for token in tokens], "text_offset": starts,
         }  # fmt: skip
 
 

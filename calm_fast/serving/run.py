@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from calm_fast.composing.models import composition_tokenizer, untrained
 from calm_fast.core.checks import bad_value
@@ -25,41 +27,54 @@ def build_app(model: Any, tokenizer: Any, name: str) -> Any:
     model: a causal LM of transformers, in eval mode; compositions and dual-LoRA models included. tokenizer: its fast
     tokenizer. name: what clients call it.
     Raises:
-        ImportError: fastapi, uvicorn or openai is missing. ValueError: the tokenizer is not a fast one.
+        ImportError: fastapi, uvicorn or openai is missing, or this release of transformers has another server.
+        ValueError: the tokenizer is not a fast one, or the model is in training mode.
     """
     check_installed()
-    from fastapi import HTTPException
-    from fastapi.responses import JSONResponse
     from transformers.cli.serving.server import build_server
     from transformers.cli.serving.utils import GenerationState
 
     from calm_fast.serving.disconnects import Disconnects
+    from calm_fast.serving.errors import tell_errors
     from calm_fast.serving.handlers import Chat, OneModel, Text
 
     if not getattr(tokenizer, "is_fast", False):
         raise bad_value(_WHERE, "tokenizer", "a fast tokenizer, whose text can be streamed", type(tokenizer).__name__)
-
-    async def told(_: Any, problem: Any) -> Any:
-        kind = "invalid_request_error" if problem.status_code < 500 else "server_error"
-        error = {"message": str(problem.detail), "type": kind, "code": problem.status_code}
-        return JSONResponse({"error": error}, status_code=problem.status_code)
-
+    if any(module.training for module in model.modules()):
+        expected = "in eval mode, because dropout would change every answer"
+        raise bad_value(_WHERE, "model", expected, "one in training mode. Call model.eval()")
     manager, state = OneModel(model, tokenizer, name), GenerationState()
-    handlers: Any = (Chat(manager, state), Text(manager, state), None, None, None)
-    chat, text, *others = handlers
-    app: Any = build_server(manager, chat, text, *others, generation_state=state)  # type: ignore[misc]
+    own = {"chat_handler": Chat(manager, state), "completion_handler": Text(manager, state)}
+    # releases differ in the handlers of other endpoints, which are not offered
+    others = [name for name in inspect.signature(build_server).parameters if name.endswith("_handler")]
+    given: dict[str, Any] = dict.fromkeys(others) | own
+    app: Any = build_server(model_manager=manager, generation_state=state, **given)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in PATHS]
-    app.add_exception_handler(HTTPException, told)  # as the protocol tells errors
+    tell_errors(app)
     app.add_middleware(Disconnects)
     return app
 
 
 def check_installed() -> None:
-    """Raise ImportError that says what to install unless transformers' server can run."""
+    """Raise ImportError that says what to install unless transformers' server can run, as it is used here."""
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
         raise ImportError(f"{_WHERE}: needs fastapi, uvicorn and openai; pip install 'calm-fast[serve]'")
+    try:
+        from transformers.cli.serving.server import build_server
+
+        from calm_fast.serving import handlers  # noqa: F401  imports all that is used of the server
+
+        given = inspect.signature(build_server).parameters
+        missing = {"model_manager", "chat_handler", "completion_handler", "generation_state"} - given.keys()
+    except ImportError as problem:
+        missing = {str(problem)}
+    if missing:
+        raise ImportError(
+            f"{_WHERE}: needs the server of transformers (transformers.cli.serving) as 5.17 to 5.24 have it; "
+            f"{transformers.__version__} lacks {', '.join(sorted(missing))}. Install one of these releases"
+        )
 
 
 def serve(

@@ -138,3 +138,16 @@ def test_models_that_would_count_padding_get_prompts_of_one_length(family: str, 
         (alone,) = consistency(model, n=3, round_size=3, max_new_tokens=8)([question])
         assert alone.rationales == result.rationales
     assert len({tuple(result.rationales) for result in together}) == len(QUESTIONS)  # samples that depend on the prompt
+
+
+def test_a_stop_string_across_the_end_of_the_prompt_ends_nothing() -> None:
+    tokenizer = character_tokenizer()
+    (end,) = tokenizer("#")["input_ids"]
+    model, prompt = model_that_ends(end), tokenizer("1+2?")["input_ids"]
+    free = drawn(model, tokenizer, prompt, 8, Sampling(12))
+    assert any(sample.tokens[0] == end for sample in free)  # "?#" would end them at their first token
+    stopped = drawn(model, tokenizer, prompt, 8, Sampling(12, stop=("?#",)))
+    for one, other in zip(free, stopped, strict=True):
+        inside = tokenizer.decode(one.tokens).partition("?#")
+        assert other.tokens == one.tokens[: len(other.tokens)]
+        assert inside[1] or other == one

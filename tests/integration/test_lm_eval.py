@@ -149,3 +149,33 @@ def test_a_dual_lora_model(tmp_path: Path) -> None:
     assert apart(theirs(without), own) > 100 * bound(model, tokens)
     with pytest.raises(ValueError, match="`dual_lora` must be None with a loaded model"):
         CalmFastLM(pretrained=model, dual_lora=str(tmp_path / "dual"))
+
+
+@pytest.mark.integration(tool="lm-eval", what="two tokenizers, loglikelihood_rolling", verdict="works")
+def test_two_tokenizers_score_whole_texts() -> None:
+    model, tok = aligned_model().eval(), tokenizer("bytes")
+    texts = ["the cat sat on the mat", "one two", "der Hund läuft"]
+    requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+    ids = [tok(text, add_special_tokens=False)["input_ids"] for text in texts]
+    for size in (1, 3):
+        lm = CalmFastLM(pretrained=model, tokenizer=tok, batch_size=size)
+        own = score_sequences(model, [[lm.prefix_token_id]] * len(texts), [[row] for row in ids], tokenizer=tok)
+        got = lm.loglikelihood_rolling(requests, disable_tqdm=True)
+        assert apart(got, [float(one.sum) for one in own]) <= bound(model, max(map(len, ids)))
+
+
+def test_no_text_is_longer_than_an_augmenters_positions() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from calm_fast import compose
+
+    tok = tokenizer("bytes")
+    anchor = model_of("llama", "bytes", 0)
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=len(tok), n_positions=12)
+    model = compose(anchor, GPT2LMHeadModel(config), [(1, 1)], same_ids=True).eval()
+    lm = CalmFastLM(pretrained=model, tokenizer=tok, batch_size=2)
+    assert lm.max_length == 12 < anchor.config.max_position_embeddings
+    long = ("the cat sat on the mat and the cat sat on the mat", " again")
+    cut = lm.loglikelihood([Instance("loglikelihood", {}, long, 0)], disable_tqdm=True)
+    assert cut[0][0] < 0  # an embedding raises IndexError for more tokens
+    assert CalmFastLM(pretrained=model, tokenizer=tok, max_length=7).max_length == 7

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2MoeConfig,
     T5Config,
+    ViTConfig,
 )
 from typer.testing import CliRunner
 
@@ -171,9 +172,26 @@ def test_the_command_prints_text_and_json(tmp_path: Path) -> None:
         ({"dtype": "int8"}, "`dtype`"), ({"gpu": "tpu"}, "`gpu` must be one of h200, h100, a100"),
         ({"connections": "uniform:9"}, "`connections`"), ({"anchor": "no/such/folder"}, "`anchor`"),
         ({"anchor": T5}, "`anchor` must be a causal language model"),
+        ({"length": LLAMA.max_position_embeddings + 1}, "`length` must be at most .*the positions of the part"),
+        ({"anchor": ViTConfig()}, "`anchor` must be the config of a causal language model.*ViTConfig: Unrecognized"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_refused(given: dict[str, Any], words: str) -> None:
     settings: dict[str, Any] = {"anchor": LLAMA, "tokens": 1000, "connections": "uniform:2", "length": 8} | given
     with pytest.raises(ValueError, match=words):
         plan(settings.pop("anchor"), [GPT2], **settings)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{}", "Should have a `model_type`"),
+        ('{"model_type": "no such type"}', "does not recognize this architecture"),
+        ('{"model_type": "llama", "num_hidden_layers": null}', "Validation error for field 'num_hidden_layers'"),
+        ('{"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}', "quantised .fp8., whose products"),
+    ],
+)
+def test_a_file_that_is_no_plain_config_is_refused(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"plan: `anchor` must be a config.*{words}"):
+        plan(tmp_path, [GPT2], tokens=1000, connections="uniform:2", length=8)

@@ -11,17 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calm_fast.core.chat_template import ARGUMENTS
 from calm_fast.core.checks import bad_type, bad_value
 from calm_fast.core.prompt_record import PROMPT_FILE, get_prompt_record, read_prompt_record
 from calm_fast.core.token_ids import prompt_ids
 
 PLAIN = "{question}\n"
 Prompt = str | os.PathLike[str] | Callable[[str], Any] | None
-# arguments of apply_chat_template that are given here
-_GIVEN = (
-    "conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "return_tensors",
-    "return_dict", "return_assistant_tokens_mask", "padding", "truncation", "max_length",
-)  # fmt: skip
 # variables that transformers gives every template
 _KNOWN = ("tools", "documents")
 
@@ -204,7 +200,7 @@ def _checked_options(options: Mapping[str, Any] | None, where: str) -> dict[str,
         return {}
     if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
         raise bad_type(where, "chat_template_kwargs", "a dict of variables for the chat template, or None", options)
-    if taken := [name for name in options if name in _GIVEN]:
+    if taken := [name for name in options if name in ARGUMENTS]:
         raise bad_value(where, "chat_template_kwargs", f"without {', '.join(taken)}, which is set here", repr(options))
     try:
         return dict(json.loads(json.dumps(dict(options))))  # a record of the form holds them

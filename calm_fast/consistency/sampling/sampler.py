@@ -138,9 +138,10 @@ class RowEnds(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         done = torch.isin(input_ids[:, -1], self.ends)
-        if self.stop is not None:
-            done |= self.stop(input_ids, scores).to(done.device)
         length = input_ids.shape[1] - self.prompt_length
+        if self.stop is not None:
+            # of the sample alone: "\n\n" after a prompt that ends with "\n" would end every sample at once
+            done |= self.stop(input_ids[:, self.prompt_length :], scores).to(done.device)
         self.lengths = torch.where(done & (self.lengths < 0), length, self.lengths)
         return cast(torch.BoolTensor, self.lengths >= 0)
 

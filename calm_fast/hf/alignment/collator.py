@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from calm_fast.core.chat_template import ARGUMENTS
 from calm_fast.core.checks import bad_type, bad_value, check_bool, describe
 from calm_fast.core.token_ids import padding_id, prompt_ids
 from calm_fast.hf.alignment.aligner import StreamAligner
@@ -96,6 +97,9 @@ class AlignedCollator:
             raise bad_value(WHERE, "pad_to_multiple_of", "None for packed rows, which have no padding", "a number")
         if chat_template_kwargs is not None and not isinstance(chat_template_kwargs, Mapping):
             raise bad_type(WHERE, "chat_template_kwargs", "a dict or None", chat_template_kwargs)
+        if taken := sorted(ARGUMENTS & set(chat_template_kwargs or ())):
+            expected = f"variables of the chat template, without {', '.join(taken)}, which is set here"
+            raise bad_value(WHERE, "chat_template_kwargs", expected, repr(chat_template_kwargs))
         self.template_variables = dict(chat_template_kwargs or {})
         self.tokenizer, self.max_length = tokenizer, max_length
         self.completion_only, self.add_eos = completion_only, add_eos

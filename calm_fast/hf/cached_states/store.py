@@ -27,13 +27,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from calm_fast.core.checks import bad_value
-from calm_fast.core.files import write_json
+from calm_fast.core.files import is_partial, write_json
 from calm_fast.hf.cached_states.key import composition_of, key_differences, state_key
 from calm_fast.hf.cached_states.texts import digest, texts_of
 
 KEY = "key.json"
 WHERE = "AugmenterStateCache"
 _DO = "Use that data and model, or cache the states into another folder"
+_ROWS = "Rows of an evaluation need the collator without the cache, or a cache of both data sets (ConcatDataset)"
 
 
 class Split(NamedTuple):
@@ -163,8 +164,9 @@ class AugmenterStateCache:
         return [n for n in range(self.split.shards) if not shard_file(self.directory, n).is_file()]
 
     def nbytes(self) -> int:
-        """Return the size of all files in bytes."""
-        return sum(file.stat().st_size for file in self.directory.glob("*") if file.is_file())
+        """Return the size of all files in bytes, without those that killed processes left unfinished."""
+        files = (file for file in self.directory.iterdir() if file.is_file() and not is_partial(file))
+        return sum(file.stat().st_size for file in files)
 
     def collator(self, base: Any) -> Any:
         """Return a `CachedStatesCollator` of batches that `base` makes. Raises ValueError if shards are missing."""
@@ -199,7 +201,7 @@ class AugmenterStateCache:
         if place is None:
             got = (
                 f"one of {len(ids)} tokens that is not among them, {list(ids[:6])}...: the data set, the max_length, "
-                f"the chat template or the tokenizer of the rows is another one. {_DO}"
+                f"the chat template or the tokenizer of the rows is another one. {_DO}. {_ROWS}"
             )
             raise bad_value(WHERE, "batch", f"of texts whose states are in {self.directory}", got)
         return place

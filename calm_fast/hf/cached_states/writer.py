@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from calm_fast.core.checks import bad_type, bad_value, describe
-from calm_fast.core.files import atomic_path
+from calm_fast.core.files import atomic_path, is_partial, remove_leftovers
 from calm_fast.core.progress import progress_bar
 from calm_fast.hf.alignment.collator import AlignedCollator
 from calm_fast.hf.cached_states.key import composition_of, state_key
@@ -102,7 +102,7 @@ def cache_augmenter_states(
             changed = [f"{n} {b}, not {a}" for n, a, b in zip(split._fields, before, split, strict=True) if a != b]
             got = f"{folder}, split with {', '.join(changed)}. Pass the same, or choose another folder"
             raise bad_value(WHERE, "directory", "a new folder or that of the same cache", got)
-    elif any(folder.iterdir()):
+    elif not all(map(is_partial, folder.iterdir())) and not (folder / KEY).is_file():
         raise bad_value(WHERE, "directory", "a new folder or that of the same cache", f"{folder}, which holds files")
     else:
         write_key(folder, key, split)
@@ -174,6 +174,7 @@ def _one_shard(
                 )
                 raise bad_value(WHERE, "directory", "a new folder or that of the same cache", got)
         return
+    remove_leftovers(file)
     dtype = getattr(torch, split.dtype)
     tensors: dict[str, torch.Tensor] = {}
     kept: list[dict[bytes, torch.Tensor]] = [{} for _ in readings]
