@@ -189,7 +189,7 @@ def _check_chat(body: dict[str, Any]) -> None:
         )
         if not text:
             raise refuse(f"{where}.content", "a text, or a list of parts of the type 'text'", content)
-        for part in parts:
+        for part in parts or []:
             _check_unicode(f"{where}.content", part["text"])
     options = body.get("chat_template_kwargs", {})
     if not isinstance(options, dict):
