@@ -58,6 +58,11 @@ def _goes_on_drafting(cache: ComposedCache | None, args: tuple[Any, ...], kwargs
     return cache is not None and bool(getattr(config, "is_assistant", False)) and cache.get_seq_length() > 0
 
 
+def for_forward(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a step without the tokenizers for `stop_strings` and drafts, which generate leaves in."""
+    return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
+
+
 class RefusedGeneration(GenerationMixin):
     """The ways to generate that no composition can offer, refused by name."""
 
@@ -255,7 +260,7 @@ class CompositionGeneration(RefusedGeneration):
 
         generate extends the mask by ones. Read on a GPU it would stop every step; unread it would cost kernels.
         """
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = for_forward(super().prepare_inputs_for_generation(*args, **kwargs))
         if getattr(kwargs.get(generate_argument()), "all_real", False):
             inputs.pop("attention_mask", None)
         return inputs

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput  # type: ignore[attr-defined]  # re-e
 from calm_fast.core.checks import bad_value
 from calm_fast.hf.cache import Identity
 from calm_fast.hf.cache_names import NAMES, alias_cache, cache_of, generate_argument, given_cache
-from calm_fast.hf.generation import RefusedGeneration
+from calm_fast.hf.generation import RefusedGeneration, for_forward
 from calm_fast.hf.seq2seq_cache import ComposedSeq2SeqCache, is_unused
 from calm_fast.hf.source import ComposedEncoder, SourceOutput, renamed_errors
 from calm_fast.modules.fixed_weights import fixed_weights
@@ -89,8 +89,7 @@ class Seq2SeqGeneration(RefusedGeneration):
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Prepare inputs as the anchor does."""
         prepare: Any = self.anchor.prepare_inputs_for_generation
-        inputs: dict[str, Any] = prepare(*args, **kwargs)
-        return inputs
+        return for_forward(prepare(*args, **kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Run transformers' generate; the augmenters read the source once, with the anchor's encoder.

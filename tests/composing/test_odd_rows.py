@@ -65,3 +65,12 @@ def test_byte_order_marks_and_line_ends_of_another_system(end: str, mark: str, t
     file = tmp_path / "rows.jsonl"
     file.write_bytes((mark + lines).encode())
     assert [row.completion for row in read_texts(file)] == texts
+
+
+def test_half_a_character_is_refused_by_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "a \\ud83d b"}\n')
+    with pytest.raises(ValueError, match="line 2: `text` must be text, got half a character"):
+        read_texts(file)
+    file.write_text('{"text": "\\ud83d\\ude00"}\n')
+    assert read_texts(file)[0].completion == "\U0001f600"

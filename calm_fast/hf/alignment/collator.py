@@ -39,7 +39,8 @@ class AlignedCollator:
         {"text": ...}
         {"prompt": ..., "completion": ...}
         {"messages": [...], "tools": [...]}                        by the chat template; tools may be left out
-        {"input_ids": [...], "labels": [...], "prompt_length": n}  labels and prompt_length may be left out
+        {"input_ids": [...], "labels": [...], "prompt_length": n}  labels and prompt_length may be left out; tokens that
+                                                                   an "attention_mask" hides are left out of the row
 
     The augmenters' ids and hi are those of `StreamAligner.align` with the prompt's length, so training sees what
     generation does.
@@ -113,6 +114,8 @@ class AlignedCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the batch of `rows`."""
+        if len(rows) == 0:
+            raise bad_value(WHERE, "rows", "at least one row", "none")
         read = [self._cut(self.row(row)) for row in rows]
         if self.bidirectional and not all(row.prompt_length for row in read):
             got = "a row without one. Give 'prompt' and 'completion', or 'input_ids' with 'prompt_length'"
@@ -144,16 +147,19 @@ class AlignedCollator:
         raise bad_value(WHERE, "rows", f"dicts with {_KINDS}", got)
 
     def _given(self, row: Mapping[str, Any]) -> Row:
-        ids, length = [int(i) for i in row["input_ids"]], row.get("prompt_length")
+        ids, length = _listed(row, "input_ids"), row.get("prompt_length")
         length = None if length is None else int(length)
         if length is not None and not 0 <= length <= len(ids):
             raise bad_value(WHERE, "prompt_length", f"from 0 to {len(ids)}, the row's tokens", str(length))
-        if row.get("labels") is None:
-            return self._labelled(ids, length)
-        labels = [int(label) for label in row["labels"]]
-        if len(labels) != len(ids):
-            raise bad_value(WHERE, "labels", f"one per token of the row ({len(ids)})", f"{len(labels)} labels")
-        return Row(ids, labels, length)
+        for name in ("labels", "attention_mask"):
+            if row.get(name) is not None and len(values := _listed(row, name)) != len(ids):
+                raise bad_value(WHERE, name, f"one per token of the row ({len(ids)})", f"{len(values)} {name}")
+        labels = None if row.get("labels") is None else _listed(row, "labels")
+        if row.get("attention_mask") is not None:  # rows that come padded
+            real = [i for i, kept in enumerate(_listed(row, "attention_mask")) if kept]
+            length = None if length is None else sum(i < length for i in real)
+            ids, labels = [ids[i] for i in real], None if labels is None else [labels[i] for i in real]
+        return self._labelled(ids, length) if labels is None else Row(ids, labels, length)
 
     def _labelled(self, ids: list[int], prompt_length: int | None) -> Row:
         ignored = (prompt_length or 0) if self.completion_only else 0
@@ -288,6 +294,14 @@ class AlignedCollator:
         if self.left:
             return torch.tensor([[value] * (width - len(row)) + row for row in rows])
         return _right(rows, width, value)
+
+
+def _listed(row: Mapping[str, Any], name: str) -> list[int]:
+    """Return the integers of a field of a row."""
+    values = row[name].tolist() if hasattr(row[name], "tolist") else row[name]
+    if not isinstance(values, (list, tuple)) or not all(isinstance(value, Integral) for value in values):
+        raise bad_type(WHERE, name, "a list of integers for each row", row[name])
+    return [int(value) for value in values]
 
 
 def _right(rows: list[list[int]], width: int, value: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 from many_tokenizers import KINDS, tokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
@@ -92,3 +93,30 @@ def test_a_row_whose_completion_is_cut_off_is_told() -> None:
         batch = AlignedCollator([None], own, max_length=length + 1)([row])
         AlignedCollator([None], own, max_length=3)([{"input_ids": [5, 6, 7, 8], "labels": [-100] * 4}])
     assert (batch["labels"] != -100).sum() == 1
+
+
+def test_tokens_that_a_rows_mask_hides_are_left_out() -> None:
+    """Data sets that were tokenised with padding="max_length" have them."""
+    collate = AlignedCollator([None], fast("gpt2", "nothing"))
+    plain = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "prompt_length": 1}
+    padded = {"input_ids": [0, 5, 6, 0, 7, 0], "labels": [9, -100, 6, 9, 7, 9], "prompt_length": 2,
+              "attention_mask": [0, 1, 1, 0, 1, 0]}  # fmt: skip
+    assert collate.row(padded) == collate.row(plain)
+    del padded["labels"], plain["labels"]
+    assert collate.row(padded) == collate.row(plain)
+    padded["attention_mask"] = torch.tensor([1, 0])
+    with pytest.raises(ValueError, match="`attention_mask` must be one per token of the row .6., got 2"):
+        collate.row(padded)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels", "attention_mask"])
+@pytest.mark.parametrize("value", [[[5, 6, 7]], [5.5, 6.0, 7.0], "5 6", 5])
+def test_fields_of_a_row_must_be_integers(name: str, value: Any) -> None:
+    row = {"input_ids": [5, 6, 7], name: value}
+    with pytest.raises(TypeError, match=f"AlignedCollator: `{name}` must be a list of integers for each row"):
+        AlignedCollator([None], fast("gpt2", "nothing"))([row])
+
+
+def test_a_batch_without_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="AlignedCollator: `rows` must be at least one row, got none"):
+        AlignedCollator([None], fast("gpt2", "nothing"))([])
