@@ -119,6 +119,8 @@ class CompositionIntrospection(PreTrainedModel):
     augmenters: nn.ModuleList
     where: ClassVar[str]
     encoder_decoder: ClassVar[bool]
+    signatures: list[Signature]
+    encoders: list[Any]
 
     def _describe_parts(self, anchor: PreTrainedModel, augmenters: Iterable[PreTrainedModel]) -> None:
         """Set the flags that follow from the parts."""
