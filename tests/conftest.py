@@ -17,8 +17,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+sys.path.append(str(Path(__file__).parent / "processes"))
+
 import pytest
 import torch
+from forked import ForkServer
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
@@ -115,6 +118,14 @@ def _no_deprecated_names(request: pytest.FixtureRequest) -> Iterator[None]:
 def kernel_device() -> torch.device:
     """Return the device of Triton kernels in this session: the GPU, or the CPU in the interpreter."""
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[ForkServer]:
+    """Return what runs Python programs without importing torch and transformers each time (tests/processes)."""
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

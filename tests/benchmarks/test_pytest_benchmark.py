@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -47,16 +45,20 @@ def cases(device, suite):
 '''
 
 
-def run_pytest(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | env
-    command = [sys.executable, "-m", "pytest", *args, "-p", "no:cacheprovider", "-p", "no:xdist"]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def run_pytest(forked):
+    """run_pytest(arguments, path) runs pytest in a process of its own."""
+
+    def run(*args: str, path: str | Path = "") -> subprocess.CompletedProcess[str]:
+        return forked.run("-m", "pytest", *args, "-p", "no:cacheprovider", "-p", "no:xdist", cwd=ROOT, path=path)
+
+    return run
 
 
 @pytest.fixture
-def tiny(tmp_path):
+def tiny(tmp_path, run_pytest):
     (tmp_path / "tiny_registry.py").write_text(PLUGIN)
-    return lambda *args: run_pytest("benchmarks", "-p", "tiny_registry", "-q", *args, PYTHONPATH=str(tmp_path))
+    return lambda *args: run_pytest("benchmarks", "-p", "tiny_registry", "-q", *args, path=tmp_path)
 
 
 def test_right_is_timed_wrong_fails_absent_is_skipped(tiny, tmp_path):
@@ -88,14 +90,14 @@ def test_without_the_option_nothing_is_timed(tiny):
 
 
 @pytest.mark.slow
-def test_a_case_of_the_registry_runs():
+def test_a_case_of_the_registry_runs(run_pytest):
     arguments = ("-k", "v1_vote_weighted-numpy", "--bench-device", "cpu", "--benchmark-max-time", "0.05")
     done = run_pytest("benchmarks", "--benchmark-only", "-q", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout and "benchmark 'v1_vote_weighted: Q 5000, K 64': 1 tests" in done.stdout
 
 
-def test_collects_every_contestant_but_not_in_the_normal_run():
+def test_collects_every_contestant_but_not_in_the_normal_run(run_pytest):
     listed = run_pytest("benchmarks", "--collect-only", "-q", "--bench-device", "cpu").stdout
     for name in ("x4_layer_inference-unfolded_sdpa", "d1_added_paper-formula", "n1-calm_fast", "v1_vote-counter"):
         assert f"test_benchmarks.py::test_case[{name}]" in listed

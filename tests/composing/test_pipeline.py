@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,11 +125,10 @@ train(*map(Path, sys.argv[2:]))
 """
 
 
-def test_a_killed_run_goes_on_and_ends_at_equal_weights(rows, anchor, sibling, tmp_path) -> None:
+def test_a_killed_run_goes_on_and_ends_at_equal_weights(rows, anchor, sibling, tmp_path, forked) -> None:
     out, whole = tmp_path / "killed", tmp_path / "whole"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _KILLED, str(Path(__file__).parent), *map(str, (rows, anchor, sibling, out))]
-    killed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    here = Path(__file__).parent
+    killed = forked.run("-c", _KILLED, here, rows, anchor, sibling, out, cwd=tmp_path, path=ROOT)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (out / "model.safetensors").exists() and (out / "checkpoints" / "checkpoint-4").is_dir()
     with pytest.warns(UserWarning, match="compose: checkpoint-4 in .* is incomplete .*optimizer.pt.*checkpoint-2"):

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,16 +51,11 @@ def agree(results: list[Any], expected: list[Any]) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_killed_in_the_middle_of_a_write_and_resumed(tmp_path, name) -> None:
+def test_killed_in_the_middle_of_a_write_and_resumed(tmp_path, name, forked) -> None:
     out = tmp_path / name
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "kill_me.py"), str(out)]
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        line = child.stdout.readline()  # comes while the third batch is half written
-        os.kill(child.pid, signal.SIGKILL)
-        _, errors = child.communicate(timeout=60)
-    assert line == "torn\n", errors
-    assert child.returncode == -signal.SIGKILL
+    killed = forked.run(HERE / "kill_me.py", out, cwd=tmp_path, path=ROOT)
+    assert killed.stdout == "torn\n", killed.stderr  # the third batch was half written
+    assert killed.returncode == -signal.SIGKILL
     left, part = whole_part(out), out.stat().st_size
     done = len((gzip.decompress(left) if out.suffix == ".gz" else left).splitlines())
     assert done in (4, 5) and part > len(left)  # two batches of two, and a part of the third

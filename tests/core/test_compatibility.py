@@ -252,14 +252,14 @@ def test_a_missing_name_says_what_is_installed_and_what_was_tried(newer: None) -
 
 
 @pytest.mark.parametrize("door", ["calm_fast.compose", "calm_fast.score_sequences", "calm_fast.nat.run"])
-def test_every_door_says_so(door: str, tmp_path: Path) -> None:
-    """In a fresh process, with a transformers that lacks a name which calm_fast imports."""
+def test_every_door_says_so(door: str, tmp_path: Path, forked) -> None:
+    """In a process of its own, with a transformers that lacks a name which calm_fast imports."""
     code = (
         "import transformers.cache_utils, transformers.trainer_utils\n"
         "del transformers.cache_utils.CacheLayerMixin, transformers.trainer_utils.get_last_checkpoint\n"
         f"import calm_fast\n{door}\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = forked.run("-c", code, cwd=tmp_path)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("calm_fast.core.compatibility.IncompatibleRelease: cannot import name '")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import accelerate
@@ -42,14 +40,11 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     why="add the layers first; under fully_shard every process calls a save, and rank 0 writes",
 )  # fmt: skip
 @pytest.mark.slow
-def test_two_processes_save_what_one_would(tmp_path: Path) -> None:
-    worker = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("sharded_worker.py")), str(tmp_path)]
-    processes = [
-        subprocess.Popen([*worker, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+def test_two_processes_save_what_one_would(tmp_path: Path, forked) -> None:
+    worker = (Path(__file__).with_name("sharded_worker.py"), tmp_path)
+    started = [forked.start(*worker, rank, cwd=tmp_path.parent) for rank in range(2)]
+    done = [process.wait() for process in started]
+    assert [one.returncode for one in done] == [0, 0], "\n".join(one.stdout + one.stderr for one in done)
 
 
 def compiled(model: nn.Module) -> nn.Module:

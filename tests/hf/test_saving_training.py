@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +27,12 @@ LOAD = ComposedForCausalLM.from_pretrained
     why="sharded tensors are gathered, and the process of rank 0 writes them",
 )
 @pytest.mark.slow
-def test_two_processes_save_the_composition_whole(folder: Path, tmp_path: Path) -> None:
+def test_two_processes_save_the_composition_whole(folder: Path, tmp_path: Path, forked) -> None:
     out = tmp_path / "out"
-    worker = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("sharded_saving.py"))]
-    processes = [
-        subprocess.Popen(
-            [*worker, str(folder / "composed"), str(out), str(rank)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    worker = (Path(__file__).with_name("sharded_saving.py"), folder / "composed", out)
+    started = [forked.start(*worker, rank, cwd=tmp_path) for rank in range(2)]
+    done = [process.wait() for process in started]
+    assert [one.returncode for one in done] == [0, 0], "\n".join(one.stdout + one.stderr for one in done)
     saved = sorted(path.name for path in out.iterdir())
     assert saved == ["connections", "ddp", "gathered", "loaded_while_sharded", "main_process", "plain"]
     expected = load_file(folder / "composed" / "model.safetensors")

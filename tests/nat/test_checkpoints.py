@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -141,10 +138,8 @@ train(Path(sys.argv[1]))
 """
 
 
-def test_a_process_killed_while_it_writes_a_checkpoint_resumes(unbroken, tmp_path) -> None:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", _KILLED, str(tmp_path), str(ROOT / "tests" / "nat")]
-    killed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+def test_a_process_killed_while_it_writes_a_checkpoint_resumes(unbroken, tmp_path, forked) -> None:
+    killed = forked.run("-c", _KILLED, tmp_path, ROOT / "tests" / "nat", cwd=tmp_path.parent, path=ROOT)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     with pytest.warns(UserWarning, match="checkpoint-4 in .* is incomplete .*optimizer.pt"):
         assert torch.equal(train(tmp_path)[0], unbroken)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -45,10 +42,9 @@ def check_report(text: str, falls: bool) -> None:
     assert "{'loss'" not in text
 
 
-def test_example_trains_all_stages_on_generated_rows_and_keeps_its_adapters(tmp_path) -> None:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "examples" / "nat_tiny.py"), "--generated", *SHORT, "--out", str(tmp_path)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+def test_example_trains_all_stages_on_generated_rows_and_keeps_its_adapters(tmp_path, forked) -> None:
+    command = (ROOT / "examples" / "nat_tiny.py", "--generated", *SHORT, "--out", tmp_path)
+    run = forked.run(*command, cwd=tmp_path.parent, path=ROOT)
     assert run.returncode == 0, run.stderr
     check_report(run.stdout, falls=True)
     for file in ("negative/adapter_model.safetensors", "nat/dual_lora.safetensors", "student/adapter_config.json"):
