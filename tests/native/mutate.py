@@ -56,12 +56,13 @@ def replace_once(text: str, old: str, new: str) -> Mutant:
     return Mutant(f"{old} -> {new}", text.replace(old, new))
 
 
-def copy_with_mutant(csrc: Path, folder: Path, op: str, mutant: Mutant) -> Path:
-    """Copy csrc/ to `folder` with the mutant as the device code of `op`. Returns the copy."""
+def copy_with_mutant(csrc: Path, folder: Path, op: str, mutant: Mutant, *flags: str) -> Path:
+    """Copy csrc/ to `folder` with the mutant as the device code of `op`, compiled with `flags`. Returns the copy."""
     place = folder / "csrc"
     for name in (op, "common", "emulation"):
         shutil.copytree(csrc / name, place / name, dirs_exist_ok=True)
     emulation.kernels(op, place).write_text(mutant.text)
+    emulation.MORE_FLAGS[place] = flags
     return place
 
 
