@@ -51,11 +51,40 @@ def run_python(code: str, cwd: Path, **env: str) -> str:
     return done.stdout.strip()
 
 
+ONLY_THE_WHEEL = """
+import sys
+# the development install must not lend the wheel files that it lacks
+sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+assert not [name for name in sys.modules if name.partition(".")[0] == "calm_fast"]
+"""
+
+
+def run_installed(forked, code: str, cwd: Path, installed: Path) -> str:
+    """Run `code` with the wheel in `installed` as its calm_fast and return its output."""
+    done = forked.run("-c", ONLY_THE_WHEEL + code, cwd=cwd, path=installed)
+    assert done.returncode == 0, f"{code}\n--- failed with\n{done.stdout}{done.stderr}"
+    return done.stdout.strip()
+
+
 def source_files(folder: str) -> set[str]:
     """Return the files of one source folder, relative to it, without build leftovers."""
     top = ROOT / folder
     paths = (path.relative_to(top) for path in top.rglob("*") if path.is_file())
     return {path.as_posix() for path in paths if "__pycache__" not in path.parts and path.suffix not in (".pyc", ".so")}
+
+
+def unoptimised_compiler(folder: Path) -> dict[str, str]:
+    """Make the compiler that setup.py takes work with -O0, whatever flags come before: half the time of -O3.
+
+    Set-up compiled the same sources with -O3, and the tests of the ops run that. Here they are only packed and called.
+    """
+    found = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if found is None:
+        return {}
+    script = folder / "c++"
+    script.write_text(f'#!/bin/sh\nexec {found} "$@" -O0\n')
+    script.chmod(0o755)
+    return {"CXX": str(script)}
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +100,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(ROOT, copy, ignore=NOT_SOURCE)
             command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(shared / "building")]
             # the CUDA part takes minutes to compile and has its own check (make cuda-gate)
-            settings = {"CALM_FAST_CUDA": "0"} | os.environ
+            settings = {"CALM_FAST_CUDA": "0"} | os.environ | unoptimised_compiler(shared)
             done = subprocess.run(command, cwd=copy, env=settings, capture_output=True, text=True, timeout=240)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
             (shared / "building").rename(dist)
@@ -176,12 +205,9 @@ def test_no_dependency_but_transformers_has_an_upper_pin(metadata):
     assert bounded == ["transformers<6,>=5.17"]  # a major release may break us, a minor one must not
 
 
-def test_installed_wheel_imports_from_elsewhere(installed, tmp_path):
+def test_installed_wheel_imports_from_elsewhere(installed, tmp_path, forked):
     code = """
-import importlib, sys
 from importlib.metadata import distribution
-# the development install must not lend the wheel files that it lacks
-sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
 import calm_fast, calm_fast.kernels, calm_fast.benchmarks, calm_fast.ops, calm_fast.modules, calm_fast.hf
 for module in (calm_fast, calm_fast.kernels, calm_fast.benchmarks):
     print(module.__file__)
@@ -189,15 +215,13 @@ for module in (calm_fast, calm_fast.kernels, calm_fast.benchmarks):
 assert callable(script.load())
 import calm_fast.benchmarks.registry
 """
-    printed = run_python(code, tmp_path, PYTHONPATH=str(installed)).splitlines()
+    printed = run_installed(forked, code, tmp_path, installed).splitlines()
     assert len(printed) == 3
     assert all(Path(line).is_relative_to(installed) for line in printed), printed
 
 
-def test_installed_wheel_runs_its_compiled_library(installed, wheel, tmp_path):
+def test_installed_wheel_runs_its_compiled_library(installed, wheel, tmp_path, forked):
     code = """
-import sys
-sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
 import torch, calm_fast
 from calm_fast.core import native_library
 print(native_library.__file__, native_library.obstacle("dual_lora"))
@@ -207,20 +231,19 @@ torch.testing.assert_close(*out)
 """
     if wheel.name.endswith("none-any.whl"):
         pytest.skip("no compiler here: the wheel is pure Python")
-    file, obstacle = run_python(code, tmp_path, PYTHONPATH=str(installed)).split(" ", 1)
+    file, obstacle = run_installed(forked, code, tmp_path, installed).split(" ", 1)
     assert Path(file).is_relative_to(installed) and obstacle == "None"
 
 
-def test_installed_wheel_says_why_it_emulates_no_kernels(installed, tmp_path):
+def test_installed_wheel_says_why_it_emulates_no_kernels(installed, tmp_path, forked):
     code = """
-import importlib.util, sys
-sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+import importlib.util
 from calm_fast.verify.run import plan
 assert importlib.util.find_spec("calm_fast.verify.emulated") is None
 (part,) = [part for part in plan(["vote"], ["native"]) if part.emulated]
 print(part.skipped)
 """
-    printed = run_python(code, tmp_path, PYTHONPATH=str(installed))
+    printed = run_installed(forked, code, tmp_path, installed)
     assert printed == "no csrc/ in this installation: the kernels are emulated from a source checkout"
 
 

@@ -230,23 +230,20 @@ def test_next(i):
 """
 
 
-def run_breaking(tmp_path: Path, *args: str) -> str:
+def run_breaking(forked, tmp_path: Path, *args: str) -> str:
     (tmp_path / "test_breaking.py").write_text(BREAKING)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    command = [sys.executable, "-m", "pytest", "-p", "calm_fast.benchmarks.broken_context", "-p", "no:cacheprovider"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    return subprocess.run(
-        [*command, *args, str(tmp_path)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
-    ).stdout
+    command = ("-m", "pytest", "-p", "calm_fast.benchmarks.broken_context", "-p", "no:cacheprovider")
+    return forked.run(*command, *args, tmp_path, cwd=tmp_path).stdout
 
 
-def test_a_broken_gpu_context_fails_one_test_not_all_that_follow(tmp_path):
-    out = run_breaking(tmp_path, "-n", "1")
+def test_a_broken_gpu_context_fails_one_test_not_all_that_follow(forked, tmp_path):
+    out = run_breaking(forked, tmp_path, "-n", "1")
     assert "8 passed" in out and "FAILED test_breaking.py::test_breaks" in out and "test_next" not in out
 
 
-def test_without_workers_a_broken_gpu_context_ends_the_run_and_says_where(tmp_path):
-    out = run_breaking(tmp_path)
+def test_without_workers_a_broken_gpu_context_ends_the_run_and_says_where(forked, tmp_path):
+    out = run_breaking(forked, tmp_path)
     assert "the GPU context broke in test_breaking.py::test_breaks: an illegal memory access" in out
     assert "1 failed" in out and "passed" not in out
 

@@ -147,11 +147,10 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(("end", "methods"), [("exit", ["fork", "spawn"]), ("kill", ["fork"])])
-def test_forks_and_daemonic_processes_have_their_own_and_all_end(tmp_path, end, methods) -> None:
+def test_forks_and_daemonic_processes_have_their_own_and_all_end(tmp_path, end, methods, forked) -> None:
     psutil = pytest.importorskip("psutil")
     (tmp_path / "family.py").write_text(_FAMILY)
-    command = [sys.executable, str(tmp_path / "family.py"), end, *methods]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    run = forked.run(tmp_path / "family.py", end, *methods, cwd=tmp_path)
     assert run.returncode == (-signal.SIGKILL if end == "kill" else 0), run.stderr
     answers, pids = json.loads(run.stdout)
     assert answers == [[[0, 0, 1]]] * (2 + len(methods)) and len(pids) == 1 + len(methods)

@@ -37,37 +37,38 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run Python with the copy's calm_fast as an installed package; beside the sources it would lack its kernels."""
-    installed = root.parent / "installed"
-    if not installed.is_dir():
-        link_tree(installed, root)
-    env = {**os.environ, "PYTHONPATH": str(installed)}
-    return subprocess.run([sys.executable, *words], cwd=installed, env=env, capture_output=True, text=True, timeout=600)
+@pytest.fixture(scope="module")
+def installed(checkout: Path) -> Path:
+    """The copy's calm_fast as an installed package, because beside the sources it would lack its kernels."""
+    folder = checkout.parent / "installed"
+    link_tree(folder, checkout)
+    return folder
 
 
-def test_its_own_tests_and_those_of_the_layout_pass(checkout: Path) -> None:
+def test_its_own_tests_and_those_of_the_layout_pass(checkout: Path, installed: Path, forked) -> None:
     chosen = [str(checkout / "tests" / part) for part in (f"ops/{NAME}", "test_layout.py", "test_imports.py")]
     config = ("-c", str(checkout / "pyproject.toml"), "--rootdir", str(checkout), "-p", "no:cacheprovider")
-    done = run(checkout, "-m", "pytest", "-q", *config, *chosen)
+    done = forked.run("-m", "pytest", "-q", *config, *chosen, cwd=installed, path=installed)
     assert done.returncode == 0, done.stdout[-3000:]
     assert not re.search(r"\d+ skipped", done.stdout), done.stdout[-300:]
 
 
-def test_verify_proves_it(checkout: Path) -> None:
-    done = run(checkout, "-m", "calm_fast", "verify", "--op", NAME)
+def test_verify_proves_it(installed: Path, forked) -> None:
+    done = forked.run("-m", "calm_fast", "verify", "--op", NAME, cwd=installed, path=installed)
     assert done.returncode == 0, done.stdout[-3000:]
     assert NAME in done.stdout and "triton" in done.stdout
 
 
-def test_its_machine_code_holds_the_hard_facts(checkout: Path) -> None:
+def test_its_machine_code_holds_the_hard_facts(checkout: Path, installed: Path) -> None:
     """The record has no such kernel yet, so this is the run that writes it."""
-    done = run(checkout, str(checkout / "tests/codegen/check.py"), "--only", NAME, "--arch", "90", "--update")
+    command = [sys.executable, str(checkout / "tests/codegen/check.py"), "--only", NAME, "--arch", "90", "--update"]
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(command, cwd=installed, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert f"{NAME}_fwd_bf16 sm_90" in done.stdout
 
 
-def test_it_is_measured(checkout: Path) -> None:
+def test_it_is_measured(installed: Path, forked) -> None:
     lines = (
         "import torch",
         "from calm_fast.benchmarks.registry import cases",
@@ -76,13 +77,14 @@ def test_it_is_measured(checkout: Path) -> None:
         "truth = case.definition(inputs, torch.float64)",
         "assert all(set(c.prepare(inputs)()) == set(truth) for c in case.contestants)",
     )
-    done = run(checkout, "-c", "\n".join(lines))
+    done = forked.run("-c", "\n".join(lines), cwd=installed, path=installed)
     assert done.returncode == 0, done.stderr
 
 
 def test_it_is_formatted_and_linted(checkout: Path) -> None:
     files = [path for path in [*new_op.skeleton_files(NAME), *new_op.LISTS] if path.endswith(".py")]
-    done = run(checkout, "-m", "ruff", "check", *(str(checkout / path) for path in files))
+    command = [sys.executable, "-m", "ruff", "check", *(str(checkout / path) for path in files)]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
 
 
