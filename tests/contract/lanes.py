@@ -114,7 +114,8 @@ def make_environment(folder: Path, packages: Iterable[str]) -> Path:
     Raises:
         RuntimeError: the packages cannot be installed, with pip's message.
     """
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    # unpacking a pip of its own takes seconds; the one installed here is on its path, too
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = Path(subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.strip())
