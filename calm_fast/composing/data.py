@@ -84,9 +84,7 @@ def _parse_row(row: Any, where: str) -> Row:
         if not isinstance(row[name], str):
             raise ValueError(f"{where}: `{name}` must be a string, got {type(row[name]).__name__}")
         if not row[name].isascii() and any("\ud800" <= letter <= "\udfff" for letter in row[name]):
-            raise ValueError(
-                f"{where}: `{name}` must be text, got half a character (one of \\ud800 to \\udfff)"
-            )
+            raise ValueError(f"{where}: `{name}` must be text, got half a character (one of \\ud800 to \\udfff)")
     learned = found[-1]
     if not row[learned]:
         raise ValueError(f"{where}: `{learned}` must have at least one character, got none")
