@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from dual_models import TARGETS, llama, scatter
-from families import FAMILIES, composed_model, prompts
+from families import FAMILIES, composed_model, prompts, randomize
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from calm_fast import add_dual_lora, get_gates, record_gates
-from calm_fast.hf import compose, watch
+from calm_fast.hf import cache_augmenter_states, compose, watch
 
 ROWS = [{"input_ids": row, "labels": row} for row in prompts(8, 10).clamp(max=60).tolist()]
 
@@ -96,3 +96,33 @@ def test_what_cannot_be_watched_is_refused(tmp_path: Path) -> None:
     compiled.args.torch_compile = True
     with pytest.raises(ValueError, match="does not compile the model"):
         watch(compiled)
+
+
+def test_the_share_of_cached_states_counts_augmenters(tmp_path: Path) -> None:
+    """With cached states the residuals are those of a run that runs its augmenters, and batches without them count."""
+
+    def collate(batch: list[Any]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([row["input_ids"] for row in batch])
+        return {"input_ids": ids, "labels": ids}
+
+    models = [FAMILIES[name].model(seed) for seed, name in enumerate(("llama", "gpt2", "mistral"))]
+    model = randomize(compose(models[0], models[1:], [[(-1, -1), (1, 2)], [(2, 0)]]))
+    model.eval()
+    made = cache_augmenter_states(model, ROWS, tmp_path / "states", collate, batch_size=4, shard_rows=8, progress=False)
+    cached, logs = made.collator(collate), {}
+
+    def half(batch: list[Any]) -> dict[str, Any]:
+        with_states = cached(batch)
+        return {**with_states, "augmenter_hidden_states": [with_states["augmenter_hidden_states"][0], None]}
+
+    for name, collator in (("run", collate), ("cached", cached), ("half", half)):
+        run = trainer(model, tmp_path / name, per_device_train_batch_size=4, remove_unused_columns=False)
+        run.data_collator = collator
+        watch(run)
+        run.train()
+        logs[name] = next(entry for entry in run.state.log_history if "loss" in entry)
+    assert "augmenter_states/from_cache" not in logs["run"]
+    assert (logs["cached"]["augmenter_states/from_cache"], logs["half"]["augmenter_states/from_cache"]) == (1.0, 0.5)
+    for c in range(3):
+        for name in ("cached", "half"):
+            assert logs[name][f"residual/{c}"] == pytest.approx(logs["run"][f"residual/{c}"], rel=1e-4)

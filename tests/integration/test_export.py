@@ -106,3 +106,26 @@ def test_onnx_runtime_gives_the_same_logits(wrapper: Logits, tmp_path: Path) -> 
 def test_tracing_is_refused(wrapper: Logits) -> None:
     with pytest.raises(ValueError, match=r"torch.jit.trace: .* cannot be traced.*use torch.export"):
         torch.jit.trace(wrapper, batch(2, 9, False), check_trace=False)
+
+
+@pytest.mark.integration(
+    tool="torch.export", what="a dual-LoRA model in mode mix, batch and length dynamic", verdict="works"
+)
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@torch.no_grad()
+def test_a_dual_lora_model_takes_every_length(variant: str) -> None:
+    from families import FAMILIES
+
+    from calm_fast import add_dual_lora
+
+    torch.manual_seed(0)
+    model = add_dual_lora(FAMILIES["llama"].model(0), rank=4, variant=variant, mode="mix").eval()
+    for name, parameter in model.named_parameters():
+        if "self_attn" in name and "base" not in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    dual = Logits(model).eval()
+    with fixed_weights(dual):
+        program = torch.export.export(dual, batch(2, 9, True), dynamic_shapes=dynamic(True)).module()
+    for shape in SHAPES:
+        inputs = batch(*shape, True)
+        check(dual(*inputs), program(*inputs), inputs)
