@@ -191,6 +191,8 @@ def _claim(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
     A run that stopped before its first checkpoint does not block the folder.
     """
+    if out.exists() and not out.is_dir():
+        raise bad_value(_WHERE, "out", "a new folder or that of the same run", f"{out}, which is a file")
     file, results = out / "run.json", out / "results.json"
     if not file.is_file() and (out / "config.json").is_file():
         got = f"{out}, which holds a model; choose another folder"

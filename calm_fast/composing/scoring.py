@@ -12,6 +12,7 @@ import torch
 from calm_fast.composing.data import Example
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.progress import progress_bar
+from calm_fast.core.token_ids import check_token_ids
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 RESAMPLES = 1000
@@ -49,6 +50,7 @@ def row_losses(
 
     collate: as of a Trainer. Batches hold rows in their order, as many as keep the logits small. title: shows a bar.
     """
+    check_token_ids("held-out rows", "tokenizer", [i for example in examples for i in example.input_ids], model)
     sizes = [len(example.input_ids) for example in examples]
     width = max(1, int(getattr(model.config.get_text_config(), "vocab_size", 1)))
     starts = _batches(sizes, max(1, _LOGIT_BYTES // (12 * width)))

@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import byte_level, sentencepiece, write_rows
+import torch
+from tiny import byte_level, save_model, sentencepiece, write_rows
+from transformers import LlamaForCausalLM
 
+from calm_fast.composing.batches import single_collator
 from calm_fast.composing.data import Row, encode, read_texts
+from calm_fast.composing.pipeline import _claim
+from calm_fast.composing.scoring import row_losses
 
 CHAT = [{"role": "user", "content": "key 1 2?"}, {"role": "assistant", "content": "door 3."}]
 
@@ -74,3 +79,22 @@ def test_half_a_character_is_refused_by_its_line(tmp_path: Path) -> None:
         read_texts(file)
     file.write_text('{"text": "\\ud83d\\ude00"}\n')
     assert read_texts(file)[0].completion == "\U0001f600"
+
+
+def test_a_token_that_the_model_does_not_embed_is_named(tmp_path: Path) -> None:
+    """Tokens were added to the tokenizer alone. Before, a bare IndexError."""
+    tokenizer = byte_level()
+    model = LlamaForCausalLM.from_pretrained(save_model(tmp_path / "B", tokenizer, 0))
+    tokenizer.add_tokens(["door 9."])
+    examples = encode(Row("key 1 opens door 9."), tokenizer)
+    assert examples[0].input_ids[-2] == len(tokenizer) - 1
+    with pytest.raises(
+        ValueError, match=r"`tokenizer` must give token ids in .*, got \d+, which LlamaForCausalLM"
+    ):
+        row_losses(model, examples, single_collator(tokenizer), torch.device("cpu"))
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
+    with pytest.raises(ValueError, match="`out` must be a new folder or that of the same run, got .*, which is a file"):
+        _claim(file, {})

@@ -76,6 +76,27 @@ def test_packed_rows_give_what_they_give_alone() -> None:
     assert int(starts.sum()) == 3 and bool((batch["labels"][0][starts] == -100).all())
 
 
+def test_a_batch_of_which_the_augmenter_has_no_token_trains() -> None:
+    """The text is held back, because it may go on, and this augmenter's texts have no beginning of their own."""
+    row = {"input_ids": tokenizer("gpt2").encode("c").ids}
+    aligner = StreamAligner(fast("gpt2"), fast("words"))
+    assert aligner.align(row["input_ids"]) == ([], [0] * len(row["input_ids"]))
+    collate = AlignedCollator([aligner, None], fast("gpt2"))
+    batch = collate([row, row])
+    assert batch["augmenter_input_ids"][0].shape == (2, 0)
+    model = composed()
+    model.train()
+    loss = model(**batch, use_cache=False).logits.square().sum()
+    loss.backward()
+    with torch.no_grad():
+        alone = model.eval()(**batch).logits
+    assert bool(loss.isfinite()) and torch.equal(alone[0], alone[1])
+    packed = AlignedCollator([aligner, None], fast("gpt2"), packed=True)([row, row])
+    with torch.no_grad():
+        together = model(**packed, use_cache=False).logits[0]
+    torch.testing.assert_close(together, alone.flatten(0, 1), atol=1e-4, rtol=1e-4)
+
+
 def test_labels_leave_out_prompts_and_padding() -> None:
     batch = collator()(ROWS)
     prompt = len(tokenizer("gpt2").encode("The cat sat").ids)
