@@ -88,9 +88,7 @@ def test_a_token_that_the_model_does_not_embed_is_named(tmp_path: Path) -> None:
     tokenizer.add_tokens(["door 9."])
     examples = encode(Row("key 1 opens door 9."), tokenizer)
     assert examples[0].input_ids[-2] == len(tokenizer) - 1
-    with pytest.raises(
-        ValueError, match=r"`tokenizer` must give token ids in .*, got \d+, which LlamaForCausalLM"
-    ):
+    with pytest.raises(ValueError, match=r"`tokenizer` must give token ids in .*, got \d+, which LlamaForCausalLM"):
         row_losses(model, examples, single_collator(tokenizer), torch.device("cpu"))
 
 

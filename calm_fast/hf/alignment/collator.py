@@ -305,7 +305,9 @@ def _listed(row: Mapping[str, Any], name: str) -> list[int]:
 
 
 def _right(rows: list[list[int]], width: int, value: int) -> torch.Tensor:
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.int64).reshape(len(rows), width)
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.int64).reshape(
+        len(rows), width
+    )
 
 
 def _packed(found: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int], list[int], list[int]]:
