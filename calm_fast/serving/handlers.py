@@ -52,6 +52,8 @@ class OneModel(ModelManager):
     def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "local"}]
 
+    get_gen_models = list_models  # its name in transformers 5.17
+
     def shutdown(self) -> None:
         return
 
