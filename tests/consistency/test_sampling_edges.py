@@ -71,7 +71,9 @@ def test_temperature_zero_ignores_the_cuts_and_its_scores_are_the_models() -> No
     model, tokenizer = FAMILIES["llama"].model(0), character_tokenizer()
     prompt = tokenizer("1+2?")["input_ids"]
     plain, cut = (drawn(model, tokenizer, prompt, 2, Sampling(9, temperature=0, **o)) for o in ({}, {"top_k": 1}))
-    assert plain == cut and plain[0] == plain[1]
+    assert len({tuple(sample.tokens) for sample in (*plain, *cut)}) == 1
+    # rows of a batch may round differently
+    assert [sample.logprob for sample in (*plain, *cut)] == pytest.approx([plain[0].logprob] * 4, abs=1e-4)
     scores = score_sequences(model, [prompt], [[plain[0].tokens]])[0]
     assert plain[0].logprob == pytest.approx(float(scores.sum[0]), abs=1e-4) and plain[0].logprob < -1
 
