@@ -51,11 +51,11 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 
 def part(family: str, width: int, layers: int) -> PreTrainedModel:
-    """A model with large random weights, so that each of its layers changes what it says."""
+    """A model with random weights so large that each of its layers changes what it says."""
     model: PreTrainedModel = FAMILIES[family](
         vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=128, initializer_range=0.2,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=128,
+        initializer_range=1.2 / width**0.5, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     return model
 
