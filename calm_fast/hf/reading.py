@@ -62,7 +62,8 @@ def read_texts(
     where = (past.cache, past.cached, past.tokens, prompt_length)
     aligners, encoders = composed._aligners, composed.encoders
     encoded = encode_call(encoders, aligners, inputs, external, *where, learns)  # type: ignore[arg-type]  # StreamAligners
-    try_encoders(composed, encoded.readings)
+    if encoded.readings:
+        try_encoders(composed, encoded.readings)
     streams = [aligner if encoder is None else None for aligner, encoder in zip(aligners, encoders, strict=True)]
     ids, mask, positions = inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"]
     return TextCall(align_call(streams, ids, mask, positions, external, *where), encoded)
