@@ -25,6 +25,12 @@ from calm_fast.hf.liger import register_compositions
 from calm_fast.hf.recompute import lacks_cache, stateful_modules
 
 
+def offsets_positions(model: PreTrainedModel) -> bool:
+    """Return True if a table of learned positions has a row for padding, behind which a text begins (RoBERTa)."""
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    return any(isinstance(table, nn.Embedding) and table.padding_idx is not None for table in tables)
+
+
 def takes_loss_arguments(model: PreTrainedModel) -> bool:
     """Return True if Trainer gives the loss of `model` the number of items in the batch, by Trainer's own rule."""
     stated = getattr(model, "accepts_loss_kwargs", None)
@@ -136,9 +142,13 @@ class CompositionIntrospection(PreTrainedModel):
         self.told = False
         # transformers refuses assisted generation where a state cannot be rolled back, be it an augmenter's
         self._is_stateful = bool(self.recomputes) or any(part._is_stateful for part in models)
-        # parts that may read padding as text: without a Cache, or whose forward takes no positions (BART's decoder)
-        both = zip(self.signatures, (None, *self.encoders), strict=True)
-        self.may_count = [e is None and (bool(one.recomputes) or not one.position_ids) for one, e in both]
+        # parts that may read padding as text: without a Cache, whose forward takes no positions (BART's decoder), or
+        # whose own positions begin behind their padding id (RoBERTa)
+        tried = zip(self.signatures, (None, *self.encoders), (anchor, *augmenters), strict=True)
+        self.may_count = [
+            e is None and (bool(one.recomputes) or not one.position_ids or offsets_positions(part))
+            for one, e, part in tried
+        ]
         self.leaves_out: dict[str, bool] = {}  # of such parts that were tried: True if padding does not matter to them
         # by attention implementation, once the anchor was tried: why it takes no prefix mask, or ""
         self.prefix_problems: dict[str, str] = {}

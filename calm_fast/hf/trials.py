@@ -138,8 +138,9 @@ def _leaves_padding_out(part: Part) -> bool:
     device = part.signature.device(part.model)
     states = []
     with aside(device):
-        for kept in (slice(0, None), slice(TOKENS, None)):
-            tokens = Tokens(input_ids=row[:, kept], attention_mask=mask[:, kept], position_ids=positions[:, kept])
+        # alone the part finds its positions itself
+        for kept, given in ((slice(0, None), positions), (slice(TOKENS, None), None)):
+            tokens = Tokens(input_ids=row[:, kept], attention_mask=mask[:, kept], position_ids=given)
             states.append(run_part(part, part_inputs(part.model, part.signature, tokens, None, 0))[0])
     padded, alone = states
     return padded is not None and alone is not None and close(padded[0, TOKENS:], alone[0], part.depth)

@@ -322,12 +322,12 @@ def greedy_choice(model: Any, row: list[int]) -> list[int]:
 
 
 def chooses(model: Any) -> None:
-    """Compare the plain model's own greedy generation over one row with `greedy_choice`."""
-    row = prompts()[0].tolist()
+    """Compare the plain model's own greedy generation, one row at a time, with `greedy_choice`."""
     how = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0}
-    text = model.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.long), **how)
-    if text[0, len(row) :].tolist() != greedy_choice(model, row):
-        raise AssertionError("generate does not choose the most likely tokens")
+    for row in (prompts()[0].tolist(), prompts()[1, 3:].tolist()):
+        text = model.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.long), **how)
+        if text[0, len(row) :].tolist() != greedy_choice(model, row):
+            raise AssertionError("generate does not choose the most likely tokens")
 
 
 @torch.no_grad()

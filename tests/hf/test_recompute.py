@@ -14,7 +14,16 @@ import seq2seq_models
 import torch
 from families import CACHELESS, EOS, FAMILIES, OTHERS, VOCAB, left_padded, prompts, randomize, switch
 from ragged import rounding
-from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, DynamicCache, ReformerConfig, XLNetConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForCausalLM,
+    DynamicCache,
+    ReformerConfig,
+    RobertaConfig,
+    RobertaForCausalLM,
+    XLNetConfig,
+)
 
 from calm_fast.consistency import score_sequences
 from calm_fast.hf import ComposedForCausalLM, compose
@@ -283,6 +292,21 @@ def test_a_decoder_that_counts_padding_is_given_none(role: str) -> None:
     mamba = randomize(compose(OTHERS["mamba"].model(0), FAMILIES["llama"].model(1), "uniform:1"))  # no positions either
     row = mamba(padded, attention_mask=mask).logits[:1, 4:]
     torch.testing.assert_close(row, mamba(ids[:1, 4:]).logits, rtol=0, atol=5e-5)
+
+
+@in_both_roles
+@torch.no_grad()
+def test_a_decoder_whose_positions_begin_behind_its_padding_id_is_given_no_padding(role: str) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    torch.manual_seed(0)
+    config = RobertaConfig(vocab_size=VOCAB, **sizes, is_decoder=True, initializer_range=0.3)
+    both = (RobertaForCausalLM(config).eval(), FAMILIES["llama"].model(1))
+    composed, ids = randomize(compose(*(both if role == "anchor" else both[::-1]), "uniform:1")), prompts()
+    padded, mask = left_padded(ids)
+    with pytest.raises(ValueError, match="RobertaForCausalLM.* reads padding .* or counts it"):
+        composed(padded, attention_mask=mask)
+    whole = composed(ids).logits
+    assert torch.equal(composed(ids, attention_mask=torch.ones_like(ids)).logits, whole)
 
 
 def test_an_augmenters_own_mask_is_looked_at_too() -> None:
