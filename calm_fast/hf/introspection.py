@@ -149,7 +149,8 @@ class CompositionIntrospection(PreTrainedModel):
             e is None and (bool(one.recomputes) or not one.position_ids or offsets_positions(part))
             for one, e, part in tried
         ]
-        self.leaves_out: dict[str, bool] = {}  # of such parts that were tried: True if padding does not matter to them
+        # by number (0 is the anchor), of such parts that were tried: True if padding does not matter to them
+        self.leaves_out: dict[int, bool] = {}
         # by attention implementation, once the anchor was tried: why it takes no prefix mask, or ""
         self.prefix_problems: dict[str, str] = {}
 

@@ -75,12 +75,15 @@ def check_padding(composed: Composition, where: str, masks: Sequence[torch.Tenso
     call with a mask, whatever the mask hides: with sharded weights all processes must run it. Where the mask is not
     read (a GPU), the device asserts that it hides nothing before a token.
     """
-    for part, mask, counts in zip(parts(composed), masks, composed.may_count, strict=True):
-        if mask is None or not counts or part.signature.device(part.model).type == "meta":
+    for index, (mask, counts) in enumerate(zip(masks, composed.may_count, strict=True)):
+        if mask is None or not counts or composed.leaves_out.get(index, False):  # so it is in every step but the first
             continue
-        if not torch.compiler.is_compiling() and part.label not in composed.leaves_out:
-            composed.leaves_out[part.label] = _leaves_padding_out(part)
-        if composed.leaves_out.get(part.label, not part.signature.recomputes):
+        part = parts(composed)[index]
+        if part.signature.device(part.model).type == "meta":
+            continue
+        if not torch.compiler.is_compiling() and index not in composed.leaves_out:
+            composed.leaves_out[index] = _leaves_padding_out(part)
+        if composed.leaves_out.get(index, not part.signature.recomputes):
             continue
         real = mask.bool()
         early = (~real[:, :-1] & real[:, 1:]).any()
