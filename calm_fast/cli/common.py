@@ -62,11 +62,9 @@ def folder(out: Path) -> Iterator[None]:
 
 
 def check_device(device: str | None) -> None:
-    import torch
+    from calm_fast.core.devices import usable_device
 
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as problem:  # the latter where torch is built without CUDA
-        raise typer.BadParameter(
-            f"must be a device that torch can use, got {device!r}: {problem}", param_hint="--device"
-        ) from problem
+        usable_device("", device)
+    except ValueError as problem:
+        raise typer.BadParameter(str(problem).partition("` ")[2], param_hint="--device") from problem

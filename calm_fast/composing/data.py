@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from calm_fast.consistency.voting.records import read_records
-from calm_fast.core.checks import bad_value
+from calm_fast.core.checks import bad_value, check_whole_text
 from calm_fast.core.token_ids import begin_token, last_tokens
 from calm_fast.hf.alignment.collator import AlignedCollator
 
@@ -83,8 +83,7 @@ def _parse_row(row: Any, where: str) -> Row:
     for name in found:
         if not isinstance(row[name], str):
             raise ValueError(f"{where}: `{name}` must be a string, got {type(row[name]).__name__}")
-        if not row[name].isascii() and any("\ud800" <= letter <= "\udfff" for letter in row[name]):
-            raise ValueError(f"{where}: `{name}` must be text, got half a character (one of \\ud800 to \\udfff)")
+        check_whole_text(where, name, row[name])
     learned = found[-1]
     if not row[learned]:
         raise ValueError(f"{where}: `{learned}` must have at least one character, got none")

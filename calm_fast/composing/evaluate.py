@@ -20,6 +20,7 @@ from calm_fast.composing.memory import gib, names_of, peak_bytes, weigh_composit
 from calm_fast.composing.models import composition_tokenizer, examples_for, load_model, load_tokenizer, untrained
 from calm_fast.composing.scoring import RowLosses, compare, describe, row_losses
 from calm_fast.core.checks import bad_value
+from calm_fast.core.devices import usable_device
 from calm_fast.core.files import write_json
 from calm_fast.hf import ComposedForCausalLM
 
@@ -118,7 +119,7 @@ def evaluate_folder(
         ValueError: a row is wrong, or the folder holds no composition with its models.
     """
     rows = read_texts(data, limit)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = usable_device(_WHERE, device)
     model = ComposedForCausalLM.from_pretrained(folder)
     model.to(target)
     paths = [model.config.anchor_path, *model.config.augmenter_paths]

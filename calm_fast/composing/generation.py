@@ -12,7 +12,8 @@ from transformers import TextStreamer
 from calm_fast.composing.memory import gib, weigh_composition
 from calm_fast.composing.models import composition_tokenizer, untrained
 from calm_fast.consistency.sampling.prompt import prompt_form
-from calm_fast.core.checks import bad_value, check_finite_number
+from calm_fast.core.checks import bad_value, check_finite_number, check_whole_text
+from calm_fast.core.devices import usable_device
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.token_ids import padding_id
 from calm_fast.hf import ComposedForCausalLM
@@ -41,12 +42,15 @@ def generate_text(
             as a user's turn of the tokenizer's chat template, after a `system` turn if there is one.
             chat_template_kwargs: variables for the template. say: prints what is loaded.
     Raises:
-        ValueError: the folder holds no composition with its models, the prompt has no token, or there is no template.
+        ValueError: the folder holds no composition with its models, the prompt has no token, there is no template, or
+        torch cannot use the device.
     """
     check_finite_number(_WHERE, "temperature", temperature)
     if temperature < 0:
         raise bad_value(_WHERE, "temperature", "at least 0", str(temperature))
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for name, text in (("prompt", prompt), ("system", system or "")):
+        check_whole_text(_WHERE, name, text)
+    target = usable_device(_WHERE, device)
     model = ComposedForCausalLM.from_pretrained(folder)
     tokenizer = composition_tokenizer(_WHERE, os.fspath(folder), model.config.anchor_path)
     form = prompt_form(

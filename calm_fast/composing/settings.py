@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from calm_fast.core.checks import bad_type, bad_value, check_finite_number
+from calm_fast.core.devices import usable_device
 from calm_fast.hf.resuming import quiet_arguments
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -103,7 +104,7 @@ class Settings:
     @property
     def target(self) -> torch.device:
         """The device of training and evaluation."""
-        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return usable_device(_WHERE, self.device)
 
     def decisive(self) -> dict[str, Any]:
         """Return what decides the weights at the end, for the comparison with an earlier run."""

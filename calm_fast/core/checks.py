@@ -127,6 +127,12 @@ def check_finite_number(where: str, name: str, value: Any) -> None:
         raise bad_value(where, name, "finite", str(value))
 
 
+def check_whole_text(where: str, name: str, text: str) -> None:
+    """Raise ValueError if a string holds half a character, as JSON can, which no tokenizer takes."""
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise bad_value(where, name, "text", "half a character (one of \\ud800 to \\udfff)")
+
+
 def check_pair(where: str, name: str, value: Any, halves: str) -> tuple[float, float]:
     """Return `value` as a pair of floats: two finite numbers, or one number for both.
 

@@ -17,6 +17,7 @@ from calm_fast.consistency.answers.grouping import group_answers
 from calm_fast.consistency.sampling.boundary import Continuation
 from calm_fast.consistency.sampling.prompt import Prompt, prompt_form
 from calm_fast.consistency.voting.samples import read_rows
+from calm_fast.core.checks import check_whole_text
 from calm_fast.core.token_ids import last_tokens
 
 __all__ = ["Example", "Graded", "IGNORE", "RationaleDataset", "RightPadding", "grade", "read_rows", "split_rationales"]
@@ -109,6 +110,9 @@ class RationaleDataset(Dataset[dict[str, list[int]]]):
             prompt, tokenizer, "RationaleDataset", system=system, chat_template_kwargs=chat_template_kwargs
         )
         after = Continuation(tokenizer)
+        for place, example in enumerate(examples):
+            check_whole_text("RationaleDataset", f"examples[{place}]", example.question)
+            check_whole_text("RationaleDataset", f"examples[{place}]", example.rationale)
         self.items = [self._encode(e, tokenizer, after, max_length) for e in examples]
 
     def _encode(self, example: Example, tokenizer: Any, after: Continuation, max_length: int) -> dict[str, list[int]]:

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from calm_fast._version import versions
 from calm_fast.core.checks import bad_value, check_bool, describe
@@ -152,6 +158,12 @@ def _named(name: str, expected: str, given: str) -> Iterator[None]:
         raise bad_value(WHERE, name, expected, f"{given}: {why}") from problem
 
 
+def _reads_both_ways(config: PreTrainedConfig) -> bool:
+    """Whether a config is that of an encoder such as BERT: its class with an LM head reads the following tokens too."""
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not decodes
+
+
 def meta_composition(
     anchor: Config, augmenters: Sequence[Config], dtype: str, bidirectional: Any = None, **options: Any
 ) -> tuple[ComposedForCausalLM, list[dict[str, Any]]]:
@@ -168,6 +180,8 @@ def meta_composition(
             expected = "a causal language model (an augmenter may be an encoder: bidirectional='prompt')"
             raise bad_value(WHERE, name, expected, f"an encoder-decoder, {type(config).__name__}, which is not planned")
         expected = "the config of a causal language model, or of an encoder with bidirectional='prompt'"
+        if mode is None and _reads_both_ways(config):
+            raise bad_value(WHERE, name, expected, f"{type(config).__name__}, which reads a text in both directions")
         with torch.device("meta"), _named(name, expected, type(config).__name__):
             if mode is None:
                 models.append(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)))

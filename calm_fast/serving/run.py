@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
 from calm_fast.composing.models import composition_tokenizer, untrained
 from calm_fast.core.checks import bad_value
+from calm_fast.core.devices import usable_device
 from calm_fast.hf import ComposedForCausalLM
 
 _WHERE = "serve"
@@ -99,10 +99,11 @@ def serve(
     check_installed()
     import uvicorn
 
+    target = usable_device(_WHERE, device)
     more: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     model = ComposedForCausalLM.from_pretrained(folder, **more)
     tokenizer = composition_tokenizer(_WHERE, os.fspath(folder), model.config.anchor_path)
-    model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    model.to(target)
     if untrained(model):
         say("warning: W_o of every connection is zero, so the composition writes what its anchor writes")
     name = Path(folder).resolve().name if name is None else name

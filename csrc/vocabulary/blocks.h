@@ -20,7 +20,8 @@ class Plan {
       : host_(host),
         lane_(functions_of(lane, head.weight.type)),
         words_(lane_.pairs ? (head.weight.columns + 1) / 2 : head.weight.columns),
-        splits(last > first ? (last - first + kSplit - 1) / kSplit : 0),
+        split_(split_of(last - first)),
+        splits(last > first ? (last - first + split_ - 1) / split_ : 0),
         most_(block_of(tokens, streams)),
         scratch_words_(whole((lane_.rows + 4) * words_, 16) + streams * lane_.rows * lane_.group) {
     const int64_t panel_words = (lane_.rows + 4) * words_;
@@ -28,7 +29,7 @@ class Plan {
     float* scratch = host.zeroed(std::max(splits * scratch_words_, (4 + lane_.width) * words_));
     block_ = Block{
         &head, nullptr, nullptr, 0, reinterpret_cast<uint32_t*>(panels), reinterpret_cast<uint32_t*>(scratch),
-        scratch_words_, whole(panel_words, 16) - panel_words, streams, 0, most_, first, last, splits};
+        scratch_words_, whole(panel_words, 16) - panel_words, streams, 0, most_, first, last, split_, splits};
   }
 
   // Tokens of a block, rounded up to whole groups.
@@ -59,7 +60,7 @@ class Plan {
 
   Host& host_;
   const LaneFunctions& lane_;
-  int64_t words_;
+  int64_t words_, split_;
 
  public:
   const int64_t splits;

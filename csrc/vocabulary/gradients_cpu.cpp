@@ -142,7 +142,7 @@ void gradient_nce(
   const int64_t scratch_words = words * functions.strip + functions.rows * functions.group;
   NceTokens token(host, head, Tile{nullptr, 0, vocabulary, 0}, width);
   token.take(in, targets, 0, tokens);
-  float *panels = host.zeroed(kSplit / kDepth * words * width), *scratch = host.zeroed(tasks * scratch_words);
+  float *panels = host.zeroed(kMostSplit / kDepth * words * width), *scratch = host.zeroed(tasks * scratch_words);
   float* sums = host.zeroed(columns * width);
   NceHiddenGradient pass{
       token.dlogits,
@@ -151,7 +151,7 @@ void gradient_nce(
       &head.weight, reinterpret_cast<uint32_t*>(panels), reinterpret_cast<uint32_t*>(scratch), sums, scratch_words,
       tokens, width, 0, 0, tasks};
   for (; pass.first < vocabulary; pass.first = pass.last) {
-    pass.last = std::min(pass.first + kSplit, vocabulary);
+    pass.last = std::min(pass.first + kMostSplit, vocabulary);
     const int64_t blocks = whole(pass.last - pass.first, kDepth) / kDepth;
     host.run(functions.pack_dlogits, &pass, blocks * (whole(tokens, functions.group) / functions.group));
     host.run(functions.hidden_gradient, &pass, tasks);

@@ -11,12 +11,19 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Columns of one task. It is a constant, so that a token's sums depend neither on the other tokens nor on the threads.
-constexpr int64_t kSplit = 2048;
+// Least and most columns of one task, and how many tasks there are in between.
+constexpr int64_t kLeastSplit = 512, kMostSplit = 2048, kSplits = 32;
 // Columns of the vocabulary per product with logit gradients: their packed weights fit into an L1 cache.
 constexpr int64_t kDepth = 512;
 
 inline int64_t whole(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
+// Columns of one task of a sweep over so many. Only the vocabulary has a say, so that a token's sums depend neither on
+// the other tokens nor on the threads. Small vocabularies make small tasks, or one thread would do them alone.
+inline int64_t split_of(int64_t columns) {
+  const int64_t even = whole((columns + kSplits - 1) / kSplits, kLeastSplit / 2);
+  return even < kLeastSplit ? kLeastSplit : even < kMostSplit ? even : kMostSplit;
+}
 
 // ---- data ------------------------------------------------------------------------------------------------------------
 
@@ -126,7 +133,7 @@ struct Block {
   int64_t first_token;
   uint32_t* panels;   // packed hidden states, stream by stream
   uint32_t* scratch;  // one piece per split
-  int64_t scratch_words, padding, streams, tokens, padded, first, last, splits;
+  int64_t scratch_words, padding, streams, tokens, padded, first, last, split, splits;  // split: columns of a task
 };
 
 struct LaneFunctions {

@@ -241,8 +241,8 @@ LANE void sweep_split(void* context, int64_t split) {
   uint32_t* panel = block.scratch + split * block.scratch_words;
   uint32_t* spare = panel + kRows * count;
   float* z = reinterpret_cast<float*>(spare + 4 * count + block.padding);
-  const int64_t start = block.first + split * kSplit;
-  const int64_t stop = start + kSplit < block.last ? start + kSplit : block.last;
+  const int64_t start = block.first + split * block.split;
+  const int64_t stop = start + block.split < block.last ? start + block.split : block.last;
   const Matrix& weight = block.head->weight;
   for (int64_t first = start; first < stop; first += kRows) {
     Place place{split, 0, 0, first, 0, static_cast<int>(stop - first < kRows ? stop - first : kRows)};

@@ -248,3 +248,11 @@ def test_bad_construction_is_named(tmp_path):
     with pytest.raises(ValueError, match="must have a name_or_path"):
         Ranker.from_backbone(model, tok).save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_half_a_character_is_named():
+    one = ranker("llama")
+    with pytest.raises(ValueError, match=r"Ranker: `questions\[0\]` must be text, got half a character"):
+        one.score(["what \ud83d ?"], [["7"]])
+    with pytest.raises(ValueError, match=r"Ranker: `rationales\[0\]\[1\]` must be text, got half a character"):
+        one.score(["what ?"], [["7", "\udc4d 7"]])

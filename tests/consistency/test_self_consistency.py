@@ -347,3 +347,8 @@ def test_modes_are_left_as_they_were_and_padding_is_no_token_of_the_prompt() -> 
     results = consistency(model)(["1+2?", "1+2? and more"])
     assert model.training and PAD not in character_tokenizer()("1+2?")["input_ids"]
     assert [r.rationales for r in results[:1]] == [r.rationales for r in consistency()(["1+2?"])]
+
+
+def test_half_a_character_in_a_question_is_named() -> None:
+    with pytest.raises(ValueError, match=r"SelfConsistency: `questions\[1\]` must be text, got half a character"):
+        consistency()(["what ?", "what \ud83d ?"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -124,6 +125,32 @@ def test_processes_may_begin_at_the_same_time(
             child.join(120)
     assert [child.exitcode for child in both] == [0, 0]
     assert content(tmp_path) == whole
+
+
+def _flip(file: Path, name: str, where: float) -> None:
+    """Turn round the lowest bit of one byte of a tensor in a safetensors file."""
+    data = bytearray(file.read_bytes())
+    header = int.from_bytes(data[:8], "little")
+    begin, end = json.loads(data[8 : 8 + header])[name]["data_offsets"]
+    data[8 + header + begin + int(where * (end - begin - 1))] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", ["states.0", "digests.0", "lengths.0", "sums.0", "order.0"])
+def test_a_flipped_bit_in_a_file_is_named(model: Any, tmp_path: Path, name: str, where: float) -> None:
+    cache = cache_augmenter_states(model, ROWS, tmp_path, collate, **QUIET)
+    file = store.shard_file(tmp_path, 1)
+    _flip(file, name, where)
+    whole = {"digests.0": "must be of texts whose states are in", "order.0": "must be a new folder or that of the same"}
+    words = whole.get(name, f"{file.name}, which is damaged: .*. Delete the file and cache its states again")
+    with pytest.raises(ValueError, match=words if name != "order.0" else rf"{words}|{file.name}, which is damaged"):
+        for begin in range(0, len(ROWS), 2):
+            cache.collator(collate)(ROWS[begin : begin + 2])
+        cache_augmenter_states(model, ROWS, tmp_path, collate, **QUIET)  # the order is read when it goes on
+    file.unlink()
+    again = cache_augmenter_states(model, ROWS, tmp_path, collate, **QUIET).collator(collate)
+    assert again(ROWS[2:4])["augmenter_hidden_states"][0].isfinite().all()
 
 
 def test_a_row_of_an_evaluation_is_refused_with_what_to_do(model: Any, tmp_path: Path) -> None:

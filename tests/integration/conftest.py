@@ -10,8 +10,9 @@ import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.utils import canonicalize_name
@@ -94,3 +95,20 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         canonicalize_name(d.metadata["Name"]): Version(d.version).public for d in importlib.metadata.distributions()
     }
     integrations.record({test: sorted(tools) for test, tools in _tools.items() if tools and _passed[test]}, found)
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny composition that is served, and its tokenizer."""
+    from served import composition
+
+    return composition(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def url(composed: Any) -> Iterator[str]:
+    """Where it is served."""
+    from served import running
+
+    with running(*composed) as url:
+        yield url

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,6 @@ from served import NAME, composition, running  # noqa: E402
 
 PROMPT = "key 1 2 opens"
 CHAT = [{"role": "system", "content": "doors"}, {"role": "user", "content": [{"type": "text", "text": PROMPT}]}]
-
-
-@pytest.fixture(scope="module")
-def composed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return composition(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def url(composed: Any) -> Iterator[str]:
-    with running(*composed) as url:
-        yield url
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,21 +20,10 @@ pytest.importorskip("openai")
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from served import NAME, composition, running  # noqa: E402
+from served import NAME, running  # noqa: E402
 
 CHAT, TEXT = "chat/completions", "completions"
 ASKED: dict[str, Any] = {"model": NAME, "max_tokens": 6, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def composed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return composition(tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="module")
-def url(composed: Any) -> Iterator[str]:
-    with running(*composed) as url:
-        yield url
 
 
 def send(url: str, path: str, body: Any, method: str = "POST") -> tuple[int, str]:

@@ -141,3 +141,10 @@ def test_empty_data_and_tokenizers_without_end_are_refused(tiny) -> None:
 
     with pytest.raises(ValueError, match="end-of-sequence"):
         RationaleDataset([Example("q", "r")], NoEnd())
+
+
+@pytest.mark.parametrize("half", [Example("3 + \ud83d", "7"), Example("3 + 4", "\ud83d 7")])
+def test_half_a_character_is_named(tiny, half) -> None:
+    words = r"RationaleDataset: `examples\[1\]` must be text, got half a character"
+    with pytest.raises(ValueError, match=words):
+        RationaleDataset([Example("3 + 4", "7"), half], tiny[1])

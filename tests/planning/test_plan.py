@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -41,6 +42,7 @@ _SIZES = {
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LLAMA = LlamaConfig(**_SIZES)
 GPT2 = GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=256, bos_token_id=1, eos_token_id=2)
+BERT = BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=256)
 T5 = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, vocab_size=256)
 # anchor, augmenter, how an encoder reads, gradient checkpointing
 CASES: dict[str, tuple[PreTrainedConfig, PreTrainedConfig, str | None, bool]] = {
@@ -173,6 +175,7 @@ def test_the_command_prints_text_and_json(tmp_path: Path) -> None:
         ({"connections": "uniform:9"}, "`connections`"), ({"anchor": "no/such/folder"}, "`anchor`"),
         ({"anchor": T5}, "`anchor` must be a causal language model"),
         ({"length": LLAMA.max_position_embeddings + 1}, "`length` must be at most .*the positions of the part"),
+        ({"anchor": BERT}, "`anchor` must be the config.*BertConfig, which reads a text in both directions"),
         ({"anchor": ViTConfig()}, "`anchor` must be the config of a causal language model.*ViTConfig: Unrecognized"),
     ],
 )  # fmt: skip
@@ -180,6 +183,13 @@ def test_wrong_arguments_are_refused(given: dict[str, Any], words: str) -> None:
     settings: dict[str, Any] = {"anchor": LLAMA, "tokens": 1000, "connections": "uniform:2", "length": 8} | given
     with pytest.raises(ValueError, match=words):
         plan(settings.pop("anchor"), [GPT2], **settings)
+
+
+def test_an_encoder_is_planned_only_as_one() -> None:
+    settings: dict[str, Any] = {"tokens": 1000, "connections": "uniform:2", "length": 8}
+    with pytest.raises(ValueError, match="`augmenters` must be .*encoder with bidirectional='prompt', got BertConfig"):
+        plan(LLAMA, [BERT], **settings)
+    assert plan(LLAMA, [BERT], bidirectional="prompt", **settings)["memory"]["augmenters_run"]["total"] > 0
 
 
 @pytest.mark.parametrize(

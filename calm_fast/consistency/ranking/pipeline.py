@@ -20,6 +20,7 @@ from calm_fast.consistency.ranking.training import RankerSettings, questions_to_
 from calm_fast.consistency.voting.journal import Journal
 from calm_fast.consistency.voting.samples import write_rows
 from calm_fast.core.checks import errors_of
+from calm_fast.core.devices import usable_device
 from calm_fast.core.files import atomic_path, claim, write_json
 from calm_fast.core.fingerprint import json_checksum, model_fingerprint
 from calm_fast.core.progress import progress_bar
@@ -119,6 +120,7 @@ def run_training(
     extract_answer("", pattern)  # a bad pattern is an error before any work
     if not 0 <= holdout < 1:
         raise ValueError(f"run_training: `holdout` must be a share of at least 0 and below 1, got {holdout}")
+    target = None if device is None else usable_device("run_training", device)
     out = Path(out)
     decisive = {k: v for k, v in asdict(settings).items() if k not in ("progress", "save_every")}
     with errors_of("rank"):
@@ -146,8 +148,8 @@ def run_training(
         for file in ("identity.json", "labels.json"):  # such a run cannot go on: leave `out` free for other rows
             (out / file).unlink()
         raise
-    if device is not None:
-        ranker.to(device)
+    if target is not None:
+        ranker.to(target)
     questions, rationales = [row["question"] for row in rows], [row["generated_answer"] for row in rows]
     features = None if train_backbone else cached_features(ranker, rows, out / "features", progress=settings.progress)
     texts = {"questions": pick(questions, seen), "rationales": pick(rationales, seen)} if features is None else {}
@@ -192,11 +194,12 @@ def run_scoring(
     Returns:
         the path of the file.
     """
+    target = None if device is None else usable_device("run_scoring", device)
     out, folder = Path(out), Path(ranker)
     folder = folder / "ranker" if (folder / "ranker").is_dir() else folder
     scorer = Ranker.from_pretrained(folder, backbone=backbone)
-    if device is not None:
-        scorer.to(device)
+    if target is not None:
+        scorer.to(target)
     weights = [[name, t.tolist()] for name, t in sorted(scorer.head.state_dict().items())]
     settings = {"ranker": json_checksum(weights), "rows": json_checksum(rows)}
     with Journal(out.with_name(f".{out.name}.part"), settings, "rank score") as journal:

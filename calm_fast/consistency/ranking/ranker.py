@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from calm_fast.consistency.ranking.inputs import Encoded, PairEncoder, batches_by_length, mean_states
+from calm_fast.core.checks import check_whole_text
 from calm_fast.core.eval_mode import eval_mode
 from calm_fast.core.files import atomic_path, write_json
 from calm_fast.core.fingerprint import file_checksum, model_fingerprint
@@ -320,6 +321,9 @@ def check_groups(questions: Sequence[str], rationales: Sequence[Sequence[str]]) 
             raise TypeError(f"Ranker: `questions[{i}]` must be a string, got {type(question).__name__}")
         if isinstance(group, str) or not isinstance(group, Sequence) or not all(isinstance(r, str) for r in group):
             raise TypeError(f"Ranker: `rationales[{i}]` must be a sequence of strings, got {type(group).__name__}")
+        check_whole_text("Ranker", f"questions[{i}]", question)
+        for place, rationale in enumerate(group):
+            check_whole_text("Ranker", f"rationales[{i}][{place}]", rationale)
 
 
 def _fresh_head(features: int, hidden: int, dropout: float, seed: int) -> RankerHead:

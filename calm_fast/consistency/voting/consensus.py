@@ -13,7 +13,7 @@ from calm_fast.consistency.answers.gold import answer_text
 from calm_fast.consistency.answers.grouping import Groups
 from calm_fast.consistency.voting.samples import check_row
 from calm_fast.consistency.voting.weights import score_matrix, vote_weights
-from calm_fast.core.checks import bad_type
+from calm_fast.core.checks import bad_type, check_whole_text
 
 _CALLER = "SelfConsistency"
 
@@ -124,6 +124,8 @@ def new_questions(questions: Sequence[str], references: Sequence[str | None] | N
     wrong = next((pair for pair in enumerate(questions) if not isinstance(pair[1], str)), None)
     if wrong is not None:
         raise bad_type(_CALLER, f"questions[{wrong[0]}]", "a string", wrong[1])
+    for place, question in enumerate(questions):
+        check_whole_text(_CALLER, f"questions[{place}]", question)
     references = [None] * len(questions) if references is None else list(references)
     if len(references) != len(questions):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -164,7 +165,7 @@ class StreamAligner:
 
     def feed(self, b_id: int) -> list[int]:
         """Read one anchor token; return the augmenter ids that it adds, often none."""
-        self._state, ids = self.step(self._state, b_id)
+        self._state, ids = self.step(self._state, _token_id("b_id", b_id))
         return ids
 
     def flush(self) -> list[int]:
@@ -182,7 +183,9 @@ class StreamAligner:
         prompt_length: flush after so many tokens, as generation does after its prompt. None: no flush.
         hi[i]: number of augmenter ids that exist once the anchor's tokens 0..i were read.
         """
-        b_ids = [int(b_id) for b_id in b_ids]
+        if isinstance(b_ids, (str, bytes)) or not isinstance(b_ids, Iterable):
+            raise bad_type(WHERE, "b_ids", "token ids of the anchor", b_ids)
+        b_ids = [_token_id("b_ids", b_id) for b_id in b_ids]
         if prompt_length is not None and not 0 <= prompt_length <= len(b_ids):
             raise bad_value(WHERE, "prompt_length", f"from 0 to {len(b_ids)} or None", str(prompt_length))
         state, ids, hi = self.start(), [], []
@@ -225,3 +228,14 @@ class StreamAligner:
                 raise bad_type(WHERE, f"special[{key!r}]", 'a string ("" for nothing)', text)
             found[name] = text
         return found
+
+
+def _token_id(name: str, value: Any) -> int:
+    """Return one id of argument `name` as an int."""
+    try:
+        found = operator.index(value)
+    except TypeError:
+        raise bad_type(WHERE, name, "a token id of the anchor, an integer", value) from None
+    if found < 0:
+        raise bad_value(WHERE, name, "a token id of the anchor, from 0 on", str(found))
+    return found

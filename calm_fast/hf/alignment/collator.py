@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from calm_fast.core.chat_template import ARGUMENTS
-from calm_fast.core.checks import bad_type, bad_value, check_bool, describe
+from calm_fast.core.checks import bad_type, bad_value, check_bool, check_whole_text, describe
 from calm_fast.core.token_ids import padding_id, prompt_ids
 from calm_fast.hf.alignment.aligner import StreamAligner
 from calm_fast.hf.alignment.tokenizing import PieceTokenizer
@@ -175,6 +175,7 @@ class AlignedCollator:
         variables = self.template_variables if tools is None else {**self.template_variables, "tools": tools}
         template = functools.partial(self.tokenizer.apply_chat_template, **variables)
         whole = template(messages, tokenize=False)
+        check_whole_text(WHERE, "rows", whole)
         prompt = template(messages[:-1], tokenize=False, add_generation_prompt=True) if len(messages) > 1 else ""
         if not whole.startswith(prompt):
             got = "another one. Give the row as 'input_ids' with 'prompt_length'"
@@ -190,6 +191,7 @@ class AlignedCollator:
         """Return the ids of a text that goes on, as generation reads a prompt: its beginning once, and no end."""
         if not isinstance(text, str):
             raise bad_type(WHERE, "rows", "dicts of strings", text)
+        check_whole_text(WHERE, "rows", text)
         return prompt_ids(self.tokenizer, text)
 
     def _bare(self, text: str) -> list[int]:
@@ -203,6 +205,7 @@ class AlignedCollator:
         """
         if not isinstance(text, str):
             raise bad_type(WHERE, "rows", "dicts of strings", text)
+        check_whole_text(WHERE, "rows", text)
         if getattr(self.tokenizer, "backend_tokenizer", None) is None:
             return self._bare(text)
         pieces = self._piecewise()

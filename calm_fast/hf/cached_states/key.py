@@ -24,7 +24,7 @@ from calm_fast.hf.references import adapter_in, holds_shards
 from calm_fast.hf.vocabularies import loaded_tokenizer
 from calm_fast.hf.wrappers import inner_model
 
-FORMAT = 1
+FORMAT = 2  # 2: checksums of the states
 _SHOWN = 60  # characters of a value in an error
 
 

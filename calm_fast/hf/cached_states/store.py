@@ -10,6 +10,7 @@ and a shard holds, per augmenter i,
     states.i   (tokens, layers, DA)   all its texts one after the other; connected layers in ascending order
     digests.i  (texts, 16) uint8      the texts' names
     lengths.i  (texts,) int64         their tokens
+    sums.i     (texts,) int64         CRC-32 of each text's states, compared when a process first reads them
     order.i    (read,) int64          which text each row reads; equal rows share one
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,15 +62,23 @@ class Shard:
     """One memory-mapped file of states."""
 
     def __init__(self, file: Path) -> None:
+        self.file = file
         try:
             self._file = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as problem:
-            got = f"{file}, which cannot be read: {problem}. Delete the file and cache its states again"
-            raise bad_value(WHERE, "directory", "a folder of whole files", got) from problem
+            raise self.damaged(f"cannot be read: {problem}") from problem
 
     def tensor(self, name: str, augmenter: int) -> torch.Tensor:
         """Return a tensor of one augmenter, a view of the file."""
-        return self._file.get_tensor(f"{name}.{augmenter}")
+        try:
+            return self._file.get_tensor(f"{name}.{augmenter}")
+        except SafetensorError as problem:
+            raise self.damaged(f"cannot be read: {problem}") from problem
+
+    def damaged(self, what: str) -> ValueError:
+        """Return the error for a file that is not as it was written."""
+        got = f"{self.file}, which {what}. Delete the file and cache its states again"
+        return bad_value(WHERE, "directory", "a folder of whole files", got)
 
     def digests(self, augmenter: int) -> list[bytes]:
         """Return the names of the texts."""
@@ -76,31 +86,54 @@ class Shard:
 
     def read(self, augmenter: int) -> list[bytes]:
         """Return the name of what every row of the data set reads, in order."""
-        names = self.digests(augmenter)
-        return [names[text] for text in self.tensor("order", augmenter).tolist()]
+        names, order = self.digests(augmenter), self.tensor("order", augmenter).tolist()
+        if not all(0 <= text < len(names) for text in order):
+            raise self.damaged("is damaged: it names texts that it does not hold")
+        return [names[text] for text in order]
+
+    def lengths(self, augmenter: int) -> np.ndarray:
+        """Return the tokens of the texts, (texts,) int64."""
+        lengths = self.tensor("lengths", augmenter).numpy()
+        if (lengths < 0).any() or lengths.sum() != len(self.tensor("states", augmenter)):
+            raise self.damaged("is damaged: the lengths of its texts are not those of its states")
+        return lengths
+
+
+def checksum(states: torch.Tensor) -> int:
+    """Return the CRC-32 of the bytes of a text's states (tokens, layers, DA)."""
+    return zlib.crc32(states.contiguous().view(torch.uint8).numpy())
+
+
+class Place(NamedTuple):
+    """Where a text's states are, and their checksum."""
+
+    shard: int
+    begin: int
+    length: int
+    sum: int
 
 
 class _Index:
-    """Where every text of one augmenter is: (shard, first token, tokens) by name."""
+    """The place of every text of one augmenter, by name."""
 
     def __init__(self, shards: Iterable[tuple[int, Shard]], augmenter: int) -> None:
-        names, places = [np.empty((0, 2), np.uint64)], [np.empty((0, 3), np.int64)]
+        names, places = [np.empty((0, 2), np.uint64)], [np.empty((0, len(Place._fields)), np.int64)]
         for number, shard in shards:
-            lengths = shard.tensor("lengths", augmenter).numpy()
+            lengths = shard.lengths(augmenter)
             begin = lengths.cumsum() - lengths
             names.append(np.ascontiguousarray(shard.tensor("digests", augmenter).numpy()).view(np.uint64))
-            places.append(np.stack([np.full_like(lengths, number), begin, lengths], 1))
+            sums = shard.tensor("sums", augmenter).numpy()
+            places.append(np.stack([np.full_like(lengths, number), begin, lengths, sums], 1))
         both = np.concatenate(names)
         order = np.argsort(both[:, 0], kind="stable")
         self.names, self.places = both[order], np.concatenate(places)[order]
 
-    def find(self, name: bytes) -> tuple[int, int, int] | None:
+    def find(self, name: bytes) -> Place | None:
         first, second = np.frombuffer(name, np.uint64)
         place = int(np.searchsorted(self.names[:, 0], first))
         while place < len(self.names) and self.names[place, 0] == first:
             if self.names[place, 1] == second:
-                shard, begin, length = self.places[place].tolist()
-                return shard, begin, length
+                return Place(*self.places[place].tolist())
             place += 1
         return None
 
@@ -144,9 +177,10 @@ class AugmenterStateCache:
         self.collator_key = key["collator"]
         self._shards: dict[int, Shard] = {}
         self._indices: list[_Index] | None = None
+        self._verified: set[tuple[int, Place]] = set()  # (augmenter, place)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": {}}
+        return self.__dict__ | {"_shards": {}, "_verified": set()}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,23 +211,33 @@ class AugmenterStateCache:
     def states(self, batch: Mapping[str, Any]) -> list[torch.Tensor]:
         """Return `augmenter_hidden_states` for a batch: per augmenter (B, layers, N, DA), zero where no text is.
 
-        Raises ValueError for a text that is not in the cache, and as `texts_of` does.
+        Raises ValueError for a text that is not in the cache or whose states are not as they were written, and as
+        `texts_of` does.
         """
         found = []
         for index, texts in enumerate(texts_of(batch, self.readings, WHERE)):
             places = [self._place(index, ids) for ids in texts.ids]
             rows, width = texts.shape
-            width = max((length for *_, length in places), default=0) if width is None else width
+            width = max((place.length for place in places), default=0) if width is None else width
             out = torch.zeros(rows, len(self.layers[index]), width, self._widths[index], dtype=self.dtype)
-            for (row, slot), (shard, begin, length) in zip(texts.places, places, strict=True):
-                kept = self._shard(shard).tensor("states", index)[begin : begin + length]
-                out[row, :, slot : slot + length] = kept.transpose(0, 1)
+            for (row, slot), place in zip(texts.places, places, strict=True):
+                out[row, :, slot : slot + place.length] = self._kept(index, place).transpose(0, 1)
             found.append(out)
         return found
 
-    def _place(self, index: int, ids: Sequence[int]) -> tuple[int, int, int]:
+    def _kept(self, index: int, place: Place) -> torch.Tensor:
+        """Return the states (tokens, layers, DA) of the text at `place`, a view of the file."""
+        shard = self._shard(place.shard)
+        kept = shard.tensor("states", index)[place.begin : place.begin + place.length]
+        if place.length and (index, place) not in self._verified:
+            if checksum(kept) != place.sum:
+                raise shard.damaged("is damaged: the checksum of a text's states differs")
+            self._verified.add((index, place))
+        return kept
+
+    def _place(self, index: int, ids: Sequence[int]) -> Place:
         if not ids:
-            return 0, 0, 0
+            return Place(0, 0, 0, 0)
         if self._indices is None:
             self.open()
         assert self._indices is not None

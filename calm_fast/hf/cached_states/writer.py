@@ -24,6 +24,7 @@ from calm_fast.hf.cached_states.store import (
     Shard,
     Split,
     check_key,
+    checksum,
     read_key,
     shard_file,
     write_key,
@@ -188,6 +189,7 @@ def _one_shard(
         tensors[f"states.{index}"] = torch.cat([*found.values()])
         tensors[f"digests.{index}"] = torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8).view(-1, DIGEST)
         tensors[f"lengths.{index}"] = torch.tensor([len(state) for state in found.values()])
+        tensors[f"sums.{index}"] = torch.tensor([checksum(state) for state in found.values()])
         tensors[f"order.{index}"] = torch.tensor(order)
     with atomic_path(file) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})

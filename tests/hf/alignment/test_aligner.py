@@ -9,6 +9,7 @@ import random
 import unicodedata
 
 import pytest
+import torch
 from many_tokenizers import KINDS, LOSSLESS, TEXTS, random_ids, random_text, tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -185,3 +186,21 @@ def test_unicode_normal_forms_wait_for_marks() -> None:
     row = tokenizer("gpt2").encode("cafe\u0301 e\u0301").ids
     ids, _ = one.align(row, len(row))
     assert tokenizer("llama3").decode(ids) == unicodedata.normalize("NFC", "cafe\u0301 e\u0301")
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (lambda one: one.feed(-1), ValueError, "`b_id` must be a token id of the anchor, from 0 on, got -1"),
+        (lambda one: one.feed("a"), TypeError, "`b_id` must be a token id of the anchor, an integer, got str 'a'"),
+        (lambda one: one.align("text"), TypeError, "`b_ids` must be token ids of the anchor, got str 'text'"),
+        (lambda one: one.align(None), TypeError, "`b_ids` must be token ids of the anchor, got NoneType None"),
+        (lambda one: one.align([3, 1.0]), TypeError, "`b_ids` must be a token id of the anchor, an integer, got float"),
+        (lambda one: one.align([3, -7]), ValueError, "`b_ids` must be a token id of the anchor, from 0 on, got -7"),
+    ],
+)
+def test_what_is_no_token_id_is_named(call, kind: type[Exception], words: str) -> None:
+    one = StreamAligner(tokenizer("gpt2"), tokenizer("gemma"))
+    with pytest.raises(kind, match=f"^StreamAligner: {words}"):
+        call(one)
+    assert one.feed(torch.tensor(5)) == StreamAligner(tokenizer("gpt2"), tokenizer("gemma")).feed(5)
