@@ -244,7 +244,7 @@ def _dual_lora_problem(part: str, r: int, tokens: int, width: int, h: int) -> Pr
     def default(arch: int) -> LaunchConfig:
         from calm_fast.kernels.dual_lora.configs import TABLES, table_size
 
-        return TABLES[part].default(arch, HALF, table_size(tokens, r))
+        return TABLES[part].default(arch, HALF, table_size(tokens, r, gated=part == "update"))
 
     def prepare(device: torch.device) -> Run:
         from calm_fast.kernels.dual_lora import launch as kernels

@@ -27,8 +27,8 @@ _FEW, _MANY = 1, 8192  # tokens
 _ARCH = 80  # the defaults are the same on every architecture
 
 
-def _config(table: ConfigTable[str, Config], dtype: torch.dtype, tokens: int, k: int) -> Config:
-    return table.default(_ARCH, dtype, table_size(tokens, k))
+def _config(table: ConfigTable[str, Config], dtype: torch.dtype, tokens: int, k: int, gated: bool = False) -> Config:
+    return table.default(_ARCH, dtype, table_size(tokens, k, gated))
 
 
 def _spec(
@@ -59,7 +59,9 @@ def codegen_specs() -> list[CodegenSpec]:
         for r in (16, 512):
             options = {"R": r, "R_POS": r // 2, "BLOCK_R": block_r(r // 2, dtype, False)}
             config = _config(MIX, dtype, _MANY, r)
-            specs.append(_spec(f"mix_r{r}", _dual_lora_mix_kernel, dtype, options, config, True))
+            # tiles of 32 tokens are too small for warpgroup instructions
+            core: bool | str = "warp" if config.block_tokens < 64 else True
+            specs.append(_spec(f"mix_r{r}", _dual_lora_mix_kernel, dtype, options, config, core))
             config = _config(GELU_BWD, dtype, _MANY, r)
             specs.append(_spec(f"gelu_bwd_r{r}", _dual_lora_gelu_bwd_kernel, dtype, options, config, "warp"))
             gate = _config(GATE_BWD, dtype, _MANY, r)
@@ -85,7 +87,7 @@ def _update_specs(dtype: torch.dtype) -> list[CodegenSpec]:
         # tiles of 16 tokens are too small for warpgroup instructions
         core: bool | str = "warp" if tokens == _FEW else True
         name = f"update_r{r}" + ("_decode" if tokens == _FEW else "")
-        config = _config(UPDATE, dtype, tokens, r)
+        config = _config(UPDATE, dtype, tokens, r, gated=True)
         specs.append(_spec(name, _dual_lora_update_kernel, dtype, options, config, core))
         if (r, tokens) == (16, _MANY):
             alone = options | {"HAS_Y": False, "y_ptr": None}

@@ -46,17 +46,31 @@ def gate_tile(block_tokens: int, num_warps: int, num_stages: int) -> GateConfig:
 # programs), "shallow" and "deep" products.
 _FEW = 16  # tokens
 _SHALLOW = 128  # depth of the products
-_UPDATE = {"few": tile(16, 64, 4, 2), "shallow": tile(64, 128, 4, 2), "deep": tile(64, 64, 4, 2)}
+# A deep product of the gated mix has its left operand in registers. In a pipeline Triton 3.6 waits after every one of
+# its instructions on sm_90; three blocks on a multiprocessor hide the loads as well.
+_UPDATE = {
+    "few": tile(16, 64, 4, 2),
+    "shallow": tile(64, 128, 4, 2),
+    "deep": tile(64, 64, 4, 2),
+    "deep gated": tile(64, 64, 4, 1),
+}
 UPDATE = ConfigTable(
     "dual_lora",
     "update",
     {
         **dict.fromkeys(TENSOR_CORE_TARGETS, _UPDATE),
-        "float32": {"few": tile(16, 64, 4, 2), "shallow": tile(64, 64, 8, 2), "deep": tile(64, 64, 8, 2)},
+        "float32": {
+            "few": tile(16, 64, 4, 2),
+            "shallow": tile(64, 64, 8, 1),
+            "deep": tile(64, 64, 8, 1),
+            "deep gated": tile(64, 64, 8, 2),
+        },
     },
     interpreter=tile(16, 32, 4, 1),
 )
-_MIX = {"few": tile(16, 64, 4, 2), "shallow": tile(64, 64, 4, 2), "deep": tile(64, 64, 4, 2)}
+# Shallow, the mix is bound by the bytes of u and mix, and more blocks fit with 32 rows. Its two products take 64 rows on
+# sm_90 only with a wait that ptxas inserts (Triton 3.6, C7519).
+_MIX = {"few": tile(16, 64, 4, 2), "shallow": tile(32, 64, 4, 2), "deep": tile(64, 64, 4, 2)}
 MIX = ConfigTable(
     "dual_lora",
     "mix",
@@ -111,6 +125,9 @@ def block_r(r: int, dtype: torch.dtype, interpreted: bool) -> int:
     return min(32 if dtype == torch.float32 else 64, padded(r))
 
 
-def table_size(tokens: int, k: int) -> str:
-    """Return the size, in the tables, of a number of tokens and a depth k of the products."""
-    return "few" if tokens <= _FEW else "shallow" if k <= _SHALLOW else "deep"
+def table_size(tokens: int, k: int, gated: bool = False) -> str:
+    """Return the size, in the tables, of a number of tokens and a depth k of the products.
+
+    gated: the rank update that makes its left operand of z and the gate.
+    """
+    return "few" if tokens <= _FEW else "shallow" if k <= _SHALLOW else "deep gated" if gated else "deep"

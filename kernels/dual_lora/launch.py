@@ -39,10 +39,10 @@ __all__ = [
 _INTERPRETED = interpreted(_dual_lora_update_kernel)
 
 
-def _config(table: ConfigTable[str, Config], like: torch.Tensor, k: int, n: int) -> Config:
+def _config(table: ConfigTable[str, Config], like: torch.Tensor, k: int, n: int, gated: bool = False) -> Config:
     """Return the config of a kernel: tokens, dtype and device are those of `like`; k: depth, n: columns."""
     tokens = like.shape[0]
-    size, shape = table_size(tokens, k), {"T": tokens, "N": n}
+    size, shape = table_size(tokens, k, gated), {"T": tokens, "N": n}
     return table.pick(like.device, like.dtype, size, padded(k), shape, _INTERPRETED)
 
 
@@ -57,7 +57,7 @@ def _update(
     a, w = addressable(a), addressable(w)
     y = None if y is None else addressable(y)
     k = w.shape[1]
-    config = config or _config(UPDATE, out, k, n)
+    config = config or _config(UPDATE, out, k, n, gated)
     row_tiles, col_tiles = triton.cdiv(tokens, config.block_tokens), triton.cdiv(n, config.block_columns)
     # a program keeps its mix for several columns of tiles, as long as every multiprocessor still has work
     parts = min(col_tiles, triton.cdiv(programs_wanted(out.device, _INTERPRETED), row_tiles))

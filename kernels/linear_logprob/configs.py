@@ -26,7 +26,7 @@ SWEEP = ConfigTable(
     {
         "sm_80": {"plain": sweep_tile(128, 128, 8, 3), "full": sweep_tile(128, 64, 8, 3)},
         "sm_90": {"plain": sweep_tile(128, 256, 8, 3), "full": sweep_tile(128, 64, 8, 3)},
-        "sm_100": {"plain": sweep_tile(128, 128, 8, 4), "full": sweep_tile(128, 64, 8, 3)},
+        "sm_100": {"plain": sweep_tile(128, 128, 8, 4), "full": sweep_tile(128, 64, 4, 3)},
         "float32": {"plain": sweep_tile(16, 32, 4, 1), "full": sweep_tile(16, 32, 4, 1)},
     },
     interpreter=sweep_tile(16, 32, 4, 1, split_v=64),
