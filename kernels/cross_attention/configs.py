@@ -124,7 +124,7 @@ FWD = ConfigTable(
         "float32": {
             64: attention_tile(32, 32, 8, 1),
             128: attention_tile(16, 16, 8, 1),
-            256: attention_tile(16, 32, 8, 1),
+            256: attention_tile(16, 16, 16, 1),
         },
     },
     interpreter=attention_tile(16, 32, 4, 1),
@@ -167,7 +167,7 @@ DKDV = ConfigTable(
             256: attention_tile(64, 64, 4, 2),
         },
         "sm_100": {
-            64: attention_tile(64, 128, 8, 2),
+            64: attention_tile(64, 64, 4, 2),
             128: attention_tile(64, 64, 8, 1),
             256: attention_tile(32, 32, 8, 2),
         },
@@ -201,11 +201,11 @@ DQ = ConfigTable(
         "sm_100": {
             64: attention_tile(128, 64, 8, 2),
             128: attention_tile(128, 64, 8, 1),
-            256: attention_tile(32, 32, 8, 1),
+            256: attention_tile(32, 32, 8, 2),
         },
         "float32": {
             64: attention_tile(16, 16, 4, 1),
-            128: attention_tile(16, 16, 8, 1),
+            128: attention_tile(16, 16, 4, 1),
             256: attention_tile(16, 16, 4, 1),
         },
     },

@@ -111,7 +111,7 @@ def attend_blocks(
 
 @triton.jit
 def repair(
-    row_max,
+    lse2,
     q,
     k_base,
     v_base,
@@ -130,7 +130,7 @@ def repair(
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Return `acc` of the final row_max for keys [first, last), with NaN only in rows that see a NaN or Inf.
+    """Return the outputs of rows with this log-sum-exp (log2 units), with NaN only in rows that see a NaN or Inf.
 
     A hidden weight is 0, but 0 * NaN is NaN: NaN and Inf of values become 0, and weights that see one become NaN.
     """
@@ -141,11 +141,11 @@ def repair(
         # scores
         k = load_rows(k_base, start, stride_kn, N, D, KEYS, BLOCK_D, True)
         scores = matmul(q, tl.trans(k), PRECISION, INTERPRET)
-        # weights: the maximum is final, so nothing is rescaled
+        # weights: the sum is known, so nothing is rescaled or divided
         v = load_rows(v_base, start, stride_vn, N, D, KEYS, BLOCK_D, True)
         wide = v.to(tl.float32)
         excess = tl.sum(wide - wide, 1)  # 0, or NaN
-        p = tl.exp2(scores * scale_log2 - row_max[:, None]) + excess[None, :]
+        p = tl.exp2(scores * scale_log2 - lse2[:, None]) + excess[None, :]
         keys = start + tl.arange(0, KEYS)
         p = tl.where(sees(lo[:, None], hi[:, None], keys[None, :], HAS_LO), p, 0.0)
         # accumulate
@@ -267,9 +267,8 @@ def _cross_attention_fwd_kernel(
         again = (total - total != 0.0) & (row_sum == row_sum)
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(inside & ~again)[:, None] & columns)
         if tl.max(again.to(tl.int32), 0) != 0:
-            acc = repair(
-                row_max, q, k_base, v_base, stride_kn, stride_vn, lo, hi, first, last,
+            out = repair(
+                row_max + tl.log2(row_sum), q, k_base, v_base, stride_kn, stride_vn, lo, hi, first, last,
                 scale_log2, N, D, BLOCK_M, BLOCK_D, HAS_LO, PRECISION, INTERPRET,
             )  # fmt: skip
-            out = acc / row_sum[:, None]
             tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(inside & again)[:, None] & columns)
