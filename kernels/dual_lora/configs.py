@@ -68,8 +68,8 @@ UPDATE = ConfigTable(
     },
     interpreter=tile(16, 32, 4, 1),
 )
-# Shallow, the mix is bound by the bytes of u and mix, and more blocks fit with 32 rows. Its two products take 64 rows on
-# sm_90 only with a wait that ptxas inserts (Triton 3.6, C7519).
+# Shallow, the mix is bound by the bytes of u and mix, and more blocks fit with 32 rows. With 64 rows on sm_90 ptxas
+# inserts a wait before its two products (Triton 3.6, C7519).
 _MIX = {"few": tile(16, 64, 4, 2), "shallow": tile(32, 64, 4, 2), "deep": tile(64, 64, 4, 2)}
 MIX = ConfigTable(
     "dual_lora",
