@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from calm_fast.core.checks import bad_type, bad_value, describe
+from calm_fast.core.checks import bad_type, bad_value
 
 
 def usable_device(where: str, device: Any) -> torch.device:
@@ -22,4 +22,4 @@ def usable_device(where: str, device: Any) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as problem:  # AssertionError: torch without CUDA
         reason = str(problem).splitlines()[0]
-        raise bad_value(where, "device", "one that torch can use here", f"{describe(device)}: {reason}") from problem
+        raise bad_value(where, "device", "one that torch can use here", f"{str(device)!r}: {reason}") from problem

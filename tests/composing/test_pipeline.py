@@ -273,7 +273,7 @@ def test_greedy_text_is_that_of_generate_and_sampling_follows_the_seed(rows, anc
         generate_text(out, "x", temperature=-1.0, say=quiet)
     with pytest.raises(ValueError, match="generate: `prompt` must be text, got half a character"):
         generate_text(out, "key \ud83d", say=quiet)
-    with pytest.raises(ValueError, match="generate: `device` must be one that torch can use here, got str 'gpu'"):
+    with pytest.raises(ValueError, match="generate: `device` must be one that torch can use here, got 'gpu'"):
         generate_text(out, "key", device="gpu", say=quiet)
     with pytest.raises(ValueError, match="eval: `device` must be one that torch can use here"):
         evaluate_folder(out, rows, device="gpu", progress=False, say=quiet)

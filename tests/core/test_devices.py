@@ -17,7 +17,7 @@ def test_none_takes_a_gpu_where_there_is_one() -> None:
 
 @pytest.mark.parametrize("wrong", ["gpu", "", "cuda:99", "cpu:x"])
 def test_a_device_that_torch_cannot_use_is_named(wrong: str) -> None:
-    words = re.escape(f"f: `device` must be one that torch can use here, got str {wrong!r}: ")
+    words = re.escape(f"f: `device` must be one that torch can use here, got {wrong!r}: ")
     with pytest.raises(ValueError, match=f"^{words}.+$"):
         usable_device("f", wrong)
 

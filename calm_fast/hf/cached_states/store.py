@@ -101,7 +101,7 @@ class Shard:
 
 def checksum(states: torch.Tensor) -> int:
     """Return the CRC-32 of the bytes of a text's states (tokens, layers, DA)."""
-    return zlib.crc32(states.contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(states.contiguous().view(torch.uint8).numpy().data)
 
 
 class Place(NamedTuple):
