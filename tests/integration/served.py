@@ -45,7 +45,7 @@ def trained(model: Any) -> Any:
     torch.manual_seed(7)
     for connection in model.connections:
         torch.nn.init.normal_(connection.o_proj.weight, std=0.3)
-    model.generation_config.eos_token_id = model.config.vocab_size - 1  # hardly ever drawn: samples have full length
+    model.generation_config.eos_token_id = model.config.vocab_size - 1  # samples have full length
     return model.eval()
 
 
@@ -64,5 +64,7 @@ def composition(folder: Path, other: bool = False) -> tuple[Any, Any]:
     model = trained(compose(str(parts[0]), str(parts[1]), connections="uniform:2"))
     # random models write bytes that are no text, which the server's streams leave out
     texts = ((i, tokenizer.decode([i])) for i in range(len(tokenizer)))
-    model.generation_config.suppress_tokens = [i for i, text in texts if not (text.isascii() and text.isprintable())]
+    hidden = {i for i, text in texts if not (text.isascii() and text.isprintable())}
+    # the end token too: two samples of 1,500 tokens ended within a second now and then
+    model.generation_config.suppress_tokens = sorted(hidden | {model.generation_config.eos_token_id})
     return model, tokenizer
