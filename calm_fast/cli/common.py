@@ -67,4 +67,4 @@ def check_device(device: str | None) -> None:
     try:
         usable_device("", device)
     except ValueError as problem:
-        raise typer.BadParameter(str(problem).partition("` ")[2], param_hint="--device") from problem
+        raise typer.BadParameter(str(problem).removeprefix(": `device` "), param_hint="--device") from problem

@@ -127,10 +127,17 @@ def check_finite_number(where: str, name: str, value: Any) -> None:
         raise bad_value(where, name, "finite", str(value))
 
 
-def check_whole_text(where: str, name: str, text: str) -> None:
-    """Raise ValueError if a string holds half a character, as JSON can, which no tokenizer takes."""
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise bad_value(where, name, "text", "half a character (one of \\ud800 to \\udfff)")
+def check_whole_text(where: str, name: str, text: Any) -> None:
+    """Raise TypeError unless `text` is a string, ValueError if it holds half a character, as JSON can.
+
+    No tokenizer takes half a character.
+    """
+    if not isinstance(text, str):
+        raise bad_type(where, name, "a string", text)
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        raise bad_value(where, name, "text", "half a character (one of \\ud800 to \\udfff)") from problem
 
 
 def check_pair(where: str, name: str, value: Any, halves: str) -> tuple[float, float]:

@@ -11,8 +11,8 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Least and most columns of one task, and how many tasks there are in between.
-constexpr int64_t kLeastSplit = 512, kMostSplit = 2048, kSplits = 32;
+// Least and most columns of one task, and about how many tasks there are in between. Each task has memory of its own.
+constexpr int64_t kLeastSplit = 512, kMostSplit = 2048, kSplits = 24;
 // Columns of the vocabulary per product with logit gradients: their packed weights fit into an L1 cache.
 constexpr int64_t kDepth = 512;
 

@@ -45,7 +45,7 @@ def trained(model: Any) -> Any:
     torch.manual_seed(7)
     for connection in model.connections:
         torch.nn.init.normal_(connection.o_proj.weight, std=0.3)
-    model.generation_config.eos_token_id = model.config.vocab_size - 1  # samples have full length
+    model.generation_config.eos_token_id = model.config.vocab_size - 1
     return model.eval()
 
 

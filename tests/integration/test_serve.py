@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from served import NAME, composition, running
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from served import NAME, composition, running  # noqa: E402
 
 PROMPT = "key 1 2 opens"
 CHAT = [{"role": "system", "content": "doors"}, {"role": "user", "content": [{"type": "text", "text": PROMPT}]}]

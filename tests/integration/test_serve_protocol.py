@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,14 +12,11 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+from served import NAME, running
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("openai")
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from served import NAME, running  # noqa: E402
 
 CHAT, TEXT = "chat/completions", "completions"
 ASKED: dict[str, Any] = {"model": NAME, "max_tokens": 6, "temperature": 0}

@@ -121,9 +121,6 @@ def new_questions(questions: Sequence[str], references: Sequence[str | None] | N
     sized = hasattr(questions, "__len__") and hasattr(questions, "__iter__")
     if isinstance(questions, (str, Mapping)) or not sized:
         raise bad_type(_CALLER, "questions", "a sequence of strings", questions)
-    wrong = next((pair for pair in enumerate(questions) if not isinstance(pair[1], str)), None)
-    if wrong is not None:
-        raise bad_type(_CALLER, f"questions[{wrong[0]}]", "a string", wrong[1])
     for place, question in enumerate(questions):
         check_whole_text(_CALLER, f"questions[{place}]", question)
     references = [None] * len(questions) if references is None else list(references)

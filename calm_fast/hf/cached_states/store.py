@@ -10,7 +10,7 @@ and a shard holds, per augmenter i,
     states.i   (tokens, layers, DA)   all its texts one after the other; connected layers in ascending order
     digests.i  (texts, 16) uint8      the texts' names
     lengths.i  (texts,) int64         their tokens
-    sums.i     (texts,) int64         CRC-32 of each text's states, compared when a process first reads them
+    sums.i     (texts,) int64         CRC-32 of each text's states, compared when they are first read
     order.i    (read,) int64          which text each row reads; equal rows share one
 """
 
@@ -91,33 +91,38 @@ class Shard:
             raise self.damaged("is damaged: it names texts that it does not hold")
         return [names[text] for text in order]
 
+    def tokens(self, augmenter: int) -> int:
+        """Return the number of tokens whose states the file holds."""
+        return int(self.tensor("states", augmenter).shape[0])
+
     def lengths(self, augmenter: int) -> np.ndarray:
-        """Return the tokens of the texts, (texts,) int64."""
+        """Return the tokens of the texts, (texts,) int64. Raises ValueError if they are not those of the states."""
         lengths = self.tensor("lengths", augmenter).numpy()
-        if (lengths < 0).any() or lengths.sum() != len(self.tensor("states", augmenter)):
+        if (lengths < 0).any() or lengths.sum() != self.tokens(augmenter):
             raise self.damaged("is damaged: the lengths of its texts are not those of its states")
         return lengths
 
 
 def checksum(states: torch.Tensor) -> int:
-    """Return the CRC-32 of the bytes of a text's states (tokens, layers, DA)."""
+    """Return the CRC-32 of the bytes of a text's states (tokens, layers, DA), any dtype, on a CPU."""
     return zlib.crc32(states.contiguous().view(torch.uint8).numpy().data)
 
 
 class Place(NamedTuple):
-    """Where a text's states are, and their checksum."""
+    """Where a text's states are, their checksum, and the text's row in its index."""
 
     shard: int
     begin: int
     length: int
     sum: int
+    row: int
 
 
 class _Index:
-    """The place of every text of one augmenter, by name."""
+    """The place of every text of one augmenter, by name, and whether its checksum was compared."""
 
     def __init__(self, shards: Iterable[tuple[int, Shard]], augmenter: int) -> None:
-        names, places = [np.empty((0, 2), np.uint64)], [np.empty((0, len(Place._fields)), np.int64)]
+        names, places = [np.empty((0, 2), np.uint64)], [np.empty((0, 4), np.int64)]
         for number, shard in shards:
             lengths = shard.lengths(augmenter)
             begin = lengths.cumsum() - lengths
@@ -127,14 +132,16 @@ class _Index:
         both = np.concatenate(names)
         order = np.argsort(both[:, 0], kind="stable")
         self.names, self.places = both[order], np.concatenate(places)[order]
+        self.compared = np.zeros(len(both), bool)
 
     def find(self, name: bytes) -> Place | None:
         first, second = np.frombuffer(name, np.uint64)
-        place = int(np.searchsorted(self.names[:, 0], first))
-        while place < len(self.names) and self.names[place, 0] == first:
-            if self.names[place, 1] == second:
-                return Place(*self.places[place].tolist())
-            place += 1
+        row = int(np.searchsorted(self.names[:, 0], first))
+        while row < len(self.names) and self.names[row, 0] == first:
+            if self.names[row, 1] == second:
+                shard, begin, length, own_sum = self.places[row].tolist()
+                return Place(shard, begin, length, own_sum, row)
+            row += 1
         return None
 
 
@@ -177,10 +184,9 @@ class AugmenterStateCache:
         self.collator_key = key["collator"]
         self._shards: dict[int, Shard] = {}
         self._indices: list[_Index] | None = None
-        self._verified: set[tuple[int, Place]] = set()  # (augmenter, place)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": {}, "_verified": set()}
+        return self.__dict__ | {"_shards": {}}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -229,15 +235,17 @@ class AugmenterStateCache:
         """Return the states (tokens, layers, DA) of the text at `place`, a view of the file."""
         shard = self._shard(place.shard)
         kept = shard.tensor("states", index)[place.begin : place.begin + place.length]
-        if place.length and (index, place) not in self._verified:
-            if checksum(kept) != place.sum:
+        if place.length:
+            assert self._indices is not None  # it has found the place
+            compared = self._indices[index].compared
+            if not compared[place.row] and checksum(kept) != place.sum:
                 raise shard.damaged("is damaged: the checksum of a text's states differs")
-            self._verified.add((index, place))
+            compared[place.row] = True
         return kept
 
     def _place(self, index: int, ids: Sequence[int]) -> Place:
         if not ids:
-            return Place(0, 0, 0, 0)
+            return Place(0, 0, 0, 0, 0)
         if self._indices is None:
             self.open()
         assert self._indices is not None
