@@ -20,6 +20,7 @@ from calm_fast.hf.hooks import Checkpoint, Frame, install
 from calm_fast.hf.inputs import WHERE, AugmenterCall, Signature, Tokens, check_vocabulary
 from calm_fast.hf.introspection import CompositionIntrospection
 from calm_fast.hf.layers import device_of, find_layers, headless_path, hidden_size, submodule, truncated_view
+from calm_fast.hf.quantised import keep_4bit_layout
 from calm_fast.hf.reading import read_augmenters
 from calm_fast.hf.saving import CompositionFiles
 from calm_fast.hf.training import CompositionTraining
@@ -83,7 +84,8 @@ class Composition(CompositionIntrospection, CompositionFiles, CompositionTrainin
         named = zip(augmenters, config.augmenter_layers, strict=True)
         found = [find_layers(model, path, where=self.where, argument="augmenter_layers") for model, path in named]
         config.augmenter_layers = [path for path, _ in found]
-        for model in (anchor, *augmenters):
+        for argument, model in (("anchor", anchor), *(("augmenters", model) for model in augmenters)):
+            keep_4bit_layout(self.where, argument, model)
             model.requires_grad_(False).eval()
         self.anchor = anchor
         views = [

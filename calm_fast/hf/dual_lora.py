@@ -20,6 +20,7 @@ from calm_fast.core.prompt_record import set_prompt_record
 from calm_fast.hf.adapters import LoraFactors, read_adapter
 from calm_fast.hf.dual_lora_targets import conv1d_sizes, find_targets, layer_device
 from calm_fast.hf.peft_config import FIELDS
+from calm_fast.hf.quantised import keep_4bit_layout
 from calm_fast.hf.saving import CompositionFiles
 from calm_fast.hf.wrappers import distribution, inner_model, own_modules, own_path, replace_module
 from calm_fast.modules.dual_lora import (
@@ -130,6 +131,7 @@ def check_addable(where: str, model: nn.Module) -> None:
         raise bad_value(
             where, "model", "one that is not distributed yet", f"one under {by}; add dual LoRA first, then distribute"
         )
+    keep_4bit_layout(where, "model", model)
 
 
 def make_layer(where: str, path: str, base: nn.Module, settings: dict[str, Any]) -> DualLoRALinear:

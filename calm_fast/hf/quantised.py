@@ -35,6 +35,30 @@ def is_quantised(model: nn.Module) -> bool:
     return getattr(model, "hf_quantizer", None) is not None or bool(quantised_weight(model))
 
 
+def keep_4bit_layout(where: str, argument: str, model: nn.Module) -> None:
+    """Keep bitsandbytes from rewriting the 4-bit weights of `model` at their first evaluation on a CPU.
+
+    On CPUs with bfloat16 instructions a layer in eval mode moves its weights to another layout, and they stay there:
+    scales are rounded to bfloat16, the product has no gradient any more, and the state dict has other values. A part
+    of a composition is always in eval mode, also while the connections train.
+
+    Raises:
+        ValueError: weights have been moved already.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "support_avx512bf16_for_cpu")}
+    for name, layer in layers.items():
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise bad_value(
+                where,
+                argument,
+                "a 4-bit model that has not been evaluated on this CPU",
+                f"one whose weights bitsandbytes has rounded for evaluation ({name}): no gradient passes through them. "
+                f"Load the model again, and call {where} before its first forward pass",
+            )
+    for layer in layers.values():
+        layer.support_avx512bf16_for_cpu = False
+
+
 def check_connections_train(where: str, connections: nn.ModuleList) -> None:
     """Raise ValueError if weights of a connection are quantised and do not train: a run would train its norms only.
 

@@ -95,8 +95,8 @@ def check_in_role(kind: str, role: str, folder: Path) -> None:
     """Check a composition whose `role` ("anchor", "augmenter") is quantised against that model alone."""
     model = quantised(kind, 0 if role == "anchor" else 1, folder)
     anchor, augmenter = (model, tiny(1)) if role == "anchor" else (tiny(0), model)
-    want = logits(anchor)
     untrained = compose(anchor, augmenter, [(0, 0), (1, 1)])
+    want = logits(anchor)  # after compose, which keeps 4-bit weights from being rounded at their first evaluation
     assert torch.equal(logits(untrained), want), "at init the composition is the anchor, bit for bit"
     with torch.no_grad():
         states = augmenter(IDS, output_hidden_states=True).hidden_states[1]
@@ -106,6 +106,7 @@ def check_in_role(kind: str, role: str, folder: Path) -> None:
     assert not torch.equal(logits(both), want)
     handle.remove()
     assert torch.equal(read[0], states), "the connection reads what the augmenter alone computes"
+    # a step after an evaluation, as in a training run
     both.train()(IDS, labels=IDS).loss.backward()
     for name, p in both.named_parameters():
         assert (p.grad is not None and bool(p.grad.any())) == name.startswith("connections."), name
@@ -119,10 +120,11 @@ def check_in_role(kind: str, role: str, folder: Path) -> None:
 
 def check_under_dual_lora(kind: str, folder: Path) -> None:
     """Check dual LoRA over a quantised base: the base at init, gradients of all that trains, files."""
-    model = quantised(kind, 0, folder)
-    want = logits(model)
+    model = add_dual_lora(quantised(kind, 0, folder), ("q_proj", "v_proj"), rank=3, gate_dim=4, value_dim=4)
+    got = logits(model)  # after add_dual_lora, which keeps 4-bit weights from being rounded at their first evaluation
+    want = logits(remove_dual_lora(model))
+    assert torch.equal(got, want)
     add_dual_lora(model, ("q_proj", "v_proj"), rank=3, gate_dim=4, value_dim=4)
-    assert torch.equal(logits(model), want)
     torch.manual_seed(1)
     for layer in dual_lora_layers(model).values():
         for p in layer.parameters(recurse=False):
