@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 
 from calm_fast._ops.vocabulary.decide import at_once
+from calm_fast._ops.vocabulary.products import multiply
 from calm_fast._ops.vocabulary.schedule import (
     HeadGradients,
     head_gradients,
     known_targets,
-    product,
     put,
     take,
     valid_rows,
@@ -70,7 +70,7 @@ def linear_logprob_native_fwd(
     """Score the tokens that are not ignored; arguments and results as in `linear_logprob_torch_fwd`."""
     tokens, bias = targets.shape[0], None if bias is None else bias.float().contiguous()
     if at_once(_OP, hidden, weight, keep_logits):
-        logits = product(hidden, weight)
+        logits = multiply(hidden, weight.T)
         results = torch.ops.calm_fast._linear_logprob_native_rows(
             logits, bias, targets.contiguous(), temperature, softcap, ignore_index, want_entropy, want_rank, False
         )
@@ -117,8 +117,8 @@ def linear_logprob_native_bwd(
             up, down, logits, bias, targets, norms.T.contiguous(), None if down is None else entropy, temperature,
             softcap,
         )  # fmt: skip
-        dhidden = put(rows, product(dlogits, weight.T), tokens) if needs[0] else weight.new_empty(0)
-        dweight = product(dlogits.T, hidden.T) if needs[1] else weight.new_empty(0)
+        dhidden = put(rows, multiply(dlogits, weight), tokens) if needs[0] else weight.new_empty(0)
+        dweight = multiply(dlogits.T, hidden) if needs[1] else weight.new_empty(0)
         dbias = dlogits.sum(dim=0, dtype=torch.float32).to(weight.dtype) if needs[2] else weight.new_empty(0)
         return dhidden, dweight, dbias
     known = known_targets(targets, weight.shape[0])

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from calm_fast._ops.vocabulary.products import multiply
 from calm_fast._ops.vocabulary.schedule import (
     HeadGradients,
     head_gradients,
     known_targets,
     nan_where_unknown,
-    product,
     put,
     take,
     valid_rows,
@@ -56,7 +56,7 @@ def _at_once(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logprob (t,) and norms (2, t) of few tokens, as `_sweep` does: one tile holds their logits."""
     vocabulary, scale = weight.shape[0], LOG2_E / temperature
-    z = product(hidden, weight).to(torch.promote_types(weight.dtype, torch.float32))
+    z = multiply(hidden, weight.T).to(torch.promote_types(weight.dtype, torch.float32))
     if bias is not None:
         z += bias
     z = softcap_(z, softcap)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from calm_fast._ops.linear_nce.schedule import Forward, combine, step
+from calm_fast._ops.vocabulary.products import exact_product
 from calm_fast._ops.vocabulary.schedule import (
     HeadGradients,
     head_gradients,
@@ -20,7 +21,6 @@ from calm_fast._ops.vocabulary.torch_impl import (
     LogitTiles,
     RunningSum,
     TargetLogits,
-    exact_product,
     powers,
     subtract_at_targets_,
 )

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from calm_fast._ops.vocabulary.products import multiply_into, wide_product
+
 # Elements of a chunk of logit gradients: 16 MiB in bfloat16 on a CPU, 128 MiB on a GPU, whose products need more rows
 # to amortise reading the weight.
 _CHUNK = 1 << 23
@@ -57,21 +59,6 @@ def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
 def within(block: slice, chunk: slice) -> slice:
     """Return where a block of tokens or columns lies relative to the start of its chunk."""
     return slice(block.start - chunk.start, block.stop - chunk.start)
-
-
-def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return a @ b, in float32 where torch offers that (16-bit inputs on a GPU), else in the inputs' dtype."""
-    if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b)
-
-
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return a @ b^T in the inputs' dtype, whatever autocast says."""
-    if torch.is_autocast_enabled(a.device.type):
-        with torch.autocast(a.device.type, enabled=False):
-            return torch.mm(a, b.T)
-    return torch.mm(a, b.T)
 
 
 def head_gradients(
@@ -143,9 +130,9 @@ class _Accumulators:
             if self.by_columns:
                 self.dhidden[rows] += wide_product(dlogits, self.weight[columns])
             else:
-                torch.mm(dlogits, self.weight[columns], out=self.dhidden[rows])
+                multiply_into(self.dhidden[rows], dlogits, self.weight[columns])
         if self.dweight is not None:
-            torch.mm(dlogits.T, self.hidden[rows], out=self.dweight[columns])
+            multiply_into(self.dweight[columns], dlogits.T, self.hidden[rows])
         if self.dbias is not None:
             self.dbias[columns] += dlogits.sum(dim=0, dtype=self.compute)
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from calm_fast._ops.vocabulary.schedule import blocks, nan_where_unknown, wide_product
+from calm_fast._ops.vocabulary.products import multiply_into
+from calm_fast._ops.vocabulary.schedule import blocks, nan_where_unknown
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -80,10 +81,11 @@ class LogitTiles:
             keep: (t, columns) in the inputs' dtype; receives the bare product, which `finish` takes later.
         """
         weight = self.weight[columns]
+        size = rows.shape[0] * weight.shape[0]
+        tile = self._tiles[stream][:size].view(rows.shape[0], weight.shape[0])
         if keep is None:
-            buffer = self._tiles[stream] if self._product is None else self._product
-            keep = buffer[: rows.shape[0] * weight.shape[0]].view(rows.shape[0], weight.shape[0])
-        return self.finish(torch.mm(rows, weight.T, out=keep), columns, stream)
+            keep = tile if self._product is None else self._product[:size].view(tile.shape)
+        return self.finish(multiply_into(keep, rows, weight.T, scratch=tile), columns, stream)
 
     def finish(self, product: torch.Tensor, columns: slice, stream: int = 0) -> torch.Tensor:
         """Return the tile of a product kept by `logits`, without multiplying again."""
@@ -198,14 +200,3 @@ def subtract_at_targets_(gradient: torch.Tensor, targets: torch.Tensor, amount: 
     inside = (local >= 0) & (local < gradient.shape[1])
     index = local.clamp(0, gradient.shape[1] - 1).unsqueeze(1)
     gradient.scatter_add_(1, index, torch.where(inside, -amount, 0.0).unsqueeze(1))
-
-
-def exact_product(dlogits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return dlogits (t, V) @ weight (V, d) in the compute dtype, rounded to 16 bits at most once."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float16:
-        return wide_product(dlogits, weight).to(torch.promote_types(weight.dtype, torch.float32))
-    # float16 cannot hold a sum beyond 65504, and CPUs multiply it more slowly than its float32 copy
-    out = dlogits.new_zeros((dlogits.shape[0], weight.shape[1]), dtype=torch.float32)
-    for c in blocks(0, weight.shape[0], _COLUMNS):
-        out.addmm_(dlogits[:, c].float(), weight[c].float())
-    return out
