@@ -15,6 +15,7 @@ from calm_fast._ops.dual_lora.linear import dual_lora_linear, joins_linear
 from calm_fast._ops.dual_lora.native import pack_folded, project_folded
 from calm_fast._ops.dual_lora.torch_impl import Folded, fold_dual_lora, negative_share
 from calm_fast.core.checks import bad_type, bad_value, check_finite_number
+from calm_fast.core.devices import product_dtype
 from calm_fast.modules.fixed_weights import PLAIN, FoldedWeights
 
 _NAME = "DualLoRALinear"
@@ -191,7 +192,8 @@ class DualLoRALinear(nn.Module):
             x: (..., d_in), any float dtype, on the parameters' device.
         Returns:
             (..., d_out) in the dtype of base(x). The LoRA part is computed in this dtype too, whatever the dtype of
-            the parameters. Under autocast, an nn.Linear as `base` returns autocast's dtype.
+            the parameters; in float32 for 16 bits on a CPU that has no products of them. Under autocast, an nn.Linear
+            as `base` returns autocast's dtype.
         Raises:
             TypeError, ValueError: x or base's output has a wrong width, dtype or device; the message names it.
         """
@@ -205,15 +207,16 @@ class DualLoRALinear(nn.Module):
         y = base(x)
         self._check_output(x, y)
         with torch.autocast(x.device.type, enabled=False):  # every cast below is explicit
-            x = x.to(y.dtype)
+            dtype, compute = y.dtype, product_dtype(y.device.type, y.dtype)
+            x, y = x.to(dtype).to(compute), y.to(compute)
             lora_x = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
             if self._mode != "mix":
-                return self._plain(x if lora_x is None else lora_x, y)
-            folded = self._fold(y.dtype)
+                return self._plain(x if lora_x is None else lora_x, y).to(dtype)
+            folded = self._fold(compute)
             zg = project_folded(x, folded, lora_x)
             if self.record_gates:
                 self._record(zg)
-            return dual_lora_folded(zg, y, folded, self.rank)
+            return dual_lora_folded(zg, y, folded, self.rank).to(dtype)
 
     def _joins(self, x: torch.Tensor, base: nn.Linear) -> bool:
         """Return True if `dual_lora_linear` may compute base(x) too: a plain product that nothing else observes."""
@@ -262,16 +265,18 @@ class DualLoRALinear(nn.Module):
     def _fold(self, dtype: torch.dtype) -> Folded:
         """Return the factors folded in the parameters' dtype and rounded once; kept inside `fixed_weights`."""
         factors = (self.lora_a_pos, self.lora_b_pos, self.lora_a_neg, self.lora_b_neg, self.gate_q, self.gate_k)
-        value, scaling = self.value, self.scaling
+        params, scaling = (*factors, *self.value), self.scaling
         activation = "none" if self.variant == "paper" else "gelu"
 
+        compute = product_dtype(self.gate_q.device.type, self.gate_q.dtype)
+
         def fold() -> Folded:
-            return fold_dual_lora(*factors, value, scaling, activation).to(dtype)
+            wide = [t.to(compute) for t in params]
+            return fold_dual_lora(*wide[:6], wide[6:], scaling, activation).to(dtype)
 
         def fold_to_keep() -> Folded:
             return pack_folded(fold())
 
-        params = (*factors, *value)
         if torch.compiler.is_compiling():
             traced = self._folded.get_traced(params, (dtype, scaling), fold)
             # a graph multiplies by `down` itself

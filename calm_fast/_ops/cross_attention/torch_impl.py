@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from calm_fast._ops.cross_attention.masked import masked_scores, masked_sum
 from calm_fast._ops.cross_attention.sealed import all_finite, seal
 from calm_fast.core.checks import readable
-from calm_fast.core.dispatch import FORWARD, active_transform
+from calm_fast.core.devices import product_dtype
+from calm_fast.core.dispatch import FORWARD, active_transform, autograd_records
 
 # query rows at a time of the explicit path: bounds its (rows, N) scores to a few MiB per head
 _LSE_ROWS = 256
@@ -234,6 +235,11 @@ def _with_lse(
     return torch.cat(outs, dim=2).to(q.dtype), torch.cat(lses, dim=2)
 
 
+def _trains_slowly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Return True if SDPA's backward pass follows in a dtype without products here; its forward pass has its own."""
+    return product_dtype(q.device.type, q.dtype) != q.dtype and autograd_records(q, k, v)
+
+
 def attend_plainly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
     """Return full or causal attention with the default scale: `cross_attention_torch` in a quarter of its calls.
 
@@ -241,7 +247,7 @@ def attend_plainly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bo
     gradients.
     """
     n = k.shape[1]
-    if n == 0 or (causal and not (q.shape[1] == n and all_finite(k, v))):
+    if n == 0 or (causal and not (q.shape[1] == n and all_finite(k, v))) or _trains_slowly(q, k, v):
         return cross_attention_torch(q, k, v, None, None, causal, q.shape[3] ** -0.5, False)[0]
     gqa = k.shape[2] != q.shape[2]
     query, key, value = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -262,6 +268,10 @@ def cross_attention_torch(
 
     return_lse=True takes the explicit path (float32 scores, a chunk of rows at a time), which is slower than SDPA.
     """
+    if _trains_slowly(q, k, v):
+        wide = (t.float() for t in (q, k, v))
+        out, lse = cross_attention_torch(*wide, lo, hi, causal, scale, return_lse)
+        return out.to(q.dtype), lse
     m, n = q.shape[1], k.shape[1]
     query, key, value = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, tokens, D), a view
     if n == 0:  # out is 0 and lse -inf whatever q holds, but both stay connected to q, k and v: gradients exist

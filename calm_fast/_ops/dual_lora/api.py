@@ -11,6 +11,7 @@ from calm_fast._ops.dual_lora.native import dual_lora_native, native_obstacle
 from calm_fast._ops.dual_lora.reference import dual_lora_reference
 from calm_fast._ops.dual_lora.torch_impl import Folded, dual_lora_torch, fold_dual_lora, project
 from calm_fast.core.checks import bad_type, bad_value, check_pair, check_tensor
+from calm_fast.core.devices import product_dtype
 from calm_fast.core.dispatch import (
     Decision,
     autograd_records,
@@ -75,8 +76,10 @@ def dual_lora(
     with torch.autocast(y.device.type, enabled=False):
         if decision.impl == "reference":
             return dual_lora_reference(x, y, *factors, value, pair, activation)
-        folded = fold_dual_lora(*factors, value, pair, activation)
-        return _apply(project(x, folded), y, folded, a_pos.shape[0], decision.impl)
+        compute = x.dtype if decision.impl == "triton" else product_dtype(x.device.type, x.dtype)
+        x, y, *cast = (t.to(compute) for t in (x, y, *factors, *value))
+        folded = fold_dual_lora(*cast[:6], cast[6:], pair, activation)
+        return _apply(project(x, folded), y, folded, a_pos.shape[0], decision.impl).to(a_pos.dtype)
 
 
 def decide(

@@ -1,15 +1,14 @@
 """torch's matrix products as the vocabulary's ops take them, whatever the dtype and the CPU.
 
-A CPU without 16-bit products is the reason for this file. torch multiplies there without vectors: bfloat16, 128 tokens,
-d 576, 16,384 columns of dlogits weight take 43 times as long as their float32 copies (AVX2). So these are multiplied
-as float32 copies of parts, which is also more exact: a result is rounded to 16 bits once.
+A CPU without 16-bit products is the reason for this file (`core.devices.product_dtype`). There float32 copies of parts
+are multiplied, which is also more exact: a result is rounded to 16 bits once.
 """
 
 from __future__ import annotations
 
-import functools
-
 import torch
+
+from calm_fast.core.devices import product_dtype
 
 # Elements of a float32 copy or of a float32 sum at a time: 1 MiB, which stay in a core's caches.
 _COPIED = 1 << 18
@@ -18,16 +17,8 @@ _COPIED = 1 << 18
 _FEW_ROWS = 2
 
 
-@functools.cache
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Return True if torch's library has products of a 16-bit dtype on this CPU, or does not say."""
-    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
-    says = getattr(torch.ops.mkldnn, name, None) if name else None
-    return says is None or bool(says())
-
-
 def _copies_pay(a: torch.Tensor) -> bool:
-    return a.device.type == "cpu" and a.shape[0] > _FEW_ROWS and not _multiplies(a.dtype)
+    return a.shape[0] > _FEW_ROWS and product_dtype(a.device.type, a.dtype) != a.dtype
 
 
 def _add_copies(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from calm_fast._ops.dual_lora.torch_impl import (
     project,
 )
 from calm_fast.core import native_library
+from calm_fast.core.devices import product_dtype
 
 pytestmark = pytest.mark.skipif(
     native_library.obstacle("dual_lora") is not None, reason=str(native_library.obstacle("dual_lora", "cpu"))
@@ -150,7 +151,9 @@ def test_kept_factors_are_packed_and_give_what_one_call_gives(form, dtype):
     tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
     if dtype != torch.float32:
-        assert packed.packed_down is None and torch.equal(out, expected)
+        assert packed.packed_down is None
+        # where this CPU has no products of the dtype, the public op and the module compute in float32
+        assert torch.equal(out, expected) or product_dtype("cpu", dtype) == torch.float32
 
 
 @pytest.mark.parametrize("form", ["released", "paper"])
