@@ -95,10 +95,11 @@ def decide(
 ) -> Decision:
     """Return the implementation that the same call of `linear_logprob` would run, and why. Raise the same errors.
 
-    "auto" picks native on a CPU and Triton on a GPU where they can run, else torch. Native has two forms: few logits
-    are one product of torch's (`vocabulary.decide.at_once`), others are swept. Beyond those few, "auto" on a CPU picks
-    torch without vector instructions, for 16-bit inputs where the CPU has matrix units, and for few tokens with a large
-    weight (float32: under 4; 16 bits: under 16, or 32 from width 2048; never where a CPU lacks their products).
+    "auto" picks native on a CPU and Triton on a GPU where they can run, else torch. Native has three forms: few logits
+    are one product of torch's (`vocabulary.decide.at_once`), more 16-bit ones on a CPU with matrix units are products
+    in tiles (`in_tiles`), others are swept. Beyond those few, "auto" on a CPU picks torch without vector instructions,
+    for ranks of 16-bit inputs where the CPU has matrix units, and for few tokens with a large weight (float32: under 4;
+    16 bits: under 16, or 32 from width 2048; never where a CPU lacks their products).
     """
     check_impl(_OP, impl)
     check_head(_OP, "hidden", hidden, weight, bias)
@@ -106,4 +107,4 @@ def decide(
     check_bool(_OP, "return_entropy", return_entropy)
     check_bool(_OP, "return_rank", return_rank)
     check_targets(_OP, targets, hidden, weight.shape[0], ignore_index)
-    return choose(_OP, impl, hidden, weight)
+    return choose(_OP, impl, hidden, weight, tiles=not return_rank)

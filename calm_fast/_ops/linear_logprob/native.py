@@ -1,7 +1,8 @@
 """linear_logprob in the compiled library; the products that consume logit gradients are torch's.
 
 Few logits (`at_once`) are one product of torch's; the library turns its rows into results, and later into gradients.
-All others are computed and summed by the library tile by tile.
+With matrix units torch multiplies tiles of more logits, and the library reads their rows (`tiles`); gradients are then
+those of the torch implementation. All others are computed and summed by the library tile by tile.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from calm_fast._ops.vocabulary.decide import at_once
+from calm_fast._ops.linear_logprob.tiles import score_tiles
+from calm_fast._ops.linear_logprob.torch_impl import linear_logprob_torch_bwd
+from calm_fast._ops.vocabulary.decide import at_once, in_tiles
 from calm_fast._ops.vocabulary.products import multiply
 from calm_fast._ops.vocabulary.schedule import (
     HeadGradients,
@@ -77,6 +80,11 @@ def linear_logprob_native_fwd(
         return *results, logits if keep_logits else logits.new_empty(0)
     rows = valid_rows(targets, ignore_index)
     hidden, targets = take(rows, hidden, targets.contiguous())
+    if in_tiles(_OP, hidden, weight) and not want_rank:
+        logprob, entropy, norms = score_tiles(hidden, weight, bias, targets, temperature, softcap, want_entropy)
+        entropy = put(rows, entropy, tokens) if want_entropy else entropy
+        norms = put(rows, norms.T, tokens).T.contiguous()
+        return put(rows, logprob, tokens), entropy, targets.new_empty(0), norms, hidden.new_empty(0)
     known = known_targets(targets, weight.shape[0])
     logprob, entropy, rank, norms = torch.ops.calm_fast._linear_logprob_native_fwd(
         hidden, weight, bias, targets * known, temperature, softcap, want_entropy, want_rank
@@ -106,6 +114,11 @@ def linear_logprob_native_bwd(
 ) -> HeadGradients:
     """Compute the gradients of hidden, weight and bias; arguments and results as in `linear_logprob_torch_bwd`."""
     tokens, rows = targets.shape[0], valid_rows(targets, ignore_index)
+    if not logits.numel() and in_tiles(_OP, hidden, weight):
+        return linear_logprob_torch_bwd(
+            dlogprob, dentropy, hidden, weight, bias, targets, norms, entropy, logits, temperature, softcap,
+            ignore_index, needs,
+        )  # fmt: skip
     up, hidden, targets, norms = take(rows, dlogprob.float().contiguous(), hidden, targets.contiguous(), norms.T)
     down = None
     if dentropy is not None:
