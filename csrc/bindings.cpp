@@ -42,6 +42,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(calm_fast, m) {
         " -> (Tensor norms, Tensor losses, Tensor references)");
   m.def("_linear_nce_native_dlogits(Tensor coefficients, Tensor student, Tensor nat, Tensor weight, Tensor? bias,"
         " Tensor targets, Tensor norms, float temperature, float? softcap, int first, Tensor(a!) out, int lane=-1) -> ()");
+  m.def("_linear_nce_native_rows(Tensor? student, Tensor nat, Tensor? neg, Tensor? bias, float temperature,"
+        " float? softcap, int lane=-1) -> Tensor");
+  m.def("_linear_nce_native_row_gradients(Tensor coefficients, Tensor(a!) student, Tensor nat, Tensor? bias,"
+        " Tensor targets, Tensor norms, float temperature, float? softcap, int lane=-1) -> ()");
   m.def("_linear_nce_native_gradient(Tensor coefficients, Tensor kept, Tensor references, Tensor weight, Tensor targets,"
         " Tensor norms, float temperature, float? softcap, int lane=-1) -> Tensor");
 }

@@ -105,11 +105,62 @@ Tensor linear_nce_gradient_cpu(
   return gradient;
 }
 
+// Returns logits (T, C) in rows whose columns are neighbours; `like`: another stream, whose shape and dtype they have.
+Matrix logits_of(const char* name, const Tensor& logits, const Matrix* like) {
+  const Matrix rows = matrix_of(kOp, name, logits, like ? like->columns : -1);
+  STD_TORCH_CHECK(
+      rows.columns > 0 && rows.column_stride == 1, kOp, ": `", name, "` must have columns that are neighbours, got shape ",
+      shape_text(logits), " and stride ", rows.column_stride);
+  STD_TORCH_CHECK(
+      !like || (rows.rows == like->rows && rows.type == like->type), kOp, ": `", name,
+      "` must have the shape and dtype of `nat`, got shape ", shape_text(logits), " and ",
+      dtype_name(logits.scalar_type()));
+  return rows;
+}
+
+// Returns the head of C columns without its weight.
+Head columns_of(
+    const Matrix& logits, const std::optional<Tensor>& bias, double temperature, std::optional<double> softcap) {
+  return numbers_of(kOp, Matrix{nullptr, logits.columns, 0, 0, 0, logits.type}, bias, temperature, softcap);
+}
+
+// Returns the sums (10, T) float64 of some columns' logits, before bias and softcap: see vocabulary.h.
+Tensor linear_nce_rows_cpu(
+    std::optional<Tensor> student, Tensor nat, std::optional<Tensor> neg, std::optional<Tensor> bias, double temperature,
+    std::optional<double> softcap, int64_t lane) {
+  const Matrix nats = logits_of("nat", nat, nullptr);
+  std::optional<Matrix> rows, negs;
+  if (student) rows = logits_of("student", *student, &nats);
+  if (neg) negs = logits_of("neg", *neg, &nats);
+  TorchHost host(nat);
+  Tensor sums = torch::stable::new_empty(nat, {kNceRowSums, nats.rows}, ScalarType::Double);
+  rows_nce(
+      choose_lane(kOp, lane), rows ? &*rows : nullptr, nats, negs ? &*negs : nullptr,
+      columns_of(nats, bias, temperature, softcap), static_cast<double*>(sums.mutable_data_ptr()), host);
+  return sums;
+}
+
+// Replaces the student's logits (T, C) by their gradients. targets (T,): relative to the first column; one outside
+// belongs to other columns.
+void linear_nce_row_gradients_cpu(
+    Tensor coefficients, Tensor student, Tensor nat, std::optional<Tensor> bias, Tensor targets, Tensor norms,
+    double temperature, std::optional<double> softcap, int64_t lane) {
+  const Matrix nats = logits_of("nat", nat, nullptr), rows = logits_of("student", student, &nats);
+  check_tensor(kOp, "targets", targets, {nats.rows}, ScalarType::Long);
+  TorchHost host(nat);
+  gradient_rows_nce(
+      choose_lane(kOp, lane), rows, nats, columns_of(nats, bias, temperature, softcap),
+      static_cast<const int64_t*>(targets.const_data_ptr()), gradient_of(coefficients, norms, nats.rows),
+      student.mutable_data_ptr(), rows.row_stride, host);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(calm_fast, CPU, m) {
   m.impl("_linear_nce_native_fwd", TORCH_BOX(&linear_nce_fwd_cpu));
   m.impl("_linear_nce_native_dlogits", TORCH_BOX(&linear_nce_dlogits_cpu));
+  m.impl("_linear_nce_native_rows", TORCH_BOX(&linear_nce_rows_cpu));
+  m.impl("_linear_nce_native_row_gradients", TORCH_BOX(&linear_nce_row_gradients_cpu));
   m.impl("_linear_nce_native_gradient", TORCH_BOX(&linear_nce_gradient_cpu));
 }
 

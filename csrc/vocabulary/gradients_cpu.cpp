@@ -161,4 +161,17 @@ void gradient_nce(
   }
 }
 
+void gradient_rows_nce(
+    Lane lane, const Matrix& student, const Matrix& nat, const Head& head, const int64_t* targets,
+    const NceGradient& in, void* out, int64_t stride, Host& host) {
+  NceTokens token(host, head, Tile{nullptr, 0, nat.columns, 0}, nat.rows);
+  token.take(in, targets, 0, nat.rows);
+  NceRows rows{};
+  rows.student.logits = student, rows.nat.logits = nat;
+  rows.student.head = rows.nat.head = head;
+  rows.scale = kLog2e / head.temperature, rows.plain = head.temperature == 1.0f;
+  rows.dlogits = token.dlogits, rows.target = targets, rows.gradient = out, rows.stride = stride;
+  host.run(functions_of(lane, nat.type).nce_row_gradient, &rows, nat.rows);
+}
+
 }  // namespace calm_fast::vocabulary

@@ -135,5 +135,6 @@ LANE void hidden_gradient(void* context, int64_t task) {
 
 constexpr LaneFunctions kFunctions{
     kRows, kGroup, kWidth, kStrip, kPairs, pack_tokens, target_logits, sweep_split<LogprobSweep>, sweep_split<NceSweep>,
-    sweep_split<LogprobDlogits>, sweep_split<NceDlogits>, row_sums, row_gradient, pack_dlogits, hidden_gradient,
+    sweep_split<LogprobDlogits>, sweep_split<NceDlogits>, row_sums, row_gradient, nce_row_sums,
+    nce_row_gradient, pack_dlogits, hidden_gradient,
 };

@@ -125,6 +125,27 @@ struct NceHiddenGradient {
   int64_t scratch_words, tokens, width, first, last, tasks;
 };
 
+// Sums of a row of linear_nce's logits, each relative to its stream's maximum: of exp(z - max), of exp((z - max) /
+// temperature), and weighted by these powers: of nat's, the student's z - max; of neg's, how far neg - max is above nat's.
+struct NceRowSums {
+  double total, total_soft, nat, nat_soft, nat_weighted, neg, neg_weighted;
+  float max, nat_max, neg_max;
+};
+
+// Rows of the three streams' logits in memory. `sums` is the result of the forward pass; what follows is for gradients,
+// with one entry per row.
+struct NceRows {
+  LogitRows student, nat, neg;  // of which logits and head count
+  bool has_student, has_neg;
+  float scale;
+  bool plain;  // temperature 1
+  NceRowSums* sums;
+  NceDlogits dlogits;
+  const int64_t* target;  // outside the row where another tile has it
+  void* gradient;         // (T, V) in the dtype of logits
+  int64_t stride;         // of its rows
+};
+
 // One block of tokens and its loop over the vocabulary.
 struct Block {
   const Head* head;
@@ -147,6 +168,8 @@ struct LaneFunctions {
   void (*dlogits_nce)(void*, int64_t);
   void (*row_sums)(void*, int64_t);
   void (*row_gradient)(void*, int64_t);
+  void (*nce_row_sums)(void*, int64_t);
+  void (*nce_row_gradient)(void*, int64_t);
   void (*pack_dlogits)(void*, int64_t);
   void (*hidden_gradient)(void*, int64_t);
 };

@@ -43,6 +43,21 @@ LANE float one_logit(const LogitRows& s, int64_t row, int64_t column) {
   return z[0];
 }
 
+// Returns the largest of `max` and a piece of n logits, in two chains. A NaN is passed over; it spoils the sums.
+LANE float raised(float max, const float* z, int64_t n) {
+  alignas(64) float lanes[kWidth];
+  V even = set1(-FLT_MAX), odd = even;
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+    even = maximum(load(z + i), even);
+    odd = maximum(load(z + i + kWidth), odd);
+  }
+  for (; i < n; i += kWidth) even = maximum(load(z + i), even);
+  store(lanes, maximum(even, odd));
+  for (int j = 0; j < kWidth; ++j) max = lanes[j] > max ? lanes[j] : max;
+  return max;
+}
+
 // Computes the largest logit of a row and its sums relative to it. Within a piece the sums are float32, across pieces
 // float64.
 LANE void row_sums(void* context, int64_t row) {
@@ -56,17 +71,8 @@ LANE void row_sums(void* context, int64_t row) {
   for (int64_t first = 0; first < s.logits.columns; first += kPiece) {
     const int64_t n = s.logits.columns - first < kPiece ? s.logits.columns - first : kPiece;
     widen(s, row, first, n, z);
-    // The maximum of the piece, in two chains. A NaN is passed over here and spoils the sum below.
-    V even = set1(-FLT_MAX), odd = even;
+    const float top = raised(max, z, n);
     int64_t i = 0;
-    for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-      even = maximum(load(z + i), even);
-      odd = maximum(load(z + i + kWidth), odd);
-    }
-    for (; i < n; i += kWidth) even = maximum(load(z + i), even);
-    store(lanes, maximum(even, odd));
-    float top = max;
-    for (int j = 0; j < kWidth; ++j) top = lanes[j] > top ? lanes[j] : top;
     if (top > max) {
       // The sums so far are relative to the old maximum.
       const double shift = (static_cast<double>(max) - top) * s.scale, shrink = sum == 0 ? 0 : std::exp2(shift);

@@ -207,4 +207,23 @@ void rows_logprob(
   }
 }
 
+void rows_nce(
+    Lane lane, const Matrix* student, const Matrix& nat, const Matrix* neg, const Head& head, double* sums, Host& host) {
+  const int64_t tokens = nat.rows;
+  std::vector<NceRowSums> found(tokens);
+  NceRows rows{};
+  rows.student.logits = student ? *student : nat, rows.nat.logits = nat, rows.neg.logits = neg ? *neg : nat;
+  for (LogitRows* stream : {&rows.student, &rows.nat, &rows.neg}) stream->head = head;
+  rows.has_student = student != nullptr, rows.has_neg = neg != nullptr;
+  rows.scale = kLog2e / head.temperature, rows.plain = head.temperature == 1.0f;
+  rows.sums = found.data();
+  host.run(functions_of(lane, nat.type).nce_row_sums, &rows, tokens);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const NceRowSums& s = found[t];
+    const double values[kNceRowSums] = {
+        s.max, s.total, s.total_soft, s.nat_max, s.nat, s.nat_soft, s.nat_weighted, s.neg_max, s.neg, s.neg_weighted};
+    for (int64_t i = 0; i < kNceRowSums; ++i) sums[i * tokens + t] = values[i];
+  }
+}
+
 }  // namespace calm_fast::vocabulary

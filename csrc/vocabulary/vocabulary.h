@@ -66,6 +66,15 @@ void rows_logprob(
     Lane lane, const Matrix& logits, const Head& head, const int64_t* targets, int64_t ignored, const Logprob& out,
     Host& host);
 
+// Sums of rows of logits, before bias and softcap, whose columns are neighbours: some or all columns of the vocabulary.
+// What belongs to a missing stream (null) is 0. Of the head, the weight is not read. sums (kNceRowSums, T): the student's
+// largest logit `top`, its sums of exp(z - top) and exp((z - top) / temperature); nat's largest logit, the same sums, and
+// the student's z - top weighted by the powers of the second; neg's largest logit, its sum of exp(z - top), and
+// (neg - its top) - (nat - its top) weighted by its powers.
+constexpr int64_t kNceRowSums = 10;
+void rows_nce(
+    Lane lane, const Matrix* student, const Matrix& nat, const Matrix* neg, const Head& head, double* sums, Host& host);
+
 // Logits that a sweep keeps for gradient_nce: (V, stride) each for student and nat, where stride is T rounded up to 16.
 // In 16 bits they are relative to the logit of the token's target, which `references` (2, stride) holds, and the
 // totals of the sweep are those of the rounded logits. A logit more than 65504 above the target's overflows to
@@ -113,6 +122,12 @@ struct NceGradient {
 void dlogits_nce(
     Lane lane, const Matrix& student, const Matrix& nat, const Head& head, const int64_t* targets,
     const NceGradient& in, const Tile& out, Host& host);
+
+// Writes the logit gradients of columns (T, C) of such rows, in their dtype; `out` may be the student's logits. targets
+// (T,): relative to the first column; one outside 0 .. C belongs to other columns.
+void gradient_rows_nce(
+    Lane lane, const Matrix& student, const Matrix& nat, const Head& head, const int64_t* targets,
+    const NceGradient& in, void* out, int64_t stride, Host& host);
 
 // Computes gradient (T, d) = dz weight from kept logits, which contain the bias already.
 void gradient_nce(

@@ -27,6 +27,7 @@ CALM_FAST_VOCABULARY_LANE(scalar, 4)
 #include "vocabulary/products_lane.h"
 #include "vocabulary/sweep_lane.h"
 #include "vocabulary/rows_lane.h"
+#include "vocabulary/nce_rows_lane.h"
 #include "vocabulary/hidden_gradient_lane.h"
 }}}  // NOLINT
 #undef LANE
@@ -36,6 +37,7 @@ CALM_FAST_VOCABULARY_LANE(avx2, 4)
 #include "vocabulary/products_lane.h"
 #include "vocabulary/sweep_lane.h"
 #include "vocabulary/rows_lane.h"
+#include "vocabulary/nce_rows_lane.h"
 #include "vocabulary/hidden_gradient_lane.h"
 }}}  // NOLINT
 #undef LANE
@@ -44,6 +46,7 @@ CALM_FAST_VOCABULARY_LANE(avx512, 8)
 #include "vocabulary/products_lane.h"
 #include "vocabulary/sweep_lane.h"
 #include "vocabulary/rows_lane.h"
+#include "vocabulary/nce_rows_lane.h"
 #include "vocabulary/hidden_gradient_lane.h"
 }}}  // NOLINT
 #undef LANE
@@ -52,6 +55,7 @@ CALM_FAST_VOCABULARY_LANE(avx512_bf16, 8)
 #include "vocabulary/products_lane.h"
 #include "vocabulary/sweep_lane.h"
 #include "vocabulary/rows_lane.h"
+#include "vocabulary/nce_rows_lane.h"
 #include "vocabulary/hidden_gradient_lane.h"
 }}}  // NOLINT
 #undef LANE

@@ -16,6 +16,7 @@ from calm_fast._ops.vocabulary.torch_impl import softcap_
 # long (48 to 2048 tokens, d 64 to 4096, V 8192 to 49152).
 _TILE = 1 << 21
 _COLUMNS = 4096
+_NOTHING = torch.finfo(torch.float32).min  # the largest of no logits
 
 
 def score_tiles(
@@ -77,7 +78,7 @@ def _score_rows(
     top, total = torch.stack(norms).unbind(1)  # (tiles, t)
     highest = top.amax(0)
     shares = total * ((top - highest) / temperature).exp()
-    whole = shares.sum(0)
+    whole = shares.sum(0).masked_fill(highest == _NOTHING, float("nan"))  # as in a softmax of nothing but -inf
     logprob = ((softcap_(at_target, softcap) - highest) / temperature - whole.log()).clamp_(max=0.0)
     if not want_entropy:
         return logprob, logprob.new_empty(0), torch.stack((highest, whole))

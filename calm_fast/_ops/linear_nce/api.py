@@ -113,8 +113,8 @@ def decide(
     """Return the implementation that the same call of `linear_nce` would run, and why. Raise the same errors.
 
     "auto" picks native on a CPU and Triton on a GPU where they can run, else torch. On a CPU it also picks torch
-    without vector instructions, for 16-bit inputs where the CPU has matrix units, and for fewer than 16 tokens with a
-    large weight.
+    without vector instructions, for few 16-bit logits where the CPU has matrix units, and for fewer than 16 tokens with
+    a large weight.
     """
     check_impl(_OP, impl)
     check_head(_OP, "student", student, weight, bias)
@@ -124,7 +124,7 @@ def decide(
         check_finite_number(_OP, name, value)
     check_targets(_OP, targets, student, weight.shape[0], ignore_index)
     _check_sequences(seq_ids, student)
-    return choose(_OP, impl, student, weight, _NARROW)
+    return choose(_OP, impl, student, weight, _NARROW, tiles=True)
 
 
 def _check_teachers(student: torch.Tensor, nat: torch.Tensor, neg: torch.Tensor) -> None:

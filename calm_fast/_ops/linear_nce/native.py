@@ -1,4 +1,8 @@
-"""linear_nce in the compiled library; loss weights and the products of the backward pass are torch's."""
+"""linear_nce in the compiled library; loss weights and the products of the backward pass are torch's.
+
+With matrix units all products are torch's (`tiles`), and the gradients of a trained head those of the torch
+implementation.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from calm_fast._ops.linear_nce.schedule import Forward, combine, step
+from calm_fast._ops.linear_nce.tiles import linear_nce_row_fwd, linear_nce_row_step
+from calm_fast._ops.linear_nce.torch_impl import linear_nce_torch_bwd
+from calm_fast._ops.vocabulary.decide import in_tiles
 from calm_fast._ops.vocabulary.schedule import HeadGradients, head_gradients, known_targets, put, take, valid_rows
 
 
@@ -25,6 +32,10 @@ def linear_nce_native_fwd(
     ignore_index: int,
 ) -> Forward:
     """Compute the loss from the tokens that are not ignored; arguments and results as in `linear_nce_torch_fwd`."""
+    if in_tiles("linear_nce", student, weight):
+        return linear_nce_row_fwd(
+            student, nat, neg, weight, bias, targets, seq_ids, alpha, temperature, offset, softcap, ignore_index
+        )
     tokens, rows = targets.shape[0], valid_rows(targets, ignore_index)
     streams = take(rows, student, nat, neg)
     targets, seq_ids = take(rows, targets.contiguous(), seq_ids)
@@ -53,6 +64,10 @@ def linear_nce_native_bwd(
     needs: Sequence[bool],
 ) -> HeadGradients:
     """Compute the gradients of student, weight and bias; arguments and results as in `linear_nce_torch_bwd`."""
+    if in_tiles("linear_nce", student, weight):
+        return linear_nce_torch_bwd(
+            dloss, student, nat, weight, bias, targets, norms, coefficients, temperature, softcap, ignore_index, needs
+        )
     tokens, rows = targets.shape[0], valid_rows(targets, ignore_index)
     student, nat, targets = take(rows, student, nat, targets.contiguous())
     norms, coefficients = (t if rows is None else t[:, rows] for t in (norms, coefficients * dloss))
@@ -160,6 +175,10 @@ def linear_nce_native_step(
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the loss and the student's gradient in one pass; arguments and results as in `linear_nce_torch_step`."""
+    if in_tiles("linear_nce", student, weight):
+        return linear_nce_row_step(
+            student, nat, neg, weight, bias, targets, seq_ids, alpha, temperature, offset, softcap, ignore_index
+        )
 
     def make_engine(*streams: torch.Tensor, most: int) -> _NativeEngine:
         student, nat, neg, targets = streams

@@ -159,7 +159,8 @@ def triton_rows(weight: torch.Tensor) -> tuple[int, int]:
     return min(_PRODUCT_ROWS, most // 128 * 128 or most), most
 
 
-def _chunk_tokens(tokens: int, weight: torch.Tensor, kept: torch.dtype) -> int:
+def chunk_tokens(tokens: int, weight: torch.Tensor, kept: torch.dtype) -> int:
+    """Return the tokens of a chunk whose logits of two streams are kept in dtype `kept`; 0 if not one fits."""
     memory = _KEPT if weight.device.type == "cpu" else _KEPT_GPU
     return min(max(_TOKENS, tokens // 4), memory // (2 * weight.shape[0] * kept.itemsize))
 
@@ -215,7 +216,7 @@ def step(
     count = targets.shape[0]
     if count == 0:
         return gradient.new_zeros(()), gradient
-    order, chunks, parts = sort_and_cut(seq_ids, _chunk_tokens(count, weight, kept))
+    order, chunks, parts = sort_and_cut(seq_ids, chunk_tokens(count, weight, kept))
     streams = take(order, student, nat, neg, targets)
     ids = seq_ids if order is None else seq_ids[order]
     place = rows if order is None else order if rows is None else rows[order]

@@ -18,6 +18,8 @@ KERNELS = (
     "_linear_nce_native_fwd",
     "_linear_nce_native_dlogits",
     "_linear_nce_native_gradient",
+    "_linear_nce_native_rows",
+    "_linear_nce_native_row_gradients",
 )
 
 
@@ -51,5 +53,7 @@ def lane(request, force_lane):
 
 @pytest.fixture
 def only_sweeps(monkeypatch):
-    """Let no logits be few enough for torch's product: the library's own sweep computes them."""
+    """Let no logits be few enough for torch's product, nor in tiles: the library's own sweep computes them."""
     monkeypatch.setattr("calm_fast._ops.vocabulary.decide.AT_ONCE", 0)
+    for op in ("linear_logprob", "linear_nce"):
+        monkeypatch.setattr(f"calm_fast._ops.{op}.native.in_tiles", lambda *_: False)
