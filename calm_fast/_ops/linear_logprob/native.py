@@ -14,7 +14,7 @@ import torch
 from calm_fast._ops.linear_logprob.tiles import score_tiles
 from calm_fast._ops.linear_logprob.torch_impl import linear_logprob_torch_bwd
 from calm_fast._ops.vocabulary.decide import at_once, in_tiles
-from calm_fast._ops.vocabulary.products import multiply
+from calm_fast._ops.vocabulary.products import guarded, multiply
 from calm_fast._ops.vocabulary.schedule import (
     HeadGradients,
     head_gradients,
@@ -53,7 +53,15 @@ def score_few(
     if autograd_records(hidden, weight) or active_transform() is not None or torch.is_autocast_enabled("cpu"):
         return None
     logprob: torch.Tensor = torch.ops.calm_fast._linear_logprob_native_rows(
-        torch.mm(hidden, weight.T), None, targets.contiguous(), temperature, None, ignore_index, False, False, True
+        torch.mm(guarded(hidden), weight.T),
+        None,
+        targets.contiguous(),
+        temperature,
+        None,
+        ignore_index,
+        False,
+        False,
+        True,
     )[0]
     return logprob if logprob.numel() else None  # empty: a target is not in the vocabulary
 

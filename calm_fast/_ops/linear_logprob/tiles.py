@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from calm_fast._ops.vocabulary.products import guarded
 from calm_fast._ops.vocabulary.schedule import blocks, known_targets
 from calm_fast._ops.vocabulary.torch_impl import softcap_
 
@@ -33,7 +34,7 @@ def score_tiles(
     Returns:
         logprob (T,), NaN where a target is not in the vocabulary; entropy (T,), empty unless wanted; norms (2, T).
     """
-    vocabulary = weight.shape[0]
+    hidden, vocabulary = guarded(hidden), weight.shape[0]
     columns = min(vocabulary, max(_COLUMNS, _TILE // max(1, hidden.shape[0])))
     rows = max(1, _TILE // columns)
     buffer = hidden.new_empty(min(rows, hidden.shape[0]) * columns)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from calm_fast._ops.linear_nce.schedule import Forward, chunk_tokens, combine, step
-from calm_fast._ops.vocabulary.products import exact_product
+from calm_fast._ops.vocabulary.products import exact_product, guarded
 from calm_fast._ops.vocabulary.schedule import blocks, known_targets, nan_where_unknown, take, valid_rows
 from calm_fast._ops.vocabulary.torch_impl import softcap_
 
@@ -34,7 +34,8 @@ class _RowEngine:
         most: int,
     ) -> None:
         """Take the tokens (t, d) and (t,) in the order of the schedule; most: tokens of the largest chunk."""
-        self.student, self.nat, self.neg, self.targets, self.weight = student, nat, neg, targets, weight
+        self.student, self.nat, self.neg = guarded(student), guarded(nat), guarded(neg)
+        self.targets, self.weight = targets, weight
         self.bias = None if bias is None else bias.float().contiguous()
         self.softcap, self.temperature = softcap, temperature
         self.columns = min(weight.shape[0], max(1, _TILE // most))

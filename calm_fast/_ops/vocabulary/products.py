@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from calm_fast.core import native_library
 from calm_fast.core.devices import product_dtype
 
 # Elements of a float32 copy or of a float32 sum at a time: 1 MiB, which stay in a core's caches.
@@ -15,6 +16,26 @@ _COPIED = 1 << 18
 # Rows from which copies pay: for one or two rows torch reads the other factor once either way, and a copy is a second
 # time (d 576, V 8192: one row 1.6 ms against 3.1 with copies, four rows 5 ms against 4).
 _FEW_ROWS = 2
+
+
+# Columns that a product with matrix units may read past the end of a row.
+_READ = 32
+
+
+def guarded(a: torch.Tensor) -> torch.Tensor:
+    """Return a (m, k), or a copy whose rows are followed by zeros, for a product on a CPU with matrix units.
+
+    oneDNN reads such rows in whole blocks of 32 columns and multiplies what lies past the end by 0. Where the next row
+    holds a NaN or an infinity, that is NaN in this one too (torch 2.13, bfloat16 and float16).
+    """
+    m, k = a.shape
+    if a.device.type != "cpu" or a.dtype.itemsize != 2 or k % _READ == 0 or a.stride(1) != 1:
+        return a
+    if native_library.slowness(a.dtype) is None:
+        return a
+    padded = a.new_zeros((m, -(-k // _READ) * _READ))
+    padded[:, :k] = a
+    return padded[:, :k]
 
 
 def _copies_pay(a: torch.Tensor) -> bool:
@@ -40,7 +61,7 @@ def multiply_into(
     scratch: (m, n) float32, memory for sums that the caller has anyway.
     """
     if not _copies_pay(a):
-        return torch.mm(a, b, out=out)
+        return torch.mm(guarded(a), b, out=out)
     if scratch is not None:
         return out.copy_(_add_copies(scratch.zero_(), a, b))
     rows = max(1, _COPIED // max(1, b.shape[1]))
@@ -53,6 +74,7 @@ def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return a (m, k) @ b (k, n) in the inputs' dtype, rounded once, whatever autocast says."""
     if _copies_pay(a):
         return multiply_into(a.new_empty((a.shape[0], b.shape[1])), a, b)
+    a = guarded(a)
     if torch.is_autocast_enabled(a.device.type):
         with torch.autocast(a.device.type, enabled=False):
             return torch.mm(a, b)
@@ -63,7 +85,7 @@ def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return a @ b in float32 where that costs nothing (16-bit inputs on a GPU, copies), else in the inputs' dtype."""
     if a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
-    return unrounded_copies(a, b) if _copies_pay(a) else torch.mm(a, b)
+    return unrounded_copies(a, b) if _copies_pay(a) else torch.mm(guarded(a), b)
 
 
 def unrounded_copies(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -80,3 +80,27 @@ def test_the_ops_keep_their_bounds(copies, monkeypatch, ops, dtype, impl):
     assert len(cases) == 2
     for case in cases:
         assert all(row.ok for row in check(ops, case, impl)), case
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("k", [17, 24, 83, 97, 128, 578])
+def test_a_row_that_is_not_finite_stays_in_its_row(dtype, k):
+    """With matrix units oneDNN reads past the end of a row, up to the next multiple of 32 columns."""
+    a, b = factors(dtype, 24, k, 16)
+    a[3], a[17] = float("nan"), float("inf")
+    out = a.new_empty(24, 16)
+    for product in (products.multiply(a, b), products.multiply_into(out, a, b), products.exact_product(a, b)):
+        found = ~product.isfinite()
+        assert found.any(1).nonzero().flatten().tolist() == [3, 17]
+    assert products.multiply(a.T.contiguous().T, b).isfinite().all(1).sum() == 22
+
+
+def test_rows_are_followed_by_zeros_where_they_are_read_past_their_end(monkeypatch):
+    a, _ = factors(torch.bfloat16, 5, 40, 1)
+    monkeypatch.setattr(native_library, "slowness", lambda dtype: "matrix units")
+    rows = products.guarded(a)
+    assert rows.equal(a) and rows.stride() == (64, 1) and not rows.as_strided((5, 24), (64, 1), 40).any()
+    for other in (a[:, :32], a.T, a.float()):
+        assert products.guarded(other) is other
+    monkeypatch.setattr(native_library, "slowness", lambda dtype: None)
+    assert products.guarded(a) is a
