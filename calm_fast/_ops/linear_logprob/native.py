@@ -88,7 +88,7 @@ def linear_logprob_native_fwd(
         return *results, logits if keep_logits else logits.new_empty(0)
     rows = valid_rows(targets, ignore_index)
     hidden, targets = take(rows, hidden, targets.contiguous())
-    if in_tiles(_OP, hidden, weight) and not want_rank:
+    if in_tiles(_OP, hidden) and not want_rank and targets.shape[0]:
         logprob, entropy, norms = score_tiles(hidden, weight, bias, targets, temperature, softcap, want_entropy)
         entropy = put(rows, entropy, tokens) if want_entropy else entropy
         norms = put(rows, norms.T, tokens).T.contiguous()
@@ -122,7 +122,7 @@ def linear_logprob_native_bwd(
 ) -> HeadGradients:
     """Compute the gradients of hidden, weight and bias; arguments and results as in `linear_logprob_torch_bwd`."""
     tokens, rows = targets.shape[0], valid_rows(targets, ignore_index)
-    if not logits.numel() and in_tiles(_OP, hidden, weight):
+    if not logits.numel() and in_tiles(_OP, hidden):
         return linear_logprob_torch_bwd(
             dlogprob, dentropy, hidden, weight, bias, targets, norms, entropy, logits, temperature, softcap,
             ignore_index, needs,

@@ -19,9 +19,6 @@ from calm_fast.core.checks import bad_value, check_finite_number, check_tensor, 
 from calm_fast.core.dispatch import Decision, check_impl
 
 _OP = "linear_nce"
-# With matrix units torch's products take less time, but its sums stay: native over torch is 0.4 to 0.6 for d 64 and 0.9
-# to 1.1 for d 576 (16 and 64 tokens, V 8192 and 32768, bfloat16).
-_NARROW = 256
 
 
 def linear_nce(
@@ -113,8 +110,8 @@ def decide(
     """Return the implementation that the same call of `linear_nce` would run, and why. Raise the same errors.
 
     "auto" picks native on a CPU and Triton on a GPU where they can run, else torch. On a CPU it also picks torch
-    without vector instructions, for few 16-bit logits where the CPU has matrix units, and for fewer than 16 tokens with
-    a large weight.
+    without vector instructions, and for few tokens with a large weight (`vocabulary.decide.choose`), but not for 16-bit
+    inputs where the CPU has matrix units: there native multiplies by torch (`in_tiles`).
     """
     check_impl(_OP, impl)
     check_head(_OP, "student", student, weight, bias)
@@ -124,7 +121,7 @@ def decide(
         check_finite_number(_OP, name, value)
     check_targets(_OP, targets, student, weight.shape[0], ignore_index)
     _check_sequences(seq_ids, student)
-    return choose(_OP, impl, student, weight, _NARROW, tiles=True)
+    return choose(_OP, impl, student, weight)
 
 
 def _check_teachers(student: torch.Tensor, nat: torch.Tensor, neg: torch.Tensor) -> None:

@@ -32,7 +32,7 @@ def linear_nce_native_fwd(
     ignore_index: int,
 ) -> Forward:
     """Compute the loss from the tokens that are not ignored; arguments and results as in `linear_nce_torch_fwd`."""
-    if in_tiles("linear_nce", student, weight):
+    if in_tiles("linear_nce", student):
         return linear_nce_row_fwd(
             student, nat, neg, weight, bias, targets, seq_ids, alpha, temperature, offset, softcap, ignore_index
         )
@@ -64,7 +64,7 @@ def linear_nce_native_bwd(
     needs: Sequence[bool],
 ) -> HeadGradients:
     """Compute the gradients of student, weight and bias; arguments and results as in `linear_nce_torch_bwd`."""
-    if in_tiles("linear_nce", student, weight):
+    if in_tiles("linear_nce", student):
         return linear_nce_torch_bwd(
             dloss, student, nat, weight, bias, targets, norms, coefficients, temperature, softcap, ignore_index, needs
         )
@@ -175,7 +175,7 @@ def linear_nce_native_step(
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the loss and the student's gradient in one pass; arguments and results as in `linear_nce_torch_step`."""
-    if in_tiles("linear_nce", student, weight):
+    if in_tiles("linear_nce", student):
         return linear_nce_row_step(
             student, nat, neg, weight, bias, targets, seq_ids, alpha, temperature, offset, softcap, ignore_index
         )

@@ -62,15 +62,14 @@ def at_once(op: str, hidden: torch.Tensor, weight: torch.Tensor, keep_logits: bo
     return native_library.slowness(hidden.dtype) is not None or hidden.shape[0] < _few_tokens(hidden)
 
 
-def in_tiles(op: str, hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return True if the compiled library scores tiles of logits that torch multiplies: a CPU with matrix units.
+def in_tiles(op: str, hidden: torch.Tensor) -> bool:
+    """Return True if the compiled library reads tiles of logits that torch multiplies: 16 bits and matrix units.
 
-    For 16-bit inputs with more logits than `at_once` takes. op: as there.
+    op: as in `at_once`, which comes first.
     """
     return (
         hidden.device.type == "cpu"
         and hidden.dtype in (torch.bfloat16, torch.float16)
-        and hidden.shape[0] * weight.shape[0] > AT_ONCE
         and native_library.slowness(hidden.dtype) is not None
         and not native_library.slowness(torch.float32)
         and native_library.obstacle(f"{op}_rows", "cpu") is None
@@ -84,13 +83,10 @@ def native_obstacle(op: str, hidden: torch.Tensor) -> str | None:
     return native_library.obstacle(op, hidden.device.type)
 
 
-def choose(
-    op: str, impl: str, hidden: torch.Tensor, weight: torch.Tensor, narrow: int = 0, tiles: bool = False
-) -> Decision:
+def choose(op: str, impl: str, hidden: torch.Tensor, weight: torch.Tensor, tiles: bool = True) -> Decision:
     """Return the requested implementation, or for "auto" native on a CPU, Triton on a GPU, torch where they cannot run.
 
-    narrow: the largest d for which native is faster on a CPU with matrix units for 16-bit products too. tiles: the
-    call has the form of `in_tiles`.
+    tiles: `in_tiles` has the form of this call.
 
     Raises:
         RuntimeError: an explicit `impl` cannot run here, or an active torch.func transform needs impl="reference".
@@ -112,12 +108,10 @@ def choose(
         return Decision(op, impl, "asked for")
     if at_once(op, hidden, weight, autograd_records(hidden, weight)):
         return Decision(op, "native", "few logits on a CPU: torch's product, then each row of logits in one pass")
-    if tiles and in_tiles(op, hidden, weight):
+    if tiles and in_tiles(op, hidden):
         return Decision(op, "native", "matrix units: torch's product in tiles, then each row of logits in one pass")
     if hidden.device.type == "cpu":
-        # of float32 only a CPU without vectors is slow; matrix units are another matter
-        slow = native_library.slowness(torch.float32 if hidden.shape[1] <= narrow else hidden.dtype)
-        if obstacle := native_obstacle(op, hidden) or slow:
+        if obstacle := native_obstacle(op, hidden) or native_library.slowness(hidden.dtype):
             return Decision(op, "torch", f"CPU tensors: blocked products; {obstacle}")
         few = _few_tokens(hidden)  # more logits than are computed at once
         if hidden.shape[0] < few and weight.numel() >= _LARGE_WEIGHT:
