@@ -25,6 +25,7 @@ from calm_fast.kernels.cross_attention.configs import (
     TABLES,
     AttentionConfig,
     DecodeConfig,
+    column_parts,
     dv_config,
     row_terms_config,
     searches,
@@ -72,9 +73,11 @@ def attention_spec(
     has_lo, has_hi, causal = _MASKS[mask]
     box_targets = {"fwd": BOX_TARGETS, "dkdv": BOX_TARGETS, "dv": BOX_TARGETS, "dq": DQ_BOX_TARGETS}.get(part, ())
     boxes = dtype != torch.float32 and target(arch, dtype) in box_targets
+    wide, rest = column_parts(d)
     constants: dict[str, Any] = {
         "D": d,
-        "BLOCK_D": padded(d),
+        "BLOCK_D": wide,
+        "REST_D": rest,
         "BOXES": boxes,
         "SEARCH": searches(target(arch, dtype), dtype),
     }
@@ -89,9 +92,10 @@ def attention_spec(
         constants |= {"REPAIR": part == "repair", "HAS_DK": part != "dv"}
         constants["HAS_DV"] = part != "dkdv" or dv_config(arch, dtype, size) is None
         present |= {"dk_ptr": constants["HAS_DK"], "dv_ptr": constants["HAS_DV"], "poison_ptr": part == "repair"}
-        for names, rows in ((("k_boxes", "v_boxes"), config.block_n), (("q_boxes", "dout_boxes"), config.block_m)):
-            pointers |= dict.fromkeys(names, f"tensordesc<{short_name(dtype)}[1, 1, {rows}, {padded(d)}]>")
-    present |= dict.fromkeys(("k_boxes", "v_boxes", "q_boxes", "dout_boxes"), boxes)
+        for name, rows in (("k", config.block_n), ("v", config.block_n), ("q", config.block_m), ("dout", config.block_m)):
+            for box, width in ((f"{name}_boxes", wide), (f"{name}_rest", rest)):
+                pointers[box] = f"tensordesc<{short_name(dtype)}[1, 1, {rows}, {width}]>"
+                present[box] = boxes and width > 0
     present |= {"ranges_ptr": part != "repair" and (has_lo or has_hi)}
     constants |= {pointer: None for pointer, there in present.items() if not there}
     name = f"{part}_{short_name(dtype)}_d{d}_{mask}_sm{arch}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from calm_fast.core.launch_config import LaunchConfig
-from calm_fast.kernels.common.config_table import TENSOR_CORE_TARGETS, ConfigTable, target
+from calm_fast.kernels.common.config_table import TENSOR_CORE_TARGETS, ConfigTable, padded, target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +297,19 @@ def searches(name: str, dtype: torch.dtype) -> bool:
     reduction that finds spoiled rows breaks the compiler of Triton 3.6.
     """
     return dtype == torch.float32 or name == "sm_100"
+
+
+def column_parts(d: int) -> tuple[int, int]:
+    """Return the columns of the two parts in which the kernels hold a head dim; the second is 0 if one is enough.
+
+    A tile has powers of two, at least 16, as sizes. So 80 becomes 64 + 16, 96 becomes 64 + 32, 192 becomes 128 + 64;
+    112 would be 64 + 64 and stays one part of 128.
+    """
+    if d <= 64:
+        return padded(d), 0
+    first = 1 << (d.bit_length() - 1)
+    rest = padded(d - first) if d > first else 0
+    return (first, rest) if first + rest < padded(d) else (padded(d), 0)
 
 
 def table_size(block_d: int) -> int:

@@ -86,7 +86,7 @@ def launch_cross_attention_fwd(
         triton.cdiv(m, config.block_m) * heads * batch,
         q.device,
         config,
-        *(p.q, p.k, p.v, *(boxes_of(t, config.block_n) if boxes else None for t in (p.k, p.v)), lo, hi, out, lse),
+        *(p.q, p.k, p.v, *boxes_of(boxes, config.block_n, p.k, p.v), lo, hi, out, lse),
         *p.strides,
         *p.interval_strides,
         BLOCK_M=config.block_m,

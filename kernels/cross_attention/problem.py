@@ -12,7 +12,7 @@ from calm_fast.core.launch_config import Config
 from calm_fast.kernels.common.arithmetic import LOG2_E
 from calm_fast.kernels.common.config_table import ConfigTable, padded
 from calm_fast.kernels.common.launching import addressable, describe, float32_precision, interpreted
-from calm_fast.kernels.cross_attention.configs import table_size
+from calm_fast.kernels.cross_attention.configs import column_parts, table_size
 from calm_fast.kernels.cross_attention.fwd import _cross_attention_fwd_kernel
 
 __all__ = ["Problem", "boxes_of", "make_problem"]
@@ -57,9 +57,11 @@ class Problem:
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments that every attention kernel takes."""
         d = self.q.shape[3]
+        wide, rest = column_parts(d)
         return {
             "D": d,
-            "BLOCK_D": padded(d),
+            "BLOCK_D": wide,
+            "REST_D": rest,
             "HAS_LO": self.lo is not None,
             "HAS_HI": self.hi is not None,
             "CAUSAL": self.causal,
@@ -79,12 +81,22 @@ class Problem:
         return table.pick(self.q.device, self.q.dtype, table_size(block_d), block_d, shape, _INTERPRETED, measured)
 
 
-def boxes_of(t: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Return a descriptor of t (B, rows, heads, D), loaded in boxes of so many rows of one head.
+def boxes_of(boxes: bool, rows: int, *tensors: torch.Tensor) -> list[TensorDescriptor | None]:
+    """Return two descriptors of each tensor (B, rows, heads, D), one per part of its columns, or None for an absent one.
 
-    It describes t as (B, heads, rows, D): only if dims of size 1 lead, a box becomes a matrix in shared memory at once.
+    They describe it as (B, heads, rows, D): only if dims of size 1 lead, a box becomes a matrix in shared memory at once.
+
+    Args:
+        boxes: whether the kernel reads through descriptors at all.
+        rows: of one head, in each box.
+        tensors: of one head dim.
     """
-    return describe(t.transpose(1, 2), [1, 1, rows, padded(t.shape[3])])
+    widths = column_parts(tensors[0].shape[3])
+    return [
+        describe(t.transpose(1, 2), [1, 1, rows, width]) if boxes and width else None
+        for t in tensors
+        for width in widths
+    ]
 
 
 def make_problem(
