@@ -376,7 +376,8 @@ def _cross_attention_bwd_dkdv_kernel(
     delta_base = delta_ptr + (b * H + head64) * ROWS
     if HAS_LO or HAS_HI or CAUSAL:
         dk, dv = _collect_key_grads(
-            dk, dv, k, v, q_base, dout_base, q_boxes, q_rest, dout_boxes, dout_rest, lse2_base, delta_base, lo_base, hi_base,
+            dk, dv, k, v, q_base, dout_base, q_boxes, q_rest, dout_boxes, dout_rest,
+            lse2_base, delta_base, lo_base, hi_base,
             stride_qm, stride_qh, stride_gm, stride_gh, stride_lom, stride_him, b32, kv_head * GROUP,
             key_first, first, full_first, full_last, last, scale_log2, M, N, GROUP, ROWS,
             D, BLOCK_D, REST_D, BLOCK_M, BLOCK_N, True, HAS_LO, HAS_HI, CAUSAL, HAS_DK, HAS_DV, BOXES, REPAIR,
@@ -384,7 +385,8 @@ def _cross_attention_bwd_dkdv_kernel(
         )  # fmt: skip
     if not REPAIR and (HAS_DV or not (HAS_LO or HAS_HI or CAUSAL)):
         dk, dv = _collect_key_grads(
-            dk, dv, k, v, q_base, dout_base, q_boxes, q_rest, dout_boxes, dout_rest, lse2_base, delta_base, lo_base, hi_base,
+            dk, dv, k, v, q_base, dout_base, q_boxes, q_rest, dout_boxes, dout_rest,
+            lse2_base, delta_base, lo_base, hi_base,
             stride_qm, stride_qh, stride_gm, stride_gh, stride_lom, stride_him, b32, kv_head * GROUP,
             key_first, full_first, full_last, full_last, full_last, scale_log2, M, N, GROUP, ROWS,
             D, BLOCK_D, REST_D, BLOCK_M, BLOCK_N, False, HAS_LO, HAS_HI, CAUSAL, HAS_DK, HAS_DV, BOXES, REPAIR,
@@ -396,6 +398,6 @@ def _cross_attention_bwd_dkdv_kernel(
     tile = (b * N + key_first) * kv_heads * D + kv_head64 * D
     offsets = tl.arange(0, BLOCK_N) * (kv_heads * D)
     if HAS_DK:
-        parts.store_rows(dk_ptr + tile + offsets, parts.times(dk, scale), inside, D)
+        parts.store_rows(dk_ptr + tile, offsets, parts.times(dk, scale), inside, D)
     if HAS_DV:
-        parts.store_rows(dv_ptr + tile + offsets, dv, inside, D)
+        parts.store_rows(dv_ptr + tile, offsets, dv, inside, D)

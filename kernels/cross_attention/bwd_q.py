@@ -290,4 +290,4 @@ def _cross_attention_bwd_dq_kernel(
     # store: a NaN query that sees nothing still has gradient 0
     dq = parts.zero_unless(seen[:, None], parts.times(dq, scale))
     tile = dq_ptr + (b * M + first_row) * H * D + head64 * D
-    parts.store_rows(tile + tl.arange(0, BLOCK_M) * (H * D), dq, inside, D)
+    parts.store_rows(tile, tl.arange(0, BLOCK_M) * (H * D), dq, inside, D)

@@ -92,7 +92,12 @@ def attention_spec(
         constants |= {"REPAIR": part == "repair", "HAS_DK": part != "dv"}
         constants["HAS_DV"] = part != "dkdv" or dv_config(arch, dtype, size) is None
         present |= {"dk_ptr": constants["HAS_DK"], "dv_ptr": constants["HAS_DV"], "poison_ptr": part == "repair"}
-        for name, rows in (("k", config.block_n), ("v", config.block_n), ("q", config.block_m), ("dout", config.block_m)):
+        for name, rows in (
+            ("k", config.block_n),
+            ("v", config.block_n),
+            ("q", config.block_m),
+            ("dout", config.block_m),
+        ):
             for box, width in ((f"{name}_boxes", wide), (f"{name}_rest", rest)):
                 pointers[box] = f"tensordesc<{short_name(dtype)}[1, 1, {rows}, {width}]>"
                 present[box] = boxes and width > 0

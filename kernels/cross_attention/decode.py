@@ -127,7 +127,7 @@ def _cross_attention_decode_kernel(
     part_rows = ((b * M + row64) * H + head64) * SPLITS + split
     # a row that sees nothing of the split writes only its lse of -inf: the combine kernel skips the part
     written = inside if DIRECT else inside & seen
-    parts.store_rows(part_ptr + part_rows * D, part, written, D)
+    parts.store_rows(part_ptr, part_rows * D, part, written, D)
     tl.store(part_lse_ptr + ((b * H + head64) * M + row64) * SPLITS + split, lse, mask=inside)
 
 

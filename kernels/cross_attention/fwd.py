@@ -139,7 +139,8 @@ def repair(
         scores = parts.dot_rows(q, k, PRECISION, INTERPRET)
         # weights: the sum is known, so nothing is rescaled or divided
         v = load_parts(v_base, start, stride_vn, N, D, KEYS, BLOCK_D, REST_D, True)
-        p = tl.exp2(scores * scale_log2 - lse2[:, None]) + parts.excess(v, True)[None, :]
+        excess = parts.excess(v, True)
+        p = tl.exp2(scores * scale_log2 - lse2[:, None]) + excess[None, :]
         keys = start + tl.arange(0, KEYS)
         p = tl.where(sees(lo[:, None], hi[:, None], keys[None, :], HAS_LO), p, 0.0)
         # accumulate
@@ -251,19 +252,19 @@ def _cross_attention_fwd_kernel(
     out = parts.zero_unless(seen[:, None], parts.over(acc, row_sum[:, None]))
     lse = tl.where(seen, (row_max + tl.log2(row_sum)) * LN_2, float("-inf"))
     out_tile = out_ptr + (b64 * M + first_row) * H * D + head64 * D
-    out_rows = out_tile + tl.arange(0, BLOCK_M) * (H * D)
+    offsets = tl.arange(0, BLOCK_M) * (H * D)
     inside = rows < M
     tl.store(lse_ptr + (b64 * H + head64) * M + rows, lse, mask=inside)
     if SEARCH or not (HAS_LO or HAS_HI or CAUSAL):  # without bounds only the end is hidden, and loads as 0
-        parts.store_rows(out_rows, out, inside, D)
+        parts.store_rows(out_tile, offsets, out, inside, D)
     else:
         # a row that is not finite though its weights are: it sees NaN or Inf, or a hidden value of its tile is one
         total = parts.row_sums(out)
         again = (total - total != 0.0) & (row_sum == row_sum)
-        parts.store_rows(out_rows, out, inside & ~again, D)
+        parts.store_rows(out_tile, offsets, out, inside & ~again, D)
         if tl.max(again.to(tl.int32), 0) != 0:
             out = repair(
                 row_max + tl.log2(row_sum), q, k_base, v_base, stride_kn, stride_vn, lo, hi, first, last,
                 scale_log2, N, D, BLOCK_M, BLOCK_D, REST_D, HAS_LO, PRECISION, INTERPRET,
             )  # fmt: skip
-            parts.store_rows(out_rows, out, inside & again, D)
+            parts.store_rows(out_tile, offsets, out, inside & again, D)

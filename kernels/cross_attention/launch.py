@@ -28,7 +28,7 @@ from calm_fast.kernels.cross_attention.configs import (
 )
 from calm_fast.kernels.cross_attention.decode import _cross_attention_combine_kernel, _cross_attention_decode_kernel
 from calm_fast.kernels.cross_attention.fwd import _cross_attention_fwd_kernel
-from calm_fast.kernels.cross_attention.problem import Problem, boxes_of, make_problem
+from calm_fast.kernels.cross_attention.problem import NO_BOXES, Problem, boxes_of, make_problem
 
 __all__ = ["launch_cross_attention_fwd"]
 
@@ -86,7 +86,9 @@ def launch_cross_attention_fwd(
         triton.cdiv(m, config.block_m) * heads * batch,
         q.device,
         config,
-        *(p.q, p.k, p.v, *boxes_of(boxes, config.block_n, p.k, p.v), lo, hi, out, lse),
+        *(p.q, p.k, p.v),
+        *(box for t in (p.k, p.v) for box in (boxes_of(t, config.block_n) if boxes else NO_BOXES)),
+        *(lo, hi, out, lse),
         *p.strides,
         *p.interval_strides,
         BLOCK_M=config.block_m,

@@ -30,7 +30,7 @@ from calm_fast.kernels.cross_attention.configs import (
     row_terms_config,
     table_size,
 )
-from calm_fast.kernels.cross_attention.problem import Problem, boxes_of, make_problem
+from calm_fast.kernels.cross_attention.problem import NO_BOXES, Problem, boxes_of, make_problem
 
 __all__ = ["launch_cross_attention_bwd"]
 
@@ -176,7 +176,7 @@ def _launch_dkdv(
         p.q.device,
         config,
         *(p.q, p.k, p.v, upstream.dout),
-        *boxes_of(boxes, config.block_m, p.q, upstream.dout),
+        *(box for t in (p.q, upstream.dout) for box in (boxes_of(t, config.block_m) if boxes else NO_BOXES)),
         *(upstream.lse2, upstream.delta, p.lo, p.hi, ranges, poison, dk, dv),
         *p.strides,
         *upstream.dout.stride()[:3],
@@ -234,7 +234,7 @@ def _launch_dq(p: Problem, upstream: _Upstream, dq: torch.Tensor, config: Attent
         dq.device,
         config,
         *(p.q, p.k, p.v, upstream.dout),
-        *boxes_of(boxes, config.block_n, p.k, p.v),
+        *(box for t in (p.k, p.v) for box in (boxes_of(t, config.block_n) if boxes else NO_BOXES)),
         *(upstream.lse2, upstream.delta, p.lo, p.hi, dq),
         *p.strides,
         *upstream.dout.stride()[:3],

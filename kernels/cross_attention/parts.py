@@ -159,18 +159,18 @@ def _minus_itself(a, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def store_rows(rows, a, inside, D: tl.constexpr):
-    """Store a matrix of D columns at the pointers `rows` to its rows, where `inside`, in their dtype."""
+def store_rows(tile, offsets, a, inside, D: tl.constexpr):
+    """Store a matrix of D columns where `inside`, its rows at these offsets from the pointer `tile`, in its dtype."""
     if len(a) == 2:
         WIDE: tl.constexpr = a[0].shape[1]
-        _store_part(rows, a[0], inside, WIDE)
-        _store_part(rows + WIDE, a[1], inside, D - WIDE)
+        _store_part(tile, offsets, a[0], inside, WIDE)
+        _store_part(tile + WIDE, offsets, a[1], inside, D - WIDE)
     else:
-        _store_part(rows, a[0], inside, D)
+        _store_part(tile, offsets, a[0], inside, D)
 
 
 @triton.jit
-def _store_part(rows, a, inside, D: tl.constexpr):
+def _store_part(tile, offsets, a, inside, D: tl.constexpr):
     cols = tl.arange(0, a.shape[1])
     mask = inside[:, None] & (cols < D)[None, :]
-    tl.store(rows[:, None] + cols[None, :], a.to(rows.dtype.element_ty), mask=mask)
+    tl.store(tile + (offsets[:, None] + cols[None, :]), a.to(tile.dtype.element_ty), mask=mask)

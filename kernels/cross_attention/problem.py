@@ -15,8 +15,9 @@ from calm_fast.kernels.common.launching import addressable, describe, float32_pr
 from calm_fast.kernels.cross_attention.configs import column_parts, table_size
 from calm_fast.kernels.cross_attention.fwd import _cross_attention_fwd_kernel
 
-__all__ = ["Problem", "boxes_of", "make_problem"]
+__all__ = ["NO_BOXES", "Problem", "boxes_of", "make_problem"]
 
+NO_BOXES = (None, None)  # in place of `boxes_of`, where a kernel reads through pointers
 _MAX_HEAD_DIM = 256
 _INTERPRETED = interpreted(_cross_attention_fwd_kernel)
 
@@ -81,22 +82,14 @@ class Problem:
         return table.pick(self.q.device, self.q.dtype, table_size(block_d), block_d, shape, _INTERPRETED, measured)
 
 
-def boxes_of(boxes: bool, rows: int, *tensors: torch.Tensor) -> list[TensorDescriptor | None]:
-    """Return two descriptors of each tensor (B, rows, heads, D), one per part of its columns, or None for an absent one.
+def boxes_of(t: torch.Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+    """Return a descriptor of t (B, rows, heads, D) for each part of its columns, loaded in boxes of rows of one head.
 
-    They describe it as (B, heads, rows, D): only if dims of size 1 lead, a box becomes a matrix in shared memory at once.
-
-    Args:
-        boxes: whether the kernel reads through descriptors at all.
-        rows: of one head, in each box.
-        tensors: of one head dim.
+    It describes t as (B, heads, rows, D): only if dims of size 1 lead, a box becomes a matrix in shared memory at once.
     """
-    widths = column_parts(tensors[0].shape[3])
-    return [
-        describe(t.transpose(1, 2), [1, 1, rows, width]) if boxes and width else None
-        for t in tensors
-        for width in widths
-    ]
+    wide, rest = column_parts(t.shape[3])
+    t = t.transpose(1, 2)
+    return describe(t, [1, 1, rows, wide]), describe(t, [1, 1, rows, rest]) if rest else None
 
 
 def make_problem(
