@@ -42,17 +42,13 @@ _MASKS = {"full": (False, False, False), "causal": (False, False, True), "hi": (
 _MASKS["interval"] = (True, True, False)
 _KERNELS = {
     "fwd": _cross_attention_fwd_kernel,
-    "fwd_pointers": _cross_attention_fwd_kernel,
     "decode": _cross_attention_decode_kernel,
-    "packed64": _cross_attention_decode_kernel,
-    "packed128": _cross_attention_decode_kernel,
     "dkdv": _cross_attention_bwd_dkdv_kernel,
-    "dkdv_pointers": _cross_attention_bwd_dkdv_kernel,
-    "dv": _cross_attention_bwd_dkdv_kernel,
-    "repair": _cross_attention_bwd_dkdv_kernel,
     "dq": _cross_attention_bwd_dq_kernel,
-    "dq_pointers": _cross_attention_bwd_dq_kernel,
 }
+# parts that are forms of a kernel
+_FORMS = {"fwd_pointers": "fwd", "packed64": "decode", "packed128": "decode", "dkdv_pointers": "dkdv", "dv": "dkdv"}
+_FORMS |= {"repair": "dkdv", "dq_pointers": "dq"}
 
 
 def attention_spec(
@@ -73,7 +69,8 @@ def attention_spec(
     has_lo, has_hi, causal = _MASKS[mask]
     box_targets = {"fwd": BOX_TARGETS, "dkdv": BOX_TARGETS, "dv": BOX_TARGETS, "dq": DQ_BOX_TARGETS}.get(part, ())
     boxes = dtype != torch.float32 and target(arch, dtype) in box_targets
-    wide, rest = column_parts(d)
+    kernel = _FORMS.get(part, part)
+    wide, rest = column_parts(d, kernel, target(arch, dtype))
     constants: dict[str, Any] = {
         "D": d,
         "BLOCK_D": wide,
@@ -104,7 +101,9 @@ def attention_spec(
     present |= {"ranges_ptr": part != "repair" and (has_lo or has_hi)}
     constants |= {pointer: None for pointer, there in present.items() if not there}
     name = f"{part}_{short_name(dtype)}_d{d}_{mask}_sm{arch}"
-    return make_spec(name, _KERNELS[part], dtype, constants | _UNIT, config, tensor_core, (arch,), pointers, ("ROWS",))
+    return make_spec(
+        name, _KERNELS[kernel], dtype, constants | _UNIT, config, tensor_core, (arch,), pointers, ("ROWS",)
+    )
 
 
 def codegen_specs() -> list[CodegenSpec]:
@@ -125,12 +124,17 @@ def codegen_specs() -> list[CodegenSpec]:
     cases += [(part, bf16, d, "interval") for part in ("packed64", "packed128") for d in (64, 128)]
     cases += [("packed64", bf16, 128, "causal"), ("packed128", bf16, 128, "hi"), ("packed128", bf16, 128, "causal")]
     cases += [("packed128", fp32, d, "interval") for d in (64, 128)]
+    # head dims in two column parts
+    cases += [(part, bf16, d, "interval") for part in ("fwd", "dkdv", "dq") for d in (96, 192)]
+    cases += [(part, bf16, 80, "causal") for part in ("dkdv", "dq")] + [("decode", bf16, 192, "interval")]
+    cases += [(part, fp32, 80, "interval") for part in ("fwd", "dkdv", "dq", "packed128")]
+    cases += [(part, fp32, 192, "causal") for part in ("fwd", "decode")]
     pointers = [("fwd_pointers", bf16, d, mask) for d in (64, 128, 256) for mask in ("causal", "interval")]
     for arch in ARCHS:
         for part, dtype, d, mask in cases + (pointers if target(arch, bf16) in BOX_TARGETS else []):
             config = TABLES[part].default(arch, dtype, table_size(padded(d)))
             # tiles of 16 or 32 rows are too small for warpgroup instructions; IEEE float32 uses no tensor core
-            small = part == "decode" or (part in ("dkdv", "dq") and d == 256 and arch == 100)
+            small = part == "decode" or (part in ("dkdv", "dq") and d > 128 and arch == 100)
             expected: bool | str = False if dtype == fp32 else "warp" if small else True
             specs.append(attention_spec(part, dtype, d, mask, config, expected, arch))
         specs += _other_key_grad_specs(arch)
@@ -146,6 +150,7 @@ def _other_key_grad_specs(arch: int) -> list[CodegenSpec]:
     ]
     for d, config in DV.defaults.get(name, {}).items():
         specs += [attention_spec("dv", bf16, d, mask, config, True, arch) for mask in ("causal", "interval")]
+        specs += [attention_spec("dv", bf16, 192, "interval", config, True, arch)]
     if name in DQ_BOX_TARGETS:
         for d, config in DQ_POINTERS.defaults[name].items():
             expected: bool | str = "warp" if d == 256 else True

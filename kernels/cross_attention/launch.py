@@ -10,7 +10,7 @@ import torch
 import triton
 
 from calm_fast.kernels.common import hardware
-from calm_fast.kernels.common.config_table import ConfigTable, padded, target
+from calm_fast.kernels.common.config_table import ConfigTable, padded
 from calm_fast.kernels.common.launching import describable, launch
 from calm_fast.kernels.cross_attention.configs import (
     BOX_TARGETS,
@@ -81,13 +81,14 @@ def launch_cross_attention_fwd(
         _launch_decode(p, out, lse, config)
         return out, lse
     boxes, search, _ = _forward_form(p)
+    parts = p.column_parts("fwd")
     launch(
         _cross_attention_fwd_kernel,
         triton.cdiv(m, config.block_m) * heads * batch,
         q.device,
         config,
         *(p.q, p.k, p.v),
-        *(box for t in (p.k, p.v) for box in (boxes_of(t, config.block_n) if boxes else NO_BOXES)),
+        *(box for t in (p.k, p.v) for box in (boxes_of(t, config.block_n, parts) if boxes else NO_BOXES)),
         *(lo, hi, out, lse),
         *p.strides,
         *p.interval_strides,
@@ -96,7 +97,7 @@ def launch_cross_attention_fwd(
         BOXES=boxes,
         SEARCH=search,
         **p.scalars(),
-        **p.constants(),
+        **p.constants("fwd"),
     )
     return out, lse
 
@@ -119,11 +120,11 @@ def _config(p: Problem) -> AttentionConfig | DecodeConfig:
 
 def _forward_form(p: Problem) -> tuple[bool, bool, ConfigTable[int, AttentionConfig]]:
     """Return BOXES and SEARCH of the forward kernel for a call, and the table of its configs."""
-    name = BOX_TARGETS[0] if p.interpreted else target(hardware.gpu(p.q.device).arch, p.q.dtype)
-    if p.q.dtype == torch.float32 or name not in BOX_TARGETS:
-        return False, searches(name, p.q.dtype), FWD
+    search = searches(p.target, p.q.dtype)
+    if p.target not in BOX_TARGETS:
+        return False, search, FWD
     boxes = describable(p.k) and describable(p.v)
-    return boxes, searches(name, p.q.dtype), FWD if boxes else FWD_POINTERS
+    return boxes, search, FWD if boxes else FWD_POINTERS
 
 
 def _launch_decode(p: Problem, out: torch.Tensor, lse: torch.Tensor, config: DecodeConfig) -> None:
@@ -149,7 +150,7 @@ def _launch_decode(p: Problem, out: torch.Tensor, lse: torch.Tensor, config: Dec
         DIRECT=splits == 1,
         EDGES=config.mask_edges_only,
         **p.scalars(),
-        **p.constants(),
+        **p.constants("decode"),
     )
     if splits > 1:
         launch(

@@ -9,8 +9,9 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from calm_fast.core.launch_config import Config
+from calm_fast.kernels.common import hardware
 from calm_fast.kernels.common.arithmetic import LOG2_E
-from calm_fast.kernels.common.config_table import ConfigTable, padded
+from calm_fast.kernels.common.config_table import ConfigTable, padded, target
 from calm_fast.kernels.common.launching import addressable, describe, float32_precision, interpreted
 from calm_fast.kernels.cross_attention.configs import column_parts, table_size
 from calm_fast.kernels.cross_attention.fwd import _cross_attention_fwd_kernel
@@ -55,12 +56,11 @@ class Problem:
         _, m, n, heads, kv_heads, _ = self.sizes
         return {"scale_log2": self.scale * LOG2_E.value, "M": m, "N": n, "H": heads, "GROUP": heads // kv_heads}
 
-    def constants(self) -> dict[str, Any]:
-        """Compile-time arguments that every attention kernel takes."""
-        d = self.q.shape[3]
-        wide, rest = column_parts(d)
+    def constants(self, kernel: str) -> dict[str, Any]:
+        """Compile-time arguments that every attention kernel takes; kernel: one of `column_parts`."""
+        wide, rest = self.column_parts(kernel)
         return {
-            "D": d,
+            "D": self.q.shape[3],
             "BLOCK_D": wide,
             "REST_D": rest,
             "HAS_LO": self.lo is not None,
@@ -69,6 +69,15 @@ class Problem:
             "PRECISION": float32_precision(self.q.dtype),
             "INTERPRET": _INTERPRETED,
         }
+
+    @property
+    def target(self) -> str:
+        """What does the products; in the interpreter the forms are those of sm_90."""
+        return target(90 if _INTERPRETED else hardware.gpu(self.q.device).arch, self.q.dtype)
+
+    def column_parts(self, kernel: str) -> tuple[int, int]:
+        """Return the columns of the parts of the head dim, see configs.py."""
+        return column_parts(self.q.shape[3], kernel, self.target)
 
     @property
     def interpreted(self) -> bool:
@@ -82,12 +91,12 @@ class Problem:
         return table.pick(self.q.device, self.q.dtype, table_size(block_d), block_d, shape, _INTERPRETED, measured)
 
 
-def boxes_of(t: torch.Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+def boxes_of(t: torch.Tensor, rows: int, parts: tuple[int, int]) -> tuple[TensorDescriptor, TensorDescriptor | None]:
     """Return a descriptor of t (B, rows, heads, D) for each part of its columns, loaded in boxes of rows of one head.
 
     It describes t as (B, heads, rows, D): only if dims of size 1 lead, a box becomes a matrix in shared memory at once.
     """
-    wide, rest = column_parts(t.shape[3])
+    wide, rest = parts
     t = t.transpose(1, 2)
     return describe(t, [1, 1, rows, wide]), describe(t, [1, 1, rows, rest]) if rest else None
 

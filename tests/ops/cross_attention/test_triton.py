@@ -17,6 +17,7 @@ from calm_fast.verify.cases import op_cases
 
 pytest.importorskip("triton", reason="the kernels need Triton; it has wheels for Linux only")
 from calm_fast.kernels.common import hardware
+from calm_fast.kernels.common.config_table import padded
 from calm_fast.kernels.cross_attention import launch as kernels
 from calm_fast.kernels.cross_attention import launch_bwd, problem
 from calm_fast.kernels.cross_attention.configs import (
@@ -100,14 +101,14 @@ def test_every_head_dim_and_dtype(d, dtype, device):
 
 def test_a_head_dim_has_two_column_parts_where_that_saves_products():
     """Both are powers of two from 16 on, as tiles must be, and together fewer columns than one part."""
-    two = {d: column_parts(d) for d in range(1, 257) if column_parts(d)[1]}
-    assert two[80] == (64, 16) and two[96] == (64, 32) and two[192] == (128, 64)
-    assert two == {d: two[80] for d in range(65, 81)} | {d: two[96] for d in range(81, 97)} | {
-        d: (128, rest) for rest in (16, 32, 64) for d in range(129 if rest == 16 else 129 + rest // 2, 129 + rest)
-    }
-    assert {d: column_parts(d) for d in (1, 17, 64, 97, 112, 128, 193, 256)} == {
-        1: (16, 0), 17: (32, 0), 64: (64, 0), 97: (128, 0), 112: (128, 0), 128: (128, 0), 193: (256, 0), 256: (256, 0)
-    }  # fmt: skip
+    found = {d: column_parts(d, "fwd", "sm_90") for d in range(1, 257)}
+    two = {d for d in found if found[d][1]}
+    assert two == {*range(65, 97), *range(129, 193)}
+    assert all(found[d] == (padded(d), 0) for d in found.keys() - two)
+    for first, rest in ((64, 16), (64, 32), (128, 16), (128, 32), (128, 64)):
+        assert found[first + rest] == found[first + rest - 7] == (first, rest)
+    assert column_parts(192, "dkdv", "sm_80") == (128, 64)
+    assert column_parts(96, "dkdv", "sm_80") == (128, 0)  # there two parts spill
 
 
 @pytest.mark.parametrize("d", [80, 96, 192])
