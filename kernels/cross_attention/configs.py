@@ -282,7 +282,7 @@ TABLES: dict[str, ConfigTable[int, Any]] = {
     table.part: table for table in (FWD, FWD_POINTERS, DKDV, DQ, DQ_POINTERS, DECODE, PACKED_64, PACKED_128)
 }
 
-# Padded head dims at which a kernel holds narrower ones in two parts, see `column_parts`. Elsewhere two parts spilled or
+# Padded head dims at which a kernel holds narrower ones in two parts (`column_parts`). Elsewhere two parts spilled or
 # had as many products as one (docs/ops/cross_attention.md).
 _BOTH, _WIDE = (128, 256), (256,)
 TWO_PARTS: dict[str, dict[str, tuple[int, ...]]] = {
