@@ -126,9 +126,8 @@ def codegen_specs() -> list[CodegenSpec]:
     cases += [("packed128", fp32, d, "interval") for d in (64, 128)]
     # head dims in two column parts
     cases += [(part, bf16, d, "interval") for part in ("fwd", "dkdv", "dq") for d in (96, 192)]
-    cases += [(part, bf16, 80, "causal") for part in ("dkdv", "dq")] + [("decode", bf16, 192, "interval")]
-    cases += [(part, fp32, 80, "interval") for part in ("fwd", "dkdv", "dq", "packed128")]
-    cases += [(part, fp32, 192, "causal") for part in ("fwd", "decode")]
+    cases += [(part, bf16, 80, "causal") for part in ("dkdv", "dq")]
+    cases += [("fwd", fp32, 80, "interval"), ("fwd", fp32, 192, "causal")]
     pointers = [("fwd_pointers", bf16, d, mask) for d in (64, 128, 256) for mask in ("causal", "interval")]
     for arch in ARCHS:
         for part, dtype, d, mask in cases + (pointers if target(arch, bf16) in BOX_TARGETS else []):

@@ -287,9 +287,8 @@ TABLES: dict[str, ConfigTable[int, Any]] = {
 _BOTH, _WIDE = (128, 256), (256,)
 TWO_PARTS: dict[str, dict[str, tuple[int, ...]]] = {
     "fwd": {"sm_80": _BOTH, "sm_90": _BOTH, "sm_100": _BOTH, "float32": _BOTH},
-    "decode": {"sm_80": _WIDE, "sm_90": _WIDE, "sm_100": _WIDE, "float32": _BOTH},
-    "dkdv": {"sm_80": _WIDE, "sm_90": _BOTH, "sm_100": _WIDE, "float32": _BOTH},
-    "dq": {"sm_80": _WIDE, "sm_90": _BOTH, "sm_100": _BOTH, "float32": _BOTH},
+    "dkdv": {"sm_80": _WIDE, "sm_90": _BOTH, "sm_100": _WIDE, "float32": ()},
+    "dq": {"sm_80": (), "sm_90": _BOTH, "sm_100": _BOTH, "float32": ()},
 }
 
 # Kernels without a product, with nothing to tune. 64 rows of 256 columns spilled in the row terms kernel.
@@ -317,10 +316,10 @@ def column_parts(d: int, kernel: str, name: str) -> tuple[int, int]:
 
     Args:
         d: head dim.
-        kernel: "fwd", "decode", "dkdv" or "dq".
+        kernel: "fwd", "dkdv" or "dq"; any other has one part.
         name: target.
     """
-    if padded(d) not in TWO_PARTS[kernel][name] or d == padded(d):
+    if kernel not in TWO_PARTS or padded(d) not in TWO_PARTS[kernel][name] or d == padded(d):
         return padded(d), 0
     first = padded(d) // 2
     rest = padded(d - first)

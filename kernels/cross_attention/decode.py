@@ -46,7 +46,6 @@ def _cross_attention_decode_kernel(
     SPLIT_KEYS,  # a multiple of BLOCK_N
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    REST_D: tl.constexpr,
     BLOCK_R: tl.constexpr,  # rows of a tile: (query, head of the group) pairs
     BLOCK_N: tl.constexpr,
     DIRECT: tl.constexpr,  # a single split: nothing to combine
@@ -88,13 +87,14 @@ def _cross_attention_decode_kernel(
     first, full_first, full_last, last = key_block_ranges(lo, hi, seen, N, BLOCK_N, True)
 
     # load
+    cols = tl.arange(0, BLOCK_D)
     inside = rows < M
     row64 = rows.to(tl.int64)
     head64 = heads.to(tl.int64)
-    q_rows = q_ptr + b * stride_qb + (row64 * stride_qm + head64 * stride_qh)
-    q = parts.load_at(q_rows, inside, D, BLOCK_D, REST_D)
+    q_ptrs = q_ptr + b * stride_qb + (row64 * stride_qm + head64 * stride_qh)[:, None] + cols[None, :]
+    q = (tl.load(q_ptrs, mask=inside[:, None] & (cols < D)[None, :], other=0.0),)  # always one part of columns
 
-    acc = parts.zeros(BLOCK_R, BLOCK_D, REST_D)
+    acc = parts.zeros(BLOCK_R, BLOCK_D, 0)
     row_sum = tl.zeros((BLOCK_R,), tl.float32)
     row_max = tl.zeros((BLOCK_R,), tl.float32) + NEG_HUGE
     k_base = k_ptr + b * stride_kb + kv_head.to(tl.int64) * stride_kh
@@ -104,20 +104,20 @@ def _cross_attention_decode_kernel(
         if HAS_LO:  # without lower bounds a split begins with a whole block
             acc, row_sum, row_max = attend_blocks(
                 acc, row_sum, row_max, q, k_base, v_base, b, kv_head, stride_kn, stride_vn, lo, hi, first, full_first,
-                scale_log2, N, D, BLOCK_D, REST_D, BLOCK_N, True, HAS_LO, False, True, PRECISION, INTERPRET,
+                scale_log2, N, D, BLOCK_D, 0, BLOCK_N, True, HAS_LO, False, True, PRECISION, INTERPRET,
             )  # fmt: skip
         acc, row_sum, row_max = attend_blocks(
             acc, row_sum, row_max, q, k_base, v_base, b, kv_head, stride_kn, stride_vn, lo, hi, full_first, full_last,
-            scale_log2, N, D, BLOCK_D, REST_D, BLOCK_N, False, HAS_LO, False, True, PRECISION, INTERPRET,
+            scale_log2, N, D, BLOCK_D, 0, BLOCK_N, False, HAS_LO, False, True, PRECISION, INTERPRET,
         )  # fmt: skip
         acc, row_sum, row_max = attend_blocks(
             acc, row_sum, row_max, q, k_base, v_base, b, kv_head, stride_kn, stride_vn, lo, hi, full_last, last,
-            scale_log2, N, D, BLOCK_D, REST_D, BLOCK_N, True, HAS_LO, False, True, PRECISION, INTERPRET,
+            scale_log2, N, D, BLOCK_D, 0, BLOCK_N, True, HAS_LO, False, True, PRECISION, INTERPRET,
         )  # fmt: skip
     else:  # reading the keys takes far longer than masking so few rows
         acc, row_sum, row_max = attend_blocks(
             acc, row_sum, row_max, q, k_base, v_base, b, kv_head, stride_kn, stride_vn, lo, hi, first, last,
-            scale_log2, N, D, BLOCK_D, REST_D, BLOCK_N, True, True, False, True, PRECISION, INTERPRET,
+            scale_log2, N, D, BLOCK_D, 0, BLOCK_N, True, True, False, True, PRECISION, INTERPRET,
         )  # fmt: skip
 
     # store

@@ -92,12 +92,14 @@ def launch_cross_attention_fwd(
         *(lo, hi, out, lse),
         *p.strides,
         *p.interval_strides,
+        BLOCK_D=parts[0],
+        REST_D=parts[1],
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BOXES=boxes,
         SEARCH=search,
         **p.scalars(),
-        **p.constants("fwd"),
+        **p.constants(),
     )
     return out, lse
 
@@ -144,13 +146,14 @@ def _launch_decode(p: Problem, out: torch.Tensor, lse: torch.Tensor, config: Dec
         *p.strides,
         *p.interval_strides,
         SPLITS=splits,
+        BLOCK_D=padded(d),
         BLOCK_R=config.block_r,
         BLOCK_N=config.block_n,
         SPLIT_KEYS=config.split_keys,
         DIRECT=splits == 1,
         EDGES=config.mask_edges_only,
         **p.scalars(),
-        **p.constants("decode"),
+        **p.constants(),
     )
     if splits > 1:
         launch(

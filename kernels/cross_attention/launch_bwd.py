@@ -184,6 +184,8 @@ def _launch_dkdv(
         scale=p.scale,
         ROWS=upstream.rows,
         POISON_TILES=0 if poison is None else poison.shape[2],
+        BLOCK_D=parts[0],
+        REST_D=parts[1],
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         HAS_DK=dk is not None,
@@ -191,7 +193,7 @@ def _launch_dkdv(
         BOXES=boxes,
         REPAIR=repair,
         **p.scalars(),
-        **p.constants("dkdv"),
+        **p.constants(),
     )
 
 
@@ -242,9 +244,11 @@ def _launch_dq(p: Problem, upstream: _Upstream, dq: torch.Tensor, config: Attent
         *p.interval_strides,
         scale=p.scale,
         ROWS=upstream.rows,
+        BLOCK_D=parts[0],
+        REST_D=parts[1],
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BOXES=boxes,
         **p.scalars(),
-        **p.constants("dq"),
+        **p.constants(),
     )

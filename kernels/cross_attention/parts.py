@@ -36,21 +36,6 @@ def load_parts(
 
 
 @triton.jit
-def load_at(rows, inside, D: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr):
-    """Load the rows of a matrix at these pointers; outside it is 0."""
-    if REST_D:
-        return (_load_part(rows, inside, BLOCK_D, BLOCK_D), _load_part(rows + BLOCK_D, inside, D - BLOCK_D, REST_D))
-    else:
-        return (_load_part(rows, inside, D, BLOCK_D),)
-
-
-@triton.jit
-def _load_part(rows, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    cols = tl.arange(0, BLOCK_D)
-    return tl.load(rows[:, None] + cols[None, :], mask=inside[:, None] & (cols < D)[None, :], other=0.0)
-
-
-@triton.jit
 def load_boxes(boxes, rest, b, head, first, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr):
     """Load rows first .. first + BLOCK of a head through tensor descriptors; outside it is 0.
 

@@ -56,13 +56,10 @@ class Problem:
         _, m, n, heads, kv_heads, _ = self.sizes
         return {"scale_log2": self.scale * LOG2_E.value, "M": m, "N": n, "H": heads, "GROUP": heads // kv_heads}
 
-    def constants(self, kernel: str) -> dict[str, Any]:
-        """Compile-time arguments that every attention kernel takes; kernel: one of `column_parts`."""
-        wide, rest = self.column_parts(kernel)
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments that every attention kernel takes."""
         return {
             "D": self.q.shape[3],
-            "BLOCK_D": wide,
-            "REST_D": rest,
             "HAS_LO": self.lo is not None,
             "HAS_HI": self.hi is not None,
             "CAUSAL": self.causal,
