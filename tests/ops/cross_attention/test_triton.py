@@ -117,7 +117,7 @@ def test_the_kernels_get_no_more_columns_than_the_head_dim_has(d, device, monkey
     given = []
     for launcher in (kernels, launch_bwd):
         monkeypatch.setattr(launcher, "launch", lambda *_, **named: given.append(named))
-    i = inputs(device, m=200, n=8, b=1, d=d, mask=causal)
+    i = inputs(device, m=200, n=8, b=1, d=d, mask=causal, dtype=torch.bfloat16)
     out, lse = forward({"lo": None, "hi": None} | i)
     backward({"lo": None, "hi": None} | i, out, lse)
     widths = [named["BLOCK_D"] + named["REST_D"] for named in given if "REST_D" in named]
