@@ -8,8 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from calm_fast.kernels.common.arithmetic import matmul, matmul_add
-from calm_fast.kernels.common.intervals import finite_or_zero, load_interval, load_rows
+from calm_fast.kernels.common.intervals import load_interval
+from calm_fast.kernels.cross_attention import parts
+from calm_fast.kernels.cross_attention.parts import load_boxes, load_parts
 
 
 @triton.jit(do_not_specialize=["M", "N"])
@@ -125,7 +126,9 @@ def _collect_key_grads(
     q_ptr,
     dout_ptr,
     q_boxes,
+    q_rest,
     dout_boxes,
+    dout_rest,
     lse2_base,
     delta_base,
     lo_ptr,
@@ -150,6 +153,7 @@ def _collect_key_grads(
     ROWS,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
@@ -191,21 +195,21 @@ def _collect_key_grads(
             terms = head * ROWS  # 32-bit: 2**31 rows of a group would be 8 GiB of lse2 alone
             lse2 = tl.load(lse2_base + terms + rows)
             if BOXES:
-                q = q_boxes.load([b, first_head + head, start, 0]).reshape(BLOCK_M, BLOCK_D)
-                dout = dout_boxes.load([b, first_head + head, start, 0]).reshape(BLOCK_M, BLOCK_D)
+                q = load_boxes(q_boxes, q_rest, b, first_head + head, start, BLOCK_M, BLOCK_D, REST_D)
+                dout = load_boxes(dout_boxes, dout_rest, b, first_head + head, start, BLOCK_M, BLOCK_D, REST_D)
             else:
                 q_base = q_ptr + head.to(tl.int64) * stride_qh
                 dout_base = dout_ptr + head.to(tl.int64) * stride_gh
-                q = load_rows(q_base, start, stride_qm, M, D, BLOCK_M, BLOCK_D, True)
-                dout = load_rows(dout_base, start, stride_gm, M, D, BLOCK_M, BLOCK_D, True)
+                q = load_parts(q_base, start, stride_qm, M, D, BLOCK_M, BLOCK_D, REST_D, True)
+                dout = load_parts(dout_base, start, stride_gm, M, D, BLOCK_M, BLOCK_D, REST_D, True)
             if REPAIR:  # a row that is not finite has p NaN; here it would also reach the keys that it does not see
-                q = finite_or_zero(q)
-                dout = finite_or_zero(dout)
+                q = parts.finite(q)
+                dout = parts.finite(dout)
             # scores, softmax
             if ROWS_FIRST:
-                scores = matmul(q, tl.trans(k), PRECISION, INTERPRET)
+                scores = parts.dot_rows(q, k, PRECISION, INTERPRET)
             else:
-                scores = matmul(k, tl.trans(q), PRECISION, INTERPRET)
+                scores = parts.dot_rows(k, q, PRECISION, INTERPRET)
             p = tl.exp2(scores * scale_log2 - tl.expand_dims(lse2, ROW_AXIS))
             # keys beyond N and rows beyond M need no mask: nobody stores the former, the latter have p 0
             if MASKED and not BRANCH:
@@ -222,12 +226,12 @@ def _collect_key_grads(
                     p = tl.where(keys[:, None] < hi[None, :], p, 0.0)
             # accumulate
             if HAS_DV:
-                dv = matmul_add(p.to(dout.dtype), dout, dv, PRECISION, INTERPRET)
+                dv = parts.add_product(dv, p.to(dout[0].dtype), dout, PRECISION, INTERPRET)
             if HAS_DK:
                 if ROWS_FIRST:
-                    dp = matmul(dout, tl.trans(v), PRECISION, INTERPRET)
+                    dp = parts.dot_rows(dout, v, PRECISION, INTERPRET)
                 else:
-                    dp = matmul(v, tl.trans(dout), PRECISION, INTERPRET)
+                    dp = parts.dot_rows(v, dout, PRECISION, INTERPRET)
                 # loaded here, not above: registers that would be held through the products above
                 delta = tl.load(delta_base + terms + rows)
                 ds = p * (dp - tl.expand_dims(delta, ROW_AXIS))
@@ -239,10 +243,10 @@ def _collect_key_grads(
                         )  # fmt: skip
                 elif MASKED:  # a hidden value may be NaN. To make v itself finite would take v through registers
                     ds = tl.where(p == 0.0, 0.0, ds)
-                ds = ds.to(q.dtype)
+                ds = ds.to(q[0].dtype)
                 if ROWS_FIRST:
                     ds = tl.trans(ds)
-                dk = matmul_add(ds, q, dk, PRECISION, INTERPRET)
+                dk = parts.add_product(dk, ds, q, PRECISION, INTERPRET)
             # the next tile, the next head behind the last tile: divisions of the step would cost 60 instructions
             start += BLOCK_M
             if GAP:
@@ -263,7 +267,9 @@ def _cross_attention_bwd_dkdv_kernel(
     v_ptr,  # (B, N, H // GROUP, D)
     dout_ptr,  # (B, M, H, D)
     q_boxes,  # tensor descriptor of q as (B, H, M, D) in boxes (1, 1, BLOCK_M, BLOCK_D), or None
-    dout_boxes,  # the same of dout
+    q_rest,  # the same with boxes of REST_D columns, or None
+    dout_boxes,  # the same two of dout
+    dout_rest,
     lse2_ptr,  # (B, H, ROWS) float32
     delta_ptr,  # (B, H, ROWS) float32
     lo_ptr,  # (B, M) int32 or None
@@ -298,6 +304,7 @@ def _cross_attention_bwd_dkdv_kernel(
     POISON_TILES,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr,
@@ -353,12 +360,12 @@ def _cross_attention_bwd_dkdv_kernel(
     # load: k and v by pointers, once; as 4-dimensional boxes Triton would hold them in registers
     k_base = k_ptr + b * stride_kb + kv_head64 * stride_kh
     v_base = v_ptr + b * stride_vb + kv_head64 * stride_vh
-    k = load_rows(k_base, key_first, stride_kn, N, D, BLOCK_N, BLOCK_D, True)
+    k = load_parts(k_base, key_first, stride_kn, N, D, BLOCK_N, BLOCK_D, REST_D, True)
     v = k  # not read without dk
     if HAS_DK:
-        v = load_rows(v_base, key_first, stride_vn, N, D, BLOCK_N, BLOCK_D, True)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        v = load_parts(v_base, key_first, stride_vn, N, D, BLOCK_N, BLOCK_D, REST_D, True)
+    dk = parts.zeros(BLOCK_N, BLOCK_D, REST_D)
+    dv = parts.zeros(BLOCK_N, BLOCK_D, REST_D)
     lo_base = lo_ptr + b * stride_lob if HAS_LO else lo_ptr
     hi_base = hi_ptr + b * stride_hib if HAS_HI else hi_ptr
 
@@ -369,28 +376,28 @@ def _cross_attention_bwd_dkdv_kernel(
     delta_base = delta_ptr + (b * H + head64) * ROWS
     if HAS_LO or HAS_HI or CAUSAL:
         dk, dv = _collect_key_grads(
-            dk, dv, k, v, q_base, dout_base, q_boxes, dout_boxes, lse2_base, delta_base, lo_base, hi_base,
+            dk, dv, k, v, q_base, dout_base, q_boxes, q_rest, dout_boxes, dout_rest,
+            lse2_base, delta_base, lo_base, hi_base,
             stride_qm, stride_qh, stride_gm, stride_gh, stride_lom, stride_him, b32, kv_head * GROUP,
             key_first, first, full_first, full_last, last, scale_log2, M, N, GROUP, ROWS,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_LO, HAS_HI, CAUSAL, HAS_DK, HAS_DV, BOXES, REPAIR,
+            D, BLOCK_D, REST_D, BLOCK_M, BLOCK_N, True, HAS_LO, HAS_HI, CAUSAL, HAS_DK, HAS_DV, BOXES, REPAIR,
             PRECISION, INTERPRET,
         )  # fmt: skip
     if not REPAIR and (HAS_DV or not (HAS_LO or HAS_HI or CAUSAL)):
         dk, dv = _collect_key_grads(
-            dk, dv, k, v, q_base, dout_base, q_boxes, dout_boxes, lse2_base, delta_base, lo_base, hi_base,
+            dk, dv, k, v, q_base, dout_base, q_boxes, q_rest, dout_boxes, dout_rest,
+            lse2_base, delta_base, lo_base, hi_base,
             stride_qm, stride_qh, stride_gm, stride_gh, stride_lom, stride_him, b32, kv_head * GROUP,
             key_first, full_first, full_last, full_last, full_last, scale_log2, M, N, GROUP, ROWS,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, False, HAS_LO, HAS_HI, CAUSAL, HAS_DK, HAS_DV, BOXES, REPAIR,
+            D, BLOCK_D, REST_D, BLOCK_M, BLOCK_N, False, HAS_LO, HAS_HI, CAUSAL, HAS_DK, HAS_DV, BOXES, REPAIR,
             PRECISION, INTERPRET,
         )  # fmt: skip
 
     # store
-    keys = key_first + tl.arange(0, BLOCK_N)
-    cols = tl.arange(0, BLOCK_D)
-    inside = (keys < N)[:, None] & (cols < D)[None, :]
+    inside = key_first + tl.arange(0, BLOCK_N) < N
     tile = (b * N + key_first) * kv_heads * D + kv_head64 * D
-    offsets = tl.arange(0, BLOCK_N)[:, None] * (kv_heads * D) + cols[None, :]
+    offsets = tl.arange(0, BLOCK_N) * (kv_heads * D)
     if HAS_DK:
-        tl.store(dk_ptr + tile + offsets, (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
+        parts.store_rows(dk_ptr + tile, offsets, parts.times(dk, scale), inside, D)
     if HAS_DV:
-        tl.store(dv_ptr + tile + offsets, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+        parts.store_rows(dv_ptr + tile, offsets, dv, inside, D)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from calm_fast.kernels.common.arithmetic import LOG2_E, matmul, matmul_add
+from calm_fast.kernels.common.arithmetic import LOG2_E
 from calm_fast.kernels.common.intervals import (
     is_finite,
     key_block_ranges,
@@ -16,7 +16,9 @@ from calm_fast.kernels.common.intervals import (
     load_rows,
     sees,
 )
+from calm_fast.kernels.cross_attention import parts
 from calm_fast.kernels.cross_attention.fwd import load_block
+from calm_fast.kernels.cross_attention.parts import load_parts
 
 
 @triton.jit(do_not_specialize=["M", "H"])
@@ -98,6 +100,14 @@ def _finite_or_huge(x):
 
 
 @triton.jit
+def _parts_finite_or_huge(a):
+    if len(a) == 2:
+        return (_finite_or_huge(a[0]), _finite_or_huge(a[1]))
+    else:
+        return (_finite_or_huge(a[0]),)
+
+
+@triton.jit
 def _collect_query_grads(
     dq,
     q,
@@ -120,6 +130,7 @@ def _collect_query_grads(
     N,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_LO: tl.constexpr,
@@ -131,21 +142,21 @@ def _collect_query_grads(
 
     MASKED: there are blocks to mask among them, outside [full_first, full_last).
     """
-    BRANCH: tl.constexpr = MASKED and BOXES and BLOCK_D > 128  # some need no mask; else all are masked
+    BRANCH: tl.constexpr = MASKED and BOXES and BLOCK_D + REST_D > 128  # some need no mask; else all are masked
     # A loop that may run zero times sets the accumulator by moves on that edge; ptxas then serialises all its wgmma.
     if first < last:
         for start in tl.range(first, last, BLOCK_N):
             # load
-            k = load_block(k_source, b, start, kv_head, stride_kn, N, D, BLOCK_N, BLOCK_D, MASKED, BOXES)
-            v = load_block(v_source, b, start, kv_head, stride_vn, N, D, BLOCK_N, BLOCK_D, MASKED, BOXES)
-            if MASKED and BLOCK_D <= 128:
+            k = load_block(k_source, b, start, kv_head, stride_kn, N, D, BLOCK_N, BLOCK_D, REST_D, MASKED, BOXES)
+            v = load_block(v_source, b, start, kv_head, stride_vn, N, D, BLOCK_N, BLOCK_D, REST_D, MASKED, BOXES)
+            if MASKED and BLOCK_D + REST_D <= 128:
                 # a hidden key's 0 times NaN would be NaN. Before the scores, where registers are free; 256 columns do
                 # not fit even there, and the launcher passes a copy
-                k = _finite_or_huge(k)
+                k = _parts_finite_or_huge(k)
             # scores, softmax
-            p = tl.exp2(matmul(q, tl.trans(k), PRECISION, INTERPRET) * scale_log2 - lse2[:, None])
+            p = tl.exp2(parts.dot_rows(q, k, PRECISION, INTERPRET) * scale_log2 - lse2[:, None])
             # accumulate
-            dp = matmul(dout, tl.trans(v), PRECISION, INTERPRET)
+            dp = parts.dot_rows(dout, v, PRECISION, INTERPRET)
             ds = p * (dp - delta[:, None])
             # after the products: p and dp of a hidden key may be anything, NaN too
             if BRANCH:
@@ -155,18 +166,20 @@ def _collect_query_grads(
             elif MASKED:
                 keys = start + tl.arange(0, BLOCK_N)
                 ds = tl.where(sees(lo[:, None], hi[:, None], keys[None, :], HAS_LO), ds, 0.0)
-            dq = matmul_add(ds.to(k.dtype), k, dq, PRECISION, INTERPRET)
+            dq = parts.add_product(dq, ds.to(k[0].dtype), k, PRECISION, INTERPRET)
     return dq
 
 
 @triton.jit(do_not_specialize=["M", "N", "H", "GROUP"])
 def _cross_attention_bwd_dq_kernel(
     q_ptr,  # (B, M, H, D)
-    k_ptr,  # (B, N, H // GROUP, D), finite if BLOCK_D is above 128
+    k_ptr,  # (B, N, H // GROUP, D), finite if D is above 128
     v_ptr,  # (B, N, H // GROUP, D)
     dout_ptr,  # (B, M, H, D)
     k_boxes,  # tensor descriptor of k as (B, H // GROUP, N, D) in boxes (1, 1, BLOCK_N, BLOCK_D), or None
-    v_boxes,  # the same of v
+    k_rest,  # the same with boxes of REST_D columns, or None
+    v_boxes,  # the same two of v
+    v_rest,
     lse2_ptr,  # (B, H, ROWS) float32
     delta_ptr,  # (B, H, ROWS) float32
     lo_ptr,  # (B, M) int32 or None
@@ -197,6 +210,7 @@ def _cross_attention_bwd_dq_kernel(
     ROWS,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr,
@@ -238,44 +252,42 @@ def _cross_attention_bwd_dq_kernel(
     dout_base = dout_ptr + b * stride_gb + head64 * stride_gh
     k_base = k_ptr + b * stride_kb + kv_head64 * stride_kh
     v_base = v_ptr + b * stride_vb + kv_head64 * stride_vh
-    q = load_rows(q_base, first_row, stride_qm, M, D, BLOCK_M, BLOCK_D, True)
-    dout = load_rows(dout_base, first_row, stride_gm, M, D, BLOCK_M, BLOCK_D, True)
+    q = load_parts(q_base, first_row, stride_qm, M, D, BLOCK_M, BLOCK_D, REST_D, True)
+    dout = load_parts(dout_base, first_row, stride_gm, M, D, BLOCK_M, BLOCK_D, REST_D, True)
     row_terms = (b * H + head64) * ROWS + rows
     lse2 = tl.load(lse2_ptr + row_terms)
     delta = tl.load(delta_ptr + row_terms)
 
-    k_source = k_boxes if BOXES else k_base
-    v_source = v_boxes if BOXES else v_base
+    k_source = (k_boxes, k_rest) if BOXES else k_base
+    v_source = (v_boxes, v_rest) if BOXES else v_base
 
     # scores, softmax, accumulate: as in the forward kernel
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if BOXES and BLOCK_D > 128:  # one loop, with a branch around the mask: two or three spill at this size
+    dq = parts.zeros(BLOCK_M, BLOCK_D, REST_D)
+    if BOXES and BLOCK_D + REST_D > 128:  # one loop, with a branch around the mask: two or three spill at this size
         dq = _collect_query_grads(
             dq, q, dout, lse2, delta, k_source, v_source, b32, kv_head, stride_kn, stride_vn, lo, hi,
             first, last, full_first, full_last,
-            scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, BOXES, PRECISION, INTERPRET,
+            scale_log2, N, D, BLOCK_D, REST_D, BLOCK_N, True, HAS_LO, BOXES, PRECISION, INTERPRET,
         )  # fmt: skip
     else:
         if HAS_LO:
             dq = _collect_query_grads(
                 dq, q, dout, lse2, delta, k_source, v_source, b32, kv_head, stride_kn, stride_vn, lo, hi,
                 first, full_first, full_first, full_last,
-                scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, BOXES, PRECISION, INTERPRET,
+                scale_log2, N, D, BLOCK_D, REST_D, BLOCK_N, True, HAS_LO, BOXES, PRECISION, INTERPRET,
             )  # fmt: skip
         dq = _collect_query_grads(
             dq, q, dout, lse2, delta, k_source, v_source, b32, kv_head, stride_kn, stride_vn, lo, hi,
             full_first, full_last, full_first, full_last,
-            scale_log2, N, D, BLOCK_D, BLOCK_N, False, HAS_LO, BOXES, PRECISION, INTERPRET,
+            scale_log2, N, D, BLOCK_D, REST_D, BLOCK_N, False, HAS_LO, BOXES, PRECISION, INTERPRET,
         )  # fmt: skip
         dq = _collect_query_grads(
             dq, q, dout, lse2, delta, k_source, v_source, b32, kv_head, stride_kn, stride_vn, lo, hi,
             full_last, last, full_first, full_last,
-            scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, BOXES, PRECISION, INTERPRET,
+            scale_log2, N, D, BLOCK_D, REST_D, BLOCK_N, True, HAS_LO, BOXES, PRECISION, INTERPRET,
         )  # fmt: skip
 
     # store: a NaN query that sees nothing still has gradient 0
-    cols = tl.arange(0, BLOCK_D)
-    dq = tl.where(seen[:, None], dq * scale, 0.0)
+    dq = parts.zero_unless(seen[:, None], parts.times(dq, scale))
     tile = dq_ptr + (b * M + first_row) * H * D + head64 * D
-    dq_ptrs = tile + tl.arange(0, BLOCK_M)[:, None] * (H * D) + cols[None, :]
-    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None] & (cols < D)[None, :])
+    parts.store_rows(tile, tl.arange(0, BLOCK_M) * (H * D), dq, inside, D)

@@ -25,6 +25,7 @@ from calm_fast.kernels.cross_attention.configs import (
     TABLES,
     AttentionConfig,
     DecodeConfig,
+    column_parts,
     dv_config,
     row_terms_config,
     searches,
@@ -41,17 +42,13 @@ _MASKS = {"full": (False, False, False), "causal": (False, False, True), "hi": (
 _MASKS["interval"] = (True, True, False)
 _KERNELS = {
     "fwd": _cross_attention_fwd_kernel,
-    "fwd_pointers": _cross_attention_fwd_kernel,
     "decode": _cross_attention_decode_kernel,
-    "packed64": _cross_attention_decode_kernel,
-    "packed128": _cross_attention_decode_kernel,
     "dkdv": _cross_attention_bwd_dkdv_kernel,
-    "dkdv_pointers": _cross_attention_bwd_dkdv_kernel,
-    "dv": _cross_attention_bwd_dkdv_kernel,
-    "repair": _cross_attention_bwd_dkdv_kernel,
     "dq": _cross_attention_bwd_dq_kernel,
-    "dq_pointers": _cross_attention_bwd_dq_kernel,
 }
+# parts that are forms of a kernel
+_FORMS = {"fwd_pointers": "fwd", "packed64": "decode", "packed128": "decode", "dkdv_pointers": "dkdv", "dv": "dkdv"}
+_FORMS |= {"repair": "dkdv", "dq_pointers": "dq"}
 
 
 def attention_spec(
@@ -72,9 +69,12 @@ def attention_spec(
     has_lo, has_hi, causal = _MASKS[mask]
     box_targets = {"fwd": BOX_TARGETS, "dkdv": BOX_TARGETS, "dv": BOX_TARGETS, "dq": DQ_BOX_TARGETS}.get(part, ())
     boxes = dtype != torch.float32 and target(arch, dtype) in box_targets
+    kernel = _FORMS.get(part, part)
+    wide, rest = column_parts(d, kernel, target(arch, dtype))
     constants: dict[str, Any] = {
         "D": d,
-        "BLOCK_D": padded(d),
+        "BLOCK_D": wide,
+        "REST_D": rest,
         "BOXES": boxes,
         "SEARCH": searches(target(arch, dtype), dtype),
     }
@@ -89,13 +89,21 @@ def attention_spec(
         constants |= {"REPAIR": part == "repair", "HAS_DK": part != "dv"}
         constants["HAS_DV"] = part != "dkdv" or dv_config(arch, dtype, size) is None
         present |= {"dk_ptr": constants["HAS_DK"], "dv_ptr": constants["HAS_DV"], "poison_ptr": part == "repair"}
-        for names, rows in ((("k_boxes", "v_boxes"), config.block_n), (("q_boxes", "dout_boxes"), config.block_m)):
-            pointers |= dict.fromkeys(names, f"tensordesc<{short_name(dtype)}[1, 1, {rows}, {padded(d)}]>")
-    present |= dict.fromkeys(("k_boxes", "v_boxes", "q_boxes", "dout_boxes"), boxes)
+        for name, rows in (
+            ("k", config.block_n),
+            ("v", config.block_n),
+            ("q", config.block_m),
+            ("dout", config.block_m),
+        ):
+            for box, width in ((f"{name}_boxes", wide), (f"{name}_rest", rest)):
+                pointers[box] = f"tensordesc<{short_name(dtype)}[1, 1, {rows}, {width}]>"
+                present[box] = boxes and width > 0
     present |= {"ranges_ptr": part != "repair" and (has_lo or has_hi)}
     constants |= {pointer: None for pointer, there in present.items() if not there}
     name = f"{part}_{short_name(dtype)}_d{d}_{mask}_sm{arch}"
-    return make_spec(name, _KERNELS[part], dtype, constants | _UNIT, config, tensor_core, (arch,), pointers, ("ROWS",))
+    return make_spec(
+        name, _KERNELS[kernel], dtype, constants | _UNIT, config, tensor_core, (arch,), pointers, ("ROWS",)
+    )
 
 
 def codegen_specs() -> list[CodegenSpec]:
@@ -116,12 +124,16 @@ def codegen_specs() -> list[CodegenSpec]:
     cases += [(part, bf16, d, "interval") for part in ("packed64", "packed128") for d in (64, 128)]
     cases += [("packed64", bf16, 128, "causal"), ("packed128", bf16, 128, "hi"), ("packed128", bf16, 128, "causal")]
     cases += [("packed128", fp32, d, "interval") for d in (64, 128)]
+    # head dims in two column parts
+    cases += [(part, bf16, d, "interval") for part in ("fwd", "dkdv", "dq") for d in (96, 192)]
+    cases += [(part, bf16, 80, "causal") for part in ("dkdv", "dq")]
+    cases += [("fwd", fp32, 80, "interval"), ("fwd", fp32, 192, "causal")]
     pointers = [("fwd_pointers", bf16, d, mask) for d in (64, 128, 256) for mask in ("causal", "interval")]
     for arch in ARCHS:
         for part, dtype, d, mask in cases + (pointers if target(arch, bf16) in BOX_TARGETS else []):
             config = TABLES[part].default(arch, dtype, table_size(padded(d)))
             # tiles of 16 or 32 rows are too small for warpgroup instructions; IEEE float32 uses no tensor core
-            small = part == "decode" or (part in ("dkdv", "dq") and d == 256 and arch == 100)
+            small = part == "decode" or (part in ("dkdv", "dq") and d > 128 and arch == 100)
             expected: bool | str = False if dtype == fp32 else "warp" if small else True
             specs.append(attention_spec(part, dtype, d, mask, config, expected, arch))
         specs += _other_key_grad_specs(arch)
@@ -137,6 +149,7 @@ def _other_key_grad_specs(arch: int) -> list[CodegenSpec]:
     ]
     for d, config in DV.defaults.get(name, {}).items():
         specs += [attention_spec("dv", bf16, d, mask, config, True, arch) for mask in ("causal", "interval")]
+        specs += [attention_spec("dv", bf16, 192, "interval", config, True, arch)]
     if name in DQ_BOX_TARGETS:
         for d, config in DQ_POINTERS.defaults[name].items():
             expected: bool | str = "warp" if d == 256 else True

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from calm_fast.core.launch_config import LaunchConfig
-from calm_fast.kernels.common.config_table import TENSOR_CORE_TARGETS, ConfigTable, target
+from calm_fast.kernels.common.config_table import TENSOR_CORE_TARGETS, ConfigTable, padded, target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +282,15 @@ TABLES: dict[str, ConfigTable[int, Any]] = {
     table.part: table for table in (FWD, FWD_POINTERS, DKDV, DQ, DQ_POINTERS, DECODE, PACKED_64, PACKED_128)
 }
 
+# Padded head dims at which a kernel holds narrower ones in two parts (`column_parts`). Elsewhere two parts spilled or
+# had as many products as one (docs/ops/cross_attention.md).
+_BOTH, _WIDE = (128, 256), (256,)
+TWO_PARTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "fwd": {"sm_80": _BOTH, "sm_90": _BOTH, "sm_100": _BOTH, "float32": _BOTH},
+    "dkdv": {"sm_80": _WIDE, "sm_90": _BOTH, "sm_100": _WIDE, "float32": ()},
+    "dq": {"sm_80": (), "sm_90": _BOTH, "sm_100": _BOTH, "float32": ()},
+}
+
 # Kernels without a product, with nothing to tune. 64 rows of 256 columns spilled in the row terms kernel.
 _ROW_TERMS = RowTermsConfig(block_m=64, num_warps=4, num_stages=3)
 _ROW_TERMS_WIDE = RowTermsConfig(block_m=32, num_warps=4, num_stages=3)
@@ -297,6 +306,24 @@ def searches(name: str, dtype: torch.dtype) -> bool:
     reduction that finds spoiled rows breaks the compiler of Triton 3.6.
     """
     return dtype == torch.float32 or name == "sm_100"
+
+
+def column_parts(d: int, kernel: str, name: str) -> tuple[int, int]:
+    """Return the columns of the two parts in which a kernel holds a head dim; the second is 0 if there is one part.
+
+    A tile has powers of two, at least 16, as sizes. So 80 becomes 64 + 16, 96 becomes 64 + 32, 192 becomes 128 + 64;
+    112 would be 64 + 64 and stays one part of 128.
+
+    Args:
+        d: head dim.
+        kernel: "fwd", "dkdv" or "dq"; any other has one part.
+        name: target.
+    """
+    if kernel not in TWO_PARTS or padded(d) not in TWO_PARTS[kernel][name] or d == padded(d):
+        return padded(d), 0
+    first = padded(d) // 2
+    rest = padded(d - first)
+    return (first, rest) if rest < first else (padded(d), 0)
 
 
 def table_size(block_d: int) -> int:

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from calm_fast.kernels.common.arithmetic import LN_2, NEG_HUGE
 from calm_fast.kernels.common.intervals import key_block_ranges, load_interval
+from calm_fast.kernels.cross_attention import parts
 from calm_fast.kernels.cross_attention.fwd import attend_blocks
 
 
@@ -91,9 +92,9 @@ def _cross_attention_decode_kernel(
     row64 = rows.to(tl.int64)
     head64 = heads.to(tl.int64)
     q_ptrs = q_ptr + b * stride_qb + (row64 * stride_qm + head64 * stride_qh)[:, None] + cols[None, :]
-    q = tl.load(q_ptrs, mask=inside[:, None] & (cols < D)[None, :], other=0.0)
+    q = (tl.load(q_ptrs, mask=inside[:, None] & (cols < D)[None, :], other=0.0),)  # always one part of columns
 
-    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    acc = parts.zeros(BLOCK_R, BLOCK_D, 0)
     row_sum = tl.zeros((BLOCK_R,), tl.float32)
     row_max = tl.zeros((BLOCK_R,), tl.float32) + NEG_HUGE
     k_base = k_ptr + b * stride_kb + kv_head.to(tl.int64) * stride_kh
@@ -103,31 +104,30 @@ def _cross_attention_decode_kernel(
         if HAS_LO:  # without lower bounds a split begins with a whole block
             acc, row_sum, row_max = attend_blocks(
                 acc, row_sum, row_max, q, k_base, v_base, b, kv_head, stride_kn, stride_vn, lo, hi, first, full_first,
-                scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, False, True, PRECISION, INTERPRET,
+                scale_log2, N, D, BLOCK_D, 0, BLOCK_N, True, HAS_LO, False, True, PRECISION, INTERPRET,
             )  # fmt: skip
         acc, row_sum, row_max = attend_blocks(
             acc, row_sum, row_max, q, k_base, v_base, b, kv_head, stride_kn, stride_vn, lo, hi, full_first, full_last,
-            scale_log2, N, D, BLOCK_D, BLOCK_N, False, HAS_LO, False, True, PRECISION, INTERPRET,
+            scale_log2, N, D, BLOCK_D, 0, BLOCK_N, False, HAS_LO, False, True, PRECISION, INTERPRET,
         )  # fmt: skip
         acc, row_sum, row_max = attend_blocks(
             acc, row_sum, row_max, q, k_base, v_base, b, kv_head, stride_kn, stride_vn, lo, hi, full_last, last,
-            scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, False, True, PRECISION, INTERPRET,
+            scale_log2, N, D, BLOCK_D, 0, BLOCK_N, True, HAS_LO, False, True, PRECISION, INTERPRET,
         )  # fmt: skip
     else:  # reading the keys takes far longer than masking so few rows
         acc, row_sum, row_max = attend_blocks(
             acc, row_sum, row_max, q, k_base, v_base, b, kv_head, stride_kn, stride_vn, lo, hi, first, last,
-            scale_log2, N, D, BLOCK_D, BLOCK_N, True, True, False, True, PRECISION, INTERPRET,
+            scale_log2, N, D, BLOCK_D, 0, BLOCK_N, True, True, False, True, PRECISION, INTERPRET,
         )  # fmt: skip
 
     # store
     row_sum = tl.where(seen, row_sum, 1.0)
-    part = tl.where(seen[:, None], acc / row_sum[:, None], 0.0)
+    part = parts.zero_unless(seen[:, None], parts.over(acc, row_sum[:, None]))
     lse = tl.where(seen, (row_max + tl.log2(row_sum)) * LN_2, float("-inf"))
     part_rows = ((b * M + row64) * H + head64) * SPLITS + split
-    part_ptrs = part_ptr + part_rows[:, None] * D + cols[None, :]
     # a row that sees nothing of the split writes only its lse of -inf: the combine kernel skips the part
     written = inside if DIRECT else inside & seen
-    tl.store(part_ptrs, part.to(part_ptr.dtype.element_ty), mask=written[:, None] & (cols < D)[None, :])
+    parts.store_rows(part_ptr, part_rows * D, part, written, D)
     tl.store(part_lse_ptr + ((b * H + head64) * M + row64) * SPLITS + split, lse, mask=inside)
 
 

@@ -8,14 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from calm_fast.kernels.common.arithmetic import LN_2, NEG_HUGE, matmul, matmul_add
-from calm_fast.kernels.common.intervals import (
-    finite_or_zero,
-    key_block_ranges,
-    load_interval,
-    load_rows,
-    sees,
-)
+from calm_fast.kernels.common.arithmetic import LN_2, NEG_HUGE
+from calm_fast.kernels.common.intervals import key_block_ranges, load_interval, sees
+from calm_fast.kernels.cross_attention import parts
+from calm_fast.kernels.cross_attention.parts import load_boxes, load_parts
 
 
 @triton.jit
@@ -29,20 +25,18 @@ def load_block(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
     MASKED: tl.constexpr,
     BOXES: tl.constexpr,
 ):
-    """Load rows first .. first + BLOCK of a head's keys or values, as (BLOCK, BLOCK_D); outside it is 0.
+    """Load rows first .. first + BLOCK of a head's keys or values, in parts; outside it is 0.
 
-    source: where BOXES, the descriptor of the whole tensor as (B, heads, N, D), else a pointer to the head's first row.
+    source: where BOXES, the two descriptors for `load_boxes`, else a pointer to the head's first row.
     """
-    # The copy engine makes the addresses and the zeros; they take no register. The dims of size 1 lead: only then does
-    # Triton fold the reshape into the load. Else the first operand of a product goes through registers.
     if BOXES:
-        rows = source.load([b, head, first, 0]).reshape(BLOCK, BLOCK_D)
+        return load_boxes(source[0], source[1], b, head, first, BLOCK, BLOCK_D, REST_D)
     else:
-        rows = load_rows(source, first, stride, size, D, BLOCK, BLOCK_D, MASKED)
-    return rows
+        return load_parts(source, first, stride, size, D, BLOCK, BLOCK_D, REST_D, MASKED)
 
 
 @triton.jit
@@ -65,6 +59,7 @@ def attend_blocks(
     N,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_LO: tl.constexpr,
@@ -75,7 +70,7 @@ def attend_blocks(
 ):
     """Online softmax over the key blocks in [first, last). Returns the new (acc, row_sum, row_max).
 
-    acc (rows, BLOCK_D) and row_sum (rows,) are relative to exp2(row_max); row_max is in log2 units. SEARCH: masked
+    acc (rows, D) and row_sum (rows,) are relative to exp2(row_max); row_max is in log2 units. SEARCH: masked
     blocks look for NaN and Inf in v. Without it a hidden one makes a column of acc NaN, which `repair` mends.
     """
     # Without the guard the loop has an edge of zero turns, on which moves set the sums. Then ptxas serialises every
@@ -84,12 +79,12 @@ def attend_blocks(
         for start in tl.range(first, last, BLOCK_N):
             # a hidden value times its weight of 0 may be NaN: NaN and Inf become 0, and the scores that see one NaN
             if MASKED and SEARCH:  # before the scores, which need registers too
-                v = load_block(v_source, b, start, kv_head, stride_vn, N, D, BLOCK_N, BLOCK_D, MASKED, BOXES)
-                excess = tl.sum((v - v).to(tl.float32), 1)  # 0, or NaN
-                v = finite_or_zero(v)
+                v = load_block(v_source, b, start, kv_head, stride_vn, N, D, BLOCK_N, BLOCK_D, REST_D, MASKED, BOXES)
+                excess = parts.excess(v, False)
+                v = parts.finite(v)
             # scores
-            k = load_block(k_source, b, start, kv_head, stride_kn, N, D, BLOCK_N, BLOCK_D, MASKED, BOXES)
-            scores = matmul(q, tl.trans(k), PRECISION, INTERPRET)
+            k = load_block(k_source, b, start, kv_head, stride_kn, N, D, BLOCK_N, BLOCK_D, REST_D, MASKED, BOXES)
+            scores = parts.dot_rows(q, k, PRECISION, INTERPRET)
             if MASKED:
                 keys = start + tl.arange(0, BLOCK_N)
                 if SEARCH:
@@ -101,10 +96,10 @@ def attend_blocks(
             shrink = tl.exp2(row_max - new_max)
             row_sum = row_sum * shrink + tl.sum(p, 1)
             # accumulate
-            acc = acc * shrink[:, None]
+            acc = parts.times(acc, shrink[:, None])
             if not (MASKED and SEARCH):
-                v = load_block(v_source, b, start, kv_head, stride_vn, N, D, BLOCK_N, BLOCK_D, MASKED, BOXES)
-            acc = matmul_add(p.to(v.dtype), v, acc, PRECISION, INTERPRET)
+                v = load_block(v_source, b, start, kv_head, stride_vn, N, D, BLOCK_N, BLOCK_D, REST_D, MASKED, BOXES)
+            acc = parts.add_product(acc, p.to(v[0].dtype), v, PRECISION, INTERPRET)
             row_max = new_max
     return acc, row_sum, row_max
 
@@ -126,6 +121,7 @@ def repair(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
     HAS_LO: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -136,20 +132,19 @@ def repair(
     """
     # few keys a step, no pipeline: this path is rare, and must not take more registers than the loops above
     KEYS: tl.constexpr = 16
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc = parts.zeros(BLOCK_M, BLOCK_D, REST_D)
     for start in tl.range(first, last, KEYS, num_stages=1):
         # scores
-        k = load_rows(k_base, start, stride_kn, N, D, KEYS, BLOCK_D, True)
-        scores = matmul(q, tl.trans(k), PRECISION, INTERPRET)
+        k = load_parts(k_base, start, stride_kn, N, D, KEYS, BLOCK_D, REST_D, True)
+        scores = parts.dot_rows(q, k, PRECISION, INTERPRET)
         # weights: the sum is known, so nothing is rescaled or divided
-        v = load_rows(v_base, start, stride_vn, N, D, KEYS, BLOCK_D, True)
-        wide = v.to(tl.float32)
-        excess = tl.sum(wide - wide, 1)  # 0, or NaN
+        v = load_parts(v_base, start, stride_vn, N, D, KEYS, BLOCK_D, REST_D, True)
+        excess = parts.excess(v, True)
         p = tl.exp2(scores * scale_log2 - lse2[:, None]) + excess[None, :]
         keys = start + tl.arange(0, KEYS)
         p = tl.where(sees(lo[:, None], hi[:, None], keys[None, :], HAS_LO), p, 0.0)
         # accumulate
-        acc = matmul_add(p.to(v.dtype), finite_or_zero(v), acc, PRECISION, INTERPRET)
+        acc = parts.add_product(acc, p.to(v[0].dtype), parts.finite(v), PRECISION, INTERPRET)
     return acc
 
 
@@ -159,7 +154,9 @@ def _cross_attention_fwd_kernel(
     k_ptr,  # (B, N, H // GROUP, D)
     v_ptr,  # (B, N, H // GROUP, D)
     k_boxes,  # descriptor of k as (B, H // GROUP, N, D) in boxes (1, 1, BLOCK_N, BLOCK_D), or None
-    v_boxes,  # the same of v; None if k's is
+    k_rest,  # the same with boxes of REST_D columns, or None
+    v_boxes,  # the same two of v; None if k's are
+    v_rest,
     lo_ptr,  # (B, M) int32 or None
     hi_ptr,  # (B, M) int32 or None
     out_ptr,  # (B, M, H, D) contiguous
@@ -184,6 +181,7 @@ def _cross_attention_fwd_kernel(
     GROUP,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr,
@@ -227,48 +225,46 @@ def _cross_attention_fwd_kernel(
     q_base = q_ptr + b64 * stride_qb + head64 * stride_qh
     k_base = k_ptr + b64 * stride_kb + kv_head64 * stride_kh
     v_base = v_ptr + b64 * stride_vb + kv_head64 * stride_vh
-    q = load_rows(q_base, first_row, stride_qm, M, D, BLOCK_M, BLOCK_D, True)
-    k_source = k_boxes if BOXES else k_base
-    v_source = v_boxes if BOXES else v_base
+    q = load_parts(q_base, first_row, stride_qm, M, D, BLOCK_M, BLOCK_D, REST_D, True)
+    k_source = (k_boxes, k_rest) if BOXES else k_base
+    v_source = (v_boxes, v_rest) if BOXES else v_base
 
     # scores, softmax, accumulate: blocks that need a mask on the left, whole blocks, blocks that need one on the right
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc = parts.zeros(BLOCK_M, BLOCK_D, REST_D)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.zeros((BLOCK_M,), tl.float32) + NEG_HUGE
     if HAS_LO:  # without lower bounds nothing on the left is ever masked
         acc, row_sum, row_max = attend_blocks(
             acc, row_sum, row_max, q, k_source, v_source, b, kv_head, stride_kn, stride_vn, lo, hi, first, full_first,
-            scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, BOXES, SEARCH, PRECISION, INTERPRET,
+            scale_log2, N, D, BLOCK_D, REST_D, BLOCK_N, True, HAS_LO, BOXES, SEARCH, PRECISION, INTERPRET,
         )  # fmt: skip
     acc, row_sum, row_max = attend_blocks(
         acc, row_sum, row_max, q, k_source, v_source, b, kv_head, stride_kn, stride_vn, lo, hi, full_first, full_last,
-        scale_log2, N, D, BLOCK_D, BLOCK_N, False, HAS_LO, BOXES, SEARCH, PRECISION, INTERPRET,
+        scale_log2, N, D, BLOCK_D, REST_D, BLOCK_N, False, HAS_LO, BOXES, SEARCH, PRECISION, INTERPRET,
     )  # fmt: skip
     acc, row_sum, row_max = attend_blocks(
         acc, row_sum, row_max, q, k_source, v_source, b, kv_head, stride_kn, stride_vn, lo, hi, full_last, last,
-        scale_log2, N, D, BLOCK_D, BLOCK_N, True, HAS_LO, BOXES, SEARCH, PRECISION, INTERPRET,
+        scale_log2, N, D, BLOCK_D, REST_D, BLOCK_N, True, HAS_LO, BOXES, SEARCH, PRECISION, INTERPRET,
     )  # fmt: skip
 
     # store: a row that sees nothing may have met unmasked blocks of its neighbours, and becomes 0 and -inf here
     row_sum = tl.where(seen, row_sum, 1.0)
-    out = tl.where(seen[:, None], acc / row_sum[:, None], 0.0)
+    out = parts.zero_unless(seen[:, None], parts.over(acc, row_sum[:, None]))
     lse = tl.where(seen, (row_max + tl.log2(row_sum)) * LN_2, float("-inf"))
-    cols = tl.arange(0, BLOCK_D)
     out_tile = out_ptr + (b64 * M + first_row) * H * D + head64 * D
-    out_ptrs = out_tile + tl.arange(0, BLOCK_M)[:, None] * (H * D) + cols[None, :]
+    offsets = tl.arange(0, BLOCK_M) * (H * D)
     inside = rows < M
-    columns = (cols < D)[None, :]
     tl.store(lse_ptr + (b64 * H + head64) * M + rows, lse, mask=inside)
     if SEARCH or not (HAS_LO or HAS_HI or CAUSAL):  # without bounds only the end is hidden, and loads as 0
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & columns)
+        parts.store_rows(out_tile, offsets, out, inside, D)
     else:
         # a row that is not finite though its weights are: it sees NaN or Inf, or a hidden value of its tile is one
-        total = tl.sum(out, 1)
+        total = parts.row_sums(out)
         again = (total - total != 0.0) & (row_sum == row_sum)
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(inside & ~again)[:, None] & columns)
+        parts.store_rows(out_tile, offsets, out, inside & ~again, D)
         if tl.max(again.to(tl.int32), 0) != 0:
             out = repair(
                 row_max + tl.log2(row_sum), q, k_base, v_base, stride_kn, stride_vn, lo, hi, first, last,
-                scale_log2, N, D, BLOCK_M, BLOCK_D, HAS_LO, PRECISION, INTERPRET,
+                scale_log2, N, D, BLOCK_M, BLOCK_D, REST_D, HAS_LO, PRECISION, INTERPRET,
             )  # fmt: skip
-            tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(inside & again)[:, None] & columns)
+            parts.store_rows(out_tile, offsets, out, inside & again, D)

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from calm_fast.kernels.common import hardware
-from calm_fast.kernels.common.config_table import ConfigTable, padded, target
+from calm_fast.kernels.common.config_table import ConfigTable, padded
 from calm_fast.kernels.common.launching import describable, launch
 from calm_fast.kernels.cross_attention.configs import (
     BOX_TARGETS,
@@ -28,7 +28,7 @@ from calm_fast.kernels.cross_attention.configs import (
 )
 from calm_fast.kernels.cross_attention.decode import _cross_attention_combine_kernel, _cross_attention_decode_kernel
 from calm_fast.kernels.cross_attention.fwd import _cross_attention_fwd_kernel
-from calm_fast.kernels.cross_attention.problem import Problem, boxes_of, make_problem
+from calm_fast.kernels.cross_attention.problem import NO_BOXES, Problem, boxes_of, make_problem
 
 __all__ = ["launch_cross_attention_fwd"]
 
@@ -81,14 +81,19 @@ def launch_cross_attention_fwd(
         _launch_decode(p, out, lse, config)
         return out, lse
     boxes, search, _ = _forward_form(p)
+    parts = p.column_parts("fwd")
     launch(
         _cross_attention_fwd_kernel,
         triton.cdiv(m, config.block_m) * heads * batch,
         q.device,
         config,
-        *(p.q, p.k, p.v, *(boxes_of(t, config.block_n) if boxes else None for t in (p.k, p.v)), lo, hi, out, lse),
+        *(p.q, p.k, p.v),
+        *(box for t in (p.k, p.v) for box in (boxes_of(t, config.block_n, parts) if boxes else NO_BOXES)),
+        *(lo, hi, out, lse),
         *p.strides,
         *p.interval_strides,
+        BLOCK_D=parts[0],
+        REST_D=parts[1],
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BOXES=boxes,
@@ -117,11 +122,11 @@ def _config(p: Problem) -> AttentionConfig | DecodeConfig:
 
 def _forward_form(p: Problem) -> tuple[bool, bool, ConfigTable[int, AttentionConfig]]:
     """Return BOXES and SEARCH of the forward kernel for a call, and the table of its configs."""
-    name = BOX_TARGETS[0] if p.interpreted else target(hardware.gpu(p.q.device).arch, p.q.dtype)
-    if p.q.dtype == torch.float32 or name not in BOX_TARGETS:
-        return False, searches(name, p.q.dtype), FWD
+    search = searches(p.target, p.q.dtype)
+    if p.target not in BOX_TARGETS:
+        return False, search, FWD
     boxes = describable(p.k) and describable(p.v)
-    return boxes, searches(name, p.q.dtype), FWD if boxes else FWD_POINTERS
+    return boxes, search, FWD if boxes else FWD_POINTERS
 
 
 def _launch_decode(p: Problem, out: torch.Tensor, lse: torch.Tensor, config: DecodeConfig) -> None:
@@ -141,6 +146,7 @@ def _launch_decode(p: Problem, out: torch.Tensor, lse: torch.Tensor, config: Dec
         *p.strides,
         *p.interval_strides,
         SPLITS=splits,
+        BLOCK_D=padded(d),
         BLOCK_R=config.block_r,
         BLOCK_N=config.block_n,
         SPLIT_KEYS=config.split_keys,

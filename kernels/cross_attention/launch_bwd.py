@@ -8,7 +8,7 @@ import torch
 import triton
 
 from calm_fast.kernels.common import hardware
-from calm_fast.kernels.common.config_table import padded, target
+from calm_fast.kernels.common.config_table import padded
 from calm_fast.kernels.common.launching import addressable, describable, launch
 from calm_fast.kernels.cross_attention.bwd_kv import (
     _cross_attention_bwd_dkdv_kernel,
@@ -30,7 +30,7 @@ from calm_fast.kernels.cross_attention.configs import (
     row_terms_config,
     table_size,
 )
-from calm_fast.kernels.cross_attention.problem import Problem, boxes_of, make_problem
+from calm_fast.kernels.cross_attention.problem import NO_BOXES, Problem, boxes_of, make_problem
 
 __all__ = ["launch_cross_attention_bwd"]
 
@@ -105,8 +105,7 @@ def launch_cross_attention_bwd(
 
 def _boxes(p: Problem, targets: tuple[str, ...], *tensors: torch.Tensor) -> bool:
     """Return whether a kernel reads these tensors, q and dout or k and v, through tensor descriptors."""
-    name = targets[0] if p.interpreted else target(hardware.gpu(p.q.device).arch, p.q.dtype)
-    return p.q.dtype != torch.float32 and name in targets and all(describable(t) for t in tensors)
+    return p.target in targets and all(describable(t) for t in tensors)
 
 
 def _config(p: Problem, boxes: bool) -> BackwardConfig:
@@ -114,7 +113,7 @@ def _config(p: Problem, boxes: bool) -> BackwardConfig:
     if p.interpreted or p.q.dtype == torch.float32:
         return BackwardConfig(dkdv=p.config(DKDV), dq=p.config(DQ))
     arch, size = hardware.gpu(p.q.device).arch, table_size(padded(p.q.shape[3]))
-    pointers = target(arch, p.q.dtype) in DQ_BOX_TARGETS and not _boxes(p, DQ_BOX_TARGETS, p.k, p.v)
+    pointers = p.target in DQ_BOX_TARGETS and not _boxes(p, DQ_BOX_TARGETS, p.k, p.v)
     dq = p.config(DQ_POINTERS if pointers else DQ)
     if not boxes:
         return BackwardConfig(dkdv=DKDV.defaults["sm_80"][size], dq=dq)
@@ -170,13 +169,14 @@ def _launch_dkdv(
     key_blocks = triton.cdiv(n, config.block_n)
     ranges = None if repair else _launch_ranges(p, config)
     poison = upstream.poison if repair else None
+    parts = p.column_parts("dkdv")
     launch(
         _cross_attention_bwd_dkdv_kernel,
         key_blocks * kv_heads * batch,
         p.q.device,
         config,
         *(p.q, p.k, p.v, upstream.dout),
-        *(boxes_of(t, config.block_m) if boxes else None for t in (p.q, upstream.dout)),
+        *(box for t in (p.q, upstream.dout) for box in (boxes_of(t, config.block_m, parts) if boxes else NO_BOXES)),
         *(upstream.lse2, upstream.delta, p.lo, p.hi, ranges, poison, dk, dv),
         *p.strides,
         *upstream.dout.stride()[:3],
@@ -184,6 +184,8 @@ def _launch_dkdv(
         scale=p.scale,
         ROWS=upstream.rows,
         POISON_TILES=0 if poison is None else poison.shape[2],
+        BLOCK_D=parts[0],
+        REST_D=parts[1],
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         HAS_DK=dk is not None,
@@ -223,6 +225,7 @@ def _launch_ranges(p: Problem, config: AttentionConfig) -> torch.Tensor | None:
 def _launch_dq(p: Problem, upstream: _Upstream, dq: torch.Tensor, config: AttentionConfig) -> None:
     """Fill dq."""
     batch, m, _, heads, _, d = p.sizes
+    parts = p.column_parts("dq")
     boxes = _boxes(p, DQ_BOX_TARGETS, p.k, p.v)  # of the k that config is for, not of the copy below
     if padded(d) > 128 and upstream.poison is not None:
         # as the kernel does with narrower keys: who sees a NaN has weights NaN, and Inf stays huge, so that a score of
@@ -234,13 +237,15 @@ def _launch_dq(p: Problem, upstream: _Upstream, dq: torch.Tensor, config: Attent
         dq.device,
         config,
         *(p.q, p.k, p.v, upstream.dout),
-        *(boxes_of(t, config.block_n) if boxes else None for t in (p.k, p.v)),
+        *(box for t in (p.k, p.v) for box in (boxes_of(t, config.block_n, parts) if boxes else NO_BOXES)),
         *(upstream.lse2, upstream.delta, p.lo, p.hi, dq),
         *p.strides,
         *upstream.dout.stride()[:3],
         *p.interval_strides,
         scale=p.scale,
         ROWS=upstream.rows,
+        BLOCK_D=parts[0],
+        REST_D=parts[1],
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BOXES=boxes,

@@ -9,14 +9,16 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from calm_fast.core.launch_config import Config
+from calm_fast.kernels.common import hardware
 from calm_fast.kernels.common.arithmetic import LOG2_E
-from calm_fast.kernels.common.config_table import ConfigTable, padded
+from calm_fast.kernels.common.config_table import ConfigTable, padded, target
 from calm_fast.kernels.common.launching import addressable, describe, float32_precision, interpreted
-from calm_fast.kernels.cross_attention.configs import table_size
+from calm_fast.kernels.cross_attention.configs import column_parts, table_size
 from calm_fast.kernels.cross_attention.fwd import _cross_attention_fwd_kernel
 
-__all__ = ["Problem", "boxes_of", "make_problem"]
+__all__ = ["NO_BOXES", "Problem", "boxes_of", "make_problem"]
 
+NO_BOXES = (None, None)  # in place of `boxes_of`, where a kernel reads through pointers
 _MAX_HEAD_DIM = 256
 _INTERPRETED = interpreted(_cross_attention_fwd_kernel)
 
@@ -56,16 +58,23 @@ class Problem:
 
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments that every attention kernel takes."""
-        d = self.q.shape[3]
         return {
-            "D": d,
-            "BLOCK_D": padded(d),
+            "D": self.q.shape[3],
             "HAS_LO": self.lo is not None,
             "HAS_HI": self.hi is not None,
             "CAUSAL": self.causal,
             "PRECISION": float32_precision(self.q.dtype),
             "INTERPRET": _INTERPRETED,
         }
+
+    @property
+    def target(self) -> str:
+        """What does the products; in the interpreter the forms are those of sm_90."""
+        return target(90 if _INTERPRETED else hardware.gpu(self.q.device).arch, self.q.dtype)
+
+    def column_parts(self, kernel: str) -> tuple[int, int]:
+        """Return the columns of the parts of the head dim, see configs.py."""
+        return column_parts(self.q.shape[3], kernel, self.target)
 
     @property
     def interpreted(self) -> bool:
@@ -79,12 +88,14 @@ class Problem:
         return table.pick(self.q.device, self.q.dtype, table_size(block_d), block_d, shape, _INTERPRETED, measured)
 
 
-def boxes_of(t: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Return a descriptor of t (B, rows, heads, D), loaded in boxes of so many rows of one head.
+def boxes_of(t: torch.Tensor, rows: int, parts: tuple[int, int]) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+    """Return a descriptor of t (B, rows, heads, D) for each part of its columns, loaded in boxes of rows of one head.
 
     It describes t as (B, heads, rows, D): only if dims of size 1 lead, a box becomes a matrix in shared memory at once.
     """
-    return describe(t.transpose(1, 2), [1, 1, rows, padded(t.shape[3])])
+    wide, rest = parts
+    t = t.transpose(1, 2)
+    return describe(t, [1, 1, rows, wide]), describe(t, [1, 1, rows, rest]) if rest else None
 
 
 def make_problem(

@@ -17,6 +17,7 @@ from calm_fast.verify.cases import op_cases
 
 pytest.importorskip("triton", reason="the kernels need Triton; it has wheels for Linux only")
 from calm_fast.kernels.common import hardware
+from calm_fast.kernels.common.config_table import padded
 from calm_fast.kernels.cross_attention import launch as kernels
 from calm_fast.kernels.cross_attention import launch_bwd, problem
 from calm_fast.kernels.cross_attention.configs import (
@@ -25,6 +26,7 @@ from calm_fast.kernels.cross_attention.configs import (
     BackwardConfig,
     DecodeConfig,
     attention_tile,
+    column_parts,
     table_size,
 )
 
@@ -92,9 +94,34 @@ def test_triton_meets_the_error_rule_on_the_shared_cases(shared, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [16, 24, 64, 80, 128])
+@pytest.mark.parametrize("d", [16, 24, 64, 80, 96, 128, 192])
 def test_every_head_dim_and_dtype(d, dtype, device):
     judged(case(f"d{d}", dtype, b=1, m=17, n=33, h=1, d=d, mask=scattered), device)
+
+
+def test_a_head_dim_has_two_column_parts_where_that_saves_products():
+    """Both are powers of two from 16 on, as tiles must be, and together fewer columns than one part."""
+    found = {d: column_parts(d, "fwd", "sm_90") for d in range(1, 257)}
+    two = {d for d in found if found[d][1]}
+    assert two == {*range(65, 97), *range(129, 193)}
+    assert all(found[d] == (padded(d), 0) for d in found.keys() - two)
+    for first, rest in ((64, 16), (64, 32), (128, 16), (128, 32), (128, 64)):
+        assert found[first + rest] == found[first + rest - 7] == (first, rest)
+    assert column_parts(192, "dkdv", "sm_80") == (128, 64)
+    assert column_parts(96, "dkdv", "sm_80") == (128, 0)  # there two parts spill
+
+
+@pytest.mark.parametrize("d", [80, 96, 192])
+def test_the_kernels_get_no_more_columns_than_the_head_dim_has(d, device, monkeypatch):
+    """In multiples of 16, which is the depth of a product; one part would be 128 or 256 columns."""
+    given = []
+    for launcher in (kernels, launch_bwd):
+        monkeypatch.setattr(launcher, "launch", lambda *_, **named: given.append(named))
+    i = inputs(device, m=200, n=8, b=1, d=d, mask=causal, dtype=torch.bfloat16)
+    out, lse = forward({"lo": None, "hi": None} | i)
+    backward({"lo": None, "hi": None} | i, out, lse)
+    widths = [named["BLOCK_D"] + named["REST_D"] for named in given if "REST_D" in named]
+    assert widths == [d] * 4  # forward, dk and dv, their repair, dq
 
 
 @pytest.mark.parametrize("d", [1, 3, 256])
@@ -117,12 +144,13 @@ def test_decode_over_several_splits(mask, dtype, device):
 KERNELS = ("fwd", "packed128", "decode")
 
 
+@pytest.mark.parametrize("d", [24, 80])  # one column part and two
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("mask", [causal, scattered], ids=lambda f: f.__name__)
-def test_every_kernel_of_the_forward_pass_meets_the_definition(mask, kernel, device, monkeypatch):
+def test_every_kernel_of_the_forward_pass_meets_the_definition(mask, kernel, d, device, monkeypatch):
     """Few queries and packed rows have kernels of their own; small tests would never reach the one for many."""
     monkeypatch.setattr(kernels, "_config", lambda p: p.config(TABLES[kernel], measured=False))
-    i = inputs(device, b=1, m=21, n=101, h=2, hkv=1, d=24, mask=mask)
+    i = inputs(device, b=1, m=21, n=101, h=2, hkv=1, d=d, mask=mask)
     i = {"lo": None, "hi": None, "causal": False} | i
     truth = cross_attention_reference(*(i[x].double() for x in "qkv"), i["lo"], i["hi"], causal=i["causal"])
     for found, expected in zip(forward(i), truth, strict=True):

@@ -43,13 +43,22 @@ def equal(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("mask", "d"), [("full", D), ("causal", D), ("interval", D), ("causal", 256), ("interval", 256)]
+    ("mask", "d"),
+    [
+        ("full", D),
+        ("causal", D),
+        ("interval", D),
+        ("interval", 80),
+        ("causal", 192),
+        ("causal", 256),
+        ("interval", 256),
+    ],
 )
 def test_descriptors_and_pointers_give_the_same_bits(mask, d, kernel_device, monkeypatch):
     q, k, v, dout, mask = problem(kernel_device, mask=mask, d=d)
     read = []
     boxes_of = launch_bwd.boxes_of
-    monkeypatch.setattr(launch_bwd, "boxes_of", lambda t, rows: read.append(rows) or boxes_of(t, rows))
+    monkeypatch.setattr(launch_bwd, "boxes_of", lambda t, rows, parts: read.append(rows) or boxes_of(t, rows, parts))
     found = gradients(q, k, v, dout, mask, ONE_LAUNCH)
     if kernel_device.type == "cuda" and not read:
         pytest.skip("this GPU has no tensor descriptors")
@@ -75,14 +84,15 @@ def test_dk_and_dv_by_a_launch_each_are_those_of_one(mask, kernel_device):
     torch.testing.assert_close(two[1], one[1], rtol=0, atol=bound)
 
 
+@pytest.mark.parametrize("d", [192, 256])
 @pytest.mark.parametrize("mask", ["causal", "interval", "wide"])
-def test_steps_without_a_mask_in_the_one_loop_of_wide_heads(mask, kernel_device):
+def test_steps_without_a_mask_in_the_one_loop_of_wide_heads(mask, d, kernel_device):
     """The loops of dq and of dk alone at head dims above 128, some of whose steps branch around the mask."""
-    q, k, v, dout, mask = problem(kernel_device, mask=mask, d=256)
+    q, k, v, dout, mask = problem(kernel_device, mask=mask, d=d)
     found = gradients(q, k, v, dout, mask, BackwardConfig(dkdv=SQUARE, dq=SQUARE, dv=SQUARE))
     inputs = [t.double().requires_grad_() for t in (q, k, v)]
     lo, hi, causal = mask
-    out, _ = cross_attention_reference(*inputs, lo=lo, hi=hi, causal=causal, scale=256**-0.5)
+    out, _ = cross_attention_reference(*inputs, lo=lo, hi=hi, causal=causal, scale=d**-0.5)
     expected = torch.autograd.grad(out, inputs, dout.double())
     # rounded to bfloat16, 2**-9 each: the output that delta takes, p, ds, and the gradient
     for a, b in zip(found, expected, strict=True):

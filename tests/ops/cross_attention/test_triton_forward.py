@@ -47,7 +47,7 @@ def unaligned(t):
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "interval"])
-@pytest.mark.parametrize("d", [8, D, 80])
+@pytest.mark.parametrize("d", [8, D, 80, 88, 96, 192])  # from 80 on two boxes a tensor, 88 ends inside the second
 def test_descriptors_and_pointers_give_the_same_bits(d, mask, device):
     q, k, v = make(device, d)
     mask = masks(device)[mask]
@@ -85,13 +85,14 @@ def test_tensors_that_a_descriptor_can_address():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mask", ["causal", "interval"])
-def test_a_hidden_value_that_is_not_finite_reaches_nobody(mask, dtype, bad, device):
+@pytest.mark.parametrize(("d", "column"), [(D, 3), (80, 3), (80, 70)], ids=["one part", "first part", "second part"])
+def test_a_hidden_value_that_is_not_finite_reaches_nobody(d, column, mask, dtype, bad, device):
     """A 16-bit row that is computed again has weights of its final maximum, and lse depends on keys alone."""
-    q, k, v = make(device, dtype=dtype)
+    q, k, v = make(device, d, dtype)
     mask = masks(device)[mask]
     out, lse = forward(q, k, v, mask)
     key = 45
-    v[0, key, 0, 3] = bad
+    v[0, key, 0, column] = bad
     found, found_lse = forward(q, k, v, mask)
     lo, hi, causal = mask
     rows = torch.arange(M, device=device)
