@@ -263,20 +263,22 @@ class DualLoRALinear(nn.Module):
         return torch.addmm(y.reshape(-1, y.shape[-1]), z, b.to(x.dtype).mT).view(y.shape)
 
     def _fold(self, dtype: torch.dtype) -> Folded:
-        """Return the factors folded in the parameters' dtype and rounded once; kept inside `fixed_weights`."""
-        factors = (self.lora_a_pos, self.lora_b_pos, self.lora_a_neg, self.lora_b_neg, self.gate_q, self.gate_k)
-        params, scaling = (*factors, *self.value), self.scaling
-        activation = "none" if self.variant == "paper" else "gelu"
+        """Return the factors, folded in the parameters' dtype (`product_dtype`) and rounded once.
 
+        Kept inside `fixed_weights`.
+        """
+        factors = (self.lora_a_pos, self.lora_b_pos, self.lora_a_neg, self.lora_b_neg, self.gate_q, self.gate_k)
+        value, scaling = self.value, self.scaling
+        activation = "none" if self.variant == "paper" else "gelu"
         compute = product_dtype(self.gate_q.device.type, self.gate_q.dtype)
 
         def fold() -> Folded:
-            wide = [t.to(compute) for t in params]
-            return fold_dual_lora(*wide[:6], wide[6:], scaling, activation).to(dtype)
+            return fold_dual_lora(*factors, value, scaling, activation, compute).to(dtype)
 
         def fold_to_keep() -> Folded:
             return pack_folded(fold())
 
+        params = (*factors, *value)
         if torch.compiler.is_compiling():
             traced = self._folded.get_traced(params, (dtype, scaling), fold)
             # a graph multiplies by `down` itself

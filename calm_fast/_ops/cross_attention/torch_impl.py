@@ -269,8 +269,7 @@ def cross_attention_torch(
     return_lse=True takes the explicit path (float32 scores, a chunk of rows at a time), which is slower than SDPA.
     """
     if _trains_slowly(q, k, v):
-        wide = (t.float() for t in (q, k, v))
-        out, lse = cross_attention_torch(*wide, lo, hi, causal, scale, return_lse)
+        out, lse = cross_attention_torch(q.float(), k.float(), v.float(), lo, hi, causal, scale, return_lse)
         return out.to(q.dtype), lse
     m, n = q.shape[1], k.shape[1]
     query, key, value = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, tokens, D), a view

@@ -77,9 +77,9 @@ def dual_lora(
         if decision.impl == "reference":
             return dual_lora_reference(x, y, *factors, value, pair, activation)
         compute = x.dtype if decision.impl == "triton" else product_dtype(x.device.type, x.dtype)
-        x, y, *cast = (t.to(compute) for t in (x, y, *factors, *value))
-        folded = fold_dual_lora(*cast[:6], cast[6:], pair, activation)
-        return _apply(project(x, folded), y, folded, a_pos.shape[0], decision.impl).to(a_pos.dtype)
+        folded = fold_dual_lora(*factors, value, pair, activation, compute)
+        zg = project(x.to(compute), folded)
+        return _apply(zg, y.to(compute), folded, a_pos.shape[0], decision.impl).to(x.dtype)
 
 
 def decide(

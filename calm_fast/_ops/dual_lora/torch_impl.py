@@ -49,11 +49,15 @@ def fold_dual_lora(
     value: Sequence[torch.Tensor],
     scaling: tuple[float, float],
     activation: str,
+    dtype: torch.dtype | None = None,
 ) -> Folded:
-    """Return the folded factors (arguments as in `dual_lora_reference`) in their dtype, differentiable.
+    """Return the folded factors (arguments as in `dual_lora_reference`) in their dtype or `dtype`, differentiable.
 
     W_k B comes first: it has G R numbers, where W_k^T W_q would be d_out x d_in.
     """
+    if dtype is not None:
+        a_pos, b_pos, a_neg, b_neg, w_q, w_k = (t.to(dtype) for t in (a_pos, b_pos, a_neg, b_neg, w_q, w_k))
+        value = [t.to(dtype) for t in value]
     b = torch.cat((b_pos * scaling[0], b_neg * scaling[1]), dim=1)  # (d_out, R)
     keys = w_k @ b  # (G, R)
     keys_pos, keys_neg = keys.split((b_pos.shape[1], b_neg.shape[1]), dim=1)
