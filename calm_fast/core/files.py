@@ -11,6 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from calm_fast.core.checks import bad_type, bad_value
+
+
+def check_folder(where: str, name: str, folder: Any) -> Path:
+    """Return the folder that argument `name` of `where` names: one that exists, or a path where no file is in the way.
+
+    Raises TypeError if it is no path, ValueError if a file is in the way.
+    """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise bad_type(where, name, "the path of a folder", folder)
+    path = Path(folder)
+    there = next((part for part in (path, *path.parents) if part.exists()), path)
+    if there.exists() and not there.is_dir():
+        raise bad_value(where, name, "a folder", f"{str(path)!r}, where {there} is a file")
+    return path
+
 
 @contextmanager
 def atomic_path(file: str | os.PathLike[str]) -> Iterator[Path]:

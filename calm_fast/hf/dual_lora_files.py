@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from calm_fast.core.checks import bad_type, bad_value
+from calm_fast.core.files import check_folder
 from calm_fast.core.fingerprint import file_checksum
 from calm_fast.core.prompt_record import read_prompt_record, set_prompt_record, write_prompt_record
 from calm_fast.hf.adapters import BaseReference, LoraFactors, read_json, read_tensors, write_adapter, write_pair
@@ -53,7 +54,7 @@ def save_lora_adapter(
         TypeError: `model` or `folder` is of the wrong kind.
         ValueError: `which` is neither "pos" nor "neg", the model has no dual LoRA, or its parameters are not whole.
     """
-    _check_folder(_SAVE_ADAPTER, folder)
+    check_folder(_SAVE_ADAPTER, "folder", folder)
     if which not in ("pos", "neg"):
         raise bad_value(_SAVE_ADAPTER, "which", "'pos' or 'neg'", repr(which))
     layers = layers_of(model, _SAVE_ADAPTER)
@@ -95,7 +96,7 @@ def save_dual_lora(model: nn.Module, folder: StrPath) -> None:
         ValueError: the model has no dual LoRA, or its parameters are not whole (FSDP 1 and DeepSpeed ZeRO-3: gather
             them around the call).
     """
-    _check_folder(_SAVE, folder)
+    check_folder(_SAVE, "folder", folder)
     layers = layers_of(model, _SAVE)
     tensors, writes = _gather(_SAVE, layers)
     if not writes:
@@ -124,7 +125,7 @@ def load_dual_lora(model: nn.Module, folder: StrPath, *, mode: str | None = None
     Warns:
         UserWarning: the weights of the model are not those of the base that the layers were saved with.
     """
-    _check_folder(_LOAD, folder)
+    check_folder(_LOAD, "folder", folder)
     if not isinstance(model, nn.Module):
         raise bad_type(_LOAD, "model", "the base model (an nn.Module)", model)
     if mode is not None:
@@ -209,11 +210,6 @@ def _shape_of_saved(
     a, b = tensors.get(f"{path}.lora_a_pos"), tensors.get(f"{path}.lora_b_pos")
     d_in, d_out = (0 if a is None else a.shape[-1]), (0 if b is None else b.shape[0])
     return _shapes(saved, d_in, d_out)[parameter]
-
-
-def _check_folder(where: str, folder: Any) -> None:
-    if not isinstance(folder, (str, os.PathLike)):
-        raise bad_type(where, "folder", "a path", folder)
 
 
 def _reference(model: nn.Module) -> str | None:

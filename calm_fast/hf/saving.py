@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 from transformers.utils.hub import cached_file
 
 from calm_fast.core.checks import bad_value
-from calm_fast.core.files import atomic_path
+from calm_fast.core.files import atomic_path, check_folder
 from calm_fast.core.fingerprint import weight_fingerprint
 from calm_fast.core.wrapped_names import bare_name
 from calm_fast.hf.causality import check_parts as try_parts
@@ -158,13 +158,13 @@ class CompositionFiles(PreTrainedModel):
         """
         if push_to_hub:
             raise bad_value(SAVE, "push_to_hub", "False", "True. Save, then call push_to_hub() of the composition")
+        folder = os.fspath(check_folder(SAVE, "save_directory", save_directory))
         given = self.state_dict() if state_dict is None else state_dict
         tensors, gathered = own_tensors(given)
         if is_main_process is None:
             is_main_process = not gathered or torch.distributed.get_rank() == 0
         if not is_main_process:
             return
-        folder = os.fspath(save_directory)
         for name, path in (
             ("anchor", self.config.anchor_path),
             *(("augmenters", p) for p in self.config.augmenter_paths),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import calm_fast
-from calm_fast.core.files import atomic_path, write_json, write_text
+from calm_fast.core.files import atomic_path, check_folder, write_json, write_text
 
 
 def test_a_block_that_raises_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -66,3 +66,16 @@ def test_nothing_in_the_package_writes_a_file_in_place() -> None:
     in_place = [str(path.relative_to(package)) for path, text in texts.items() if writes.search(text)]
     assert in_place, "the pattern finds the writers"
     assert not [name for name in in_place if package / name not in atomic]
+
+
+def test_a_folder_is_checked_before_anything_is_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for good in (tmp_path, tmp_path / "new" / "deeper", str(tmp_path / "new")):
+        assert check_folder("f", "folder", good) == Path(good)
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+    for bad in (tmp_path / "file", tmp_path / "file" / "under"):
+        with pytest.raises(ValueError, match=r"f: `folder` must be a folder, got .* where .*file is a file"):
+            check_folder("f", "folder", bad)
+    for bad in (None, 3, b"x"):
+        with pytest.raises(TypeError, match="f: `folder` must be the path of a folder"):
+            check_folder("f", "folder", bad)

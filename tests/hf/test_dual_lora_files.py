@@ -232,7 +232,7 @@ def test_folders_that_are_no_paths_are_named() -> None:
         (lambda: save_lora_adapter(dual(), None, "pos"), "save_lora_adapter"),
         (lambda: load_dual_lora(llama(), 3), "load_dual_lora"),
     ):
-        with pytest.raises(TypeError, match=f"^{where}: `folder` must be a path, got"):
+        with pytest.raises(TypeError, match=f"^{where}: `folder` must be the path of a folder, got"):
             call()
 
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from saved import edit_config, logits, rebuilt
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from calm_fast.hf import ComposedConfig, ComposedForCausalLM, compose
+from calm_fast import add_dual_lora, save_dual_lora, save_lora_adapter
+from calm_fast.hf import ComposedConfig, ComposedForCausalLM, cache_augmenter_states, compose
 from calm_fast.hf.config import FORMAT_VERSION
 
 
@@ -184,3 +185,23 @@ def test_models_without_a_path_must_be_passed(tmp_path: Path) -> None:
 def test_from_config_builds_random_parts(folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "composed"))
     assert isinstance(model, ComposedForCausalLM) and logits(model).shape == (2, 9, 97)
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(folder: Path) -> None:
+    model = rebuilt(folder)
+    (folder / "file").write_text("x")
+    base = add_dual_lora(AutoModelForCausalLM.from_pretrained(folder / "anchor"))
+    savers = {
+        "save_directory": model.save_pretrained,
+        "directory": lambda place: cache_augmenter_states(model, [{"input_ids": [3, 4]}], place),
+        "folder": lambda place: save_dual_lora(base, place),
+        "folder'": lambda place: save_lora_adapter(base, place, "pos"),
+    }
+    for name, save in savers.items():
+        argument = name.rstrip("'")
+        for place in (folder / "file", folder / "file" / "under"):
+            with pytest.raises(ValueError, match=f"`{argument}` must be a folder, got .*file is a file"):
+                save(place)
+        with pytest.raises(TypeError, match=f"`{argument}` must be the path of a folder, got"):
+            save(None)
+    assert (folder / "file").read_text() == "x"

@@ -14,7 +14,7 @@ from torch import nn
 from calm_fast.consistency.ranking.inputs import Encoded, PairEncoder, batches_by_length, mean_states
 from calm_fast.core.checks import check_whole_text
 from calm_fast.core.eval_mode import eval_mode
-from calm_fast.core.files import atomic_path, write_json
+from calm_fast.core.files import atomic_path, check_folder, write_json
 from calm_fast.core.fingerprint import file_checksum, model_fingerprint
 from calm_fast.core.progress import progress_bar
 from calm_fast.core.token_ids import check_token_ids, padding_id
@@ -230,7 +230,7 @@ class Ranker(nn.Module):
         """
         from safetensors.torch import save_file
 
-        folder = Path(folder)
+        folder = check_folder("Ranker.save_pretrained", "folder", folder)
         config: dict[str, Any] = {"format_version": FORMAT_VERSION, "head": self.head.sizes, "backbone": None}
         config |= {"max_length": self.max_length, "batch_tokens": self.batch_tokens}
         if self.backbone is not None:

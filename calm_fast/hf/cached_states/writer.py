@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from calm_fast.core.checks import bad_type, bad_value, describe
-from calm_fast.core.files import atomic_path, is_partial, remove_leftovers
+from calm_fast.core.files import atomic_path, check_folder, is_partial, remove_leftovers
 from calm_fast.core.progress import progress_bar
 from calm_fast.hf.alignment.collator import AlignedCollator
 from calm_fast.hf.cached_states.key import composition_of, state_key
@@ -89,11 +89,11 @@ def cache_augmenter_states(
         or offloaded weights, or reads the text anew at every token; a folder of another model, tokenizer, data set or
         settings (the message says which); batches whose padding is not on the right.
     """
+    folder = check_folder(WHERE, "directory", directory)
     composed = composition_of(model, WHERE)
     collate = _default_collator(composed) if collator is None else collator
     split = _split(composed, dataset, dtype, batch_size, shard_rows)
     first, step = _part(part)
-    folder = Path(directory)
     key = state_key(composed, collate, settings)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / KEY).is_file():
