@@ -26,7 +26,7 @@ _TITLES = {"cpu": "CPU", "cuda": "GPU"}
 _HEADINGS = (
     "case",
     "times faster than each baseline",
-    "its peak memory / ours",
+    "leanest baseline's peak memory / ours",
     "measured / floor",
     "target",
     "commit",
