@@ -107,4 +107,4 @@ def decide(
     check_bool(_OP, "return_entropy", return_entropy)
     check_bool(_OP, "return_rank", return_rank)
     check_targets(_OP, targets, hidden, weight.shape[0], ignore_index)
-    return choose(_OP, impl, hidden, weight, tiles=not return_rank)
+    return choose(_OP, impl, hidden, weight, few=True, tiles=not return_rank)

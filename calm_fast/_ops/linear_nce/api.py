@@ -121,7 +121,7 @@ def decide(
         check_finite_number(_OP, name, value)
     check_targets(_OP, targets, student, weight.shape[0], ignore_index)
     _check_sequences(seq_ids, student)
-    return choose(_OP, impl, student, weight)
+    return choose(_OP, impl, student, weight, few=False, tiles=True)
 
 
 def _check_teachers(student: torch.Tensor, nat: torch.Tensor, neg: torch.Tensor) -> None:

@@ -83,10 +83,10 @@ def native_obstacle(op: str, hidden: torch.Tensor) -> str | None:
     return native_library.obstacle(op, hidden.device.type)
 
 
-def choose(op: str, impl: str, hidden: torch.Tensor, weight: torch.Tensor, tiles: bool = True) -> Decision:
+def choose(op: str, impl: str, hidden: torch.Tensor, weight: torch.Tensor, *, few: bool, tiles: bool) -> Decision:
     """Return the requested implementation, or for "auto" native on a CPU, Triton on a GPU, torch where they cannot run.
 
-    tiles: `in_tiles` has the form of this call.
+    few, tiles: native has the forms of `at_once` and `in_tiles` for this call.
 
     Raises:
         RuntimeError: an explicit `impl` cannot run here, or an active torch.func transform needs impl="reference".
@@ -106,16 +106,16 @@ def choose(op: str, impl: str, hidden: torch.Tensor, weight: torch.Tensor, tiles
         if obstacle:
             raise refuse(op, impl, obstacle)
         return Decision(op, impl, "asked for")
-    if at_once(op, hidden, weight, autograd_records(hidden, weight)):
+    if few and at_once(op, hidden, weight, autograd_records(hidden, weight)):
         return Decision(op, "native", "few logits on a CPU: torch's product, then each row of logits in one pass")
     if tiles and in_tiles(op, hidden):
         return Decision(op, "native", "matrix units: torch's product in tiles, then each row of logits in one pass")
     if hidden.device.type == "cpu":
         if obstacle := native_obstacle(op, hidden) or native_library.slowness(hidden.dtype):
             return Decision(op, "torch", f"CPU tensors: blocked products; {obstacle}")
-        few = _few_tokens(hidden)  # more logits than are computed at once
-        if hidden.shape[0] < few and weight.numel() >= _LARGE_WEIGHT:
-            return Decision(op, "torch", f"CPU tensors: under {few} tokens torch reads a large weight faster")
+        least = _few_tokens(hidden)  # more logits than are computed at once
+        if hidden.shape[0] < least and weight.numel() >= _LARGE_WEIGHT:
+            return Decision(op, "torch", f"CPU tensors: under {least} tokens torch reads a large weight faster")
         return Decision(op, "native", "CPU tensors: products and running sums in one pass, in vector registers")
     if obstacle:
         return Decision(op, "torch", f"Triton cannot run: {obstacle}")

@@ -302,6 +302,8 @@ def test_auto_on_a_cpu(monkeypatch):
     more = {k: v if k == "weight" else torch.cat((v, v)) for k, v in arguments.items()}
     assert decide(**few).impl == decide(**{**more, "weight": large}).impl == "native"
     assert decide(**{**few, "weight": large}).impl == "torch"
+    learning = {**few, "weight": large, "student": few["student"].clone().requires_grad_()}
+    assert decide(**learning).impl == "torch"
     for impl in ("native", "triton"):
         with pytest.raises(RuntimeError, match="float64"):
             linear_nce(**wide, impl=impl)
