@@ -51,8 +51,9 @@ LAZY_DOORS = {"__init__": ("", *DOORS), "core": ("ops", "_ops"), "_ops": ("ops",
 ROOM_FILES = {
     "reference": re.compile(r"calm_fast\._ops\.\w+\.(reference|masked)"),
     "masked": re.compile(r"calm_fast\.core\.dispatch"),  # products over visible pairs, part of a definition
-    "torch_impl": re.compile(r"calm_fast\.(core\.\w+|_ops\.\w+\.(torch_impl|schedule|masked|sealed))"),
-    "schedule": re.compile(r"calm_fast\.(core\.\w+|_ops\.\w+\.schedule)"),
+    "torch_impl": re.compile(r"calm_fast\.(core\.\w+|_ops\.\w+\.(torch_impl|schedule|products|masked|sealed))"),
+    "schedule": re.compile(r"calm_fast\.(core\.\w+|_ops\.\w+\.(schedule|products))"),
+    "products": re.compile(r"calm_fast\.core(\.\w+)?"),  # torch's products, as this CPU has them
 }
 
 
