@@ -52,16 +52,9 @@ def score_few(
         return None
     if autograd_records(hidden, weight) or active_transform() is not None or torch.is_autocast_enabled("cpu"):
         return None
+    logits = torch.mm(guarded(hidden), weight.T)
     logprob: torch.Tensor = torch.ops.calm_fast._linear_logprob_native_rows(
-        torch.mm(guarded(hidden), weight.T),
-        None,
-        targets.contiguous(),
-        temperature,
-        None,
-        ignore_index,
-        False,
-        False,
-        True,
+        logits, None, targets.contiguous(), temperature, None, ignore_index, False, False, True
     )[0]
     return logprob if logprob.numel() else None  # empty: a target is not in the vocabulary
 

@@ -1,7 +1,8 @@
 """torch's matrix products as the vocabulary's ops take them, whatever the dtype and the CPU.
 
-A CPU without 16-bit products is the reason for this file (`core.devices.product_dtype`). There float32 copies of parts
-are multiplied, which is also more exact: a result is rounded to 16 bits once.
+Two kinds of CPU are the reason for this file. Without 16-bit products (`core.devices.product_dtype`) float32 copies of
+parts are multiplied, which is also more exact: a result is rounded to 16 bits once. With matrix units a product may
+read past the end of a row, so rows are followed by zeros (`guarded`).
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ from calm_fast.core.devices import product_dtype
 
 # Elements of a float32 copy or of a float32 sum at a time: 1 MiB, which stay in a core's caches.
 _COPIED = 1 << 18
-# Rows from which copies pay: for one or two rows torch reads the other factor once either way, and a copy is a second
-# time (d 576, V 8192: one row 1.6 ms against 3.1 with copies, four rows 5 ms against 4).
+# Most rows for which copies do not pay: with few of them, making a copy of the other factor takes longer than torch's
+# product (d 576, V 8192, AVX2: one row 1.6 ms against 3.1 with copies, 16 rows 20 against 7).
 _FEW_ROWS = 2
-
-
 # Columns that a product with matrix units may read past the end of a row.
 _READ = 32
 
